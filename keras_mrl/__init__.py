@@ -1,0 +1,25 @@
+"""TRAIN: Matryoshka representations in Keras 3, on TensorFlow, JAX and PyTorch.
+
+Importing this package registers its layers with Keras, so that saved models load again.
+"""
+
+try:
+    import keras as _keras  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "keras_mrl needs Keras and one of its backends. "
+        f"Received: {error}. "
+        "Install one: pip install 'keras-mrl[tensorflow]' (or [jax], [torch]). "
+        "The client alone, keras_mrl_serving, needs none."
+    ) from error
+
+from keras_mrl_serving.version import __version__ as __version__
+
+from ._dims import log_spaced_dims as log_spaced_dims
+from .layers import MatryoshkaHead as MatryoshkaHead
+from .layers import Truncate as Truncate
+from .losses import MatryoshkaLoss as MatryoshkaLoss
+from .metrics import MatryoshkaMetric as MatryoshkaMetric
+from .models import MatryoshkaClassifier as MatryoshkaClassifier
+from .models import cut as cut
+from .models import split as split

@@ -1,1 +1,10 @@
-"""BRIDGE: a model trained on any backend becomes a TensorFlow Serving SavedModel with a signature per dim."""
+"""BRIDGE: a model trained on any backend becomes a TensorFlow Serving SavedModel.
+
+Example:
+    ```
+    version = export_saved_model(model, "models/digits", sample=images[:8], policy=policy)
+    ```
+"""
+
+from .errors import ExportError as ExportError
+from .saved_model import export_saved_model as export_saved_model

@@ -1,1 +1,77 @@
-"""SERVE: what an application that asks a Matryoshka model needs, without TensorFlow and without Keras."""
+"""SERVE: what an application that asks a Matryoshka model needs, without TensorFlow or Keras.
+
+Names are imported when they are first used, so that the NumPy part never waits for gRPC.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cascade import CascadePolicy as CascadePolicy
+    from .cascade import CascadeReport as CascadeReport
+    from .cascade import Stage as Stage
+    from .client import Client as Client
+    from .contract import Manifest as Manifest
+    from .embeddings import truncate as truncate
+    from .errors import DeadlineError as DeadlineError
+    from .errors import InvalidInputError as InvalidInputError
+    from .errors import KerasMrlError as KerasMrlError
+    from .errors import ManifestError as ManifestError
+    from .errors import ModelNotFoundError as ModelNotFoundError
+    from .errors import NoCascadeError as NoCascadeError
+    from .errors import NoHeadError as NoHeadError
+    from .errors import ServerError as ServerError
+    from .errors import ServerUnavailableError as ServerUnavailableError
+    from .errors import SignatureNotFoundError as SignatureNotFoundError
+    from .errors import UnknownDimError as UnknownDimError
+    from .errors import VersionChangedError as VersionChangedError
+    from .errors import VersionNotFoundError as VersionNotFoundError
+    from .funnel import FunnelSchedule as FunnelSchedule
+    from .index import ExactIndex as ExactIndex
+    from .options import Options as Options
+    from .results import Classification as Classification
+    from .results import Neighbors as Neighbors
+    from .server import DevServer as DevServer
+    from .version import __version__ as __version__
+
+_HOMES = {
+    "cascade": ("CascadePolicy", "CascadeReport", "Stage"),
+    "client": ("Client",),
+    "contract": ("Manifest",),
+    "embeddings": ("truncate",),
+    "errors": (
+        "DeadlineError",
+        "InvalidInputError",
+        "KerasMrlError",
+        "ManifestError",
+        "ModelNotFoundError",
+        "NoCascadeError",
+        "NoHeadError",
+        "ServerError",
+        "ServerUnavailableError",
+        "SignatureNotFoundError",
+        "UnknownDimError",
+        "VersionChangedError",
+        "VersionNotFoundError",
+    ),
+    "funnel": ("FunnelSchedule",),
+    "index": ("ExactIndex",),
+    "options": ("Options",),
+    "results": ("Classification", "Neighbors"),
+    "server": ("DevServer",),
+    "version": ("__version__",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = list(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME_OF)

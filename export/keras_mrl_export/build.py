@@ -1,0 +1,118 @@
+"""On TensorFlow: load the model, write its SavedModel aside, compare, publish."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_mrl import split
+from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
+from keras_mrl_serving.version import __version__
+
+from .errors import ExportError
+from .inputs import input_tensors
+from .job import Job
+from .parity import check_parity
+from .publish import publishing
+from .signatures import ServedModel
+
+
+def build(saved: Path, objects: dict[str, Any], job: Job) -> Path:
+    """Build the SavedModel of `job` from the `.keras` file `saved`, and publish it.
+
+    Args:
+        saved: The model as Keras saved it.
+        objects: The user's own classes and functions in it.
+        job: What to export.
+
+    Returns:
+        The folder of the published version.
+
+    Raises:
+        ExportError: If the model cannot be loaded or traced, or a signature differs from it.
+        FileExistsError: If the version exists.
+    """
+    try:
+        model = keras.models.load_model(saved, custom_objects=objects, compile=False)
+    except Exception as error:
+        raise ExportError(
+            "The model must load on the TensorFlow backend from its .keras form. "
+            f"Received: {type(error).__name__}: {error} "
+            "Give layers of your own a get_config() and keras.ops; replace Lambda layers by them."
+        ) from error
+    backbone, head = split(model)
+    manifest = _manifest(model, backbone, head, job)
+    with publishing(job.base_path, job.version) as staged:
+        try:
+            _write(ServedModel(backbone, head, manifest, job, staged.scratch), staged.folder)
+        except (TypeError, NotImplementedError, tf.errors.OpError) as error:
+            raise ExportError(
+                "Every layer must run inside a TensorFlow graph. "
+                f"Received: {type(error).__name__}: {error} "
+                "Use keras.ops in layers of your own, not the training backend's functions."
+            ) from error
+        (staged.folder / MANIFEST_FILE).parent.mkdir()
+        (staged.folder / MANIFEST_FILE).write_text(manifest.to_json() + "\n")
+        check_parity(staged.folder, manifest, job)
+    return staged.published
+
+
+def _write(served: ServedModel, folder: Path) -> None:
+    tf.saved_model.save(served.resources(), str(folder), signatures=served.signatures())
+
+
+def _manifest(model: keras.Model, backbone: keras.Model, head: Any, job: Job) -> Manifest:
+    return Manifest(
+        name=job.name,
+        kind="encoder" if head is None else "classifier",
+        fingerprint=_fingerprint(model),
+        dims=job.dims,
+        width=job.dims[-1],
+        inputs=_input_specs(backbone, job),
+        weights=job.weights,
+        tied=bool(head is not None and head.tied),
+        normalize=job.normalize,
+        metric="cosine",
+        activation="none" if head is None else "softmax",
+        num_classes=None if head is None else head.num_classes,
+        top_k=job.top_k,
+        labels=job.labels is not None,
+        cascade=None if job.policy is None else job.policy.to_json(),
+        quality=job.quality,
+        made_with={
+            "keras_mrl": __version__,
+            "keras": keras.__version__,
+            "tensorflow": tf.__version__,
+            "trained_on": job.trained_on,
+        },
+    )
+
+
+def _input_specs(backbone: keras.Model, job: Job) -> dict[str, dict[str, Any]]:
+    """Dtype and shape of every input: as the model declares them, else as the sample has them."""
+    declared = {tensor.name: tensor for tensor in input_tensors(backbone)}
+    if len(declared) == 1:
+        declared = dict(zip(job.sample, declared.values(), strict=True))
+    specs = {}
+    for name, array in job.sample.items():
+        tensor = declared.get(name)
+        float64 = array.dtype == np.float64
+        dtype = tensor.dtype if tensor is not None else "float32" if float64 else str(array.dtype)
+        shape = tensor.shape if tensor is not None else array.shape
+        specs[name] = {"dtype": str(dtype), "shape": [None, *shape[1:]]}
+    return specs
+
+
+def _fingerprint(model: keras.Model) -> str:
+    """SHA-256 of the configuration and every weight, in the model's own order."""
+    digest = hashlib.sha256(model.to_json(sort_keys=True).encode())
+    for variable in model.variables:
+        value = keras.ops.convert_to_numpy(variable)
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()

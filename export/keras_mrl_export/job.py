@@ -1,0 +1,52 @@
+"""One export, as it travels from the process that trained to the one that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_mrl_serving.cascade import CascadePolicy
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """What is exported besides the model itself.
+
+    Args:
+        base_path: Absolute folder of the model's versions.
+        version: Number to publish; None for the next.
+        name: Name in the manifest.
+        dims: Dims to export.
+        input_names: Key in the caller's sample ("" for a bare array) to served name.
+        normalize: Whether embeddings are scaled to unit length.
+        top_k: How many classes a classification names; None without a head.
+        policy: The cascade.
+        labels: Class names.
+        quality: Dim (as a string) to measures.
+        weights: The c_m.
+        trained_on: Name of the backend that trained.
+        sample: The caller's sample by served name.
+        features: What the trained model makes of it, `(rows, width)`.
+        logits: Its logits at `dims`, `(rows, num_dims, num_classes)`; None without a head.
+    """
+
+    base_path: Path
+    version: int | None
+    name: str
+    dims: tuple[int, ...]
+    input_names: Mapping[str, str]
+    normalize: bool
+    top_k: int | None
+    policy: CascadePolicy | None
+    labels: tuple[str, ...] | None
+    quality: Mapping[str, Mapping[str, float]] | None
+    weights: tuple[float, ...] | None
+    trained_on: str
+    sample: Mapping[str, npt.NDArray[Any]]
+    features: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32] | None

@@ -1,0 +1,86 @@
+"""A version appears under its number whole, or not at all, and never in place of another."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Staged:
+    """A version being written.
+
+    Args:
+        folder: Where the SavedModel is written, under a name no server loads.
+        scratch: For files that are not part of it.
+        published: Where it stands once it is published.
+    """
+
+    folder: Path
+    scratch: Path
+    published: Path
+
+
+@contextmanager
+def publishing(base_path: Path, version: int | None) -> Iterator[Staged]:
+    """Give a folder to write a version in, and rename it to its number if nothing raised.
+
+    The folder lies beside its final place, on the same file system, so the rename is atomic.
+
+    Args:
+        base_path: Folder of the versions; made if there is none.
+        version: The number; None takes the one after the highest there is.
+
+    Raises:
+        FileExistsError: If `version` exists.
+        ValueError: If `version` is not a non-negative integer.
+    """
+    if version is not None and (isinstance(version, bool) or version < 0):
+        raise ValueError(
+            f"version must be a non-negative integer. Received: version={version!r}. "
+            "Leave it out to take the next number."
+        )
+    if version is not None and (base_path / str(version)).exists():
+        raise _taken(base_path, version)
+    base_path.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=base_path))
+    try:
+        staged = Staged(room / "model", room / "scratch", base_path)
+        staged.scratch.mkdir()
+        yield staged
+        staged.published = _rename(staged.folder, base_path, version)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _rename(folder: Path, base_path: Path, version: int | None) -> Path:
+    while True:
+        number = _next_version(base_path) if version is None else version
+        place = base_path / str(number)
+        try:
+            os.rename(folder, place)
+        except OSError as error:
+            if not place.exists():
+                raise
+            if version is not None:
+                raise _taken(base_path, number) from error
+        else:  # another export took the number meanwhile where this is not reached: try the next
+            return place
+
+
+def _next_version(base_path: Path) -> int:
+    numbers = [int(child.name) for child in base_path.iterdir() if child.name.isdecimal()]
+    return max(numbers, default=0) + 1
+
+
+def _taken(base_path: Path, version: int) -> FileExistsError:
+    return FileExistsError(
+        "A published version is never overwritten. "
+        f"Received: version={version}, which exists under {base_path}. "
+        f"Leave version out to take {_next_version(base_path)}."
+    )

@@ -1,0 +1,164 @@
+"""One TensorFlow function per signature of the contract, all of them on one backbone function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_mrl_serving import contract
+from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.embeddings import MIN_SQUARE
+
+from .cascade_graph import classify_adaptively
+from .inputs import input_tensors
+from .job import Job
+
+Tensors = dict[str, Any]
+
+
+class ServedModel:
+    """A backbone and a head with the functions that TensorFlow Serving will offer of them.
+
+    Args:
+        backbone: Inputs to features, on the TensorFlow backend.
+        head: The nested head; None for an encoder.
+        manifest: What the model says of itself.
+        job: Labels and policy.
+        scratch: Folder for the class names, until the SavedModel holds a copy as an asset.
+    """
+
+    def __init__(
+        self, backbone: keras.Model, head: Any, manifest: Manifest, job: Job, scratch: Path
+    ) -> None:
+        self.backbone = backbone
+        self.head = head
+        self._manifest = manifest
+        self._policy = job.policy
+        self._bare = "" in job.input_names
+        self._labels = None if job.labels is None else _label_table(job.labels, scratch)
+        self._temperatures = {s.dim: s.temperature for s in job.policy.stages} if job.policy else {}
+        self._features = tf.function(self._call_backbone)
+
+    def resources(self) -> tf.Module:
+        """Return what the SavedModel must hold: every variable, and the table of class names.
+
+        The variables are named one by one: a Keras model as a whole would be saved with a second,
+        unconnected copy of each.
+        """
+        held = tf.Module()
+        layers = [layer for layer in (self.backbone, self.head) if layer is not None]
+        held.state = [variable.value for layer in layers for variable in layer.variables]
+        held.labels = self._labels
+        return held
+
+    def signatures(self) -> dict[str, Any]:
+        """Return every signature, traced for any batch size."""
+        manifest = self._manifest
+        inputs = {
+            name: tf.TensorSpec(spec["shape"], spec["dtype"], name)
+            for name, spec in manifest.inputs.items()
+        }
+        functions = {contract.FEATURES: lambda **given: {"features": self._features(**given)}}
+        for dim in manifest.dims:
+            functions[contract.embed(dim)] = self._embed_at(dim)
+        if self.head is not None:
+            for dim in manifest.dims:
+                functions[contract.classify(dim)] = self._classify_at(dim)
+            if self._policy is not None:
+                functions[contract.CLASSIFY_ADAPTIVE] = self._classify_by(self._policy)
+        default = contract.embed if self.head is None else contract.classify
+        functions[contract.SERVING_DEFAULT] = functions[default(manifest.width)]
+        traced = {name: _trace(function, inputs) for name, function in functions.items()}
+        if self.head is not None:
+            for dim in manifest.dims:
+                prefix = tf.TensorSpec([None, dim], tf.float32, "features")
+                traced[contract.head(dim)] = _trace(self._head_at(dim), {"features": prefix})
+        key = tf.TensorSpec([None], tf.string, "key")
+        traced[contract.DESCRIBE] = _trace(self._describe, {"key": key})
+        return traced
+
+    def _call_backbone(self, **inputs: Any) -> Any:
+        features = self.backbone(self._arranged(inputs), training=False)
+        return tf.cast(features, tf.float32)[:, : self._manifest.width]
+
+    def _arranged(self, inputs: Tensors) -> Any:
+        """The inputs by served name, in the structure the backbone takes them in."""
+        tensors = input_tensors(self.backbone)
+        if not tensors:
+            return next(iter(inputs.values())) if self._bare else inputs
+        one = len(tensors) == 1
+        flat = list(inputs.values()) if one else [inputs[t.name] for t in tensors]
+        return keras.tree.pack_sequence_as(self.backbone.input, flat)
+
+    def _embed_at(self, dim: int) -> Callable[..., Tensors]:
+        def embed(**inputs: Any) -> Tensors:
+            prefix = self._features(**inputs)[:, :dim]
+            if self._manifest.normalize:
+                square = tf.reduce_sum(tf.square(prefix), axis=-1, keepdims=True)
+                prefix = prefix * tf.math.rsqrt(tf.maximum(square, MIN_SQUARE))
+            return {"embedding": prefix}
+
+        return embed
+
+    def _classify_at(self, dim: int) -> Callable[..., Tensors]:
+        def classify(**inputs: Any) -> Tensors:
+            logits = self._logits(self._features(**inputs)[:, :dim], dim)
+            return self._classification(logits, dim)
+
+        return classify
+
+    def _head_at(self, dim: int) -> Callable[..., Tensors]:
+        def head(features: Any) -> Tensors:
+            logits = self._logits(features, dim)
+            return {**self._classification(logits, dim), "logits": logits}
+
+        return head
+
+    def _classify_by(self, policy: CascadePolicy) -> Callable[..., Tensors]:
+        def classify(**inputs: Any) -> Tensors:
+            features = self._features(**inputs)
+            return classify_adaptively(features, policy, self._logits, self._classification)
+
+        return classify
+
+    def _describe(self, key: Any) -> Tensors:
+        return {"manifest": tf.fill(tf.shape(key), self._manifest.to_json())}
+
+    def _logits(self, prefix: Any, dim: int) -> Any:
+        return tf.cast(self.head.logits_at(prefix, dim), tf.float32)
+
+    def _classification(self, logits: Any, dim: int) -> Tensors:
+        """The best `top_k` classes of each row of `logits (batch, classes)`."""
+        probabilities = tf.nn.softmax(logits / self._temperatures.get(dim, 1.0))
+        best, class_ids = tf.math.top_k(probabilities, self._manifest.top_k)
+        outputs = {
+            "class_ids": tf.cast(class_ids, tf.int64),
+            "probabilities": best,
+            "confidence": best[:, 0],
+        }
+        if self._labels is not None:
+            outputs["labels"] = self._labels.lookup(outputs["class_ids"])
+        return outputs
+
+
+def _trace(function: Callable[..., Tensors], specs: dict[str, Any]) -> Any:
+    return tf.function(function).get_concrete_function(**specs)
+
+
+def _label_table(labels: tuple[str, ...], scratch: Path) -> Any:
+    """Class id to name, from a text file that becomes an asset of the SavedModel."""
+    file = scratch / "labels.txt"
+    file.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    lines = tf.lookup.TextFileInitializer(
+        str(file),
+        tf.int64,
+        tf.lookup.TextFileIndex.LINE_NUMBER,
+        tf.string,
+        tf.lookup.TextFileIndex.WHOLE_LINE,
+    )
+    return tf.lookup.StaticHashTable(lines, default_value="")

@@ -1,0 +1,73 @@
+"""The user's own classes and functions inside a model, to be carried by value.
+
+A layer defined in a training script cannot be imported by another process without running the
+script again, so its code itself travels.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import types
+from pathlib import Path
+from typing import Any
+
+import keras
+
+_INSTALLED = tuple(
+    Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")
+)
+_OURS = ("keras", "keras_mrl", "keras_mrl_serving", "keras_mrl_export")
+
+
+def user_objects(model: keras.Model) -> dict[str, Any]:
+    """Return the user's classes and functions in `model`, by the name Keras saves them under.
+
+    Found are the classes of its layers, and of whatever with a `get_config` these hold
+    (initializers, regularizers, constraints), and the functions they hold (activations).
+    """
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType):
+            _add(found, value)
+        elif isinstance(value, (list, tuple)):
+            for entry in value:
+                visit(entry)
+        elif isinstance(value, dict):
+            for entry in value.values():
+                visit(entry)
+        elif hasattr(type(value), "get_config"):
+            _add(found, type(value))
+            visit(vars(value))
+
+    visit(model)
+    for layer in model._flatten_layers():
+        visit(layer)
+    return found
+
+
+def user_modules(objects: dict[str, Any]) -> list[types.ModuleType]:
+    """Return the importable modules that define `objects`, so that they can travel by value."""
+    names = {value.__module__ for value in objects.values()} - {"__main__"}
+    return [sys.modules[name] for name in sorted(names) if name in sys.modules]
+
+
+def _add(found: dict[str, Any], value: Any) -> None:
+    if is_users(value):
+        found[keras.saving.get_registered_name(value)] = value
+
+
+def is_users(value: Any) -> bool:
+    """Whether a class or function is neither ours nor of an installed package."""
+    name = value.__module__ or ""
+    if name.partition(".")[0] in _OURS:
+        return False
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if name == "__main__" or file is None:
+        return name not in sys.builtin_module_names
+    return not any(Path(file).resolve().is_relative_to(folder) for folder in _INSTALLED)

@@ -1,0 +1,75 @@
+"""What valid `dims` and `weights` are, said once for every layer, loss and metric of this room."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from keras_mrl_serving.contract import check_dims as check_dims
+
+
+def log_spaced_dims(width: int, smallest: int = 8) -> tuple[int, ...]:
+    """The paper's ladder: doubling from `smallest` up to `width`, which always ends it.
+
+    Args:
+        width: Width of the full representation, d.
+        smallest: First rung; a `width` at or below it gives a ladder of one.
+
+    Returns:
+        Strictly increasing dims, the last one `width`.
+
+    Raises:
+        ValueError: If `width` or `smallest` is not a positive integer.
+
+    Reference:
+        Kusupati et al., Matryoshka Representation Learning, section 3: log spacing beats uniform.
+
+    Example:
+        >>> log_spaced_dims(64)
+        (8, 16, 32, 64)
+        >>> log_spaced_dims(100, smallest=16)
+        (16, 32, 64, 100)
+    """
+    check_dims((width,))
+    check_dims((smallest,))
+    rungs = []
+    dim = smallest
+    while dim < width:
+        rungs.append(dim)
+        dim *= 2
+    return (*rungs, width)
+
+
+def check_width(dims: tuple[int, ...], width: int) -> None:
+    """Raise a `ValueError` where the widest of `dims` exceeds features of `width`."""
+    if dims[-1] > width:
+        raise ValueError(
+            "dims must not exceed the width of the features. "
+            f"Received: dims={dims} for features of width {width}. "
+            f"Drop the dims above {width}, or widen the layer that makes the features."
+        )
+
+
+def check_weights(weights: Sequence[float] | None, num_dims: int) -> tuple[float, ...]:
+    """Return the c_m of a nested loss, one per dim; None stands for ones.
+
+    Raises:
+        ValueError: If a weight is negative or not finite, none is positive, or their number is
+            not `num_dims`.
+    """
+    if weights is None:
+        return (1.0,) * num_dims
+    checked = tuple(float(weight) for weight in weights)
+    if len(checked) != num_dims:
+        raise ValueError(
+            "weights must hold one number per dim. "
+            f"Received: {len(checked)} weights {checked} for {num_dims} dims. "
+            "Give as many weights as the head has dims, or weights=None for ones."
+        )
+    if not all(math.isfinite(w) and w >= 0 for w in checked) or not any(checked):
+        raise ValueError(
+            "weights must be finite, not negative, and not all zero. "
+            f"Received: weights={checked}. "
+            "Give a dim weight 0 to leave it out, a larger one to favour it."
+        )
+    return checked

@@ -1,0 +1,185 @@
+"""The nested linear head: one classifier per prefix of the features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from .._dims import check_dims, check_width, log_spaced_dims
+from .._frozen import has_frozen_source, warn_frozen
+
+
+@keras.saving.register_keras_serializable(package="keras_mrl")
+class MatryoshkaHead(keras.layers.Layer):
+    """Logits at every dim, each read from the first coordinates of the same features.
+
+    Untied (the paper's MRL) every dim has a kernel and a bias of its own. Tied (MRL-E) there is
+    one kernel and one bias; a dim reads the kernel's first rows, and each block of rows is
+    multiplied once for all the dims that contain it.
+
+    Args:
+        num_classes: Number of classes, C.
+        dims: Strictly increasing prefix lengths, the widest at most the features' width. None
+            means 8, 16, 32, ... ending at the width; the attribute `dims` holds them once the
+            layer is built.
+        tied: Whether all dims share one kernel and one bias (MRL-E, about half the parameters).
+        use_bias: Whether a bias is added to the logits.
+        kernel_initializer: Initializer of every kernel.
+        bias_initializer: Initializer of every bias.
+        kernel_regularizer: Regularizer of every kernel.
+        **kwargs: What every Keras layer takes (`name`, `dtype`, `trainable`).
+
+    Shapes:
+        Input: `(..., width)`. Output: `(..., num_dims, num_classes)`.
+
+    Formula:
+        logits_m = W^(m) . x_{1:m} + b^(m); tied: W^(m) = W_{:, 1:m}, b^(m) = b
+
+    Raises:
+        ValueError: If `dims` are not increasing positive integers or exceed the features' width.
+
+    Reference:
+        Kusupati et al., Matryoshka Representation Learning, arXiv 2205.13147, section 3.
+
+    Example:
+        >>> head = MatryoshkaHead(num_classes=10, dims=(2, 4, 8))
+        >>> tuple(head(keras.ops.ones((5, 8))).shape)
+        (5, 3, 10)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        dims: Sequence[int] | None = None,
+        tied: bool = False,
+        *,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(
+                "num_classes must be a positive integer. "
+                f"Received: num_classes={num_classes!r}. "
+                "Count the classes of your labels: labels 0..9 make num_classes=10."
+            )
+        self.num_classes = num_classes
+        self.dims = None if dims is None else check_dims(dims)
+        self.tied = tied
+        self.use_bias = use_bias
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.supports_masking = True
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Create one kernel per dim, or the one kernel they all read."""
+        width = input_shape[-1]
+        if width is None:
+            raise ValueError(
+                "MatryoshkaHead needs features of a known width. "
+                f"Received: features of shape {tuple(input_shape)}. "
+                "Give the layer before it a fixed number of units."
+            )
+        if self.dims is None:
+            self.dims = log_spaced_dims(width)
+        check_width(self.dims, width)
+        owners = self.dims[-1:] if self.tied else self.dims
+        self._kernels = [
+            self.add_weight(
+                name="kernel" if self.tied else f"kernel_{dim}",
+                shape=(dim, self.num_classes),
+                initializer=_fresh(self.kernel_initializer),
+                regularizer=self.kernel_regularizer,
+            )
+            for dim in owners
+        ]
+        self._biases = [
+            self.add_weight(
+                name="bias" if self.tied else f"bias_{dim}",
+                shape=(self.num_classes,),
+                initializer=_fresh(self.bias_initializer),
+            )
+            for dim in (owners if self.use_bias else ())
+        ]
+
+    def call(self, features: Any, training: bool | None = None) -> Any:
+        """Return the logits of every dim, `(..., num_dims, num_classes)`."""
+        if training and has_frozen_source(self):
+            warn_frozen(self)
+        logits = self._tied_logits(features) if self.tied else self._untied_logits(features)
+        return ops.stack(logits, axis=-2)
+
+    def _untied_logits(self, features: Any) -> list[Any]:
+        return [self.logits_at(features[..., :dim], dim) for dim in self.dims or ()]
+
+    def _tied_logits(self, features: Any) -> list[Any]:
+        kernel = ops.convert_to_tensor(self._kernels[0])
+        logits: list[Any] = []
+        start = 0
+        for dim in self.dims or ():
+            block = ops.matmul(features[..., start:dim], kernel[start:dim])
+            logits.append(logits[-1] + block if logits else block)
+            start = dim
+        return [row + self._biases[0] for row in logits] if self.use_bias else logits
+
+    def logits_at(self, prefix: Any, dim: int) -> Any:
+        """Return the logits `(..., num_classes)` of one dim from a prefix `(..., dim)`."""
+        kernel, bias = self.weights_at(dim)
+        logits = ops.matmul(prefix, kernel)
+        return logits if bias is None else logits + bias
+
+    def weights_at(self, dim: int) -> tuple[Any, Any]:
+        """Return the kernel `(dim, num_classes)` of one dim, and its bias (None without one).
+
+        Raises:
+            ValueError: If `dim` is not one of `dims`.
+        """
+        index = self.index_of(dim)
+        owner = 0 if self.tied else index
+        kernel = ops.convert_to_tensor(self._kernels[owner])
+        bias = ops.convert_to_tensor(self._biases[owner]) if self.use_bias else None
+        return (kernel[:dim] if self.tied else kernel), bias
+
+    def index_of(self, dim: int) -> int:
+        """Return the position of `dim` on the `num_dims` axis of the logits.
+
+        Raises:
+            ValueError: If `dim` is not one of `dims`.
+        """
+        dims = self.dims or ()
+        if dim not in dims:
+            raise ValueError(
+                "dim must be one of the dims of the head. "
+                f"Received: dim={dim!r} for dims={dims}. Choose one of those."
+            )
+        return dims.index(dim)
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        """Return `(..., num_dims, num_classes)`."""
+        dims = self.dims or log_spaced_dims(int(input_shape[-1] or 0))
+        return (*input_shape[:-1], len(dims), self.num_classes)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make this layer again."""
+        return {
+            **super().get_config(),
+            "num_classes": self.num_classes,
+            "dims": self.dims,
+            "tied": self.tied,
+            "use_bias": self.use_bias,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+        }
+
+
+def _fresh(initializer: Any) -> Any:
+    """A copy that draws its own numbers: one instance would give every kernel the same ones."""
+    return initializer.clone() if isinstance(initializer, keras.Initializer) else initializer

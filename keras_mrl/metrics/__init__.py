@@ -1,0 +1,3 @@
+"""Metrics: any Keras metric at every dim."""
+
+from .matryoshka import MatryoshkaMetric as MatryoshkaMetric

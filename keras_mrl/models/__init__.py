@@ -1,0 +1,5 @@
+"""Models: a backbone and a nested head as one Keras model, and the way back to plain ones."""
+
+from .classifier import MatryoshkaClassifier as MatryoshkaClassifier
+from .cut import cut as cut
+from .cut import split as split

@@ -1,0 +1,124 @@
+"""Any Keras model as backbone, with a nested head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from .._frozen import warn_frozen
+from ..layers import MatryoshkaHead
+from ..losses.labels import check_labels
+from .cut import cut
+
+
+@keras.saving.register_keras_serializable(package="keras_mrl")
+class MatryoshkaClassifier(keras.Model):
+    """A backbone that makes features, and a `MatryoshkaHead` that reads their prefixes.
+
+    `call` and `predict` return the logits of every dim. Compile it with a `MatryoshkaLoss` and
+    train it with `fit`. A functional model that ends in a `MatryoshkaHead` does as well: whatever
+    takes this class (`cut`, `split`, export) takes that too.
+
+    Args:
+        backbone: Any Keras model from the inputs to features `(batch, width)`, or
+            `(batch, time, width)` for sequences.
+        head: The nested head.
+        **kwargs: What every Keras model takes (`name`, `dtype`).
+
+    Shapes:
+        Output: `(batch, num_dims, num_classes)`.
+
+    Raises:
+        TypeError: If `head` is not a `MatryoshkaHead` or `backbone` is not a Keras model.
+        ValueError: If the backbone's output is a feature map; in `fit`, if in-memory integer
+            labels name no class.
+
+    Example:
+        >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
+        >>> model = MatryoshkaClassifier(backbone, MatryoshkaHead(10, dims=(4, 8, 16)))
+        >>> tuple(model(keras.ops.ones((2, 20))).shape)
+        (2, 3, 10)
+    """
+
+    def __init__(self, backbone: keras.layers.Layer, head: MatryoshkaHead, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(backbone, keras.layers.Layer) or not isinstance(head, MatryoshkaHead):
+            raise TypeError(
+                "MatryoshkaClassifier joins a Keras model and a MatryoshkaHead. "
+                f"Received: backbone={backbone!r}, head={head!r}. "
+                "Write MatryoshkaClassifier(backbone, MatryoshkaHead(num_classes))."
+            )
+        self.backbone = backbone
+        self.head = head
+
+    def build(self, input_shape: Any) -> None:
+        """Build the backbone, then the head on what it gives."""
+        input_shape = _as_shapes(input_shape)
+        if not self.backbone.built:
+            self.backbone.build(input_shape)
+        shape = self.backbone.compute_output_shape(input_shape)
+        _check_features(shape)
+        if not self.head.built:
+            self.head.build(shape)
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Return the logits of every dim."""
+        del mask  # Keras carries masks on the tensors themselves
+        if training and not self.backbone.trainable_weights:
+            warn_frozen(self)
+        features = self.backbone(inputs, training=training)
+        return self.head(features, training=training)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
+        """Return `(batch, num_dims, num_classes)`."""
+        return self.head.compute_output_shape(self.backbone.compute_output_shape(input_shape))
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `keras.Model.fit` does, after a look at integer labels held in memory."""
+        check_labels(self.loss, y, self.head.num_classes)
+        validation = kwargs.get("validation_data")
+        if isinstance(validation, (tuple, list)) and len(validation) > 1:
+            check_labels(self.loss, validation[1], self.head.num_classes)
+        return super().fit(x, y, *args, **kwargs)
+
+    def at(self, dim: int) -> keras.Model:
+        """Return a plain Keras model cut to `dim`: see `keras_mrl.cut`."""
+        return cut(self, dim)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make this model again."""
+        return {
+            **super().get_config(),
+            "backbone": keras.saving.serialize_keras_object(self.backbone),
+            "head": keras.saving.serialize_keras_object(self.head),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Make the model again."""
+        parts = {
+            name: keras.saving.deserialize_keras_object(config[name], custom_objects)
+            for name in ("backbone", "head")
+        }
+        return cls(**{**config, **parts})
+
+
+def _as_shapes(shapes: Any) -> Any:
+    """Shapes as tuples again: a saved model's configuration holds them as lists."""
+    if isinstance(shapes, dict):
+        return {name: _as_shapes(shape) for name, shape in shapes.items()}
+    if any(isinstance(entry, (list, tuple)) for entry in shapes):
+        return [_as_shapes(shape) for shape in shapes]
+    return tuple(shapes)
+
+
+def _check_features(shape: Sequence[int | None]) -> None:
+    """Refuse a feature map: its positions would be classified one by one."""
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            "A backbone must end in features (batch, width), or (batch, time, width) for "
+            f"sequences. Received: a backbone whose output is {tuple(shape)}. "
+            "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D()."
+        )

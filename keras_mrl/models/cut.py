@@ -1,0 +1,95 @@
+"""From a nested model to its two halves, and to a plain Keras model of one dim."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from ..layers import MatryoshkaHead
+
+
+def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
+    """Return the part of `model` that makes features, and its nested head.
+
+    Args:
+        model: A built `MatryoshkaClassifier`, or any functional or sequential model. The parts
+            are the model's own layers, not copies.
+
+    Returns:
+        The backbone and the head; the model itself and None where it does not end in one.
+
+    Example:
+        >>> inputs = keras.Input((20,))
+        >>> features = keras.layers.Dense(8)(inputs)
+        >>> model = keras.Model(inputs, MatryoshkaHead(10, dims=(4, 8))(features))
+        >>> backbone, head = split(model)
+        >>> backbone.output_shape, head.dims
+        ((None, 8), (4, 8))
+    """
+    head = getattr(model, "head", None)
+    if isinstance(head, MatryoshkaHead):
+        return model.backbone, head
+    last = model.layers[-1] if model.layers else None
+    if isinstance(last, MatryoshkaHead):
+        return keras.Model(model.input, last.input, name=f"{model.name}_features"), last
+    return model, None
+
+
+def cut(model: keras.Model, dim: int) -> keras.Model:
+    """Return a plain Keras model of one dim, which loads without keras_mrl.
+
+    Args:
+        model: A built `MatryoshkaClassifier`, or a functional model that ends in a
+            `MatryoshkaHead`.
+        dim: One of the head's dims.
+
+    Returns:
+        Inputs to logits `(batch, num_classes)`: the same backbone (shared, not copied), its first
+        `dim` features, and a `keras.layers.Dense` that holds a copy of that dim's kernel and bias.
+
+    Raises:
+        ValueError: If the model has no nested head or has not been built, or `dim` is not one of
+            the head's dims.
+
+    Example:
+        >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
+        >>> model = MatryoshkaClassifier(backbone, MatryoshkaHead(10, dims=(4, 16)))
+        >>> logits = model(keras.ops.ones((2, 20)))
+        >>> tuple(cut(model, 4)(keras.ops.ones((2, 20))).shape)
+        (2, 10)
+    """
+    backbone, head = split(model)
+    if head is None:
+        raise ValueError(
+            "Only a model that ends in a MatryoshkaHead can be cut to a dim. "
+            f"Received: {type(model).__name__} {model.name!r}. "
+            "Use MatryoshkaClassifier(backbone, MatryoshkaHead(num_classes))."
+        )
+    if not head.built:
+        raise ValueError(
+            "A model must be built before it is cut. "
+            f"Received: {model.name!r}, which has no weights yet. Call it on a batch or train it."
+        )
+    kernel, bias = head.weights_at(dim)
+    inputs = _inputs_like(backbone)
+    prefix = backbone(inputs)[..., :dim]
+    dense = keras.layers.Dense(
+        head.num_classes, use_bias=head.use_bias, dtype=head.dtype_policy, name="head"
+    )
+    logits = dense(prefix)
+    dense.set_weights([keras.ops.convert_to_numpy(w) for w in (kernel, bias) if w is not None])
+    return keras.Model(inputs, logits, name=f"{model.name}_{dim}")
+
+
+def _inputs_like(backbone: keras.Model) -> Any:
+    """New symbolic inputs with the names, shapes and dtypes the backbone was built with."""
+    try:
+        known = backbone.input
+    except AttributeError:  # a subclassed backbone knows only the shape it was built with
+        shape = backbone.get_build_config()["input_shape"]
+        return keras.Input(batch_shape=(None, *shape[1:]), dtype=backbone.compute_dtype)
+    return keras.tree.map_structure(
+        lambda tensor: keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name),
+        known,
+    )

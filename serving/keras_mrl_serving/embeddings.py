@@ -1,0 +1,50 @@
+"""The prefix of an embedding in NumPy, as `embed_<m>` and `keras_mrl.Truncate` make it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .contract import check_dims
+
+# The square below which a vector counts as zero; the layer and the exported graph use the same.
+MIN_SQUARE = np.float32(1e-12)
+
+
+def truncate(x: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
+    """Slice embeddings to their first `dim` coordinates, *then* scale them to unit length.
+
+    The prefix of a unit vector is not a unit vector, so the scaling comes last and is never
+    inherited. An all-zero prefix stays zero.
+
+    Args:
+        x: Embeddings, raw or scaled.
+        dim: Number of coordinates to keep.
+
+    Shapes:
+        x: `(..., width)`. Returns float32 `(..., dim)`.
+
+    Raises:
+        ValueError: If `dim` is not a positive integer or exceeds the width of `x`.
+
+    Example:
+        >>> truncate([[3.0, 4.0, 12.0]], 2).tolist()
+        [[0.6000000238418579, 0.800000011920929]]
+    """
+    check_dims((dim,))
+    embeddings = np.asarray(x, dtype=np.float32)
+    if embeddings.ndim == 0 or embeddings.shape[-1] < dim:
+        raise ValueError(
+            "dim must not exceed the width of the embeddings. "
+            f"Received: dim={dim} for embeddings of shape {embeddings.shape}. "
+            "Ask for fewer coordinates, or embed at a wider dim."
+        )
+    prefix = embeddings[..., :dim]
+    return prefix * inverse_length(np.sum(np.square(prefix), axis=-1, keepdims=True))
+
+
+def inverse_length(square: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    """Return one over the length of vectors whose squared lengths are `square`."""
+    return 1 / np.sqrt(np.maximum(square, MIN_SQUARE))

@@ -1,0 +1,69 @@
+"""What can go wrong when a model is asked: one tree, so that nobody imports grpc to catch."""
+
+from __future__ import annotations
+
+
+class KerasMrlError(Exception):
+    """Base of every error this package raises about a served model.
+
+    Attributes:
+        target: Address of the server, where the error came from one.
+        model: Name of the model that was asked.
+        version: Version that was asked for; None for the newest.
+        signature: Signature that was called.
+        timeout_s: Seconds the call was given.
+    """
+
+    target: str | None = None
+    model: str | None = None
+    version: int | None = None
+    signature: str | None = None
+    timeout_s: float | None = None
+
+
+class ManifestError(KerasMrlError, ValueError):
+    """The manifest is not one this package reads."""
+
+
+class UnknownDimError(KerasMrlError, ValueError):
+    """The model does not serve the dim that was asked for."""
+
+
+class NoHeadError(KerasMrlError, TypeError):
+    """A model without a head was asked to classify."""
+
+
+class NoCascadeError(KerasMrlError, TypeError):
+    """A model exported without a policy was asked to classify adaptively by its own."""
+
+
+class InvalidInputError(KerasMrlError, ValueError):
+    """The server, or the client before it, refused the inputs."""
+
+
+class ServerError(KerasMrlError):
+    """The server answered with an error that none of the classes below names."""
+
+
+class ServerUnavailableError(ServerError, ConnectionError):
+    """No server answered at the target, or it is overloaded."""
+
+
+class DeadlineError(ServerError, TimeoutError):
+    """The answer did not come within the timeout."""
+
+
+class ModelNotFoundError(ServerError, LookupError):
+    """The server has no such model, or no version of it is ready."""
+
+
+class VersionNotFoundError(ModelNotFoundError):
+    """The server does not have the version that was asked for."""
+
+
+class VersionChangedError(ServerError):
+    """The version that began an answer was gone before its end, twice."""
+
+
+class SignatureNotFoundError(ServerError, LookupError):
+    """The model has no such signature: not one of ours, or exported without it."""

