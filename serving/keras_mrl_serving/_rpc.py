@@ -93,7 +93,8 @@ def translate(
     asked = f"model {spec.name!r}" + (f" version {version}" if version is not None else "")
     translated = leaf(
         f"{_RULES[leaf]} Received: {code.name} from {target} for {asked}, signature "
-        f"{spec.signature_name!r}, timeout {timeout_s:g} s: {details} {_REMEDIES[leaf]}"
+        f"{spec.signature_name!r}, timeout {timeout_s:g} s: {details.rstrip('.')}. "
+        f"{_REMEDIES[leaf]}"
     )
     translated.target, translated.model, translated.version = target, spec.name, version
     translated.signature, translated.timeout_s = spec.signature_name, timeout_s

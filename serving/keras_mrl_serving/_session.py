@@ -145,7 +145,7 @@ def _names(infos: Mapping[str, Any]) -> dict[str, str]:
 
 def _run_options(timeout_s: float) -> Any:
     # 0 would mean without limit, so a deadline just passed is one millisecond. gRPC's "no deadline"
-    # is a number of seconds whose milliseconds are out of range; TensorFlow Serving cuts it here too.
+    # is a number of seconds whose milliseconds leave int64; TensorFlow Serving cuts at int32 too.
     return tf.compat.v1.RunOptions(timeout_in_ms=min(max(1, int(timeout_s * 1000)), 2**31 - 1))
 
 

@@ -15,7 +15,9 @@ class _Encoding(NamedTuple):
 
     bits: str  # the dtype of one element in `tensor_content`
     field: str  # the repeated field that holds the elements otherwise
-    field_dtype: str  # the dtype of that field: narrow integers travel as int32
+    # The dtype of that field: narrow integers travel as int32 and keep their low bits.
+    # On protobuf 6, a 300 read as uint8 at once raises.
+    field_dtype: str
 
 
 _HALF_BITS = _Encoding("uint16", "half_val", "int32")
@@ -58,7 +60,6 @@ def to_proto(array: npt.NDArray[Any]) -> wire.TensorProto:
         >>> list(to_proto(np.array(["blue", "grün"])).string_val)
         [b'blue', b'gr\xc3\xbcn']
     """
-    array = np.asarray(array)
     shape = wire.TensorShapeProto(
         dim=[wire.TensorShapeProto.Dim(size=size) for size in array.shape]
     )

@@ -43,8 +43,8 @@ def decode(proto: Any) -> np.ndarray:
         ValueError: it is no valid tensor. No text: the caller's names the input.
     """
     try:
-        # An unset dtype is not even a valid attribute; as a float the op refuses it.
-        dtype = proto.dtype or tf.float32
+        # Given the bare number the op leaves its fast path, at twice the time.
+        dtype = tf.as_dtype(proto.dtype)
         parsed = tf.raw_ops.ParseTensor(serialized=proto.SerializeToString(), out_type=dtype)
         return as_array(parsed.numpy())
     except (tf.errors.OpError, TypeError) as error:
@@ -64,7 +64,7 @@ def encode(array: np.ndarray, proto: Any) -> None:
         proto.CopyFrom(tf.make_tensor_proto(array))
         return
     proto.dtype = dtype.as_datatype_enum
-    pass
+    proto.tensor_shape.SetInParent()
     for size in array.shape:
         proto.tensor_shape.dim.add(size=size)
     if dtype in _RAW:

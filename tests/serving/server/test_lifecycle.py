@@ -4,6 +4,7 @@ import logging
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -224,10 +225,26 @@ def test_the_deadline_is_the_runs_own(model: ServedModel) -> None:
     request = PredictRequest()
     request.model_spec.name = "m"
     request.model_spec.signature_name = "count"
-    request.inputs["steps"].CopyFrom(tf.make_tensor_proto(10**12, tf.int64))
+    request.inputs["steps"].CopyFrom(tf.make_tensor_proto(10**7, tf.int64))
     with pytest.raises(StatusError, match=r"^Timed out waiting for notification$") as caught:
         predict({"m": model}, request, 0.1)
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_a_request_given_up_does_not_hold_the_server(base: Path, publish: Publish) -> None:
+    publish(base, "1")
+    request = PredictRequest()
+    request.model_spec.name = "default"
+    request.model_spec.signature_name = "count"
+    request.inputs["steps"].CopyFrom(tf.make_tensor_proto(10**7, tf.int64))
+    server = DevServer(base)
+    with grpc.insecure_channel(server.start()) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            PredictionServiceStub(channel).Predict(request, timeout=0.2)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        start = time.monotonic()
+        server.stop()  # waits for runs under way, and this one would take half a minute
+    assert time.monotonic() - start < 10
 
 
 def test_a_cut_text_has_no_half_character() -> None:
@@ -261,6 +278,7 @@ def test_a_swap_under_traffic_fails_no_request(
         base.rename(base.with_name("away"))
         while "cannot be read" not in caplog.text:
             assert answering() == 2
+        time.sleep(0.2)  # four more looks, of which the log says nothing
         base.with_name("away").rename(base)
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", server.port))

@@ -1,0 +1,58 @@
+"""Train, calibrate, export, serve and ask, once, on handwritten digits.
+
+Trains a Matryoshka model on scikit-learn's 1,797 handwritten digits with model.fit, learns a
+cascade on a holdout, exports the model for TensorFlow Serving, serves it in a process of its own,
+and asks that server over gRPC: adaptive classification of the test images, and a funnel over the
+training images. Takes a minute or two; everything it made stays in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..refuse import refuse, unknown_flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument(
+        "--backend",
+        choices=("tensorflow", "jax", "torch"),
+        default=os.environ.get("KERAS_BACKEND", "tensorflow"),
+        help="what trains; the exported model is the same (KERAS_BACKEND, else tensorflow)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("keras-mrl-demo"), help="folder to write (keras-mrl-demo)"
+    )
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the data (10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the training (0)")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as one JSON object, the last line"
+    )
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Walk the whole road."""
+    if rest:
+        return refuse(unknown_flags(rest), status=2)
+    if arguments.epochs < 1:
+        return refuse(f"--epochs must be at least 1. Received: {arguments.epochs}. Try 10.", 2)
+    # Both must be said before Keras is first imported.
+    os.environ["KERAS_BACKEND"] = arguments.backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        from .road import walk
+    except ImportError as error:
+        return refuse(
+            "The demo trains, exports, serves and draws. "
+            f"Received: {error}. Install what it needs: "
+            f"pip install 'keras-mrl[{arguments.backend},export,server,evaluate]'."
+        )
+    report = walk(arguments.out, arguments.backend, arguments.epochs, arguments.seed)
+    if arguments.json:
+        print(json.dumps(report))
+    return 0
