@@ -66,8 +66,7 @@ def check_dims(dims: Iterable[int]) -> tuple[int, ...]:
 class Manifest:
     """What an exported model says of itself, in its own `describe` signature.
 
-    The fields are those of the JSON object, under the same names; `extra` keeps keys of a later
-    writer that this reader does not know.
+    The fields are those of the JSON object, under the same names.
 
     Args:
         name: Name of the model that was exported.
@@ -86,7 +85,13 @@ class Manifest:
         top_k: How many classes a classification names; None without a head.
         labels: Whether classifications carry class names.
         cascade: The adaptive policy, as `CascadePolicy.to_json` writes it.
+        funnel: The schedule of an index.
+        decoder: What turns encoded images into the model's inputs.
         quality: Dim (as a string) to what the evaluation found there.
+        encoder_fingerprint: Of the encoder whose embeddings an index holds.
+        size: Number of rows of an index.
+        schema: Version of this very format.
+        extra: Keys of a later writer that this reader does not know.
 
     Raises:
         ManifestError: If a field's value is none of those named here.

@@ -1,0 +1,105 @@
+"""Every code block of README.md and docs/ runs, in the order a reader meets it.
+
+Python blocks of one document share their names. A shell line that starts a server starts one, which
+runs until the document ends. The pages train, export, serve and retrieve are one example in four
+parts, and run as one document. `print(...)  # text` must print that text (`...` stands for any).
+"""
+
+import fnmatch
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = {
+    "README.md": ["README.md"],
+    "guide": [f"docs/{page}.md" for page in ("train", "export", "serve", "retrieve")],
+}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SAID = re.compile(r"^( *)(print\(.*\))  # (.+)$", re.MULTILINE)
+PRELUDE = """
+import atexit, socket, subprocess, sys, time
+
+def start(line):
+    server = subprocess.Popen([sys.executable, "-m", "keras_mrl_cli", *line.split()[1:]])
+    atexit.register(server.wait)
+    atexit.register(server.terminate)
+    port = int(line.rpartition(" ")[2])
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert server.poll() is None, "the server ended"
+        time.sleep(0.1)
+    raise TimeoutError(line)
+"""
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    return [
+        (match[1], match[2])
+        for page in DOCUMENTS[document]
+        for match in BLOCK.finditer((ROOT / page).read_text())
+    ]
+
+
+def test_every_document_with_code_is_run() -> None:
+    written = {"README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))}
+    with_code = {page for page in written if BLOCK.search((ROOT / page).read_text())}
+    assert with_code == {page for pages in DOCUMENTS.values() for page in pages}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_code_runs_and_prints_what_it_says(document: str, tmp_path: Path) -> None:
+    program = [PRELUDE]
+    for language, text in blocks(document):
+        if language == "python":
+            program.append(SAID.sub(r"\1\2; print('# ' + '''\3''')", text))
+            continue
+        assert language == "sh"
+        for line in text.strip().splitlines():
+            if line.startswith("make "):  # the two commands themselves are what runs this test
+                subprocess.run(["make", "-n", *line.split()[1:]], cwd=ROOT, check=True)
+            else:
+                assert line.startswith("keras-mrl serve ")
+                program.append(f"start({line!r})")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(program)],
+        cwd=tmp_path,
+        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    promises = [i for i, line in enumerate(said) if line.startswith("# ")]
+    assert promises
+    for i in promises:
+        pattern = re.sub(r"\[", "[[]", said[i][2:]).replace("...", "*")
+        assert fnmatch.fnmatchcase(said[i - 1], pattern)
+
+
+def test_links_inside_the_documentation_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_extras_named_in_messages_and_docs_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    files = [*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("**/keras_mrl*/**/*.py")]
+    named = {
+        extra.strip()
+        for file in files
+        if ".venv" not in file.parts
+        for group in re.findall(r"keras-mrl\[([a-z, ]+)\]", file.read_text())
+        for extra in group.split(",")
+    }
+    assert named
+    assert named <= set(project["optional-dependencies"])

@@ -1,0 +1,84 @@
+"""Every public name, frozen: adding or losing one is a decision, not an accident."""
+
+import importlib
+import inspect
+from types import ModuleType
+
+import pytest
+
+PUBLIC = {
+    "keras_mrl": {
+        "MatryoshkaClassifier",
+        "MatryoshkaHead",
+        "MatryoshkaLoss",
+        "MatryoshkaMetric",
+        "Truncate",
+        "cut",
+        "log_spaced_dims",
+        "split",
+    },
+    "keras_mrl.evaluation": {
+        "mean_average_precision_at_k",
+        "plot_accuracy",
+        "plot_retrieval",
+        "precision_at_k",
+    },
+    "keras_mrl_export": {"ExportError", "export_saved_model"},
+    "keras_mrl_serving": {
+        "CascadePolicy",
+        "CascadeReport",
+        "Classification",
+        "Client",
+        "DeadlineError",
+        "DevServer",
+        "ExactIndex",
+        "FunnelSchedule",
+        "InvalidInputError",
+        "KerasMrlError",
+        "Manifest",
+        "ManifestError",
+        "ModelNotFoundError",
+        "Neighbors",
+        "NoCascadeError",
+        "NoHeadError",
+        "Options",
+        "ServerError",
+        "ServerUnavailableError",
+        "SignatureNotFoundError",
+        "Stage",
+        "UnknownDimError",
+        "VersionChangedError",
+        "VersionNotFoundError",
+        "truncate",
+    },
+}
+
+
+def public_names(module: ModuleType) -> set[str]:
+    listed = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
+    return {n for n in listed if not n.startswith("_") and not inspect.ismodule(getattr(module, n))}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_the_public_names_are_these(module: str) -> None:
+    assert public_names(importlib.import_module(module)) == PUBLIC[module]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(module, name) for module, names in PUBLIC.items() for name in sorted(names)],
+)
+def test_a_public_name_is_documented(module: str, name: str) -> None:
+    value = getattr(importlib.import_module(module), name)
+    text = inspect.getdoc(value) or ""
+    assert text.splitlines()[0].endswith(".")
+    if not (inspect.isclass(value) and issubclass(value, BaseException)):
+        undocumented = [a for a in inspect.signature(value).parameters if f"{a}:" not in text]
+        assert undocumented == []
+
+
+def test_every_module_has_one_version() -> None:
+    import keras_mrl
+    import keras_mrl_serving
+
+    assert keras_mrl.__version__ == keras_mrl_serving.__version__
