@@ -2,5 +2,19 @@
 
 import os
 
+import hypothesis
+import pytest
+
 # TensorFlow's greetings drown what a failing test says; read by TensorFlow when it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# `make soak` runs the property tests alone, with many more examples.
+hypothesis.settings.register_profile("test", deadline=None)
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile("soak" if os.environ.get("KERAS_MRL_SOAK") else "test")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.soak)

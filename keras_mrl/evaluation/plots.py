@@ -59,6 +59,9 @@ def plot_retrieval(
     figure, axes = _figure("Retrieval", "multiply-adds per query (log scale)", "map10, %")
     axes.set_xscale("log")
     points = [(dim, *exhaustive[dim]) for dim in sorted(exhaustive)]
+    axes.set_xticks([cost for _, cost, _ in points], [_short(cost) for _, cost, _ in points])
+    axes.minorticks_off()
+    axes.margins(y=0.12)
     axes.plot(
         [cost for _, cost, _ in points],
         [100 * quality for _, _, quality in points],
@@ -86,6 +89,15 @@ def plot_retrieval(
             label="funnel",
         )
     _save(figure, axes, path)
+
+
+def _short(count: float) -> str:
+    """A count in three digits at most: 950, 7.2k, 57k, 2.6G."""
+    for unit in ("", "k", "M", "G"):
+        if count < 1000 or unit == "G":
+            break
+        count /= 1000
+    return f"{count:.1f}{unit}" if unit and count < 10 else f"{count:.0f}{unit}"
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:

@@ -9,13 +9,18 @@ import numpy as np
 from keras import ops
 
 
-def is_outside(loss: keras.losses.Loss, labels: Any, num_classes: int) -> Any:
-    """Where sparse `labels` name no class, per sample; None if `loss` takes no integer labels."""
+def is_outside(loss: keras.losses.Loss, labels: Any, logits_shape: Sequence[int | None]) -> Any:
+    """Where sparse `labels` name no class, per sample; None if `loss` takes no integer labels.
+
+    `logits_shape` is that of one dim, `(..., num_classes)`: labels of that rank are a column.
+    """
     if not isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
         return None
-    if len(labels.shape) > 1 and labels.shape[-1] == 1:
+    if len(labels.shape) == len(logits_shape) and labels.shape[-1] == 1:
         labels = ops.squeeze(labels, axis=-1)
-    outside = ops.logical_or(labels < 0, labels >= num_classes)
+    # Asked this way round, NaN is outside as well.
+    inside = ops.logical_and(labels >= 0, labels < logits_shape[-1])
+    outside = ops.logical_not(inside)
     ignored = loss.get_config().get("ignore_class")
     return outside if ignored is None else ops.logical_and(outside, labels != ignored)
 

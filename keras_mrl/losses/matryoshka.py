@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from .._dims import check_weights
+from .._masks import with_mask_of
 from .labels import is_outside
 
 
@@ -72,11 +73,15 @@ class MatryoshkaLoss(keras.losses.Loss):
                 "End the model with a MatryoshkaHead, or use the inner loss alone."
             )
         total: Any = 0.0
+        losses: Any = None
         for index, weight in enumerate(check_weights(self.weights, y_pred.shape[-2])):
             if weight:
-                total = total + weight * self.loss.call(y_true, y_pred[..., index, :])
-        outside = is_outside(self.loss, y_true, y_pred.shape[-1])
-        return total if outside is None else ops.where(outside, float("nan"), total)
+                losses = self.loss.call(y_true, y_pred[..., index, :])
+                total = total + weight * losses
+        outside = is_outside(self.loss, y_true, y_pred[..., 0, :].shape)
+        if outside is not None:
+            total = ops.where(outside, float("nan"), total)
+        return with_mask_of(losses, total)  # ignore_class: the mean is over the other rows
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this loss again."""
