@@ -30,10 +30,9 @@ def log_spaced_dims(width: int, smallest: int = 8) -> tuple[int, ...]:
         >>> log_spaced_dims(100, smallest=16)
         (16, 32, 64, 100)
     """
-    check_dims((width,))
-    check_dims((smallest,))
+    (width,) = check_dims((width,))
+    (dim,) = check_dims((smallest,))
     rungs = []
-    dim = smallest
     while dim < width:
         rungs.append(dim)
         dim *= 2

@@ -12,7 +12,7 @@ def with_mask_of(source: Any, target: Any) -> Any:
 
     Arithmetic and slicing drop masks, and only a layer may hand one on in Keras's public API.
     """
-    return _HandOn(autocast=False)(source, target)
+    return _HandOn(autocast=False, name="hand_on")(source, target)
 
 
 class _HandOn(keras.layers.Layer):

@@ -88,13 +88,13 @@ def _run_development_server(arguments: argparse.Namespace, base_path: str) -> in
         target = server.start()
     except (OSError, RuntimeError, ValueError) as error:
         return refuse(str(error))
-    print(f"Serving {arguments.model_name!r} at {target}. Stop with Ctrl-C.", flush=True)
 
     def stop(number: int, frame: FrameType | None) -> None:
         del number, frame
         server.stop()
 
     signal.signal(signal.SIGTERM, stop)
+    print(f"Serving {arguments.model_name!r} at {target}. Stop with Ctrl-C.", flush=True)
     try:
         server.wait()
     except KeyboardInterrupt:

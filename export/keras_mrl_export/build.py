@@ -15,7 +15,7 @@ from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.version import __version__
 
 from .errors import ExportError
-from .inputs import input_tensors
+from .inputs import declared_inputs
 from .job import Job
 from .parity import check_parity
 from .publish import publishing
@@ -50,7 +50,7 @@ def build(saved: Path, objects: dict[str, Any], job: Job) -> Path:
     with publishing(job.base_path, job.version) as staged:
         try:
             _write(ServedModel(backbone, head, manifest, job, staged.scratch), staged.folder)
-        except (TypeError, NotImplementedError, tf.errors.OpError) as error:
+        except Exception as error:
             raise ExportError(
                 "Every layer must run inside a TensorFlow graph. "
                 f"Received: {type(error).__name__}: {error} "
@@ -95,17 +95,22 @@ def _manifest(model: keras.Model, backbone: keras.Model, head: Any, job: Job) ->
 
 def _input_specs(backbone: keras.Model, job: Job) -> dict[str, dict[str, Any]]:
     """Dtype and shape of every input: as the model declares them, else as the sample has them."""
-    declared = {tensor.name: tensor for tensor in input_tensors(backbone)}
+    declared = declared_inputs(backbone)
     if len(declared) == 1:
         declared = dict(zip(job.sample, declared.values(), strict=True))
     specs = {}
     for name, array in job.sample.items():
-        tensor = declared.get(name)
-        float64 = array.dtype == np.float64
-        dtype = tensor.dtype if tensor is not None else "float32" if float64 else str(array.dtype)
-        shape = tensor.shape if tensor is not None else array.shape
-        specs[name] = {"dtype": str(dtype), "shape": [None, *shape[1:]]}
+        known = declared.get(name, array)
+        specs[name] = {"dtype": _served_dtype(known.dtype), "shape": [None, *known.shape[1:]]}
     return specs
+
+
+def _served_dtype(dtype: Any) -> str:
+    """float64 is NumPy's default and no decision; half precision is the model's own affair."""
+    if isinstance(dtype, np.dtype) and dtype.kind in "OSU":
+        return "string"
+    halves = {"bfloat16", "float16", *(["float64"] if isinstance(dtype, np.dtype) else [])}
+    return "float32" if str(dtype) in halves else str(dtype)
 
 
 def _fingerprint(model: keras.Model) -> str:

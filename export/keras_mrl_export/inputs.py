@@ -11,6 +11,8 @@ import keras
 # Names Keras makes up for an input that was given none.
 _UNNAMED = re.compile(r"(keras_tensor|input_layer|input)(_\d+)?")
 SINGLE_INPUT = "inputs"
+# What TensorFlow keeps as it is when it names a signature's input.
+_SERVABLE = re.compile(r"(?!self\Z)[A-Za-z]\w*", re.ASCII)
 
 
 def name_inputs(backbone: keras.Model, sample: Any) -> dict[str, str]:
@@ -19,7 +21,8 @@ def name_inputs(backbone: keras.Model, sample: Any) -> dict[str, str]:
     Inputs keep the names they have in Keras; a single one that has none is called `inputs`.
 
     Raises:
-        ValueError: If `sample` is neither an array nor a dict, or does not fit the model's inputs.
+        ValueError: If `sample` is neither an array nor a dict, does not fit the model's inputs, or
+            TensorFlow could not serve an input under its name.
     """
     if isinstance(sample, (list, tuple)):
         raise ValueError(
@@ -27,7 +30,7 @@ def name_inputs(backbone: keras.Model, sample: Any) -> dict[str, str]:
             f"Received: a {type(sample).__name__}. Write {{name: array}}."
         )
     keys = list(sample) if isinstance(sample, Mapping) else [""]
-    known = [tensor.name for tensor in input_tensors(backbone)] or keys
+    known = list(declared_inputs(backbone)) or keys
     if len(known) != len(keys) or (keys != [""] and set(keys) != set(known)):
         raise ValueError(
             f"sample must hold the inputs of the model: {', '.join(known)}. "
@@ -35,14 +38,37 @@ def name_inputs(backbone: keras.Model, sample: Any) -> dict[str, str]:
             "Write {name: array} with those names."
         )
     if len(keys) > 1:
-        return {key: key for key in keys}
-    unnamed = not known[0] or _UNNAMED.fullmatch(known[0])
-    return {keys[0]: SINGLE_INPUT if unnamed else known[0]}
+        names = {key: key for key in keys}
+    else:
+        unnamed = not known[0] or _UNNAMED.fullmatch(known[0])
+        names = {keys[0]: SINGLE_INPUT if unnamed else known[0]}
+    refused = [name for name in names.values() if not _SERVABLE.fullmatch(name)]
+    if refused:
+        raise ValueError(
+            "A served input's name must be a letter, then letters, digits and underscores, and "
+            f"not self. Received: {', '.join(map(repr, refused))}. Put an input of another name "
+            "before the model: x = keras.Input(..., name='image'); keras.Model(x, model(x))."
+        )
+    return names
 
 
-def input_tensors(backbone: keras.Model) -> list[Any]:
-    """Return the symbolic inputs of a functional or sequential model; none of a subclassed one."""
+def declared_inputs(backbone: keras.Model) -> dict[str, Any]:
+    """Return the symbolic inputs of a functional or sequential model; none of a subclassed one.
+
+    They come by name, in the order Keras flattens them: the key where the model was declared over
+    a dict, for that is what Keras matches data by.
+    """
+    inputs = input_structure(backbone)
+    if isinstance(inputs, Mapping):
+        return {key: inputs[key] for key in sorted(inputs)}
+    return {tensor.name: tensor for tensor in keras.tree.flatten(inputs)}
+
+
+def input_structure(backbone: keras.Model) -> Any:
+    """Return the symbolic inputs in the model's own structure; an empty list if it has none."""
     try:
-        return keras.tree.flatten(backbone.input)
+        if isinstance(backbone, keras.Sequential):  # it has no `input` until it is called on one
+            return backbone.inputs[0]
+        return backbone.input
     except AttributeError:
         return []

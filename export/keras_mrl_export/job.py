@@ -30,6 +30,7 @@ class Job:
         quality: Dim (as a string) to measures.
         weights: The c_m.
         trained_on: Name of the backend that trained.
+        tolerance: By how much of a row's largest magnitude a signature may differ from the model.
         sample: The caller's sample by served name.
         features: What the trained model makes of it, `(rows, width)`.
         logits: Its logits at `dims`, `(rows, num_dims, num_classes)`; None without a head.
@@ -47,6 +48,7 @@ class Job:
     quality: Mapping[str, Mapping[str, float]] | None
     weights: tuple[float, ...] | None
     trained_on: str
+    tolerance: float
     sample: Mapping[str, npt.NDArray[Any]]
     features: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32] | None

@@ -18,7 +18,6 @@ from keras_mrl_serving.embeddings import truncate
 from .errors import ExportError
 from .job import Job
 
-TOLERANCE = 1e-5  # of a row's largest magnitude
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
 
@@ -26,7 +25,7 @@ Arrays = Mapping[str, Array]
 def check_parity(folder: Path, manifest: Manifest, job: Job) -> None:
     """Run every signature of the SavedModel in `folder` and compare it with the Keras model.
 
-    Embeddings, features and logits may differ by `TOLERANCE` of their row's largest magnitude. A
+    Embeddings, features and logits may differ by the job's tolerance of their row's largest. A
     probability may differ by what such a difference of the logits can make of it; class ids and
     dims may differ only where a probability or a confidence lies that near its neighbour or
     threshold.
@@ -40,6 +39,7 @@ def check_parity(folder: Path, manifest: Manifest, job: Job) -> None:
             manifest.inputs.items(), (job.sample[n] for n in manifest.inputs), strict=True
         )
     }
+    tolerance = job.tolerance
     with SavedModelSession(folder) as session:
 
         def run(signature: str, inputs: Arrays) -> dict[str, Array]:
@@ -47,12 +47,14 @@ def check_parity(folder: Path, manifest: Manifest, job: Job) -> None:
                 raise _differs(signature, "it is missing")
             return session.run(signature, inputs)
 
-        _equal(contract.FEATURES, run(contract.FEATURES, sample)["features"], job.features)
+        _equal(
+            contract.FEATURES, run(contract.FEATURES, sample)["features"], job.features, tolerance
+        )
         for index, dim in enumerate(manifest.dims):
             prefix = job.features[:, :dim]
             expected = truncate(prefix, dim) if manifest.normalize else prefix
             name = contract.embed(dim)
-            _equal(name, run(name, sample)["embedding"], expected)
+            _equal(name, run(name, sample)["embedding"], expected, tolerance)
             if job.logits is not None:
                 logits = job.logits[:, index]
                 temperature = _temperature(job, dim)
@@ -60,7 +62,7 @@ def check_parity(folder: Path, manifest: Manifest, job: Job) -> None:
                 _same_classes(name, run(name, sample), logits, temperature, job)
                 name = contract.head(dim)
                 answer = run(name, {"features": np.ascontiguousarray(prefix)})
-                _equal(name, answer["logits"], logits)
+                _equal(name, answer["logits"], logits, tolerance)
                 _same_classes(name, answer, logits, temperature, job)
         if job.policy is not None and job.logits is not None:
             _same_cascade(run(contract.CLASSIFY_ADAPTIVE, sample), manifest, job)
@@ -79,11 +81,11 @@ def _temperature(job: Job, dim: int) -> float:
     return next((stage.temperature for stage in stages if stage.dim == dim), 1.0)
 
 
-def _equal(signature: str, served: Array, expected: Array) -> None:
+def _equal(signature: str, served: Array, expected: Array, tolerance: float) -> None:
     if served.shape != expected.shape:
         raise _differs(signature, f"shape {served.shape} for {expected.shape}")
     largest = np.abs(expected).max(axis=-1, keepdims=True)
-    excess = np.abs(served - expected) - TOLERANCE * largest
+    excess = np.abs(served - expected) - tolerance * largest
     if not (excess <= 0).all():
         worst = np.abs(served - expected).max()
         raise _differs(signature, f"by {worst:.3g} on rows of magnitude {largest.max():.3g}")
@@ -93,9 +95,9 @@ def _same_classes(
     signature: str, answer: Arrays, logits: Array, temperature: float, job: Job
 ) -> None:
     expected = softmax(logits, temperature)
-    # A logit off by TOLERANCE of the row's largest moves a probability by at most that much.
+    # A logit off by the tolerance of the row's largest moves a probability by at most that much.
     scale = np.maximum(np.abs(logits).max(axis=-1, keepdims=True) / temperature, 1.0)
-    allowed = TOLERANCE * scale
+    allowed = job.tolerance * scale
     ids, served = answer["class_ids"], answer["probabilities"]
     best = -np.sort(-expected, axis=-1)[:, : served.shape[1]]
     named = np.take_along_axis(expected, ids, axis=-1)
@@ -124,7 +126,7 @@ def _same_cascade(answer: Arrays, manifest: Manifest, job: Job) -> None:
         stage = policy.stages[min(served_stage, int(stage_of[row]))]
         scores = logits[row, policy.stages.index(stage)]
         margin = abs(softmax(scores, stage.temperature).max() - (stage.threshold or 0.0))
-        if margin > TOLERANCE * max(1.0, float(np.abs(scores).max()) / stage.temperature):
+        if margin > job.tolerance * max(1.0, float(np.abs(scores).max()) / stage.temperature):
             raise _differs(
                 contract.CLASSIFY_ADAPTIVE,
                 f"row {row} stops at dim {answer['dim'][row]} for {dims[stage_of[row]]}",

@@ -40,14 +40,14 @@ def publishing(base_path: Path, version: int | None) -> Iterator[Staged]:
         FileExistsError: If `version` exists.
         ValueError: If `version` is not a non-negative integer.
     """
-    if version is not None and (isinstance(version, bool) or version < 0):
+    if version is not None and not _is_version(version):
         raise ValueError(
             f"version must be a non-negative integer. Received: version={version!r}. "
             "Leave it out to take the next number."
         )
-    if version is not None and (base_path / str(version)).exists():
-        raise _taken(base_path, version)
     base_path.mkdir(parents=True, exist_ok=True)
+    if version is not None and version in _versions(base_path):
+        raise _taken(base_path, version)
     room = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=base_path))
     try:
         staged = Staged(room / "model", room / "scratch", base_path)
@@ -73,9 +73,19 @@ def _rename(folder: Path, base_path: Path, version: int | None) -> Path:
             return place
 
 
+def _is_version(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63
+
+
+def _versions(base_path: Path) -> list[int]:
+    """The numbers taken: names a server reads as a number of 64 bits, "007" for one."""
+    names = [child.name for child in base_path.iterdir()]
+    numbers = [int(name) for name in names if name.isascii() and name.isdecimal()]
+    return [number for number in numbers if _is_version(number)]
+
+
 def _next_version(base_path: Path) -> int:
-    numbers = [int(child.name) for child in base_path.iterdir() if child.name.isdecimal()]
-    return max(numbers, default=0) + 1
+    return max(_versions(base_path), default=0) + 1
 
 
 def _taken(base_path: Path, version: int) -> FileExistsError:

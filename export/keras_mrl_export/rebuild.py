@@ -29,7 +29,7 @@ def build_on_tensorflow(model: keras.Model, job: Job) -> Path:
     """
     with tempfile.TemporaryDirectory(prefix="keras-mrl-export-") as scratch:
         folder = Path(scratch)
-        model.save(folder / _MODEL)
+        _save(model, folder / _MODEL)
         objects = user_objects(model)
         if keras.backend.backend() == "tensorflow":
             from .build import build
@@ -37,6 +37,17 @@ def build_on_tensorflow(model: keras.Model, job: Job) -> Path:
             return build(folder / _MODEL, objects, job)
         _pack(folder, objects, job)
         return _build_elsewhere(folder)
+
+
+def _save(model: keras.Model, file: Path) -> None:
+    try:
+        model.save(file)
+    except Exception as error:
+        raise ExportError(
+            "A model travels in Keras' own .keras form, so every part of it must be saveable. "
+            f"Received: {type(error).__name__}: {error} "
+            "Give layers of your own a get_config(), and activations a name."
+        ) from error
 
 
 def _pack(folder: Path, objects: dict[str, object], job: Job) -> None:

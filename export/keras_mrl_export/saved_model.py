@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mrl import log_spaced_dims, split
+from keras_mrl._dims import check_weights
 from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.contract import check_dims
 
 from .errors import ExportError
 from .inputs import name_inputs
 from .job import Job
 from .rebuild import build_on_tensorflow
+from .tolerance import tolerance_of
 
 
 def export_saved_model(
@@ -55,7 +59,8 @@ def export_saved_model(
             up to its width.
         normalize: Whether `embed_<m>` scales embeddings to unit length, after truncation.
         top_k: How many classes a classification names.
-        weights: The c_m the model was trained with, for the manifest; None leaves them out.
+        weights: The c_m the model was trained with, one per dim of the head, for the manifest;
+            None leaves them out.
         name: Name in the manifest; None means the model's.
 
     Returns:
@@ -68,6 +73,7 @@ def export_saved_model(
     """
     backbone, head = split(model)
     names = name_inputs(backbone, sample)
+    _check_rows(sample)
     features = _predict(backbone, sample)
     logits = None if head is None else _predict(model, sample)
     if features.ndim != 2:
@@ -78,8 +84,11 @@ def export_saved_model(
     served = _served_dims(dims, None if head is None else head.dims, features.shape[1])
     num_classes = None if head is None else head.num_classes
     _check_head_arguments(num_classes, served, policy, labels)
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1. Received: top_k={top_k}. Give for example 5.")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(
+            f"top_k must be an integer of at least 1. Received: top_k={top_k!r}. "
+            "Give for example 5."
+        )
     job = Job(
         base_path=Path(base_path).absolute(),
         version=version,
@@ -90,9 +99,10 @@ def export_saved_model(
         top_k=None if num_classes is None else min(top_k, num_classes),
         policy=policy,
         labels=None if labels is None else tuple(labels),
-        quality=None if quality is None else {str(d): dict(q) for d, q in quality.items()},
-        weights=None if weights is None else tuple(float(w) for w in weights),
+        quality=None if quality is None else _quality(quality, served),
+        weights=None if weights is None else _weights(weights, served, head),
         trained_on=keras.backend.backend(),
+        tolerance=tolerance_of(model),
         sample={names[key]: array for key, array in _as_dict(sample).items()},
         features=features[:, : served[-1]],
         logits=logits if head is None or logits is None else _logits_of(logits, head, served),
@@ -101,7 +111,14 @@ def export_saved_model(
 
 
 def _predict(model: keras.Model, sample: Any) -> npt.NDArray[np.float32]:
-    outputs = np.asarray(model.predict(sample, verbose=0), dtype=np.float32)
+    predicted = model.predict(sample, verbose=0)
+    if isinstance(predicted, (list, tuple, Mapping)):
+        raise ValueError(
+            "A model is exported with one output. "
+            f"Received: {len(predicted)} outputs from {model.name!r}. "
+            "Name the one that is served: keras.Model(model.input, features)."
+        )
+    outputs = np.asarray(predicted, dtype=np.float32)
     if not np.isfinite(outputs).all():
         raise ExportError(
             "A model must give finite values to be exported. "
@@ -109,6 +126,16 @@ def _predict(model: keras.Model, sample: Any) -> npt.NDArray[np.float32]:
             "Train it to a finite loss, and look for bad rows in the sample."
         )
     return outputs
+
+
+def _check_rows(sample: Any) -> None:
+    shapes = {name or "sample": array.shape for name, array in _as_dict(sample).items()}
+    if any(not shape or not shape[0] for shape in shapes.values()):
+        raise ValueError(
+            "sample must hold at least one row, batch first. "
+            f"Received: {', '.join(f'{name} of shape {s}' for name, s in shapes.items())}. "
+            "Give a few real rows, for example x[:8]."
+        )
 
 
 def _as_dict(sample: Any) -> dict[str, npt.NDArray[Any]]:
@@ -122,14 +149,37 @@ def _served_dims(
     known = trained or log_spaced_dims(width)
     if asked is None:
         return known
-    chosen = tuple(sorted({int(dim) for dim in asked}))
-    unknown = [d for d in chosen if (d not in known if trained else not 0 < d <= width)]
-    if unknown or not chosen:
+    chosen = check_dims(sorted(set(asked)))
+    if any(d not in known if trained else d > width for d in chosen):
         raise ValueError(
             f"dims must be dims of the model: {known if trained else f'1..{width}'}. "
             f"Received: dims={tuple(asked)}. Leave dims out to export all of them."
         )
     return chosen
+
+
+def _quality(
+    quality: Mapping[int, Mapping[str, float]], dims: tuple[int, ...]
+) -> dict[str, dict[str, float]]:
+    """Quality as JSON: measures come as NumPy scalars, or as a backend's own."""
+    known = {
+        int(dim): {measure: float(value) for measure, value in measures.items()}
+        for dim, measures in quality.items()
+    }
+    finite = all(math.isfinite(value) for measures in known.values() for value in measures.values())
+    if not finite or not set(known) <= set(dims):
+        raise ValueError(
+            f"quality must give finite numbers for exported dims: {dims}. "
+            f"Received: quality={known}. Leave out what was not measured."
+        )
+    return {str(dim): known[dim] for dim in sorted(known)}
+
+
+def _weights(weights: Sequence[float], dims: tuple[int, ...], head: Any) -> tuple[float, ...]:
+    """The c_m of the exported dims, from those of all dims."""
+    trained = dims if head is None else head.dims
+    by_dim = dict(zip(trained, check_weights(weights, len(trained)), strict=True))
+    return tuple(by_dim[dim] for dim in dims)
 
 
 def _logits_of(logits: Any, head: Any, dims: tuple[int, ...]) -> npt.NDArray[np.float32]:

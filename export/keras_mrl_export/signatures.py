@@ -15,7 +15,7 @@ from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.embeddings import MIN_SQUARE
 
 from .cascade_graph import classify_adaptively
-from .inputs import input_tensors
+from .inputs import declared_inputs, input_structure
 from .job import Job
 
 Tensors = dict[str, Any]
@@ -48,11 +48,17 @@ class ServedModel:
         """Return what the SavedModel must hold: every variable, and the table of class names.
 
         The variables are named one by one: a Keras model as a whole would be saved with a second,
-        unconnected copy of each.
+        unconnected copy of each. A layer's own tables (the vocabulary of a TextVectorization) are
+        no variables.
         """
         held = tf.Module()
         layers = [layer for layer in (self.backbone, self.head) if layer is not None]
         held.state = [variable.value for layer in layers for variable in layer.variables]
+        held.tables = [
+            part
+            for part in tf.train.TrackableView(self.backbone).descendants()
+            if isinstance(part, tf.saved_model.experimental.TrackableResource)
+        ]
         held.labels = self._labels
         return held
 
@@ -88,12 +94,12 @@ class ServedModel:
 
     def _arranged(self, inputs: Tensors) -> Any:
         """The inputs by served name, in the structure the backbone takes them in."""
-        tensors = input_tensors(self.backbone)
-        if not tensors:
+        declared = declared_inputs(self.backbone)
+        if not declared:
             return next(iter(inputs.values())) if self._bare else inputs
-        one = len(tensors) == 1
-        flat = list(inputs.values()) if one else [inputs[t.name] for t in tensors]
-        return keras.tree.pack_sequence_as(self.backbone.input, flat)
+        one = len(declared) == 1
+        flat = list(inputs.values()) if one else [inputs[name] for name in declared]
+        return keras.tree.pack_sequence_as(input_structure(self.backbone), flat)
 
     def _embed_at(self, dim: int) -> Callable[..., Tensors]:
         def embed(**inputs: Any) -> Tensors:
@@ -147,7 +153,8 @@ class ServedModel:
 
 
 def _trace(function: Callable[..., Tensors], specs: dict[str, Any]) -> Any:
-    return tf.function(function).get_concrete_function(**specs)
+    # Only the backbone, a function of its own, may hold Python that needs to be rewritten.
+    return tf.function(function, autograph=False).get_concrete_function(**specs)
 
 
 def _label_table(labels: tuple[str, ...], scratch: Path) -> Any:

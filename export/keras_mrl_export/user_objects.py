@@ -14,6 +14,8 @@ from typing import Any
 
 import keras
 
+from .errors import ExportError
+
 _INSTALLED = tuple(
     Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")
 )
@@ -25,6 +27,9 @@ def user_objects(model: keras.Model) -> dict[str, Any]:
 
     Found are the classes of its layers, and of whatever with a `get_config` these hold
     (initializers, regularizers, constraints), and the functions they hold (activations).
+
+    Raises:
+        ExportError: If two of them share a name.
     """
     found: dict[str, Any] = {}
     seen: set[int] = set()
@@ -58,8 +63,16 @@ def user_modules(objects: dict[str, Any]) -> list[types.ModuleType]:
 
 
 def _add(found: dict[str, Any], value: Any) -> None:
-    if is_users(value):
-        found[keras.saving.get_registered_name(value)] = value
+    if not is_users(value):
+        return
+    name = keras.saving.get_registered_name(value)
+    other = found.setdefault(name, value)
+    if other is not value:
+        raise ExportError(
+            "Keras finds what is yours by its name, so no two may share one. "
+            f"Received: {name}, of {other.__module__} and of {value.__module__}. Rename one, or "
+            "decorate it with @keras.saving.register_keras_serializable(package='...')."
+        )
 
 
 def is_users(value: Any) -> bool:

@@ -18,6 +18,9 @@ def plot_accuracy(
         accuracy_by_dim: Accuracy (a fraction) of every dim alone.
         adaptive: Expected dim and accuracy of the cascade; None leaves it out.
         path: File to write; its suffix chooses the format (.png, .svg).
+
+    Example:
+        >>> plot_accuracy({8: 0.66, 16: 0.73, 32: 0.75}, (12.5, 0.75), "accuracy.svg")
     """
     dims = sorted(accuracy_by_dim)
     figure, axes = _figure("Accuracy by dim", "dim (log scale)", "top-1 accuracy, %")
@@ -55,6 +58,9 @@ def plot_retrieval(
         exhaustive: Dim to multiply-adds per query and map10 (a fraction).
         funnel: The same two numbers of the funnel; None leaves it out.
         path: File to write; its suffix chooses the format (.png, .svg).
+
+    Example:
+        >>> plot_retrieval({8: (8e3, 0.57), 16: (16e3, 0.63)}, (9e3, 0.63), "retrieval.svg")
     """
     figure, axes = _figure("Retrieval", "multiply-adds per query (log scale)", "map10, %")
     axes.set_xscale("log")

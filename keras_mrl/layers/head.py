@@ -63,13 +63,13 @@ class MatryoshkaHead(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        if not _is_integer(num_classes) or num_classes < 1:
             raise ValueError(
                 "num_classes must be a positive integer. "
                 f"Received: num_classes={num_classes!r}. "
                 "Count the classes of your labels: labels 0..9 make num_classes=10."
             )
-        self.num_classes = num_classes
+        self.num_classes = int(num_classes)
         self.dims = None if dims is None else check_dims(dims)
         self.tied = tied
         self.use_bias = use_bias
@@ -95,18 +95,18 @@ class MatryoshkaHead(keras.layers.Layer):
             self.add_weight(
                 name="kernel" if self.tied else f"kernel_{dim}",
                 shape=(dim, self.num_classes),
-                initializer=_fresh(self.kernel_initializer),
+                initializer=_fresh(self.kernel_initializer, index),
                 regularizer=self.kernel_regularizer,
             )
-            for dim in owners
+            for index, dim in enumerate(owners)
         ]
         self._biases = [
             self.add_weight(
                 name="bias" if self.tied else f"bias_{dim}",
                 shape=(self.num_classes,),
-                initializer=_fresh(self.bias_initializer),
+                initializer=_fresh(self.bias_initializer, index),
             )
-            for dim in (owners if self.use_bias else ())
+            for index, dim in enumerate(owners if self.use_bias else ())
         ]
 
     def call(self, features: Any, training: bool | None = None) -> Any:
@@ -180,6 +180,16 @@ class MatryoshkaHead(keras.layers.Layer):
         }
 
 
-def _fresh(initializer: Any) -> Any:
+def _fresh(initializer: Any, index: int) -> Any:
     """A copy that draws its own numbers: one instance would give every kernel the same ones."""
-    return initializer.clone() if isinstance(initializer, keras.Initializer) else initializer
+    if not isinstance(initializer, keras.Initializer):
+        return initializer
+    config = initializer.get_config()
+    if isinstance(config.get("seed"), int):
+        config["seed"] += index
+    return type(initializer).from_config(config)
+
+
+def _is_integer(value: Any) -> bool:
+    """Whether `value` is an integer, NumPy's included (`labels.max() + 1`), and no bool."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)

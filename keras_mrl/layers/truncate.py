@@ -37,8 +37,7 @@ class Truncate(keras.layers.Layer):
 
     def __init__(self, dim: int, normalize: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_dims((dim,))
-        self.dim = dim
+        (self.dim,) = check_dims((dim,))
         self.normalize = normalize
         self.supports_masking = True
 

@@ -9,20 +9,13 @@ import numpy as np
 from keras import ops
 
 
-def is_outside(loss: keras.losses.Loss, labels: Any, logits_shape: Sequence[int | None]) -> Any:
-    """Where sparse `labels` name no class, per sample; None if `loss` takes no integer labels.
-
-    `logits_shape` is that of one dim, `(..., num_classes)`: labels of that rank are a column.
-    """
+def is_outside(loss: keras.losses.Loss, labels: Any, num_classes: int) -> Any:
+    """Where sparse `labels` name no class, in their shape; None if `loss` takes no such labels."""
     if not isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
         return None
-    if len(labels.shape) == len(logits_shape) and labels.shape[-1] == 1:
-        labels = ops.squeeze(labels, axis=-1)
-    # Asked this way round, NaN is outside as well.
-    inside = ops.logical_and(labels >= 0, labels < logits_shape[-1])
-    outside = ops.logical_not(inside)
+    outside = ~((labels >= 0) & (labels < num_classes))  # asked this way round, NaN is outside
     ignored = loss.get_config().get("ignore_class")
-    return outside if ignored is None else ops.logical_and(outside, labels != ignored)
+    return outside if ignored is None else outside & (labels != ignored)
 
 
 def check_labels(loss: Any, labels: Any, num_classes: int) -> None:
@@ -41,13 +34,15 @@ def check_labels(loss: Any, labels: Any, num_classes: int) -> None:
     if labels is None or not isinstance(inner, keras.losses.SparseCategoricalCrossentropy):
         return
     values = ops.convert_to_numpy(labels)
-    outside = ops.convert_to_numpy(is_outside(inner, ops.convert_to_tensor(values), num_classes))
+    outside = is_outside(inner, values, num_classes)
     if outside.any():
-        wrong = np.unique(values.reshape(outside.shape)[outside])
+        wrong = np.unique(values[outside])
         shown = ", ".join(str(label) for label in wrong[:5]) + (", ..." if wrong.size > 5 else "")
+        remedy = "Number the classes from 0"
+        if wrong.max() >= num_classes:
+            remedy += f", or make the head with num_classes={int(wrong.max()) + 1}"
         raise ValueError(
             f"Integer labels must lie in 0..{num_classes - 1}, one for each of the head's "
             f"{num_classes} classes. Received: labels {shown} in {int(outside.sum())} of "
-            f"{outside.size} rows. Number the classes from 0, or make the head with "
-            f"num_classes={int(values.max()) + 1}."
+            f"{outside.size} rows. {remedy}."
         )

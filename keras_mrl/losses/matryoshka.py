@@ -43,7 +43,7 @@ class MatryoshkaLoss(keras.losses.Loss):
 
     Example:
         >>> loss = MatryoshkaLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        >>> logits = MatryoshkaHead(10, dims=(2, 4))(keras.ops.zeros((3, 4)))
+        >>> logits = keras.ops.zeros((3, 2, 10))
         >>> round(float(loss(keras.ops.array([1, 2, 3]), logits)), 3)  # 2 dims x log 10
         4.605
     """
@@ -78,10 +78,12 @@ class MatryoshkaLoss(keras.losses.Loss):
             if weight:
                 losses = self.loss.call(y_true, y_pred[..., index, :])
                 total = total + weight * losses
-        outside = is_outside(self.loss, y_true, y_pred[..., 0, :].shape)
+        outside = is_outside(self.loss, y_true, y_pred.shape[-1])
         if outside is not None:
+            if len(outside.shape) > len(total.shape):  # labels may come as a column
+                outside = ops.squeeze(outside, axis=-1)
             total = ops.where(outside, float("nan"), total)
-        return with_mask_of(losses, total)  # ignore_class: the mean is over the other rows
+        return with_mask_of(losses, total)  # of ignore_class: the mean is over the other rows
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this loss again."""

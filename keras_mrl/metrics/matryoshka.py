@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from .._dims import check_dims
+from .._masks import with_mask_of
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
@@ -59,7 +60,8 @@ class MatryoshkaMetric(keras.metrics.Metric):
                 f"dims={self.dims}. Give the metric the dims of the head."
             )
         for index, metric in enumerate(self.metrics_by_dim):
-            metric.update_state(y_true, y_pred[..., index, :], sample_weight=sample_weight)
+            logits = with_mask_of(y_pred, y_pred[..., index, :])
+            metric.update_state(y_true, logits, sample_weight=sample_weight)
 
     def result(self) -> dict[str, Any]:
         """Return one value per dim, under the name it has in the log."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -32,8 +31,8 @@ class MatryoshkaClassifier(keras.Model):
 
     Raises:
         TypeError: If `head` is not a `MatryoshkaHead` or `backbone` is not a Keras model.
-        ValueError: If the backbone's output is a feature map; in `fit`, if in-memory integer
-            labels name no class.
+        ValueError: If the backbone's output is a feature map or more than one tensor; in `fit`,
+            if in-memory integer labels name no class.
 
     Example:
         >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
@@ -56,9 +55,7 @@ class MatryoshkaClassifier(keras.Model):
     def build(self, input_shape: Any) -> None:
         """Build the backbone, then the head on what it gives."""
         input_shape = _as_shapes(input_shape)
-        if not self.backbone.built:
-            self.backbone.build(input_shape)
-        shape = self.backbone.compute_output_shape(input_shape)
+        shape = _output_shape(self.backbone, input_shape)
         _check_features(shape)
         if not self.head.built:
             self.head.build(shape)
@@ -73,7 +70,7 @@ class MatryoshkaClassifier(keras.Model):
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Return `(batch, num_dims, num_classes)`."""
-        return self.head.compute_output_shape(self.backbone.compute_output_shape(input_shape))
+        return self.head.compute_output_shape(_output_shape(self.backbone, input_shape))
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does, after a look at integer labels held in memory."""
@@ -114,8 +111,28 @@ def _as_shapes(shapes: Any) -> Any:
     return tuple(shapes)
 
 
-def _check_features(shape: Sequence[int | None]) -> None:
-    """Refuse a feature map: its positions would be classified one by one."""
+def _output_shape(backbone: keras.layers.Layer, input_shape: Any) -> Any:
+    """Build the backbone if need be, and return the shape of its features."""
+    if backbone.built:
+        try:
+            return backbone.compute_output_shape(input_shape)
+        except NotImplementedError:  # a subclassed backbone need not know it
+            pass
+    inputs = keras.tree.map_shape_structure(
+        lambda shape: keras.Input(batch_shape=(None, *shape[1:]), dtype=backbone.compute_dtype),
+        input_shape,
+    )
+    return keras.tree.map_structure(lambda tensor: tuple(tensor.shape), backbone(inputs))
+
+
+def _check_features(shape: Any) -> None:
+    """Refuse several outputs, and a feature map: its positions would be classified one by one."""
+    if isinstance(shape, dict) or any(isinstance(entry, (list, tuple)) for entry in shape):
+        raise ValueError(
+            "A backbone must give one tensor of features. "
+            f"Received: a backbone whose outputs are {shape}. "
+            "Make a model of the one to use: keras.Model(backbone.input, backbone.output[0])."
+        )
     if len(shape) not in (2, 3):
         raise ValueError(
             "A backbone must end in features (batch, width), or (batch, time, width) for "

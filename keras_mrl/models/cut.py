@@ -19,6 +19,9 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
     Returns:
         The backbone and the head; the model itself and None where it does not end in one.
 
+    Raises:
+        ValueError: If the model ends in a nested head and has not been built.
+
     Example:
         >>> inputs = keras.Input((20,))
         >>> features = keras.layers.Dense(8)(inputs)
@@ -31,8 +34,10 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
     if isinstance(head, MatryoshkaHead):
         return model.backbone, head
     last = model.layers[-1] if model.layers else None
-    if isinstance(last, MatryoshkaHead):
-        return keras.Model(model.input, last.input, name=f"{model.name}_features"), last
+    if isinstance(last, MatryoshkaHead) and not last.built:  # a sequential model without an Input
+        raise _not_built(model)
+    if isinstance(last, MatryoshkaHead) and len(model.outputs) == 1:
+        return keras.Model(_input_of(model), last.input, name=f"{model.name}_features"), last
     return model, None
 
 
@@ -67,29 +72,45 @@ def cut(model: keras.Model, dim: int) -> keras.Model:
             "Use MatryoshkaClassifier(backbone, MatryoshkaHead(num_classes))."
         )
     if not head.built:
-        raise ValueError(
-            "A model must be built before it is cut. "
-            f"Received: {model.name!r}, which has no weights yet. Call it on a batch or train it."
-        )
+        raise _not_built(model)
     kernel, bias = head.weights_at(dim)
     inputs = _inputs_like(backbone)
     prefix = backbone(inputs)[..., :dim]
     dense = keras.layers.Dense(
-        head.num_classes, use_bias=head.use_bias, dtype=head.dtype_policy, name="head"
+        head.num_classes,
+        use_bias=head.use_bias,
+        dtype=head.dtype_policy,
+        name=f"{backbone.name}_head",  # names are unique in a model, and the backbone has one
     )
     logits = dense(prefix)
     dense.set_weights([keras.ops.convert_to_numpy(w) for w in (kernel, bias) if w is not None])
     return keras.Model(inputs, logits, name=f"{model.name}_{dim}")
 
 
-def _inputs_like(backbone: keras.Model) -> Any:
-    """New symbolic inputs with the names, shapes and dtypes the backbone was built with."""
-    try:
-        known = backbone.input
-    except AttributeError:  # a subclassed backbone knows only the shape it was built with
-        shape = backbone.get_build_config()["input_shape"]
-        return keras.Input(batch_shape=(None, *shape[1:]), dtype=backbone.compute_dtype)
-    return keras.tree.map_structure(
-        lambda tensor: keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name),
-        known,
+def _not_built(model: keras.Model) -> ValueError:
+    return ValueError(
+        "A model must be built before it is cut. "
+        f"Received: {model.name!r}, which has no weights yet. Call it on a batch or train it."
     )
+
+
+def _inputs_like(backbone: keras.layers.Layer) -> Any:
+    """New symbolic inputs with the names, shapes and dtypes the backbone was built with."""
+    if getattr(backbone, "inputs", None):
+        return keras.tree.map_structure(
+            lambda known: keras.Input(batch_shape=known.shape, dtype=known.dtype, name=known.name),
+            _input_of(backbone),
+        )
+    # A subclassed backbone knows only the shapes it was built with.
+    shapes = backbone.get_build_config()["input_shape"]
+    named = shapes if isinstance(shapes, dict) else {None: shapes}
+    inputs = {
+        name: keras.Input(batch_shape=(None, *shape[1:]), dtype=backbone.compute_dtype, name=name)
+        for name, shape in named.items()
+    }
+    return inputs if isinstance(shapes, dict) else inputs[None]
+
+
+def _input_of(model: keras.Model) -> Any:
+    """The symbolic input; a sequential model's own `input` is that of the model around it."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input

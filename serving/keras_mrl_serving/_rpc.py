@@ -23,6 +23,8 @@ from .options import Options
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
+_LONGEST_S = 1e9  # a deadline past 2262 overflows within gRPC, which then gives up at once
+
 PREDICT = "/tensorflow.serving.PredictionService/Predict"
 
 _REMEDIES: dict[type[KerasMrlError], str] = {
@@ -46,7 +48,7 @@ _REMEDIES: dict[type[KerasMrlError], str] = {
 
 def open_channel(target: str, options: Options) -> grpc.Channel:
     """Return a channel to `target`; it connects when it is first used."""
-    limit = -1 if options.max_message_bytes is None else options.max_message_bytes
+    limit = -1 if options.max_message_bytes is None else int(options.max_message_bytes)
     return grpc.insecure_channel(
         target,
         options=[
@@ -65,11 +67,16 @@ def predict_stub(
         request_serializer=wire.PredictRequest.SerializeToString,
         response_deserializer=wire.PredictResponse.FromString,
     )
-    return lambda request, timeout_s: call(request, timeout=timeout_s)
+    return lambda request, timeout_s: call(request, timeout=min(timeout_s, _LONGEST_S))
 
 
 def leaf_of(code: grpc.StatusCode, details: str) -> type[KerasMrlError]:
-    """The table: which error a gRPC status and its text stand for."""
+    """The table: which error a gRPC status and its text stand for.
+
+    Example:
+        >>> leaf_of(grpc.StatusCode.NOT_FOUND, "Servable not found for request: Specific(m, 7)")
+        <class 'keras_mrl_serving.errors.VersionNotFoundError'>
+    """
     if code is grpc.StatusCode.NOT_FOUND and "Specific(" in details:
         return VersionNotFoundError
     if code is grpc.StatusCode.FAILED_PRECONDITION and "Serving signature key" in details:

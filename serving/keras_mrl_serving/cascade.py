@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy.typing as npt
 
 from .contract import check_dims
 from .errors import ManifestError
+from .inputs import check_holdout, check_logits
 
 # How sure a row is. The manifest and the exported graph know the same names.
 CONFIDENCES = ("max_probability",)
@@ -25,6 +28,10 @@ class Stage:
         threshold: A row stops here when its confidence is strictly above it. None accepts every
             row; only the last stage has it.
         temperature: Divides the logits before the softmax.
+
+    Example:
+        >>> Stage(dim=8, threshold=0.9)
+        Stage(dim=8, threshold=0.9, temperature=1.0)
     """
 
     dim: int
@@ -43,6 +50,13 @@ class CascadeReport:
         cumulative_dim: Mean of the sum of all dims asked: what the heads together cost.
         exit_fractions: Share of the rows that stopped at each stage.
         size: Number of rows.
+
+    Example:
+        >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
+        >>> sure, unsure = [[4.0, 0.0], [0.0, 1.0]], [[0.1, 0.0], [0.0, 1.0]]
+        >>> policy.evaluate([sure, unsure], labels=[0, 1])  # doctest: +NORMALIZE_WHITESPACE
+        CascadeReport(accuracy=1.0, full_accuracy=0.5, expected_dim=36.0, cumulative_dim=40.0,
+                      exit_fractions=(0.5, 0.5), size=2)
     """
 
     accuracy: float
@@ -84,16 +98,16 @@ class CascadePolicy:
 
     def __post_init__(self) -> None:
         """Check the stages."""
-        check_dims(stage.dim for stage in self.stages)
+        dims = check_dims(stage.dim for stage in self.stages)
         thresholds = [stage.threshold for stage in self.stages]
         if thresholds[-1] is not None or None in thresholds[:-1]:
             raise ValueError(
                 "Every stage but the last needs a threshold, and the last accepts all. "
                 f"Received: thresholds={tuple(thresholds)}. End with Stage(dim, None)."
             )
-        if any(not np.isfinite(t) for t in thresholds[:-1] if t is not None) or any(
-            not (np.isfinite(s.temperature) and s.temperature > 0) for s in self.stages
-        ):
+        temperatures = [stage.temperature for stage in self.stages]
+        numbers = [*temperatures, *thresholds[:-1]]
+        if not all(isinstance(n, Real) and isfinite(n) for n in numbers) or min(temperatures) <= 0:
             raise ValueError(
                 "Thresholds must be finite and temperatures positive. "
                 f"Received: {self.stages}. A threshold of 1 accepts no row, one of 0 every row."
@@ -103,6 +117,9 @@ class CascadePolicy:
                 f"confidence must be one of {', '.join(CONFIDENCES)}. "
                 f"Received: confidence={self.confidence!r}. Choose one of those."
             )
+        limits = [None if t is None else float(t) for t in thresholds]  # no longer NumPy's own
+        stages = map(Stage, dims, limits, map(float, temperatures))
+        object.__setattr__(self, "stages", tuple(stages))
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -133,7 +150,7 @@ class CascadePolicy:
             ValueError: If shapes do not fit, rows are none, or probabilities were given.
         """
         dims = check_dims(dims)
-        scores, truth = _check_holdout(logits, labels, len(dims))
+        scores, truth = check_holdout(logits, labels, len(dims))
         confidence = max_probability(scores)
         right = np.argmax(scores, axis=-1) == truth[:, None]
         thresholds: list[float | None] = [
@@ -149,8 +166,11 @@ class CascadePolicy:
 
         Args:
             logits: `(rows, num_stages, num_classes)`.
+
+        Raises:
+            ValueError: If they are not, or are not finite.
         """
-        scores = np.asarray(logits, dtype=np.float32)
+        scores = check_logits(logits, len(self.stages))
         accepted = np.ones(scores.shape[:2], dtype=bool)
         for index, stage in enumerate(self.stages[:-1]):
             confidence = max_probability(scores[:, index], stage.temperature)
@@ -169,7 +189,7 @@ class CascadePolicy:
         Raises:
             ValueError: As `learn`.
         """
-        scores, truth = _check_holdout(logits, labels, len(self.stages))
+        scores, truth = check_holdout(logits, labels, len(self.stages))
         class_ids, stage_of = self.route(scores)
         dims = np.asarray(self.dims)
         exits = np.bincount(stage_of, minlength=len(dims)) / len(truth)
@@ -185,6 +205,8 @@ class CascadePolicy:
     def to_json(self) -> dict[str, Any]:
         """Return the `cascade` object of the manifest."""
         seen = asdict(self.holdout) if self.holdout else {}
+        if seen:
+            seen["exit_fractions"] = list(seen["exit_fractions"])  # as it is read back
         return {
             "stages": [asdict(stage) for stage in self.stages],
             "confidence": self.confidence,
@@ -215,7 +237,7 @@ class CascadePolicy:
         except (KeyError, TypeError, ValueError) as error:
             raise ManifestError(
                 "A cascade names its stages and its confidence. "
-                f"Received: {dict(cascade)!r} ({type(error).__name__}: {error}). "
+                f"Received: {cascade!r} ({type(error).__name__}: {error}). "
                 "Install the version of keras-mrl that exported the model, or a later one."
             ) from error
 
@@ -224,14 +246,25 @@ _REPORTED = ("accuracy", "full_accuracy", "expected_dim", "cumulative_dim", "exi
 
 
 def softmax(logits: npt.NDArray[Any], temperature: float = 1.0) -> npt.NDArray[np.float32]:
-    """Return the probabilities of float32 `logits (..., classes)`."""
-    scaled = np.asarray(logits, dtype=np.float32) / np.float32(temperature)
-    raised = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    """Return the probabilities of `logits (..., classes)`, in float32.
+
+    Example:
+        >>> softmax(np.log([1.0, 3.0])).tolist()
+        [0.25, 0.75]
+    """
+    scores = np.asarray(logits, dtype=np.float32)
+    # Divided last: the difference of two large quotients keeps fewer digits.
+    raised = np.exp((scores - scores.max(axis=-1, keepdims=True)) / np.float32(temperature))
     return raised / raised.sum(axis=-1, keepdims=True)
 
 
 def max_probability(logits: npt.NDArray[Any], temperature: float = 1.0) -> npt.NDArray[Any]:
-    """Return the largest probability of each row of `logits (..., classes)`."""
+    """Return the largest probability of each row of `logits (..., classes)`.
+
+    Example:
+        >>> max_probability(np.log([[1.0, 3.0]])).tolist()
+        [0.75]
+    """
     return softmax(logits, temperature).max(axis=-1)
 
 
@@ -261,36 +294,3 @@ def _midway(ascending: npt.NDArray[np.float32], first: int) -> float:
     above = ascending[first] if first < len(ascending) else np.float32(1)
     middle = np.float32(below + (above - below) / 2)
     return float(middle if below <= middle < above else below)
-
-
-def _check_holdout(
-    logits: npt.ArrayLike, labels: npt.ArrayLike, num_dims: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    scores = np.asarray(logits, dtype=np.float32)
-    truth = np.asarray(labels)
-    if scores.ndim != 3 or scores.shape[1] != num_dims or truth.shape != scores.shape[:1]:
-        raise ValueError(
-            "logits must be (rows, num_dims, num_classes) with one label per row. "
-            f"Received: logits of shape {scores.shape} and labels of shape {truth.shape} for "
-            f"{num_dims} dims. Give what predict() of the nested model returns, and class ids."
-        )
-    if not len(truth):
-        raise ValueError(
-            "A holdout needs rows. Received: none. Keep some labelled rows out of training."
-        )
-    if not np.isfinite(scores).all():
-        raise ValueError(
-            "logits must be finite. Received: NaN or infinity. Train the model to a finite loss."
-        )
-    if truth.dtype.kind not in "iu" or truth.min() < 0 or truth.max() >= scores.shape[2]:
-        raise ValueError(
-            f"labels must be class ids in 0..{scores.shape[2] - 1}. "
-            f"Received: {truth.dtype} labels from {truth.min()} to {truth.max()}. "
-            "Number the classes from 0, as in training."
-        )
-    if scores.min() >= 0 and np.allclose(scores.sum(axis=-1), 1, atol=1e-3):
-        raise ValueError(
-            "logits must be logits, not probabilities. Received: rows that sum to 1. "
-            "Leave the softmax out, or give np.log(probabilities)."
-        )
-    return scores, truth.astype(np.int64)

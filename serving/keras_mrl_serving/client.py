@@ -15,12 +15,30 @@ from . import _wire_pb2 as wire
 from ._tensors import from_proto, to_proto
 from .cascade import CascadePolicy
 from .contract import DEFAULT_MODEL_NAME, Manifest
-from .errors import VersionChangedError, VersionNotFoundError
+from .errors import (
+    InvalidInputError,
+    KerasMrlError,
+    NoCascadeError,
+    NoHeadError,
+    SignatureNotFoundError,
+    UnknownDimError,
+    VersionChangedError,
+    VersionNotFoundError,
+)
 from .inputs import Inputs
 from .options import Options
 from .results import Classification, Neighbors
 
 T = TypeVar("T")
+
+# What a manifest that is no longer the model's may be the reason of.
+_PERHAPS_STALE = (
+    InvalidInputError,
+    NoCascadeError,
+    NoHeadError,
+    SignatureNotFoundError,
+    UnknownDimError,
+)
 
 
 class Index(Protocol):
@@ -79,8 +97,7 @@ class Client:
             inputs: One array, batch first, or a dict of them by input name.
             dim: One of `describe().dims`.
         """
-        manifest = self.describe()
-        return self._drive(lambda: flows.embed(manifest, inputs, dim))
+        return self._answer(lambda manifest: flows.embed(manifest, inputs, dim))
 
     def classify(self, inputs: Inputs, dim: int) -> Classification:
         """Return the best classes of each row, as the head of one dim sees them.
@@ -89,8 +106,7 @@ class Client:
             inputs: One array, batch first, or a dict of them by input name.
             dim: One of `describe().dims`.
         """
-        manifest = self.describe()
-        return self._drive(lambda: flows.classify(manifest, inputs, dim))
+        return self._answer(lambda manifest: flows.classify(manifest, inputs, dim))
 
     def classify_adaptive(
         self, inputs: Inputs, policy: CascadePolicy | None = None
@@ -102,10 +118,9 @@ class Client:
             policy: None asks the model's own policy, in one call. A policy of the caller's asks
                 for features once, then for each wider head with the rows still unsure.
         """
-        manifest = self.describe()
         if policy is None:
-            return self._drive(lambda: flows.classify_adaptive(manifest, inputs))
-        return self._drive(lambda: flows.classify_by(manifest, inputs, policy))
+            return self._answer(lambda manifest: flows.classify_adaptive(manifest, inputs))
+        return self._answer(lambda manifest: flows.classify_by(manifest, inputs, policy))
 
     def search(self, inputs: Inputs, index: Index) -> Neighbors:
         """Embed the inputs at the index's width and return their nearest gallery rows.
@@ -134,6 +149,17 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.target!r}, model={self.model!r})"
 
+    def _answer(self, start: Callable[[Manifest], flows.Flow[T]]) -> T:
+        """Run a flow by the manifest; where the one kept refuses, by one read anew."""
+        kept = self._described
+        try:
+            return self._drive(lambda: start(self.describe()))
+        except _PERHAPS_STALE:
+            self._described = None
+            if kept is None or kept[1] == self.describe():
+                raise
+        return self._drive(lambda: start(self.describe()))
+
     def _drive(self, start: Callable[[], flows.Flow[T]]) -> T:
         """Run a flow; all its calls are answered by the version that answered the first.
 
@@ -142,7 +168,7 @@ class Client:
         try:
             return self._drive_once(start)
         except VersionNotFoundError:
-            pass
+            self._described = None
         try:
             return self._drive_once(start)
         except VersionNotFoundError as error:
@@ -152,11 +178,8 @@ class Client:
                 f"{self.model!r}. Let the server keep the version before the newest "
                 "(model_version_policy latest {num_versions: 2}), or swap less often."
             )
-            changed.target, changed.model, changed.version = (
-                self.target,
-                self.model,
-                error.version,
-            )
+            changed.target, changed.model, changed.version = self.target, self.model, error.version
+            changed.signature, changed.timeout_s = error.signature, error.timeout_s
             raise changed from error
 
     def _drive_once(self, start: Callable[[], flows.Flow[T]]) -> T:
@@ -186,7 +209,13 @@ class Client:
             response = self._predict(request, timeout_s)
         except grpc.RpcError as error:
             raise _rpc.translate(error, self.target, spec, timeout_s) from error
+        except ValueError as error:  # grpc's word for a channel that was closed
+            raise KerasMrlError(
+                "A client asks until it is closed. "
+                f"Received: a call on {self!r} after close(). Make another Client."
+            ) from error
         answered = response.model_spec.version.value
-        if self._described and self._described[0] != answered:
+        described = self._described  # once: another thread may forget it meanwhile
+        if described and described[0] != answered:
             self._described = None  # another version: it may serve other dims
         return {name: from_proto(proto) for name, proto in response.outputs.items()}, answered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -21,17 +22,32 @@ SERVING_DEFAULT = "serving_default"
 
 
 def embed(dim: int) -> str:
-    """Return the name of the signature that embeds at `dim`."""
+    """Return the name of the signature that embeds at `dim`.
+
+    Example:
+        >>> embed(8)
+        'embed_8'
+    """
     return f"embed_{dim}"
 
 
 def classify(dim: int) -> str:
-    """Return the name of the signature that classifies at `dim`."""
+    """Return the name of the signature that classifies at `dim`.
+
+    Example:
+        >>> classify(8)
+        'classify_8'
+    """
     return f"classify_{dim}"
 
 
 def head(dim: int) -> str:
-    """Return the name of the signature that classifies given features at `dim`."""
+    """Return the name of the signature that classifies given features at `dim`.
+
+    Example:
+        >>> head(8)
+        'head_8'
+    """
     return f"head_{dim}"
 
 
@@ -45,9 +61,11 @@ def check_dims(dims: Iterable[int]) -> tuple[int, ...]:
         >>> check_dims([8, 16])
         (8, 16)
     """
-    given = tuple(dims)
-    integers = all(hasattr(d, "__index__") and not isinstance(d, bool) for d in given)
-    checked = tuple(int(d) for d in given) if integers else ()
+    given: Any = tuple(dims) if isinstance(dims, Iterable) else dims
+    try:
+        checked = tuple(map(as_int, given))
+    except TypeError:
+        checked = ()
     good = all(d > 0 for d in checked) and all(a < b for a, b in pairwise(checked))
     if not checked or not good:
         positive = tuple(sorted({d for d in checked if d > 0}))
@@ -60,6 +78,21 @@ def check_dims(dims: Iterable[int]) -> tuple[int, ...]:
             f"dims must be strictly increasing positive integers. Received: dims={given}. {remedy}"
         )
     return checked
+
+
+def as_int(value: Any) -> int:
+    """Return an integer of any library as Python's own.
+
+    Raises:
+        TypeError: If it is none; True and 8.0 are none.
+
+    Example:
+        >>> as_int(np.int64(8))
+        8
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"An integer is needed. Received: {value!r}. Write it as an integer.")
+    return operator.index(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +128,13 @@ class Manifest:
 
     Raises:
         ManifestError: If a field's value is none of those named here.
+
+    Example:
+        >>> image = {"dtype": "float32", "shape": [None, 32, 32, 3]}
+        >>> manifest = Manifest(name="birds", kind="encoder", fingerprint="5e1f", dims=(8, 64),
+        ...     width=64, inputs={"image": image}, made_with={"keras": "3.15"})
+        >>> Manifest.from_json(manifest.to_json()) == manifest
+        True
     """
 
     name: str
@@ -145,7 +185,7 @@ class Manifest:
         except (ValueError, TypeError, KeyError) as error:
             raise ManifestError(
                 "A manifest is a JSON object with a schema. "
-                f"Received: {text[:80]!r} ({type(error).__name__}: {error}). "
+                f"Received: {text!r:.80} ({type(error).__name__}: {error}). "
                 "Export the model again with keras_mrl_export.export_saved_model."
             ) from error
         if schema != SCHEMA:
@@ -153,26 +193,36 @@ class Manifest:
                 f"This client reads manifests of schema {SCHEMA}. Received: schema {schema!r}. "
                 "Install the version of keras-mrl that exported the model, or a later one."
             )
-        known = {name: fields.pop(name) for name in cls.__dataclass_fields__ if name in fields}
+        ours = [name for name in cls.__dataclass_fields__ if name != "extra"]
+        known = {name: fields.pop(name) for name in ours if name in fields}
         try:
             manifest = cls(**known, extra=fields)
-        except TypeError as error:
+            weights = None if manifest.weights is None else tuple(manifest.weights)
+            manifest = replace(manifest, dims=check_dims(manifest.dims), weights=weights)
+            _check_shapes(manifest)
+        except ManifestError:
+            raise
+        except (TypeError, ValueError) as error:
             raise ManifestError(
-                f"A manifest names a model's dims, width and inputs. Received: {error}. "
+                "A manifest names a model's dims, width and inputs. "
+                f"Received: {str(error).rstrip('.')}. "
                 "Export the model again with keras_mrl_export.export_saved_model."
             ) from error
-        weights = None if manifest.weights is None else tuple(manifest.weights)
-        return replace(manifest, dims=check_dims(manifest.dims), weights=weights)
+        return manifest
 
     def check_dim(self, dim: int) -> int:
-        """Return `dim`; raise `UnknownDimError`, naming those there are, if it is none of them."""
-        if dim not in self.dims:
+        """Return `dim` as an int; raise `UnknownDimError`, naming those there are."""
+        try:
+            known = as_int(dim) in self.dims
+        except TypeError:
+            known = False
+        if not known:
             raise UnknownDimError(
                 "dim must be one of the dims the model serves. "
                 f"Received: dim={dim!r} for model {self.name!r}. "
                 f"Choose one of {', '.join(map(str, self.dims))}."
             )
-        return dim
+        return as_int(dim)
 
     def check_head(self) -> None:
         """Raise `NoHeadError` if the model cannot classify."""
@@ -193,6 +243,19 @@ class Manifest:
                 "with CascadePolicy.learn, then give it as classify_adaptive(x, policy=policy), "
                 "or export again with export_saved_model(..., policy=policy)."
             )
+
+
+def _check_shapes(manifest: Manifest) -> None:
+    if manifest.width != manifest.dims[-1]:
+        raise ValueError(f"width={manifest.width!r} with dims={manifest.dims}")
+    inputs: Any = manifest.inputs
+    if not isinstance(inputs, dict) or any(
+        not isinstance(spec, dict)
+        or not isinstance(spec.get("dtype"), str)
+        or not isinstance(spec.get("shape"), list)
+        for spec in inputs.values()
+    ):
+        raise ValueError(f"inputs={inputs!r}")
 
 
 def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .contract import check_dims
+from .inputs import as_float32
 
 # The square below which a vector counts as zero; the layer and the exported graph use the same.
 MIN_SQUARE = np.float32(1e-12)
@@ -27,14 +28,15 @@ def truncate(x: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
         x: `(..., width)`. Returns float32 `(..., dim)`.
 
     Raises:
-        ValueError: If `dim` is not a positive integer or exceeds the width of `x`.
+        ValueError: If `dim` is not a positive integer or exceeds the width of `x`, or `x` is no
+            array of real numbers.
 
     Example:
         >>> truncate([[3.0, 4.0, 12.0]], 2).tolist()
         [[0.6000000238418579, 0.800000011920929]]
     """
     check_dims((dim,))
-    embeddings = np.asarray(x, dtype=np.float32)
+    embeddings = as_float32("Embeddings", x)
     if embeddings.ndim == 0 or embeddings.shape[-1] < dim:
         raise ValueError(
             "dim must not exceed the width of the embeddings. "
@@ -46,5 +48,10 @@ def truncate(x: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
 
 
 def inverse_length(square: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-    """Return one over the length of vectors whose squared lengths are `square`."""
+    """Return one over the length of vectors whose squared lengths are `square`.
+
+    Example:
+        >>> inverse_length(np.float32([4.0, 0.0])).tolist()
+        [0.5, 1000000.0]
+    """
     return 1 / np.sqrt(np.maximum(square, MIN_SQUARE))

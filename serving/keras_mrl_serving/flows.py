@@ -32,6 +32,10 @@ class Call:
         signature: Name of the signature.
         inputs: Its inputs by name, batch first.
         outputs: Which outputs are wanted; none means all.
+
+    Example:
+        >>> Call("embed_8", {"image": np.zeros((1, 3), np.float32)}).outputs
+        ()
     """
 
     signature: str
@@ -40,35 +44,79 @@ class Call:
 
 
 def describe() -> Flow[Manifest]:
-    """Ask a model what it is."""
+    """Ask a model what it is.
+
+    Example:
+        >>> next(describe()).signature
+        'describe'
+    """
     answer = yield Call(contract.DESCRIBE, {"key": np.array([b""], dtype=object)})
     return Manifest.from_json(answer["manifest"][0])
 
 
 def embed(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np.float32]]:
-    """Ask for embeddings of one dim."""
-    manifest.check_dim(dim)
+    """Ask for embeddings of one dim.
+
+    Example:
+        >>> image = {"dtype": "float32", "shape": [None, 3]}
+        >>> manifest = Manifest(name="birds", kind="encoder", fingerprint="5e1f", dims=(8, 64),
+        ...     width=64, inputs={"image": image}, made_with={})
+        >>> call = next(embed(manifest, [[0, 127, 255]], 8))
+        >>> call.signature, call.inputs
+        ('embed_8', {'image': array([[  0., 127., 255.]], dtype=float32)})
+    """
+    dim = manifest.check_dim(dim)
     answer = yield Call(contract.embed(dim), check_inputs(manifest.inputs, inputs))
     return answer["embedding"]
 
 
 def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classification]:
-    """Ask for the classes of one dim."""
+    """Ask for the classes of one dim.
+
+    Example:
+        >>> image = {"dtype": "float32", "shape": [None, 3]}
+        >>> manifest = Manifest(name="birds", kind="classifier", fingerprint="5e1f", dims=(8, 64),
+        ...     width=64, inputs={"image": image}, made_with={}, num_classes=200)
+        >>> next(classify(manifest, [[0, 127, 255]], 64)).signature
+        'classify_64'
+    """
     manifest.check_head()
-    manifest.check_dim(dim)
+    dim = manifest.check_dim(dim)
     answer = yield Call(contract.classify(dim), check_inputs(manifest.inputs, inputs))
     return _classification({**answer, "dim": np.full(len(answer["confidence"]), dim, np.int32)})
 
 
 def classify_adaptive(manifest: Manifest, inputs: Inputs) -> Flow[Classification]:
-    """Ask for the classes by the model's own policy: one call, the cascade in the graph."""
+    """Ask for the classes by the model's own policy: one call, the cascade in the graph.
+
+    Example:
+        >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
+        >>> image = {"dtype": "float32", "shape": [None, 3]}
+        >>> manifest = Manifest(name="birds", kind="classifier", fingerprint="5e1f", dims=(8, 64),
+        ...     width=64, inputs={"image": image}, made_with={}, num_classes=200,
+        ...     cascade=policy.to_json())
+        >>> next(classify_adaptive(manifest, [[0, 127, 255]])).signature
+        'classify_adaptive'
+    """
     manifest.check_cascade()
     answer = yield Call(contract.CLASSIFY_ADAPTIVE, check_inputs(manifest.inputs, inputs))
     return _classification(answer)
 
 
 def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Flow[Classification]:
-    """Ask for the classes by the caller's policy: features once, then heads for unsure rows."""
+    """Ask for the classes by the caller's policy: features once, then heads for unsure rows.
+
+    Example:
+        >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
+        >>> image = {"dtype": "float32", "shape": [None, 3]}
+        >>> manifest = Manifest(name="birds", kind="classifier", fingerprint="5e1f", dims=(8, 64),
+        ...     width=64, inputs={"image": image}, made_with={}, num_classes=200)
+        >>> flow = classify_by(manifest, [[0, 127, 255]], policy)
+        >>> next(flow).signature
+        'features'
+        >>> flow.send({"features": np.ones((1, 64), np.float32)}).signature
+        'head_8'
+    """
     manifest.check_head()
     for stage in policy.stages:
         manifest.check_dim(stage.dim)

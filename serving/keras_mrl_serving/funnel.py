@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .contract import check_dims
+from .contract import as_int, check_dims
+from .errors import ManifestError
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,19 @@ class FunnelSchedule:
     def __post_init__(self) -> None:
         """Check that every stage narrows the one before it."""
         object.__setattr__(self, "dims", check_dims(self.dims))
-        object.__setattr__(self, "shortlists", tuple(int(size) for size in self.shortlists))
-        sizes = (*self.shortlists, self.k)
-        if (
-            len(self.shortlists) != len(self.dims) - 1
-            or any(a < b for a, b in pairwise(sizes))
-            or self.k < 1
-        ):
+        try:
+            sizes = (*map(as_int, self.shortlists), as_int(self.k))
+        except TypeError:
+            sizes = ()
+        if len(sizes) != len(self.dims) or any(a < b for a, b in pairwise(sizes)) or sizes[-1] < 1:
             raise ValueError(
                 "A funnel needs one shortlist fewer than dims, none larger than the one before "
                 f"it, none below k, and k >= 1. Received: dims={self.dims}, "
                 f"shortlists={self.shortlists}, k={self.k}. "
                 "Write for example FunnelSchedule(dims=(16, 256), shortlists=(200,), k=10)."
             )
+        object.__setattr__(self, "shortlists", sizes[:-1])
+        object.__setattr__(self, "k", sizes[-1])
 
     def madds(self, gallery_size: int) -> int:
         """Multiply-adds per query, as the paper counts them: every stage pays its whole dim.
@@ -66,9 +67,20 @@ class FunnelSchedule:
 
     def to_json(self) -> dict[str, Any]:
         """Return the `funnel` object of the manifest."""
-        return asdict(self)
+        return {"dims": list(self.dims), "shortlists": list(self.shortlists), "k": self.k}
 
     @classmethod
     def from_json(cls, funnel: Mapping[str, Any]) -> FunnelSchedule:
-        """Read the `funnel` object of a manifest."""
-        return cls(tuple(funnel["dims"]), tuple(funnel["shortlists"]), funnel["k"])
+        """Read the `funnel` object of a manifest.
+
+        Raises:
+            ManifestError: If it is none.
+        """
+        try:
+            return cls(tuple(funnel["dims"]), tuple(funnel["shortlists"]), funnel["k"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(
+                "A funnel names its dims, its shortlists and k. "
+                f"Received: {funnel!r} ({type(error).__name__}: {error}). "
+                "Install the version of keras-mrl that exported the model, or a later one."
+            ) from error

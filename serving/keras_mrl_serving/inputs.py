@@ -1,4 +1,4 @@
-"""What a caller gave, as the arrays the model's manifest asks for."""
+"""What a caller gave, checked, as the arrays that the model or the code after it needs."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def check_inputs(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict
 
     Raises:
         InvalidInputError: If names, shapes or dtypes do not fit, or the rows are not as many.
+
+    Example:
+        >>> specs = {"image": {"dtype": "float32", "shape": [None, 3]}}
+        >>> check_inputs(specs, [[0, 127, 255]])
+        {'image': array([[  0., 127., 255.]], dtype=float32)}
     """
     if isinstance(inputs, Mapping):
         given = dict(inputs)
@@ -49,8 +54,103 @@ def check_inputs(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict
     return arrays
 
 
+def as_float32(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """Return real numbers as float32, without a copy where they are that already.
+
+    Raises:
+        ValueError: If they are strings, complex, ragged or no numbers at all; it calls them `name`.
+
+    Example:
+        >>> as_float32("Embeddings", [[1, 2]])
+        array([[1., 2.]], dtype=float32)
+    """
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind not in "SUTcmM":  # all of which NumPy would convert
+            return array.astype(np.float32, copy=False)
+        received = f"{array.dtype} of shape {_shape(array.shape)}"
+    except (TypeError, ValueError) as error:
+        received = f"{type(values).__name__} ({str(error).rstrip('.')})"
+    raise ValueError(
+        f"{name} must be an array of real numbers. Received: {received}. "
+        "Give a NumPy array of floats, every row as long as the others."
+    )
+
+
+def check_logits(logits: npt.ArrayLike, num_stages: int) -> npt.NDArray[np.float32]:
+    """Return logits as float32 `(rows, num_stages, num_classes)`, all finite.
+
+    Raises:
+        ValueError: If they are not.
+
+    Example:
+        >>> check_logits([[[0, 1], [2, 3]]], num_stages=2).shape
+        (1, 2, 2)
+    """
+    scores = as_float32("logits", logits)
+    if scores.ndim != 3 or scores.shape[1] != num_stages or not scores.shape[2]:
+        raise ValueError(
+            "logits must be (rows, num_stages, num_classes). "
+            f"Received: logits of shape {scores.shape} for {num_stages} stages. "
+            "Give those of the policy's dims alone, in their order."
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError(
+            "logits must be finite. Received: NaN or infinity. Train the model to a finite loss."
+        )
+    return scores
+
+
+def check_holdout(
+    logits: npt.ArrayLike, labels: npt.ArrayLike, num_dims: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Return the logits and the class ids of a holdout that a cascade can be judged on.
+
+    Raises:
+        ValueError: If shapes do not fit, rows are none, or a value cannot be a logit or a class.
+
+    Example:
+        >>> scores, truth = check_holdout([[[0, 1], [2, 3]]], [1], num_dims=2)
+        >>> scores.shape, truth
+        ((1, 2, 2), array([1]))
+    """
+    scores = as_float32("logits", logits)
+    truth = np.asarray(labels)
+    if scores.ndim != 3 or scores.shape[1] != num_dims or truth.shape != scores.shape[:1]:
+        raise ValueError(
+            "logits must be (rows, num_dims, num_classes) with one label per row. "
+            f"Received: logits of shape {scores.shape} and labels of shape {truth.shape} for "
+            f"{num_dims} dims. Give what predict() of the nested model returns, and class ids."
+        )
+    if not len(truth):
+        raise ValueError(
+            "A holdout needs rows. Received: none. Keep some labelled rows out of training."
+        )
+    check_logits(scores, num_dims)
+    integers = truth.dtype.kind in "iu"
+    if not integers or truth.min() < 0 or truth.max() >= scores.shape[2]:
+        seen = f" from {truth.min()} to {truth.max()}" if integers else ""
+        raise ValueError(
+            f"labels must be class ids in 0..{scores.shape[2] - 1}. "
+            f"Received: {truth.dtype} labels{seen}. Number the classes from 0, as in training."
+        )
+    if scores.min() >= 0 and np.allclose(scores.sum(axis=-1), 1, atol=1e-3):
+        raise ValueError(
+            "logits must be logits, not probabilities. Received: rows that sum to 1. "
+            "Leave the softmax out, or give np.log(probabilities)."
+        )
+    return scores, truth.astype(np.int64)
+
+
 def _check_array(name: str, spec: Mapping[str, Any], value: npt.ArrayLike) -> npt.NDArray[Any]:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"Input {name!r} must be an array. "
+            f"Received: {type(value).__name__} ({str(error).rstrip('.')}). "
+            "Make every row as long as the others."
+        ) from error
     wanted = spec["shape"]
     if array.ndim != len(wanted) or any(
         w is not None and w != n for w, n in zip(wanted, array.shape, strict=True)
@@ -61,7 +161,8 @@ def _check_array(name: str, spec: Mapping[str, Any], value: npt.ArrayLike) -> np
             f"Received: {array.dtype} of shape {_shape(array.shape)}. {_remedy(array, wanted)}"
         )
     if spec["dtype"] == "string":
-        if array.dtype.kind in "SUO":
+        objects = array.ravel().tolist() if array.dtype.kind == "O" else []
+        if array.dtype.kind in "SUTO" and all(isinstance(o, str | bytes) for o in objects):
             return array
         raise _wrong_dtype(name, spec, array)
     dtype = np.dtype(spec["dtype"])
@@ -77,9 +178,11 @@ def _check_array(name: str, spec: Mapping[str, Any], value: npt.ArrayLike) -> np
 
 
 def _wrong_dtype(name: str, spec: Mapping[str, Any], array: npt.NDArray[Any]) -> InvalidInputError:
+    string = spec["dtype"] == "string"
+    remedy = "Give str or bytes" if string else f"Convert it, e.g. with .astype({spec['dtype']!r})"
     return InvalidInputError(
         f"Input {name!r} must be {spec['dtype']}. Received: {array.dtype} of shape "
-        f"{_shape(array.shape)}. Convert it, e.g. with .astype({spec['dtype']!r})."
+        f"{_shape(array.shape)}. {remedy}."
     )
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
+
+from .contract import as_int
+
+_MOST_BYTES = 2**31 - 1  # gRPC's own limit of the setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +21,11 @@ class Options:
             default, 4 MiB, is just too small for 1024 embeddings of 1024 float32.)
 
     Raises:
-        ValueError: If a setting is not positive.
+        ValueError: If a setting is no positive number.
+
+    Example:
+        >>> Options(timeout_s=2.5)
+        Options(timeout_s=2.5, max_message_bytes=None)
     """
 
     timeout_s: float = 10.0
@@ -24,13 +33,18 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse settings under which no call could succeed."""
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
+        seconds: object = self.timeout_s
+        if not isinstance(seconds, Real) or not isfinite(seconds) or seconds <= 0:
             raise ValueError(
                 "timeout_s must be a positive number of seconds. "
                 f"Received: timeout_s={self.timeout_s!r}. Give for example timeout_s=10.0."
             )
-        if self.max_message_bytes is not None and self.max_message_bytes <= 0:
+        try:
+            most = 1 if self.max_message_bytes is None else as_int(self.max_message_bytes)
+        except TypeError:
+            most = 0
+        if not 0 < most <= _MOST_BYTES:
             raise ValueError(
-                "max_message_bytes must be positive, or None for no limit. "
+                f"max_message_bytes must be in 1..{_MOST_BYTES}, or None for no limit. "
                 f"Received: max_message_bytes={self.max_message_bytes!r}. Give None."
             )

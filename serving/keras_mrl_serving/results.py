@@ -19,6 +19,11 @@ class Classification:
         confidence: float32 `(batch,)`, the policy's measure; higher is surer.
         dim: int32 `(batch,)`.
         labels: Class names, object array of str `(batch, k)`; None for a model without names.
+
+    Example:
+        >>> Classification(class_ids=np.array([[3, 1]]), probabilities=np.float32([[0.8, 0.1]]),
+        ...     confidence=np.float32([0.8]), dim=np.int32([16]))
+        Classification(1 rows, top 2, by dim {16: 1})
     """
 
     class_ids: npt.NDArray[np.int64]
@@ -43,6 +48,10 @@ class Neighbors:
     Args:
         ids: int64 `(batch, k)`.
         scores: float32 `(batch, k)`, higher is nearer.
+
+    Example:
+        >>> Neighbors(ids=np.array([[7, 2]]), scores=np.float32([[0.9, 0.4]]))
+        Neighbors(1 queries, k=2)
     """
 
     ids: npt.NDArray[np.int64]

@@ -16,12 +16,14 @@ from pathlib import Path
 
 from ..refuse import refuse, unknown_flags
 
+_BACKENDS = ("tensorflow", "jax", "torch")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument(
         "--backend",
-        choices=("tensorflow", "jax", "torch"),
+        choices=_BACKENDS,
         default=os.environ.get("KERAS_BACKEND", "tensorflow"),
         help="what trains; the exported model is the same (KERAS_BACKEND, else tensorflow)",
     )
@@ -41,6 +43,23 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         return refuse(unknown_flags(rest), status=2)
     if arguments.epochs < 1:
         return refuse(f"--epochs must be at least 1. Received: {arguments.epochs}. Try 10.", 2)
+    if not 0 <= arguments.seed < 2**32:
+        return refuse(
+            f"--seed must lie in 0..{2**32 - 1}. Received: {arguments.seed}. Leave it out for 0.", 2
+        )
+    if arguments.backend not in _BACKENDS:  # argparse checks what was given, not the default
+        return refuse(
+            f"KERAS_BACKEND must be one of {', '.join(_BACKENDS)} for the demo. "
+            f"Received: {arguments.backend}. Give --backend.",
+            2,
+        )
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return refuse(
+            "--out must be a folder that can be written. "
+            f"Received: {arguments.out} ({error.strerror}). Name another."
+        )
     # Both must be said before Keras is first imported.
     os.environ["KERAS_BACKEND"] = arguments.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from ..embeddings import inverse_length
 from ..funnel import FunnelSchedule
+from ..inputs import as_float32
 from ..results import Neighbors
 
-_MAX_SCORES = 1 << 24  # scores held at once: 64 MiB of float32
+_MAX_SCORES = 1 << 24  # scores, or numbers reranked, held at once: 64 MiB of float32
 
 
 class ExactIndex:
@@ -76,12 +77,18 @@ class ExactIndex:
             ValueError: If their shape does not fit or a value is not finite.
         """
         vectors = _check_embeddings(queries, "queries", self.width)
-        step = max(1, _MAX_SCORES // len(self))
+        step = max(1, _MAX_SCORES // self._numbers_per_query())
         parts = [self._search(vectors[i : i + step]) for i in range(0, len(vectors), step)]
         if not parts:
             empty = np.empty((0, self.schedule.k))
             return Neighbors(empty.astype(np.int64), empty.astype(np.float32))
         return Neighbors(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def _numbers_per_query(self) -> int:
+        """How many the largest step holds: all scores, or the columns a shortlist is read at."""
+        shortlists = (min(size, len(self)) for size in self.schedule.shortlists)
+        widths = (block.shape[1] for block in self._blocks[1:])
+        return max(len(self), *(a * b for a, b in zip(shortlists, widths, strict=True)), 1)
 
     def _search(self, queries: npt.NDArray[np.float32]) -> tuple[Any, Any]:
         blocks = _column_blocks(queries, self.schedule.dims)
@@ -121,20 +128,24 @@ def _column_blocks(
     vectors: npt.NDArray[np.float32], dims: tuple[int, ...]
 ) -> list[npt.NDArray[np.float32]]:
     starts = (0, *dims[:-1])
-    return [np.ascontiguousarray(vectors[:, a:b]) for a, b in zip(starts, dims, strict=True)]
+    # Always a copy: the caller may write to the array that was given.
+    return [np.array(vectors[:, a:b], order="C") for a, b in zip(starts, dims, strict=True)]
 
 
 def _check_embeddings(values: npt.ArrayLike, name: str, width: int) -> npt.NDArray[np.float32]:
-    vectors = np.asarray(values, dtype=np.float32)
+    vectors = as_float32(f"The {name}", values)
     if vectors.ndim != 2 or vectors.shape[1] < width:
         raise ValueError(
             f"The {name} must be (rows, width) with a width of at least {width}. "
             f"Received: shape {vectors.shape}. "
             "Embed them at the funnel's last dim, one row each."
         )
-    if not np.isfinite(vectors).all():
+    with np.errstate(over="ignore"):
+        squares = np.einsum("rd,rd->r", vectors, vectors)
+    if not np.isfinite(squares).all():
         raise ValueError(
-            f"The {name} must be finite. Received: NaN or infinity. "
+            f"The {name} must be finite, and so must the squares of their lengths in float32. "
+            "Received: NaN, infinity, or rows longer than 1e19. "
             "Look for failed rows where the embeddings were made."
         )
     return vectors
@@ -144,9 +155,14 @@ def _check_ids(ids: npt.ArrayLike | None, rows: int) -> npt.NDArray[np.int64]:
     if ids is None:
         return np.arange(rows, dtype=np.int64)
     checked = np.asarray(ids)
-    if checked.shape != (rows,) or checked.dtype.kind not in "iu" or (checked < 0).any():
+    if (
+        checked.shape != (rows,)
+        or checked.dtype.kind not in "iu"
+        or (checked < 0).any()
+        or (checked > np.iinfo(np.int64).max).any()
+    ):
         raise ValueError(
-            "ids must be one integer >= 0 per gallery row. "
+            "ids must be one int64 >= 0 per gallery row. "
             f"Received: {checked.dtype} ids of shape {checked.shape} for {rows} rows. "
             "Leave ids out to number the rows from 0."
         )

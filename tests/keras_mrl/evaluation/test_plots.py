@@ -1,0 +1,82 @@
+import xml.etree.ElementTree
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from keras_mrl.evaluation import plot_accuracy, plot_retrieval
+
+BLUE, ORANGE = "#1f6feb", "#d9730d"
+ACCURACY = {8: 0.66, 16: 0.73, 32: 0.75, 64: 0.76}
+RETRIEVAL = {8: (8e3, 0.57), 16: (16e3, 0.63), 32: (32e3, 0.64)}
+
+
+def draw_accuracy(path: Path, star: bool = True) -> None:
+    plot_accuracy(ACCURACY, (12.5, 0.755) if star else None, path)
+
+
+def draw_retrieval(path: Path, star: bool = True) -> None:
+    plot_retrieval(RETRIEVAL, (9e3, 0.638) if star else None, path)
+
+
+plots = pytest.mark.parametrize("draw", [draw_accuracy, draw_retrieval])
+
+
+def count(path: Path, colour: str) -> int:
+    """How many pixels of a PNG have this colour."""
+    pixels = np.round(255 * matplotlib.image.imread(path)[..., :3]).astype(int)
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return int((np.abs(pixels - wanted) <= 2).all(-1).sum())
+
+
+@plots
+def test_the_png_shows_a_line_and_a_star(draw: Callable[..., None], tmp_path: Path) -> None:
+    with_star, without = tmp_path / "with.png", tmp_path / "without.png"
+    draw(with_star)
+    draw(without, star=False)
+    height, width, _ = matplotlib.image.imread(with_star).shape
+    assert height > 400
+    assert width > 600
+    assert count(with_star, BLUE) > 500
+    assert count(without, BLUE) > 500
+    assert count(with_star, ORANGE) > 100
+    assert count(without, ORANGE) == 0
+
+
+@plots
+def test_the_svg_parses_and_has_every_point(draw: Callable[..., None], tmp_path: Path) -> None:
+    path = tmp_path / "plot.svg"
+    draw(path)
+    root = xml.etree.ElementTree.parse(path).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    text = path.read_text()
+    assert BLUE in text
+    assert ORANGE in text
+    marks = [u for u in root.iter("{http://www.w3.org/2000/svg}use") if BLUE in u.get("style", "")]
+    points = len(ACCURACY) if draw is draw_accuracy else len(RETRIEVAL)
+    assert len(marks) == points + 1  # the legend has one of its own
+
+
+@plots
+def test_a_path_may_be_text_and_an_old_plot_is_replaced(
+    draw: Callable[..., None], tmp_path: Path
+) -> None:
+    path = tmp_path / "plot.png"
+    path.write_text("old")
+    draw(f"{path}")
+    assert count(path, BLUE) > 500
+
+
+def test_the_order_of_the_dims_does_not_matter(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.png", tmp_path / "other.png"
+    plot_accuracy(ACCURACY, None, one)
+    plot_accuracy(dict(reversed(ACCURACY.items())), None, other)
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_one_dim_is_enough(tmp_path: Path) -> None:
+    plot_accuracy({8: 0.66}, None, tmp_path / "one.png")
+    plot_retrieval({8: (8e3, 0.57)}, None, tmp_path / "two.png")
+    assert all(count(path, BLUE) > 20 for path in tmp_path.iterdir())

@@ -1,0 +1,174 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_mrl import MatryoshkaHead, MatryoshkaLoss
+from tests.keras_mrl.small import NUM_CLASSES, as_numpy, classifier, compiled, cross_entropy
+from tests.laws import exactly
+from tests.reference import error_budget, fold, nested_gradient, nested_loss, tie
+
+pytestmark = pytest.mark.backend
+
+RANDOM = np.random.default_rng(0)
+DIMS = (2, 5, 8)
+WEIGHTS = (2.0, 1.0, 0.5)
+X = RANDOM.normal(size=(12, 6)).astype("float32")
+Y = RANDOM.integers(0, NUM_CLASSES, size=12)
+SAMPLE_WEIGHTS = RANDOM.uniform(0.5, 2, size=12).astype("float32")
+LOGITS = RANDOM.normal(size=(12, 3, NUM_CLASSES)).astype("float32")
+
+
+def head_model(tied: bool) -> keras.Model:
+    """A linear layer of no bias and width 9 (one more than the widest dim), then the head."""
+    inputs = keras.Input((6,))
+    features = keras.layers.Dense(9, use_bias=False)(inputs)
+    model = keras.Model(inputs, MatryoshkaHead(NUM_CLASSES, dims=DIMS, tied=tied)(features))
+    model.compile(keras.optimizers.SGD(1.0), MatryoshkaLoss(cross_entropy(), WEIGHTS))
+    model.set_weights([RANDOM.normal(size=w.shape) for w in model.get_weights()])
+    return model
+
+
+def reference_step(
+    weights: list[np.ndarray], tied: bool, dtype: str
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The losses, and the weights after one step of gradient descent, by the paper's loop."""
+    body, *head = (w.astype(dtype) for w in weights)
+    kernels, biases = tie(head[0], head[1], DIMS) if tied else (head[:3], head[3:])
+    features = X.astype(dtype) @ body
+    losses = nested_loss(features, kernels, biases, Y, WEIGHTS, dtype)
+    samples = SAMPLE_WEIGHTS.astype(dtype)
+    gradient = nested_gradient(features, kernels, biases, Y, WEIGHTS, samples, dtype)
+    folded = [*fold(gradient)] if tied else [*gradient.kernels, *gradient.biases]
+    gradients = [X.T.astype(dtype) @ gradient.features, *folded]
+    stepped = [w.astype(dtype) - g for w, g in zip(weights, gradients, strict=True)]
+    return samples * losses, stepped
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["MRL", "MRL-E"])
+def test_head_and_loss_equal_the_papers_loop_in_value_and_gradient(tied: bool) -> None:
+    model = head_model(tied)
+    before = model.get_weights()
+    exact, exact_weights = reference_step(before, tied, "float64")
+    naive, naive_weights = reference_step(before, tied, "float32")
+    assert naive.dtype == np.float32
+
+    rows = MatryoshkaLoss(cross_entropy(reduction=None), WEIGHTS)
+    losses = as_numpy(rows(Y, model(X), sample_weight=SAMPLE_WEIGHTS))
+    np.testing.assert_allclose(losses, exact, rtol=0, atol=error_budget(exact, naive))
+
+    history = model.fit(X, Y, sample_weight=SAMPLE_WEIGHTS, batch_size=len(X), verbose=0)
+    budget = error_budget(exact, naive)
+    np.testing.assert_allclose(history.history["loss"][0], exact.mean(), rtol=0, atol=budget)
+    for was, received, target, rough in zip(
+        before, model.get_weights(), exact_weights, naive_weights, strict=True
+    ):
+        budget = error_budget(target, rough)
+        np.testing.assert_allclose(received, target, rtol=0, atol=budget)
+        assert np.abs(target - was).max() > 100 * budget  # the step is what was compared
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
+def test_sample_weights_reach_every_dim_as_keras_has_them(reduction: str) -> None:
+    inner = cross_entropy(reduction=reduction)
+    received = MatryoshkaLoss(inner, WEIGHTS)(Y, LOGITS, sample_weight=SAMPLE_WEIGHTS)
+    expected = sum(
+        weight * float(inner(Y, LOGITS[:, m], sample_weight=SAMPLE_WEIGHTS))
+        for m, weight in enumerate(WEIGHTS)
+    )
+    np.testing.assert_allclose(float(received), expected, rtol=1e-5)
+
+
+def test_a_sample_of_weight_zero_is_as_if_absent() -> None:
+    loss = MatryoshkaLoss(cross_entropy(reduction="sum"), WEIGHTS)
+    samples = np.where(np.arange(12) < 7, 1.0, 0.0)
+    received = float(loss(Y, LOGITS, sample_weight=samples))
+    np.testing.assert_allclose(received, float(loss(Y[:7], LOGITS[:7])), rtol=1e-5)
+
+
+def test_padding_is_left_out_of_the_mean_as_keras_does() -> None:
+    tokens = np.array([[1, 2, 3, 0], [4, 0, 0, 0], [2, 2, 0, 0]])
+    labels = RANDOM.integers(0, NUM_CLASSES, size=(3, 4))
+    inputs = keras.Input((4,), dtype="int32")
+    embedded = keras.layers.Embedding(5, 8, mask_zero=True)(inputs)
+    model = keras.Model(inputs, MatryoshkaHead(NUM_CLASSES, dims=DIMS)(embedded))
+    compiled(model, loss=MatryoshkaLoss(cross_entropy(), WEIGHTS))
+    logits = as_numpy(model(tokens))
+    there = tokens != 0
+    expected = float(MatryoshkaLoss(cross_entropy(), WEIGHTS)(labels[there], logits[there]))
+    np.testing.assert_allclose(model.evaluate(tokens, labels, verbose=0), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "logits_shape"),
+    [
+        pytest.param((12,), (12,), id="rows"),
+        pytest.param((12, 1), (12,), id="a column"),
+        pytest.param((4, 3), (4, 3), id="sequences"),
+        pytest.param((12, 1), (12, 1), id="sequences of one step"),
+        pytest.param((4, 3, 1), (4, 3), id="sequences of columns"),
+    ],
+)
+def test_one_value_per_label_whatever_the_shape_of_the_labels(
+    shape: tuple[int, ...], logits_shape: tuple[int, ...]
+) -> None:
+    logits = LOGITS.reshape(*logits_shape, 3, NUM_CLASSES)
+    labels = Y.reshape(shape)
+    inner = cross_entropy(reduction=None)
+    expected = as_numpy(inner(labels, logits[..., 1, :]))
+    received = as_numpy(MatryoshkaLoss(inner, (0, 1, 0))(labels, logits))
+    assert received.shape == expected.shape == logits_shape
+    np.testing.assert_allclose(received, expected, rtol=1e-6)
+
+
+def test_the_loss_is_float32_under_low_precision_logits() -> None:
+    low = keras.ops.cast(LOGITS, "bfloat16")
+    rounded = as_numpy(keras.ops.cast(low, "float32"))
+    loss = MatryoshkaLoss(cross_entropy(reduction=None))
+    np.testing.assert_allclose(as_numpy(loss(Y, low)), as_numpy(loss(Y, rounded)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.0), (1.0, 2.0, 3.0, 4.0)])
+def test_weights_for_another_number_of_dims_are_refused(weights: tuple[float, ...]) -> None:
+    sentence = (
+        "weights must hold one number per dim. "
+        f"Received: {len(weights)} weights {weights} for 3 dims. "
+        "Give as many weights as the head has dims, or weights=None for ones."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        MatryoshkaLoss(cross_entropy(), weights)(Y, LOGITS)
+
+
+def test_logits_without_an_axis_of_dims_are_refused() -> None:
+    sentence = (
+        "MatryoshkaLoss needs logits of shape (..., num_dims, num_classes). "
+        "Received: y_pred of shape (12, 3). "
+        "End the model with a MatryoshkaHead, or use the inner loss alone."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        MatryoshkaLoss(cross_entropy())(Y, LOGITS[:, 0])
+
+
+def test_a_nested_loss_in_a_nested_loss_is_refused() -> None:
+    inner = MatryoshkaLoss(cross_entropy())
+    sentence = (
+        f"loss must be a Keras loss for one dim. Received: {inner!r}. "
+        "Give an instance, for example "
+        "keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
+    )
+    with pytest.raises(TypeError, match=exactly(sentence)):
+        MatryoshkaLoss(inner)
+
+
+def test_training_lowers_the_loss_at_every_dim() -> None:
+    model = classifier(optimizer=keras.optimizers.Adam(0.05))
+    x = RANDOM.normal(size=(60, 5)).astype("float32")
+    y = np.argmax(x[:, :3], axis=1)
+    inner = cross_entropy()
+
+    def by_dim() -> np.ndarray:
+        logits = as_numpy(model(x))
+        return np.array([float(inner(y, logits[:, m])) for m in range(logits.shape[1])])
+
+    before = by_dim()
+    model.fit(x, y, epochs=10, verbose=0)
+    assert (by_dim() < 0.8 * before).all()

@@ -1,0 +1,154 @@
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from keras_mrl import MatryoshkaHead, MatryoshkaLoss, MatryoshkaMetric
+from tests.keras_mrl.small import (
+    DIMS,
+    NUM_CLASSES,
+    X,
+    Y,
+    accuracy,
+    as_numpy,
+    classifier,
+    compiled,
+    cross_entropy,
+    functional,
+)
+from tests.laws import exactly
+
+pytestmark = pytest.mark.backend
+
+RANDOM = np.random.default_rng(0)
+LOGITS = RANDOM.normal(size=(12, 3, NUM_CLASSES)).astype("float32")
+RIGHT = LOGITS.argmax(-1) == Y[:, None]
+SAMPLE_WEIGHTS = RANDOM.uniform(0.5, 2, size=12).astype("float32")
+
+
+def result(metric: MatryoshkaMetric) -> dict[str, float]:
+    return {name: float(value) for name, value in metric.result().items()}
+
+
+def test_fit_logs_one_entry_per_dim() -> None:
+    model = classifier(metrics=[accuracy()])
+    history = model.fit(X, Y, validation_data=(X, Y), verbose=0).history
+    names = {"accuracy_2", "accuracy_4", "accuracy_8"}
+    assert history.keys() == {"loss", "val_loss", *names, *(f"val_{name}" for name in names)}
+    scores = model.evaluate(X, Y, verbose=0, return_dict=True)
+    assert scores.keys() == {"loss", *names}
+    right = as_numpy(model(X)).argmax(-1) == Y[:, None]
+    for m, dim in enumerate(DIMS):
+        assert scores[f"accuracy_{dim}"] == pytest.approx(right[:, m].mean())
+        assert history[f"val_accuracy_{dim}"][0] == pytest.approx(right[:, m].mean())
+
+
+def test_every_dim_is_scored_over_all_batches() -> None:
+    metric = accuracy()
+    for start in (0, 5):
+        rows = slice(start, start + 5 if start == 0 else 12)
+        metric.update_state(Y[rows], keras.ops.convert_to_tensor(LOGITS[rows]))
+    expected = {f"accuracy_{dim}": RIGHT[:, m].mean() for m, dim in enumerate(DIMS)}
+    assert len(set(expected.values())) > 1
+    assert result(metric) == pytest.approx(expected)
+
+
+def test_sample_weights_weigh_every_dim() -> None:
+    metric = accuracy()
+    metric.update_state(Y, keras.ops.convert_to_tensor(LOGITS), sample_weight=SAMPLE_WEIGHTS)
+    expected = np.average(RIGHT, axis=0, weights=SAMPLE_WEIGHTS)
+    assert [*result(metric).values()] == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_a_weighted_metric_in_fit_gets_the_sample_weights() -> None:
+    model = compiled(functional(), weighted_metrics=[accuracy()])
+    scores = model.evaluate(X, Y, sample_weight=SAMPLE_WEIGHTS, verbose=0, return_dict=True)
+    right = as_numpy(model(X)).argmax(-1) == Y[:, None]
+    expected = np.average(right, axis=0, weights=SAMPLE_WEIGHTS)
+    for m, dim in enumerate(DIMS):
+        assert scores[f"accuracy_{dim}"] == pytest.approx(expected[m], rel=1e-5)
+
+
+def test_padding_is_not_scored_as_keras_does() -> None:
+    tokens = np.array([[1, 2, 3, 0], [4, 0, 0, 0], [2, 2, 0, 0]])
+    inputs = keras.Input((4,), dtype="int32")
+    embedded = keras.layers.Embedding(5, 8, mask_zero=True)(inputs)
+    model = keras.Model(inputs, MatryoshkaHead(NUM_CLASSES, dims=DIMS)(embedded))
+    compiled(model, metrics=[accuracy()])
+    best = as_numpy(model(tokens)).argmax(-1)
+    labels = best[:, :, 1]  # right at the middle dim
+    labels = np.where(tokens != 0, labels, (labels + 1) % NUM_CLASSES)  # and wrong on padding
+    scores = model.evaluate(tokens, labels, verbose=0, return_dict=True)
+    there = tokens != 0
+    for m, dim in enumerate(DIMS):
+        right = (best[:, :, m] == labels)[there].mean()
+        assert scores[f"accuracy_{dim}"] == pytest.approx(right)
+    assert scores["accuracy_4"] == 1
+
+
+def test_every_epoch_begins_anew() -> None:
+    model = compiled(functional(), optimizer=keras.optimizers.SGD(1.0), metrics=[accuracy()])
+    start = model.get_weights()
+    first = model.fit(X, Y, batch_size=12, verbose=0).history["accuracy_8"]
+    second = model.evaluate(X, Y, verbose=0, return_dict=True)["accuracy_8"]
+    model.set_weights(start)
+    both = model.fit(X, Y, batch_size=12, epochs=2, verbose=0).history["accuracy_8"]
+    assert first[0] != pytest.approx(second)  # else nothing was tested
+    assert both == pytest.approx([first[0], second])
+
+
+def test_reset_state_forgets() -> None:
+    metric = accuracy()
+    metric.update_state(Y, keras.ops.convert_to_tensor(LOGITS))
+    assert any(result(metric).values())
+    metric.reset_state()
+    assert not any(result(metric).values())
+
+
+def test_the_given_metric_is_left_alone_and_may_serve_twice() -> None:
+    given = keras.metrics.SparseTopKCategoricalAccuracy(k=2, name="top")
+    two, three = MatryoshkaMetric(given, (4, 8)), MatryoshkaMetric(given, DIMS)
+    three.update_state(Y, keras.ops.convert_to_tensor(LOGITS))
+    assert float(given.result()) == 0
+    assert not any(result(two).values())
+    order = np.argsort(-LOGITS, axis=-1)[..., :2]
+    top = (order == Y[:, None, None]).any(-1).mean(0)
+    assert result(three) == pytest.approx(dict(zip(("top_2", "top_4", "top_8"), top, strict=True)))
+
+
+def test_the_stem_of_the_names_can_be_given() -> None:
+    metric = MatryoshkaMetric(keras.metrics.SparseCategoricalAccuracy(), (2, 8), name="right")
+    assert metric.result().keys() == {"right_2", "right_8"}
+
+
+def test_a_metric_of_logits_beside_labels_works_at_every_dim() -> None:
+    entropy = keras.metrics.SparseCategoricalCrossentropy(name="entropy", from_logits=True)
+    metric = MatryoshkaMetric(entropy, DIMS)
+    metric.update_state(Y, keras.ops.convert_to_tensor(LOGITS))
+    inner = cross_entropy()
+    expected = [float(inner(Y, LOGITS[:, m])) for m in range(3)]
+    assert [*result(metric).values()] == pytest.approx(expected, rel=1e-5)
+    total = float(MatryoshkaLoss(inner)(Y, LOGITS))
+    assert sum(result(metric).values()) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(12, 2, 3), (12, 4, 3), (12, 3)])
+def test_logits_of_another_number_of_dims_are_refused(shape: tuple[int, ...]) -> None:
+    sentence = (
+        "MatryoshkaMetric needs logits of shape (..., num_dims, num_classes) with one entry per "
+        f"dim. Received: y_pred of shape {shape} for dims=(2, 4, 8). "
+        "Give the metric the dims of the head."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        accuracy().update_state(Y, keras.ops.zeros(shape))
+
+
+@pytest.mark.parametrize("given", ["accuracy", keras.metrics.Mean, accuracy()])
+def test_what_is_no_metric_of_one_dim_is_refused(given: Any) -> None:
+    sentence = (
+        f"metric must be a Keras metric for one dim. Received: {given!r}. "
+        "Give an instance, for example keras.metrics.SparseCategoricalAccuracy(name='accuracy')."
+    )
+    with pytest.raises(TypeError, match=exactly(sentence)):
+        MatryoshkaMetric(given, DIMS)

@@ -1,0 +1,178 @@
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import pytest
+
+from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, cut, split
+from tests.keras_mrl.small import (
+    DIMS,
+    NUM_CLASSES,
+    X,
+    Y,
+    as_numpy,
+    backbone,
+    classifier,
+    compiled,
+    functional,
+)
+from tests.laws import exactly
+
+pytestmark = pytest.mark.backend
+
+
+def sequential() -> keras.Model:
+    layers = [keras.Input((5,)), keras.layers.Dense(8), MatryoshkaHead(NUM_CLASSES, dims=DIMS)]
+    return keras.Sequential(layers)
+
+
+NESTED: dict[str, Callable[[], keras.Model]] = {
+    "classifier": classifier,
+    "functional": functional,
+    "sequential": sequential,
+}
+nested = pytest.mark.parametrize("make", NESTED.values(), ids=NESTED)
+
+
+@nested
+def test_a_nested_model_splits_into_its_own_backbone_and_head(
+    make: Callable[[], keras.Model],
+) -> None:
+    model = make()
+    logits = as_numpy(model(X))
+    body, head = split(model)
+    assert head is not None
+    assert any(layer is head for layer in model.layers)
+    np.testing.assert_allclose(as_numpy(head(body(X))), logits, rtol=1e-6, atol=1e-6)
+    assert body.count_params() + head.count_params() == model.count_params()
+
+
+@nested
+def test_every_dim_of_a_nested_model_can_be_cut_out(make: Callable[[], keras.Model]) -> None:
+    model = make()
+    logits = as_numpy(model(X))
+    for m, dim in enumerate(DIMS):
+        plain = cut(model, dim)
+        assert plain.output_shape == (None, NUM_CLASSES)
+        np.testing.assert_allclose(as_numpy(plain(X)), logits[:, m], rtol=1e-5, atol=1e-6)
+        assert isinstance(plain.layers[-1], keras.layers.Dense)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_the_cut_holds_the_kernel_and_bias_of_its_dim(tied: bool, use_bias: bool) -> None:
+    head = MatryoshkaHead(
+        NUM_CLASSES, dims=DIMS, tied=tied, use_bias=use_bias, bias_initializer="ones"
+    )
+    model = functional(head)
+    dense = cut(model, 4).layers[-1]
+    expected = [as_numpy(w) for w in head.weights_at(4) if w is not None]
+    assert [w.shape for w in dense.get_weights()] == [(4, 3), (3,)][: 1 + use_bias]
+    for received, wanted in zip(dense.get_weights(), expected, strict=True):
+        np.testing.assert_array_equal(received, wanted)
+    np.testing.assert_allclose(
+        as_numpy(cut(model, 4)(X)), as_numpy(model(X))[:, 1], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_cut_shares_the_backbone_and_copies_the_head() -> None:
+    model = classifier()
+    model(X)
+    head_before = model.head.get_weights()
+    body_before = model.backbone.get_weights()
+    plain = model.at(8)
+    plain.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    plain.fit(X, Y, verbose=0)
+    for was, now in zip(head_before, model.head.get_weights(), strict=True):
+        np.testing.assert_array_equal(was, now)
+    for was, now in zip(body_before, model.backbone.get_weights(), strict=True):
+        assert (was != now).any()
+
+
+def test_a_cut_keeps_the_names_and_dtypes_of_the_inputs() -> None:
+    inputs = {
+        "words": keras.Input((4,), dtype="int32", name="words"),
+        "length": keras.Input((1,), name="length"),
+    }
+    pooled = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(9, 7)(inputs["words"]))
+    body = keras.Model(inputs, keras.layers.Concatenate()([pooled, inputs["length"]]))
+    model = classifier(body)
+    x = {"words": np.arange(8).reshape(2, 4), "length": np.ones((2, 1), "float32")}
+    logits = as_numpy(model(x))
+    plain = model.at(8)
+    assert {i.name: (tuple(i.shape), i.dtype) for i in plain.inputs} == {
+        "words": ((None, 4), "int32"),
+        "length": ((None, 1), "float32"),
+    }
+    np.testing.assert_allclose(as_numpy(plain(x)), logits[:, 2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["head", "logits_4", "dense"])
+def test_a_backbone_may_have_any_name(name: str) -> None:
+    model = classifier(backbone(name=name))
+    model(X)
+    assert tuple(model.at(4)(X).shape) == (12, NUM_CLASSES)
+
+
+def test_the_same_model_may_be_cut_twice() -> None:
+    model = classifier()
+    model(X)
+    one, other = model.at(4), model.at(4)
+    np.testing.assert_array_equal(as_numpy(one(X)), as_numpy(other(X)))
+
+
+def test_a_model_without_a_nested_head_is_all_backbone() -> None:
+    inputs = keras.Input((5,))
+    plain = keras.Model(inputs, keras.layers.Dense(8)(inputs), name="plain")
+    assert split(plain) == (plain, None)
+    sentence = (
+        "Only a model that ends in a MatryoshkaHead can be cut to a dim. "
+        "Received: Functional 'plain'. "
+        "Use MatryoshkaClassifier(backbone, MatryoshkaHead(num_classes))."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        cut(plain, 8)
+
+
+def test_a_head_that_is_one_of_two_outputs_or_not_the_last_layer_is_no_end() -> None:
+    inputs = keras.Input((5,))
+    features = keras.layers.Dense(8)(inputs)
+    logits = MatryoshkaHead(NUM_CLASSES, dims=DIMS)(features)
+    two = keras.Model(inputs, [keras.layers.Dense(2)(features), logits])
+    onward = keras.Model(inputs, keras.layers.Softmax()(logits))
+    for model in (two, onward):
+        assert split(model) == (model, None)
+
+
+def test_a_dim_the_head_does_not_have_is_refused() -> None:
+    sentence = (
+        "dim must be one of the dims of the head. "
+        "Received: dim=3 for dims=(2, 4, 8). Choose one of those."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        cut(functional(), 3)
+
+
+def unbuilt_classifier() -> keras.Model:
+    head = MatryoshkaHead(NUM_CLASSES, dims=DIMS)
+    return compiled(MatryoshkaClassifier(backbone(), head, name="unbuilt"))
+
+
+def unbuilt_sequential() -> keras.Model:
+    layers = [keras.layers.Dense(8), MatryoshkaHead(NUM_CLASSES, dims=DIMS)]
+    return keras.Sequential(layers, name="unbuilt")
+
+
+@pytest.mark.parametrize("make", [unbuilt_classifier, unbuilt_sequential])
+def test_a_model_without_weights_is_refused_until_it_was_called(
+    make: Callable[[], keras.Model],
+) -> None:
+    model = make()
+    sentence = (
+        "A model must be built before it is cut. "
+        "Received: 'unbuilt', which has no weights yet. Call it on a batch or train it."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        cut(model, 4)
+    logits = as_numpy(model(X))
+    np.testing.assert_allclose(as_numpy(cut(model, 4)(X)), logits[:, 1], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,500 @@
+"""The cascade beside the paper's procedure written as plain loops, row by row in float64."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from keras_mrl_serving.cascade import (
+    CascadePolicy,
+    CascadeReport,
+    Stage,
+    max_probability,
+    softmax,
+)
+from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.errors import ManifestError
+
+Array = npt.NDArray[Any]
+Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
+
+GRID = [np.float32(0.1 + i * 0.9 / 99) for i in range(100)]
+TWO = CascadePolicy((Stage(8, 0.5), Stage(16, None)))
+
+
+@st.composite
+def holdouts(draw: st.DrawFn) -> tuple[Array, Array]:
+    rows, stages, classes = (draw(st.integers(*ends)) for ends in ((1, 24), (1, 4), (2, 12)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    logits = rng.normal(size=(rows, stages, classes), scale=draw(st.sampled_from([0.1, 1, 5])))
+    if draw(st.booleans()):
+        logits = np.round(logits)  # whole numbers, so that confidences tie
+    # All negative, so that none pass for probabilities.
+    return (logits - 50).astype(np.float32), rng.integers(0, classes, size=rows)
+
+
+@st.composite
+def policies(draw: st.DrawFn, stages: int) -> CascadePolicy:
+    thresholds = [*(draw(st.floats(-0.1, 1.1)) for _ in range(stages - 1)), None]
+    temperatures = [draw(st.floats(0.25, 4)) for _ in range(stages)]
+    return CascadePolicy(tuple(map(Stage, DIMS[:stages], thresholds, temperatures)), method="drawn")
+
+
+DIMS = (8, 24, 40, 100)
+
+
+def probabilities(logits: Array, temperature: float) -> Array:
+    scaled = logits.astype(np.float64) / temperature
+    raised = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    return raised / raised.sum(axis=-1, keepdims=True)
+
+
+def learned_by_loops(confidence: Array, right: Array, right_next: Array) -> np.float32:
+    """The paper's threshold of one adjacent pair: of the best accuracy, the smallest."""
+    best, best_threshold = -1, np.float32(0)
+    for threshold in GRID:
+        count = sum(
+            bool(right[row]) if confidence[row] > threshold else bool(right_next[row])
+            for row in range(len(confidence))
+        )
+        if count > best:
+            best, best_threshold = count, threshold
+    return best_threshold
+
+
+def routed_by_loops(policy: CascadePolicy, logits: Array) -> tuple[list[int], list[int]]:
+    class_ids, stage_of = [], []
+    for row in logits:
+        for index, stage in enumerate(policy.stages):
+            confidence = probabilities(row[index], stage.temperature).max()
+            if stage.threshold is None:
+                break
+            assume(abs(confidence - stage.threshold) > 1e-5)
+            if confidence > stage.threshold:
+                break
+        class_ids.append(int(np.argmax(row[index])))
+        stage_of.append(index)
+    return class_ids, stage_of
+
+
+@given(holdouts())
+def test_what_is_learned_decides_as_the_paper_s_procedure(holdout: tuple[Array, Array]) -> None:
+    logits, labels = holdout
+    policy = CascadePolicy.learn(logits, labels, DIMS[: logits.shape[1]])
+    assert policy.dims == DIMS[: logits.shape[1]]
+    right = np.argmax(logits, axis=-1) == labels[:, None]
+    stage_of = np.full(len(logits), len(policy.stages) - 1)
+    for index in reversed(range(len(policy.stages) - 1)):
+        confidence = max_probability(logits[:, index])
+        theirs = confidence > learned_by_loops(confidence, right[:, index], right[:, index + 1])
+        ours = confidence > np.float32(policy.stages[index].threshold)
+        np.testing.assert_array_equal(ours, theirs)
+        stage_of[theirs] = index
+    np.testing.assert_array_equal(policy.route(logits)[1], stage_of)
+
+
+@given(holdouts())
+def test_a_threshold_lies_midway_between_two_confidences(holdout: tuple[Array, Array]) -> None:
+    logits, labels = holdout
+    policy = CascadePolicy.learn(logits, labels, DIMS[: logits.shape[1]])
+    for index, stage in enumerate(policy.stages[:-1]):
+        threshold = stage.threshold
+        assert threshold is not None
+        assert np.float32(threshold) == threshold
+        confidence = max_probability(logits[:, index])
+        below = confidence[confidence <= threshold].max(initial=0)
+        above = confidence[confidence > threshold].min(initial=1)
+        assert abs(threshold - (float(below) + float(above)) / 2) <= np.spacing(np.float32(above))
+
+
+def test_learned_thresholds_are_the_ones_counted_by_hand() -> None:
+    # Two classes; the confidence of a row is 1 / (1 + exp(-gap)).
+    gaps = np.array([0.1, 0.5, 1.0, 2.0, 3.0])
+    narrow = np.stack([gaps, np.zeros(5)], axis=-1)  # says class 0, ever surer
+    wide = np.array([[0.0, 9.0], [0.0, 9.0], [9.0, 0.0], [0.0, 9.0], [0.0, 9.0]])
+    labels = np.array([1, 1, 0, 0, 0])  # the wide dim is right on 0, 1 and 2, the narrow on 2, 3, 4
+    policy = CascadePolicy.learn(np.stack([narrow, wide], axis=1), labels, (4, 8))
+    # Best: the narrow dim from row 2 on. The smallest threshold for that lies above row 1.
+    below, above = 1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(-1.0))
+    assert policy.stages[0].threshold == pytest.approx((below + above) / 2, abs=1e-7)
+    assert policy.holdout is not None
+    assert asdict(policy.holdout) == {
+        "accuracy": 1.0,
+        "full_accuracy": 0.6,
+        "expected_dim": pytest.approx((8 * 2 + 4 * 3) / 5),
+        "cumulative_dim": pytest.approx((12 * 2 + 4 * 3) / 5),
+        "exit_fractions": (0.6, 0.4),
+        "size": 5,
+    }
+    assert policy.method == "paper: adjacent pairs, grid of 100, smallest best threshold"
+
+
+def test_neighbouring_confidences_are_told_apart() -> None:
+    """Where no float32 lies between, the threshold is the lower one: it does not accept itself."""
+    logits = np.array([[[0.0, 0.0], [0.0, 1.0]], [[2.0**-22, 0.0], [0.0, 1.0]]])
+    low, high = max_probability(logits[:, 0])
+    assert np.nextafter(low, np.float32(1)) == high
+    policy = CascadePolicy.learn(np.repeat(logits, 2, axis=0), [1, 1, 0, 0], (1, 2))
+    assert policy.stages[0].threshold == low
+    assert policy.holdout is not None
+    assert policy.holdout.exit_fractions == (0.5, 0.5)
+
+
+@given(holdouts(), st.data())
+def test_route_and_evaluate_are_their_loops(
+    holdout: tuple[Array, Array], data: st.DataObject
+) -> None:
+    logits, labels = holdout
+    policy = data.draw(policies(logits.shape[1]))
+    class_ids, stage_of = routed_by_loops(policy, logits)
+    routed = policy.route(logits)
+    assert [column.tolist() for column in routed] == [class_ids, stage_of]
+    rows = len(logits)
+    truth = labels.tolist()
+    asked = [sum(policy.dims[: stage + 1]) for stage in stage_of]
+    assert asdict(policy.evaluate(logits, labels)) == {
+        "accuracy": pytest.approx(sum(map(int.__eq__, class_ids, truth)) / rows),
+        "full_accuracy": pytest.approx(
+            sum(map(int.__eq__, logits[:, -1].argmax(axis=-1).tolist(), truth)) / rows
+        ),
+        "expected_dim": pytest.approx(sum(policy.dims[stage] for stage in stage_of) / rows),
+        "cumulative_dim": pytest.approx(sum(asked) / rows),
+        "exit_fractions": pytest.approx(
+            tuple(stage_of.count(stage) / rows for stage in range(len(policy.stages)))
+        ),
+        "size": rows,
+    }
+
+
+@given(holdouts(), st.data())
+def test_a_row_is_decided_without_the_others(
+    holdout: tuple[Array, Array], data: st.DataObject
+) -> None:
+    logits, _ = holdout
+    policy = data.draw(policies(logits.shape[1]))
+    together = np.stack(policy.route(logits))
+    alone = [np.stack(policy.route(logits[row : row + 1])) for row in range(len(logits))]
+    np.testing.assert_array_equal(together, np.concatenate(alone, axis=1))
+
+
+@pytest.mark.parametrize(("threshold", "stage"), [(-1.0, 0), (0.0, 0), (1.0, 2), (2.0, 2)])
+def test_thresholds_below_and_above_every_confidence(threshold: float, stage: int) -> None:
+    logits = np.random.default_rng(0).normal(size=(50, 3, 10)) * 100  # some as sure as 1.0
+    assert max_probability(logits).max() == 1
+    policy = CascadePolicy((Stage(8, threshold), Stage(16, threshold), Stage(32, None)))
+    assert set(policy.route(logits)[1].tolist()) == {stage}
+
+
+def test_a_confidence_equal_to_the_threshold_is_not_above_it() -> None:
+    policy = CascadePolicy((Stage(8, 0.5), Stage(16, None)))
+    assert policy.route(np.zeros((1, 2, 2)))[1].tolist() == [1]
+
+
+def test_a_temperature_divides_before_the_softmax() -> None:
+    logits = np.array([[[2.0, 0.0], [0.0, 1.0]]])
+    for temperature, stage in ((1.0, 0), (4.0, 1)):
+        policy = CascadePolicy((Stage(8, 0.8, temperature), Stage(16, None)))
+        assert policy.route(logits)[1].tolist() == [stage]
+
+
+@given(holdouts(), st.floats(0.1, 10))
+def test_softmax_is_that_of_float64(holdout: tuple[Array, Array], temperature: float) -> None:
+    logits, _ = holdout
+    ours = softmax(logits, temperature)
+    assert ours.dtype == np.float32
+    expected = probabilities(logits, temperature)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(max_probability(logits, temperature), ours.max(axis=-1))
+
+
+def test_softmax_of_large_logits_does_not_overflow() -> None:
+    np.testing.assert_array_equal(softmax(np.array([1e30, -1e30, 0.0])), [1, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "object"])
+def test_logits_may_be_of_any_dtype_of_numbers(dtype: str) -> None:
+    logits = np.random.default_rng(0).integers(-9, -1, size=(20, 2, 3))
+    expected = TWO.route(logits.astype(np.float32))
+    for same in (logits.astype(dtype), logits.tolist(), np.asfortranarray(logits)):
+        np.testing.assert_array_equal(TWO.route(same), expected)
+    labels = np.arange(20) % 3
+    numpys_own: Any = np.array([8, 16])
+    assert CascadePolicy.learn(logits.astype(dtype), labels.astype(np.uint8), (8, 16)) == (
+        CascadePolicy.learn(logits.astype(np.float32), labels, numpys_own)
+    )
+
+
+def test_no_rows_are_routed_to_no_rows() -> None:
+    class_ids, stage_of = TWO.route(np.zeros((0, 2, 3)))
+    assert class_ids.shape == stage_of.shape == (0,)
+
+
+def test_one_stage_is_that_dim_alone() -> None:
+    policy = CascadePolicy.learn([[[-1.0, -2.0]]], [0], (8,))
+    assert policy.stages == (Stage(8, None),)
+    assert policy.holdout == CascadeReport(1.0, 1.0, 8.0, 8.0, (1.0,), 1)
+
+
+@given(holdouts(), st.data())
+def test_a_policy_comes_back_from_the_manifest(
+    manifests: Mapping[str, Manifest], holdout: tuple[Array, Array], data: st.DataObject
+) -> None:
+    by_hand = data.draw(policies(holdout[0].shape[1]))
+    for policy in (by_hand, CascadePolicy.learn(*holdout, by_hand.dims)):
+        manifest = replace(manifests["classifier"], cascade=policy.to_json())
+        read = Manifest.from_json(manifest.to_json())
+        assert read == manifest
+        assert read.cascade is not None
+        assert CascadePolicy.from_json(read.cascade) == policy
+
+
+def test_the_manifest_s_object_has_the_keys_of_the_contract() -> None:
+    written = CascadePolicy.learn([[[-1.0, -2.0]] * 2], [0], (8, 16)).to_json()
+    assert json.loads(json.dumps(written)) == {
+        "stages": [
+            {"dim": 8, "threshold": pytest.approx(0.3655, abs=1e-4), "temperature": 1.0},
+            {"dim": 16, "threshold": None, "temperature": 1.0},
+        ],
+        "confidence": "max_probability",
+        "method": "paper: adjacent pairs, grid of 100, smallest best threshold",
+        "guarantee": None,
+        "holdout_size": 1,
+        "accuracy": 1.0,
+        "full_accuracy": 1.0,
+        "expected_dim": 8.0,
+        "cumulative_dim": 8.0,
+        "exit_fractions": [1.0, 0.0],
+    }
+
+
+def test_stages_of_numpy_numbers_become_python_s_own() -> None:
+    given: Any = [Stage(np.int64(8), np.float32(0.5), np.float64(2)), Stage(np.uint8(16), None)]  # type: ignore[arg-type]
+    policy = CascadePolicy(given)
+    assert policy == CascadePolicy((Stage(8, 0.5, 2.0), Stage(16, None)))
+    assert hash(policy) == hash(replace(policy))
+    assert json.dumps(policy.to_json())
+
+
+@pytest.mark.parametrize(
+    "thresholds", [(None,), (0.5,), (0.5, None), (None, None, None), (0.1, 0.2, 0.3)]
+)
+def test_only_the_last_stage_accepts_all(thresholds: Any, refuses: Refuses) -> None:
+    stages = tuple(map(Stage, DIMS, thresholds))
+    if thresholds in ((None,), (0.5, None)):
+        assert CascadePolicy(stages).stages == stages
+        return
+    text = (
+        "Every stage but the last needs a threshold, and the last accepts all. "
+        f"Received: thresholds={thresholds}. End with Stage(dim, None)."
+    )
+    with refuses(ValueError, text):
+        CascadePolicy(stages)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        Stage(8, float("nan")),
+        Stage(8, float("inf")),
+        Stage(8, "0.5"),  # type: ignore[arg-type]
+        Stage(8, 0.5, 0.0),
+        Stage(8, 0.5, -1.0),
+        Stage(8, 0.5, float("nan")),
+        Stage(8, 0.5, float("inf")),
+        Stage(8, 0.5, None),  # type: ignore[arg-type]
+        Stage(8, 0.5, "1"),  # type: ignore[arg-type]
+    ],
+)
+def test_stages_need_numbers(stage: Stage, refuses: Refuses) -> None:
+    stages = (stage, Stage(16, None))
+    text = (
+        f"Thresholds must be finite and temperatures positive. Received: {stages}. "
+        "A threshold of 1 accepts no row, one of 0 every row."
+    )
+    with refuses(ValueError, text):
+        CascadePolicy(stages)
+
+
+@pytest.mark.parametrize("dims", [(16, 8), (8, 8), ()])
+def test_stages_need_increasing_dims(dims: tuple[int, ...], refuses: Refuses) -> None:
+    stages = [Stage(dim, None if dim == dims[-1] else 0.5) for dim in dims]
+    remedy = {
+        (16, 8): "Sort them and drop repeats: dims=(8, 16).",
+        (8, 8): "Sort them and drop repeats: dims=(8,).",
+        (): "Give prefix lengths, for example dims=(8, 16, 32).",
+    }[dims]
+    rule = "dims must be strictly increasing positive integers."
+    with refuses(ValueError, f"{rule} Received: dims={dims}. {remedy}"):
+        CascadePolicy(tuple(stages))
+
+
+def test_an_unknown_confidence_is_refused(refuses: Refuses) -> None:
+    text = (
+        "confidence must be one of max_probability. Received: confidence='margin'. "
+        "Choose one of those."
+    )
+    with refuses(ValueError, text):
+        CascadePolicy((Stage(8, None),), confidence="margin")
+
+
+@pytest.mark.parametrize(
+    ("cascade", "received"),
+    [
+        ({}, "{} (KeyError: 'stages')"),
+        ([1], "[1] (TypeError: list indices must be integers or slices, not str)"),
+        ("x", "'x' (TypeError: string indices must be integers, not 'str')"),
+        (None, "None (TypeError: 'NoneType' object is not subscriptable)"),
+        (
+            {"stages": [], "confidence": "max_probability"},
+            "{'stages': [], 'confidence': 'max_probability'} (ValueError: dims must be strictly "
+            "increasing positive integers. Received: dims=(). Give prefix lengths, for example "
+            "dims=(8, 16, 32).)",
+        ),
+        (
+            {"stages": [{"dim": 8, "threshold": None}], "confidence": "margin"},
+            "{'stages': [{'dim': 8, 'threshold': None}], 'confidence': 'margin'} (ValueError: "
+            "confidence must be one of max_probability. Received: confidence='margin'. "
+            "Choose one of those.)",
+        ),
+    ],
+)
+def test_a_cascade_that_cannot_be_read_is_refused(
+    cascade: Any, received: str, refuses: Refuses
+) -> None:
+    text = (
+        f"A cascade names its stages and its confidence. Received: {received}. "
+        "Install the version of keras-mrl that exported the model, or a later one."
+    )
+    with refuses(ManifestError, text):
+        CascadePolicy.from_json(cascade)
+
+
+def test_keys_of_a_later_cascade_do_not_matter() -> None:
+    later = {**TWO.to_json(), "colour": "green"}
+    later["stages"][0]["layer"] = 3
+    assert CascadePolicy.from_json(later) == TWO
+    del later["stages"][0]["temperature"], later["method"]
+    assert CascadePolicy.from_json(later) == replace(TWO, method="unknown")
+
+
+LOGITS_5 = np.random.default_rng(0).normal(size=(5, 2, 3))
+LABELS_5 = np.array([0, 1, 2, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "received"),
+    [
+        (LABELS_5 + 1, "int64 labels from 1 to 3"),
+        (LABELS_5 - 1, "int64 labels from -1 to 1"),
+        (LABELS_5.astype(np.uint8) + 250, "uint8 labels from 250 to 252"),
+        (LABELS_5 * 1.0, "float64 labels"),
+        (LABELS_5 > 0, "bool labels"),
+        (list("abcab"), "<U1 labels"),
+        (np.array(list("abcab"), object), "object labels"),
+    ],
+)
+def test_labels_are_class_ids_from_0(labels: Any, received: str, refuses: Refuses) -> None:
+    text = (
+        f"labels must be class ids in 0..2. Received: {received}. "
+        "Number the classes from 0, as in training."
+    )
+    with refuses(ValueError, text):
+        CascadePolicy.learn(LOGITS_5, labels, (8, 16))
+    with refuses(ValueError, text):
+        TWO.evaluate(LOGITS_5, labels)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "dims"),
+    [
+        (LOGITS_5, LABELS_5[:3], (8, 16)),
+        (LOGITS_5, LABELS_5[:, None], (8, 16)),
+        (LOGITS_5, None, (8, 16)),
+        (LOGITS_5, LABELS_5, (8, 16, 32)),
+        (LOGITS_5, LABELS_5, (8,)),
+        (LOGITS_5[:, 0], LABELS_5, (8, 16)),
+    ],
+)
+def test_a_holdout_s_shapes_must_fit(
+    logits: Array, labels: Any, dims: tuple[int, ...], refuses: Refuses
+) -> None:
+    text = (
+        "logits must be (rows, num_dims, num_classes) with one label per row. "
+        f"Received: logits of shape {logits.shape} and labels of shape {np.shape(labels)} for "
+        f"{len(dims)} dims. Give what predict() of the nested model returns, and class ids."
+    )
+    with refuses(ValueError, text):
+        CascadePolicy.learn(logits, labels, dims)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_must_be_finite(bad: float, refuses: Refuses) -> None:
+    logits = LOGITS_5.copy()
+    logits[4, 1, 2] = bad
+    text = "logits must be finite. Received: NaN or infinity. Train the model to a finite loss."
+    with refuses(ValueError, text):
+        CascadePolicy.learn(logits, LABELS_5, (8, 16))
+    with refuses(ValueError, text):
+        TWO.evaluate(logits, LABELS_5)
+    with refuses(ValueError, text):
+        TWO.route(logits)
+
+
+def test_a_holdout_needs_rows(refuses: Refuses) -> None:
+    text = "A holdout needs rows. Received: none. Keep some labelled rows out of training."
+    with refuses(ValueError, text):
+        CascadePolicy.learn(LOGITS_5[:0], LABELS_5[:0], (8, 16))
+    with refuses(ValueError, text):
+        TWO.evaluate(LOGITS_5[:0], LABELS_5[:0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_probabilities_are_no_logits(dtype: str, refuses: Refuses) -> None:
+    text = (
+        "logits must be logits, not probabilities. Received: rows that sum to 1. "
+        "Leave the softmax out, or give np.log(probabilities)."
+    )
+    given = softmax(LOGITS_5)
+    with refuses(ValueError, text):
+        CascadePolicy.learn(given.astype(dtype), LABELS_5, (8, 16))
+    with refuses(ValueError, text):
+        TWO.evaluate(given.astype(dtype), LABELS_5)
+    from_logs = CascadePolicy.learn(np.log(given), LABELS_5, (8, 16))
+    np.testing.assert_array_equal(
+        from_logs.route(LOGITS_5), CascadePolicy.learn(LOGITS_5, LABELS_5, (8, 16)).route(LOGITS_5)
+    )
+
+
+@pytest.mark.parametrize(
+    "logits", [LOGITS_5[:, :1], np.zeros((5, 3, 3)), LOGITS_5[0], np.zeros((5, 2, 0)), 1.0]
+)
+def test_only_logits_of_every_stage_can_be_routed(logits: Any, refuses: Refuses) -> None:
+    text = (
+        "logits must be (rows, num_stages, num_classes). "
+        f"Received: logits of shape {np.shape(logits)} for 2 stages. "
+        "Give those of the policy's dims alone, in their order."
+    )
+    with refuses(ValueError, text):
+        TWO.route(logits)
+
+
+@pytest.mark.parametrize(
+    ("logits", "received"),
+    [("abc", "<U3 of shape ()"), (LOGITS_5 + 0j, "complex128 of shape (5, 2, 3)")],
+)
+def test_logits_are_real_numbers(logits: Any, received: str, refuses: Refuses) -> None:
+    text = (
+        f"logits must be an array of real numbers. Received: {received}. "
+        "Give a NumPy array of floats, every row as long as the others."
+    )
+    with refuses(ValueError, text):
+        TWO.route(logits)
+    with refuses(ValueError, text):
+        CascadePolicy.learn(logits, LABELS_5, (8, 16))

@@ -1,0 +1,275 @@
+"""The manifest and the dims: what is read, what is kept, what is refused and how."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_mrl_serving import contract
+from keras_mrl_serving.contract import Manifest, as_int, check_dims
+from keras_mrl_serving.errors import (
+    ManifestError,
+    NoCascadeError,
+    NoHeadError,
+    UnknownDimError,
+)
+
+Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
+
+AGAIN = "Export the model again with keras_mrl_export.export_saved_model."
+NEWER = "Install the version of keras-mrl that exported the model, or a later one."
+
+
+@pytest.fixture
+def manifest(manifests: Mapping[str, Manifest]) -> Manifest:
+    return manifests["classifier"]
+
+
+def test_the_signatures_have_the_names_of_the_contract() -> None:
+    names = (contract.embed(8), contract.classify(8), contract.head(8))
+    assert names == ("embed_8", "classify_8", "head_8")
+    constants = (contract.DESCRIBE, contract.FEATURES, contract.CLASSIFY_ADAPTIVE)
+    assert constants == ("describe", "features", "classify_adaptive")
+    assert contract.SERVING_DEFAULT == "serving_default"
+    assert contract.MANIFEST_FILE == "assets.extra/keras_mrl.json"
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [
+        (8, 16, 2048),
+        [8, 16, 2048],
+        np.array([8, 16, 2048]),
+        (np.int8(8), np.uint16(16), np.array(2048)),
+        iter([8, 16, 2048]),
+        {8: 0, 16: 0, 2048: 0},
+    ],
+)
+def test_dims_are_ints_in_a_tuple(dims: Any) -> None:
+    checked = check_dims(dims)
+    assert checked == (8, 16, 2048)
+    assert {type(dim) for dim in checked} == {int}
+
+
+@pytest.mark.parametrize(
+    ("dims", "received", "remedy"),
+    [
+        ((16, 8, 8), "(16, 8, 8)", "Sort them and drop repeats: dims=(8, 16)."),
+        ((8, 8), "(8, 8)", "Sort them and drop repeats: dims=(8,)."),
+        ((0, 8), "(0, 8)", "Sort them and drop repeats: dims=(8,)."),
+        ((-8, 16), "(-8, 16)", "Sort them and drop repeats: dims=(16,)."),
+        ((), "()", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        ((-1,), "(-1,)", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        ((8.0,), "(8.0,)", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        ((True,), "(True,)", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        ((np.True_,), "(np.True_,)", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        (("8",), "('8',)", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        ("816", "('8', '1', '6')", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        ((None,), "(None,)", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        (([8],), "([8],)", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        ((np.array(8.5),), "(array(8.5),)", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        ((np.array([8]),), "(array([8]),)", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        (8, "8", "Give prefix lengths, for example dims=(8, 16, 32)."),
+        (None, "None", "Give prefix lengths, for example dims=(8, 16, 32)."),
+    ],
+)
+def test_other_dims_are_refused(dims: Any, received: str, remedy: str, refuses: Refuses) -> None:
+    rule = "dims must be strictly increasing positive integers."
+    with refuses(ValueError, f"{rule} Received: dims={received}. {remedy}"):
+        check_dims(dims)
+
+
+@given(st.sets(st.integers(1, 10_000), min_size=1))
+def test_dims_given_as_a_set_are_either_in_order_or_told_so(dims: set[int]) -> None:
+    if list(dims) == sorted(dims):
+        assert check_dims(dims) == tuple(sorted(dims))
+        return
+    with pytest.raises(ValueError, match="Sort them and drop repeats: ") as caught:
+        check_dims(dims)
+    assert str(caught.value).endswith(f" dims={tuple(sorted(dims))}.")
+
+
+def test_an_integer_is_python_s_own(refuses: Refuses) -> None:
+    assert type(as_int(np.int64(8))) is int
+    text = "An integer is needed. Received: True. Write it as an integer."
+    with refuses(TypeError, text):
+        as_int(True)
+
+
+def test_a_manifest_comes_back_from_its_json(manifest: Manifest) -> None:
+    filled = replace(
+        manifest,
+        weights=(2.0, 1.0, 1.0),
+        tied=True,
+        normalize=False,
+        metric="l2",
+        funnel={"dims": [2, 8], "shortlists": [4], "k": 2},
+        decoder={"kind": "jpeg"},
+        quality={"8": {"top1": 0.5}},
+        encoder_fingerprint="a0",
+        size=3,
+        extra={"colour": ["grün"]},
+    )
+    default = Manifest(**{f.name: getattr(manifest, f.name) for f in fields(Manifest)[:7]})
+    changed = {
+        f.name for f in fields(Manifest) if getattr(filled, f.name) != default.__dict__[f.name]
+    }
+    assert {f.name for f in fields(Manifest)[7:]} - changed == {"schema"}
+    text = filled.to_json()
+    assert "\n" not in text
+    assert Manifest.from_json(text) == Manifest.from_json(text.encode()) == filled
+
+
+def test_keys_of_a_later_writer_are_kept(manifest: Manifest) -> None:
+    later = {**json.loads(manifest.to_json()), "colour": "green", "extra": {"a": 1}}
+    read = Manifest.from_json(json.dumps(later))
+    assert read.extra == {"colour": "green", "extra": {"a": 1}}
+    assert replace(read, extra={}) == manifest
+    assert json.loads(read.to_json()) == later
+
+
+@pytest.mark.parametrize("schema", [0, 2, "1", None])
+def test_another_schema_is_refused(schema: object, manifest: Manifest, refuses: Refuses) -> None:
+    text = json.dumps({**json.loads(manifest.to_json()), "schema": schema})
+    rule = "This client reads manifests of schema 1."
+    with refuses(ManifestError, f"{rule} Received: schema {schema!r}. {NEWER}"):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "received"),
+    [
+        ("", "'' (JSONDecodeError: Expecting value: line 1 column 1 (char 0))"),
+        ("null", "'null' (TypeError: 'NoneType' object is not subscriptable)"),
+        ("[]", "'[]' (TypeError: list indices must be integers or slices, not str)"),
+        ("{}", "'{}' (KeyError: 'schema')"),
+        (
+            b"\xff",
+            r"b'\xff' (UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: "
+            "invalid start byte)",
+        ),
+        ("9" * 100, f"'{'9' * 79} (TypeError: 'int' object is not subscriptable)"),
+        (
+            None,
+            "None (TypeError: the JSON object must be str, bytes or bytearray, not NoneType)",
+        ),
+    ],
+)
+def test_what_is_no_manifest_is_refused(text: Any, received: str, refuses: Refuses) -> None:
+    rule = "A manifest is a JSON object with a schema."
+    with refuses(ManifestError, f"{rule} Received: {received}. {AGAIN}"):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "received"),
+    [
+        ("dims", 8, "dims must be strictly increasing positive integers. Received: dims=8. "
+         "Give prefix lengths, for example dims=(8, 16, 32)"),
+        ("dims", [4, 2], "dims must be strictly increasing positive integers. "
+         "Received: dims=(4, 2). Sort them and drop repeats: dims=(2, 4)"),
+        ("width", 4, "width=4 with dims=(2, 4, 8)"),
+        ("weights", 1, "'int' object is not iterable"),
+        ("inputs", None, "inputs=None"),
+        ("inputs", {"x": 4}, "inputs={'x': 4}"),
+        ("inputs", {"x": {"dtype": "float32"}}, "inputs={'x': {'dtype': 'float32'}}"),
+        ("inputs", {"x": {"shape": [None]}}, "inputs={'x': {'shape': [None]}}"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_cannot_be_relied_on_is_refused(
+    key: str, value: object, received: str, manifest: Manifest, refuses: Refuses
+) -> None:
+    text = json.dumps({**json.loads(manifest.to_json()), key: value})
+    rule = "A manifest names a model's dims, width and inputs."
+    with refuses(ManifestError, f"{rule} Received: {received}. {AGAIN}"):
+        Manifest.from_json(text)
+
+
+def test_a_manifest_without_a_field_is_refused(manifest: Manifest, refuses: Refuses) -> None:
+    written = json.loads(manifest.to_json())
+    del written["name"]
+    text = (
+        "A manifest names a model's dims, width and inputs. Received: Manifest.__init__() missing "
+        f"1 required keyword-only argument: 'name'. {AGAIN}"
+    )
+    with refuses(ManifestError, text):
+        Manifest.from_json(json.dumps(written))
+
+
+@pytest.mark.parametrize(
+    ("field", "known"),
+    [
+        ("kind", "classifier, encoder, index"),
+        ("metric", "cosine, dot, l2"),
+        ("activation", "softmax, sigmoid, none"),
+    ],
+)
+@pytest.mark.parametrize("value", ["Softmax", None, ["l2"]])
+def test_a_word_that_is_none_of_those_known_is_refused(
+    field: str, known: str, value: Any, manifest: Manifest, refuses: Refuses
+) -> None:
+    text = f"{field} must be one of {known}. Received: {field}={value!r}. {NEWER}"
+    with refuses(ManifestError, text):
+        replace(manifest, **{field: value})
+    with refuses(ManifestError, text):
+        Manifest.from_json(json.dumps({**json.loads(manifest.to_json()), field: value}))
+
+
+@pytest.mark.parametrize("dim", [8, np.int64(8), np.uint8(8), np.array(8)])
+def test_a_dim_that_is_served_is_returned_as_an_int(dim: int, manifest: Manifest) -> None:
+    assert manifest.check_dim(dim) == 8
+    assert type(manifest.check_dim(dim)) is int
+
+
+@pytest.mark.parametrize("dim", [3, 0, -8, 8.0, True, "8", None, np.array([2, 4]), (8,), np.nan])
+def test_a_dim_that_is_not_served_is_refused_by_naming_those_that_are(
+    dim: Any, manifest: Manifest, refuses: Refuses
+) -> None:
+    text = (
+        "dim must be one of the dims the model serves. "
+        f"Received: dim={dim!r} for model 'toy'. Choose one of 2, 4, 8."
+    )
+    with refuses(UnknownDimError, text):
+        manifest.check_dim(dim)
+
+
+def test_true_is_not_the_dim_1(manifest: Manifest) -> None:
+    one = replace(manifest, dims=(1, 8))
+    assert one.check_dim(1) == 1
+    with pytest.raises(UnknownDimError):
+        one.check_dim(True)
+
+
+def test_without_a_head_nothing_is_classified(
+    manifests: Mapping[str, Manifest], refuses: Refuses
+) -> None:
+    encoder = manifests["encoder"]
+    text = (
+        "Only a model with a head can classify. Received: a request to classify for model 'toy', "
+        "an encoder without one. Ask it to embed, or export a model that ends in a MatryoshkaHead."
+    )
+    with refuses(NoHeadError, text):
+        encoder.check_head()
+    with refuses(NoHeadError, text):
+        encoder.check_cascade()
+
+
+def test_without_a_policy_nothing_is_classified_adaptively(
+    manifests: Mapping[str, Manifest], refuses: Refuses
+) -> None:
+    manifests["classifier"].check_cascade()
+    manifests["successor"].check_head()
+    text = (
+        "classify_adaptive needs a cascade policy. Received: model 'toy', exported without one. "
+        "Learn one on a holdout with CascadePolicy.learn, then give it as "
+        "classify_adaptive(x, policy=policy), or export again with "
+        "export_saved_model(..., policy=policy)."
+    )
+    with refuses(NoCascadeError, text):
+        manifests["successor"].check_cascade()

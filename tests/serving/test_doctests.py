@@ -1,0 +1,70 @@
+"""Every example runs, and everything public has one."""
+
+import doctest
+import inspect
+import pkgutil
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import keras_mrl_serving
+
+# TensorFlow's modules have examples that need files; `_session` is tested beside the server.
+LEFT_OUT = {"server", "_session"}
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(keras_mrl_serving.__path__, "keras_mrl_serving.")
+    if module.name.split(".")[1] not in LEFT_OUT
+)
+# Nothing would run: a client needs a server, a protocol and an error are never called by a reader.
+WITHOUT_EXAMPLE = {"Client", "Index"}
+
+
+def names() -> dict[str, Any]:
+    """What a reader of an example may take for given: NumPy, and what the package makes public."""
+    public = set(keras_mrl_serving.__all__) - {"DevServer"}
+    return {"np": np, **{name: getattr(keras_mrl_serving, name) for name in public}}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_run(name: str) -> None:
+    module = import_module(name)
+    failed, _ = doctest.testmod(module, globs={**vars(module), **names()})
+    assert not failed
+
+
+def public(module: ModuleType) -> dict[str, Any]:
+    """The functions and classes that a module defines and does not hide."""
+    return {
+        name: thing
+        for name, thing in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isfunction(thing) or inspect.isclass(thing))
+        and thing.__module__ == module.__name__
+    }
+
+
+EXPECTED = [
+    pytest.param(thing, id=f"{module}.{name}")
+    for module in MODULES
+    if not module.split(".")[-1].startswith("_")
+    for name, thing in public(import_module(module)).items()
+    if name not in WITHOUT_EXAMPLE and not (inspect.isclass(thing) and issubclass(thing, Exception))
+]
+
+
+@pytest.mark.parametrize("thing", EXPECTED)
+def test_everything_public_has_an_example(thing: Any) -> None:
+    assert "Example:" in (inspect.getdoc(thing) or "")
+    assert doctest.DocTestFinder(recurse=False).find(thing)[0].examples
+
+
+def test_there_is_something_to_run() -> None:
+    assert "keras_mrl_serving.index.exact" in MODULES
+    assert len(EXPECTED) > 20
+    assert {"Client", "Index"} == WITHOUT_EXAMPLE & set(
+        public(import_module("keras_mrl_serving.client"))
+    )

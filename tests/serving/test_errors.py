@@ -1,0 +1,49 @@
+"""One tree of errors, each also the built-in error its name promises."""
+
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+
+from keras_mrl_serving import errors
+
+# Direct bases, as the docstrings and docs promise them.
+TREE = {
+    "KerasMrlError": ("Exception",),
+    "ManifestError": ("KerasMrlError", "ValueError"),
+    "UnknownDimError": ("KerasMrlError", "ValueError"),
+    "NoHeadError": ("KerasMrlError", "TypeError"),
+    "NoCascadeError": ("KerasMrlError", "TypeError"),
+    "InvalidInputError": ("KerasMrlError", "ValueError"),
+    "ServerError": ("KerasMrlError",),
+    "ServerUnavailableError": ("ServerError", "ConnectionError"),
+    "DeadlineError": ("ServerError", "TimeoutError"),
+    "ModelNotFoundError": ("ServerError", "LookupError"),
+    "VersionNotFoundError": ("ModelNotFoundError",),
+    "VersionChangedError": ("ServerError",),
+    "SignatureNotFoundError": ("ServerError", "LookupError"),
+}
+CLASSES: dict[str, Any] = dict(inspect.getmembers(errors, inspect.isclass))
+
+
+def test_the_tree() -> None:
+    assert {name: tuple(b.__name__ for b in c.__bases__) for name, c in CLASSES.items()} == TREE
+
+
+@pytest.mark.parametrize("name", TREE)
+def test_an_error_knows_the_call_that_failed(name: str) -> None:
+    error = CLASSES[name]("text")
+    attributes = ("target", "model", "version", "signature", "timeout_s")
+    assert [getattr(error, attribute) for attribute in attributes] == [None] * 5
+    assert CLASSES[name].__doc__
+    assert str(error) == "text"
+
+
+@pytest.mark.parametrize("name", TREE)
+def test_an_error_crosses_a_process_boundary(name: str) -> None:
+    error = CLASSES[name]("text")
+    error.target, error.version = "host:8500", 7
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is CLASSES[name]
+    assert (str(copy), copy.target, copy.version) == ("text", "host:8500", 7)

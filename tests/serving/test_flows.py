@@ -1,0 +1,236 @@
+"""Flows driven by models that are functions: which calls are made, and what becomes of answers."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_mrl_serving import flows
+from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.errors import (
+    InvalidInputError,
+    KerasMrlError,
+    ManifestError,
+    NoCascadeError,
+    NoHeadError,
+    UnknownDimError,
+)
+from keras_mrl_serving.flows import Arrays, Call, Flow
+from keras_mrl_serving.results import Classification
+
+Array = npt.NDArray[Any]
+Model = Callable[[Call], Arrays]
+Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
+T = TypeVar("T")
+
+ROWS = np.random.default_rng(0).normal(size=(40, 4))
+TWO = CascadePolicy((Stage(2, 0.5), Stage(8, None)))
+
+
+def drive(flow: Flow[T], model: Model) -> tuple[T, list[Call]]:
+    """Answer every call of a flow; returns its result and the calls."""
+    calls = []
+    try:
+        call = next(flow)
+        while True:
+            calls.append(call)
+            call = flow.send(model(call))
+    except StopIteration as done:
+        return done.value, calls
+
+
+def columns(answer: Classification) -> dict[str, Array]:
+    return {name: column for name, column in vars(answer).items() if column is not None}
+
+
+@pytest.fixture
+def model(toys: Mapping[str, Model]) -> Model:
+    return toys["classifier"]
+
+
+@pytest.fixture
+def manifest(manifests: Mapping[str, Manifest]) -> Manifest:
+    return manifests["classifier"]
+
+
+def test_describe_reads_the_manifest(model: Model, manifest: Manifest) -> None:
+    described, [call] = drive(flows.describe(), model)
+    assert described == manifest
+    assert call.signature == "describe"
+    assert call.inputs["key"].tolist() == [b""]  # a batch of one: batched servers refuse scalars
+
+
+def test_describe_refuses_what_is_no_manifest(refuses: Refuses) -> None:
+    text = (
+        "A manifest is a JSON object with a schema. Received: b'[]' (TypeError: list indices must "
+        "be integers or slices, not str). "
+        "Export the model again with keras_mrl_export.export_saved_model."
+    )
+    with refuses(ManifestError, text):
+        drive(flows.describe(), lambda _: {"manifest": np.array([b"[]"], object)})
+
+
+@pytest.mark.parametrize("dim", [4, np.int64(4)])
+def test_embed_is_one_call(model: Model, manifest: Manifest, dim: int) -> None:
+    embedding, [call] = drive(flows.embed(manifest, ROWS, dim), model)
+    assert (call.signature, list(call.inputs), call.outputs) == ("embed_4", ["x"], ())
+    assert call.inputs["x"].dtype == np.float32
+    assert embedding.shape == (40, 4)
+    np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [4, np.int64(4)])
+def test_classify_is_one_call(model: Model, manifest: Manifest, dim: int) -> None:
+    answer, [call] = drive(flows.classify(manifest, ROWS, dim), model)
+    assert call.signature == "classify_4"
+    assert answer.dim.dtype == np.int32
+    assert answer.dim.tolist() == [4] * 40
+    assert (answer.confidence == answer.probabilities[:, 0]).all()
+
+
+def test_labels_are_text(model: Model, manifest: Manifest, policy: CascadePolicy) -> None:
+    for flow in (
+        flows.classify(manifest, ROWS, 4),
+        flows.classify_adaptive(manifest, ROWS),
+        flows.classify_by(manifest, ROWS, policy),
+    ):
+        labels = drive(flow, model)[0].labels
+        assert labels is not None
+        assert labels.shape == (40, 3)
+        assert {type(label) for label in labels.flat} == {str}
+        assert "grüner Specht" in labels
+
+
+def test_a_model_without_names_gives_none(
+    toys: Mapping[str, Model], manifests: Mapping[str, Manifest]
+) -> None:
+    policy = CascadePolicy((Stage(2, 0.7), Stage(16, None)))
+    for flow in (
+        flows.classify(manifests["successor"], ROWS, 4),
+        flows.classify_by(manifests["successor"], ROWS, policy),
+    ):
+        assert drive(flow, toys["successor"])[0].labels is None
+
+
+def test_classify_adaptive_is_one_call(model: Model, manifest: Manifest) -> None:
+    answer, [call] = drive(flows.classify_adaptive(manifest, ROWS), model)
+    assert call.signature == "classify_adaptive"
+    assert set(answer.dim.tolist()) == {2, 4, 8}
+
+
+def test_the_caller_s_policy_answers_as_the_same_policy_in_the_model(
+    model: Model, manifest: Manifest, policy: CascadePolicy
+) -> None:
+    in_model = columns(drive(flows.classify_adaptive(manifest, ROWS), model)[0])
+    by_caller = columns(drive(flows.classify_by(manifest, ROWS, policy), model)[0])
+    assert in_model.keys() == by_caller.keys()
+    for name, column in in_model.items():
+        if column.dtype == np.float32:
+            np.testing.assert_allclose(by_caller[name], column, rtol=0, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(by_caller[name], column)
+            assert by_caller[name].dtype == column.dtype
+
+
+def test_classify_by_asks_the_wider_heads_for_the_rows_still_unsure(
+    model: Model, manifest: Manifest, policy: CascadePolicy
+) -> None:
+    answer, calls = drive(flows.classify_by(manifest, ROWS, policy), model)
+    assert [call.signature for call in calls] == ["features", "head_2", "head_4", "head_8"]
+    features = model(calls[0])["features"]
+    unsure = np.ones(40, bool)
+    for call, stage in zip(calls[1:], policy.stages, strict=True):
+        np.testing.assert_array_equal(call.inputs["features"], features[unsure, : stage.dim])
+        assert call.outputs == ("class_ids", "logits", "labels")
+        unsure &= answer.dim != stage.dim
+    assert not unsure.any()
+
+
+@given(
+    st.lists(st.integers(0, 39), max_size=12),
+    st.tuples(*[st.floats(-0.1, 1.1)] * 2),
+    st.sampled_from([(2, 4, 8), (2, 8), (4,)]),
+)
+def test_every_row_is_answered_in_its_place_by_the_dim_that_is_sure(
+    toys: Mapping[str, Model],
+    manifests: Mapping[str, Manifest],
+    rows: list[int],
+    thresholds: tuple[float, float],
+    dims: tuple[int, ...],
+) -> None:
+    model, manifest = toys["classifier"], manifests["classifier"]
+    stages = [*thresholds[: len(dims) - 1], None]
+    policy = CascadePolicy(tuple(map(Stage, dims, stages)))
+    answer, calls = drive(flows.classify_by(manifest, ROWS[rows].reshape(-1, 4), policy), model)
+    features = model(calls[0])["features"]
+    logits = [model(Call(f"head_{dim}", {"features": features[:, :dim]}))["logits"] for dim in dims]
+    if rows:
+        class_ids, stage_of = policy.route(np.stack(logits, axis=1))
+        assert answer.class_ids[:, 0].tolist() == class_ids.tolist()
+        assert answer.dim.tolist() == [dims[stage] for stage in stage_of]
+        asked = [len(call.inputs["features"]) for call in calls[1:]]
+        assert asked == [int((stage_of >= stage).sum()) for stage in range(len(asked))]
+        assert 0 not in asked
+    assert [len(column) for column in columns(answer).values()] == [len(rows)] * 5
+
+
+@pytest.mark.parametrize(
+    ("threshold", "signatures", "dim"),
+    [
+        (-1.0, ["features", "head_2"], 2),
+        (0.0, ["features", "head_2"], 2),
+        (1.0, ["features", "head_2", "head_4", "head_8"], 8),
+        (2.0, ["features", "head_2", "head_4", "head_8"], 8),
+    ],
+)
+def test_thresholds_below_and_above_every_confidence(
+    model: Model, manifest: Manifest, threshold: float, signatures: list[str], dim: int
+) -> None:
+    policy = CascadePolicy((Stage(2, threshold), Stage(4, threshold), Stage(8, None)))
+    answer, calls = drive(flows.classify_by(manifest, ROWS, policy), model)
+    assert [call.signature for call in calls] == signatures
+    assert answer.dim.tolist() == [dim] * 40
+    direct, _ = drive(flows.classify(replace(manifest, cascade=None), ROWS, dim), model)
+    np.testing.assert_array_equal(answer.class_ids, direct.class_ids)
+    np.testing.assert_array_equal(answer.labels, direct.labels)
+
+
+def test_no_rows_are_no_answers(model: Model, manifest: Manifest, policy: CascadePolicy) -> None:
+    answer, calls = drive(flows.classify_by(manifest, ROWS[:0], policy), model)
+    assert [call.signature for call in calls] == ["features", "head_2"]
+    assert (len(answer), answer.class_ids.shape) == (0, (0, 3))
+    assert answer.dim.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("start", "error"),
+    [
+        (lambda m: flows.embed(m["encoder"], ROWS, 3), UnknownDimError),
+        (lambda m: flows.embed(m["encoder"], ROWS[0], 2), InvalidInputError),
+        (lambda m: flows.classify(m["encoder"], ROWS, 2), NoHeadError),
+        (lambda m: flows.classify(m["classifier"], ROWS, 3), UnknownDimError),
+        (lambda m: flows.classify(m["classifier"], ROWS[0], 2), InvalidInputError),
+        (lambda m: flows.classify_adaptive(m["encoder"], ROWS), NoHeadError),
+        (lambda m: flows.classify_adaptive(m["successor"], ROWS), NoCascadeError),
+        (lambda m: flows.classify_adaptive(m["classifier"], ROWS[0]), InvalidInputError),
+        (lambda m: flows.classify_by(m["encoder"], ROWS, TWO), NoHeadError),
+        (lambda m: flows.classify_by(m["successor"], ROWS, TWO), UnknownDimError),
+        (lambda m: flows.classify_by(m["classifier"], ROWS[0], TWO), InvalidInputError),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_before_anything_is_asked(
+    start: Callable[[Mapping[str, Manifest]], Flow[Any]],
+    error: type[KerasMrlError],
+    manifests: Mapping[str, Manifest],
+) -> None:
+    flow = start(manifests)
+    with pytest.raises(error) as caught:
+        next(flow)
+    assert type(caught.value) is error

@@ -1,0 +1,122 @@
+"""The funnel's schedule: the paper's own arithmetic, and what makes no funnel."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keras_mrl_serving.errors import ManifestError
+from keras_mrl_serving.funnel import FunnelSchedule
+
+Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
+
+IMAGENET = 1_281_167
+PAPER = FunnelSchedule((16, 32, 64, 128, 256, 2048), (200, 100, 50, 25, 10), 10)
+
+
+def test_the_paper_s_adaptive_retrieval() -> None:
+    exhaustive = FunnelSchedule((2048,), (), 10).madds(IMAGENET)
+    two_stages = FunnelSchedule((16, 2048), (200,), 10).madds(IMAGENET)
+    assert round(exhaustive / 1e6) == 2624
+    assert two_stages == 16 * IMAGENET + 200 * 2048
+    assert (round(16 * IMAGENET / 1e6, 1), round(200 * 2048 / 1e6, 1)) == (20.5, 0.4)
+    assert exhaustive / (16 * IMAGENET) == 128  # "128x in theory"
+    assert round(exhaustive / two_stages) == 125  # with the rerank paid as well
+
+
+def test_the_paper_s_funnel() -> None:
+    rerank = 200 * 32 + 100 * 64 + 50 * 128 + 25 * 256 + 10 * 2048
+    assert PAPER.madds(IMAGENET) == 16 * IMAGENET + rerank
+    assert rerank == 46_080
+
+
+def test_a_shortlist_is_no_longer_than_the_gallery() -> None:
+    assert FunnelSchedule((16, 2048), (200,), 10).madds(50) == 50 * 16 + 50 * 2048
+
+
+def test_a_schedule_comes_back_from_its_json() -> None:
+    numbers: Any = ([np.int64(16), 2048], np.array([200]), np.int32(10))
+    for schedule in (PAPER, FunnelSchedule((8,), (), 1), FunnelSchedule(*numbers)):
+        assert FunnelSchedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
+    assert PAPER.to_json() == {
+        "dims": [16, 32, 64, 128, 256, 2048],
+        "shortlists": [200, 100, 50, 25, 10],
+        "k": 10,
+    }
+
+
+@pytest.mark.parametrize(
+    ("dims", "shortlists", "k"),
+    [
+        ((16, 64), (), 10),
+        ((16,), (200,), 10),
+        ((16, 64), (200, 100), 10),
+        ((16, 64), (9,), 10),
+        ((16, 64, 128), (100, 101), 10),
+        ((16,), (), 0),
+        ((16,), (), -1),
+        ((16, 64), (200.0,), 10),
+        ((16, 64), ("200",), 10),
+        ((16, 64), 200, 10),
+        ((16, 64), None, 10),
+        ((16, 64), (200,), 10.0),
+        ((16, 64), (200,), "10"),
+        ((16, 64), (200,), None),
+        ((16, 64), (200,), True),
+    ],
+)
+def test_what_makes_no_funnel_is_refused(
+    dims: tuple[int, ...], shortlists: Any, k: Any, refuses: Refuses
+) -> None:
+    text = (
+        "A funnel needs one shortlist fewer than dims, none larger than the one before it, none "
+        f"below k, and k >= 1. Received: dims={dims}, shortlists={shortlists}, k={k}. "
+        "Write for example FunnelSchedule(dims=(16, 256), shortlists=(200,), k=10)."
+    )
+    with refuses(ValueError, text):
+        FunnelSchedule(dims, shortlists, k)
+
+
+@pytest.mark.parametrize(
+    ("dims", "remedy"),
+    [
+        ((64, 16), "Sort them and drop repeats: dims=(16, 64)."),
+        ((), "Give prefix lengths, for example dims=(8, 16, 32)."),
+        (16, "Give prefix lengths, for example dims=(8, 16, 32)."),
+    ],
+)
+def test_dims_must_increase(dims: Any, remedy: str, refuses: Refuses) -> None:
+    rule = "dims must be strictly increasing positive integers."
+    with refuses(ValueError, f"{rule} Received: dims={dims}. {remedy}"):
+        FunnelSchedule(dims, (200,), 10)
+
+
+@pytest.mark.parametrize(
+    ("funnel", "received"),
+    [
+        ({}, "{} (KeyError: 'dims')"),
+        (None, "None (TypeError: 'NoneType' object is not subscriptable)"),
+        (
+            {"dims": 8, "shortlists": [], "k": 1},
+            "{'dims': 8, 'shortlists': [], 'k': 1} (TypeError: 'int' object is not iterable)",
+        ),
+        (
+            {"dims": [8, 4], "shortlists": [9], "k": 1},
+            "{'dims': [8, 4], 'shortlists': [9], 'k': 1} (ValueError: dims must be strictly "
+            "increasing positive integers. Received: dims=(8, 4). Sort them and drop repeats: "
+            "dims=(4, 8).)",
+        ),
+    ],
+)
+def test_a_funnel_that_cannot_be_read_is_refused(
+    funnel: Any, received: str, refuses: Refuses
+) -> None:
+    text = (
+        f"A funnel names its dims, its shortlists and k. Received: {received}. "
+        "Install the version of keras-mrl that exported the model, or a later one."
+    )
+    with refuses(ManifestError, text):
+        FunnelSchedule.from_json(funnel)
