@@ -52,6 +52,12 @@ def name_inputs(backbone: keras.Model, sample: Any) -> dict[str, str]:
     return names
 
 
+def as_declared(backbone: keras.Model, sample: Any) -> Any:
+    """Return `sample` as Keras takes it without a warning: bare where one tensor was declared."""
+    bare = isinstance(input_structure(backbone), keras.KerasTensor)
+    return next(iter(sample.values())) if bare and isinstance(sample, Mapping) else sample
+
+
 def declared_inputs(backbone: keras.Model) -> dict[str, Any]:
     """Return the symbolic inputs of a functional or sequential model; none of a subclassed one.
 

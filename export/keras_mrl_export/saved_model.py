@@ -17,7 +17,7 @@ from keras_mrl_serving.cascade import CascadePolicy
 from keras_mrl_serving.contract import check_dims
 
 from .errors import ExportError
-from .inputs import name_inputs
+from .inputs import as_declared, name_inputs
 from .job import Job
 from .rebuild import build_on_tensorflow
 from .tolerance import tolerance_of
@@ -74,8 +74,9 @@ def export_saved_model(
     backbone, head = split(model)
     names = name_inputs(backbone, sample)
     _check_rows(sample)
-    features = _predict(backbone, sample)
-    logits = None if head is None else _predict(model, sample)
+    rows = as_declared(backbone, sample)
+    features = _predict(backbone, rows)
+    logits = None if head is None else _predict(model, rows)
     if features.ndim != 2:
         raise ValueError(
             "A model is exported with features of shape (batch, width). "

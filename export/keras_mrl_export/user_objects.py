@@ -48,12 +48,23 @@ def user_objects(model: keras.Model) -> dict[str, Any]:
                 visit(entry)
         elif hasattr(type(value), "get_config"):
             _add(found, type(value))
-            visit(vars(value))
+            for attribute in _held(value):
+                visit(attribute)
 
     visit(model)
     for layer in model._flatten_layers():
         visit(layer)
     return found
+
+
+def _held(value: Any) -> list[Any]:
+    """The attributes of an object, without the methods that Keras wraps anew on each layer."""
+    methods = (types.FunctionType, types.MethodType)
+    return [
+        attribute
+        for name, attribute in vars(value).items()
+        if not isinstance(getattr(type(value), name, None), methods)
+    ]
 
 
 def user_modules(objects: dict[str, Any]) -> list[types.ModuleType]:

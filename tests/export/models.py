@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
-from keras_mrl_export import export_saved_model, saved_model
+from keras_mrl_export import export_saved_model, rebuild, saved_model
 from keras_mrl_export.job import Job
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade import CascadePolicy, Stage
@@ -126,7 +126,7 @@ def given(rows: Arrays, part: slice) -> Any:
 def jobs_seen() -> Iterator[list[Job]]:
     """The jobs that exports build meanwhile."""
     seen: list[Job] = []
-    build = saved_model.build_on_tensorflow
+    build = rebuild.build_on_tensorflow
 
     def watched(model: keras.Model, job: Job) -> Path:
         seen.append(job)

@@ -120,7 +120,7 @@ def test_no_rows_have_no_answers() -> None:
 def test_a_spoilt_row_spoils_no_other(spoilt: float) -> None:
     features = FEATURES.copy()
     features[7] = spoilt
-    (answer, _), (clean, _) = run(policy(0.40, 0.32), features), run(policy(0.32, 0.4))
+    (answer, _), (clean, _) = run(policy(0.40, 0.32), features), run(policy(0.40, 0.32))
     others = np.arange(ROWS) != 7
     for name, column in answer.items():
         np.testing.assert_array_equal(column[others], clean[name][others])

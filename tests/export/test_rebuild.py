@@ -263,7 +263,8 @@ def module(name: str) -> types.ModuleType:
     exec(
         "import keras\n"
         "def act(x):\n    return 2 * x\n"
-        "class Block(keras.layers.Layer):\n    def call(self, x):\n        return x\n",
+        "class Block(keras.layers.Layer):\n    def call(self, x):\n        return x\n"
+        "class Punishing(keras.regularizers.L2):\n    pass\n",
         made.__dict__,
     )
     return made
@@ -279,23 +280,30 @@ def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 class Holder(keras.layers.Layer):
-    """A layer that holds another, and a function, out of Keras' sight."""
+    """A layer that keeps what it uses inside containers."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.parts = {"first": [module("deep").Block()]}
+        self.parts = {"functions": [NESTED.act], "regularizer": (NESTED.Punishing(),)}
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
 
     def call(self, x: Any) -> Any:
         return x
 
 
+NESTED, MINE = module("nested"), module("mine")
+
+
 def test_what_is_the_users_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = module("mine")
-    dense = keras.layers.Dense(5, activation=mine.act)
-    objects = user_objects(model_of(dense, mine.Block(), Holder()))
-    assert sorted(objects) == ["Block", "Holder", "act"] or sorted(objects) == ["Holder", "act"]
-    monkeypatch.setitem(sys.modules, "mine", mine)
-    assert user_modules({"act": mine.act}) == [mine]
+    dense = keras.layers.Dense(5, activation="relu", kernel_regularizer=MINE.Punishing())
+    objects = user_objects(model_of(dense, MINE.Block()))
+    assert objects == {"Block": MINE.Block, "Punishing": MINE.Punishing}
+    objects = user_objects(model_of(Holder(), Holder()))
+    assert objects == {"Holder": Holder, "act": NESTED.act, "Punishing": NESTED.Punishing}
+    monkeypatch.setitem(sys.modules, "mine", MINE)
+    assert user_modules({"act": MINE.act}) == [MINE]
 
 
 def test_nothing_of_keras_or_of_ours_is_the_users() -> None:

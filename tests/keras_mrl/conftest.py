@@ -1,7 +1,17 @@
-"""The same random numbers for every test, whichever ran before it."""
+"""The same random numbers for every test, and nothing compiled twice."""
 
 import keras
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Half of what these tests cost under JAX is compiling small programs: keep them."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        assert config.cache is not None
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(autouse=True)

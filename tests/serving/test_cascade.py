@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from keras_mrl_serving import cascade
 from keras_mrl_serving.cascade import (
     CascadePolicy,
     CascadeReport,
@@ -145,6 +146,14 @@ def test_neighbouring_confidences_are_told_apart() -> None:
     assert policy.stages[0].threshold == low
     assert policy.holdout is not None
     assert policy.holdout.exit_fractions == (0.5, 0.5)
+
+
+@given(st.floats(2.0**-10, 1, width=32, exclude_max=True))
+def test_a_threshold_never_rounds_up_to_what_it_accepts(confidence: float) -> None:
+    low = np.float32(confidence)
+    ascending = np.array([low, np.nextafter(low, np.float32(2))])
+    thresholds = [np.float32(cascade._midway(ascending, first)) for first in range(3)]
+    assert [(ascending > threshold).sum() for threshold in thresholds] == [2, 1, 0]
 
 
 @given(holdouts(), st.data())
@@ -345,7 +354,7 @@ def test_an_unknown_confidence_is_refused(refuses: Refuses) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cascade", "received"),
+    ("written", "received"),
     [
         ({}, "{} (KeyError: 'stages')"),
         ([1], "[1] (TypeError: list indices must be integers or slices, not str)"),
@@ -366,14 +375,14 @@ def test_an_unknown_confidence_is_refused(refuses: Refuses) -> None:
     ],
 )
 def test_a_cascade_that_cannot_be_read_is_refused(
-    cascade: Any, received: str, refuses: Refuses
+    written: Any, received: str, refuses: Refuses
 ) -> None:
     text = (
         f"A cascade names its stages and its confidence. Received: {received}. "
         "Install the version of keras-mrl that exported the model, or a later one."
     )
     with refuses(ManifestError, text):
-        CascadePolicy.from_json(cascade)
+        CascadePolicy.from_json(written)
 
 
 def test_keys_of_a_later_cascade_do_not_matter() -> None:

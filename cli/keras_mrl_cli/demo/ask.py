@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving import Client, ExactIndex, FunnelSchedule
+from keras_mrl_serving import CascadePolicy, Client, ExactIndex, FunnelSchedule
 
 from .data import Part
 
@@ -23,7 +23,8 @@ def funnel_schedule(gallery_size: int) -> FunnelSchedule:
 
 def ask(client: Client, gallery: Part, test: Part) -> dict[str, npt.NDArray[Any]]:
     """Classify and retrieve over gRPC; return every answer as arrays for predictions.npz."""
-    dims = client.describe().dims
+    manifest = client.describe()
+    dims = manifest.dims
     by_dim = [client.classify(test.images, dim).class_ids[:, 0] for dim in dims]
     adaptive = client.classify_adaptive(test.images)
     embeddings = client.embed(gallery.images, dims[-1])
@@ -31,14 +32,17 @@ def ask(client: Client, gallery: Part, test: Part) -> dict[str, npt.NDArray[Any]
         client.search(test.images, ExactIndex(embeddings, FunnelSchedule((dim,), (), K))).ids
         for dim in dims
     ]
-    funnel = ExactIndex(embeddings, funnel_schedule(len(embeddings)))
+    schedule = funnel_schedule(len(embeddings))
     return {
         "dims": np.array(dims),
+        "stage_dims": np.array(CascadePolicy.from_json(manifest.cascade or {}).dims),
         "test_labels": test.labels,
         "gallery_labels": gallery.labels,
         "class_ids_by_dim": np.stack(by_dim, axis=1),
         "adaptive_class_ids": adaptive.class_ids[:, 0],
         "adaptive_dims": adaptive.dim,
         "neighbors_by_dim": np.stack(exhaustive, axis=1),
-        "funnel_neighbors": client.search(test.images, funnel).ids,
+        "funnel_neighbors": client.search(test.images, ExactIndex(embeddings, schedule)).ids,
+        "funnel_dims": np.array(schedule.dims),
+        "funnel_shortlist": np.array(schedule.shortlists[0]),
     }

@@ -24,7 +24,8 @@ def summarise(answers: Arrays) -> dict[str, Any]:
     holdout = answers["holdout_logits"].argmax(axis=-1) == answers["holdout_labels"][:, None]
     best_fixed = int(np.argmax(holdout.mean(axis=0)))
     stopped = answers["adaptive_dims"]
-    cumulative = dict(zip(dims, np.cumsum(dims).tolist(), strict=True))
+    asked = answers["stage_dims"].tolist()
+    cumulative = dict(zip(asked, np.cumsum(asked).tolist(), strict=True))
     hits = answers["gallery_labels"][answers["neighbors_by_dim"]] == truth[:, None, None]
     funnel_hits = answers["gallery_labels"][answers["funnel_neighbors"]] == truth[:, None]
     rows = len(answers["gallery_labels"])

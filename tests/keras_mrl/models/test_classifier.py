@@ -175,7 +175,7 @@ def test_a_frozen_backbone_is_warned_of_once_and_on_fit_alone(tmp_path: Path) ->
 
     def train() -> None:
         model.fit(X, Y, batch_size=4, epochs=2, verbose=0)
-        model.fit(X, Y, batch_size=6, verbose=0)
+        model.fit(X, Y, batch_size=4, verbose=0)
 
     assert frozen_sentences(look) == []
     assert frozen_sentences(train) == [
