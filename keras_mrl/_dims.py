@@ -24,7 +24,7 @@ def log_spaced_dims(width: int, smallest: int = 8) -> tuple[int, ...]:
     Reference:
         Kusupati et al., Matryoshka Representation Learning, section 3: log spacing beats uniform.
 
-    Example:
+    Examples:
         >>> log_spaced_dims(64)
         (8, 16, 32, 64)
         >>> log_spaced_dims(100, smallest=16)

@@ -1,6 +1,6 @@
 """BRIDGE: a model trained on any backend becomes a TensorFlow Serving SavedModel.
 
-Example:
+Examples:
     ```
     version = export_saved_model(model, "models/digits", sample=images[:8], policy=policy)
     ```

@@ -40,14 +40,8 @@ def publishing(base_path: Path, version: int | None) -> Iterator[Staged]:
         FileExistsError: If `version` exists.
         ValueError: If `version` is not a non-negative integer.
     """
-    if version is not None and not _is_version(version):
-        raise ValueError(
-            f"version must be a non-negative integer. Received: version={version!r}. "
-            "Leave it out to take the next number."
-        )
+    check_version(base_path, version)
     base_path.mkdir(parents=True, exist_ok=True)
-    if version is not None and version in _versions(base_path):
-        raise _taken(base_path, version)
     room = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=base_path))
     try:
         staged = Staged(room / "model", room / "scratch", base_path)
@@ -56,6 +50,24 @@ def publishing(base_path: Path, version: int | None) -> Iterator[Staged]:
         staged.published = _rename(staged.folder, base_path, version)
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def check_version(base_path: Path, version: int | None) -> None:
+    """Raise if `version` is no number a server reads, or is taken under `base_path`.
+
+    Raises:
+        FileExistsError: If `version` exists.
+        ValueError: If `version` is not a non-negative integer.
+    """
+    if version is None:
+        return
+    if not _is_version(version):
+        raise ValueError(
+            f"version must be a non-negative integer. Received: version={version!r}. "
+            "Leave it out to take the next number."
+        )
+    if base_path.exists() and version in _versions(base_path):
+        raise _taken(base_path, version)
 
 
 def _rename(folder: Path, base_path: Path, version: int | None) -> Path:

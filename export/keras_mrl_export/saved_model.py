@@ -19,6 +19,7 @@ from keras_mrl_serving.contract import check_dims
 from .errors import ExportError
 from .inputs import as_declared, name_inputs
 from .job import Job
+from .publish import check_version
 from .rebuild import build_on_tensorflow
 from .tolerance import tolerance_of
 
@@ -71,6 +72,7 @@ def export_saved_model(
         FileExistsError: If `version` exists.
         ExportError: If the model cannot be rebuilt on TensorFlow, or a signature differs from it.
     """
+    check_version(Path(base_path), version)
     backbone, head = split(model)
     names = name_inputs(backbone, sample)
     _check_rows(sample)

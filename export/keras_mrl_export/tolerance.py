@@ -5,8 +5,8 @@ from __future__ import annotations
 import keras
 
 TOLERANCE = 1e-5  # of a row's largest magnitude
-# Where layers compute in half precision every backend rounds in places of its own. One step of the
-# type was the widest seen, over all three; a deep model may drift by a few.
+# Where layers compute in half precision every backend rounds in places of its own. Two steps of the
+# type were the widest seen, over all three; a deep model may drift by more.
 HALF_TOLERANCE = {"bfloat16": 4 * 2**-7, "float16": 4 * 2**-10}
 
 

@@ -19,7 +19,7 @@ def plot_accuracy(
         adaptive: Expected dim and accuracy of the cascade; None leaves it out.
         path: File to write; its suffix chooses the format (.png, .svg).
 
-    Example:
+    Examples:
         >>> plot_accuracy({8: 0.66, 16: 0.73, 32: 0.75}, (12.5, 0.75), "accuracy.svg")
     """
     dims = sorted(accuracy_by_dim)
@@ -59,7 +59,7 @@ def plot_retrieval(
         funnel: The same two numbers of the funnel; None leaves it out.
         path: File to write; its suffix chooses the format (.png, .svg).
 
-    Example:
+    Examples:
         >>> plot_retrieval({8: (8e3, 0.57), 16: (16e3, 0.63)}, (9e3, 0.63), "retrieval.svg")
     """
     figure, axes = _figure("Retrieval", "multiply-adds per query (log scale)", "map10, %")

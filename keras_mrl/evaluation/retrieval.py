@@ -21,7 +21,7 @@ def precision_at_k(hits: npt.ArrayLike) -> float:
     Raises:
         ValueError: If `hits` is not two-dimensional or holds no query.
 
-    Example:
+    Examples:
         >>> precision_at_k([[True, False], [True, True]])
         0.75
     """
@@ -47,7 +47,7 @@ def mean_average_precision_at_k(hits: npt.ArrayLike) -> float:
     Reference:
         Kusupati et al., Matryoshka Representation Learning, section 4.3 and its public code.
 
-    Example:
+    Examples:
         >>> mean_average_precision_at_k([[True, False, True]])  # (1/1 + 2/3) / 3
         0.5555555555555555
     """

@@ -44,7 +44,7 @@ class MatryoshkaHead(keras.layers.Layer):
     Reference:
         Kusupati et al., Matryoshka Representation Learning, arXiv 2205.13147, section 3.
 
-    Example:
+    Examples:
         >>> head = MatryoshkaHead(num_classes=10, dims=(2, 4, 8))
         >>> tuple(head(keras.ops.ones((5, 8))).shape)
         (5, 3, 10)

@@ -29,7 +29,7 @@ class Truncate(keras.layers.Layer):
     Raises:
         ValueError: If `dim` is not a positive integer or exceeds the input's width.
 
-    Example:
+    Examples:
         >>> prefix = Truncate(2)(keras.ops.array([[3.0, 4.0, 12.0]]))
         >>> [round(float(x), 3) for x in prefix[0]]
         [0.6, 0.8]

@@ -41,7 +41,7 @@ class MatryoshkaLoss(keras.losses.Loss):
     Reference:
         Kusupati et al., Matryoshka Representation Learning, arXiv 2205.13147, equation 1.
 
-    Example:
+    Examples:
         >>> loss = MatryoshkaLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         >>> logits = keras.ops.zeros((3, 2, 10))
         >>> round(float(loss(keras.ops.array([1, 2, 3]), logits)), 3)  # 2 dims x log 10

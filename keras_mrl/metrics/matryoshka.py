@@ -28,7 +28,7 @@ class MatryoshkaMetric(keras.metrics.Metric):
         TypeError: If `metric` is not a `keras.metrics.Metric`.
         ValueError: If `dims` are not increasing positive integers, or not as many as the logits'.
 
-    Example:
+    Examples:
         >>> accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
         >>> metric = MatryoshkaMetric(accuracy, dims=(2, 4))
         >>> logits = keras.ops.array([[[0.0, 1.0], [1.0, 0.0]]])  # one row, two dims, two classes

@@ -34,7 +34,7 @@ class MatryoshkaClassifier(keras.Model):
         ValueError: If the backbone's output is a feature map or more than one tensor; in `fit`,
             if in-memory integer labels name no class.
 
-    Example:
+    Examples:
         >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
         >>> model = MatryoshkaClassifier(backbone, MatryoshkaHead(10, dims=(4, 8, 16)))
         >>> tuple(model(keras.ops.ones((2, 20))).shape)

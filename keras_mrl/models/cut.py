@@ -22,7 +22,7 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
     Raises:
         ValueError: If the model ends in a nested head and has not been built.
 
-    Example:
+    Examples:
         >>> inputs = keras.Input((20,))
         >>> features = keras.layers.Dense(8)(inputs)
         >>> model = keras.Model(inputs, MatryoshkaHead(10, dims=(4, 8))(features))
@@ -57,7 +57,7 @@ def cut(model: keras.Model, dim: int) -> keras.Model:
         ValueError: If the model has no nested head or has not been built, or `dim` is not one of
             the head's dims.
 
-    Example:
+    Examples:
         >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
         >>> model = MatryoshkaClassifier(backbone, MatryoshkaHead(10, dims=(4, 16)))
         >>> logits = model(keras.ops.ones((2, 20)))

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .options import Options as Options
     from .results import Classification as Classification
     from .results import Neighbors as Neighbors
-    from .server import DevServer as DevServer
     from .version import __version__ as __version__
 
 _HOMES = {
@@ -58,7 +57,6 @@ _HOMES = {
     "index": ("ExactIndex",),
     "options": ("Options",),
     "results": ("Classification", "Neighbors"),
-    "server": ("DevServer",),
     "version": ("__version__",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

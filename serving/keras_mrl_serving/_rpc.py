@@ -73,7 +73,7 @@ def predict_stub(
 def leaf_of(code: grpc.StatusCode, details: str) -> type[KerasMrlError]:
     """The table: which error a gRPC status and its text stand for.
 
-    Example:
+    Examples:
         >>> leaf_of(grpc.StatusCode.NOT_FOUND, "Servable not found for request: Specific(m, 7)")
         <class 'keras_mrl_serving.errors.VersionNotFoundError'>
     """

@@ -53,7 +53,7 @@ def to_proto(array: npt.NDArray[Any]) -> wire.TensorProto:
     Raises:
         ValueError: If TensorFlow has no such dtype, or an object array holds anything but strings.
 
-    Example:
+    Examples:
         >>> proto = to_proto(np.array([[1.0, 2.0]], "float32"))
         >>> proto.tensor_content
         b'\x00\x00\x80?\x00\x00\x00@'
@@ -90,7 +90,7 @@ def from_proto(proto: wire.TensorProto) -> npt.NDArray[Any]:
         ValueError: If the dtype is not one of `to_proto`'s or bfloat16, the shape is not fully
             known, or `tensor_content` does not fit the shape.
 
-    Example:
+    Examples:
         >>> shape = wire.TensorShapeProto(dim=[wire.TensorShapeProto.Dim(size=4)])
         >>> from_proto(wire.TensorProto(dtype=wire.DT_HALF, tensor_shape=shape, half_val=[15360]))
         array([1., 1., 1., 1.], dtype=float16)

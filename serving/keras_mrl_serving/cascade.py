@@ -29,7 +29,7 @@ class Stage:
             row; only the last stage has it.
         temperature: Divides the logits before the softmax.
 
-    Example:
+    Examples:
         >>> Stage(dim=8, threshold=0.9)
         Stage(dim=8, threshold=0.9, temperature=1.0)
     """
@@ -51,7 +51,7 @@ class CascadeReport:
         exit_fractions: Share of the rows that stopped at each stage.
         size: Number of rows.
 
-    Example:
+    Examples:
         >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
         >>> sure, unsure = [[4.0, 0.0], [0.0, 1.0]], [[0.1, 0.0], [0.0, 1.0]]
         >>> policy.evaluate([sure, unsure], labels=[0, 1])  # doctest: +NORMALIZE_WHITESPACE
@@ -83,7 +83,7 @@ class CascadePolicy:
     Reference:
         Kusupati et al., Matryoshka Representation Learning, section 4.2.1 and appendix D.
 
-    Example:
+    Examples:
         >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
         >>> logits = np.array([[[4.0, 0.0], [0.0, 1.0]], [[0.1, 0.0], [0.0, 1.0]]])
         >>> class_ids, stage = policy.route(logits)
@@ -248,7 +248,7 @@ _REPORTED = ("accuracy", "full_accuracy", "expected_dim", "cumulative_dim", "exi
 def softmax(logits: npt.NDArray[Any], temperature: float = 1.0) -> npt.NDArray[np.float32]:
     """Return the probabilities of `logits (..., classes)`, in float32.
 
-    Example:
+    Examples:
         >>> softmax(np.log([1.0, 3.0])).tolist()
         [0.25, 0.75]
     """
@@ -261,7 +261,7 @@ def softmax(logits: npt.NDArray[Any], temperature: float = 1.0) -> npt.NDArray[n
 def max_probability(logits: npt.NDArray[Any], temperature: float = 1.0) -> npt.NDArray[Any]:
     """Return the largest probability of each row of `logits (..., classes)`.
 
-    Example:
+    Examples:
         >>> max_probability(np.log([[1.0, 3.0]])).tolist()
         [0.75]
     """

@@ -20,6 +20,7 @@ from .errors import (
     KerasMrlError,
     NoCascadeError,
     NoHeadError,
+    ServerError,
     SignatureNotFoundError,
     UnknownDimError,
     VersionChangedError,
@@ -66,7 +67,7 @@ class Client:
     Raises:
         KerasMrlError: Every method raises a class of this tree, never one of grpc.
 
-    Example:
+    Examples:
         ```
         with Client("localhost:8500", model="digits") as client:
             client.describe().dims                      # (2, 4, 8, 16, 32, 64)
@@ -214,8 +215,16 @@ class Client:
                 "A client asks until it is closed. "
                 f"Received: a call on {self!r} after close(). Make another Client."
             ) from error
+        try:
+            outputs = {name: from_proto(proto) for name, proto in response.outputs.items()}
+        except ValueError as error:
+            raise ServerError(
+                f"A served tensor must be one this client reads. Received: from {self.target} for "
+                f"model {self.model!r}, signature {call.signature!r}: {error} "
+                "Ask a model exported by keras_mrl_export.export_saved_model."
+            ) from error
         answered = response.model_spec.version.value
         described = self._described  # once: another thread may forget it meanwhile
         if described and described[0] != answered:
             self._described = None  # another version: it may serve other dims
-        return {name: from_proto(proto) for name, proto in response.outputs.items()}, answered
+        return outputs, answered

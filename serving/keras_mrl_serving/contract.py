@@ -24,7 +24,7 @@ SERVING_DEFAULT = "serving_default"
 def embed(dim: int) -> str:
     """Return the name of the signature that embeds at `dim`.
 
-    Example:
+    Examples:
         >>> embed(8)
         'embed_8'
     """
@@ -34,7 +34,7 @@ def embed(dim: int) -> str:
 def classify(dim: int) -> str:
     """Return the name of the signature that classifies at `dim`.
 
-    Example:
+    Examples:
         >>> classify(8)
         'classify_8'
     """
@@ -44,7 +44,7 @@ def classify(dim: int) -> str:
 def head(dim: int) -> str:
     """Return the name of the signature that classifies given features at `dim`.
 
-    Example:
+    Examples:
         >>> head(8)
         'head_8'
     """
@@ -57,7 +57,7 @@ def check_dims(dims: Iterable[int]) -> tuple[int, ...]:
     Raises:
         ValueError: If they are none, not integers, not positive, unsorted or repeated.
 
-    Example:
+    Examples:
         >>> check_dims([8, 16])
         (8, 16)
     """
@@ -86,7 +86,7 @@ def as_int(value: Any) -> int:
     Raises:
         TypeError: If it is none; True and 8.0 are none.
 
-    Example:
+    Examples:
         >>> as_int(np.int64(8))
         8
     """
@@ -129,7 +129,7 @@ class Manifest:
     Raises:
         ManifestError: If a field's value is none of those named here.
 
-    Example:
+    Examples:
         >>> image = {"dtype": "float32", "shape": [None, 32, 32, 3]}
         >>> manifest = Manifest(name="birds", kind="encoder", fingerprint="5e1f", dims=(8, 64),
         ...     width=64, inputs={"image": image}, made_with={"keras": "3.15"})

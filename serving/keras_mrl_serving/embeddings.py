@@ -31,7 +31,7 @@ def truncate(x: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
         ValueError: If `dim` is not a positive integer or exceeds the width of `x`, or `x` is no
             array of real numbers.
 
-    Example:
+    Examples:
         >>> truncate([[3.0, 4.0, 12.0]], 2).tolist()
         [[0.6000000238418579, 0.800000011920929]]
     """
@@ -50,7 +50,7 @@ def truncate(x: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
 def inverse_length(square: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
     """Return one over the length of vectors whose squared lengths are `square`.
 
-    Example:
+    Examples:
         >>> inverse_length(np.float32([4.0, 0.0])).tolist()
         [0.5, 1000000.0]
     """

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from . import contract
 from .cascade import CascadePolicy, softmax
 from .contract import Manifest
+from .errors import ManifestError
 from .inputs import Inputs, check_inputs
 from .results import Classification
 
@@ -33,7 +34,7 @@ class Call:
         inputs: Its inputs by name, batch first.
         outputs: Which outputs are wanted; none means all.
 
-    Example:
+    Examples:
         >>> Call("embed_8", {"image": np.zeros((1, 3), np.float32)}).outputs
         ()
     """
@@ -46,18 +47,24 @@ class Call:
 def describe() -> Flow[Manifest]:
     """Ask a model what it is.
 
-    Example:
+    Examples:
         >>> next(describe()).signature
         'describe'
     """
     answer = yield Call(contract.DESCRIBE, {"key": np.array([b""], dtype=object)})
+    if "manifest" not in answer:
+        raise ManifestError(
+            "A model describes itself by a manifest. "
+            f"Received: a describe signature with {', '.join(sorted(answer)) or 'no outputs'}. "
+            "Ask a model exported by keras_mrl_export.export_saved_model."
+        )
     return Manifest.from_json(answer["manifest"][0])
 
 
 def embed(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np.float32]]:
     """Ask for embeddings of one dim.
 
-    Example:
+    Examples:
         >>> image = {"dtype": "float32", "shape": [None, 3]}
         >>> manifest = Manifest(name="birds", kind="encoder", fingerprint="5e1f", dims=(8, 64),
         ...     width=64, inputs={"image": image}, made_with={})
@@ -73,7 +80,7 @@ def embed(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np.f
 def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classification]:
     """Ask for the classes of one dim.
 
-    Example:
+    Examples:
         >>> image = {"dtype": "float32", "shape": [None, 3]}
         >>> manifest = Manifest(name="birds", kind="classifier", fingerprint="5e1f", dims=(8, 64),
         ...     width=64, inputs={"image": image}, made_with={}, num_classes=200)
@@ -89,7 +96,7 @@ def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classificatio
 def classify_adaptive(manifest: Manifest, inputs: Inputs) -> Flow[Classification]:
     """Ask for the classes by the model's own policy: one call, the cascade in the graph.
 
-    Example:
+    Examples:
         >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
         >>> image = {"dtype": "float32", "shape": [None, 3]}
         >>> manifest = Manifest(name="birds", kind="classifier", fingerprint="5e1f", dims=(8, 64),
@@ -106,7 +113,7 @@ def classify_adaptive(manifest: Manifest, inputs: Inputs) -> Flow[Classification
 def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Flow[Classification]:
     """Ask for the classes by the caller's policy: features once, then heads for unsure rows.
 
-    Example:
+    Examples:
         >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
         >>> image = {"dtype": "float32", "shape": [None, 3]}
         >>> manifest = Manifest(name="birds", kind="classifier", fingerprint="5e1f", dims=(8, 64),

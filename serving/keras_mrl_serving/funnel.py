@@ -30,7 +30,7 @@ class FunnelSchedule:
     Reference:
         Kusupati et al., Matryoshka Representation Learning, section 4.3.1 and appendix E.
 
-    Example:
+    Examples:
         >>> FunnelSchedule(dims=(16, 2048), shortlists=(200,), k=10).madds(1_281_167)
         20908272
     """

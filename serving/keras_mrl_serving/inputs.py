@@ -26,7 +26,7 @@ def check_inputs(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict
     Raises:
         InvalidInputError: If names, shapes or dtypes do not fit, or the rows are not as many.
 
-    Example:
+    Examples:
         >>> specs = {"image": {"dtype": "float32", "shape": [None, 3]}}
         >>> check_inputs(specs, [[0, 127, 255]])
         {'image': array([[  0., 127., 255.]], dtype=float32)}
@@ -60,7 +60,7 @@ def as_float32(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float32]:
     Raises:
         ValueError: If they are strings, complex, ragged or no numbers at all; it calls them `name`.
 
-    Example:
+    Examples:
         >>> as_float32("Embeddings", [[1, 2]])
         array([[1., 2.]], dtype=float32)
     """
@@ -83,7 +83,7 @@ def check_logits(logits: npt.ArrayLike, num_stages: int) -> npt.NDArray[np.float
     Raises:
         ValueError: If they are not.
 
-    Example:
+    Examples:
         >>> check_logits([[[0, 1], [2, 3]]], num_stages=2).shape
         (1, 2, 2)
     """
@@ -109,7 +109,7 @@ def check_holdout(
     Raises:
         ValueError: If shapes do not fit, rows are none, or a value cannot be a logit or a class.
 
-    Example:
+    Examples:
         >>> scores, truth = check_holdout([[[0, 1], [2, 3]]], [1], num_dims=2)
         >>> scores.shape, truth
         ((1, 2, 2), array([1]))

@@ -23,7 +23,7 @@ class Options:
     Raises:
         ValueError: If a setting is no positive number.
 
-    Example:
+    Examples:
         >>> Options(timeout_s=2.5)
         Options(timeout_s=2.5, max_message_bytes=None)
     """

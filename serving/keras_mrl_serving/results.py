@@ -20,7 +20,7 @@ class Classification:
         dim: int32 `(batch,)`.
         labels: Class names, object array of str `(batch, k)`; None for a model without names.
 
-    Example:
+    Examples:
         >>> Classification(class_ids=np.array([[3, 1]]), probabilities=np.float32([[0.8, 0.1]]),
         ...     confidence=np.float32([0.8]), dim=np.int32([16]))
         Classification(1 rows, top 2, by dim {16: 1})
@@ -49,7 +49,7 @@ class Neighbors:
         ids: int64 `(batch, k)`.
         scores: float32 `(batch, k)`, higher is nearer.
 
-    Example:
+    Examples:
         >>> Neighbors(ids=np.array([[7, 2]]), scores=np.float32([[0.9, 0.4]]))
         Neighbors(1 queries, k=2)
     """

@@ -1,11 +1,13 @@
 """Each model exported once a session: from JAX or PyTorch that takes a TensorFlow process."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import keras
 import pytest
 
 from tests.export import models
+from tests.export import scripts as user_scripts
 from tests.export.models import NAMES, TEMPERATURES, TOP_K, Exported, exported, halving_policy
 
 
@@ -71,3 +73,18 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
     rows = {"": models.sides()["left"]}
     with exported(model, model, rows, tmp_path_factory.mktemp("encoder")) as version:
         yield version
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scripts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[user_scripts.Ran]]]:
+    """The users' scripts, begun at once if a test asks for them: they take a minute beside it."""
+    wanted = any("test_user_scripts" in item.nodeid for item in request.session.items)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        yield {
+            name: pool.submit(user_scripts.run, tmp_path_factory.mktemp("script"), name)
+            for name in user_scripts.SCRIPTS
+            if wanted
+        }
+        pool.shutdown(cancel_futures=True)

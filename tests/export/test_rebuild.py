@@ -1,14 +1,12 @@
-"""Models with parts of the user's own, and the process that rebuilds them on TensorFlow."""
+"""Models with parts of the user's own: what travels to TensorFlow, and what is said of the rest."""
 
 import importlib
 import os
 import random
 import re
-import subprocess
 import sys
 import threading
 import types
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ import pytest
 from keras_mrl import MatryoshkaHead
 from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_export.user_objects import user_modules, user_objects
-from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from tests.export.models import only_tensorflow
 
 pytestmark = pytest.mark.backend
@@ -29,125 +26,6 @@ BACKEND = keras.backend.backend()
 NATIVE = importlib.import_module({"jax": "jax.numpy"}.get(BACKEND, BACKEND))
 LOCK = threading.Lock()
 X = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
-
-PARTS = """
-import keras
-from keras import ops
-
-STRENGTH = 1.5
-
-def wobble(x):
-    return STRENGTH * ops.sin(x)
-
-class Halves(keras.initializers.Initializer):
-    def __call__(self, shape, dtype=None):
-        return ops.full(shape, 0.5, dtype)
-
-class Scaled(keras.layers.Layer):
-    def __init__(self, factor, **kwargs):
-        super().__init__(**kwargs)
-        self.factor = factor
-
-    def build(self, input_shape):
-        self.scale = self.add_weight(shape=input_shape[-1:], initializer=Halves())
-
-    def call(self, x):
-        return self.factor * self.scale * x
-
-    def get_config(self):
-        return {**super().get_config(), "factor": self.factor}
-"""
-IMPORTS = """
-import os, sys
-import keras
-import numpy as np
-from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss
-from keras_mrl_export import export_saved_model
-print("tensorflow" in sys.modules)
-"""
-BODY = """
-print("training")
-with open(os.environ["RAN"], "a") as file:
-    file.write("once\\n")
-x = np.random.default_rng(0).normal(size=(16, 5)).astype("float32")
-backbone = keras.Sequential([
-    keras.Input((5,), name="x"),
-    keras.layers.Dense(8, activation=wobble, kernel_initializer=Halves()),
-    Scaled(3.0),
-])
-model = MatryoshkaClassifier(backbone, MatryoshkaHead(3, dims=(2, 8)))
-inner = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-model.compile(optimizer="sgd", loss=MatryoshkaLoss(inner))
-model.fit(x, np.arange(16) % 3, batch_size=16, verbose=0)
-print(export_saved_model(model, os.environ["OUT"], x[:4]))
-"""
-GUARDED = (
-    "def main():\n" + re.sub("(?m)^", "    ", BODY) + "\nif __name__ == '__main__':\n    main()"
-)
-# What stands in the script, what in a module beside it, and whether it is given with -c.
-SCRIPTS = {
-    "guarded": (IMPORTS + PARTS + GUARDED, "", False),
-    "unguarded": (IMPORTS + PARTS + BODY, "", False),
-    "-c": (IMPORTS + PARTS + BODY, "", True),
-    "beside": (IMPORTS + "from parts import wobble, Halves, Scaled" + BODY, PARTS, False),
-}
-
-
-@dataclass
-class Script:
-    """A training script of a user, under way."""
-
-    folder: Path
-    process: subprocess.Popen[str]
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=300)
-        return self.process.returncode, out, err
-
-
-def start(folder: Path, text: str, beside: str, inline: bool) -> Script:
-    if beside:
-        (folder / "parts.py").write_text(beside)
-    (folder / "train.py").write_text(text)
-    environment = {
-        **os.environ,
-        "KERAS_BACKEND": BACKEND,
-        "OUT": str(folder / "models"),
-        "RAN": str(folder / "ran"),
-    }
-    process = subprocess.Popen(
-        [sys.executable, *(["-c", text] if inline else ["train.py"])],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return Script(folder, process)
-
-
-@pytest.fixture(scope="module")
-def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Script]:
-    """All of them at once: each starts a process or two."""
-    return {
-        name: start(tmp_path_factory.mktemp("script"), *script) for name, script in SCRIPTS.items()
-    }
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_exports_parts_of_its_own_and_runs_once(
-    scripts: dict[str, Script], name: str
-) -> None:
-    script = scripts[name]
-    status, out, err = script.end()
-    assert status == 0, err
-    version = script.folder / "models" / "1"
-    # Importing the export imports TensorFlow only where Keras runs on it.
-    assert out.splitlines() == [str(BACKEND == "tensorflow"), "training", str(version)]
-    assert (script.folder / "ran").read_text() == "once\n"
-    manifest = Manifest.from_json((version / MANIFEST_FILE).read_bytes())
-    assert manifest.made_with["trained_on"] == BACKEND
-    assert os.listdir(version.parent) == ["1"]
 
 
 def model_of(*layers: keras.layers.Layer) -> keras.Model:

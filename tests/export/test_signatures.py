@@ -250,16 +250,16 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
 
 
 def test_half_precision_is_served_as_float32_and_equal_to_its_own_steps(halves: Exported) -> None:
-    """A step of bfloat16 is 1/128; one is the most that was seen between any two backends."""
+    """A step of bfloat16 is 1/128; two of a row's largest are the most that was seen."""
     assert halves.manifest.inputs["image"]["dtype"] == "float32"
     features = halves.ask("features", SEVEN)["features"]
     assert features.dtype == np.float32
-    assert_near(features, halves.features[SEVEN], 2 / 128)
+    assert_near(features, halves.features[SEVEN], 3 / 128)
     for index, dim in enumerate(DIMS):
         prefix = np.ascontiguousarray(features[:, :dim])
         answer = halves.session.run(f"head_{dim}", {"features": prefix})
         assert answer["logits"].dtype == answer["probabilities"].dtype == np.float32
-        assert_near(answer["logits"], halves.logits[SEVEN, index], 2 / 128)
+        assert_near(answer["logits"], halves.logits[SEVEN, index], 3 / 128)
 
 
 def assert_near(served: Array, expected: Array, share: float) -> None:

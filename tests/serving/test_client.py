@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from keras_mrl_serving import _wire_pb2 as wire
 from keras_mrl_serving.cascade import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
@@ -392,3 +393,21 @@ sys.exit(0 if same and os.waitpid(child, 0)[1] == 0 else 1)
 """
     done = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
     assert done.returncode == 0
+
+
+def test_a_tensor_this_client_cannot_read_is_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    strange = wire.PredictResponse()
+    strange.outputs["manifest"].dtype = wire.DT_COMPLEX64
+    with Client("127.0.0.1:1") as client:
+        monkeypatch.setattr(client, "_predict", lambda *_: strange)
+        with pytest.raises(ServerError) as caught:
+            client.describe()
+    assert str(caught.value).startswith(
+        "A served tensor must be one this client reads. Received: from 127.0.0.1:1 for "
+        "model 'default', signature 'describe': "
+    )
+    assert str(caught.value).endswith(
+        "Ask a model exported by keras_mrl_export.export_saved_model."
+    )

@@ -25,7 +25,7 @@ WITHOUT_EXAMPLE = {"Client", "Index"}
 
 def names() -> dict[str, Any]:
     """What a reader of an example may take for given: NumPy, and what the package makes public."""
-    public = set(keras_mrl_serving.__all__) - {"DevServer"}
+    public = set(keras_mrl_serving.__all__)
     return {"np": np, **{name: getattr(keras_mrl_serving, name) for name in public}}
 
 
@@ -58,7 +58,7 @@ EXPECTED = [
 
 @pytest.mark.parametrize("thing", EXPECTED)
 def test_everything_public_has_an_example(thing: Any) -> None:
-    assert "Example:" in (inspect.getdoc(thing) or "")
+    assert "Examples:" in (inspect.getdoc(thing) or "")
     assert doctest.DocTestFinder(recurse=False).find(thing)[0].examples
 
 

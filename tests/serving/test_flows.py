@@ -234,3 +234,14 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_asked(
     with pytest.raises(error) as caught:
         next(flow)
     assert type(caught.value) is error
+
+
+def test_a_describe_of_another_kind_is_refused() -> None:
+    flow = flows.describe()
+    next(flow)
+    with pytest.raises(ManifestError) as caught:
+        flow.send({"text": np.array([b"hello"], dtype=object)})
+    assert str(caught.value) == (
+        "A model describes itself by a manifest. Received: a describe signature with text. "
+        "Ask a model exported by keras_mrl_export.export_saved_model."
+    )

@@ -34,7 +34,7 @@ class ExactIndex:
         ValueError: If shapes do not fit, a value is not finite, or the gallery has fewer rows
             than the funnel returns.
 
-    Example:
+    Examples:
         >>> gallery = np.eye(4, dtype=np.float32) + 0.1
         >>> index = ExactIndex(gallery, FunnelSchedule(dims=(2, 4), shortlists=(3,), k=1))
         >>> index.search(gallery[:2]).ids.tolist()

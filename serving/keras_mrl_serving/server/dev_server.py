@@ -35,7 +35,7 @@ class DevServer:
         host: the address to listen on.
         file_system_poll_wait_seconds: how often `base_path` is looked at; 0 means only at start.
 
-    Example:
+    Examples:
         >>> with DevServer("models/flowers") as target:  # doctest: +SKIP
         ...     channel = grpc.insecure_channel(target)
     """
