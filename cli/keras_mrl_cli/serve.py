@@ -21,6 +21,7 @@ from types import FrameType
 from .refuse import refuse, unknown_flags
 
 _REAL_SERVER = "tensorflow_model_server"
+_MAX_PORT = 2**16 - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Become the real server, or run the development server until a signal ends it."""
+    if not 0 <= arguments.port <= _MAX_PORT:  # gRPC would take what is left of it modulo 2**16
+        return refuse(
+            f"--port must lie in 0..{_MAX_PORT}. Received: {arguments.port}. "
+            "Choose another, or 0 for any free one.",
+            status=2,
+        )
     real = shutil.which(_REAL_SERVER)
     # The real server refuses relative paths; so that a path means one thing, both get this one.
     base_path = arguments.model_base_path

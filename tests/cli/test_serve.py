@@ -1,165 +1,216 @@
-"""`keras-mrl serve`, as a user runs it: in a process of its own."""
+"""`keras-mrl serve`: the development server, its end, its errors, and the real one in its place."""
 
 import os
+import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
-from keras_mrl_serving import Client, KerasMrlError
-from keras_mrl_serving.contract import Manifest
+from keras_mrl_cli.__main__ import main
+from keras_mrl_serving import Client
+
+EXPORT = """
+import sys
+import keras
+import numpy as np
+from keras_mrl_export import export_saved_model
+model = keras.Sequential([keras.Input((3,), name="x"), keras.layers.Dense(8)])
+export_saved_model(model, sys.argv[1], np.eye(3, dtype="float32"), dims=(2, 8))
+"""
+SERVE = [sys.executable, "-m", "keras_mrl_cli", "serve"]
+X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that follows the contract as far as `describe` and `embed_2` go."""
-    base = tmp_path_factory.mktemp("models")
-    manifest = Manifest(
-        name="small",
-        kind="encoder",
-        fingerprint="0",
-        dims=(2,),
-        width=2,
-        inputs={"inputs": {"dtype": "float32", "shape": [None, 2]}},
-        made_with={},
-    ).to_json()
-    module = tf.Module()
-    embed = tf.function(lambda inputs: {"embedding": 2.0 * inputs})
-    describe = tf.function(lambda key: {"manifest": tf.fill(tf.shape(key), manifest)})
-    signatures = {
-        "embed_2": embed.get_concrete_function(inputs=tf.TensorSpec([None, 2], tf.float32)),
-        "describe": describe.get_concrete_function(key=tf.TensorSpec([None], tf.string)),
-    }
-    tf.saved_model.save(module, str(base / "1"), signatures=signatures)
-    return base
+    """The folder of an exported model."""
+    folder = tmp_path_factory.mktemp("served") / "models"
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
+    subprocess.run([sys.executable, "-c", EXPORT, str(folder)], env=environment, check=True)
+    return folder
 
 
-def start(*flags: str, path: str | None = None) -> subprocess.Popen[str]:
-    environment = {**os.environ, **({"PATH": path} if path else {})}
-    return subprocess.Popen(
-        [sys.executable, "-m", "keras_mrl_cli", "serve", *flags],
+@pytest.fixture
+def no_real_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@contextmanager
+def serving(*flags: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The server in a process of its own, and the address it says it serves at."""
+    process = subprocess.Popen(
+        [*SERVE, "--port", "0", *flags],
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
     )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        said = re.fullmatch(r"Serving 'tiny' at (127\.0\.0\.1:\d+)\. Stop with Ctrl-C\.\n", line)
+        assert said, line or process.communicate()[1]
+        yield process, said[1]
+    finally:
+        process.kill()
+        process.communicate()
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def server(base_path: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    process = start(
-        "--dev", "--model_name=small", f"--model_base_path={base_path}", f"--port={port}"
-    )
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def wait_for(client: Client) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            client.describe()
-        except KerasMrlError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        else:
-            return
-
-
-def test_it_serves_the_folder_and_ends_on_sigterm(server: subprocess.Popen[str], port: int) -> None:
-    with Client(f"127.0.0.1:{port}", model="small") as client:
-        wait_for(client)
-        assert client.embed(np.ones((3, 2)), dim=2).tolist() == [[2.0, 2.0]] * 3
-    begun = time.monotonic()
-    server.send_signal(signal.SIGTERM)
-    out, err = server.communicate(timeout=20)
-    assert server.returncode == 0
-    assert time.monotonic() - begun < 10
-    assert out == f"Serving 'small' at 127.0.0.1:{port}. Stop with Ctrl-C.\n"
-    assert "for development and tests" in err
-
-
-def ended(*flags: str) -> tuple[int, str]:
-    process = start("--dev", *flags)
-    _, err = process.communicate(timeout=60)
-    refusal = err[err.find("keras-mrl: ") :]
-    return process.returncode, refusal
-
-
-def test_a_path_without_versions_is_refused(tmp_path: Path) -> None:
-    assert ended("--model_name=m", f"--model_base_path={tmp_path}") == (
-        1,
-        "keras-mrl: base_path must hold a version of the model. Received: No versions of servable "
-        f"m found under base path {tmp_path}. Did you forget to name your leaf directory as a "
-        f"number (eg. '/1/')? Put the SavedModel at {tmp_path}/1, or give the folder above the "
-        "numbered one.\n",
-    )
-
-
-def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    missing = tmp_path / "missing"
-    assert ended(f"--model_base_path={missing}") == (
-        1,
-        f"keras-mrl: base_path must be a folder that can be read. Received: base_path="
-        f"'{missing}' (No such file or directory). Export a model to {missing}/1 first, or "
-        "correct the path.\n",
-    )
-
-
-def test_a_port_in_use_is_refused(base_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        status, sentence = ended(f"--model_base_path={base_path}", f"--port={port}")
-    assert status == 1
-    assert sentence == (
-        f"keras-mrl: The address must be free. Received: host='127.0.0.1', port={port}, which "
-        "cannot be bound. Choose another port, or port=0 for any free one.\n"
-    )
-
-
-@pytest.fixture
-def path_with_the_real_server(tmp_path: Path) -> str:
-    """A PATH on which `tensorflow_model_server` is a script that says its arguments."""
-    script = tmp_path / "tensorflow_model_server"
-    script.write_text('#!/bin/sh\necho "real $*"\n')
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-
-
-def test_the_real_server_runs_where_it_is_installed(
-    base_path: Path, path_with_the_real_server: str
-) -> None:
-    flags = ("--model_name=m", f"--model_base_path={base_path}", "--port=8500")
-    process = start(*flags, "--enable_batching=true", path=path_with_the_real_server)
-    out, _ = process.communicate(timeout=60)
+@pytest.mark.usefixtures("no_real_server")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_serves_until_a_signal_ends_it(base_path: Path, number: signal.Signals) -> None:
+    flags = ("--model_name", "tiny", "--model_base_path", base_path.name)  # relative to cwd
+    with serving(*flags, cwd=base_path.parent) as (process, target):
+        with Client(target, model="tiny") as client:
+            assert client.describe().dims == (2, 8)
+            lengths = np.linalg.norm(client.embed(X, dim=2), axis=1)
+            np.testing.assert_allclose(lengths, 1, rtol=1e-5)
+        process.send_signal(number)
+        start = time.monotonic()
+        out, err = process.communicate(timeout=30)
+        assert time.monotonic() - start < 8
     assert process.returncode == 0
-    assert out == (
-        f"real --model_base_path={base_path} --model_name=m --port=8500 "
-        "--file_system_poll_wait_seconds=1 --enable_batching=true\n"
+    assert out == ""
+    assert "Traceback" not in err
+    assert "This server is for development and tests." in err
+
+
+@pytest.mark.usefixtures("no_real_server")
+def test_a_signal_right_after_its_first_line_ends_it_too(base_path: Path) -> None:
+    flags = ("--model_name=tiny", f"--model_base_path={base_path}")
+    with serving(*flags, cwd=base_path.parent) as (process, _):
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The one line on stderr of a server that does not start."""
+    assert main(["serve", "--model_name", "m", *flags]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    said = [line for line in printed.err.splitlines() if line.startswith("keras-mrl: ")]
+    assert printed.err.endswith(f"{said[0]}\n")
+    return said[0].removeprefix("keras-mrl: ")
+
+
+@pytest.mark.usefixtures("no_real_server")
+def test_a_base_path_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "none"
+    assert refusal(capsys, f"--model_base_path={missing}") == (
+        f"base_path must be a folder that can be read. Received: base_path='{missing}' "
+        f"(No such file or directory). Export a model to {missing}/1 first, or correct the path."
     )
 
 
-def test_dev_keeps_the_real_server_out(path_with_the_real_server: str, tmp_path: Path) -> None:
-    process = start("--dev", f"--model_base_path={tmp_path}/no", path=path_with_the_real_server)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "real" not in out
-    assert "base_path must be a folder" in err
+@pytest.mark.usefixtures("no_real_server")
+def test_a_base_path_without_versions(base_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leaf = base_path / "1"
+    assert refusal(capsys, f"--model_base_path={leaf}") == (
+        "base_path must hold a version of the model. Received: No versions of servable m found "
+        f"under base path {leaf}. Did you forget to name your leaf directory as a number (eg. "
+        f"'/1/')? Put the SavedModel at {leaf}/1, or give the folder above the numbered one."
+    )
+
+
+@pytest.mark.usefixtures("no_real_server")
+def test_a_port_in_use(base_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = refusal(capsys, f"--model_base_path={base_path}", f"--port={port}")
+    assert said == (
+        f"The address must be free. Received: host='127.0.0.1', port={port}, which cannot be "
+        "bound. Choose another port, or port=0 for any free one."
+    )
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000])
+def test_a_port_that_is_none(port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model_base_path=x", f"--port={port}"]) == 2
+    assert capsys.readouterr().err == (
+        f"keras-mrl: --port must lie in 0..65535. Received: {port}. "
+        "Choose another, or 0 for any free one.\n"
+    )
+
+
+@pytest.fixture
+def fake_server(tmp_path: Path) -> Path:
+    """A `tensorflow_model_server` that prints what it was started with."""
+    fake = tmp_path / "bin" / "tensorflow_model_server"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\nexit 7\n')
+    fake.chmod(0o755)
+    return fake
+
+
+def start_with(fake: Path, *flags: str) -> tuple[int, list[str], str]:
+    done = subprocess.run(
+        [*SERVE, *flags],
+        cwd=fake.parents[1],
+        env={**os.environ, "PATH": f"{fake.parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def test_the_real_server_takes_its_place_with_the_same_flags(fake_server: Path) -> None:
+    status, out, err = start_with(
+        fake_server,
+        "--model_name=digits",
+        "--model_base_path=models/digits",
+        "--port=8501",
+        "--rest_api_port=8502",
+        "--enable_batching",
+    )
+    assert (status, err) == (7, "")  # its status, so it is the same process
+    assert out == [
+        str(fake_server),
+        f"--model_base_path={fake_server.parents[1]}/models/digits",
+        "--model_name=digits",
+        "--port=8501",
+        "--file_system_poll_wait_seconds=1",
+        "--rest_api_port=8502",
+        "--enable_batching",
+    ]
+
+
+def test_a_base_path_with_a_scheme_is_left_alone(fake_server: Path) -> None:
+    _, out, _ = start_with(fake_server, "--model_base_path=s3://bucket/digits")
+    assert out[1:] == [
+        "--model_base_path=s3://bucket/digits",
+        "--model_name=default",
+        "--port=8500",
+        "--file_system_poll_wait_seconds=1",
+    ]
+
+
+def test_dev_asks_for_the_development_server_all_the_same(
+    fake_server: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", str(fake_server.parent))
+    said = refusal(capsys, "--dev", f"--model_base_path={tmp_path / 'none'}")
+    assert said.startswith("base_path must be a folder that can be read. ")
+
+
+def test_dev_knows_no_flags_of_the_real_server(
+    fake_server: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(fake_server.parent))
+    assert main(["serve", "--dev", "--model_base_path=x", "--rest_api_port=1"]) == 2
+    assert capsys.readouterr().err == (
+        "keras-mrl: Only known flags are taken. Received: --rest_api_port=1. See the command's "
+        "--help for those there are. tensorflow_model_server may know more.\n"
+    )

@@ -1,5 +1,7 @@
 """The same random numbers for every test, and nothing compiled twice."""
 
+from typing import Any
+
 import keras
 import pytest
 
@@ -10,8 +12,9 @@ def pytest_configure(config: pytest.Config) -> None:
         import jax
 
         assert config.cache is not None
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        settings: Any = jax.config  # its update() has no types
+        settings.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        settings.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -60,9 +60,12 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             "--out must be a folder that can be written. "
             f"Received: {arguments.out} ({error.strerror}). Name another."
         )
-    # Both must be said before Keras is first imported.
+    # All must be said before Keras is first imported.
     os.environ["KERAS_BACKEND"] = arguments.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # The net is too small to share: on a busy machine PyTorch's threads wait for each other, and
+    # an epoch takes ten times as long with two as with one.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         from .road import walk
     except ImportError as error:
