@@ -95,6 +95,7 @@ def counted(answers: dict[str, Array]) -> dict[str, Any]:
     map10 = [float(np.mean([average_precision(query) for query in found])) for found in hits]
     funnel = gallery[answers["funnel_neighbors"]] == truth[:, None]
     shortlist = int(0.045 * rows)
+    asked = answers["stage_dims"].tolist()  # the cascade need not begin at the first dim
     return {
         "accuracy_by_dim": by_dim(accuracy),
         "full_accuracy": accuracy[-1],
@@ -102,7 +103,7 @@ def counted(answers: dict[str, Array]) -> dict[str, Any]:
         "best_fixed_accuracy": accuracy[fixed],
         "adaptive_accuracy": float(np.mean(answers["adaptive_class_ids"] == truth)),
         "expected_dim": sum(stopped) / len(stopped),
-        "cumulative_dim": sum(sum(d for d in DIMS if d <= dim) for dim in stopped) / len(stopped),
+        "cumulative_dim": sum(sum(d for d in asked if d <= dim) for dim in stopped) / len(stopped),
         "stopped_by_dim": by_dim([stopped.count(dim) for dim in DIMS]),
         "p10_by_dim": by_dim([float(found.mean()) for found in hits]),
         "map10_by_dim": by_dim(map10),
