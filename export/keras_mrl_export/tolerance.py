@@ -5,8 +5,9 @@ from __future__ import annotations
 import keras
 
 TOLERANCE = 1e-5  # of a row's largest magnitude
-# Where layers compute in half precision every backend rounds in places of its own. Two steps of the
-# type were the widest seen, over all three; a deep model may drift by more.
+# Where layers compute in half precision every backend rounds in places of its own. Measured on a
+# small net in bfloat16, in steps of the type: 1.4 in the features, 0.9 in a head given the same
+# features, up to 5.7 end to end where a prefix is small in its row: a sound model may be refused.
 HALF_TOLERANCE = {"bfloat16": 4 * 2**-7, "float16": 4 * 2**-10}
 
 

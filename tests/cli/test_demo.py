@@ -94,7 +94,8 @@ def counted(answers: dict[str, Array]) -> dict[str, Any]:
     ]
     map10 = [float(np.mean([average_precision(query) for query in found])) for found in hits]
     funnel = gallery[answers["funnel_neighbors"]] == truth[:, None]
-    shortlist = int(0.045 * rows)
+    shortlist = int(answers["funnel_shortlist"])
+    first, last = answers["funnel_dims"].tolist()
     asked = answers["stage_dims"].tolist()  # the cascade need not begin at the first dim
     return {
         "accuracy_by_dim": by_dim(accuracy),
@@ -112,8 +113,8 @@ def counted(answers: dict[str, Array]) -> dict[str, Any]:
         "map10_funnel": float(np.mean([average_precision(query) for query in funnel])),
         "madds_by_dim": by_dim([rows * dim for dim in DIMS]),
         "exact_madds": rows * width,
-        "funnel_madds": rows * 8 + shortlist * width,
-        "funnel": {"dims": [8, width], "shortlists": [shortlist], "k": 10},
+        "funnel_madds": rows * first + shortlist * last,
+        "funnel": {"dims": [first, last], "shortlists": [shortlist], "k": funnel.shape[1]},
         "gallery_size": rows,
         "test_size": len(truth),
         "backend": BACKEND,
@@ -235,6 +236,11 @@ def test_everything_is_where_it_says(demo: Run) -> None:
     assert f"Everything is in {demo.out}: the SavedModel (models/digits/1), " in demo.stdout
 
 
+def test_it_names_the_commands_to_go_on_with(demo: Run) -> None:
+    command = "keras-mrl serve --model_name digits --model_base_path"
+    assert f"{command} {demo.out}/models/digits" in demo.stdout
+
+
 def files(folder: Path) -> dict[Path, tuple[bytes, int]]:
     return {
         file: (file.read_bytes(), file.stat().st_mtime_ns)
@@ -250,6 +256,7 @@ def test_a_second_run_publishes_version_2_beside_version_1(demo: Run) -> None:
     _ = demo.answers
     second = run(demo.out, "--epochs", "1", "--seed", "3")
     assert sorted(os.listdir(models)) == ["1", "2"]
+    assert (models / "2" / "saved_model.pb").is_file()
     assert files(models / "1") == first
     assert (second.report["epochs"], second.report["seed"]) == (1, 3)
     assert second.report != report

@@ -250,16 +250,21 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
 
 
 def test_half_precision_is_served_as_float32_and_equal_to_its_own_steps(halves: Exported) -> None:
-    """A step of bfloat16 is 1/128; two of a row's largest are the most that was seen."""
+    """A step of bfloat16 is 1/128. Measured: 1.4 in the features, 0.9 in a head given the same.
+
+    End to end the two add up, to 5.7 steps where a prefix is small in its row, so the parts are
+    held to their bounds and their sum is not.
+    """
     assert halves.manifest.inputs["image"]["dtype"] == "float32"
-    features = halves.ask("features", SEVEN)["features"]
+    features = halves.ask("features", slice(None))["features"]
     assert features.dtype == np.float32
-    assert_near(features, halves.features[SEVEN], 3 / 128)
+    assert_near(features, halves.features, 2 / 128)
+    own = halves.features.astype(np.float32)
     for index, dim in enumerate(DIMS):
-        prefix = np.ascontiguousarray(features[:, :dim])
+        prefix = np.ascontiguousarray(own[:, :dim])
         answer = halves.session.run(f"head_{dim}", {"features": prefix})
         assert answer["logits"].dtype == answer["probabilities"].dtype == np.float32
-        assert_near(answer["logits"], halves.logits[SEVEN, index], 3 / 128)
+        assert_near(answer["logits"], halves.logits[:, index], 1 / 128)
 
 
 def assert_near(served: Array, expected: Array, share: float) -> None:

@@ -218,12 +218,12 @@ def test_a_low_precision_model_is_cut_in_its_own_precision(tied: bool) -> None:
     with policy("mixed_bfloat16"):
         head = MatryoshkaHead(NUM_CLASSES, dims=DIMS, tied=tied)
         model = compiled(MatryoshkaClassifier(backbone(), head))
-        logits = as_numpy(keras.ops.cast(model(X), "float32"))
-        for m, dim in enumerate(DIMS):
-            plain = model.at(dim)
-            assert keras.backend.standardize_dtype(plain(X).dtype) == "bfloat16"
-            received = as_numpy(keras.ops.cast(plain(X), "float32"))
-            np.testing.assert_allclose(received, logits[:, m], rtol=2**-6, atol=2**-6)
+    logits = as_numpy(keras.ops.cast(model(X), "float32"))
+    for m, dim in enumerate(DIMS):
+        plain = model.at(dim)  # cut under the default policy
+        assert keras.backend.standardize_dtype(plain(X).dtype) == "bfloat16"
+        received = as_numpy(keras.ops.cast(plain(X), "float32"))
+        np.testing.assert_allclose(received, logits[:, m], rtol=2**-6, atol=2**-6)
 
 
 def test_a_cut_model_loads_where_there_is_no_keras_mrl(tmp_path: Path) -> None:
