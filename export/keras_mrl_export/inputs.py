@@ -52,6 +52,30 @@ def name_inputs(backbone: keras.Model, sample: Any) -> dict[str, str]:
     return names
 
 
+def check_shapes(backbone: keras.Model, sample: Any) -> None:
+    """Raise a `ValueError` where `sample` has not the shapes the model declares.
+
+    Keras would refuse it too, but under JAX a refused `predict` leaves the model without its
+    weights.
+    """
+    declared = list(declared_inputs(backbone).items())
+    for name, tensor in declared:
+        array = sample if not isinstance(sample, Mapping) else sample.get(name)
+        if array is None:  # one declared input under another key
+            array = next(iter(sample.values()))
+        shape = tuple(getattr(array, "shape", ()))
+        wanted = ("any", *("any" if size is None else size for size in tensor.shape[1:]))
+        fits = len(shape) == len(wanted) and all(
+            w in ("any", n) for w, n in zip(wanted, shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"sample must have the shape of the model's input {name!r}: "
+                f"({', '.join(map(str, wanted))}), batch first. Received: {shape}. "
+                "Prepare its rows as in training."
+            )
+
+
 def as_declared(backbone: keras.Model, sample: Any) -> Any:
     """Return `sample` as Keras takes it without a warning: bare where one tensor was declared."""
     bare = isinstance(input_structure(backbone), keras.KerasTensor)

@@ -38,7 +38,7 @@ def publishing(base_path: Path, version: int | None) -> Iterator[Staged]:
 
     Raises:
         FileExistsError: If `version` exists.
-        ValueError: If `version` is not a non-negative integer.
+        ValueError: If `version` is not a non-negative integer, or `base_path` is itself a version.
     """
     check_version(base_path, version)
     base_path.mkdir(parents=True, exist_ok=True)
@@ -59,6 +59,11 @@ def check_version(base_path: Path, version: int | None) -> None:
         FileExistsError: If `version` exists.
         ValueError: If `version` is not a non-negative integer.
     """
+    if (base_path / "saved_model.pb").exists():
+        raise ValueError(
+            "base_path must be the folder above the versions. "
+            f"Received: {base_path}, which is itself a version. Give {base_path.parent}."
+        )
     if version is None:
         return
     if not _is_version(version):

@@ -72,7 +72,7 @@ def _build_elsewhere(folder: Path) -> Path:
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
         "CUDA_VISIBLE_DEVICES": "-1",  # tracing needs no GPU, and the trainer may hold it
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     }
     # -P: a folder of the user's named like a module of ours must not be imported in its place.

@@ -17,7 +17,7 @@ from keras_mrl_serving.cascade import CascadePolicy
 from keras_mrl_serving.contract import check_dims
 
 from .errors import ExportError
-from .inputs import as_declared, name_inputs
+from .inputs import as_declared, check_shapes, name_inputs
 from .job import Job
 from .publish import check_version
 from .rebuild import build_on_tensorflow
@@ -76,6 +76,7 @@ def export_saved_model(
     backbone, head = split(model)
     names = name_inputs(backbone, sample)
     _check_rows(sample)
+    check_shapes(backbone, sample)
     rows = as_declared(backbone, sample)
     features = _predict(backbone, rows)
     logits = None if head is None else _predict(model, rows)
@@ -207,10 +208,15 @@ def _check_head_arguments(
             f"Received: a policy over {policy.dims} for dims={dims}. Learn it on these dims."
         )
     if labels is not None and (
-        len(labels) != num_classes or any(not s or s != s.strip() or "\n" in s for s in labels)
+        len(labels) != num_classes
+        or any(not isinstance(s, str) or not s or s != s.strip() or "\n" in s for s in labels)
     ):
         raise ValueError(
             f"labels must name each of the {num_classes} classes on one line. "
             f"Received: {len(labels)} labels {list(labels[:5])}. "
             "Give one non-empty string per class id, without line breaks or outer blanks."
         )
+
+
+def _is_class_name(label: object) -> bool:
+    return isinstance(label, str) and label == label.strip() != "" and "\n" not in label

@@ -58,11 +58,11 @@ def mean_average_precision_at_k(hits: npt.ArrayLike) -> float:
 
 
 def _check_hits(hits: npt.ArrayLike) -> npt.NDArray[np.bool]:
-    checked = np.asarray(hits, dtype=bool)
-    if checked.ndim != 2 or not checked.size:
+    checked = np.asarray(hits)
+    if checked.ndim != 2 or not checked.size or not np.isin(checked, (0, 1)).all():
         raise ValueError(
-            "hits must be (queries, k) with at least one query. "
-            f"Received: shape {checked.shape}. "
+            "hits must be booleans (queries, k) with at least one query. "
+            f"Received: {checked.dtype} of shape {checked.shape}. "
             "Compare labels: gallery_labels[neighbors.ids] == query_labels[:, None]."
         )
-    return checked
+    return checked.astype(bool)

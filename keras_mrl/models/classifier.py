@@ -8,6 +8,7 @@ import keras
 
 from .._frozen import warn_frozen
 from ..layers import MatryoshkaHead
+from ..losses import MatryoshkaLoss
 from ..losses.labels import check_labels
 from .cut import cut
 
@@ -32,7 +33,7 @@ class MatryoshkaClassifier(keras.Model):
     Raises:
         TypeError: If `head` is not a `MatryoshkaHead` or `backbone` is not a Keras model.
         ValueError: If the backbone's output is a feature map or more than one tensor; in `fit`,
-            if in-memory integer labels name no class.
+            if the loss is missing or of one dim, or in-memory integer labels name no class.
 
     Examples:
         >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
@@ -74,6 +75,7 @@ class MatryoshkaClassifier(keras.Model):
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does, after a look at integer labels held in memory."""
+        _check_loss(self.loss)
         check_labels(self.loss, y, self.head.num_classes)
         validation = kwargs.get("validation_data")
         if isinstance(validation, (tuple, list)) and len(validation) > 1:
@@ -100,6 +102,27 @@ class MatryoshkaClassifier(keras.Model):
             for name in ("backbone", "head")
         }
         return cls(**{**config, **parts})
+
+
+_SPARSE = keras.losses.SparseCategoricalCrossentropy
+
+
+def _check_loss(loss: Any) -> None:
+    """Refuse what trains nothing, takes one dim's logits, or takes logits for probabilities."""
+    inner = loss.loss if isinstance(loss, MatryoshkaLoss) else None
+    plain = loss is None or loss == "sparse_categorical_crossentropy" or isinstance(loss, _SPARSE)
+    if plain or (inner is not None and inner.get_config().get("from_logits") is False):
+        around = f"MatryoshkaLoss around {_named(inner)} with from_logits=False"
+        received = _named(loss) if inner is None else around
+        raise ValueError(
+            "MatryoshkaClassifier gives the logits of every dim, and trains on a MatryoshkaLoss "
+            f"around a loss on logits. Received: {received}. Compile with "
+            "loss=MatryoshkaLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True))."
+        )
+
+
+def _named(loss: Any) -> str:
+    return type(loss).__name__ if isinstance(loss, keras.losses.Loss) else f"loss={loss!r}"
 
 
 def _as_shapes(shapes: Any) -> Any:

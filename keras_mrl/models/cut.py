@@ -30,13 +30,14 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
         >>> backbone.output_shape, head.dims
         ((None, 8), (4, 8))
     """
-    head = getattr(model, "head", None)
-    if isinstance(head, MatryoshkaHead):
-        return model.backbone, head
+    from .classifier import MatryoshkaClassifier  # which needs this module, for its `at`
+
+    if isinstance(model, MatryoshkaClassifier):
+        return model.backbone, model.head
     last = model.layers[-1] if model.layers else None
     if isinstance(last, MatryoshkaHead) and not last.built:  # a sequential model without an Input
         raise _not_built(model)
-    if isinstance(last, MatryoshkaHead) and len(model.outputs) == 1:
+    if isinstance(last, MatryoshkaHead) and len(getattr(model, "outputs", None) or ()) == 1:
         return keras.Model(_input_of(model), last.input, name=f"{model.name}_features"), last
     return model, None
 

@@ -203,3 +203,17 @@ def test_text_is_served_with_its_vocabulary(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         features(path, {"text": sample}), model.predict(sample, verbose=0)
     )
+
+
+def test_a_sample_of_another_width_is_refused_and_the_model_lives(tmp_path: Path) -> None:
+    inputs = keras.Input((13,), name="wine")
+    features = keras.layers.Dense(8)(inputs)
+    model = keras.Model(inputs, MatryoshkaHead(3, dims=(4, 8))(features))
+    with pytest.raises(ValueError, match="shape of the model's input") as caught:
+        export_saved_model(model, tmp_path, np.zeros((2, 12), "float32"))
+    assert str(caught.value) == (
+        "sample must have the shape of the model's input 'wine': (any, 13), batch first. "
+        "Received: (2, 12). Prepare its rows as in training."
+    )
+    assert model.predict(np.zeros((2, 13), "float32"), verbose=0).shape == (2, 2, 3)
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from keras_mrl_export.publish import Staged, publishing
+from keras_mrl_export.publish import Staged, check_version, publishing
 from keras_mrl_serving.server.versions import list_versions
 
 
@@ -173,3 +173,15 @@ def test_of_exports_that_race_for_one_number_one_gets_it(
         "A published version is never overwritten. "
         f"Received: version=5, which exists under {tmp_path}. Leave version out to take 6."
     }
+
+
+def test_a_version_is_no_place_for_versions(tmp_path: Path) -> None:
+    version = tmp_path / "1"
+    version.mkdir()
+    (version / "saved_model.pb").touch()
+    with pytest.raises(ValueError, match="folder above") as caught:
+        check_version(version, None)
+    assert str(caught.value) == (
+        "base_path must be the folder above the versions. "
+        f"Received: {version}, which is itself a version. Give {tmp_path}."
+    )

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,10 @@ def _calibrate(model: keras.Model, holdout: Part) -> CascadePolicy:
     logits, labels = model.predict(seen.images, verbose=0), seen.labels
     accuracy = (logits.argmax(axis=-1) == labels[:, None]).mean(axis=0)
     first = int(np.argmax(accuracy >= accuracy[-1] - 0.005))
-    return CascadePolicy.learn(logits[:, first:], labels, DIMS[first:])
+    policy = CascadePolicy.learn(logits[:, first:], labels, DIMS[first:])
+    # What the manifest tells of the holdout is counted on its images alone, not on the copies.
+    own = model.predict(holdout.images, verbose=0)[:, first:]
+    return replace(policy, holdout=policy.evaluate(own, holdout.labels))
 
 
 def _show_policy(policy: CascadePolicy) -> None:

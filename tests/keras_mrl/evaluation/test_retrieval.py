@@ -77,9 +77,20 @@ def test_all_hits_are_one_and_none_is_zero(score: Any) -> None:
 @pytest.mark.parametrize("shape", [(10,), (0, 10), (3, 0), (2, 3, 4), ()])
 def test_what_is_no_table_of_hits_is_refused(score: Any, shape: tuple[int, ...]) -> None:
     sentence = (
-        "hits must be (queries, k) with at least one query. "
-        f"Received: shape {shape}. "
+        "hits must be booleans (queries, k) with at least one query. "
+        f"Received: bool of shape {shape}. "
         "Compare labels: gallery_labels[neighbors.ids] == query_labels[:, None]."
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         score(np.zeros(shape, bool))
+
+
+@pytest.mark.parametrize("score", [precision_at_k, mean_average_precision_at_k])
+def test_ids_are_not_taken_for_hits(score: Any) -> None:
+    sentence = (
+        "hits must be booleans (queries, k) with at least one query. "
+        "Received: int64 of shape (2, 2). "
+        "Compare labels: gallery_labels[neighbors.ids] == query_labels[:, None]."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        score([[3, 7], [9, 12]])

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss
+from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss, split
 from tests.keras_mrl.small import (
     DIMS,
     NUM_CLASSES,
@@ -264,3 +264,47 @@ assert not any(name.startswith("keras_mrl") for name in sys.modules)
     printed = run_fresh(program, tmp_path).splitlines()
     expected = sorted(name for name in BODIES if not name.startswith("subclassed"))
     assert sorted(printed) == expected
+
+
+@pytest.mark.parametrize(
+    ("loss", "received"),
+    [
+        (None, "loss=None"),
+        ("sparse_categorical_crossentropy", "loss='sparse_categorical_crossentropy'"),
+        (
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            "SparseCategoricalCrossentropy",
+        ),
+        (
+            MatryoshkaLoss(keras.losses.SparseCategoricalCrossentropy()),
+            "MatryoshkaLoss around SparseCategoricalCrossentropy with from_logits=False",
+        ),
+    ],
+)
+def test_fit_refuses_a_loss_that_is_not_of_every_dims_logits(loss: Any, received: str) -> None:
+    inputs = keras.Input((4,))
+    backbone = keras.Model(inputs, keras.layers.Dense(8)(inputs))
+    model = MatryoshkaClassifier(backbone, MatryoshkaHead(3, dims=(4, 8)))
+    model.compile("sgd", loss=loss)
+    with pytest.raises(ValueError, match="trains on a MatryoshkaLoss") as caught:
+        model.fit(np.zeros((2, 4), "float32"), np.zeros(2, "int64"), verbose=0)
+    assert str(caught.value) == (
+        "MatryoshkaClassifier gives the logits of every dim, and trains on a MatryoshkaLoss "
+        f"around a loss on logits. Received: {received}. Compile with "
+        "loss=MatryoshkaLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True))."
+    )
+
+
+def test_a_users_model_that_holds_a_head_is_not_taken_for_ours() -> None:
+    class Rectified(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = keras.layers.Dense(8)
+            self.head = MatryoshkaHead(3, dims=(4, 8))
+
+        def call(self, x: Any) -> Any:
+            return self.head(keras.ops.relu(self.backbone(x)))
+
+    model = Rectified()
+    model(np.zeros((1, 4), "float32"))
+    assert split(model) == (model, None)
