@@ -18,6 +18,7 @@ ROOMS = {
 # The floors of the serving room, lowest first: a module imports its own floor and those below.
 FLOORS = (
     {
+        "calls",
         "contract",
         "cascade",
         "embeddings",
@@ -26,11 +27,12 @@ FLOORS = (
         "funnel",
         "inputs",
         "options",
+        "quality",
         "results",
         "version",
     },
-    {"index"},
-    {"_tensors", "_rpc", "_wire_pb2"},
+    {"index", "_failures", "questions", "rounds", "conversation", "testing", "corpus"},
+    {"_tensors", "_messages", "_channel", "_status", "_rpc", "_rpc_aio", "_wire_pb2"},
     {"client", "aio"},
     {"_session"},
     {"server"},

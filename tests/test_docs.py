@@ -1,8 +1,9 @@
 """Every code block of README.md and docs/ runs, in the order a reader meets it.
 
 Python blocks of one document share their names. A shell line that starts a server starts one, which
-runs until the document ends. The pages train, export, serve and retrieve are one example in four
-parts, and run as one document. `print(...)  # text` must print that text (`...` stands for any).
+runs until the document ends. The pages train, export, serve, other_languages and retrieve are one
+example in five parts, and run as one document. `print(...)  # text` must print that text (`...`
+stands for any).
 """
 
 import fnmatch
@@ -18,7 +19,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {
     "README.md": ["README.md"],
-    "guide": [f"docs/{page}.md" for page in ("train", "export", "serve", "retrieve")],
+    "guide": [
+        f"docs/{page}.md" for page in ("train", "export", "serve", "other_languages", "retrieve")
+    ],
 }
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAID = re.compile(r"^( *)(print\(.*\))  # (.+)$", re.MULTILINE)

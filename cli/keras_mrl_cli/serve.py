@@ -1,4 +1,4 @@
-"""Serve a model over gRPC, with TensorFlow Serving's own flags.
+"""Serve a model over gRPC and REST, with TensorFlow Serving's own flags.
 
 Where `tensorflow_model_server` is on PATH this command becomes it, with the flags as they were
 given. Elsewhere, or with --dev, the development server of keras-mrl serves the same files: it is
@@ -36,6 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--port", type=int, default=8500, help="gRPC port; 0 lets the system choose (8500)"
     )
     parser.add_argument(
+        "--rest_api_port",
+        type=int,
+        help="HTTP port of the REST API; 0 lets the system choose (no REST)",
+    )
+    parser.add_argument(
+        "--ssl_config_file",
+        help="text proto of SSLConfig; with it the gRPC port speaks TLS (no TLS)",
+    )
+    parser.add_argument(
         "--file_system_poll_wait_seconds",
         type=int,
         default=1,
@@ -50,12 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Become the real server, or run the development server until a signal ends it."""
-    if not 0 <= arguments.port <= _MAX_PORT:  # gRPC would take what is left of it modulo 2**16
-        return refuse(
-            f"--port must lie in 0..{_MAX_PORT}. Received: {arguments.port}. "
-            "Choose another, or 0 for any free one.",
-            status=2,
-        )
+    for flag, port in (("port", arguments.port), ("rest_api_port", arguments.rest_api_port or 0)):
+        if not 0 <= port <= _MAX_PORT:  # gRPC would take what is left of it modulo 2**16
+            return refuse(
+                f"--{flag} must lie in 0..{_MAX_PORT}. Received: {port}. "
+                "Choose another, or 0 for any free one.",
+                status=2,
+            )
     real = shutil.which(_REAL_SERVER)
     # The real server refuses relative paths; so that a path means one thing, both get this one.
     base_path = arguments.model_base_path
@@ -68,6 +78,10 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             f"--port={arguments.port}",
             f"--file_system_poll_wait_seconds={arguments.file_system_poll_wait_seconds}",
         ]
+        if arguments.rest_api_port is not None:
+            flags.append(f"--rest_api_port={arguments.rest_api_port}")
+        if arguments.ssl_config_file is not None:
+            flags.append(f"--ssl_config_file={arguments.ssl_config_file}")
         os.execv(real, [real, *flags, *rest])
     if rest:
         return refuse(unknown_flags(rest) + f" {_REAL_SERVER} may know more.", status=2)
@@ -90,6 +104,8 @@ def _run_development_server(arguments: argparse.Namespace, base_path: str) -> in
         model_name=arguments.model_name,
         port=arguments.port,
         file_system_poll_wait_seconds=arguments.file_system_poll_wait_seconds,
+        rest_api_port=arguments.rest_api_port,
+        ssl_config_file=arguments.ssl_config_file,
     )
     try:
         target = server.start()
@@ -101,7 +117,10 @@ def _run_development_server(arguments: argparse.Namespace, base_path: str) -> in
         server.stop()
 
     signal.signal(signal.SIGTERM, stop)
-    print(f"Serving {arguments.model_name!r} at {target}. Stop with Ctrl-C.", flush=True)
+    rest = ""
+    if server.rest_api_port is not None:
+        rest = f" and http://{target.rpartition(':')[0]}:{server.rest_api_port}"
+    print(f"Serving {arguments.model_name!r} at {target}{rest}. Stop with Ctrl-C.", flush=True)
     try:
         server.wait()
     except KeyboardInterrupt:

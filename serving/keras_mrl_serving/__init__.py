@@ -7,19 +7,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .aio import AsyncClient as AsyncClient
+    from .calls import Signature as Signature
+    from .calls import VersionStatus as VersionStatus
     from .cascade import CascadePolicy as CascadePolicy
     from .cascade import CascadeReport as CascadeReport
     from .cascade import Stage as Stage
     from .client import Client as Client
     from .contract import Manifest as Manifest
     from .embeddings import truncate as truncate
+    from .errors import AccessDeniedError as AccessDeniedError
     from .errors import DeadlineError as DeadlineError
+    from .errors import EncoderMismatchError as EncoderMismatchError
     from .errors import InvalidInputError as InvalidInputError
     from .errors import KerasMrlError as KerasMrlError
     from .errors import ManifestError as ManifestError
+    from .errors import MessageTooLargeError as MessageTooLargeError
     from .errors import ModelNotFoundError as ModelNotFoundError
     from .errors import NoCascadeError as NoCascadeError
     from .errors import NoHeadError as NoHeadError
+    from .errors import NoIndexError as NoIndexError
     from .errors import ServerError as ServerError
     from .errors import ServerUnavailableError as ServerUnavailableError
     from .errors import SignatureNotFoundError as SignatureNotFoundError
@@ -29,23 +36,32 @@ if TYPE_CHECKING:
     from .funnel import FunnelSchedule as FunnelSchedule
     from .index import ExactIndex as ExactIndex
     from .options import Options as Options
+    from .options import Tls as Tls
     from .results import Classification as Classification
+    from .results import ClassifiedRow as ClassifiedRow
     from .results import Neighbors as Neighbors
+    from .results import Partial as Partial
     from .version import __version__ as __version__
 
 _HOMES = {
+    "aio": ("AsyncClient",),
+    "calls": ("Signature", "VersionStatus"),
     "cascade": ("CascadePolicy", "CascadeReport", "Stage"),
     "client": ("Client",),
     "contract": ("Manifest",),
     "embeddings": ("truncate",),
     "errors": (
+        "AccessDeniedError",
         "DeadlineError",
+        "EncoderMismatchError",
         "InvalidInputError",
         "KerasMrlError",
         "ManifestError",
+        "MessageTooLargeError",
         "ModelNotFoundError",
         "NoCascadeError",
         "NoHeadError",
+        "NoIndexError",
         "ServerError",
         "ServerUnavailableError",
         "SignatureNotFoundError",
@@ -55,8 +71,8 @@ _HOMES = {
     ),
     "funnel": ("FunnelSchedule",),
     "index": ("ExactIndex",),
-    "options": ("Options",),
-    "results": ("Classification", "Neighbors"),
+    "options": ("Options", "Tls"),
+    "results": ("Classification", "ClassifiedRow", "Neighbors", "Partial"),
     "version": ("__version__",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -2,67 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 
-from . import _rpc, flows
-from . import _wire_pb2 as wire
-from ._tensors import from_proto, to_proto
+from . import contract, corpus, flows, questions
+from ._rpc import GrpcTransport
+from .calls import Signature, Transport, VersionStatus
 from .cascade import CascadePolicy
 from .contract import DEFAULT_MODEL_NAME, Manifest
-from .errors import (
-    InvalidInputError,
-    KerasMrlError,
-    NoCascadeError,
-    NoHeadError,
-    ServerError,
-    SignatureNotFoundError,
-    UnknownDimError,
-    VersionChangedError,
-    VersionNotFoundError,
-)
+from .conversation import Conversation, Progress
+from .errors import KerasMrlError
+from .index import Index
 from .inputs import Inputs
 from .options import Options
+from .quality import cheapest_dim
 from .results import Classification, Neighbors
+from .rounds import Round, Rounds, Talk
 
 T = TypeVar("T")
-
-# What a manifest that is no longer the model's may be the reason of.
-_PERHAPS_STALE = (
-    InvalidInputError,
-    NoCascadeError,
-    NoHeadError,
-    SignatureNotFoundError,
-    UnknownDimError,
-)
-
-
-class Index(Protocol):
-    """A gallery that can be searched by embeddings of its width."""
-
-    @property
-    def width(self) -> int:
-        """Dim the queries are embedded at."""
-
-    def search(self, queries: npt.ArrayLike) -> Neighbors:
-        """Return the nearest gallery rows of each query."""
 
 
 class Client:
     """Asks one model of a TensorFlow Serving server, or of `keras-mrl serve`.
 
     It needs neither TensorFlow nor Keras. What the model serves is read from the model itself,
-    once, and again when its version changes. One client may be used by many threads.
+    once, and again when its version changes. Any number of rows may be asked for at once: they
+    are split into calls as `options` says. One client may be used by many threads.
 
     Args:
-        target: Address of the server's gRPC port, "host:port".
+        target: Address of the server's gRPC port, "host:port"; a list of them, whose servers
+            take turns; "dns:///name:port", looked up again when servers come and go; or a
+            `Transport`, such as `keras_mrl_serving.testing.InMemoryServer`.
         model: Name the server gives the model.
-        options: Timeout and message sizes.
+        options: Timeouts, retries, sizes, certificates.
 
     Raises:
         KerasMrlError: Every method raises a class of this tree, never one of grpc.
@@ -77,40 +55,75 @@ class Client:
     """
 
     def __init__(
-        self, target: str, model: str = DEFAULT_MODEL_NAME, *, options: Options | None = None
+        self,
+        target: str | Sequence[str] | Transport,
+        model: str = DEFAULT_MODEL_NAME,
+        *,
+        options: Options | None = None,
     ) -> None:
-        self.target = target
         self.model = model
         self.options = options or Options()
-        self._channel = _rpc.open_channel(target, self.options)
-        self._predict = _rpc.predict_stub(self._channel)
-        self._described: tuple[int, Manifest] | None = None
+        self._transport: Transport = (
+            GrpcTransport(target, self.options) if isinstance(target, str | Sequence) else target
+        )
+        self._conversation = Conversation(self.target, model, self.options)
+
+    @property
+    def target(self) -> str:
+        """Where the server is."""
+        return self._transport.target
 
     def describe(self) -> Manifest:
-        """Return what the model says of itself: its dims, inputs, policy and quality."""
-        described = self._described
-        return described[1] if described else self._drive(flows.describe)
+        """Return what the model says of itself now: its dims, inputs, policy and quality."""
+        return self._run(self._conversation.describe())
 
-    def embed(self, inputs: Inputs, dim: int) -> npt.NDArray[np.float32]:
+    def status(self) -> tuple[VersionStatus, ...]:
+        """Return the versions of the model that the server knows, the highest first."""
+        return self._run(self._conversation.run(flows.status()))
+
+    def signatures(self) -> Mapping[str, Signature]:
+        """Return what the model can be asked by `predict`, ours or not."""
+        return self._run(self._conversation.run(flows.signatures()))
+
+    def cheapest_dim(self, quality: float = 0.98, measure: str | None = None) -> int:
+        """Return the smallest dim that keeps this share of the full dim's quality.
+
+        Args:
+            quality: A share, 1.0 for no loss.
+            measure: Which of the manifest's measures; None where it has but one.
+        """
+        return cheapest_dim(self.describe(), quality, measure)
+
+    def embed(
+        self, inputs: Inputs, dim: int, *, progress: Progress | None = None
+    ) -> npt.NDArray[np.float32]:
         """Return embeddings `(batch, dim)`.
 
         Args:
             inputs: One array, batch first, or a dict of them by input name.
             dim: One of `describe().dims`.
+            progress: Called with the rows answered so far and all rows.
         """
-        return self._answer(lambda manifest: flows.embed(manifest, inputs, dim))
+        return self._run(self._conversation.ask(questions.embed(inputs, dim), progress))
 
-    def classify(self, inputs: Inputs, dim: int) -> Classification:
+    def classify(
+        self, inputs: Inputs, dim: int, *, progress: Progress | None = None
+    ) -> Classification:
         """Return the best classes of each row, as the head of one dim sees them.
 
         Args:
             inputs: One array, batch first, or a dict of them by input name.
             dim: One of `describe().dims`.
+            progress: Called with the rows answered so far and all rows.
         """
-        return self._answer(lambda manifest: flows.classify(manifest, inputs, dim))
+        return self._run(self._conversation.ask(questions.classify(inputs, dim), progress))
 
     def classify_adaptive(
-        self, inputs: Inputs, policy: CascadePolicy | None = None
+        self,
+        inputs: Inputs,
+        policy: CascadePolicy | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> Classification:
         """Return the best classes of each row, wider dims only for rows still unsure.
 
@@ -118,23 +131,94 @@ class Client:
             inputs: One array, batch first, or a dict of them by input name.
             policy: None asks the model's own policy, in one call. A policy of the caller's asks
                 for features once, then for each wider head with the rows still unsure.
+            progress: Called with the rows answered so far and all rows.
         """
-        if policy is None:
-            return self._answer(lambda manifest: flows.classify_adaptive(manifest, inputs))
-        return self._answer(lambda manifest: flows.classify_by(manifest, inputs, policy))
+        question = questions.classify_adaptive(inputs, policy)
+        return self._run(self._conversation.ask(question, progress))
 
-    def search(self, inputs: Inputs, index: Index) -> Neighbors:
-        """Embed the inputs at the index's width and return their nearest gallery rows.
+    def search(
+        self, embeddings: npt.ArrayLike, dim: int | None = None, *, encoder: str | None = None
+    ) -> Neighbors:
+        """Return the neighbours of embeddings, from a model that is an index.
+
+        Args:
+            embeddings: `(batch, width)`, or `(batch, dim)` where a dim is given.
+            dim: None runs the funnel of the index; a dim searches exactly at that dim.
+            encoder: Fingerprint of the model the embeddings are of; an index built with another
+                refuses them. None: nobody checks.
+        """
+        return self._run(self._conversation.ask(questions.search(embeddings, dim, encoder)))
+
+    def retrieve(self, inputs: Inputs, index: Index | Client | None = None) -> Neighbors:
+        """Return the nearest gallery rows of inputs.
 
         Args:
             inputs: One array, batch first, or a dict of them by input name.
-            index: For example an `ExactIndex` over embeddings of the same model.
+            index: None asks the model's own gallery, in one call. An `ExactIndex`, or a client
+                of a model that is an index, is searched by embeddings of its width; it refuses
+                those of another model than it was built with.
         """
-        return index.search(self.embed(inputs, index.width))
+        ask = self._conversation.ask
+        if index is None:
+            return self._run(ask(questions.retrieve(inputs)))
+        if isinstance(index, Client):
+            found = self._run(ask(questions.embed_knowingly(inputs, index.describe().width)))
+            return index.search(found.embeddings, encoder=found.fingerprint)
+        found = self._run(ask(questions.embed_knowingly(inputs, index.width)))
+        flows.check_encoder(index.encoder_fingerprint, found.fingerprint)
+        return index.search(found.embeddings)
+
+    def predict(
+        self,
+        inputs: Inputs,
+        signature: str = contract.SERVING_DEFAULT,
+        *,
+        outputs: Sequence[str] = (),
+    ) -> dict[str, npt.NDArray[np.generic]]:
+        """Return what any signature answers, of any model: one call, never split.
+
+        Args:
+            inputs: One array, or a dict of them by input name.
+            signature: One of `signatures()`.
+            outputs: Which outputs are wanted; none means all.
+        """
+        question = questions.predict(inputs, signature, tuple(outputs))
+        return self._run(self._conversation.ask(question))
+
+    def embed_dataset(
+        self,
+        data: corpus.Corpus,
+        dim: int,
+        path: str | os.PathLike[str],
+        *,
+        progress: corpus.Progress | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Embed a corpus of any size into an `.npy` file; call again to go on after a crash.
+
+        Args:
+            data: An array or a dict of arrays, memory-mapped ones too, or an iterable of such
+                batches; the same rows in the same order when called again.
+            dim: One of `describe().dims`.
+            path: The file; beside it `PATH.partial` grows until it is whole.
+            progress: Called with the rows embedded so far and all rows, None where nobody knows.
+
+        Returns:
+            The embeddings `(rows, dim)`, memory-mapped, read-only.
+        """
+        manifest = self.describe()
+        dim = manifest.check_dim(dim)
+        with corpus.EmbeddingFile(path, dim, manifest.fingerprint) as file:
+            total = corpus.count_rows(data)
+            for rows in corpus.windows(data, corpus.window_rows(self.options), file.rows):
+                question = questions.embed_knowingly(rows, dim)
+                file.append(self._run(self._conversation.ask(question)))
+                if progress:
+                    progress(file.rows, total)
+            return file.finish()
 
     def close(self) -> None:
         """Close the connection."""
-        self._channel.close()
+        self._transport.close()
 
     def __enter__(self) -> Client:
         return self
@@ -150,81 +234,48 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.target!r}, model={self.model!r})"
 
-    def _answer(self, start: Callable[[Manifest], flows.Flow[T]]) -> T:
-        """Run a flow by the manifest; where the one kept refuses, by one read anew."""
-        kept = self._described
+    def _run(self, rounds: Rounds[T]) -> T:
         try:
-            return self._drive(lambda: start(self.describe()))
-        except _PERHAPS_STALE:
-            self._described = None
-            if kept is None or kept[1] == self.describe():
-                raise
-        return self._drive(lambda: start(self.describe()))
-
-    def _drive(self, start: Callable[[], flows.Flow[T]]) -> T:
-        """Run a flow; all its calls are answered by the version that answered the first.
-
-        If that version goes away meanwhile, the flow starts over once.
-        """
-        try:
-            return self._drive_once(start)
-        except VersionNotFoundError:
-            self._described = None
-        try:
-            return self._drive_once(start)
-        except VersionNotFoundError as error:
-            changed = VersionChangedError(
-                "All calls of one answer must reach one version. Received: the version that "
-                f"began the answer was gone before its end, twice, from {self.target} for model "
-                f"{self.model!r}. Let the server keep the version before the newest "
-                "(model_version_policy latest {num_versions: 2}), or swap less often."
-            )
-            changed.target, changed.model, changed.version = self.target, self.model, error.version
-            changed.signature, changed.timeout_s = error.signature, error.timeout_s
-            raise changed from error
-
-    def _drive_once(self, start: Callable[[], flows.Flow[T]]) -> T:
-        flow = start()
-        version: int | None = None
-        try:
-            call = next(flow)
             while True:
-                answer, version = self._ask(call, version)
-                call = flow.send(answer)
+                self._run_round(next(rounds))
+        except StopIteration as done:
+            answer: T = done.value
+            return answer
+
+    def _run_round(self, round: Round) -> None:
+        if len(round.talks) == 1:
+            round.receive(0, self._outcome(round.talks[0]))
+            return
+        with ThreadPoolExecutor(min(self.options.max_in_flight, len(round.talks))) as pool:
+            running = {
+                pool.submit(self._outcome_unless_failed, round, talk): number
+                for number, talk in enumerate(round.talks)
+            }
+            try:
+                for future in as_completed(running):
+                    outcome = future.result()
+                    if outcome is not None:
+                        round.receive(running.pop(future), outcome)
+            except BaseException:  # an interrupt, or the caller's own progress function
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _outcome_unless_failed(self, round: Round, talk: Talk[T]) -> T | KerasMrlError | None:
+        return None if round.failed else self._outcome(talk)
+
+    def _outcome(self, talk: Talk[T]) -> T | KerasMrlError:
+        """Send what a talk yields until it ends; return its result, or the error that ended it."""
+        try:
+            envelope = next(talk)
+            while True:
+                try:
+                    reply = self._transport.send(envelope)
+                except KerasMrlError as error:
+                    envelope = talk.throw(error)
+                else:
+                    envelope = talk.send(reply)
         except StopIteration as done:
             result: T = done.value
-        if isinstance(result, Manifest) and version is not None:
-            self._described = (version, result)
-        return result
-
-    def _ask(self, call: flows.Call, version: int | None) -> tuple[flows.Arrays, int]:
-        """Send one call, to `version` if the flow has begun on one."""
-        spec = wire.ModelSpec(name=self.model, signature_name=call.signature)
-        if version is not None:
-            spec.version.value = version
-        request = wire.PredictRequest(model_spec=spec, output_filter=call.outputs)
-        for name, array in call.inputs.items():
-            request.inputs[name].CopyFrom(to_proto(array))
-        timeout_s = self.options.timeout_s
-        try:
-            response = self._predict(request, timeout_s)
-        except grpc.RpcError as error:
-            raise _rpc.translate(error, self.target, spec, timeout_s) from error
-        except ValueError as error:  # grpc's word for a channel that was closed
-            raise KerasMrlError(
-                "A client asks until it is closed. "
-                f"Received: a call on {self!r} after close(). Make another Client."
-            ) from error
-        try:
-            outputs = {name: from_proto(proto) for name, proto in response.outputs.items()}
-        except ValueError as error:
-            raise ServerError(
-                f"A served tensor must be one this client reads. Received: from {self.target} for "
-                f"model {self.model!r}, signature {call.signature!r}: {error} "
-                "Ask a model exported by keras_mrl_export.export_saved_model."
-            ) from error
-        answered = response.model_spec.version.value
-        described = self._described  # once: another thread may forget it meanwhile
-        if described and described[0] != answered:
-            self._described = None  # another version: it may serve other dims
-        return outputs, answered
+            return result
+        except KerasMrlError as error:
+            return error

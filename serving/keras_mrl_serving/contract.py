@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from .errors import ManifestError, NoCascadeError, NoHeadError, UnknownDimError
+from .errors import ManifestError, NoCascadeError, NoHeadError, NoIndexError, UnknownDimError
 
 SCHEMA = 1
 DEFAULT_MODEL_NAME = "default"  # what tensorflow_model_server calls a model without --model_name
@@ -19,6 +19,8 @@ DESCRIBE = "describe"
 FEATURES = "features"
 CLASSIFY_ADAPTIVE = "classify_adaptive"
 SERVING_DEFAULT = "serving_default"
+SEARCH = "search"
+RETRIEVE = "retrieve"
 
 
 def embed(dim: int) -> str:
@@ -49,6 +51,16 @@ def head(dim: int) -> str:
         'head_8'
     """
     return f"head_{dim}"
+
+
+def search(dim: int) -> str:
+    """Return the name of the signature that searches an index exactly at `dim`.
+
+    Examples:
+        >>> search(8)
+        'search_8'
+    """
+    return f"search_{dim}"
 
 
 def check_dims(dims: Iterable[int]) -> tuple[int, ...]:
@@ -231,6 +243,15 @@ class Manifest:
                 "Only a model with a head can classify. "
                 f"Received: a request to classify for model {self.name!r}, an {self.kind} "
                 "without one. Ask it to embed, or export a model that ends in a MatryoshkaHead."
+            )
+
+    def check_index(self) -> None:
+        """Raise `NoIndexError` if the model holds no gallery."""
+        if self.kind != "index":
+            raise NoIndexError(
+                "Only an index can be searched. "
+                f"Received: a request to search model {self.name!r}, a {self.kind} without a "
+                "gallery. Give an index: client.retrieve(inputs, index=ExactIndex(...))."
             )
 
     def check_cascade(self) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .results import Partial
+
 
 class KerasMrlError(Exception):
     """Base of every error this package raises about a served model.
@@ -12,6 +17,8 @@ class KerasMrlError(Exception):
         version: Version that was asked for; None for the newest.
         signature: Signature that was called.
         timeout_s: Seconds the call was given.
+        attempts: How often the call was sent, where that is known.
+        partial: What was answered before the error, where a call of many rows was split.
     """
 
     target: str | None = None
@@ -19,6 +26,8 @@ class KerasMrlError(Exception):
     version: int | None = None
     signature: str | None = None
     timeout_s: float | None = None
+    attempts: int | None = None
+    partial: Partial | None = None
 
 
 class ManifestError(KerasMrlError, ValueError):
@@ -37,6 +46,14 @@ class NoCascadeError(KerasMrlError, TypeError):
     """A model exported without a policy was asked to classify adaptively by its own."""
 
 
+class NoIndexError(KerasMrlError, TypeError):
+    """A model without a gallery was asked for neighbours."""
+
+
+class EncoderMismatchError(KerasMrlError, ValueError):
+    """An index was asked with embeddings of another model than it was built with."""
+
+
 class InvalidInputError(KerasMrlError, ValueError):
     """The server, or the client before it, refused the inputs."""
 
@@ -47,6 +64,14 @@ class ServerError(KerasMrlError):
 
 class ServerUnavailableError(ServerError, ConnectionError):
     """No server answered at the target, or it is overloaded."""
+
+
+class AccessDeniedError(ServerError, PermissionError):
+    """The server, or a proxy before it, does not let this caller in."""
+
+
+class MessageTooLargeError(ServerError):
+    """A message is larger than this client or the server takes."""
 
 
 class DeadlineError(ServerError, TimeoutError):

@@ -7,41 +7,29 @@ result. `Client` drives it over gRPC; a test drives it with a function.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from . import contract
+from .calls import Arrays as Arrays
+from .calls import AskManifest, AskSignatures, AskStatus, Signature, VersionStatus
+from .calls import Call as Call
 from .cascade import CascadePolicy, softmax
 from .contract import Manifest
-from .errors import ManifestError
-from .inputs import Inputs, check_inputs
-from .results import Classification
+from .errors import (
+    EncoderMismatchError,
+    InvalidInputError,
+    ManifestError,
+    SignatureNotFoundError,
+)
+from .inputs import Inputs, as_arrays, check_inputs
+from .results import Classification, Embedded, Neighbors
 
-Arrays = Mapping[str, npt.NDArray[Any]]
 T = TypeVar("T")
-Flow = Generator["Call", Arrays, T]
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One Predict request.
-
-    Args:
-        signature: Name of the signature.
-        inputs: Its inputs by name, batch first.
-        outputs: Which outputs are wanted; none means all.
-
-    Examples:
-        >>> Call("embed_8", {"image": np.zeros((1, 3), np.float32)}).outputs
-        ()
-    """
-
-    signature: str
-    inputs: Arrays
-    outputs: tuple[str, ...] = ()
+# What is sent into a flow is the answer to what it yielded last: arrays for a `Call`.
+Flow = Generator[Call | AskManifest | AskSignatures | AskStatus, Any, T]
 
 
 def describe() -> Flow[Manifest]:
@@ -156,6 +144,144 @@ def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Fl
     back = np.argsort(np.concatenate([positions for positions, _ in decided]))
     columns = [rows for _, rows in decided]
     return _classification({n: np.concatenate([c[n] for c in columns])[back] for n in columns[0]})
+
+
+def embed_knowingly(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Embedded]:
+    """Ask for embeddings of one dim, and which model they are of.
+
+    Examples:
+        >>> image = {"dtype": "float32", "shape": [None, 3]}
+        >>> manifest = Manifest(name="birds", kind="encoder", fingerprint="5e1f", dims=(8, 64),
+        ...     width=64, inputs={"image": image}, made_with={})
+        >>> flow = embed_knowingly(manifest, [[0, 127, 255]], 8)
+        >>> next(flow).signature
+        'embed_8'
+        >>> flow.send({"embedding": np.ones((1, 8), np.float32)})
+        AskManifest()
+    """
+    embeddings = yield from embed(manifest, inputs, dim)
+    answering = yield AskManifest()  # another version may have answered than the one kept
+    return Embedded(embeddings, answering.fingerprint)
+
+
+def search(
+    manifest: Manifest, embeddings: Inputs, dim: int | None = None, encoder: str | None = None
+) -> Flow[Neighbors]:
+    """Ask an index for the neighbours of embeddings: by its funnel, or exactly at one dim.
+
+    Args:
+        manifest: That of the index.
+        embeddings: `(batch, width)`, or `(batch, dim)` where a dim is given.
+        dim: None asks the funnel of the index.
+        encoder: Fingerprint of the model the embeddings are of; None if nobody knows.
+
+    Examples:
+        >>> manifest = Manifest(name="birds", kind="index", fingerprint="c0de", dims=(8, 64),
+        ...     width=64, inputs={}, made_with={}, size=1000)
+        >>> next(search(manifest, np.ones((1, 64)))).signature
+        'search'
+        >>> next(search(manifest, np.ones((1, 8)), dim=8)).signature
+        'search_8'
+    """
+    manifest.check_index()
+    check_encoder(manifest.encoder_fingerprint, encoder)
+    signature = contract.SEARCH if dim is None else contract.search(manifest.check_dim(dim))
+    answer = yield Call(signature, check_inputs(embedding_spec(manifest, dim), embeddings))
+    return Neighbors(answer["ids"], answer["scores"])
+
+
+def embedding_spec(manifest: Manifest, dim: int | None = None) -> dict[str, dict[str, Any]]:
+    """Return what an index takes, as `check_inputs` reads it: vectors of a dim, or of its width.
+
+    Examples:
+        >>> manifest = Manifest(name="birds", kind="index", fingerprint="c0de", dims=(8, 64),
+        ...     width=64, inputs={}, made_with={}, size=1000)
+        >>> embedding_spec(manifest, 8)
+        {'embedding': {'dtype': 'float32', 'shape': [None, 8]}}
+    """
+    width = manifest.width if dim is None else manifest.check_dim(dim)
+    return {"embedding": {"dtype": "float32", "shape": [None, width]}}
+
+
+def retrieve(manifest: Manifest, inputs: Inputs) -> Flow[Neighbors]:
+    """Ask a model that holds encoder and index for the neighbours of inputs: one call.
+
+    Examples:
+        >>> image = {"dtype": "float32", "shape": [None, 3]}
+        >>> manifest = Manifest(name="birds", kind="index", fingerprint="c0de", dims=(8, 64),
+        ...     width=64, inputs={"image": image}, made_with={}, size=1000)
+        >>> next(retrieve(manifest, [[0, 127, 255]])).signature
+        'retrieve'
+    """
+    manifest.check_index()
+    answer = yield Call(contract.RETRIEVE, check_inputs(manifest.inputs, inputs))
+    return Neighbors(answer["ids"], answer["scores"])
+
+
+def check_encoder(built_with: str | None, encoder: str | None) -> None:
+    """Raise `EncoderMismatchError` if an index was built with another encoder than this one.
+
+    Examples:
+        >>> check_encoder("5e1f", "5e1f")
+        >>> check_encoder(None, "5e1f")  # nobody said what it was built with
+    """
+    if None not in (built_with, encoder) and built_with != encoder:
+        raise EncoderMismatchError(
+            "An index answers embeddings of the encoder it was built with. "
+            f"Received: embeddings of the model with fingerprint {encoder!r}, for an index built "
+            f"with {built_with!r}. Embed the gallery anew with the model that is served, or serve "
+            "the model the index was built with."
+        )
+
+
+def predict(
+    signatures: Mapping[str, Signature],
+    inputs: Inputs,
+    signature: str,
+    outputs: tuple[str, ...] = (),
+) -> Flow[dict[str, npt.NDArray[Any]]]:
+    """Ask any signature of any model.
+
+    Examples:
+        >>> signatures = {"serving_default": Signature({"x": {"dtype": "float32",
+        ...     "shape": [None, 1]}}, {"y": {"dtype": "float32", "shape": [None, 1]}})}
+        >>> next(predict(signatures, [[1]], "serving_default")).inputs
+        {'x': array([[1.]], dtype=float32)}
+    """
+    if signature not in signatures:
+        raise SignatureNotFoundError(
+            f"The model must have the signature. Received: signature={signature!r}. "
+            f"Choose one of {', '.join(sorted(signatures))}."
+        )
+    asked = signatures[signature]
+    unknown = [name for name in outputs if name not in asked.outputs]
+    if unknown:
+        raise InvalidInputError(
+            f"outputs must be some of those of signature {signature!r}: "
+            f"{', '.join(sorted(asked.outputs))}. Received: {', '.join(unknown)}. Rename them."
+        )
+    answer = yield Call(signature, as_arrays(asked.inputs, inputs), outputs)
+    return dict(answer)
+
+
+def signatures() -> Flow[Mapping[str, Signature]]:
+    """Ask which signatures the model has.
+
+    Examples:
+        >>> next(signatures())
+        AskSignatures()
+    """
+    return (yield AskSignatures())
+
+
+def status() -> Flow[tuple[VersionStatus, ...]]:
+    """Ask which versions of the model the server has, and how they stand.
+
+    Examples:
+        >>> next(status())
+        AskStatus()
+    """
+    return (yield AskStatus())
 
 
 def _classification(answer: Arrays) -> Classification:

@@ -14,22 +14,43 @@ Inputs = npt.ArrayLike | Mapping[str, npt.ArrayLike]
 
 
 def check_inputs(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict[str, Any]:
+    """Return one array per input of a model whose every input is a batch of the same rows.
+
+    Raises:
+        InvalidInputError: As `as_arrays`, or if the rows are not as many.
+
+    Examples:
+        >>> specs = {"image": {"dtype": "float32", "shape": [None, 3]}}
+        >>> check_inputs(specs, [[0, 127, 255]])
+        {'image': array([[  0., 127., 255.]], dtype=float32)}
+    """
+    arrays = as_arrays(specs, inputs)
+    rows = {name: len(array) for name, array in arrays.items()}
+    if len(set(rows.values())) > 1:
+        raise InvalidInputError(
+            f"Every input needs the same number of rows. Received: {rows}. Send whole rows."
+        )
+    return arrays
+
+
+def as_arrays(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict[str, Any]:
     """Return one array per input of the model, checked before anything is sent.
 
     Floats of another width are cast (float64 is NumPy's default, not a decision), and so are
     integers where no value changes; nothing else is.
 
     Args:
-        specs: The `inputs` of the manifest.
-        inputs: One array for a model with one input, else a mapping by input name.
+        specs: The `inputs` of a manifest or of a signature.
+        inputs: One array for a model with one input, else a mapping by input name. A list of
+            bytes or str is one array of strings.
 
     Raises:
-        InvalidInputError: If names, shapes or dtypes do not fit, or the rows are not as many.
+        InvalidInputError: If names, shapes or dtypes do not fit.
 
     Examples:
-        >>> specs = {"image": {"dtype": "float32", "shape": [None, 3]}}
-        >>> check_inputs(specs, [[0, 127, 255]])
-        {'image': array([[  0., 127., 255.]], dtype=float32)}
+        >>> specs = {"image": {"dtype": "string", "shape": [None]}}
+        >>> as_arrays(specs, [b"JPEG...", b"PNG..."])
+        {'image': array([b'JPEG...', b'PNG...'], dtype=object)}
     """
     if isinstance(inputs, Mapping):
         given = dict(inputs)
@@ -45,13 +66,7 @@ def check_inputs(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict
             f"inputs must be named {', '.join(specs)}. "
             f"Received: {', '.join(map(str, given)) or 'none'}. Rename them."
         )
-    arrays = {name: _check_array(name, specs[name], given[name]) for name in specs}
-    rows = {name: len(array) for name, array in arrays.items()}
-    if len(set(rows.values())) > 1:
-        raise InvalidInputError(
-            f"Every input needs the same number of rows. Received: {rows}. Send whole rows."
-        )
-    return arrays
+    return {name: _check_array(name, specs[name], given[name]) for name in specs}
 
 
 def as_float32(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -145,6 +160,9 @@ def check_holdout(
 def _check_array(name: str, spec: Mapping[str, Any], value: npt.ArrayLike) -> npt.NDArray[Any]:
     try:
         array = np.asarray(value)
+        if array.dtype.kind == "S" and not isinstance(value, np.ndarray):
+            # NumPy's own bytes drop trailing zeros, which an image may end with; objects keep them.
+            array = np.array(value, object)
     except ValueError as error:
         raise InvalidInputError(
             f"Input {name!r} must be an array. "
@@ -152,12 +170,11 @@ def _check_array(name: str, spec: Mapping[str, Any], value: npt.ArrayLike) -> np
             "Make every row as long as the others."
         ) from error
     wanted = spec["shape"]
-    if array.ndim != len(wanted) or any(
-        w is not None and w != n for w, n in zip(wanted, array.shape, strict=True)
-    ):
+    if wanted is not None and not _fits(array.shape, wanted):
         shown = tuple("any" if n is None else n for n in wanted)
+        batch = ", batch first" if wanted[:1] == [None] else ""
         raise InvalidInputError(
-            f"Input {name!r} must be {spec['dtype']} of shape {_shape(shown)}, batch first. "
+            f"Input {name!r} must be {spec['dtype']} of shape {_shape(shown)}{batch}. "
             f"Received: {array.dtype} of shape {_shape(array.shape)}. {_remedy(array, wanted)}"
         )
     if spec["dtype"] == "string":
@@ -165,7 +182,13 @@ def _check_array(name: str, spec: Mapping[str, Any], value: npt.ArrayLike) -> np
         if array.dtype.kind in "SUTO" and all(isinstance(o, str | bytes) for o in objects):
             return array
         raise _wrong_dtype(name, spec, array)
-    dtype = np.dtype(spec["dtype"])
+    try:
+        dtype = np.dtype(spec["dtype"])
+    except TypeError as error:
+        raise InvalidInputError(
+            f"An input's dtype must be one that NumPy has. Received: {spec['dtype']} for input "
+            f"{name!r}. Export the model with float32 inputs."
+        ) from error
     if array.dtype == dtype:
         return array
     if array.dtype.kind == "f" and dtype.kind == "f":
@@ -186,11 +209,16 @@ def _wrong_dtype(name: str, spec: Mapping[str, Any], array: npt.NDArray[Any]) ->
     )
 
 
+def _fits(shape: tuple[int, ...], wanted: list[int | None]) -> bool:
+    sizes = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(w is None or w == n for n, w in sizes)
+
+
 def _shape(entries: tuple[Any, ...]) -> str:
     return f"({', '.join(map(str, entries))}{',' if len(entries) == 1 else ''})"
 
 
 def _remedy(array: npt.NDArray[Any], wanted: list[int | None]) -> str:
-    if array.ndim == len(wanted) - 1:
+    if array.ndim == len(wanted) - 1 and wanted[0] is None:
         return "Give a batch: for one row, x[None]."
     return "Prepare the rows as in training."

@@ -2,49 +2,160 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import isfinite
 from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .contract import as_int
 
-_MOST_BYTES = 2**31 - 1  # gRPC's own limit of the setting
+if TYPE_CHECKING:
+    import grpc
+
+_MOST = 2**31 - 1  # gRPC's own limit of its settings
+_MOST_ATTEMPTS = 5  # gRPC makes no more, whatever it is told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """Certificates, each as the bytes of a PEM file.
+
+    Args:
+        root_certificates: Who may sign the server's certificate; None takes gRPC's own roots.
+        private_key: The client's, where the server asks for one (mTLS).
+        certificate_chain: The client's, where the server asks for one (mTLS).
+        server_name: The name in the server's certificate, where it is not the target's.
+
+    Raises:
+        ValueError: If there is a key without a certificate, or the other way round.
+
+    Examples:
+        >>> Tls(root_certificates=b"-----BEGIN CERTIFICATE-----...").server_name
+    """
+
+    root_certificates: bytes | None = field(default=None, repr=False)
+    private_key: bytes | None = field(default=None, repr=False)
+    certificate_chain: bytes | None = field(default=None, repr=False)
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse half of a client's certificate."""
+        if (self.private_key is None) != (self.certificate_chain is None):
+            given = "private_key" if self.certificate_chain is None else "certificate_chain"
+            raise ValueError(
+                "A client proves who it is with private_key and certificate_chain together. "
+                f"Received: {given} alone. Give both, or neither."
+            )
+
+    @classmethod
+    def from_files(
+        cls,
+        root_certificates: str | os.PathLike[str] | None = None,
+        private_key: str | os.PathLike[str] | None = None,
+        certificate_chain: str | os.PathLike[str] | None = None,
+        server_name: str | None = None,
+    ) -> Tls:
+        """Read the certificates from PEM files."""
+        files = (root_certificates, private_key, certificate_chain)
+        roots, key, chain = (None if f is None else Path(f).read_bytes() for f in files)
+        return cls(
+            root_certificates=roots,
+            private_key=key,
+            certificate_chain=chain,
+            server_name=server_name,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Settings of a `Client`.
+    """Settings of a client.
 
     Args:
-        timeout_s: Seconds one call may take, connection included.
-        max_message_bytes: Largest message sent or received; None means no limit. (gRPC's own
-            default, 4 MiB, is just too small for 1024 embeddings of 1024 float32.)
+        timeout_s: Seconds an answer may take: connection, retries and all of its calls together.
+            Where the rows are split, each part has them.
+        max_attempts: How often a call is sent at most, 1 to 5. Only UNAVAILABLE is tried again:
+            the server was not reached, or said that its queue is full.
+        first_backoff_s: Seconds before the second attempt, give or take a fifth; each wait after
+            it is twice as long.
+        max_backoff_s: The longest wait between two attempts.
+        max_batch_size: Rows of one call; more are split. None means no limit. (TensorFlow
+            Serving with batching refuses more than its own `max_batch_size`, by default 1000.)
+        max_message_bytes: Largest message sent or received; rows are split to stay below it. None
+            means no limit but protobuf's 2 GiB. (gRPC's own default, 4 MiB, is just too small
+            for 1024 embeddings of 1024 float32.)
+        max_in_flight: Calls under way at once, where rows are split.
+        tls: Certificates; None talks in the clear.
+        metadata: What is sent with every call, such as `{"authorization": "Bearer ..."}`, or a
+            function that returns it anew for each call. Names are in lower case.
+        compress: Whether requests are sent with gzip.
+        keepalive_s: Seconds between keepalive pings; None sends none. TensorFlow Serving hangs
+            up on a client that pings more often than every 300 s.
+        interceptors: The user's own gRPC interceptors, such as those of OpenTelemetry: of
+            `grpc` for a `Client`, of `grpc.aio` for an `AsyncClient`.
 
     Raises:
-        ValueError: If a setting is no positive number.
+        ValueError: If a setting is one under which no call could succeed.
 
     Examples:
-        >>> Options(timeout_s=2.5)
-        Options(timeout_s=2.5, max_message_bytes=None)
+        >>> Options(timeout_s=2.5).max_attempts
+        5
     """
 
     timeout_s: float = 10.0
+    max_attempts: int = _MOST_ATTEMPTS
+    first_backoff_s: float = 0.1
+    max_backoff_s: float = 2.0
+    max_batch_size: int | None = 1000
     max_message_bytes: int | None = None
+    max_in_flight: int = 4
+    tls: Tls | None = None
+    metadata: Mapping[str, str] | Callable[[], Mapping[str, str]] = field(
+        default_factory=dict, repr=False
+    )
+    compress: bool = False
+    keepalive_s: float | None = None
+    interceptors: tuple[grpc.UnaryUnaryClientInterceptor | grpc.aio.ClientInterceptor, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse settings under which no call could succeed."""
-        seconds: object = self.timeout_s
+        for name in ("timeout_s", "first_backoff_s", "max_backoff_s", "keepalive_s"):
+            if name != "keepalive_s" or self.keepalive_s is not None:
+                self._check_seconds(name)
+        self._check_count("max_attempts", _MOST_ATTEMPTS)
+        self._check_count("max_in_flight", _MOST)
+        for name in ("max_batch_size", "max_message_bytes"):
+            if getattr(self, name) is not None:
+                self._check_count(name, _MOST, ", or None for no limit", "None")
+
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """Return the metadata of one call, as gRPC takes it.
+
+        Examples:
+            >>> Options(metadata={"authorization": "Bearer 5e1f"}).headers()
+            (('authorization', 'Bearer 5e1f'),)
+        """
+        given = self.metadata
+        return tuple((given() if callable(given) else given).items())
+
+    def _check_seconds(self, name: str) -> None:
+        seconds: object = getattr(self, name)
         if not isinstance(seconds, Real) or not isfinite(seconds) or seconds <= 0:
             raise ValueError(
-                "timeout_s must be a positive number of seconds. "
-                f"Received: timeout_s={self.timeout_s!r}. Give for example timeout_s=10.0."
+                f"{name} must be a positive number of seconds. "
+                f"Received: {name}={seconds!r}. Give for example {name}=10.0."
             )
+
+    def _check_count(self, name: str, most: int, none: str = "", remedy: str = "") -> None:
+        value: object = getattr(self, name)
         try:
-            most = 1 if self.max_message_bytes is None else as_int(self.max_message_bytes)
+            count = as_int(value)
         except TypeError:
-            most = 0
-        if not 0 < most <= _MOST_BYTES:
+            count = 0
+        if not 0 < count <= most:
+            default = remedy or str(getattr(type(self), name))
             raise ValueError(
-                f"max_message_bytes must be in 1..{_MOST_BYTES}, or None for no limit. "
-                f"Received: max_message_bytes={self.max_message_bytes!r}. Give None."
+                f"{name} must be in 1..{most}{none}. Received: {name}={value!r}. Give {default}."
             )

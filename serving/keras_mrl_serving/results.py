@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, SupportsIndex, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ClassifiedRow:
+    """The best classes of one row, best first, and the dim that decided it.
+
+    Args:
+        class_ids: One int per class.
+        probabilities: One float per class.
+        confidence: The policy's measure; higher is surer.
+        dim: The dim that decided.
+        labels: One name per class; None for a model without names.
+
+    Examples:
+        >>> row = ClassifiedRow((3, 1), (0.8, 0.1), confidence=0.8, dim=16)
+        >>> row.class_id
+        3
+    """
+
+    class_ids: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    confidence: float
+    dim: int
+    labels: tuple[str, ...] | None = None
+
+    @property
+    def class_id(self) -> int:
+        """The best class."""
+        return self.class_ids[0]
+
+    @property
+    def label(self) -> str | None:
+        """The name of the best class; None for a model without names."""
+        return None if self.labels is None else self.labels[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,16 +61,38 @@ class Classification:
         >>> Classification(class_ids=np.array([[3, 1]]), probabilities=np.float32([[0.8, 0.1]]),
         ...     confidence=np.float32([0.8]), dim=np.int32([16]))
         Classification(1 rows, top 2, by dim {16: 1})
+
+    An integer takes one row, as a `ClassifiedRow`; a slice takes some, as a `Classification`.
     """
 
     class_ids: npt.NDArray[np.int64]
     probabilities: npt.NDArray[np.float32]
     confidence: npt.NDArray[np.float32]
     dim: npt.NDArray[np.int32]
-    labels: npt.NDArray[Any] | None = None
+    labels: npt.NDArray[np.object_] | None = None
 
     def __len__(self) -> int:
         return len(self.dim)
+
+    @overload
+    def __getitem__(self, rows: SupportsIndex) -> ClassifiedRow: ...
+    @overload
+    def __getitem__(self, rows: slice) -> Classification: ...
+    def __getitem__(self, rows: SupportsIndex | slice) -> ClassifiedRow | Classification:
+        taken: Any = {n: None if c is None else c[rows] for n, c in _columns(self)}
+        if isinstance(rows, slice):
+            return Classification(**taken)
+        labels = taken["labels"]
+        return ClassifiedRow(
+            class_ids=tuple(taken["class_ids"].tolist()),
+            probabilities=tuple(taken["probabilities"].tolist()),
+            confidence=float(taken["confidence"]),
+            dim=int(taken["dim"]),
+            labels=None if labels is None else tuple(labels.tolist()),
+        )
+
+    def __iter__(self) -> Iterator[ClassifiedRow]:
+        return (self[row] for row in range(len(self)))
 
     def __repr__(self) -> str:
         dims, counts = np.unique(self.dim, return_counts=True)
@@ -52,6 +111,8 @@ class Neighbors:
     Examples:
         >>> Neighbors(ids=np.array([[7, 2]]), scores=np.float32([[0.9, 0.4]]))
         Neighbors(1 queries, k=2)
+
+    An integer takes one query, as `(id, score)` pairs; a slice takes some, as `Neighbors`.
     """
 
     ids: npt.NDArray[np.int64]
@@ -60,5 +121,85 @@ class Neighbors:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @overload
+    def __getitem__(self, rows: SupportsIndex) -> list[tuple[int, float]]: ...
+    @overload
+    def __getitem__(self, rows: slice) -> Neighbors: ...
+    def __getitem__(self, rows: SupportsIndex | slice) -> list[tuple[int, float]] | Neighbors:
+        if isinstance(rows, slice):
+            return Neighbors(self.ids[rows], self.scores[rows])
+        return list(zip(self.ids[rows].tolist(), self.scores[rows].tolist(), strict=True))
+
+    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+        return (self[row] for row in range(len(self)))
+
     def __repr__(self) -> str:
         return f"Neighbors({len(self)} queries, k={self.ids.shape[1]})"
+
+
+class Embedded(NamedTuple):
+    """Embeddings, and which model they are of.
+
+    Args:
+        embeddings: float32 `(batch, dim)`.
+        fingerprint: Of the model, as its manifest gives it.
+
+    Examples:
+        >>> Embedded(np.zeros((2, 8), np.float32), "5e1f").fingerprint
+        '5e1f'
+    """
+
+    embeddings: npt.NDArray[np.float32]
+    fingerprint: str
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """What was answered of a call of many rows before it failed.
+
+    Args:
+        rows: int64, which of the rows that were asked are answered, increasing.
+        answer: What the call would have returned for those rows alone.
+
+    Examples:
+        >>> Partial(np.array([0, 1, 4]), np.zeros((3, 8), np.float32))
+        Partial(3 rows)
+    """
+
+    rows: npt.NDArray[np.int64]
+    answer: npt.NDArray[np.float32] | Classification | Neighbors
+
+    def __repr__(self) -> str:
+        return f"Partial({len(self.rows)} rows)"
+
+
+def joined(parts: Sequence[T]) -> T:
+    """Return answers about consecutive rows as one answer about all of them.
+
+    Args:
+        parts: Embeddings, classifications or neighbors; at least one, all of one kind.
+
+    Examples:
+        >>> joined([np.zeros((2, 8)), np.zeros((1, 8))]).shape
+        (3, 8)
+    """
+    answers: Sequence[Any] = parts
+    first = answers[0]
+    if len(answers) == 1:
+        return parts[0]
+    if isinstance(first, np.ndarray):
+        whole: Any = np.concatenate(answers)
+    elif isinstance(first, Embedded):
+        whole = Embedded(np.concatenate([a.embeddings for a in answers]), first.fingerprint)
+    else:
+        whole = type(first)(
+            **{
+                name: None if c is None else np.concatenate([getattr(a, name) for a in answers])
+                for name, c in _columns(first)
+            }
+        )
+    return whole
+
+
+def _columns(answer: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(answer, field.name)) for field in fields(answer)]

@@ -1,5 +1,6 @@
 """`keras-mrl serve`: the development server, its end, its errors, and the real one in its place."""
 
+import json
 import os
 import re
 import signal
@@ -10,9 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
+import grpc
 import numpy as np
 import pytest
+import trustme
 
 from keras_mrl_cli.__main__ import main
 from keras_mrl_serving import Client
@@ -44,8 +48,8 @@ def no_real_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @contextmanager
-def serving(*flags: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The server in a process of its own, and the address it says it serves at."""
+def serving(*flags: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str, str | None]]:
+    """The server in a process of its own, and the addresses it says it serves at."""
     process = subprocess.Popen(
         [*SERVE, "--port", "0", *flags],
         cwd=cwd,
@@ -56,9 +60,13 @@ def serving(*flags: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        said = re.fullmatch(r"Serving 'tiny' at (127\.0\.0\.1:\d+)\. Stop with Ctrl-C\.\n", line)
+        said = re.fullmatch(
+            r"Serving 'tiny' at (127\.0\.0\.1:\d+)(?: and (http://127\.0\.0\.1:\d+))?\. "
+            r"Stop with Ctrl-C\.\n",
+            line,
+        )
         assert said, line or process.communicate()[1]
-        yield process, said[1]
+        yield process, said[1], said[2]
     finally:
         process.kill()
         process.communicate()
@@ -68,7 +76,8 @@ def serving(*flags: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_serves_until_a_signal_ends_it(base_path: Path, number: signal.Signals) -> None:
     flags = ("--model_name", "tiny", "--model_base_path", base_path.name)  # relative to cwd
-    with serving(*flags, cwd=base_path.parent) as (process, target):
+    with serving(*flags, cwd=base_path.parent) as (process, target, http):
+        assert http is None
         with Client(target, model="tiny") as client:
             assert client.describe().dims == (2, 8)
             lengths = np.linalg.norm(client.embed(X, dim=2), axis=1)
@@ -86,10 +95,48 @@ def test_it_serves_until_a_signal_ends_it(base_path: Path, number: signal.Signal
 @pytest.mark.usefixtures("no_real_server")
 def test_a_signal_right_after_its_first_line_ends_it_too(base_path: Path) -> None:
     flags = ("--model_name=tiny", f"--model_base_path={base_path}")
-    with serving(*flags, cwd=base_path.parent) as (process, _):
+    with serving(*flags, cwd=base_path.parent) as (process, _, _):
         process.terminate()
         process.communicate(timeout=30)
     assert process.returncode == 0
+
+
+@pytest.mark.usefixtures("no_real_server")
+def test_it_serves_rest_and_tls(base_path: Path, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    pair = authority.issue_cert("127.0.0.1")
+    config = tmp_path / "tls.txt"
+    chain = "".join(pem.bytes().decode() for pem in pair.cert_chain_pems)
+    config.write_text(
+        f'server_key: "{pair.private_key_pem.bytes().decode()}"\nserver_cert: "{chain}"\n'
+    )
+    flags = (
+        "--model_name=tiny",
+        f"--model_base_path={base_path}",
+        "--rest_api_port=0",
+        f"--ssl_config_file={config}",
+    )
+    with serving(*flags, cwd=tmp_path) as (process, target, http):
+        root = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+        with grpc.secure_channel(target, root) as channel:
+            grpc.channel_ready_future(channel).result(timeout=30)
+        with urlopen(f"{http}/v1/models/tiny", timeout=30) as response:
+            assert json.load(response)["model_version_status"][0]["state"] == "AVAILABLE"
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+@pytest.mark.usefixtures("no_real_server")
+def test_a_tls_file_that_is_none(
+    base_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "tls.txt"
+    flags = (f"--model_base_path={base_path}", "--port=0", f"--ssl_config_file={config}")
+    assert refusal(capsys, *flags) == (
+        f"ssl_config_file must be a file that can be read. Received: ssl_config_file='{config}' "
+        "(No such file or directory). Correct the path."
+    )
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -132,11 +179,12 @@ def test_a_port_in_use(base_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
 
 
+@pytest.mark.parametrize("flag", ["port", "rest_api_port"])
 @pytest.mark.parametrize("port", [-1, 65536, 70000])
-def test_a_port_that_is_none(port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--model_base_path=x", f"--port={port}"]) == 2
+def test_a_port_that_is_none(flag: str, port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model_base_path=x", f"--{flag}={port}"]) == 2
     assert capsys.readouterr().err == (
-        f"keras-mrl: --port must lie in 0..65535. Received: {port}. "
+        f"keras-mrl: --{flag} must lie in 0..65535. Received: {port}. "
         "Choose another, or 0 for any free one.\n"
     )
 
@@ -171,6 +219,7 @@ def test_the_real_server_takes_its_place_with_the_same_flags(fake_server: Path) 
         "--port=8501",
         "--rest_api_port=8502",
         "--enable_batching",
+        "--ssl_config_file=tls.txt",
     )
     assert (status, err) == (7, "")  # its status, so it is the same process
     assert out == [
@@ -180,6 +229,7 @@ def test_the_real_server_takes_its_place_with_the_same_flags(fake_server: Path) 
         "--port=8501",
         "--file_system_poll_wait_seconds=1",
         "--rest_api_port=8502",
+        "--ssl_config_file=tls.txt",
         "--enable_batching",
     ]
 
@@ -209,8 +259,8 @@ def test_dev_knows_no_flags_of_the_real_server(
     fake_server: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(fake_server.parent))
-    assert main(["serve", "--dev", "--model_base_path=x", "--rest_api_port=1"]) == 2
+    assert main(["serve", "--dev", "--model_base_path=x", "--grpc_max_threads=1"]) == 2
     assert capsys.readouterr().err == (
-        "keras-mrl: Only known flags are taken. Received: --rest_api_port=1. See the command's "
+        "keras-mrl: Only known flags are taken. Received: --grpc_max_threads=1. See the command's "
         "--help for those there are. tensorflow_model_server may know more.\n"
     )

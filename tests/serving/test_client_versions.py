@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._rpc import leaf_of
+from keras_mrl_serving._status import leaf_of
 from keras_mrl_serving._tensors import from_proto, to_proto
 from keras_mrl_serving.cascade import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
@@ -27,6 +27,7 @@ from keras_mrl_serving.errors import (
     VersionChangedError,
 )
 from keras_mrl_serving.flows import Arrays, Call
+from keras_mrl_serving.options import Options
 
 Model = Callable[[Call], Arrays]
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
@@ -146,7 +147,6 @@ def test_a_flow_whose_version_is_gone_starts_over_on_the_new_one(
         answer = client.classify_adaptive(ROWS, BOTH)
         assert_answered_by(new, answer)
         assert answer.labels is None  # the new version has none, the old one has
-        assert client.describe().dims == (2, 4, 16)
     assert script.asked == [
         *[("describe", None), ("features", None), ("head_2", 1)],
         *[("describe", None), ("features", None), ("head_2", 2), ("head_4", 2)],
@@ -161,9 +161,9 @@ def test_a_flow_whose_version_is_gone_twice_says_so(
         with refuses(
             VersionChangedError,
             "All calls of one answer must reach one version. Received: the version that began the "
-            f"answer was gone before its end, twice, from {script.target} for model 'm'. Let the "
-            "server keep the version before the newest (model_version_policy latest "
-            "{num_versions: 2}), or swap less often.",
+            f"answer was gone before its end, twice, from {script.target} for model 'm' version 2, "
+            "signature 'head_2', timeout 10 s. Let the server keep the version before the newest "
+            "(model_version_policy latest {num_versions: 2}), or swap less often.",
         ):
             client.classify_adaptive(ROWS, BOTH)
         asked = script.asked
@@ -200,14 +200,23 @@ def test_the_manifest_is_read_once_and_again_when_the_version_changes(
     script = serve(Script({1: old}))
     with Client(script.target, "m") as client:
         for _ in range(3):
-            assert client.describe().dims == (2, 4, 8)
             client.embed(ROWS, 2)
         assert [signature for signature, _ in script.asked].count("describe") == 1
         script.versions = {2: new}
         client.embed(ROWS, 2)  # whose answer names another version
-        assert client.describe().dims == (2, 4, 16)
+        client.embed(ROWS, 16)
         client.embed(ROWS, 16)
         assert [signature for signature, _ in script.asked].count("describe") == 2
+
+
+def test_describe_always_asks(serve: Serve, old: Model, new: Model) -> None:
+    script = serve(Script({1: old}))
+    with Client(script.target, "m") as client:
+        assert client.describe().dims == (2, 4, 8)
+        script.versions = {2: new}
+        assert client.describe().dims == (2, 4, 16)
+        client.embed(ROWS, 16)
+    assert [signature for signature, _ in script.asked] == ["describe", "describe", "embed_16"]
 
 
 def test_a_dim_that_came_with_the_new_version_is_found(
@@ -266,8 +275,10 @@ def test_a_caller_s_mistake_costs_one_more_look_at_the_manifest(serve: Serve, ol
 def test_every_status_of_a_server_becomes_an_error_of_ours(serve: Serve, name: str) -> None:
     code = grpc.StatusCode[name]
     script = serve(Script({}, refusal=(code, "no, not now.")))
-    with Client(script.target, "m") as client, pytest.raises(KerasMrlError) as caught:
-        client.describe()
+    once = Options(max_attempts=1)
+    with Client(script.target, "m", options=once) as client:
+        with pytest.raises(KerasMrlError) as caught:
+            client.describe()
     assert type(caught.value) is leaf_of(code, "")
     call = f"{name} from {script.target} for model 'm', signature 'describe', timeout 10 s"
     assert f" Received: {call}: no, not now. " in str(caught.value)

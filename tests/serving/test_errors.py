@@ -15,9 +15,13 @@ TREE = {
     "UnknownDimError": ("KerasMrlError", "ValueError"),
     "NoHeadError": ("KerasMrlError", "TypeError"),
     "NoCascadeError": ("KerasMrlError", "TypeError"),
+    "NoIndexError": ("KerasMrlError", "TypeError"),
+    "EncoderMismatchError": ("KerasMrlError", "ValueError"),
     "InvalidInputError": ("KerasMrlError", "ValueError"),
     "ServerError": ("KerasMrlError",),
     "ServerUnavailableError": ("ServerError", "ConnectionError"),
+    "AccessDeniedError": ("ServerError", "PermissionError"),
+    "MessageTooLargeError": ("ServerError",),
     "DeadlineError": ("ServerError", "TimeoutError"),
     "ModelNotFoundError": ("ServerError", "LookupError"),
     "VersionNotFoundError": ("ModelNotFoundError",),
@@ -34,8 +38,8 @@ def test_the_tree() -> None:
 @pytest.mark.parametrize("name", TREE)
 def test_an_error_knows_the_call_that_failed(name: str) -> None:
     error = CLASSES[name]("text")
-    attributes = ("target", "model", "version", "signature", "timeout_s")
-    assert [getattr(error, attribute) for attribute in attributes] == [None] * 5
+    attributes = ("target", "model", "version", "signature", "timeout_s", "attempts", "partial")
+    assert [getattr(error, attribute) for attribute in attributes] == [None] * 7
     assert CLASSES[name].__doc__
     assert str(error) == "text"
 

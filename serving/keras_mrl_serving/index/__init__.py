@@ -1,3 +1,4 @@
 """Indexes: galleries that a funnel searches."""
 
 from .exact import ExactIndex as ExactIndex
+from .protocol import Index as Index

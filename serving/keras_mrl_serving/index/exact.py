@@ -26,6 +26,8 @@ class ExactIndex:
         embeddings: The gallery, raw or scaled; copied.
         schedule: The funnel; its last dim must not exceed the width.
         ids: One int64 >= 0 per row; None numbers the rows from 0.
+        encoder_fingerprint: Of the model the gallery was embedded with, as its manifest gives
+            it; a client then refuses to search by embeddings of another. None: nobody checks.
 
     Shapes:
         embeddings: `(rows, width)`. ids: `(rows,)`.
@@ -46,7 +48,9 @@ class ExactIndex:
         embeddings: npt.ArrayLike,
         schedule: FunnelSchedule,
         ids: npt.ArrayLike | None = None,
+        encoder_fingerprint: str | None = None,
     ) -> None:
+        self.encoder_fingerprint = encoder_fingerprint
         gallery = _check_embeddings(embeddings, "gallery", schedule.dims[-1])
         self.schedule = schedule
         self.ids = _check_ids(ids, len(gallery))

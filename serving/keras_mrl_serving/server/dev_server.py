@@ -1,15 +1,19 @@
-"""The development server itself: a model, a poller and a port."""
+"""The development server itself: a model, a poller and its ports."""
 
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
 
 import grpc
 
+from .http_server import HttpServer
 from .model import ServedModel, no_versions
+from .rest import answer
 from .service import add_services
+from .tls import server_credentials
 from .versions import list_versions
 
 _logger = logging.getLogger("keras_mrl_serving.server")
@@ -24,7 +28,7 @@ _OPTIONS = (
 
 
 class DevServer:
-    """Serves the SavedModels under a base path over gRPC as TensorFlow Serving does, in process.
+    """Serves the SavedModels under a base path as TensorFlow Serving does, in process.
 
     For development and tests; production runs `tensorflow/serving` on the very same files.
 
@@ -34,6 +38,9 @@ class DevServer:
         port: the port to listen on; 0 takes a free one.
         host: the address to listen on.
         file_system_poll_wait_seconds: how often `base_path` is looked at; 0 means only at start.
+        rest_api_port: the port of the REST surface; 0 takes a free one, None means without.
+        ssl_config_file: text proto of `tensorflow.serving.SSLConfig`; with it the gRPC port
+            speaks TLS. REST stays plain HTTP, as TensorFlow Serving's does.
 
     Examples:
         >>> with DevServer("models/flowers") as target:  # doctest: +SKIP
@@ -48,22 +55,28 @@ class DevServer:
         port: int = 0,
         host: str = "127.0.0.1",
         file_system_poll_wait_seconds: float = 1.0,
+        rest_api_port: int | None = None,
+        ssl_config_file: str | PathLike[str] | None = None,
     ) -> None:
         self.port = port
+        self.rest_api_port = rest_api_port
+        self._ssl_config_file = ssl_config_file
         self._host = host
         self._wait_s = file_system_poll_wait_seconds
         self._model = ServedModel(model_name, fspath(base_path))
         self._server: grpc.Server | None = None
+        self._http: HttpServer | None = None
         self._stopping = threading.Event()
         self._poller = threading.Thread(target=self._poll_for_ever, name="poller", daemon=True)
 
     def start(self) -> str:
-        """Loads the highest version, then opens the port; returns the address, `host:port`.
+        """Loads the highest version, then opens the ports; returns the gRPC one's `host:port`.
 
         Raises:
             FileNotFoundError: `base_path` is no folder, or holds no version.
             RuntimeError: the version does not load, or the server was started before.
-            OSError: the port is taken.
+            OSError: a port is taken, or `ssl_config_file` cannot be read.
+            ValueError: `ssl_config_file` holds no usable SSLConfig.
         """
         if self._server is not None:
             raise RuntimeError(
@@ -74,32 +87,43 @@ class DevServer:
             "very same files: %s",
             self._model.base_path,
         )
+        ssl_config_file = self._ssl_config_file
+        credentials = server_credentials(fspath(ssl_config_file)) if ssl_config_file else None
         self._load_first_version()
         server = grpc.server(ThreadPoolExecutor(), options=_OPTIONS)
-        add_services(server, {self._model.name: self._model})
+        models = {self._model.name: self._model}
+        add_services(server, models)
         try:
-            self.port = server.add_insecure_port(f"{self._host}:{self.port}")
-        except RuntimeError as error:
+            if self.rest_api_port is not None:
+                self._http = self._bind_http(models, self.rest_api_port)
+            self._bind(server, credentials)  # last: what it has bound stays so until it is gone
+        except OSError:
+            if self._http is not None:
+                self._http.stop(0)
             self._model.close()
-            raise OSError(
-                f"The address must be free. Received: host={self._host!r}, port={self.port}, "
-                "which cannot be bound. Choose another port, or port=0 for any free one."
-            ) from error
+            raise
         server.start()
         self._server = server
+        if self._http is not None:
+            self._http.start()
         if self._wait_s > 0:
             self._poller.start()
         target = f"{self._host}:{self.port}"
         _logger.info("%s: serving %s on %s", self._model.name, self._model.base_path, target)
+        if self.rest_api_port is not None:
+            _logger.info("REST on http://%s:%d/v1/models", self._host, self.rest_api_port)
         return target
 
     def stop(self) -> None:
-        """Closes the port, gives requests under way five seconds, and unloads the model."""
+        """Closes the ports, gives requests under way five seconds, and unloads the model."""
         self._stopping.set()
         if self._poller.is_alive():
             self._poller.join()
         if self._server is not None:
-            self._server.stop(_GRACE_S).wait()
+            stopped = self._server.stop(_GRACE_S)
+            if self._http is not None:
+                self._http.stop(_GRACE_S)
+            stopped.wait()
         self._model.close()
 
     def wait(self) -> None:
@@ -117,6 +141,31 @@ class DevServer:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+
+    def _bind(self, server: grpc.Server, credentials: grpc.ServerCredentials | None) -> None:
+        address = f"{self._host}:{self.port}"
+        try:
+            if credentials is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise self._not_free(f"port={self.port}") from error
+
+    def _bind_http(self, models: dict[str, ServedModel], port: int) -> HttpServer:
+        try:
+            http = HttpServer(self._host, port, partial(answer, models))
+        except (OSError, OverflowError) as error:
+            raise self._not_free(f"rest_api_port={port}") from error
+        self.rest_api_port = http.server_port
+        return http
+
+    def _not_free(self, port: str) -> OSError:
+        return OSError(
+            f"The address must be free. Received: host={self._host!r}, {port}, "
+            f"which cannot be bound. Choose another port, or {port.partition('=')[0]}=0 for any "
+            "free one."
+        )
 
     def _load_first_version(self) -> None:
         name, path = self._model.name, self._model.base_path

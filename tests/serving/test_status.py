@@ -1,13 +1,13 @@
 """The one table from gRPC status to the errors of this package."""
 
-from collections.abc import Callable
-
 import grpc
+import numpy as np
 import pytest
 
-from keras_mrl_serving import _rpc, errors
-from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._rpc import leaf_of, translate
+from keras_mrl_serving import _channel, _failures, errors
+from keras_mrl_serving._status import leaf_of, translate
+from keras_mrl_serving.calls import AskStatus, Call, Envelope
+from keras_mrl_serving.options import Options
 
 # Every code there is; texts decide only between the leaves of NOT_FOUND and FAILED_PRECONDITION.
 TABLE = {
@@ -17,8 +17,8 @@ TABLE = {
     "DEADLINE_EXCEEDED": errors.DeadlineError,
     "NOT_FOUND": errors.ModelNotFoundError,
     "ALREADY_EXISTS": errors.ServerError,
-    "PERMISSION_DENIED": errors.ServerError,
-    "UNAUTHENTICATED": errors.ServerError,
+    "PERMISSION_DENIED": errors.AccessDeniedError,
+    "UNAUTHENTICATED": errors.AccessDeniedError,
     "RESOURCE_EXHAUSTED": errors.ServerError,
     "FAILED_PRECONDITION": errors.ServerError,
     "ABORTED": errors.ServerError,
@@ -34,15 +34,19 @@ SPECIFIC = "Servable not found for request: Specific(m, 7)"
 SIGNATURE = 'Serving signature key "embed_8" not found.'
 
 
+TOO_LARGE = "CLIENT: Received message larger than max (1048640 vs. 1048576)"
+
+
 def test_every_code_has_its_class() -> None:
     assert {code.name: leaf_of(code, "") for code in grpc.StatusCode} == TABLE
 
 
-@pytest.mark.parametrize("details", [LATEST, SPECIFIC, SIGNATURE])
-def test_texts_decide_for_two_codes_only(details: str) -> None:
+@pytest.mark.parametrize("details", [LATEST, SPECIFIC, SIGNATURE, TOO_LARGE])
+def test_texts_decide_for_three_codes_only(details: str) -> None:
     decided = {
         ("NOT_FOUND", SPECIFIC): errors.VersionNotFoundError,
         ("FAILED_PRECONDITION", SIGNATURE): errors.SignatureNotFoundError,
+        ("RESOURCE_EXHAUSTED", TOO_LARGE): errors.MessageTooLargeError,
     }
     for code in grpc.StatusCode:
         expected = decided.get((code.name, details), TABLE[code.name])
@@ -50,8 +54,11 @@ def test_texts_decide_for_two_codes_only(details: str) -> None:
 
 
 def test_every_class_of_the_table_has_its_rule_and_its_remedy() -> None:
-    leaves = {*TABLE.values(), errors.VersionNotFoundError, errors.SignatureNotFoundError}
-    assert set(_rpc._RULES) == set(_rpc._REMEDIES) == leaves
+    by_text = {
+        *(errors.VersionNotFoundError, errors.SignatureNotFoundError),
+        *(errors.MessageTooLargeError, errors.VersionChangedError),
+    }
+    assert set(_failures._RULES_AND_REMEDIES) == {*TABLE.values(), *by_text}
 
 
 class Failure(grpc.RpcError):
@@ -71,14 +78,14 @@ class Failure(grpc.RpcError):
 grpc.Call.register(Failure)
 
 
-@pytest.fixture
-def spec() -> wire.ModelSpec:
-    return wire.ModelSpec(name="m", signature_name="embed_8")
+def sent(version: int | None = None, timeout_s: float = 10.0) -> Envelope:
+    call = Call("embed_8", {"x": np.zeros((1, 2))})
+    return Envelope("m", version, call, timeout_s / 2, timeout_s)
 
 
-def test_an_error_says_the_rule_what_was_received_and_what_to_do(spec: wire.ModelSpec) -> None:
-    spec.version.value = 7
-    error = translate(Failure(grpc.StatusCode.NOT_FOUND, SPECIFIC), "host:8500", spec, 2.50)
+def test_an_error_says_the_rule_what_was_received_and_what_to_do() -> None:
+    failure = Failure(grpc.StatusCode.NOT_FOUND, SPECIFIC)
+    error = translate(failure, sent(7, 2.50), "host:8500", Options(), 0.1)
     assert type(error) is errors.VersionNotFoundError
     assert str(error) == (
         "The server must have the version. Received: NOT_FOUND from host:8500 for model 'm' "
@@ -91,6 +98,7 @@ def test_an_error_says_the_rule_what_was_received_and_what_to_do(spec: wire.Mode
         "version": 7,
         "signature": "embed_8",
         "timeout_s": 2.5,
+        "attempts": None,
     }
 
 
@@ -122,13 +130,34 @@ def test_an_error_says_the_rule_what_was_received_and_what_to_do(spec: wire.Mode
             SIGNATURE,
             "The model must have the signature. Received: FAILED_PRECONDITION {}: Serving "
             'signature key "embed_8" not found. Ask a model exported by '
-            "keras_mrl_export.export_saved_model with this signature.",
+            "keras_mrl_export.export_saved_model with this signature; any other by Client.predict, "
+            "after a look at Client.signatures().",
         ),
         (
             "INVALID_ARGUMENT",
             "Missing ModelSpec",
             "The server must accept the inputs. Received: INVALID_ARGUMENT {}: Missing ModelSpec. "
             "Send what the model's inputs ask for: Client.describe().inputs.",
+        ),
+        (
+            "INVALID_ARGUMENT",
+            "Task size 33 is larger than maximum input batch size 32",
+            "The server must accept the inputs. Received: INVALID_ARGUMENT {}: Task size 33 is "
+            "larger than maximum input batch size 32. Set Options(max_batch_size=32).",
+        ),
+        (
+            "UNAUTHENTICATED",
+            "no token",
+            "The server must let the caller in. Received: UNAUTHENTICATED {}: no token. Give what "
+            "it asks for: Options(metadata={{'authorization': ...}}), or a client certificate, "
+            "Options(tls=Tls(private_key=..., certificate_chain=...)).",
+        ),
+        (
+            "RESOURCE_EXHAUSTED",
+            TOO_LARGE,
+            f"A message must be no larger than both ends take. Received: RESOURCE_EXHAUSTED {{}}: "
+            f"{TOO_LARGE}. Send fewer rows at once, Options(max_batch_size=...), or raise the "
+            "limit that is named.",
         ),
         (
             "INTERNAL",
@@ -144,37 +173,49 @@ def test_an_error_says_the_rule_what_was_received_and_what_to_do(spec: wire.Mode
         ),
     ],
 )
-def test_each_class_has_a_text(
-    code: str, details: str | None, text: str, spec: wire.ModelSpec
-) -> None:
-    error = translate(Failure(grpc.StatusCode[code], details), "host:8500", spec, 10.0)
+def test_each_class_has_a_text(code: str, details: str | None, text: str) -> None:
+    failure = Failure(grpc.StatusCode[code], details)
+    error = translate(failure, sent(), "host:8500", Options(), 0.1)
     asked = "from host:8500 for model 'm', signature 'embed_8', timeout 10 s"
     assert str(error) == text.format(asked)
     assert error.version is None
     assert not isinstance(error, grpc.RpcError)
 
 
-def test_an_error_without_a_status_is_unknown(spec: wire.ModelSpec) -> None:
-    error = translate(grpc.RpcError("broken"), "host:8500", spec, 1.0)
+def test_an_error_without_a_status_is_unknown() -> None:
+    asked = Envelope("m", None, AskStatus(), 1.0, 1.0)
+    error = translate(grpc.RpcError("broken"), asked, "host:8500", Options(), 0.1)
     assert type(error) is errors.ServerError
+    assert error.signature is None
     assert str(error) == (
         "The server must answer without an error. Received: UNKNOWN from host:8500 for model 'm', "
-        "signature 'embed_8', timeout 1 s: broken. See the server's log."
+        "timeout 1 s: broken. See the server's log."
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "took_s", "attempts"),
+    [
+        (Options(), 1.5, 5),  # 0.1 + 0.2 + 0.4 + 0.8
+        (Options(), 1.21, 5),  # each wait may be a fifth shorter
+        (Options(), 1.19, None),
+        (Options(max_attempts=1), 0.0, 1),
+        (Options(max_attempts=3, first_backoff_s=1.0, max_backoff_s=1.5), 1.9, None),
+        (Options(max_attempts=3, first_backoff_s=1.0, max_backoff_s=1.5), 2.0, 3),
+    ],
+)
+def test_attempts_are_known_where_there_was_time_for_all(
+    options: Options, took_s: float, attempts: int | None
+) -> None:
+    failure = Failure(grpc.StatusCode.UNAVAILABLE, "busy")
+    error = translate(failure, sent(), "host:8500", options, took_s)
+    assert error.attempts == attempts
+    assert (f"after {attempts} attempts from" in str(error)) == ((attempts or 0) > 1)
+    other = Failure(grpc.StatusCode.INTERNAL, "busy")
+    assert translate(other, sent(), "host:8500", options, took_s).attempts is None
 
 
 @pytest.mark.parametrize(("asked", "given"), [(0.5, 0.5), (1e9, 1e9), (1e10, 1e9), (1e300, 1e9)])
 def test_a_timeout_past_what_grpc_can_count_is_a_long_one(asked: float, given: float) -> None:
     """gRPC counts deadlines in nanoseconds since 1970: a later one than 2262 is over at once."""
-    seen = []
-
-    class Channel:
-        def unary_unary(self, *_: object, **__: object) -> Callable[..., wire.PredictResponse]:
-            def call(_: wire.PredictRequest, timeout: float) -> wire.PredictResponse:
-                seen.append(timeout)
-                return wire.PredictResponse()
-
-            return call
-
-    _rpc.predict_stub(Channel())(wire.PredictRequest(), asked)  # type: ignore[arg-type]
-    assert seen == [given]
+    assert _channel.deadline(asked) == given

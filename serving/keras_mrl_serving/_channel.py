@@ -1,0 +1,153 @@
+"""What a gRPC channel is opened with, blocking or not."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from .errors import KerasMrlError
+from .options import Options
+
+_LONGEST_S = 1e9  # a deadline past 2262 overflows within gRPC, which then gives up at once
+_LONGEST_RECONNECT_MS = 5000  # gRPC's own two minutes would leave a restarted server unfound
+
+
+def address(targets: str | Sequence[str]) -> str:
+    """Return the one address gRPC takes for one target or several, "host:port" each.
+
+    Several are looked up here and once: what changes behind a name is found only by a single
+    `dns:///name:port`, which gRPC looks up again.
+
+    Raises:
+        ValueError: If there is none, one has no port, or its host has no address.
+    """
+    if isinstance(targets, str):
+        return _checked(targets)
+    if not targets:
+        raise ValueError(
+            "A client needs a target. Received: an empty list. Give for example 'localhost:8500'."
+        )
+    if len(targets) == 1:
+        return _checked(targets[0])
+    found = [pair for target in targets for pair in _look_up(_checked(target))]
+    families = {family for family, _ in found}
+    family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
+    scheme = "ipv4" if family == socket.AF_INET else "ipv6"
+    return f"{scheme}:" + ",".join(dict.fromkeys(where for f, where in found if f == family))
+
+
+def arguments(options: Options) -> list[tuple[str, Any]]:
+    """Return the channel arguments for `options`."""
+    limit = -1 if options.max_message_bytes is None else int(options.max_message_bytes)
+    retries = {
+        "maxAttempts": int(options.max_attempts),
+        "initialBackoff": f"{options.first_backoff_s:.9f}s",
+        "maxBackoff": f"{options.max_backoff_s:.9f}s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    every_method: dict[str, Any] = {"name": [{}]}
+    if options.max_attempts > 1:
+        every_method["retryPolicy"] = retries
+    service = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": [every_method]}
+    given: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.max_send_message_length", limit),
+        ("grpc.service_config", json.dumps(service)),
+        ("grpc.service_config_disable_resolution", 1),
+        ("grpc.initial_reconnect_backoff_ms", int(min(100, options.first_backoff_s * 1000)) or 1),
+        ("grpc.max_reconnect_backoff_ms", _LONGEST_RECONNECT_MS),
+    ]
+    if options.keepalive_s is not None:
+        given += [
+            ("grpc.keepalive_time_ms", int(options.keepalive_s * 1000) or 1),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+    if options.tls is not None and options.tls.server_name is not None:
+        given.append(("grpc.ssl_target_name_override", options.tls.server_name))
+    return given
+
+
+def credentials(options: Options) -> grpc.ChannelCredentials | None:
+    """Return what TLS needs, or None for a channel in the clear."""
+    tls = options.tls
+    if tls is None:
+        return None
+    return grpc.ssl_channel_credentials(
+        tls.root_certificates, tls.private_key, tls.certificate_chain
+    )
+
+
+def compression(options: Options) -> grpc.Compression:
+    """Return how requests are compressed."""
+    return grpc.Compression.Gzip if options.compress else grpc.Compression.NoCompression
+
+
+def deadline(remaining_s: float) -> float:
+    """Return the timeout of one call, which gRPC must be able to count."""
+    return min(remaining_s, _LONGEST_S)
+
+
+def _checked(target: str) -> str:
+    with_scheme = ":///" in target or target.startswith(("unix:", "ipv4:", "ipv6:", "dns:", "xds:"))
+    _, _, port = target.rpartition(":")
+    if with_scheme or port.isdecimal():
+        return target
+    raise ValueError(
+        f"A target must be 'host:port'. Received: {target!r}. "
+        f"Give the server's gRPC port, for example {target.rstrip(':') or 'localhost'}:8500."
+    )
+
+
+def _look_up(target: str) -> list[tuple[int, str]]:
+    host, _, port = target.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ValueError(
+            "Every target of a list must be a host with an address. "
+            f"Received: {target!r} ({error.strerror}). Correct it, or give one 'dns:///name:port'."
+        ) from error
+    where = {socket.AF_INET: "{}:{}", socket.AF_INET6: "[{}]:{}"}
+    return [(f, where[f].format(*a[:2])) for f, _, _, _, a in found if f in where]
+
+
+def checked_interceptors(options: Options, kind: type[Any]) -> list[Any]:
+    """Return the interceptors of `options`.
+
+    Raises:
+        ValueError: If one is not of the kind that this client's calls can go through.
+    """
+    for interceptor in options.interceptors:
+        if not isinstance(interceptor, kind):
+            raise ValueError(
+                f"An interceptor must be a {kind.__module__.partition('._')[0]}.{kind.__name__}. "
+                f"Received: {type(interceptor).__name__}. "
+                "Give a Client those of grpc, and an AsyncClient those of grpc.aio."
+            )
+    return list(options.interceptors)
+
+
+def forked(target: str) -> KerasMrlError:
+    """Return the error of an `AsyncClient` made before a fork and used after it."""
+    error = KerasMrlError(
+        "An AsyncClient lives in the process that made it. "
+        f"Received: a call in a process forked from it, to {target}. Make the client after the "
+        "fork, or start processes with multiprocessing's 'spawn' or 'forkserver'."
+    )
+    error.target = target
+    return error
+
+
+def closed(target: str) -> KerasMrlError:
+    """Return the error of a client that was closed."""
+    error = KerasMrlError(
+        "A client asks until it is closed. "
+        f"Received: a call to {target} after close(). Make another Client."
+    )
+    error.target = target
+    return error

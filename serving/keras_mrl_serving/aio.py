@@ -1,0 +1,218 @@
+"""The client for asyncio: every method of `Client`, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from . import contract, corpus, flows, questions
+from ._rpc_aio import AioTransport
+from .calls import AsyncTransport, Signature, VersionStatus
+from .cascade import CascadePolicy
+from .contract import DEFAULT_MODEL_NAME, Manifest
+from .conversation import Conversation, Progress
+from .errors import KerasMrlError
+from .index import Index
+from .inputs import Inputs
+from .options import Options
+from .quality import cheapest_dim
+from .results import Classification, Neighbors
+from .rounds import Round, Rounds, Talk
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """Asks one model of a TensorFlow Serving server from an event loop, without a thread.
+
+    Each method is that of `Client` under the same name, with the same arguments, answers and
+    errors. One client may be used by any number of tasks of one loop.
+
+    Args:
+        target: As for `Client`; or an `AsyncTransport`, such as
+            `keras_mrl_serving.testing.InMemoryServer`.
+        model: Name the server gives the model.
+        options: Timeouts, retries, sizes, certificates.
+
+    Raises:
+        KerasMrlError: Every method raises a class of this tree, never one of grpc.
+
+    Examples:
+        ```
+        async with AsyncClient("localhost:8500", model="digits") as client:
+            answer = await client.classify_adaptive(images)
+        ```
+    """
+
+    def __init__(
+        self,
+        target: str | Sequence[str] | AsyncTransport,
+        model: str = DEFAULT_MODEL_NAME,
+        *,
+        options: Options | None = None,
+    ) -> None:
+        self.model = model
+        self.options = options or Options()
+        self._transport: AsyncTransport = (
+            AioTransport(target, self.options) if isinstance(target, str | Sequence) else target
+        )
+        self._conversation = Conversation(self.target, model, self.options)
+
+    @property
+    def target(self) -> str:
+        """Where the server is."""
+        return self._transport.target
+
+    async def describe(self) -> Manifest:
+        """Return what the model says of itself now."""
+        return await self._run(self._conversation.describe())
+
+    async def status(self) -> tuple[VersionStatus, ...]:
+        """Return the versions of the model that the server knows, the highest first."""
+        return await self._run(self._conversation.run(flows.status()))
+
+    async def signatures(self) -> Mapping[str, Signature]:
+        """Return what the model can be asked by `predict`, ours or not."""
+        return await self._run(self._conversation.run(flows.signatures()))
+
+    async def cheapest_dim(self, quality: float = 0.98, measure: str | None = None) -> int:
+        """Return the smallest dim that keeps this share of the full dim's quality."""
+        return cheapest_dim(await self.describe(), quality, measure)
+
+    async def embed(
+        self, inputs: Inputs, dim: int, *, progress: Progress | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return embeddings `(batch, dim)`."""
+        return await self._run(self._conversation.ask(questions.embed(inputs, dim), progress))
+
+    async def classify(
+        self, inputs: Inputs, dim: int, *, progress: Progress | None = None
+    ) -> Classification:
+        """Return the best classes of each row, as the head of one dim sees them."""
+        return await self._run(self._conversation.ask(questions.classify(inputs, dim), progress))
+
+    async def classify_adaptive(
+        self,
+        inputs: Inputs,
+        policy: CascadePolicy | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> Classification:
+        """Return the best classes of each row, wider dims only for rows still unsure."""
+        question = questions.classify_adaptive(inputs, policy)
+        return await self._run(self._conversation.ask(question, progress))
+
+    async def search(
+        self, embeddings: npt.ArrayLike, dim: int | None = None, *, encoder: str | None = None
+    ) -> Neighbors:
+        """Return the neighbours of embeddings, from a model that is an index."""
+        return await self._run(self._conversation.ask(questions.search(embeddings, dim, encoder)))
+
+    async def retrieve(self, inputs: Inputs, index: Index | AsyncClient | None = None) -> Neighbors:
+        """Return the nearest gallery rows of inputs; an index in this process has a thread."""
+        ask = self._conversation.ask
+        if index is None:
+            return await self._run(ask(questions.retrieve(inputs)))
+        if isinstance(index, AsyncClient):
+            width = (await index.describe()).width
+            found = await self._run(ask(questions.embed_knowingly(inputs, width)))
+            return await index.search(found.embeddings, encoder=found.fingerprint)
+        found = await self._run(ask(questions.embed_knowingly(inputs, index.width)))
+        flows.check_encoder(index.encoder_fingerprint, found.fingerprint)
+        return await asyncio.to_thread(index.search, found.embeddings)
+
+    async def predict(
+        self,
+        inputs: Inputs,
+        signature: str = contract.SERVING_DEFAULT,
+        *,
+        outputs: Sequence[str] = (),
+    ) -> dict[str, npt.NDArray[np.generic]]:
+        """Return what any signature answers, of any model: one call, never split."""
+        question = questions.predict(inputs, signature, tuple(outputs))
+        return await self._run(self._conversation.ask(question))
+
+    async def embed_dataset(
+        self,
+        data: corpus.Corpus,
+        dim: int,
+        path: str | os.PathLike[str],
+        *,
+        progress: corpus.Progress | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Embed a corpus of any size into an `.npy` file; call again to go on after a crash."""
+        manifest = await self.describe()
+        dim = manifest.check_dim(dim)
+        with corpus.EmbeddingFile(path, dim, manifest.fingerprint) as file:
+            total = corpus.count_rows(data)
+            for rows in corpus.windows(data, corpus.window_rows(self.options), file.rows):
+                question = questions.embed_knowingly(rows, dim)
+                file.append(await self._run(self._conversation.ask(question)))
+                if progress:
+                    progress(file.rows, total)
+            return file.finish()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._transport.close_async()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"AsyncClient({self.target!r}, model={self.model!r})"
+
+    async def _run(self, rounds: Rounds[T]) -> T:
+        try:
+            while True:
+                await self._run_round(next(rounds))
+        except StopIteration as done:
+            answer: T = done.value
+            return answer
+
+    async def _run_round(self, round: Round) -> None:
+        if len(round.talks) == 1:
+            round.receive(0, await self._outcome(round.talks[0]))
+            return
+        numbered = iter(enumerate(round.talks))
+
+        async def work() -> None:
+            for number, talk in numbered:  # shared: each talk goes to one worker
+                if round.failed:
+                    return
+                round.receive(number, await self._outcome(talk))
+
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(min(self.options.max_in_flight, len(round.talks))):
+                workers.create_task(work())
+
+    async def _outcome(self, talk: Talk[T]) -> T | KerasMrlError:
+        """Send what a talk yields until it ends; return its result, or the error that ended it."""
+        try:
+            envelope = next(talk)
+            while True:
+                try:
+                    reply = await self._transport.send_async(envelope)
+                except KerasMrlError as error:
+                    envelope = talk.throw(error)
+                else:
+                    envelope = talk.send(reply)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        except KerasMrlError as error:
+            return error

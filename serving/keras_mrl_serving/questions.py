@@ -1,0 +1,195 @@
+"""What a client can be asked, and how a question about many rows is split and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from . import flows
+from .calls import AskManifest, AskSignatures, Signature
+from .cascade import CascadePolicy
+from .contract import Manifest
+from .flows import Flow
+from .inputs import Inputs, check_inputs
+from .options import Options
+from .results import Classification, Embedded, Neighbors
+
+T = TypeVar("T")
+K = TypeVar("K")  # what must be known of a model before it is asked
+
+_MOST_BYTES = 2**31 - 2**20  # protobuf's largest message, less room for all but the rows
+_FLOAT_BYTES = 4
+_CLASS_BYTES = 64  # an id, a probability and a name of ordinary length
+
+
+@dataclass(frozen=True, eq=False)
+class Question(Generic[K, T]):
+    """A flow about rows, not yet begun.
+
+    Args:
+        inputs: The rows.
+        flow: From what is known of the model and some of the rows to the flow that asks.
+        learn: What asks for that knowledge.
+        specs: What the inputs must be, by what is known; None for rows that are never split.
+        answer_row_bytes: How large the largest answer about one row is, about.
+
+    Examples:
+        >>> embed(np.zeros((3, 4)), dim=2).learn
+        AskManifest()
+    """
+
+    inputs: Inputs
+    flow: Callable[[K, Inputs], Flow[T]]
+    learn: AskManifest | AskSignatures
+    specs: Callable[[K], Mapping[str, Mapping[str, Any]]] | None
+    answer_row_bytes: Callable[[K], int]
+
+    def parts(self, known: K, options: Options) -> list[Inputs]:
+        """Return the rows in parts that one call of `options` takes each, at least one part.
+
+        Raises:
+            InvalidInputError: If the inputs are not what the model takes.
+        """
+        if self.specs is None:
+            return [self.inputs]
+        arrays = check_inputs(self.specs(known), self.inputs)
+        rows = len(next(iter(arrays.values())))
+        most = options.max_batch_size or max(rows, 1)
+        if rows > 1:
+            sent = sum(_row_bytes(array) for array in arrays.values())
+            largest = max(sent, self.answer_row_bytes(known), 1)
+            most = min(most, max(1, (options.max_message_bytes or _MOST_BYTES) // largest))
+        starts = range(0, max(rows, 1), most)
+        return [{name: a[i : i + most] for name, a in arrays.items()} for i in starts]
+
+
+def embed(inputs: Inputs, dim: int) -> Question[Manifest, npt.NDArray[np.float32]]:
+    """Ask for embeddings of one dim.
+
+    Examples:
+        >>> embed([[0, 127, 255]], dim=8).inputs
+        [[0, 127, 255]]
+    """
+    return _of_model(
+        inputs, lambda m, x: flows.embed(m, x, dim), lambda m: _FLOAT_BYTES * m.check_dim(dim)
+    )
+
+
+def embed_knowingly(inputs: Inputs, dim: int) -> Question[Manifest, Embedded]:
+    """Ask for embeddings of one dim, and which model they are of.
+
+    Examples:
+        >>> embed_knowingly([[0, 127, 255]], dim=8).inputs
+        [[0, 127, 255]]
+    """
+    return _of_model(
+        inputs,
+        lambda m, x: flows.embed_knowingly(m, x, dim),
+        lambda m: _FLOAT_BYTES * m.check_dim(dim),
+    )
+
+
+def classify(inputs: Inputs, dim: int) -> Question[Manifest, Classification]:
+    """Ask for the classes of one dim.
+
+    Examples:
+        >>> classify([[0, 127, 255]], dim=8).inputs
+        [[0, 127, 255]]
+    """
+    return _of_model(inputs, lambda m, x: flows.classify(m, x, dim), _classes_bytes)
+
+
+def classify_adaptive(
+    inputs: Inputs, policy: CascadePolicy | None = None
+) -> Question[Manifest, Classification]:
+    """Ask for the classes by the model's own policy, or by the caller's.
+
+    Examples:
+        >>> classify_adaptive([[0, 127, 255]]).inputs
+        [[0, 127, 255]]
+    """
+    if policy is None:
+        return _of_model(inputs, flows.classify_adaptive, _classes_bytes)
+    return _of_model(
+        inputs,
+        lambda m, x: flows.classify_by(m, x, policy),
+        lambda m: max(_FLOAT_BYTES * max(m.width, m.num_classes or 0), _classes_bytes(m)),
+    )
+
+
+def search(
+    embeddings: Inputs, dim: int | None = None, encoder: str | None = None
+) -> Question[Manifest, Neighbors]:
+    """Ask an index for the neighbours of embeddings.
+
+    Examples:
+        >>> search(np.zeros((3, 8))).inputs.shape
+        (3, 8)
+    """
+    return Question(
+        embeddings,
+        lambda m, x: flows.search(m, x, dim, encoder),
+        AskManifest(),
+        lambda m: flows.embedding_spec(m, dim),
+        _neighbors_bytes,
+    )
+
+
+def retrieve(inputs: Inputs) -> Question[Manifest, Neighbors]:
+    """Ask a model that holds encoder and index for the neighbours of inputs.
+
+    Examples:
+        >>> retrieve([[0, 127, 255]]).inputs
+        [[0, 127, 255]]
+    """
+    return _of_model(inputs, flows.retrieve, _neighbors_bytes)
+
+
+def predict(
+    inputs: Inputs, signature: str, outputs: tuple[str, ...] = ()
+) -> Question[Mapping[str, Signature], dict[str, npt.NDArray[Any]]]:
+    """Ask any signature of any model; the rows are never split, for nobody says they are rows.
+
+    Examples:
+        >>> predict([[1.0]], "serving_default").learn
+        AskSignatures()
+    """
+    return Question(
+        inputs,
+        lambda known, x: flows.predict(known, x, signature, outputs),
+        AskSignatures(),
+        None,
+        lambda _: 0,
+    )
+
+
+def _of_model(
+    inputs: Inputs,
+    flow: Callable[[Manifest, Inputs], Flow[T]],
+    answer_row_bytes: Callable[[Manifest], int],
+) -> Question[Manifest, T]:
+    return Question(inputs, flow, AskManifest(), lambda m: m.inputs, answer_row_bytes)
+
+
+def _vector_bytes(manifest: Manifest, dim: int) -> int:
+    return _FLOAT_BYTES * manifest.check_dim(dim)
+
+
+def _classes_bytes(manifest: Manifest) -> int:
+    return _CLASS_BYTES * (manifest.top_k or 1)
+
+
+def _neighbors_bytes(manifest: Manifest) -> int:
+    k: Any = (manifest.funnel or {}).get("k", 1)
+    return 3 * _FLOAT_BYTES * int(k)  # an int64 and a float32
+
+
+def _row_bytes(array: npt.NDArray[Any]) -> int:
+    """Bytes of the largest row, about: strings are as long as they are, numbers all alike."""
+    if array.dtype.kind in "OSUT":
+        return max((len(s) for s in array.ravel().tolist()), default=0) * array[:1].size
+    return array[:1].nbytes

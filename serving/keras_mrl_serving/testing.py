@@ -1,0 +1,107 @@
+"""For the tests of applications: a server in memory that clients ask without a socket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import calls, contract, errors
+from ._failures import failed
+
+__all__ = ["InMemoryServer"]
+
+
+class InMemoryServer:
+    """Answers `Client` and `AsyncClient` by a function, in place of a target.
+
+    Args:
+        manifest: What the model says of itself.
+        answer: From a `Call` to the outputs of its signature, by name; `describe` is answered by
+            the manifest. It raises `KeyError` for a signature the model has not, and whatever
+            `KerasMrlError` a server should seem to have sent.
+        model: Name of the model.
+        version: The version that answers.
+
+    Examples:
+        >>> image = {"dtype": "float32", "shape": [None, 3]}
+        >>> manifest = Manifest(name="birds", kind="encoder", fingerprint="5e1f", dims=(2, 3),
+        ...     width=3, inputs={"image": image}, made_with={})
+        >>> def answer(call):
+        ...     dim = int(call.signature.removeprefix("embed_"))
+        ...     return {"embedding": truncate(call.inputs["image"], dim)}
+        >>> from keras_mrl_serving.testing import InMemoryServer
+        >>> server = InMemoryServer(manifest, answer)
+        >>> Client(server).embed([[3, 4, 12]], dim=2).tolist()
+        [[0.6000000238418579, 0.800000011920929]]
+        >>> [call.signature for call in server.calls]
+        ['describe', 'embed_2']
+    """
+
+    target = "memory"
+
+    def __init__(
+        self,
+        manifest: contract.Manifest,
+        answer: Callable[[calls.Call], calls.Arrays],
+        model: str = "default",
+        version: int = 1,
+    ) -> None:
+        self.manifest = manifest
+        self.version = version
+        self.calls: list[calls.Call] = []
+        self._answer = answer
+        self._model = model
+        self._closed = False
+
+    def send(self, envelope: calls.Envelope) -> calls.Reply[Any]:
+        """Return the reply; raise a `KerasMrlError`."""
+        if self._closed:
+            raise errors.KerasMrlError(
+                "A client asks until it is closed. Received: a call to a server in memory after "
+                "close(). Make another InMemoryServer."
+            )
+        if envelope.model != self._model:
+            raise failed(errors.ModelNotFoundError, envelope, self.target, "no such model")
+        if envelope.version not in (None, self.version):
+            raise failed(errors.VersionNotFoundError, envelope, self.target, "no such version")
+        request = envelope.request
+        if isinstance(request, calls.AskStatus):
+            return calls.Reply((calls.VersionStatus(self.version, "AVAILABLE"),), None)
+        if isinstance(request, calls.AskSignatures):
+            remedy = "Ask a DevServer over an exported model for its signatures."
+            received = "a request for signatures, which a function has none of"
+            raise failed(errors.ServerError, envelope, self.target, received, remedy=remedy)
+        return calls.Reply(self._outputs(request, envelope), self.version)
+
+    async def send_async(self, envelope: calls.Envelope) -> calls.Reply[Any]:
+        """Return the reply; raise a `KerasMrlError`."""
+        return self.send(envelope)
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._closed = True
+
+    async def close_async(self) -> None:
+        """Answer no more."""
+        self.close()
+
+    def _outputs(
+        self, call: calls.Call, envelope: calls.Envelope
+    ) -> Mapping[str, npt.NDArray[Any]]:
+        self.calls.append(call)
+        if call.signature == contract.DESCRIBE:
+            rows = len(call.inputs["key"])
+            return {"manifest": np.array([self.manifest.to_json().encode()] * rows, object)}
+        try:
+            outputs = self._answer(call)
+            return {name: np.asarray(outputs[name]) for name in call.outputs or outputs}
+        except KeyError as error:
+            raise failed(
+                errors.SignatureNotFoundError,
+                envelope,
+                self.target,
+                f"no signature or output {error}",
+            ) from error

@@ -1,0 +1,188 @@
+"""The golden messages of the contract: made by TensorFlow Serving's protos, read by both."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tensorflow as tf
+from google.protobuf.message import Message
+from tensorflow_serving.apis import get_model_status_pb2, predict_pb2
+
+import keras_mrl_serving
+from keras_mrl_serving import _wire_pb2 as wire
+from keras_mrl_serving._tensors import from_proto, to_proto
+from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.contract import Manifest
+
+GOLDEN = Path(__file__).with_name("golden") / "contract"
+MANIFEST = (GOLDEN / "manifest.json").read_text().strip()
+MAKE = runpy.run_path(str(GOLDEN / "make.py"))
+MADE: dict[str, Message] = MAKE["messages"]()
+KINDS: dict[str, tuple[Any, Any]] = {
+    "PredictRequest": (wire.PredictRequest, predict_pb2.PredictRequest),
+    "PredictResponse": (wire.PredictResponse, predict_pb2.PredictResponse),
+    "GetModelStatusRequest": (
+        wire.GetModelStatusRequest,
+        get_model_status_pb2.GetModelStatusRequest,
+    ),
+    "GetModelStatusResponse": (
+        wire.GetModelStatusResponse,
+        get_model_status_pb2.GetModelStatusResponse,
+    ),
+}
+
+
+def tables() -> tuple[list[list[str]], list[list[str]]]:
+    """The rows of README's two tables, as cells without their backquotes."""
+    rows = [
+        [re.sub(r"^`(.*)`$", r"\1", cell.strip()) for cell in line.strip("|").split(" | ")]
+        for line in (GOLDEN / "README.md").read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    return [row for row in rows if len(row) == 3], [row for row in rows if len(row) == 6]
+
+
+FILES, TENSORS = tables()
+KIND_OF = {file: kind for file, kind, _ in FILES}
+
+
+def read(file: str) -> tuple[Any, Any]:
+    """The message in `file`, as ours and as TensorFlow Serving's."""
+    ours, theirs = KINDS[KIND_OF[file]]
+    golden = (GOLDEN / file).read_bytes()
+    return ours.FromString(golden), theirs.FromString(golden)
+
+
+def tensors(message: Any) -> Any:
+    return message.inputs if "inputs" in message.DESCRIPTOR.fields_by_name else message.outputs
+
+
+def read_by_tensorflow(tensor: Any) -> npt.NDArray[Any]:
+    """The array as TensorFlow's own kernels read it, which know both encodings of strings."""
+    array = tf.io.parse_tensor(tensor.SerializeToString(), tf.as_dtype(tensor.dtype)).numpy()
+    return np.asarray(array)
+
+
+def promised(cell: str, dtype: str) -> npt.NDArray[Any]:
+    if "manifest.json" in cell:
+        return np.array([MANIFEST.encode()], object)
+    if dtype == "DT_STRING":
+        return np.vectorize(str.encode, otypes=[object])(np.array(json.loads(cell), object))
+    return np.array(json.loads(cell), tf.as_dtype(wire.DataType.Value(dtype)).as_numpy_dtype)
+
+
+def test_every_file_is_made_described_and_there() -> None:
+    there = {path.name for path in GOLDEN.glob("*.bin")}
+    assert there == set(MADE) == set(KIND_OF)
+    assert len(FILES) == len(KIND_OF)
+    described = {(file, name) for file, name, *_ in TENSORS}
+    assert len(described) == len(TENSORS)
+    predicted = [file for file, kind in KIND_OF.items() if kind.startswith("Predict")]
+    assert described == {(file, name) for file in predicted for name in tensors(read(file)[1])}
+
+
+@pytest.mark.parametrize("file", sorted(MADE))
+def test_made_anew_every_file_has_the_same_bytes(file: str) -> None:
+    golden = (GOLDEN / file).read_bytes()
+    assert MADE[file].DESCRIPTOR.full_name == f"tensorflow.serving.{KIND_OF[file]}"
+    assert MAKE["serialized"](MADE[file]) == golden
+    for message in read(file):
+        assert message.SerializeToString(deterministic=True) == golden
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "dtype", "field", "shape", "cell"), TENSORS, ids=lambda cell: cell[:40]
+)
+def test_both_read_the_array_that_stands_in_the_table(
+    file: str, name: str, dtype: str, field: str, shape: str, cell: str
+) -> None:
+    ours, theirs = (tensors(message)[name] for message in read(file))
+    expected = promised(cell, dtype)
+    assert json.loads(shape) == list(expected.shape)
+    for tensor in (ours, theirs):
+        assert wire.DataType.Name(tensor.dtype) == dtype
+        held = {held.name for held, _ in tensor.ListFields()} - {"dtype", "tensor_shape"}
+        assert held == {field}
+    for array in (from_proto(ours), read_by_tensorflow(theirs)):
+        assert array.dtype == expected.dtype
+        np.testing.assert_array_equal(array, expected, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "signature", "version", "outputs"),
+    [
+        ("embed_8_request.bin", "digits", "embed_8", None, []),
+        ("classify_adaptive_request.bin", "digits", "classify_adaptive", None, []),
+        ("features_request.bin", "digits", "features", None, []),
+        ("head_8_request.bin", "digits", "head_8", 3, ["class_ids", "logits"]),
+        ("search_request.bin", "digits-index", "search", None, []),
+        ("describe_request.bin", "digits", "describe", None, []),
+        ("embed_8_response.bin", "digits", "embed_8", 3, None),
+        ("classify_adaptive_response_values.bin", "digits", "classify_adaptive", 3, None),
+        ("classify_adaptive_response_content.bin", "digits", "classify_adaptive", 3, None),
+        ("features_response.bin", "digits", "features", 3, None),
+        ("features_response_short.bin", "digits", "features", 3, None),
+        ("head_8_response.bin", "digits", "head_8", 3, None),
+        ("search_response.bin", "digits-index", "search", 1, None),
+        ("describe_response.bin", "digits", "describe", 3, None),
+    ],
+)
+def test_each_says_what_is_asked_or_what_answered(
+    file: str, model: str, signature: str, version: int | None, outputs: list[str] | None
+) -> None:
+    for message in read(file):
+        asked = message.model_spec
+        assert (asked.name, asked.signature_name) == (model, signature)
+        assert (asked.version.value if asked.HasField("version") else None) == version
+        if outputs is not None:
+            assert list(message.output_filter) == outputs
+
+
+@pytest.mark.parametrize("file", sorted(file for file in MADE if "_request" in file))
+def test_a_client_of_ours_asks_in_the_same_bytes(file: str) -> None:
+    ours, _ = read(file)
+    if KIND_OF[file] == "PredictRequest":
+        for tensor in ours.inputs.values():
+            tensor.CopyFrom(to_proto(from_proto(tensor)))
+    assert ours.SerializeToString(deterministic=True) == (GOLDEN / file).read_bytes()
+
+
+def test_the_status_is_the_one_described() -> None:
+    asked = read("get_model_status_request.bin")
+    for message in asked:
+        assert message.model_spec.name == "digits"
+        assert not message.model_spec.HasField("version")
+    states = {10: "START", 20: "LOADING", 30: "AVAILABLE", 40: "UNLOADING", 50: "END"}
+    for message in read("get_model_status_response.bin"):
+        told = [
+            (status.version, states[status.state], status.status.error_code)
+            for status in message.model_version_status
+        ]
+        assert told == [(4, "LOADING", 0), (3, "AVAILABLE", 0), (2, "END", 5), (1, "END", 0)]
+
+
+def test_the_manifest_is_valid_and_of_this_model() -> None:
+    schema = Path(keras_mrl_serving.__file__).parent / "manifest.schema.json"
+    jsonschema.Draft202012Validator(json.loads(schema.read_text())).validate(json.loads(MANIFEST))
+    manifest = Manifest.from_json(MANIFEST)
+    assert manifest.name == "digits"
+    assert manifest.cascade is not None
+    assert CascadePolicy.from_json(manifest.cascade).dims == manifest.dims == (8, 16)
+    assert list(manifest.inputs) == ["image"]
+
+
+def test_the_answer_follows_from_the_manifest_s_own_cascade() -> None:
+    manifest = Manifest.from_json(MANIFEST)
+    assert manifest.cascade is not None
+    first = CascadePolicy.from_json(manifest.cascade).stages[0]
+    outputs = read("classify_adaptive_response_values.bin")[0].outputs
+    confidence, dim = from_proto(outputs["confidence"]), from_proto(outputs["dim"])
+    assert first.threshold is not None
+    np.testing.assert_array_equal(confidence > first.threshold, dim == first.dim)
+    np.testing.assert_array_equal(from_proto(outputs["probabilities"])[:, 0], confidence)
