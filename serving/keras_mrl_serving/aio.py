@@ -196,9 +196,14 @@ class AsyncClient:
                     return
                 round.receive(number, await self._outcome(talk))
 
-        async with asyncio.TaskGroup() as workers:
-            for _ in range(min(self.options.max_in_flight, len(round.talks))):
-                workers.create_task(work())
+        count = min(self.options.max_in_flight, len(round.talks))
+        workers = [asyncio.create_task(work()) for _ in range(count)]
+        try:
+            await asyncio.gather(*workers)  # raises what the caller's progress function raised
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
 
     async def _outcome(self, talk: Talk[T]) -> T | KerasMrlError:
         """Send what a talk yields until it ends; return its result, or the error that ended it."""

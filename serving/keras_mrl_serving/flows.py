@@ -183,10 +183,9 @@ def search(
         >>> next(search(manifest, np.ones((1, 8)), dim=8)).signature
         'search_8'
     """
-    manifest.check_index()
     check_encoder(manifest.encoder_fingerprint, encoder)
-    signature = contract.SEARCH if dim is None else contract.search(manifest.check_dim(dim))
-    answer = yield Call(signature, check_inputs(embedding_spec(manifest, dim), embeddings))
+    arrays = check_inputs(embedding_spec(manifest, dim), embeddings)
+    answer = yield Call(contract.SEARCH if dim is None else contract.search(dim), arrays)
     return Neighbors(answer["ids"], answer["scores"])
 
 
@@ -199,6 +198,7 @@ def embedding_spec(manifest: Manifest, dim: int | None = None) -> dict[str, dict
         >>> embedding_spec(manifest, 8)
         {'embedding': {'dtype': 'float32', 'shape': [None, 8]}}
     """
+    manifest.check_index()
     width = manifest.width if dim is None else manifest.check_dim(dim)
     return {"embedding": {"dtype": "float32", "shape": [None, width]}}
 

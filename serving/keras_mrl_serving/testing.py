@@ -54,15 +54,9 @@ class InMemoryServer:
         self.calls: list[calls.Call] = []
         self._answer = answer
         self._model = model
-        self._closed = False
 
     def send(self, envelope: calls.Envelope) -> calls.Reply[Any]:
         """Return the reply; raise a `KerasMrlError`."""
-        if self._closed:
-            raise errors.KerasMrlError(
-                "A client asks until it is closed. Received: a call to a server in memory after "
-                "close(). Make another InMemoryServer."
-            )
         if envelope.model != self._model:
             raise failed(errors.ModelNotFoundError, envelope, self.target, "no such model")
         if envelope.version not in (None, self.version):
@@ -81,12 +75,10 @@ class InMemoryServer:
         return self.send(envelope)
 
     def close(self) -> None:
-        """Answer no more."""
-        self._closed = True
+        """Do nothing: other clients may go on asking."""
 
     async def close_async(self) -> None:
-        """Answer no more."""
-        self.close()
+        """Do nothing: other clients may go on asking."""
 
     def _outputs(
         self, call: calls.Call, envelope: calls.Envelope

@@ -1,0 +1,240 @@
+"""Sync = async = in memory = the development server, on everything a client can be asked."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keras_mrl_serving import contract
+from keras_mrl_serving.aio import AsyncClient
+from keras_mrl_serving.calls import Call
+from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.client import Client
+from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.errors import (
+    InvalidInputError,
+    KerasMrlError,
+    ModelNotFoundError,
+    NoIndexError,
+    SignatureNotFoundError,
+    UnknownDimError,
+)
+from keras_mrl_serving.flows import Arrays
+from keras_mrl_serving.funnel import FunnelSchedule
+from keras_mrl_serving.index import ExactIndex
+from keras_mrl_serving.options import Options
+from keras_mrl_serving.testing import InMemoryServer
+
+Model = Callable[[Call], Arrays]
+
+ROWS = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+POLICY = CascadePolicy((Stage(2, 0.6), Stage(4, 0.5, temperature=0.5), Stage(8, None)))
+GALLERY = ExactIndex(np.random.default_rng(1).normal(size=(9, 8)), FunnelSchedule((2, 8), (5,), 3))
+SPLIT = Options(max_batch_size=7, max_in_flight=3)
+
+# The same for both clients; an AsyncClient's answer is still to be awaited.
+FLOWS: dict[str, Callable[[Any], Any]] = {
+    "describe": lambda client: client.describe(),
+    "status": lambda client: client.status(),
+    "embed": lambda client: client.embed(ROWS, 4),
+    "embed one row": lambda client: client.embed(ROWS[:1], dim=8),
+    "embed nothing": lambda client: client.embed(ROWS[:0], 2),
+    "classify": lambda client: client.classify(ROWS, 2),
+    "adaptive": lambda client: client.classify_adaptive(ROWS),
+    "adaptive by a policy": lambda client: client.classify_adaptive(ROWS, POLICY),
+    "retrieve": lambda client: client.retrieve(ROWS, GALLERY),
+}
+SERVED_FLOWS = FLOWS | {  # a function has no signatures
+    "signatures": lambda client: client.signatures(),
+    "predict": lambda client: client.predict(ROWS, "features"),
+    "predict some outputs": lambda client: client.predict(
+        {"x": ROWS}, "classify_4", outputs=["confidence"]
+    ),
+}
+REFUSED: dict[str, tuple[type[KerasMrlError], Callable[[Any], Any]]] = {
+    "a dim": (UnknownDimError, lambda client: client.embed(ROWS, 3)),
+    "rows": (InvalidInputError, lambda client: client.classify(ROWS[0], 2)),
+    "no index": (NoIndexError, lambda client: client.search(ROWS)),
+    "no gallery": (NoIndexError, lambda client: client.retrieve(ROWS)),
+}
+
+
+@pytest.fixture(scope="module")
+def target(saved: Mapping[str, Path]) -> Iterator[str]:
+    from keras_mrl_serving.server import DevServer
+
+    with DevServer(saved["classifier"], file_system_poll_wait_seconds=0) as target:
+        yield target
+
+
+@pytest.fixture(scope="module")
+def server(toys: Mapping[str, Model], manifests: Mapping[str, Manifest]) -> InMemoryServer:
+    return InMemoryServer(manifests["classifier"], toys["classifier"])
+
+
+def awaited(target: Any, ask: Callable[[Any], Awaitable[Any]], options: Options) -> Any:
+    async def main() -> Any:
+        async with AsyncClient(target, options=options) as client:
+            return await ask(client)
+
+    return asyncio.run(main())
+
+
+def assert_same(one: Any, other: Any, atol: float = 0.0) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, np.ndarray) and one.dtype != object:
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=0, atol=atol)
+    elif isinstance(one, np.ndarray):
+        assert one.tolist() == other.tolist()
+    elif isinstance(one, Mapping):
+        assert list(one) == list(other)
+        for name in one:
+            assert_same(one[name], other[name], atol)
+    elif is_dataclass(one) and not isinstance(one, Manifest):
+        assert_same(vars(one), vars(other), atol)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("options", [Options(), SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("name", SERVED_FLOWS)
+def test_sync_is_async(target: str, name: str, options: Options) -> None:
+    ask = SERVED_FLOWS[name]
+    with Client(target, options=options) as client:
+        assert_same(ask(client), awaited(target, ask, options))
+
+
+@pytest.mark.parametrize("options", [Options(), SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_server_in_memory_is_the_development_server(
+    target: str,
+    toys: Mapping[str, Model],
+    manifests: Mapping[str, Manifest],
+    name: str,
+    options: Options,
+) -> None:
+    memory = InMemoryServer(manifests["classifier"], toys["classifier"])
+    found = FLOWS[name](Client(memory, options=options))
+    with Client(target, options=options) as client:
+        assert_same(found, FLOWS[name](client), atol=1e-5)
+    assert_same(found, awaited(memory, FLOWS[name], options))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_both_refuse_alike(server: InMemoryServer, name: str) -> None:
+    kind, ask = REFUSED[name]
+    with pytest.raises(kind) as sync:
+        ask(Client(server))
+    with pytest.raises(kind) as waited:
+        ask_in_a_loop(server, ask)
+    assert str(sync.value) == str(waited.value)
+
+
+def ask_in_a_loop(server: InMemoryServer, ask: Callable[[Any], Any]) -> Any:
+    async def main() -> Any:
+        return await ask(AsyncClient(server))
+
+    return asyncio.run(main())
+
+
+def test_a_signature_of_nobody_is_refused_by_naming_those_there_are(target: str) -> None:
+    with Client(target) as client, pytest.raises(SignatureNotFoundError) as caught:
+        client.predict(ROWS, "embed_3")
+    assert str(caught.value) == (
+        "The model must have the signature. Received: signature='embed_3'. Choose one of "
+        "classify_2, classify_4, classify_8, classify_adaptive, describe, embed_2, embed_4, "
+        "embed_8, features, head_2, head_4, head_8."
+    )
+
+
+def embed_two(progress: Callable[[int, int], None], client: AsyncClient) -> Any:
+    return client.embed(ROWS, 2, progress=progress)
+
+
+def test_progress_counts_rows_in_both(server: InMemoryServer) -> None:
+    def counted(into: list[tuple[int, int]]) -> Callable[[int, int], None]:
+        return lambda done, rows: into.append((done, rows))
+
+    for options, steps in ((Options(), [40]), (SPLIT, [7, 14, 21, 28, 35, 40])):
+        seen: list[tuple[int, int]] = []
+        Client(server, options=options).embed(ROWS, 2, progress=counted(seen))
+        assert {rows for _, rows in seen} == {40}
+        done = [count for count, _ in seen]
+        assert len(done) == len(steps)
+        assert done == sorted(done)
+        assert done[-1] == 40
+        waited: list[tuple[int, int]] = []
+        report = counted(waited)
+        awaited(server, partial(embed_two, report), options)
+        assert waited == seen
+
+
+def test_a_progress_function_that_raises_is_heard(server: InMemoryServer) -> None:
+    def refuse(done: int, rows: int) -> None:
+        if done > 7:
+            raise ZeroDivisionError(rows)
+
+    with pytest.raises(ZeroDivisionError):
+        Client(server, options=SPLIT).embed(ROWS, 2, progress=refuse)
+    with pytest.raises(ZeroDivisionError):
+        awaited(server, partial(embed_two, refuse), SPLIT)
+
+
+def test_a_closed_client_asks_no_more(target: str) -> None:
+    async def main() -> None:
+        client = AsyncClient(target)
+        assert (await client.embed(ROWS, 2)).shape == (40, 2)
+        await client.close()
+        await client.close()
+        with pytest.raises(KerasMrlError, match=f"a call to {target} after close"):
+            await client.embed(ROWS, 2)
+
+    asyncio.run(main())
+
+
+def test_a_task_that_is_cancelled_stops_asking(
+    toys: Mapping[str, Model], manifests: Mapping[str, Manifest]
+) -> None:
+    class Slow(InMemoryServer):
+        async def send_async(self, envelope: Any) -> Any:
+            await asyncio.sleep(0.05)
+            return self.send(envelope)
+
+    server = Slow(manifests["classifier"], toys["classifier"])
+
+    async def main() -> None:
+        client = AsyncClient(server, options=SPLIT)
+        task = asyncio.create_task(client.embed(ROWS, 2))
+        await asyncio.sleep(0.12)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        asked = len(server.calls)
+        assert asked < 7
+        await asyncio.sleep(0.2)
+        assert len(server.calls) == asked
+
+    asyncio.run(main())
+
+
+def test_a_server_in_memory_has_one_model_and_one_version(
+    toys: Mapping[str, Model], manifests: Mapping[str, Manifest]
+) -> None:
+    server = InMemoryServer(manifests["classifier"], toys["classifier"], model="toy", version=3)
+    client = Client(server, "toy")
+    assert [(s.version, s.state) for s in client.status()] == [(3, "AVAILABLE")]
+    assert client.classify_adaptive(ROWS, POLICY).labels is not None
+    asked = [call.signature for call in server.calls]
+    assert asked[:2] == [contract.DESCRIBE, contract.FEATURES]
+    with pytest.raises(ModelNotFoundError, match="no such model from memory for model 'owl'"):
+        Client(server, "owl").describe()
+    with pytest.raises(KerasMrlError, match="a function has none of"):
+        client.signatures()
+    client.close()
+    assert Client(server, "toy").embed(ROWS, 2).shape == (40, 2)

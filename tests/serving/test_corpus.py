@@ -1,0 +1,271 @@
+"""A corpus embedded to disk: resumed, whole, and never mixed from two models."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keras_mrl_serving.aio import AsyncClient
+from keras_mrl_serving.calls import Call
+from keras_mrl_serving.client import Client
+from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.corpus import EmbeddingFile, windows
+from keras_mrl_serving.errors import EncoderMismatchError, KerasMrlError, ServerUnavailableError
+from keras_mrl_serving.flows import Arrays
+from keras_mrl_serving.options import Options
+from keras_mrl_serving.results import Embedded
+from keras_mrl_serving.testing import InMemoryServer
+
+Model = Callable[[Call], Arrays]
+Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
+
+SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
+ROWS = np.random.default_rng(0).normal(size=(97, 4)).astype(np.float32)
+SMALL = Options(max_batch_size=2, max_in_flight=2)  # windows of 16 rows
+
+
+@pytest.fixture
+def server(toys: Mapping[str, Model], manifests: Mapping[str, Manifest]) -> InMemoryServer:
+    return InMemoryServer(manifests["classifier"], toys["classifier"])
+
+
+def batches(sizes: list[int]) -> Iterator[dict[str, Any]]:
+    start = 0
+    for size in sizes:
+        yield {"x": ROWS[start : start + size]}
+        start += size
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: ROWS,
+        lambda: {"x": ROWS},
+        lambda: batches([10] * 9 + [7]),
+        lambda: batches([1] * 97),
+        lambda: iter([ROWS[:90], ROWS[90:90], ROWS[90:]]),
+        lambda: [ROWS],
+    ],
+)
+def test_a_corpus_is_embedded_as_at_once(
+    server: InMemoryServer, tmp_path: Path, data: Callable[[], Any]
+) -> None:
+    seen: list[tuple[int, int | None]] = []
+    client = Client(server, options=SMALL)
+    found = client.embed_dataset(
+        data(), 4, tmp_path / "rows.npy", progress=lambda *done: seen.append(done)
+    )
+    expected = Client(server).embed(ROWS, 4)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), found)
+    assert found.dtype == np.float32
+    assert not found.flags.writeable
+    assert os.listdir(tmp_path) == ["rows.npy"]
+    assert seen[-1][0] == 97
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+    async def main() -> Any:
+        async with AsyncClient(server, options=SMALL) as waiting:
+            return await waiting.embed_dataset(data(), 4, tmp_path / "async.npy")
+
+    np.testing.assert_array_equal(asyncio.run(main()), found)
+
+
+def test_no_rows_are_an_empty_file(server: InMemoryServer, tmp_path: Path) -> None:
+    assert Client(server).embed_dataset(ROWS[:0], 4, tmp_path / "a.npy").shape == (0, 4)
+    assert np.load(tmp_path / "a.npy").shape == (0, 4)
+    assert Client(server).embed_dataset(iter([]), 4, tmp_path / "b.npy").shape == (0, 4)
+
+
+@pytest.mark.parametrize("as_batches", [False, True])
+def test_what_was_done_before_an_error_is_not_done_again(
+    server: InMemoryServer, tmp_path: Path, as_batches: bool
+) -> None:
+    def data() -> Any:
+        return batches([5] * 19 + [2]) if as_batches else ROWS
+
+    path = tmp_path / "rows.npy"
+    client = Client(server, options=SMALL)
+    client.embed(ROWS[:1], 4)
+    answer, left = server._answer, 20
+
+    def fails_in_the_end(call: Call) -> Arrays:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ServerUnavailableError("gone")
+        return answer(call)
+
+    server._answer = fails_in_the_end
+    with pytest.raises(ServerUnavailableError):
+        client.embed_dataset(data(), 4, path)
+    assert sorted(os.listdir(tmp_path)) == ["rows.npy.partial", "rows.npy.partial.json"]
+    done = json.loads((tmp_path / "rows.npy.partial.json").read_text())["rows"]
+    assert 0 < done <= 40
+    server._answer = answer
+    server.calls.clear()
+    found = client.embed_dataset(data(), 4, path)
+    asked = sum(len(call.inputs["x"]) for call in server.calls if call.signature == "embed_4")
+    assert asked == 97 - done
+    np.testing.assert_allclose(found, Client(server).embed(ROWS, 4), rtol=0, atol=1e-6)
+
+
+def test_rows_that_were_not_said_to_be_safe_are_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.npy"
+    rows = np.arange(8, dtype=np.float32).reshape(4, 2)
+    with EmbeddingFile(path, 2, "a") as file:
+        file.append(Embedded(rows[:2], "a"))
+    with open(f"{path}.partial", "ab") as torn:
+        torn.write(b"half a row")
+    with EmbeddingFile(path, 2, "a") as file:
+        assert file.rows == 2
+        file.append(Embedded(rows[2:], "a"))
+        np.testing.assert_array_equal(file.finish(), rows)
+
+
+def test_two_models_never_share_a_file(
+    server: InMemoryServer, tmp_path: Path, refuses: Refuses
+) -> None:
+    path = tmp_path / "rows.npy"
+    with EmbeddingFile(path, 4, "dead") as file:
+        file.append(Embedded(np.zeros((3, 4), np.float32), "dead"))
+    text = (
+        "All rows of a file are embedded by one model. Received: rows of the model with "
+        f"fingerprint 'dead' and of '5e1f', for {path}.partial. Serve the model it was begun with "
+        f"and call again to go on, or remove {path}.partial and {path}.partial.json to begin anew."
+    )
+    with refuses(EncoderMismatchError, text):
+        Client(server).embed_dataset(ROWS, 4, path)
+
+
+def test_a_model_swapped_meanwhile_stops_the_corpus(server: InMemoryServer, tmp_path: Path) -> None:
+    def swap(*_: int | None) -> None:
+        server.version, server.manifest = 2, replace(server.manifest, fingerprint="new")
+
+    client = Client(server, options=SMALL)
+    with pytest.raises(EncoderMismatchError, match="'new' and of '5e1f'"):
+        client.embed_dataset(ROWS, 4, tmp_path / "rows.npy", progress=swap)
+    assert json.loads((tmp_path / "rows.npy.partial.json").read_text())["rows"] == 16
+
+
+def test_the_same_model_under_another_number_goes_on(
+    server: InMemoryServer, tmp_path: Path
+) -> None:
+    def publish(*_: int | None) -> None:
+        server.version += 1
+
+    client = Client(server, options=SMALL)
+    assert len(client.embed_dataset(ROWS, 4, tmp_path / "rows.npy", progress=publish)) == 97
+
+
+def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path, refuses: Refuses) -> None:
+    path = tmp_path / "rows.npy"
+    journal, growing = Path(f"{path}.partial.json"), Path(f"{path}.partial")
+    with EmbeddingFile(path, 2, "a") as file:
+        file.append(Embedded(np.zeros((3, 2), np.float32), "a"))
+        with refuses(
+            BlockingIOError,
+            f"One process writes a file of embeddings. Received: {growing}, which another is "
+            "writing. Wait for it, or choose another path.",
+        ):
+            EmbeddingFile(path, 2, "a")
+    with refuses(
+        ValueError,
+        f"All rows of a file have one dim. Received: dim=4 for {growing}, begun with dim=2. Give "
+        f"the dim it was begun with, or remove {growing} and {journal}.",
+    ):
+        EmbeddingFile(path, 4, "a")
+    os.truncate(growing, 150)
+    with refuses(
+        ValueError,
+        f"A file of embeddings and its journal must agree. Received: 150 bytes in {growing} where "
+        f"3 rows need 152. Remove {growing} and {journal} to begin anew.",
+    ):
+        EmbeddingFile(path, 2, "a")
+    journal.write_text("{")
+    with pytest.raises(ValueError, match="which does not read"):
+        EmbeddingFile(path, 2, "a")
+    path.touch()
+    with pytest.raises(FileExistsError, match="Embeddings are never overwritten"):
+        EmbeddingFile(path, 2, "a")
+
+
+def test_a_corpus_shorter_than_what_is_done_is_another(refuses: Refuses) -> None:
+    with refuses(
+        ValueError,
+        "A corpus that is gone on with must be the one that was begun. Received: one that ends "
+        "2 rows before those already embedded. Give the same rows in the same order.",
+    ):
+        list(windows(iter([ROWS[:3]]), 4, skip=5))
+
+
+PROGRAM = """
+import sys
+import numpy as np
+from keras_mrl_serving import Client, Options
+
+target, rows, path, batch = sys.argv[1:]
+options = Options(max_batch_size=int(batch), timeout_s=60)
+with Client(target, options=options) as client:
+    client.embed_dataset(np.load(rows, mmap_mode="r"), 4, path)
+"""
+
+
+def rows_in(journal: Path) -> int:
+    return int(json.loads(journal.read_text())["rows"]) if journal.exists() else 0
+
+
+@pytest.mark.soak
+def test_killed_at_a_random_moment_it_goes_on(saved: Mapping[str, Path], tmp_path: Path) -> None:
+    """In `make soak`: a million rows, killed again and again, equal to an uninterrupted run."""
+    from keras_mrl_serving.server import DevServer
+
+    count, batch, kills = (1_000_000, 1000, 4) if SOAK else (30_000, 50, 2)
+    rng = np.random.default_rng()
+    np.save(tmp_path / "rows.npy", rng.normal(size=(count, 4)).astype(np.float32))
+    with DevServer(saved["classifier"], file_system_poll_wait_seconds=0) as target:
+        asked = [target, str(tmp_path / "rows.npy")]
+
+        def run(path: Path) -> subprocess.Popen[bytes]:
+            return subprocess.Popen([sys.executable, "-c", PROGRAM, *asked, str(path), str(batch)])
+
+        began = time.monotonic()
+        assert run(tmp_path / "whole.npy").wait() == 0
+        took_s = time.monotonic() - began
+        path, journal = tmp_path / "torn.npy", tmp_path / "torn.npy.partial.json"
+        killed: list[int] = []
+        while len(killed) < kills:
+            process = run(path)
+            while rows_in(journal) <= (killed or [0])[-1] and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, took_s / (2 * kills)))
+            process.send_signal(signal.SIGKILL)
+            if process.wait() == 0:
+                break
+            killed.append(rows_in(journal))
+        if not path.exists():
+            assert run(path).wait() == 0
+    print(f"killed after {killed} of {count} rows; uninterrupted: {took_s:.1f} s")
+    assert killed
+    assert killed == sorted(killed)
+    assert 0 < killed[-1] < count
+    torn, whole = np.load(path), np.load(tmp_path / "whole.npy")
+    assert torn.shape == (count, 4)
+    np.testing.assert_allclose(torn, whole, rtol=0, atol=1e-5)
+
+
+def test_a_dim_nobody_serves_leaves_no_file(server: InMemoryServer, tmp_path: Path) -> None:
+    with pytest.raises(KerasMrlError):
+        Client(server).embed_dataset(ROWS, 3, tmp_path / "rows.npy")
+    assert not os.listdir(tmp_path)

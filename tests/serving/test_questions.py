@@ -1,0 +1,100 @@
+"""Rows split into calls: every row once, in order, no call larger than it may be."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_mrl_serving import questions
+from keras_mrl_serving.calls import Call
+from keras_mrl_serving.client import Client
+from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.flows import Arrays
+from keras_mrl_serving.options import Options
+from keras_mrl_serving.testing import InMemoryServer
+
+Model = Callable[[Call], Arrays]
+
+
+def manifest(**inputs: list[int | None]) -> Manifest:
+    specs = {name: {"dtype": "float32", "shape": shape} for name, shape in inputs.items()}
+    return Manifest(
+        name="toy",
+        kind="encoder",
+        fingerprint="5e1f",
+        dims=(2, 8),
+        width=8,
+        inputs=specs,
+        made_with={},
+    )
+
+
+@given(
+    rows=st.integers(0, 50),
+    batch=st.none() | st.integers(1, 20),
+    megabytes=st.none() | st.integers(1, 2000),
+)
+def test_parts_are_the_rows_in_order_and_each_fits(
+    rows: int, batch: int | None, megabytes: int | None
+) -> None:
+    x = np.arange(rows * 6, dtype=np.float32).reshape(rows, 6)
+    y = -x[:, :2]
+    options = Options(max_batch_size=batch, max_message_bytes=megabytes)
+    question = questions.embed({"x": x, "y": y}, dim=2)
+    parts: list[Any] = question.parts(manifest(x=[None, 6], y=[None, 2]), options)
+    np.testing.assert_array_equal(np.concatenate([part["x"] for part in parts]), x)
+    np.testing.assert_array_equal(np.concatenate([part["y"] for part in parts]), y)
+    assert all(len(part["x"]) for part in parts) or rows == 0
+    for part in parts:
+        assert batch is None or len(part["x"]) <= batch
+        sent = sum(array.nbytes for array in part.values())
+        assert megabytes is None or sent <= megabytes or len(part["x"]) == 1
+
+
+def test_answers_larger_than_the_rows_are_counted() -> None:
+    question = questions.embed(np.zeros((10, 1), np.float32), dim=8)
+    parts = question.parts(manifest(x=[None, 1]), Options(max_message_bytes=64))
+    assert len(parts) == 5  # two embeddings of 32 bytes
+
+
+def test_strings_are_as_large_as_the_longest() -> None:
+    texts = Manifest(
+        name="toy",
+        kind="encoder",
+        fingerprint="5e1f",
+        dims=(2,),
+        width=2,
+        made_with={},
+        inputs={"jpeg": {"dtype": "string", "shape": [None]}},
+    )
+    question = questions.embed([b"x" * 100, b"", b"x"], dim=2)
+    assert len(question.parts(texts, Options(max_message_bytes=200))) == 2
+    assert len(question.parts(texts, Options(max_message_bytes=300))) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 7, 39, 40, 41])
+def test_whole_and_split_answers_are_one(
+    toys: Mapping[str, Model], manifests: Mapping[str, Manifest], batch: int
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 4))
+    server = InMemoryServer(manifests["classifier"], toys["classifier"])
+    whole = Client(server).classify_adaptive(rows)
+    server.calls.clear()
+    found = Client(server, options=Options(max_batch_size=batch)).classify_adaptive(rows)
+    np.testing.assert_array_equal(found.class_ids, whole.class_ids)
+    np.testing.assert_array_equal(found.dim, whole.dim)
+    np.testing.assert_allclose(found.probabilities, whole.probabilities, rtol=0, atol=1e-6)
+    assert found.labels is not None
+    assert whole.labels is not None
+    assert found.labels.tolist() == whole.labels.tolist()
+    sizes = [len(call.inputs["x"]) for call in server.calls if call.signature != "describe"]
+    assert sorted(sizes, reverse=True)[:-1] == [batch] * (len(sizes) - 1)
+    assert sum(sizes) == 40
+
+
+def test_what_is_predicted_is_never_split() -> None:
+    question = questions.predict(np.zeros((5, 4)), "serving_default")
+    assert question.parts({}, Options(max_batch_size=2)) == [question.inputs]
