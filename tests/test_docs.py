@@ -26,7 +26,7 @@ DOCUMENTS = {
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAID = re.compile(r"^( *)(print\(.*\))  # (.+)$", re.MULTILINE)
 PRELUDE = """
-import atexit, socket, subprocess, sys, time
+import atexit, shlex, shutil, socket, subprocess, sys, time
 
 def start(line):
     server = subprocess.Popen([sys.executable, "-m", "keras_mrl_cli", *line.split()[1:]])
@@ -40,6 +40,11 @@ def start(line):
         assert server.poll() is None, "the server ended"
         time.sleep(0.1)
     raise TimeoutError(line)
+
+def curl(line):
+    if shutil.which("curl"):
+        subprocess.run(["curl", "--silent", "--fail", *shlex.split(line)[1:]], check=True)
+        print()
 """
 
 
@@ -52,7 +57,7 @@ def blocks(document: str) -> list[tuple[str, str]]:
 
 
 def test_every_document_with_code_is_run() -> None:
-    written = {"README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))}
+    written = {"README.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))}
     with_code = {page for page in written if BLOCK.search((ROOT / page).read_text())}
     assert with_code == {page for pages in DOCUMENTS.values() for page in pages}
 
@@ -68,6 +73,8 @@ def test_the_code_runs_and_prints_what_it_says(document: str, tmp_path: Path) ->
         for line in text.strip().splitlines():
             if line.startswith("make "):  # the two commands themselves are what runs this test
                 subprocess.run(["make", "-n", *line.split()[1:]], cwd=ROOT, check=True)
+            elif line.startswith("curl "):
+                program.append(f"curl({line!r})")
             else:
                 assert line.startswith("keras-mrl serve ")
                 program.append(f"start({line!r})")
@@ -89,14 +96,14 @@ def test_the_code_runs_and_prints_what_it_says(document: str, tmp_path: Path) ->
 
 
 def test_links_inside_the_documentation_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_extras_named_in_messages_and_docs_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    files = [*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("**/keras_mrl*/**/*.py")]
+    files = [*ROOT.glob("docs/**/*.md"), ROOT / "README.md", *ROOT.glob("**/keras_mrl*/**/*.py")]
     named = {
         extra.strip()
         for file in files

@@ -20,7 +20,7 @@ class InMemoryServer:
     Args:
         manifest: What the model says of itself.
         answer: From a `Call` to the outputs of its signature, by name; `describe` is answered by
-            the manifest. It raises `KeyError` for a signature the model has not, and whatever
+            the manifest. None for a signature the model has not; it may raise whatever
             `KerasMrlError` a server should seem to have sent.
         model: Name of the model.
         version: The version that answers.
@@ -45,7 +45,7 @@ class InMemoryServer:
     def __init__(
         self,
         manifest: contract.Manifest,
-        answer: Callable[[calls.Call], calls.Arrays],
+        answer: Callable[[calls.Call], calls.Arrays | None],
         model: str = "default",
         version: int = 1,
     ) -> None:
@@ -87,13 +87,7 @@ class InMemoryServer:
         if call.signature == contract.DESCRIBE:
             rows = len(call.inputs["key"])
             return {"manifest": np.array([self.manifest.to_json().encode()] * rows, object)}
-        try:
-            outputs = self._answer(call)
-            return {name: np.asarray(outputs[name]) for name in call.outputs or outputs}
-        except KeyError as error:
-            raise failed(
-                errors.SignatureNotFoundError,
-                envelope,
-                self.target,
-                f"no signature or output {error}",
-            ) from error
+        outputs = self._answer(call)
+        if outputs is None:
+            raise failed(errors.SignatureNotFoundError, envelope, self.target, "no such signature")
+        return {name: np.asarray(outputs[name]) for name in call.outputs or outputs}

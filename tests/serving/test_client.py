@@ -1,5 +1,6 @@
 """The client over the development server: it answers as the model, and refuses in sentences."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -174,6 +175,16 @@ def test_an_answer_of_more_than_4_megabytes_arrives(encoder: Client) -> None:
     assert embedding.shape == (1024, 2048)
     assert embedding.nbytes > 4 * 2**20
     np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.soak
+def test_hundreds_of_megabytes_arrive_by_default(encoder: Client) -> None:
+    """200 MB in `make soak`, a tenth of it here; nothing was set to make room."""
+    count = 25_600 if os.environ.get("KERAS_MRL_SOAK") else 2_560
+    rows = np.tile(ROWS, (count // 40, 1))
+    embedding = encoder.embed(rows, 2048)
+    assert embedding.nbytes == count * 2048 * 4
+    np.testing.assert_allclose(embedding[-40:], encoder.embed(ROWS, 2048), rtol=0, atol=1e-5)
 
 
 def test_a_message_limit_is_kept(targets: Mapping[str, str]) -> None:

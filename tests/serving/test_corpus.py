@@ -100,7 +100,7 @@ def test_what_was_done_before_an_error_is_not_done_again(
     client.embed(ROWS[:1], 4)
     answer, left = server._answer, 20
 
-    def fails_in_the_end(call: Call) -> Arrays:
+    def fails_in_the_end(call: Call) -> Arrays | None:
         nonlocal left
         left -= 1
         if left < 0:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving.errors import InvalidInputError
-from keras_mrl_serving.inputs import check_inputs
+from keras_mrl_serving.inputs import as_arrays, check_inputs
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
@@ -192,3 +192,28 @@ def test_what_the_model_does_not_take_is_refused(
 ) -> None:
     with refuses(InvalidInputError, text):
         check_inputs(specs, given)
+
+
+def test_bytes_keep_their_trailing_zeros() -> None:
+    specs = {"image": {"dtype": "string", "shape": [None]}}
+    for given in ([b"png\x00", b""], np.array([b"png\x00", b""], object)):
+        assert check_inputs(specs, given)["image"].tolist() == [b"png\x00", b""]
+
+
+def test_inputs_of_a_foreign_model_may_be_of_any_shape() -> None:
+    specs: dict[str, dict[str, Any]] = {
+        "x": {"dtype": "float32", "shape": None},
+        "rate": {"dtype": "float32", "shape": []},
+    }
+    found = as_arrays(specs, {"x": np.zeros((2, 3, 4)), "rate": 0.5})
+    assert found["x"].shape == (2, 3, 4)
+    assert found["rate"].shape == ()
+
+
+def test_a_dtype_that_numpy_has_not_is_a_sentence(refuses: Refuses) -> None:
+    text = (
+        "An input's dtype must be one that NumPy has. Received: qint8 for input 'x'. "
+        "Export the model with float32 inputs."
+    )
+    with refuses(InvalidInputError, text):
+        check_inputs({"x": {"dtype": "qint8", "shape": [None]}}, [1.0])

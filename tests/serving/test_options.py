@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from keras_mrl_serving.options import Options
+from keras_mrl_serving import _channel
+from keras_mrl_serving.aio import AsyncClient
+from keras_mrl_serving.client import Client
+from keras_mrl_serving.options import Options, Tls
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
@@ -49,3 +53,99 @@ def test_other_bytes_are_refused(size: Any, refuses: Refuses) -> None:
     )
     with refuses(ValueError, text):
         Options(max_message_bytes=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("max_attempts", 6, "max_attempts must be in 1..5. Received: max_attempts=6. Give 5."),
+        ("max_attempts", 0, "max_attempts must be in 1..5. Received: max_attempts=0. Give 5."),
+        (
+            *("max_in_flight", 0),
+            "max_in_flight must be in 1..2147483647. Received: max_in_flight=0. Give 4.",
+        ),
+        (
+            *("max_batch_size", 0),
+            "max_batch_size must be in 1..2147483647, or None for no limit. "
+            "Received: max_batch_size=0. Give None.",
+        ),
+        (
+            *("keepalive_s", 0),
+            "keepalive_s must be a positive number of seconds. "
+            "Received: keepalive_s=0. Give for example keepalive_s=10.0.",
+        ),
+        (
+            *("max_backoff_s", None),
+            "max_backoff_s must be a positive number of seconds. "
+            "Received: max_backoff_s=None. Give for example max_backoff_s=10.0.",
+        ),
+    ],
+)
+def test_settings_that_could_not_work_are_refused(
+    name: str, value: Any, text: str, refuses: Refuses
+) -> None:
+    with refuses(ValueError, text):
+        Options(**{name: value})
+
+
+def test_secrets_are_not_printed() -> None:
+    options = Options(
+        metadata={"authorization": "Bearer secret"},
+        tls=Tls(private_key=b"secret", certificate_chain=b"secret", root_certificates=b"secret"),
+    )
+    assert "secret" not in repr(options)
+    assert options.headers() == (("authorization", "Bearer secret"),)
+
+
+def test_half_a_certificate_is_refused(tmp_path: Path, refuses: Refuses) -> None:
+    text = (
+        "A client proves who it is with private_key and certificate_chain together. "
+        "Received: {} alone. Give both, or neither."
+    )
+    with refuses(ValueError, text.format("private_key")):
+        Tls(private_key=b"key")
+    (tmp_path / "chain.pem").write_bytes(b"chain")
+    with refuses(ValueError, text.format("certificate_chain")):
+        Tls.from_files(certificate_chain=tmp_path / "chain.pem")
+    assert Tls.from_files(tmp_path / "chain.pem").root_certificates == b"chain"
+
+
+@pytest.mark.parametrize(
+    ("targets", "address"),
+    [
+        ("localhost:8500", "localhost:8500"),
+        ("dns:///models:8500", "dns:///models:8500"),
+        ("unix:/tmp/socket", "unix:/tmp/socket"),
+        (["127.0.0.1:8500"], "127.0.0.1:8500"),
+        (["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:1"], "ipv4:127.0.0.1:1,127.0.0.1:2"),
+        (["[::1]:1", "[::1]:2"], "ipv6:[::1]:1,[::1]:2"),
+    ],
+)
+def test_targets_are_one_address(targets: Any, address: str) -> None:
+    assert _channel.address(targets) == address
+
+
+@pytest.mark.parametrize(
+    ("targets", "text"),
+    [
+        (
+            "localhost",
+            "A target must be 'host:port'. Received: 'localhost'. Give the server's gRPC port, "
+            "for example localhost:8500.",
+        ),
+        (
+            ["127.0.0.1:1", "models:"],
+            "A target must be 'host:port'. Received: 'models:'. Give the server's gRPC port, "
+            "for example models:8500.",
+        ),
+        (
+            [],
+            "A client needs a target. Received: an empty list. Give for example 'localhost:8500'.",
+        ),
+    ],
+)
+def test_targets_nobody_could_reach_are_refused(targets: Any, text: str, refuses: Refuses) -> None:
+    with refuses(ValueError, text):
+        Client(targets)
+    with refuses(ValueError, text):
+        AsyncClient(targets)

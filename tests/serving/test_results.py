@@ -1,12 +1,12 @@
 """What a client returns: rows can be counted, and a repr fits on a line."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from keras_mrl_serving.results import Classification, Neighbors
+from keras_mrl_serving.results import Classification, Embedded, Neighbors, joined
 
 CLASSIFICATION = Classification(
     class_ids=np.array([[3, 1], [2, 0], [3, 2]]),
@@ -43,3 +43,46 @@ def test_results_are_frozen_and_equal_only_themselves() -> None:
         NEIGHBORS.ids = CLASSIFICATION.dim  # type: ignore[misc,assignment]
     assert NEIGHBORS != Neighbors(NEIGHBORS.ids, NEIGHBORS.scores)  # arrays have no one equality
     assert len({CLASSIFICATION, CLASSIFICATION}) == 1
+
+
+def test_a_row_is_plain_python() -> None:
+    row = CLASSIFICATION[1]
+    assert (row.class_ids, row.class_id, row.dim, row.labels, row.label) == (
+        (2, 0),
+        2,
+        64,
+        None,
+        None,
+    )
+    assert row.probabilities == tuple(CLASSIFICATION.probabilities[1].tolist())
+    assert row.confidence == float(np.float32(0.6))
+    assert {type(value) for value in (row.confidence, *row.probabilities)} == {float}
+    assert CLASSIFICATION[-1] == CLASSIFICATION[2] == list(CLASSIFICATION)[2]
+    assert NEIGHBORS[0][0] == (7, float(np.float32(0.9)))
+    with pytest.raises(IndexError):
+        CLASSIFICATION[3]
+
+
+def test_rows_have_names_where_the_model_has() -> None:
+    names = np.array([["lynx", "hare"]], object)
+    named = replace(CLASSIFICATION[:1], labels=names)
+    assert (named[0].label, named[0].labels) == ("lynx", ("lynx", "hare"))
+
+
+def test_a_slice_is_of_the_same_kind() -> None:
+    some = CLASSIFICATION[1:]
+    assert isinstance(some, Classification)
+    assert some.dim.tolist() == [64, 8]
+    assert NEIGHBORS[:0].ids.shape == (0, 3)
+
+
+def test_parts_are_joined_in_order() -> None:
+    whole = joined([CLASSIFICATION[:1], CLASSIFICATION[1:]])
+    assert whole.class_ids.tolist() == CLASSIFICATION.class_ids.tolist()
+    assert whole.labels is None
+    assert joined([NEIGHBORS, NEIGHBORS[:0]]).scores.tolist() == NEIGHBORS.scores.tolist()
+    assert joined([np.zeros((2, 3)), np.ones((1, 3))])[:, 0].tolist() == [0, 0, 1]
+    embedded = joined([Embedded(np.zeros((2, 3), np.float32), "a")] * 2)
+    assert (embedded.embeddings.shape, embedded.fingerprint) == ((4, 3), "a")
+    only = np.zeros(2)
+    assert joined([only]) is only

@@ -1,0 +1,107 @@
+"""What a user's type checker sees: strict passes, and nothing of ours is `Any`."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import keras_mrl_serving
+from keras_mrl_serving import (
+    AsyncClient,
+    Classification,
+    ClassifiedRow,
+    Client,
+    Manifest,
+    Neighbors,
+    Options,
+    Partial,
+)
+
+SCRIPT = """
+import asyncio
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_mrl_serving import (
+    AsyncClient, CascadePolicy, Client, ExactIndex, FunnelSchedule, KerasMrlError, Options, Stage,
+    Tls, truncate,
+)
+
+
+def embed(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    options = Options(timeout_s=2.0, metadata=lambda: {"authorization": "Bearer"}, tls=Tls())
+    with Client(["one:8500", "two:8500"], model="digits", options=options) as client:
+        dim: int = client.cheapest_dim(0.98)
+        answer = client.classify_adaptive(images, CascadePolicy((Stage(8, 0.9), Stage(64, None))))
+        names: list[str | None] = [row.label for row in answer]
+        print(names, answer[0].confidence + 1.0, answer[:2].dim.sum())
+        index = ExactIndex(client.embed(images, 64), FunnelSchedule((8, 64), (20,), 5))
+        for pairs in client.retrieve(images, index):
+            best, score = pairs[0]
+            print(best + 1, score + 1.0)
+        values = client.predict({"image": images}, "features", outputs=["features"])
+        print(values["features"].shape, [v.state.lower() for v in client.status()])
+        client.embed_dataset([images, images], dim, "corpus.npy", progress=print)
+        try:
+            return truncate(client.embed(images, dim=dim, progress=print), 8)
+        except KerasMrlError as error:
+            if error.partial is not None:
+                print(error.partial.rows, error.attempts, error.target)
+            raise
+
+
+async def main(jpegs: list[bytes]) -> None:
+    async with AsyncClient("dns:///models:8500", model="photos") as client:
+        answers = await asyncio.gather(*(client.classify([jpeg], dim=8) for jpeg in jpegs))
+        print(answers[0][0].class_id + 1)
+"""
+
+
+def checked(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(script)
+    return subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", f"--cache-dir={folder}", "script.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        # mypy does not follow the import hook of an editable installation.
+        env={**os.environ, "MYPYPATH": str(Path(keras_mrl_serving.__file__).parents[1])},
+    )
+
+
+def test_a_user_s_script_is_strict(tmp_path: Path) -> None:
+    found = checked(tmp_path, SCRIPT)
+    # Of an installed package mypy reports nothing; on its path it is judged by the script's rules.
+    assert [line for line in found.stdout.splitlines() if line.startswith("script.py:")] == []
+    assert "checked 1 source file" in found.stdout
+
+
+def test_mypy_would_have_seen_a_mistake(tmp_path: Path) -> None:
+    found = checked(tmp_path, SCRIPT.replace("class_id + 1", "class_id + ''"))
+    assert "Unsupported operand types" in found.stdout
+
+
+def annotations(thing: Any) -> dict[str, str]:
+    members = inspect.getmembers(thing, inspect.isfunction)
+    public = [f for name, f in members if name == "__init__" or not name.startswith("_")]
+    found = {f"{f.__qualname__}({n})": str(a) for f in public for n, a in f.__annotations__.items()}
+    return found | {n: str(a) for n, a in vars(thing).get("__annotations__", {}).items()}
+
+
+@pytest.mark.parametrize(
+    "thing", [Client, AsyncClient, Classification, ClassifiedRow, Neighbors, Options, Partial]
+)
+def test_nothing_public_is_any(thing: Any) -> None:
+    found = annotations(thing)
+    assert found
+    assert {name: a for name, a in found.items() if "Any" in a} == {}
+
+
+def test_any_would_have_been_seen() -> None:
+    assert any("Any" in a for a in annotations(Manifest).values())
