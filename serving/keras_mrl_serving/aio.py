@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import contract, corpus, flows, questions
+from . import contract, corpus, flows, questions, retrieval
 from ._rpc_aio import AioTransport
 from .calls import AsyncTransport, Signature, VersionStatus
 from .cascade import CascadePolicy
@@ -124,7 +124,7 @@ class AsyncClient:
             found = await self._run(ask(questions.embed_knowingly(inputs, width)))
             return await index.search(found.embeddings, encoder=found.fingerprint)
         found = await self._run(ask(questions.embed_knowingly(inputs, index.width)))
-        flows.check_encoder(index.encoder_fingerprint, found.fingerprint)
+        retrieval.check_encoder(index.encoder_fingerprint, found.fingerprint)
         return await asyncio.to_thread(index.search, found.embeddings)
 
     async def predict(

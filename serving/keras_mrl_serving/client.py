@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import contract, corpus, flows, questions
+from . import contract, corpus, flows, questions, retrieval
 from ._rpc import GrpcTransport
 from .calls import Signature, Transport, VersionStatus
 from .cascade import CascadePolicy
@@ -165,7 +165,7 @@ class Client:
             found = self._run(ask(questions.embed_knowingly(inputs, index.describe().width)))
             return index.search(found.embeddings, encoder=found.fingerprint)
         found = self._run(ask(questions.embed_knowingly(inputs, index.width)))
-        flows.check_encoder(index.encoder_fingerprint, found.fingerprint)
+        retrieval.check_encoder(index.encoder_fingerprint, found.fingerprint)
         return index.search(found.embeddings)
 
     def predict(

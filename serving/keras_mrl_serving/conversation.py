@@ -109,8 +109,10 @@ class Conversation:
         deadline = self._deadline()
         try:
             return (yield from self._ask(question, progress, deadline))
-        except VersionNotFoundError:
+        except VersionNotFoundError as gone:
             self._version = None
+            if gone.partial is not None:  # many parts, each with the whole budget
+                deadline = self._deadline()
         try:
             return (yield from self._ask(question, progress, deadline))
         except VersionNotFoundError as error:
@@ -155,12 +157,15 @@ class Conversation:
     ) -> Rounds[T]:
         """The first part alone, which finds the version; then the others side by side."""
         rows = [_rows(part) for part in parts]
+        total, done = sum(rows), 0
         answers: dict[int, T] = {}
 
         def take(part: int, answer: T) -> None:
+            nonlocal done
             answers[part] = answer
+            done += rows[part]
             if progress:
-                progress(sum(rows[i] for i in answers), sum(rows))
+                progress(done, total)
 
         answer, version = yield from self._alone(first)
         take(0, answer)
@@ -175,9 +180,10 @@ class Conversation:
             if not again or not isinstance(error, ServerUnavailableError):
                 break
         starts = np.cumsum([0, *rows])
-        done = sorted(answers)
-        which = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in done])
-        error.partial = Partial(which, joined([answers[i] for i in done]))  # type: ignore[arg-type]
+        parts_done = sorted(answers)
+        which = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in parts_done])
+        answered: Any = joined([answers[i] for i in parts_done])
+        error.partial = Partial(which, answered)
         raise error
 
     def _alone(self, talk: Talk[T]) -> Rounds[T]:

@@ -18,18 +18,47 @@ from .calls import AskManifest, AskSignatures, AskStatus, Signature, VersionStat
 from .calls import Call as Call
 from .cascade import CascadePolicy, softmax
 from .contract import Manifest
-from .errors import (
-    EncoderMismatchError,
-    InvalidInputError,
-    ManifestError,
-    SignatureNotFoundError,
-)
+from .errors import InvalidInputError, ManifestError, ServerError, SignatureNotFoundError
 from .inputs import Inputs, as_arrays, check_inputs
-from .results import Classification, Embedded, Neighbors
+from .results import Classification
 
 T = TypeVar("T")
 # What is sent into a flow is the answer to what it yielded last: arrays for a `Call`.
 Flow = Generator[Call | AskManifest | AskSignatures | AskStatus, Any, T]
+
+
+_CLASSIFIED = ("class_ids", "probabilities", "confidence")
+
+
+def ask(
+    signature: str, inputs: Arrays, wanted: tuple[str, ...], only: bool = False
+) -> Flow[Arrays]:
+    """Ask a signature of the contract, whose outputs have a row for each row sent.
+
+    Args:
+        signature: Its name.
+        inputs: Its inputs.
+        wanted: Outputs the contract promises.
+        only: Whether all others are left out of the answer.
+
+    Raises:
+        ServerError: If one of them is missing, or has other rows.
+
+    Examples:
+        >>> flow = ask("embed_8", {"x": np.zeros((2, 3))}, ("embedding",))
+        >>> next(flow).signature
+        'embed_8'
+    """
+    answer = yield Call(signature, inputs, wanted if only else ())
+    rows = len(next(iter(inputs.values())))
+    if any(name not in answer or answer[name].shape[:1] != (rows,) for name in wanted):
+        found = ", ".join(f"{n} {a.shape}" for n, a in sorted(answer.items())) or "nothing"
+        raise ServerError(
+            f"A signature must answer {', '.join(wanted)}, with a row for each row sent. "
+            f"Received: {found} for {rows} rows of signature {signature!r}. "
+            "Export the model again with keras_mrl_export.export_saved_model."
+        )
+    return answer
 
 
 def describe() -> Flow[Manifest]:
@@ -61,7 +90,8 @@ def embed(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np.f
         ('embed_8', {'image': array([[  0., 127., 255.]], dtype=float32)})
     """
     dim = manifest.check_dim(dim)
-    answer = yield Call(contract.embed(dim), check_inputs(manifest.inputs, inputs))
+    arrays = check_inputs(manifest.inputs, inputs)
+    answer = yield from ask(contract.embed(dim), arrays, ("embedding",))
     return answer["embedding"]
 
 
@@ -77,7 +107,8 @@ def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classificatio
     """
     manifest.check_head()
     dim = manifest.check_dim(dim)
-    answer = yield Call(contract.classify(dim), check_inputs(manifest.inputs, inputs))
+    arrays = check_inputs(manifest.inputs, inputs)
+    answer = yield from ask(contract.classify(dim), arrays, _CLASSIFIED)
     return _classification({**answer, "dim": np.full(len(answer["confidence"]), dim, np.int32)})
 
 
@@ -94,7 +125,8 @@ def classify_adaptive(manifest: Manifest, inputs: Inputs) -> Flow[Classification
         'classify_adaptive'
     """
     manifest.check_cascade()
-    answer = yield Call(contract.CLASSIFY_ADAPTIVE, check_inputs(manifest.inputs, inputs))
+    arrays = check_inputs(manifest.inputs, inputs)
+    answer = yield from ask(contract.CLASSIFY_ADAPTIVE, arrays, (*_CLASSIFIED, "dim"))
     return _classification(answer)
 
 
@@ -115,14 +147,15 @@ def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Fl
     manifest.check_head()
     for stage in policy.stages:
         manifest.check_dim(stage.dim)
-    answer = yield Call(contract.FEATURES, check_inputs(manifest.inputs, inputs))
+    arrays = check_inputs(manifest.inputs, inputs)
+    answer = yield from ask(contract.FEATURES, arrays, ("features",))
     features = answer["features"]
     unsure = np.arange(len(features))
     decided: list[tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]] = []
     for stage in policy.stages:
         wanted = ("class_ids", "logits", *(("labels",) if manifest.labels else ()))
-        prefix = features[unsure, : stage.dim]
-        answer = yield Call(contract.head(stage.dim), {"features": prefix}, wanted)
+        prefix = {"features": features[unsure, : stage.dim]}
+        answer = yield from ask(contract.head(stage.dim), prefix, wanted, only=True)
         probabilities = softmax(answer["logits"], stage.temperature)
         confidence = probabilities.max(axis=-1)
         sure = (
@@ -144,94 +177,6 @@ def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Fl
     back = np.argsort(np.concatenate([positions for positions, _ in decided]))
     columns = [rows for _, rows in decided]
     return _classification({n: np.concatenate([c[n] for c in columns])[back] for n in columns[0]})
-
-
-def embed_knowingly(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Embedded]:
-    """Ask for embeddings of one dim, and which model they are of.
-
-    Examples:
-        >>> image = {"dtype": "float32", "shape": [None, 3]}
-        >>> manifest = Manifest(name="birds", kind="encoder", fingerprint="5e1f", dims=(8, 64),
-        ...     width=64, inputs={"image": image}, made_with={})
-        >>> flow = embed_knowingly(manifest, [[0, 127, 255]], 8)
-        >>> next(flow).signature
-        'embed_8'
-        >>> flow.send({"embedding": np.ones((1, 8), np.float32)})
-        AskManifest()
-    """
-    embeddings = yield from embed(manifest, inputs, dim)
-    answering = yield AskManifest()  # another version may have answered than the one kept
-    return Embedded(embeddings, answering.fingerprint)
-
-
-def search(
-    manifest: Manifest, embeddings: Inputs, dim: int | None = None, encoder: str | None = None
-) -> Flow[Neighbors]:
-    """Ask an index for the neighbours of embeddings: by its funnel, or exactly at one dim.
-
-    Args:
-        manifest: That of the index.
-        embeddings: `(batch, width)`, or `(batch, dim)` where a dim is given.
-        dim: None asks the funnel of the index.
-        encoder: Fingerprint of the model the embeddings are of; None if nobody knows.
-
-    Examples:
-        >>> manifest = Manifest(name="birds", kind="index", fingerprint="c0de", dims=(8, 64),
-        ...     width=64, inputs={}, made_with={}, size=1000)
-        >>> next(search(manifest, np.ones((1, 64)))).signature
-        'search'
-        >>> next(search(manifest, np.ones((1, 8)), dim=8)).signature
-        'search_8'
-    """
-    check_encoder(manifest.encoder_fingerprint, encoder)
-    arrays = check_inputs(embedding_spec(manifest, dim), embeddings)
-    answer = yield Call(contract.SEARCH if dim is None else contract.search(dim), arrays)
-    return Neighbors(answer["ids"], answer["scores"])
-
-
-def embedding_spec(manifest: Manifest, dim: int | None = None) -> dict[str, dict[str, Any]]:
-    """Return what an index takes, as `check_inputs` reads it: vectors of a dim, or of its width.
-
-    Examples:
-        >>> manifest = Manifest(name="birds", kind="index", fingerprint="c0de", dims=(8, 64),
-        ...     width=64, inputs={}, made_with={}, size=1000)
-        >>> embedding_spec(manifest, 8)
-        {'embedding': {'dtype': 'float32', 'shape': [None, 8]}}
-    """
-    manifest.check_index()
-    width = manifest.width if dim is None else manifest.check_dim(dim)
-    return {"embedding": {"dtype": "float32", "shape": [None, width]}}
-
-
-def retrieve(manifest: Manifest, inputs: Inputs) -> Flow[Neighbors]:
-    """Ask a model that holds encoder and index for the neighbours of inputs: one call.
-
-    Examples:
-        >>> image = {"dtype": "float32", "shape": [None, 3]}
-        >>> manifest = Manifest(name="birds", kind="index", fingerprint="c0de", dims=(8, 64),
-        ...     width=64, inputs={"image": image}, made_with={}, size=1000)
-        >>> next(retrieve(manifest, [[0, 127, 255]])).signature
-        'retrieve'
-    """
-    manifest.check_index()
-    answer = yield Call(contract.RETRIEVE, check_inputs(manifest.inputs, inputs))
-    return Neighbors(answer["ids"], answer["scores"])
-
-
-def check_encoder(built_with: str | None, encoder: str | None) -> None:
-    """Raise `EncoderMismatchError` if an index was built with another encoder than this one.
-
-    Examples:
-        >>> check_encoder("5e1f", "5e1f")
-        >>> check_encoder(None, "5e1f")  # nobody said what it was built with
-    """
-    if None not in (built_with, encoder) and built_with != encoder:
-        raise EncoderMismatchError(
-            "An index answers embeddings of the encoder it was built with. "
-            f"Received: embeddings of the model with fingerprint {encoder!r}, for an index built "
-            f"with {built_with!r}. Embed the gallery anew with the model that is served, or serve "
-            "the model the index was built with."
-        )
 
 
 def predict(

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import flows
+from . import flows, retrieval
 from .calls import AskManifest, AskSignatures, Signature
 from .cascade import CascadePolicy
 from .contract import Manifest
@@ -88,7 +88,7 @@ def embed_knowingly(inputs: Inputs, dim: int) -> Question[Manifest, Embedded]:
     """
     return _of_model(
         inputs,
-        lambda m, x: flows.embed_knowingly(m, x, dim),
+        lambda m, x: retrieval.embed_knowingly(m, x, dim),
         lambda m: _FLOAT_BYTES * m.check_dim(dim),
     )
 
@@ -132,9 +132,9 @@ def search(
     """
     return Question(
         embeddings,
-        lambda m, x: flows.search(m, x, dim, encoder),
+        lambda m, x: retrieval.search(m, x, dim, encoder),
         AskManifest(),
-        lambda m: flows.embedding_spec(m, dim),
+        lambda m: retrieval.embedding_spec(m, dim),
         _neighbors_bytes,
     )
 
@@ -146,7 +146,7 @@ def retrieve(inputs: Inputs) -> Question[Manifest, Neighbors]:
         >>> retrieve([[0, 127, 255]]).inputs
         [[0, 127, 255]]
     """
-    return _of_model(inputs, flows.retrieve, _neighbors_bytes)
+    return _of_model(inputs, retrieval.retrieve, _neighbors_bytes)
 
 
 def predict(

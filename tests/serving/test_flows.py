@@ -20,6 +20,7 @@ from keras_mrl_serving.errors import (
     ManifestError,
     NoCascadeError,
     NoHeadError,
+    ServerError,
     UnknownDimError,
 )
 from keras_mrl_serving.flows import Arrays, Call, Flow
@@ -246,3 +247,24 @@ def test_a_describe_of_another_kind_is_refused() -> None:
         "A model describes itself by a manifest. Received: a describe signature with text. "
         "Ask a model exported by keras_mrl_export.export_saved_model."
     )
+
+
+@pytest.mark.parametrize(
+    ("outputs", "found"),
+    [
+        ({"embedding": np.zeros((3, 4))}, "embedding (3, 4) for 40 rows"),
+        ({"embeddings": np.zeros((40, 4))}, "embeddings (40, 4) for 40 rows"),
+        ({"embedding": np.zeros(())}, "embedding () for 40 rows"),
+        ({}, "nothing for 40 rows"),
+    ],
+)
+def test_an_answer_of_other_rows_or_names_is_no_answer(
+    manifest: Manifest, outputs: Arrays, found: str, refuses: Refuses
+) -> None:
+    text = (
+        "A signature must answer embedding, with a row for each row sent. Received: "
+        f"{found} of signature 'embed_4'. "
+        "Export the model again with keras_mrl_export.export_saved_model."
+    )
+    with refuses(ServerError, text):
+        drive(flows.embed(manifest, ROWS, 4), lambda _: outputs)
