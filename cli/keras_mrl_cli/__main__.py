@@ -7,9 +7,14 @@ import sys
 from importlib.metadata import version
 from types import ModuleType
 
-from . import demo, serve
+from . import classify, demo, embed, serve
 
-_COMMANDS: dict[str, ModuleType] = {"demo": demo, "serve": serve}
+_COMMANDS: dict[str, ModuleType] = {
+    "demo": demo,
+    "serve": serve,
+    "classify": classify,
+    "embed": embed,
+}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from keras_mrl_cli.__main__ import main, parser
 
 NOT_INSTALLED = ("keras", "tensorflow", "jax", "torch", "grpc", "numpy", "sklearn", "matplotlib")
 ROOMS = ("keras_mrl", "keras_mrl_export", "keras_mrl_serving")
+COMMANDS = ["demo", "serve", "classify", "embed"]
 SCRIPT = Path(sys.executable).with_name("keras-mrl")
 
 BLOCKER = """
@@ -64,11 +65,11 @@ def test_help_needs_nothing_installed_and_lists_the_commands(
     assert (status, err) == (0, "")
     assert out.startswith("usage: keras-mrl [-h] [--version] COMMAND ...\n")
     listed = re.findall(r"^    (\w+)", out, re.MULTILINE)  # a wrapped line begins further right
-    assert listed == ["demo", "serve"]
+    assert listed == COMMANDS
 
 
 @DOORS
-@pytest.mark.parametrize("command", ["demo", "serve"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_needs_nothing_installed(
     tmp_path: Path, door: list[str], command: str
 ) -> None:
@@ -96,7 +97,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["fly"],
             "keras-mrl: error: argument COMMAND: invalid choice: 'fly' "
-            "(choose from 'demo', 'serve')",
+            "(choose from 'demo', 'serve', 'classify', 'embed')",
         ),
         (
             ["serve"],
@@ -228,7 +229,7 @@ def test_an_interrupt_is_no_traceback(
 
 
 def test_every_flag_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "serve"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit):
             parser().parse_args([command, "--help"])
         lines = capsys.readouterr().out.split("options:\n")[1].splitlines()
