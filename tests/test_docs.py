@@ -1,7 +1,7 @@
 """Every code block of README.md and docs/ runs, in the order a reader meets it.
 
 Python blocks of one document share their names. A shell line that starts a server starts one, which
-runs until the document ends. The pages train, export, serve, other_languages and retrieve are one
+runs until the document ends; those that ask it run to their end. The pages train, export, serve, other_languages and retrieve are one
 example in five parts, and run as one document. `print(...)  # text` must print that text (`...`
 stands for any).
 """
@@ -41,6 +41,9 @@ def start(line):
         time.sleep(0.1)
     raise TimeoutError(line)
 
+def ask(line):
+    subprocess.run([sys.executable, "-m", "keras_mrl_cli", *line.split()[1:]], check=True)
+
 def curl(line):
     if shutil.which("curl"):
         subprocess.run(["curl", "--silent", "--fail", *shlex.split(line)[1:]], check=True)
@@ -75,6 +78,8 @@ def test_the_code_runs_and_prints_what_it_says(document: str, tmp_path: Path) ->
                 subprocess.run(["make", "-n", *line.split()[1:]], cwd=ROOT, check=True)
             elif line.startswith("curl "):
                 program.append(f"curl({line!r})")
+            elif line.startswith(("keras-mrl classify ", "keras-mrl embed ")):
+                program.append(f"ask({line!r})")
             else:
                 assert line.startswith("keras-mrl serve ")
                 program.append(f"start({line!r})")

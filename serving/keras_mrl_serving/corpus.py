@@ -185,8 +185,8 @@ def windows(data: Corpus, size: int, skip: int = 0) -> Iterator[Inputs]:
     Args:
         data: An array or a dict of arrays, batch first, memory-mapped ones too; or any other
             iterable, of such batches.
-        size: Rows of a window, where the corpus is an array; the least number where it comes in
-            batches, which are put together and never cut.
+        size: Rows of a window; where the corpus comes in batches, which are put together, one may
+            have up to twice as many.
         skip: Rows to leave out from the start; those of an iterable are made and thrown away.
 
     Raises:
@@ -210,12 +210,14 @@ def windows(data: Corpus, size: int, skip: int = 0) -> Iterator[Inputs]:
         if skip >= rows:
             skip -= rows
             continue
-        waiting.append(_slice(batch, skip, rows))
-        held += rows - skip
+        for start in range(skip, rows, size):  # one batch may be a whole file, memory-mapped
+            piece = _slice(batch, start, min(start + size, rows))
+            waiting.append(piece)
+            held += count_rows(piece) or 0
+            if held >= size:
+                yield _joined(waiting)
+                waiting, held = [], 0
         skip = 0
-        if held >= size:
-            yield _joined(waiting)
-            waiting, held = [], 0
     if waiting:
         yield _joined(waiting)
     if skip:

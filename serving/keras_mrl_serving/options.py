@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .contract import as_int
+from .errors import InvalidInputError
 
 if TYPE_CHECKING:
     import grpc
 
 _MOST = 2**31 - 1  # gRPC's own limit of its settings
+_NAME = re.compile(r"(?!.*-bin$)[a-z0-9_.-]+")
+_VALUE = re.compile(r"[ -~]*")
 _MOST_ATTEMPTS = 5  # gRPC makes no more, whatever it is told
 
 
@@ -124,6 +128,8 @@ class Options:
         for name in ("timeout_s", "first_backoff_s", "max_backoff_s", "keepalive_s"):
             if name != "keepalive_s" or self.keepalive_s is not None:
                 self._check_seconds(name)
+        if not callable(self.metadata):
+            self.headers()
         self._check_count("max_attempts", _MOST_ATTEMPTS)
         self._check_count("max_in_flight", _MOST)
         for name in ("max_batch_size", "max_message_bytes"):
@@ -133,12 +139,28 @@ class Options:
     def headers(self) -> tuple[tuple[str, str], ...]:
         """Return the metadata of one call, as gRPC takes it.
 
+        Raises:
+            InvalidInputError: If gRPC would not send it.
+
         Examples:
             >>> Options(metadata={"authorization": "Bearer 5e1f"}).headers()
             (('authorization', 'Bearer 5e1f'),)
         """
-        given = self.metadata
-        return tuple((given() if callable(given) else given).items())
+        given = self.metadata() if callable(self.metadata) else self.metadata
+        for name, value in given.items():
+            if not (
+                isinstance(name, str)
+                and isinstance(value, str)
+                and _NAME.fullmatch(name)
+                and _VALUE.fullmatch(value)
+            ):
+                raise InvalidInputError(
+                    "Metadata is text in ASCII, under names of a-z, 0-9, '-', '_' and '.' that do "
+                    f"not end in -bin. Received: the name {name!r}, with a "
+                    f"{type(value).__name__} as value. Write the name in lower case, and encode "
+                    "other values, for example with base64."
+                )
+        return tuple(given.items())
 
     def _check_seconds(self, name: str) -> None:
         seconds: object = getattr(self, name)

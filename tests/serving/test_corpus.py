@@ -201,6 +201,14 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path, refuses: Refuses
         EmbeddingFile(path, 2, "a")
 
 
+def test_a_batch_larger_than_a_window_is_cut() -> None:
+    cut = list(windows(iter([ROWS[:3], ROWS[3:90], ROWS[90:]]), 10, skip=2))
+    sizes = [len(window) for window in cut]  # type: ignore[arg-type]
+    assert sum(sizes) == 95
+    assert max(sizes) < 20
+    np.testing.assert_array_equal(np.concatenate(cut), ROWS[2:])  # type: ignore[arg-type]
+
+
 def test_a_corpus_shorter_than_what_is_done_is_another(refuses: Refuses) -> None:
     with refuses(
         ValueError,

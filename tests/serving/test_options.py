@@ -12,6 +12,7 @@ import pytest
 from keras_mrl_serving import _channel
 from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.client import Client
+from keras_mrl_serving.errors import InvalidInputError
 from keras_mrl_serving.options import Options, Tls
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
@@ -95,6 +96,32 @@ def test_secrets_are_not_printed() -> None:
     )
     assert "secret" not in repr(options)
     assert options.headers() == (("authorization", "Bearer secret"),)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "received"),
+    [
+        ({"Auth": "x"}, "the name 'Auth', with a str"),
+        ({"auth": "é"}, "the name 'auth', with a str"),
+        ({"auth": b"x"}, "the name 'auth', with a bytes"),
+        ({"auth-bin": "x"}, "the name 'auth-bin', with a str"),
+        ({1: "x"}, "the name 1, with a str"),
+        ({"auth": "a\nb"}, "the name 'auth', with a str"),
+    ],
+)
+def test_metadata_that_grpc_does_not_send_is_refused(
+    metadata: Any, received: str, refuses: Refuses
+) -> None:
+    text = (
+        "Metadata is text in ASCII, under names of a-z, 0-9, '-', '_' and '.' that do not end in "
+        f"-bin. Received: {received} as value. Write the name in lower case, and encode other "
+        "values, for example with base64."
+    )
+    with refuses(InvalidInputError, text):
+        Options(metadata=metadata)
+    later = Options(metadata=lambda: metadata)
+    with refuses(InvalidInputError, text):
+        later.headers()
 
 
 def test_half_a_certificate_is_refused(tmp_path: Path, refuses: Refuses) -> None:
