@@ -1,9 +1,9 @@
 """Every code block of README.md and docs/ runs, in the order a reader meets it.
 
 Python blocks of one document share their names. A shell line that starts a server starts one, which
-runs until the document ends; those that ask it run to their end. The pages train, export, serve, other_languages and retrieve are one
-example in five parts, and run as one document. `print(...)  # text` must print that text (`...`
-stands for any).
+runs until the document ends; those that ask it run to their end. The pages train, export, serve,
+other_languages and retrieve are one example in five parts, and run as one document.
+`print(...)  # text` must print that text (`...` stands for any).
 """
 
 import fnmatch

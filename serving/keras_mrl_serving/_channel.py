@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
 from .errors import KerasMrlError
 from .options import Options
 
+T = TypeVar("T")
+
 _LONGEST_S = 1e9  # a deadline past 2262 overflows within gRPC, which then gives up at once
+_LAST_PORT = 2**16 - 1
 _LONGEST_RECONNECT_MS = 5000  # gRPC's own two minutes would leave a restarted server unfound
 
 
@@ -45,8 +48,8 @@ def arguments(options: Options) -> list[tuple[str, Any]]:
     limit = -1 if options.max_message_bytes is None else int(options.max_message_bytes)
     retries = {
         "maxAttempts": int(options.max_attempts),
-        "initialBackoff": f"{options.first_backoff_s:.9f}s",
-        "maxBackoff": f"{options.max_backoff_s:.9f}s",
+        "initialBackoff": _wait(options.first_backoff_s),
+        "maxBackoff": _wait(options.max_backoff_s),
         "backoffMultiplier": 2,
         "retryableStatusCodes": ["UNAVAILABLE"],
     }
@@ -61,11 +64,13 @@ def arguments(options: Options) -> list[tuple[str, Any]]:
         ("grpc.service_config_disable_resolution", 1),
         ("grpc.initial_reconnect_backoff_ms", int(min(100, options.first_backoff_s * 1000)) or 1),
         ("grpc.max_reconnect_backoff_ms", _LONGEST_RECONNECT_MS),
+        ("grpc.per_rpc_retry_buffer_size", 2**31 - 1),  # by default, above 256 KiB none is retried
     ]
     if options.keepalive_s is not None:
         given += [
             ("grpc.keepalive_time_ms", int(options.keepalive_s * 1000) or 1),
             ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),  # by default, two and no more
         ]
     if options.tls is not None and options.tls.server_name is not None:
         given.append(("grpc.ssl_target_name_override", options.tls.server_name))
@@ -92,10 +97,23 @@ def deadline(remaining_s: float) -> float:
     return min(remaining_s, _LONGEST_S)
 
 
-def _checked(target: str) -> str:
+def _no_target(received: object) -> ValueError:
+    return ValueError(
+        "A target is 'host:port', a list of them, or a transport. "
+        f"Received: {type(received).__name__}. Give for example 'localhost:8500'."
+    )
+
+
+def _wait(seconds: float) -> str:
+    return f"{min(max(seconds, 0.001), 86400):.3f}s"  # what gRPC can read
+
+
+def _checked(target: object) -> str:
+    if not isinstance(target, str):
+        raise _no_target(target)
     with_scheme = ":///" in target or target.startswith(("unix:", "ipv4:", "ipv6:", "dns:", "xds:"))
     _, _, port = target.rpartition(":")
-    if with_scheme or port.isdecimal():
+    if with_scheme or (port.isdecimal() and int(port) <= _LAST_PORT):
         return target
     raise ValueError(
         f"A target must be 'host:port'. Received: {target!r}. "
@@ -114,6 +132,17 @@ def _look_up(target: str) -> list[tuple[int, str]]:
         ) from error
     where = {socket.AF_INET: "{}:{}", socket.AF_INET6: "[{}]:{}"}
     return [(f, where[f].format(*a[:2])) for f, _, _, _, a in found if f in where]
+
+
+def checked_transport(transport: T, method: str) -> T:
+    """Return a transport.
+
+    Raises:
+        ValueError: If it has no such method, and so is none.
+    """
+    if not hasattr(transport, method):
+        raise _no_target(transport)
+    return transport
 
 
 def checked_interceptors(options: Options, kind: type[Any]) -> list[Any]:
@@ -138,6 +167,17 @@ def forked(target: str) -> KerasMrlError:
         "An AsyncClient lives in the process that made it. "
         f"Received: a call in a process forked from it, to {target}. Make the client after the "
         "fork, or start processes with multiprocessing's 'spawn' or 'forkserver'."
+    )
+    error.target = target
+    return error
+
+
+def of_another_loop(target: str) -> KerasMrlError:
+    """Return the error of an `AsyncClient` used from two event loops."""
+    error = KerasMrlError(
+        "An AsyncClient lives in the event loop that it first asked from. "
+        f"Received: a call from another loop, to {target}. Make one client per loop: "
+        "`async with AsyncClient(...)` inside the function given to asyncio.run."
     )
     error.target = target
     return error

@@ -36,6 +36,7 @@ class GrpcTransport:
             options, grpc.UnaryUnaryClientInterceptor
         )
         self._opening = threading.Lock()
+        self._closed = False
         self._open()
 
     def send(self, envelope: Envelope) -> Reply[Any]:
@@ -51,6 +52,8 @@ class GrpcTransport:
                 metadata=self._options.headers(),
             )
         except grpc.RpcError as error:
+            if self._closed:  # by another thread, in mid-call
+                raise _channel.closed(self.target) from error
             took_s = time.monotonic() - began
             raise translate(error, envelope, self.target, self._options, took_s) from error
         except ValueError as error:
@@ -61,6 +64,7 @@ class GrpcTransport:
 
     def close(self) -> None:
         """Close the channel."""
+        self._closed = True
         self._channel.close()
 
     def _open(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ class AioTransport:
         self._channel: grpc.aio.Channel | None = None
         self._stubs: dict[str, Any] = {}
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def send_async(self, envelope: Envelope) -> Reply[Any]:
         """Return the reply; raise a `KerasMrlError`."""
@@ -43,8 +45,11 @@ class AioTransport:
             raise _channel.forked(self.target)
         if self._closed:
             raise _channel.closed(self.target)
+        loop = asyncio.get_running_loop()
         if self._channel is None:
-            self._open()
+            self._open(loop)
+        if loop is not self._loop:
+            raise _channel.of_another_loop(self.target)
         method, message = encode(envelope)
         began = time.monotonic()
         try:
@@ -53,7 +58,14 @@ class AioTransport:
                 timeout=_channel.deadline(envelope.remaining_s),
                 metadata=self._options.headers(),
             )
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if self._closed and task is not None and not task.cancelling():
+                raise _channel.closed(self.target) from error
+            raise
         except grpc.RpcError as error:
+            if self._closed:  # by another task, in mid-call
+                raise _channel.closed(self.target) from error
             took_s = time.monotonic() - began
             raise translate(error, envelope, self.target, self._options, took_s) from error
         except grpc.aio.UsageError as error:  # grpc's word for a channel closed meanwhile
@@ -63,10 +75,11 @@ class AioTransport:
     async def close_async(self) -> None:
         """Close the channel."""
         self._closed = True
-        if self._channel is not None:
+        if self._channel is not None and asyncio.get_running_loop() is self._loop:
             await self._channel.close()
 
-    def _open(self) -> None:
+    def _open(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         options = self._options
         arguments, compression = _channel.arguments(options), _channel.compression(options)
         credentials = _channel.credentials(options)

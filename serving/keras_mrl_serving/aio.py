@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import contract, corpus, flows, questions, retrieval
+from ._channel import checked_transport
 from ._rpc_aio import AioTransport
 from .calls import AsyncTransport, Signature, VersionStatus
 from .cascade import CascadePolicy
@@ -60,7 +61,9 @@ class AsyncClient:
         self.model = model
         self.options = options or Options()
         self._transport: AsyncTransport = (
-            AioTransport(target, self.options) if isinstance(target, str | Sequence) else target
+            AioTransport(target, self.options)
+            if isinstance(target, str | Sequence)
+            else checked_transport(target, "send_async")
         )
         self._conversation = Conversation(self.target, model, self.options)
 
@@ -149,9 +152,10 @@ class AsyncClient:
         """Embed a corpus of any size into an `.npy` file; call again to go on after a crash."""
         manifest = await self.describe()
         dim = manifest.check_dim(dim)
+        total = corpus.count_rows(data)
         with corpus.EmbeddingFile(path, dim, manifest.fingerprint) as file:
-            total = corpus.count_rows(data)
-            for rows in corpus.windows(data, corpus.window_rows(self.options), file.rows):
+            size = corpus.window_rows(self.options)
+            for rows in corpus.windows(data, manifest.inputs, size, file.rows):
                 question = questions.embed_knowingly(rows, dim)
                 file.append(await self._run(self._conversation.ask(question)))
                 if progress:

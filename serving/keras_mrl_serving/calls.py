@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -29,6 +30,37 @@ class Call:
     signature: str
     inputs: Arrays
     outputs: tuple[str, ...] = ()
+
+
+class Output:
+    """What the contract promises of one row of an output.
+
+    Args:
+        dtype: "float32", "int32", "int64", or "object" for strings.
+        size: How many there are, None for any number; left out, there is one.
+
+    Examples:
+        >>> print(Output("float32", 8), Output("int64", None), Output("int32"))
+        float32 (rows, 8) int64 (rows, any) int32 (rows,)
+        >>> Output("float32", 8).fits(np.zeros((3, 8), np.float16), rows=3)
+        True
+    """
+
+    def __init__(self, dtype: str, *size: int | None) -> None:
+        self.dtype = dtype
+        self._sizes = size
+
+    def fits(self, array: npt.NDArray[Any], rows: int) -> bool:
+        """Whether an array is that many rows of it, in this or another width of its kind."""
+        if array.ndim != 1 + len(self._sizes) or len(array) != rows:
+            return False
+        kinds = {"f": "f", "i": "iu", "O": "OU"}[np.dtype(self.dtype).kind]
+        sizes = zip(array.shape[1:], self._sizes, strict=True)
+        return array.dtype.kind in kinds and all(s is None or n == s for n, s in sizes)
+
+    def __str__(self) -> str:
+        sizes = "".join(f" {'any' if size is None else size}" for size in self._sizes)
+        return f"{self.dtype} (rows,{sizes})"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import contract, corpus, flows, questions, retrieval
+from ._channel import checked_transport
 from ._rpc import GrpcTransport
 from .calls import Signature, Transport, VersionStatus
 from .cascade import CascadePolicy
@@ -64,7 +65,9 @@ class Client:
         self.model = model
         self.options = options or Options()
         self._transport: Transport = (
-            GrpcTransport(target, self.options) if isinstance(target, str | Sequence) else target
+            GrpcTransport(target, self.options)
+            if isinstance(target, str | Sequence)
+            else checked_transport(target, "send")
         )
         self._conversation = Conversation(self.target, model, self.options)
 
@@ -207,9 +210,10 @@ class Client:
         """
         manifest = self.describe()
         dim = manifest.check_dim(dim)
+        total = corpus.count_rows(data)
         with corpus.EmbeddingFile(path, dim, manifest.fingerprint) as file:
-            total = corpus.count_rows(data)
-            for rows in corpus.windows(data, corpus.window_rows(self.options), file.rows):
+            size = corpus.window_rows(self.options)
+            for rows in corpus.windows(data, manifest.inputs, size, file.rows):
                 question = questions.embed_knowingly(rows, dim)
                 file.append(self._run(self._conversation.ask(question)))
                 if progress:
@@ -246,19 +250,18 @@ class Client:
         if len(round.talks) == 1:
             round.receive(0, self._outcome(round.talks[0]))
             return
-        with ThreadPoolExecutor(min(self.options.max_in_flight, len(round.talks))) as pool:
+        pool = ThreadPoolExecutor(min(self.options.max_in_flight, len(round.talks)))
+        try:
             running = {
                 pool.submit(self._outcome_unless_failed, round, talk): number
                 for number, talk in enumerate(round.talks)
             }
-            try:
-                for future in as_completed(running):
-                    outcome = future.result()
-                    if outcome is not None:
-                        round.receive(running.pop(future), outcome)
-            except BaseException:  # an interrupt, or the caller's own progress function
-                pool.shutdown(cancel_futures=True)
-                raise
+            for future in as_completed(running):
+                outcome = future.result()
+                if outcome is not None:
+                    round.receive(running[future], outcome)
+        finally:  # an interrupt, or the caller's progress function, waits for no call under way
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _outcome_unless_failed(self, round: Round, talk: Talk[T]) -> T | KerasMrlError | None:
         return None if round.failed else self._outcome(talk)

@@ -21,6 +21,7 @@ from .errors import (
     DeadlineError,
     InvalidInputError,
     KerasMrlError,
+    ManifestError,
     NoCascadeError,
     NoHeadError,
     NoIndexError,
@@ -32,7 +33,7 @@ from .errors import (
 )
 from .flows import Flow
 from .options import Options
-from .questions import Question
+from .questions import Question, asked_alike
 from .results import Partial, joined
 from .rounds import Round, Rounds, Talk
 
@@ -42,6 +43,7 @@ Progress = Callable[[int, int], object]  # rows answered, rows asked
 # What may be wrong only because the manifest that is kept is no longer the model's.
 _PERHAPS_STALE = (
     InvalidInputError,
+    ManifestError,
     NoCascadeError,
     NoHeadError,
     NoIndexError,
@@ -139,23 +141,39 @@ class Conversation:
         self, known: Any, question: Question[Any, T], progress: Progress | None, deadline: float
     ) -> Rounds[T]:
         parts = question.parts(known, self._options)
-        first = self._talk(question.flow(known, parts[0]), None, deadline)
+        talk = self._talk(question.flow(known, parts[0]), None, deadline)
+        first, version = yield from self._alone(talk)
+        current = yield from self._known_of(version, known, question, deadline)
+        if current is not known:  # the version that answered is asked otherwise: ask it so
+            parts = question.parts(current, self._options)
+            talk = self._talk(question.flow(current, parts[0]), version, deadline)
+            first, version = yield from self._alone(talk)
         if len(parts) == 1:
-            answer, _ = yield from self._alone(first)
             if progress:
                 progress(_rows(parts[0]), _rows(parts[0]))
-            return answer
-        return (yield from self._ask_many(known, question, parts, first, progress))
+            return first
+        return (yield from self._ask_rest(current, question, parts, first, version, progress))
 
-    def _ask_many(
+    def _known_of(
+        self, version: int | None, known: Any, question: Question[Any, T], deadline: float
+    ) -> Rounds[Any]:
+        """Return what the version that answered says of itself; `known` if it is asked alike."""
+        kept = self._known(question.learn, version)
+        if version is None or kept is known or not isinstance(known, Manifest):
+            return known
+        manifest: Manifest = yield from self._alone(self._manifest_of(version, deadline))
+        return known if asked_alike(manifest, known) else manifest
+
+    def _ask_rest(
         self,
         known: Any,
         question: Question[Any, T],
         parts: list[Any],
-        first: Talk[tuple[T, int | None]],
+        first: T,
+        version: int | None,
         progress: Progress | None,
     ) -> Rounds[T]:
-        """The first part alone, which finds the version; then the others side by side."""
+        """The parts after the first, side by side, to the version that answered the first."""
         rows = [_rows(part) for part in parts]
         total, done = sum(rows), 0
         answers: dict[int, T] = {}
@@ -167,8 +185,7 @@ class Conversation:
             if progress:
                 progress(done, total)
 
-        answer, version = yield from self._alone(first)
-        take(0, answer)
+        take(0, first)
         for again in (True, False):
             missing = [i for i in range(len(parts)) if i not in answers]
             talks = [self._talk(question.flow(known, parts[i]), version, None) for i in missing]

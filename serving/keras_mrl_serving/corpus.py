@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import EncoderMismatchError
-from .inputs import Inputs
+from .inputs import Inputs, check_inputs
 from .options import Options
 from .results import Embedded
 
@@ -67,11 +67,7 @@ class EmbeddingFile:
         self.rows = 0
         self._growing = Path(f"{self.path}.partial")
         self._journal = Path(f"{self.path}.partial.json")
-        if self.path.exists():
-            raise FileExistsError(
-                f"Embeddings are never overwritten. Received: path={os.fspath(path)!r}, which is "
-                "there already. Remove it, or choose another path."
-            )
+        self._check_free()
         self._file = open(self._growing, "r+b" if self._growing.exists() else "w+b")
         try:
             self._lock()
@@ -88,6 +84,7 @@ class EmbeddingFile:
 
         Raises:
             EncoderMismatchError: If they are of another model than the rows before them.
+            OSError: If the disk is full; the rows before them are safe.
         """
         if embedded.fingerprint != self.fingerprint:
             raise self._another_model(embedded.fingerprint)
@@ -103,7 +100,12 @@ class EmbeddingFile:
         os.replace(aside, self._journal)
 
     def finish(self) -> npt.NDArray[np.float32]:
-        """Put the file in its place; returns it memory-mapped, read-only."""
+        """Put the file in its place; returns it memory-mapped, read-only.
+
+        Raises:
+            FileExistsError: If a file has appeared there meanwhile.
+        """
+        self._check_free()
         text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({self.rows}, {self.dim}), }}"
         magic = np.lib.format.magic(1, 0)
         room = _HEADER_BYTES - len(magic) - 2
@@ -126,6 +128,13 @@ class EmbeddingFile:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+
+    def _check_free(self) -> None:
+        if self.path.exists():
+            raise FileExistsError(
+                f"Embeddings are never overwritten. Received: path={os.fspath(self.path)!r}, "
+                "which is there already. Remove it, or choose another path."
+            )
 
     def _end(self) -> int:
         return _HEADER_BYTES + self.rows * self.dim * _VALUE_BYTES
@@ -179,53 +188,51 @@ class EmbeddingFile:
         )
 
 
-def windows(data: Corpus, size: int, skip: int = 0) -> Iterator[Inputs]:
+def windows(
+    data: Corpus, specs: Mapping[str, Mapping[str, Any]], size: int, skip: int = 0
+) -> Iterator[Inputs]:
     """Cut a corpus into consecutive windows of about as many rows each.
 
     Args:
         data: An array or a dict of arrays, batch first, memory-mapped ones too; or any other
             iterable, of such batches.
+        specs: What the model takes, by which each batch of an iterable is checked.
         size: Rows of a window; where the corpus comes in batches, which are put together, one may
             have up to twice as many.
         skip: Rows to leave out from the start; those of an iterable are made and thrown away.
 
     Raises:
-        ValueError: If an iterable ends before the rows to leave out.
+        InvalidInputError: If a batch is not what the model takes.
+        ValueError: If the corpus ends before the rows to leave out.
 
     Examples:
-        >>> [len(window) for window in windows(np.zeros((10, 3)), 4, skip=1)]
+        >>> specs = {"x": {"dtype": "float32", "shape": [None, 3]}}
+        >>> [len(window) for window in windows(np.zeros((10, 3)), specs, 4, skip=1)]
         [4, 4, 1]
-        >>> [len(window) for window in windows([np.zeros((3, 3))] * 4, 5, skip=1)]
+        >>> [len(w["x"]) for w in windows([np.zeros((3, 3))] * 4, specs, 5, skip=1)]
         [5, 6]
     """
-    if isinstance(data, Mapping) or hasattr(data, "__array__"):
-        rows = count_rows(data) or 0
-        for start in range(skip, rows, size):
+    total = count_rows(data)
+    if total is not None:
+        _check_longer(skip - total)
+        for start in range(skip, total, size):
             yield _slice(data, start, start + size)
         return
     waiting: list[Any] = []
     held = 0
     for batch in data:
-        rows = count_rows(batch) or 0
-        if skip >= rows:
-            skip -= rows
-            continue
-        for start in range(skip, rows, size):  # one batch may be a whole file, memory-mapped
-            piece = _slice(batch, start, min(start + size, rows))
-            waiting.append(piece)
-            held += count_rows(piece) or 0
+        arrays = check_inputs(specs, batch)
+        rows = len(next(iter(arrays.values())))
+        for start in range(min(skip, rows), rows, size):  # one may be a whole file, memory-mapped
+            waiting.append(_slice(arrays, start, min(start + size, rows)))
+            held += min(size, rows - start)
             if held >= size:
                 yield _joined(waiting)
                 waiting, held = [], 0
-        skip = 0
+        skip -= min(skip, rows)
     if waiting:
         yield _joined(waiting)
-    if skip:
-        raise ValueError(
-            "A corpus that is gone on with must be the one that was begun. "
-            f"Received: one that ends {skip} rows before those already embedded. "
-            "Give the same rows in the same order."
-        )
+    _check_longer(skip)
 
 
 def window_rows(options: Options) -> int:
@@ -238,16 +245,36 @@ def window_rows(options: Options) -> int:
     return _CALLS_PER_WINDOW * options.max_in_flight * (options.max_batch_size or 1000)
 
 
-def count_rows(data: object) -> int | None:
+def count_rows(data: Corpus) -> int | None:
     """Return how many rows a corpus has; None where only reading it would tell.
 
+    Raises:
+        ValueError: If a dict's arrays are not of one length.
+
     Examples:
-        >>> count_rows({"x": np.zeros((5, 2))}), count_rows(iter([]))
+        >>> count_rows({"x": np.zeros((5, 2))}), count_rows([np.zeros((5, 2))])
         (5, None)
     """
-    if isinstance(data, Mapping):
-        return min((count_rows(array) or 0 for array in data.values()), default=0)
-    return len(data) if hasattr(data, "__len__") else None
+    if isinstance(data, np.ndarray) and data.ndim:
+        return len(data)
+    if not isinstance(data, Mapping):
+        return None
+    rows = {name: len(array) for name, array in data.items()}
+    if len(set(rows.values())) != 1:
+        raise ValueError(
+            "Every input of a corpus needs the same number of rows. "
+            f"Received: {rows or 'no inputs'}. Give whole rows."
+        )
+    return next(iter(rows.values()))
+
+
+def _check_longer(missing: int) -> None:
+    if missing > 0:
+        raise ValueError(
+            "A corpus that is gone on with must be the one that was begun. "
+            f"Received: one that ends {missing} rows before those already embedded. "
+            "Give the same rows in the same order."
+        )
 
 
 def _slice(data: Any, start: int, stop: int) -> Any:
@@ -259,6 +286,4 @@ def _slice(data: Any, start: int, stop: int) -> Any:
 def _joined(batches: list[Any]) -> Any:
     if len(batches) == 1:
         return batches[0]
-    if isinstance(batches[0], Mapping):
-        return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
-    return np.concatenate(batches)
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from . import contract
 from .calls import Arrays as Arrays
-from .calls import AskManifest, AskSignatures, AskStatus, Signature, VersionStatus
+from .calls import AskManifest, AskSignatures, AskStatus, Output, Signature, VersionStatus
 from .calls import Call as Call
 from .cascade import CascadePolicy, softmax
 from .contract import Manifest
@@ -27,38 +27,43 @@ T = TypeVar("T")
 Flow = Generator[Call | AskManifest | AskSignatures | AskStatus, Any, T]
 
 
-_CLASSIFIED = ("class_ids", "probabilities", "confidence")
-
-
 def ask(
-    signature: str, inputs: Arrays, wanted: tuple[str, ...], only: bool = False
-) -> Flow[Arrays]:
+    signature: str, inputs: Arrays, wanted: Mapping[str, Output], only: bool = False
+) -> Flow[dict[str, npt.NDArray[Any]]]:
     """Ask a signature of the contract, whose outputs have a row for each row sent.
 
     Args:
         signature: Its name.
         inputs: Its inputs.
-        wanted: Outputs the contract promises.
-        only: Whether all others are left out of the answer.
+        wanted: The outputs the contract promises, and what each row of them is.
+        only: Whether to ask for no other output.
+
+    Returns:
+        The wanted outputs, in the dtypes of the contract.
 
     Raises:
-        ServerError: If one of them is missing, or has other rows.
+        ManifestError: If one is missing, or is not what it must be.
 
     Examples:
-        >>> flow = ask("embed_8", {"x": np.zeros((2, 3))}, ("embedding",))
+        >>> flow = ask("embed_8", {"x": np.zeros((2, 3))}, {"embedding": Output("float32", 8)})
         >>> next(flow).signature
         'embed_8'
+        >>> answer = flow.send({"embedding": np.zeros((2, 8)), "other": np.zeros(1)})
+        Traceback (most recent call last):
+        StopIteration: {'embedding': array([[0., 0., 0., 0., 0., 0., 0., 0.],
+               [0., 0., 0., 0., 0., 0., 0., 0.]], dtype=float32)}
     """
-    answer = yield Call(signature, inputs, wanted if only else ())
+    answer = yield Call(signature, inputs, tuple(wanted) if only else ())
     rows = len(next(iter(inputs.values())))
-    if any(name not in answer or answer[name].shape[:1] != (rows,) for name in wanted):
-        found = ", ".join(f"{n} {a.shape}" for n, a in sorted(answer.items())) or "nothing"
-        raise ServerError(
-            f"A signature must answer {', '.join(wanted)}, with a row for each row sent. "
-            f"Received: {found} for {rows} rows of signature {signature!r}. "
+    if any(name not in answer or not wanted[name].fits(answer[name], rows) for name in wanted):
+        found = ", ".join(f"{n} {a.dtype} {a.shape}" for n, a in sorted(answer.items()))
+        raise ManifestError(
+            f"A signature must answer {', '.join(f'{n} {o}' for n, o in wanted.items())}, "
+            f"with a row for each row sent. Received: {found or 'nothing'} for {rows} rows of "
+            f"signature {signature!r}. "
             "Export the model again with keras_mrl_export.export_saved_model."
         )
-    return answer
+    return {name: answer[name].astype(o.dtype, copy=False) for name, o in wanted.items()}
 
 
 def describe() -> Flow[Manifest]:
@@ -69,7 +74,7 @@ def describe() -> Flow[Manifest]:
         'describe'
     """
     answer = yield Call(contract.DESCRIBE, {"key": np.array([b""], dtype=object)})
-    if "manifest" not in answer:
+    if "manifest" not in answer or answer["manifest"].shape != (1,):
         raise ManifestError(
             "A model describes itself by a manifest. "
             f"Received: a describe signature with {', '.join(sorted(answer)) or 'no outputs'}. "
@@ -91,7 +96,7 @@ def embed(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np.f
     """
     dim = manifest.check_dim(dim)
     arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(contract.embed(dim), arrays, ("embedding",))
+    answer = yield from ask(contract.embed(dim), arrays, {"embedding": Output("float32", dim)})
     return answer["embedding"]
 
 
@@ -108,7 +113,7 @@ def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classificatio
     manifest.check_head()
     dim = manifest.check_dim(dim)
     arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(contract.classify(dim), arrays, _CLASSIFIED)
+    answer = yield from ask(contract.classify(dim), arrays, _classified(manifest))
     return _classification({**answer, "dim": np.full(len(answer["confidence"]), dim, np.int32)})
 
 
@@ -126,7 +131,9 @@ def classify_adaptive(manifest: Manifest, inputs: Inputs) -> Flow[Classification
     """
     manifest.check_cascade()
     arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(contract.CLASSIFY_ADAPTIVE, arrays, (*_CLASSIFIED, "dim"))
+    answer = yield from ask(
+        contract.CLASSIFY_ADAPTIVE, arrays, {**_classified(manifest), "dim": Output("int32")}
+    )
     return _classification(answer)
 
 
@@ -145,19 +152,32 @@ def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Fl
         'head_8'
     """
     manifest.check_head()
+    if not isinstance(policy, CascadePolicy):
+        raise InvalidInputError(
+            f"policy must be a CascadePolicy. Received: {type(policy).__name__}. Learn one with "
+            "CascadePolicy.learn, or read a manifest's with CascadePolicy.from_json."
+        )
     for stage in policy.stages:
         manifest.check_dim(stage.dim)
     arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(contract.FEATURES, arrays, ("features",))
+    wide = {"features": Output("float32", manifest.width)}
+    answer = yield from ask(contract.FEATURES, arrays, wide)
     features = answer["features"]
     unsure = np.arange(len(features))
     decided: list[tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]] = []
     for stage in policy.stages:
-        wanted = ("class_ids", "logits", *(("labels",) if manifest.labels else ()))
+        wanted = _classified(manifest) | {"logits": Output("float32", manifest.num_classes)}
+        del wanted["probabilities"], wanted["confidence"]
         prefix = {"features": features[unsure, : stage.dim]}
         answer = yield from ask(contract.head(stage.dim), prefix, wanted, only=True)
         probabilities = softmax(answer["logits"], stage.temperature)
         confidence = probabilities.max(axis=-1)
+        if not np.isfinite(confidence).all():
+            raise ServerError(
+                "Classes are decided by finite logits. Received: NaN or infinity from signature "
+                f"{contract.head(stage.dim)!r}, temperature {stage.temperature}. Look for NaN in "
+                "the inputs, or train the model to a finite loss."
+            )
         sure = (
             np.ones(len(unsure), dtype=bool)
             if stage.threshold is None
@@ -229,6 +249,16 @@ def status() -> Flow[tuple[VersionStatus, ...]]:
     return (yield AskStatus())
 
 
+def _classified(manifest: Manifest) -> dict[str, Output]:
+    k = manifest.top_k
+    return {
+        "class_ids": Output("int64", k),
+        "probabilities": Output("float32", k),
+        "confidence": Output("float32"),
+        **({"labels": Output("object", k)} if manifest.labels else {}),
+    }
+
+
 def _classification(answer: Arrays) -> Classification:
     labels = answer.get("labels")
     return Classification(
@@ -241,5 +271,5 @@ def _classification(answer: Arrays) -> Classification:
 
 
 def _as_text(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    text = [label.decode() for label in labels.flat]
+    text = [x if isinstance(x, str) else x.decode(errors="replace") for x in labels.flat]
     return np.array(text, dtype=object).reshape(labels.shape)

@@ -167,6 +167,23 @@ def predict(
     )
 
 
+def asked_alike(one: Manifest, other: Manifest) -> bool:
+    """Whether two models are asked in one way, and their answers read in one way.
+
+    Examples:
+        >>> one = Manifest(name="birds", kind="encoder", fingerprint="5e1f", dims=(8,), width=8,
+        ...     inputs={}, made_with={})
+        >>> from dataclasses import replace
+        >>> asked_alike(one, replace(one, fingerprint="c0de"))
+        True
+        >>> asked_alike(one, replace(one, dims=(4, 8)))
+        False
+    """
+    names = ("kind", "dims", "inputs", "num_classes", "top_k", "labels", "funnel")
+    decides = [[getattr(m, n) for n in names] + [m.cascade is None] for m in (one, other)]
+    return decides[0] == decides[1]
+
+
 def _of_model(
     inputs: Inputs,
     flow: Callable[[Manifest, Inputs], Flow[T]],

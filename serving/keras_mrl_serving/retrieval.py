@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from . import contract
-from .calls import AskManifest
+from .calls import AskManifest, Output
 from .contract import Manifest
 from .errors import EncoderMismatchError
 from .flows import Flow, ask, embed
 from .inputs import Inputs, check_inputs
 from .results import Embedded, Neighbors
-
-_FOUND = ("ids", "scores")
 
 
 def embed_knowingly(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Embedded]:
@@ -55,7 +53,7 @@ def search(
     check_encoder(manifest.encoder_fingerprint, encoder)
     arrays = check_inputs(embedding_spec(manifest, dim), embeddings)
     signature = contract.SEARCH if dim is None else contract.search(dim)
-    answer = yield from ask(signature, arrays, _FOUND)
+    answer = yield from ask(signature, arrays, _found(manifest))
     return Neighbors(answer["ids"], answer["scores"])
 
 
@@ -85,7 +83,7 @@ def retrieve(manifest: Manifest, inputs: Inputs) -> Flow[Neighbors]:
     """
     manifest.check_index()
     arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(contract.RETRIEVE, arrays, _FOUND)
+    answer = yield from ask(contract.RETRIEVE, arrays, _found(manifest))
     return Neighbors(answer["ids"], answer["scores"])
 
 
@@ -103,3 +101,8 @@ def check_encoder(built_with: str | None, encoder: str | None) -> None:
             f"with {built_with!r}. Embed the gallery anew with the model that is served, or serve "
             "the model the index was built with."
         )
+
+
+def _found(manifest: Manifest) -> dict[str, Output]:
+    k = (manifest.funnel or {}).get("k")
+    return {"ids": Output("int64", k), "scores": Output("float32", k)}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -134,8 +134,8 @@ def test_a_flow_stays_with_the_version_that_began_it(serve: Serve, old: Model, n
         ]
         assert_answered_by(new, client.classify_adaptive(ROWS, BOTH))
         assert script.asked[4:] == [
-            *[("features", None), ("head_2", 2)],  # the new one has no labels: look again
-            *[("describe", None), ("features", None), ("head_2", 2), ("head_4", 2)],
+            *[("features", None), ("describe", None)],  # the new one is wider: look again
+            *[("features", None), ("head_2", 2), ("head_4", 2)],
         ]
 
 
@@ -207,6 +207,26 @@ def test_the_manifest_is_read_once_and_again_when_the_version_changes(
         client.embed(ROWS, 16)
         client.embed(ROWS, 16)
         assert [signature for signature, _ in script.asked].count("describe") == 2
+
+
+def test_an_answer_is_read_by_the_manifest_of_the_version_that_gave_it(
+    serve: Serve, old: Model, manifests: Mapping[str, Manifest]
+) -> None:
+    """The kept one knew of no labels: they would be missing from one answer after a swap."""
+    silent = replace(manifests["classifier"], labels=False)
+
+    def without_labels(call: Call) -> Arrays:
+        if call.signature == "describe":
+            return {"manifest": np.array([silent.to_json().encode()], object)}
+        return {name: array for name, array in old(call).items() if name != "labels"}
+
+    script = serve(Script({1: without_labels}))
+    with Client(script.target, "m") as client:
+        for policy in (BOTH, None):
+            script.versions = {1: without_labels}
+            assert client.classify_adaptive(ROWS, policy).labels is None
+            script.versions = {2: old}
+            assert client.classify_adaptive(ROWS, policy).labels is not None
 
 
 def test_describe_always_asks(serve: Serve, old: Model, new: Model) -> None:

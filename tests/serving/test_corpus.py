@@ -21,7 +21,12 @@ from keras_mrl_serving.calls import Call
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.corpus import EmbeddingFile, windows
-from keras_mrl_serving.errors import EncoderMismatchError, KerasMrlError, ServerUnavailableError
+from keras_mrl_serving.errors import (
+    EncoderMismatchError,
+    InvalidInputError,
+    KerasMrlError,
+    ServerUnavailableError,
+)
 from keras_mrl_serving.flows import Arrays
 from keras_mrl_serving.options import Options
 from keras_mrl_serving.results import Embedded
@@ -32,6 +37,7 @@ Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
 SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
 ROWS = np.random.default_rng(0).normal(size=(97, 4)).astype(np.float32)
+SPECS: Any = {"x": {"dtype": "float32", "shape": [None, 4]}}
 SMALL = Options(max_batch_size=2, max_in_flight=2)  # windows of 16 rows
 
 
@@ -202,11 +208,11 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path, refuses: Refuses
 
 
 def test_a_batch_larger_than_a_window_is_cut() -> None:
-    cut = list(windows(iter([ROWS[:3], ROWS[3:90], ROWS[90:]]), 10, skip=2))
-    sizes = [len(window) for window in cut]  # type: ignore[arg-type]
+    cut = list(windows(iter([ROWS[:3], ROWS[3:90], ROWS[90:]]), SPECS, 10, skip=2))
+    sizes = [len(window["x"]) for window in cut]  # type: ignore
     assert sum(sizes) == 95
     assert max(sizes) < 20
-    np.testing.assert_array_equal(np.concatenate(cut), ROWS[2:])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(np.concatenate([w["x"] for w in cut]), ROWS[2:])  # type: ignore
 
 
 def test_a_corpus_shorter_than_what_is_done_is_another(refuses: Refuses) -> None:
@@ -215,7 +221,71 @@ def test_a_corpus_shorter_than_what_is_done_is_another(refuses: Refuses) -> None
         "A corpus that is gone on with must be the one that was begun. Received: one that ends "
         "2 rows before those already embedded. Give the same rows in the same order.",
     ):
-        list(windows(iter([ROWS[:3]]), 4, skip=5))
+        list(windows(iter([ROWS[:3]]), SPECS, 4, skip=5))
+    with pytest.raises(ValueError, match="ends 2 rows before"):
+        list(windows(ROWS[:3], SPECS, 4, skip=5))
+
+
+@pytest.mark.parametrize("as_batches", [False, True])
+def test_rows_of_unequal_inputs_are_never_paired(
+    toys: Mapping[str, Model], manifests: Mapping[str, Manifest], tmp_path: Path, as_batches: bool
+) -> None:
+    spec = {"dtype": "float32", "shape": [None, 4]}
+    two = replace(manifests["classifier"], inputs={"x": spec, "y": spec})
+    server = InMemoryServer(two, toys["classifier"])
+    data: Any = {"x": ROWS[:50], "y": ROWS[:16]}
+    with pytest.raises(ValueError, match="the same number of rows"):
+        Client(server, options=SMALL).embed_dataset(
+            [data] if as_batches else data, 4, tmp_path / "rows.npy"
+        )
+    assert not (tmp_path / "rows.npy").exists()
+
+
+def test_encoded_images_keep_their_trailing_zeros(
+    manifests: Mapping[str, Manifest], tmp_path: Path
+) -> None:
+    images = [b"one\x00\x00", b"two", b"\x00"]
+    seen: list[bytes] = []
+
+    def answer(call: Call) -> Arrays:
+        seen.extend(call.inputs["image"].tolist())
+        return {"embedding": np.ones((len(call.inputs["image"]), 4), np.float32)}
+
+    takes = {"image": {"dtype": "string", "shape": [None]}}
+    server = InMemoryServer(replace(manifests["classifier"], inputs=takes), answer)
+    data: Any = [[image] for image in images]
+    Client(server).embed_dataset(data, 4, tmp_path / "rows.npy")
+    assert seen == images
+
+
+@pytest.mark.parametrize(
+    "batches", [[(row for row in ROWS)], [1, 2], [None], [{"y": ROWS}], [ROWS, {"y": ROWS}]]
+)
+def test_batches_the_model_does_not_take_are_refused(
+    server: InMemoryServer, tmp_path: Path, batches: Any
+) -> None:
+    with pytest.raises(InvalidInputError):
+        Client(server).embed_dataset(batches, 4, tmp_path / "rows.npy")
+    assert not (tmp_path / "rows.npy").exists()
+
+
+def test_nobody_knows_how_many_rows_batches_have(server: InMemoryServer, tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    data = [ROWS[:50], ROWS[50:]]
+    Client(server, options=SMALL).embed_dataset(
+        data, 4, tmp_path / "rows.npy", progress=lambda *done: seen.append(done)
+    )
+    assert {total for _, total in seen} == {None}
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(
+    server: InMemoryServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.npy"
+    with pytest.raises(FileExistsError):
+        Client(server).embed_dataset(ROWS, 4, path, progress=lambda *_: path.write_text("precious"))
+    assert path.read_text() == "precious"
+    assert (tmp_path / "rows.npy.partial").exists()
 
 
 PROGRAM = """

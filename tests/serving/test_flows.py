@@ -150,7 +150,7 @@ def test_classify_by_asks_the_wider_heads_for_the_rows_still_unsure(
     unsure = np.ones(40, bool)
     for call, stage in zip(calls[1:], policy.stages, strict=True):
         np.testing.assert_array_equal(call.inputs["features"], features[unsure, : stage.dim])
-        assert call.outputs == ("class_ids", "logits", "labels")
+        assert call.outputs == ("class_ids", "labels", "logits")
         unsure &= answer.dim != stage.dim
     assert not unsure.any()
 
@@ -252,19 +252,50 @@ def test_a_describe_of_another_kind_is_refused() -> None:
 @pytest.mark.parametrize(
     ("outputs", "found"),
     [
-        ({"embedding": np.zeros((3, 4))}, "embedding (3, 4) for 40 rows"),
-        ({"embeddings": np.zeros((40, 4))}, "embeddings (40, 4) for 40 rows"),
-        ({"embedding": np.zeros(())}, "embedding () for 40 rows"),
-        ({}, "nothing for 40 rows"),
+        ({"embedding": np.zeros((3, 4))}, "embedding float64 (3, 4)"),
+        ({"embedding": np.zeros((40, 8))}, "embedding float64 (40, 8)"),
+        ({"embedding": np.zeros((40, 4), int)}, "embedding int64 (40, 4)"),
+        ({"embeddings": np.zeros((40, 4))}, "embeddings float64 (40, 4)"),
+        ({"embedding": np.zeros(())}, "embedding float64 ()"),
+        ({}, "nothing"),
     ],
 )
-def test_an_answer_of_other_rows_or_names_is_no_answer(
+def test_an_answer_unlike_the_contract_is_no_answer(
     manifest: Manifest, outputs: Arrays, found: str, refuses: Refuses
 ) -> None:
     text = (
-        "A signature must answer embedding, with a row for each row sent. Received: "
-        f"{found} of signature 'embed_4'. "
+        "A signature must answer embedding float32 (rows, 4), with a row for each row sent. "
+        f"Received: {found} for 40 rows of signature 'embed_4'. "
         "Export the model again with keras_mrl_export.export_saved_model."
     )
-    with refuses(ServerError, text):
+    with refuses(ManifestError, text):
         drive(flows.embed(manifest, ROWS, 4), lambda _: outputs)
+
+
+@pytest.mark.parametrize("name", ["labels", "class_ids", "probabilities", "confidence", "dim"])
+def test_every_column_of_a_classification_is_looked_at(
+    manifest: Manifest, model: Model, name: str
+) -> None:
+    def shorter(call: Call) -> Arrays:
+        return {n: a[:-1] if n == name else a for n, a in model(call).items()}
+
+    with pytest.raises(ManifestError, match=f"{name} "):
+        drive(flows.classify_adaptive(manifest, ROWS), shorter)
+
+
+def test_classes_are_never_decided_by_nan(manifest: Manifest, model: Model) -> None:
+    def broken(call: Call) -> Arrays:
+        return {n: a * np.nan if n == "logits" else a for n, a in model(call).items()}
+
+    with pytest.raises(ServerError, match="NaN or infinity from signature 'head_2'"):
+        drive(flows.classify_by(manifest, ROWS, TWO), broken)
+
+
+def test_a_policy_is_a_policy(manifest: Manifest, model: Model, refuses: Refuses) -> None:
+    stages: Any = TWO.to_json()
+    text = (
+        "policy must be a CascadePolicy. Received: dict. Learn one with CascadePolicy.learn, or "
+        "read a manifest's with CascadePolicy.from_json."
+    )
+    with refuses(InvalidInputError, text):
+        drive(flows.classify_by(manifest, ROWS, stages), model)

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mrl_serving import Client, KerasMrlError, Manifest
-from keras_mrl_serving.corpus import window_rows, windows
 from keras_mrl_serving.inputs import Inputs
 
 from . import RefusalError
@@ -48,7 +47,7 @@ def _write(arguments: argparse.Namespace, client: Client, manifest: Manifest, di
     total = _check_all(arguments, manifest)
     try:
         with Progress(lambda: total) as progress:
-            data = _all(arguments, manifest, window_rows(client.options))
+            data = _all(arguments, manifest)
             rows = client.embed_dataset(
                 data, dim, arguments.out, progress=lambda done, _: progress.show(done)
             )
@@ -87,10 +86,10 @@ def _check_all(arguments: argparse.Namespace, manifest: Manifest) -> int:
     return total
 
 
-def _all(arguments: argparse.Namespace, manifest: Manifest, size: int) -> Iterator[Inputs]:
-    """Give the rows of all files, cut, for what comes at once is held and made safe at once."""
+def _all(arguments: argparse.Namespace, manifest: Manifest) -> Iterator[Inputs]:
+    """Give the rows of one file after the other; the client cuts what is large."""
     for file in arguments.files:
-        yield from windows(load(file, manifest, arguments.scale), size)
+        yield load(file, manifest, arguments.scale)
 
 
 def _json_row(file: str, row: int, answer: npt.NDArray[np.float32]) -> None:

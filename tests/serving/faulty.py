@@ -1,0 +1,306 @@
+"""Servers that fail as they are told, in this process or in one of their own."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from keras_mrl_serving import _wire_pb2 as wire
+from keras_mrl_serving import contract
+from keras_mrl_serving._tensors import from_proto, to_proto
+from keras_mrl_serving.aio import AsyncClient
+from keras_mrl_serving.calls import Arrays, Call
+from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.client import Client
+from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.options import Options
+
+Model = Callable[[Call], Arrays]
+
+ROOT = Path(__file__).parents[2]
+POLICY = CascadePolicy((Stage(2, 0.5), Stage(4, None)))
+_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),
+)
+
+
+def rows(count: int, start: int = 1) -> npt.NDArray[np.float32]:
+    """Rows that are known again: the first column counts them, every other one is sure."""
+    x = np.zeros((count, 4), np.float32)
+    x[:, 0] = np.arange(start, start + count)
+    x[:, 1] = x[:, 0] % 2
+    return x
+
+
+def manifest(version: int) -> Manifest:
+    return Manifest(
+        name="echo",
+        kind="classifier",
+        fingerprint=f"v{version}",
+        dims=(2, 4),
+        width=4,
+        inputs={"x": {"dtype": "float32", "shape": [None, 4]}},
+        made_with={},
+        num_classes=100,
+        top_k=1,
+        cascade=POLICY.to_json(),
+    )
+
+
+def echo(version: int) -> Model:
+    """A model whose answers tell which row, which version, and whose features they are made of.
+
+    An embedding begins with the row's number and the version. A class is ten times the version
+    that made the features plus the one that classified them, so 11, 22, ... and never 12.
+    """
+    digit = version % 10
+
+    def answer(call: Call) -> Arrays:
+        inputs = {name: np.asarray(array) for name, array in call.inputs.items()}
+        kind, _, dim = call.signature.rpartition("_")
+        if call.signature == contract.DESCRIBE:
+            text = np.array([manifest(version).to_json().encode()], object)
+            return {"manifest": np.repeat(text, len(inputs["key"]))}
+        if call.signature == contract.FEATURES:
+            x = inputs["x"]
+            return {"features": np.stack([np.full(len(x), digit), x[:, 1], x[:, 0], x[:, 2]], 1)}
+        if call.signature == contract.CLASSIFY_ADAPTIVE:
+            x = inputs["x"]
+            return {**_classes(np.full(len(x), digit), digit, x[:, 0]), "dim": _dims(x[:, 1])}
+        if kind == "head":
+            features = inputs["features"]
+            logits = np.zeros((len(features), 100), np.float32)
+            logits[:, 0] = 50 * features[:, 1]
+            return {**_classes(features[:, 0], digit, features[:, 1]), "logits": logits}
+        if kind == "embed":
+            x = np.insert(inputs["x"], 1, version, axis=1)
+            return {"embedding": x[:, : int(dim)]}
+        raise KeyError(call.signature)
+
+    return answer
+
+
+def _classes(made_by: Any, digit: int, confidence: Any) -> dict[str, npt.NDArray[Any]]:
+    class_ids = (10 * made_by + digit).astype(np.int64)
+    confidence = confidence.astype(np.float32)
+    return {
+        "class_ids": class_ids[:, None],
+        "probabilities": confidence[:, None],
+        "confidence": confidence,
+    }
+
+
+def _dims(sure: Any) -> npt.NDArray[np.int32]:
+    return np.where(sure > 0, 2, 4).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request as it arrived: every attempt is one."""
+
+    signature: str
+    version: int | None
+    count: int
+    first: float
+    headers: Mapping[str, str]
+    at: float
+
+
+Before = Callable[[Asked, grpc.ServicerContext], object]
+
+
+class Faulty:
+    """A server of our messages. `before` sees each request, and may wait or abort it."""
+
+    def __init__(
+        self,
+        versions: Mapping[int, Model] | None = None,
+        before: Before = lambda *_: None,
+        *,
+        address: str = "127.0.0.1:0",
+        credentials: grpc.ServerCredentials | None = None,
+        workers: int = 16,
+    ) -> None:
+        self.versions = {1: echo(1)} if versions is None else versions
+        self.before = before
+        self.asked: list[Asked] = []
+        self.most_at_once = 0
+        self._at_once = 0
+        self._counting = threading.Lock()
+        method = grpc.unary_unary_rpc_method_handler(
+            self._predict,
+            request_deserializer=wire.PredictRequest.FromString,
+            response_serializer=wire.PredictResponse.SerializeToString,
+        )
+        name = "tensorflow.serving.PredictionService"
+        self._server = grpc.server(ThreadPoolExecutor(workers), options=_OPTIONS)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(name, {"Predict": method}),)
+        )
+        if credentials is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, credentials)
+        self.port = port
+        self.target = address if address.startswith("unix:") else f"127.0.0.1:{port}"
+
+    def __enter__(self) -> "Faulty":
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(None)
+
+    def stop(self, grace_s: float | None) -> None:
+        self._server.stop(grace_s).wait()
+
+    def sent(self, signature: str) -> list[Asked]:
+        return [asked for asked in self.asked if asked.signature == signature]
+
+    def _predict(
+        self, request: wire.PredictRequest, context: grpc.ServicerContext
+    ) -> wire.PredictResponse:
+        spec = request.model_spec
+        inputs = {name: from_proto(proto) for name, proto in request.inputs.items()}
+        array = next(iter(inputs.values()))
+        numbers = array.dtype != object and array.size
+        asked = Asked(
+            spec.signature_name,
+            spec.version.value if spec.HasField("version") else None,
+            len(array),
+            float(array.flat[0]) if numbers else 0.0,
+            {str(key): str(value) for key, value in context.invocation_metadata()},
+            time.monotonic(),
+        )
+        with self._counting:
+            self.asked.append(asked)
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            self.before(asked, context)
+            return self._answer(spec.name, asked, Call(asked.signature, inputs), request, context)
+        finally:
+            with self._counting:
+                self._at_once -= 1
+
+    def _answer(
+        self,
+        model: str,
+        asked: Asked,
+        call: Call,
+        request: wire.PredictRequest,
+        context: grpc.ServicerContext,
+    ) -> wire.PredictResponse:
+        versions = dict(self.versions)
+        if not versions or asked.version not in (None, *versions) or model != "default":
+            which = "Latest({})" if asked.version is None else "Specific({}, {})"
+            text = f"Servable not found for request: {which.format(model, asked.version)}"
+            context.abort(grpc.StatusCode.NOT_FOUND, text)
+        number = max(versions) if asked.version is None else asked.version
+        try:
+            answer = versions[number](call)
+        except KeyError:
+            text = f'Serving signature key "{call.signature}" not found.'
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        response = wire.PredictResponse()
+        response.model_spec.version.value = number
+        for name in request.output_filter or answer:
+            response.outputs[name].CopyFrom(to_proto(np.asarray(answer[name])))
+        return response
+
+
+class Process:
+    """The same server in a process that can be killed. The first `slow` embeddings take 30 s."""
+
+    def __init__(self, port: int = 0, slow: int = 0) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.serving.faulty", str(port), str(slow)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.port = int(self.said())
+        self.target = f"127.0.0.1:{self.port}"
+
+    def said(self) -> str:
+        """The next line it prints: its port, then the signature of each slow request."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        assert line, "the server is gone"
+        return line
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class _Awaited:
+    """An `AsyncClient` whose methods are awaited by a loop that runs while one does."""
+
+    def __init__(self, client: AsyncClient, runner: asyncio.Runner) -> None:
+        self._client = client
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        if not callable(method):
+            return method
+        return lambda *args, **named: self._runner.run(method(*args, **named))
+
+
+@contextmanager
+def opened(kind: type[Any], target: Any, options: Options | None = None) -> Iterator[Any]:
+    """A client of either kind, to be asked as a `Client`."""
+    if kind is Client:
+        with Client(target, options=options) as client:
+            yield client
+        return
+    with asyncio.Runner() as runner:
+        waited = AsyncClient(target, options=options)
+        try:
+            yield _Awaited(waited, runner)
+        finally:
+            runner.run(waited.close())
+
+
+def main(port: int, slow: int) -> None:
+    left = [slow]
+
+    def before(asked: Asked, _: grpc.ServicerContext) -> None:
+        if asked.signature.startswith("embed") and left[0]:
+            left[0] -= 1
+            print(asked.signature, flush=True)
+            time.sleep(30)
+
+    with Faulty(before=before, address=f"127.0.0.1:{port}") as server:
+        print(server.port, flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
+    os._exit(0)
