@@ -32,7 +32,7 @@ FLOORS = (
         "retrieval",
         "version",
     },
-    {"index", "_failures", "questions", "rounds", "conversation", "testing", "corpus"},
+    {"index", "_failures", "questions", "rounds", "knowledge", "conversation", "testing", "corpus"},
     {"_tensors", "_messages", "_channel", "_status", "_rpc", "_rpc_aio", "_wire_pb2"},
     {"client", "aio"},
     {"_session"},

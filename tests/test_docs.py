@@ -60,7 +60,10 @@ def blocks(document: str) -> list[tuple[str, str]]:
 
 
 def test_every_document_with_code_is_run() -> None:
-    written = {"README.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))}
+    written = {
+        "README.md",
+        *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md")),
+    }
     with_code = {page for page in written if BLOCK.search((ROOT / page).read_text())}
     assert with_code == {page for pages in DOCUMENTS.values() for page in pages}
 

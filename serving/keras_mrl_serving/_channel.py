@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 _LONGEST_S = 1e9  # a deadline past 2262 overflows within gRPC, which then gives up at once
 _LAST_PORT = 2**16 - 1
+_BEHIND_DNS = 3
+_LONGEST_KEEPALIVE_S = 1e6
 _LONGEST_RECONNECT_MS = 5000  # gRPC's own two minutes would leave a restarted server unfound
 
 
@@ -36,11 +38,21 @@ def address(targets: str | Sequence[str]) -> str:
         )
     if len(targets) == 1:
         return _checked(targets[0])
-    found = [pair for target in targets for pair in _look_up(_checked(target))]
-    families = {family for family, _ in found}
-    family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
-    scheme = "ipv4" if family == socket.AF_INET else "ipv6"
-    return f"{scheme}:" + ",".join(dict.fromkeys(where for f, where in found if f == family))
+    found = [_look_up(_checked(target)) for target in targets]
+    for family, scheme in ((socket.AF_INET, "ipv4"), (socket.AF_INET6, "ipv6")):
+        if all(family in addresses for addresses in found):
+            return f"{scheme}:" + ",".join(dict.fromkeys(a[family] for a in found))
+    raise ValueError(
+        "Targets of one list must all have addresses of IPv4, or all of IPv6. "
+        f"Received: {', '.join(targets)}. Give a client to each kind, or one 'dns:///name:port'."
+    )
+
+
+def replicas(targets: object) -> int:
+    """Return how many servers may take turns: as many as are named, or a few behind `dns:`."""
+    if isinstance(targets, str):
+        return _BEHIND_DNS if targets.startswith("dns:") else 1
+    return len(targets) if isinstance(targets, Sequence) else 1
 
 
 def arguments(options: Options) -> list[tuple[str, Any]]:
@@ -68,7 +80,10 @@ def arguments(options: Options) -> list[tuple[str, Any]]:
     ]
     if options.keepalive_s is not None:
         given += [
-            ("grpc.keepalive_time_ms", int(options.keepalive_s * 1000) or 1),
+            (
+                "grpc.keepalive_time_ms",
+                int(1000 * min(options.keepalive_s, _LONGEST_KEEPALIVE_S)) or 1,
+            ),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),  # by default, two and no more
         ]
@@ -121,7 +136,7 @@ def _checked(target: object) -> str:
     )
 
 
-def _look_up(target: str) -> list[tuple[int, str]]:
+def _look_up(target: str) -> dict[int, str]:
     host, _, port = target.rpartition(":")
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
@@ -131,7 +146,7 @@ def _look_up(target: str) -> list[tuple[int, str]]:
             f"Received: {target!r} ({error.strerror}). Correct it, or give one 'dns:///name:port'."
         ) from error
     where = {socket.AF_INET: "{}:{}", socket.AF_INET6: "[{}]:{}"}
-    return [(f, where[f].format(*a[:2])) for f, _, _, _, a in found if f in where]
+    return {f: where[f].format(*a[:2]) for f, _, _, _, a in reversed(found) if f in where}
 
 
 def checked_transport(transport: T, method: str) -> T:

@@ -29,10 +29,10 @@ class AioTransport:
     """
 
     def __init__(self, targets: str | Sequence[str], options: Options) -> None:
+        self._address = _channel.address(targets)
         self.target = targets if isinstance(targets, str) else ",".join(targets)
         self._options = options
         self._pid = os.getpid()
-        self._address = _channel.address(targets)
         self._interceptors = _channel.checked_interceptors(options, grpc.aio.ClientInterceptor)
         self._channel: grpc.aio.Channel | None = None
         self._stubs: dict[str, Any] = {}

@@ -11,8 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import contract, corpus, flows, questions, retrieval
-from ._channel import checked_transport
+from . import _channel, contract, corpus, flows, questions, retrieval
 from ._rpc_aio import AioTransport
 from .calls import AsyncTransport, Signature, VersionStatus
 from .cascade import CascadePolicy
@@ -63,9 +62,10 @@ class AsyncClient:
         self._transport: AsyncTransport = (
             AioTransport(target, self.options)
             if isinstance(target, str | Sequence)
-            else checked_transport(target, "send_async")
+            else _channel.checked_transport(target, "send_async")
         )
-        self._conversation = Conversation(self.target, model, self.options)
+        replicas = _channel.replicas(target)
+        self._conversation = Conversation(self.target, model, self.options, replicas)
 
     @property
     def target(self) -> str:
@@ -190,9 +190,10 @@ class AsyncClient:
 
     async def _run_round(self, round: Round) -> None:
         if len(round.talks) == 1:
-            round.receive(0, await self._outcome(round.talks[0]))
+            ((number, talk),) = round.talks.items()
+            round.receive(number, await self._outcome(talk))
             return
-        numbered = iter(enumerate(round.talks))
+        numbered = iter(round.talks.items())
 
         async def work() -> None:
             for number, talk in numbered:  # shared: each talk goes to one worker

@@ -11,8 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import contract, corpus, flows, questions, retrieval
-from ._channel import checked_transport
+from . import _channel, contract, corpus, flows, questions, retrieval
 from ._rpc import GrpcTransport
 from .calls import Signature, Transport, VersionStatus
 from .cascade import CascadePolicy
@@ -67,9 +66,10 @@ class Client:
         self._transport: Transport = (
             GrpcTransport(target, self.options)
             if isinstance(target, str | Sequence)
-            else checked_transport(target, "send")
+            else _channel.checked_transport(target, "send")
         )
-        self._conversation = Conversation(self.target, model, self.options)
+        replicas = _channel.replicas(target)
+        self._conversation = Conversation(self.target, model, self.options, replicas)
 
     @property
     def target(self) -> str:
@@ -248,29 +248,31 @@ class Client:
 
     def _run_round(self, round: Round) -> None:
         if len(round.talks) == 1:
-            round.receive(0, self._outcome(round.talks[0]))
+            ((number, talk),) = round.talks.items()
+            round.receive(number, self._outcome(round, talk))
             return
         pool = ThreadPoolExecutor(min(self.options.max_in_flight, len(round.talks)))
         try:
             running = {
                 pool.submit(self._outcome_unless_failed, round, talk): number
-                for number, talk in enumerate(round.talks)
+                for number, talk in round.talks.items()
             }
             for future in as_completed(running):
                 outcome = future.result()
                 if outcome is not None:
                     round.receive(running[future], outcome)
         finally:  # an interrupt, or the caller's progress function, waits for no call under way
+            round.stop()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _outcome_unless_failed(self, round: Round, talk: Talk[T]) -> T | KerasMrlError | None:
-        return None if round.failed else self._outcome(talk)
+        return None if round.failed else self._outcome(round, talk)
 
-    def _outcome(self, talk: Talk[T]) -> T | KerasMrlError:
+    def _outcome(self, round: Round, talk: Talk[T]) -> T | KerasMrlError | None:
         """Send what a talk yields until it ends; return its result, or the error that ended it."""
         try:
             envelope = next(talk)
-            while True:
+            while not round.stopped:
                 try:
                     reply = self._transport.send(envelope)
                 except KerasMrlError as error:
@@ -282,3 +284,4 @@ class Client:
             return result
         except KerasMrlError as error:
             return error
+        return None

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
 
 from . import flows
 from ._failures import failed
-from .calls import AskManifest, AskSignatures, Call, Envelope
+from .calls import AskManifest, AskSignatures, Call, Envelope, Reply
 from .contract import Manifest
 from .errors import (
     DeadlineError,
@@ -32,6 +32,7 @@ from .errors import (
     VersionNotFoundError,
 )
 from .flows import Flow
+from .knowledge import Knowledge
 from .options import Options
 from .questions import Question, asked_alike
 from .results import Partial, joined
@@ -50,7 +51,7 @@ _PERHAPS_STALE = (
     SignatureNotFoundError,
     UnknownDimError,
 )
-_MOST_KEPT = 8  # versions whose manifests are kept; more than two at once are rare
+_TURNS = 2  # threads that share a client move the turn on, so one round may miss a replica
 
 
 class Conversation:
@@ -62,6 +63,8 @@ class Conversation:
         target: Where the server is, as errors name it.
         model: Name of the model.
         options: Budget, batch and message sizes.
+        replicas: How many servers take turns; a version that one of them has not got yet, or has
+            no longer, is asked of the others.
         clock: Seconds since some moment.
 
     Examples:
@@ -77,14 +80,15 @@ class Conversation:
         target: str,
         model: str,
         options: Options,
+        replicas: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._replicas = replicas
         self._target = target
         self._model = model
         self._options = options
         self._clock = clock
-        self._version: int | None = None  # the last that answered a call to the newest
-        self._kept: dict[tuple[type, int], Any] = {}
+        self._knowledge = Knowledge()
 
     def run(self, flow: Flow[T]) -> Rounds[T]:
         """Run a flow that needs no knowledge and has no rows, such as `flows.status()`."""
@@ -112,36 +116,45 @@ class Conversation:
         try:
             return (yield from self._ask(question, progress, deadline))
         except VersionNotFoundError as gone:
-            self._version = None
-            if gone.partial is not None:  # many parts, each with the whole budget
-                deadline = self._deadline()
+            self._knowledge.version = None
+            # Many parts have the whole budget each.
+            deadline = deadline if gone.partial is None else self._deadline()
         try:
             return (yield from self._ask(question, progress, deadline))
         except VersionNotFoundError as error:
-            self._version = None
+            self._knowledge.version = None
             raise self._changed(error) from error
 
     def _ask(
         self, question: Question[Any, T], progress: Progress | None, deadline: float
     ) -> Rounds[T]:
-        """Ask by what is known; where that is refused and may be stale, by what is learned anew."""
-        kept = self._known(question.learn)
+        """Ask by what is known; where that does not fit, by what the version that answered says."""
+        kept = self._knowledge.of(question.learn)
         known = kept or (yield from self._learn(question.learn, deadline))
         try:
             return (yield from self._ask_by(known, question, progress, deadline))
-        except _PERHAPS_STALE:
-            if kept is None:
+        except _PERHAPS_STALE as error:
+            version = error.version
+            if version is not None and isinstance(known, Manifest):
+                fresh: Any = yield from self._alone(self._manifest_of(version, deadline))
+            elif kept is not None:
+                fresh = yield from self._learn(question.learn, deadline)
+            else:
                 raise
-            fresh = yield from self._learn(question.learn, deadline)
-            if fresh == kept:
+            if fresh == known:
                 raise
-        return (yield from self._ask_by(fresh, question, progress, deadline))
+        return (yield from self._ask_by(fresh, question, progress, deadline, version))
 
     def _ask_by(
-        self, known: Any, question: Question[Any, T], progress: Progress | None, deadline: float
+        self,
+        known: Any,
+        question: Question[Any, T],
+        progress: Progress | None,
+        deadline: float,
+        version: int | None = None,
     ) -> Rounds[T]:
         parts = question.parts(known, self._options)
-        talk = self._talk(question.flow(known, parts[0]), None, deadline)
+        talk = self._talk(question.flow(known, parts[0]), version, deadline)
         first, version = yield from self._alone(talk)
         current = yield from self._known_of(version, known, question, deadline)
         if current is not known:  # the version that answered is asked otherwise: ask it so
@@ -158,7 +171,7 @@ class Conversation:
         self, version: int | None, known: Any, question: Question[Any, T], deadline: float
     ) -> Rounds[Any]:
         """Return what the version that answered says of itself; `known` if it is asked alike."""
-        kept = self._known(question.learn, version)
+        kept = self._knowledge.of(question.learn, version)
         if version is None or kept is known or not isinstance(known, Manifest):
             return known
         manifest: Manifest = yield from self._alone(self._manifest_of(version, deadline))
@@ -178,18 +191,18 @@ class Conversation:
         total, done = sum(rows), 0
         answers: dict[int, T] = {}
 
-        def take(part: int, answer: T) -> None:
+        def take(part: int, answered: tuple[T, object]) -> None:
             nonlocal done
-            answers[part] = answer
+            answers[part] = answered[0]
             done += rows[part]
             if progress:
                 progress(done, total)
 
-        take(0, first)
+        take(0, (first, version))
         for again in (True, False):
             missing = [i for i in range(len(parts)) if i not in answers]
-            talks = [self._talk(question.flow(known, parts[i]), version, None) for i in missing]
-            current = Round(talks, partial(_take_part, take, missing))
+            talks = {i: self._talk(question.flow(known, parts[i]), version, None) for i in missing}
+            current = Round(talks, take)
             yield current
             if not current.failed:
                 return joined([answers[i] for i in range(len(parts))])
@@ -199,12 +212,12 @@ class Conversation:
         starts = np.cumsum([0, *rows])
         parts_done = sorted(answers)
         which = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in parts_done])
-        answered: Any = joined([answers[i] for i in parts_done])
-        error.partial = Partial(which, answered)
+        answer: Any = joined([answers[i] for i in parts_done])
+        error.partial = Partial(which, answer)
         raise error
 
     def _alone(self, talk: Talk[T]) -> Rounds[T]:
-        alone = Round([talk])
+        alone = Round({0: talk})
         yield alone
         if alone.failed:
             raise alone.errors[0]
@@ -216,10 +229,8 @@ class Conversation:
     ) -> Talk[tuple[T, int | None]]:
         """Run a flow; its calls after the first go to the version that answered the first.
 
-        Args:
-            flow: What is asked.
-            version: The version that must answer from the start; None for the newest.
-            deadline: By when; None gives it the whole budget from its own beginning.
+        A version that is given answers the first too. Without a deadline the flow has the whole
+        budget from its own beginning.
         """
         deadline = self._deadline() if deadline is None else deadline
         answer: Any = None
@@ -228,20 +239,31 @@ class Conversation:
                 request = flow.send(answer)
             except StopIteration as done:
                 return done.value, version
+            except KerasMrlError as error:  # the flow's own, about the answer it was sent
+                error.version = version
+                raise
             if isinstance(request, AskManifest):
                 answer = yield from self._manifest_of(version, deadline)
                 continue
-            reply = yield self._envelope(request, version, deadline)
+            reply = yield from self._send(request, version, deadline)
             answer = reply.answer
             if version is None and reply.version is not None:
-                version = self._version = reply.version
+                version = self._knowledge.version = reply.version
+
+    def _send(self, request: Any, version: int | None, deadline: float) -> Talk[Reply[Any]]:
+        """Send one call; one that names a version, in turn to replicas until one has it."""
+        others = self._replicas - 1 if version is not None else 0
+        for _ in range(others * _TURNS):
+            with suppress(VersionNotFoundError):
+                return (yield self._envelope(request, version, deadline))
+        return (yield self._envelope(request, version, deadline))
 
     def _manifest_of(self, version: int | None, deadline: float) -> Talk[Manifest]:
-        kept: Manifest | None = self._known(AskManifest(), version)
+        kept: Manifest | None = self._knowledge.of(AskManifest(), version)
         if kept is not None:
             return kept
         manifest, answered = yield from self._talk(flows.describe(), version, deadline)
-        self._keep(AskManifest(), answered, manifest)
+        self._knowledge.keep(AskManifest(), answered, manifest)
         return manifest
 
     def _envelope(self, request: Any, version: int | None, deadline: float) -> Envelope:
@@ -256,43 +278,20 @@ class Conversation:
     def _deadline(self) -> float:
         return self._clock() + self._options.timeout_s
 
-    def _known(self, about: AskManifest | AskSignatures, version: int | None = None) -> Any:
-        """Return what is kept about a version, or about the last that answered; None if nothing."""
-        version = self._version if version is None else version
-        return None if version is None else self._kept.get((type(about), version))
-
     def _learn(self, about: AskManifest | AskSignatures, deadline: float) -> Rounds[Any]:
         flow: Flow[Any] = flows.describe() if isinstance(about, AskManifest) else flows.signatures()
         known, version = yield from self._alone(self._talk(flow, None, deadline))
-        self._keep(about, version, known)
+        self._knowledge.keep(about, version, known)
         return known
 
-    def _keep(self, about: AskManifest | AskSignatures, version: int | None, known: object) -> None:
-        if version is None:
-            return
-        if len(self._kept) >= _MOST_KEPT:
-            self._kept = {}
-        self._kept[type(about), version] = known
-
     def _changed(self, error: VersionNotFoundError) -> KerasMrlError:
-        envelope = Envelope(
-            self._model,
-            error.version,
-            Call(error.signature or "", {}),
-            0.0,
-            self._options.timeout_s,
-        )
+        call, timeout_s = Call(error.signature or "", {}), self._options.timeout_s
+        envelope = Envelope(self._model, error.version, call, 0.0, timeout_s)
         received = "the version that began the answer was gone before its end, twice,"
         changed = failed(VersionChangedError, envelope, self._target, received)
         if error.partial is not None:
             changed.partial = error.partial
         return changed
-
-
-def _take_part(
-    take: Callable[[int, T], None], parts: list[int], number: int, result: tuple[T, object]
-) -> None:
-    take(parts[number], result[0])
 
 
 def _rows(part: Any) -> int:

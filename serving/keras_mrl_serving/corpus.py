@@ -68,10 +68,13 @@ class EmbeddingFile:
         self._growing = Path(f"{self.path}.partial")
         self._journal = Path(f"{self.path}.partial.json")
         self._check_free()
-        self._file = open(self._growing, "r+b" if self._growing.exists() else "w+b")
+        begun = self._growing.exists()
+        # Never truncated on opening: another process may be writing it.
+        self._file = open(os.open(self._growing, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
             self._lock()
-            if self._journal.exists():
+            self._check_free()  # whoever held the lock may have finished meanwhile
+            if begun and self._journal.exists():
                 self.rows = self._safe_rows()
             self._file.truncate(self._end())
             self._file.seek(self._end())
@@ -88,6 +91,11 @@ class EmbeddingFile:
         """
         if embedded.fingerprint != self.fingerprint:
             raise self._another_model(embedded.fingerprint)
+        if embedded.embeddings.shape[1:] != (self.dim,):
+            raise ValueError(
+                f"Rows must be (rows, {self.dim}). Received: {embedded.embeddings.shape}. "
+                "Embed them at the dim of the file."
+            )
         self._file.write(np.ascontiguousarray(embedded.embeddings, "<f4").tobytes())
         self._sync()
         self.rows += len(embedded.embeddings)

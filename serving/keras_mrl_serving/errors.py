@@ -17,7 +17,7 @@ class KerasMrlError(Exception):
         version: Version that was asked for; None for the newest.
         signature: Signature that was called.
         timeout_s: Seconds the call was given.
-        attempts: How often the call was sent, where that is known.
+        attempts: How often the call was sent, as the time it took tells; None where it does not.
         partial: What was answered before the error, where a call of many rows was split.
     """
 

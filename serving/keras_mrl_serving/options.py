@@ -84,7 +84,7 @@ class Options:
             the server was not reached, or said that its queue is full.
         first_backoff_s: Seconds before the second attempt, give or take a fifth; each wait after
             it is twice as long.
-        max_backoff_s: The longest wait between two attempts.
+        max_backoff_s: The longest wait between two attempts, give or take a fifth.
         max_batch_size: Rows of one call; more are split. None means no limit. (TensorFlow
             Serving with batching refuses more than its own `max_batch_size`, by default 1000.)
         max_message_bytes: Largest message sent or received; rows are split to stay below it. None
@@ -95,8 +95,8 @@ class Options:
         metadata: What is sent with every call, such as `{"authorization": "Bearer ..."}`, or a
             function that returns it anew for each call. Names are in lower case.
         compress: Whether requests are sent with gzip.
-        keepalive_s: Seconds between keepalive pings; None sends none. TensorFlow Serving hangs
-            up on a client that pings more often than every 300 s.
+        keepalive_s: Seconds between keepalive pings, at least 1; None sends none. TensorFlow
+            Serving hangs up on a client that pings more often than every 300 s.
         interceptors: The user's own gRPC interceptors, such as those of OpenTelemetry: of
             `grpc` for a `Client`, of `grpc.aio` for an `AsyncClient`.
 
@@ -130,6 +130,11 @@ class Options:
                 self._check_seconds(name)
         if not callable(self.metadata):
             self.headers()
+        if self.tls is not None and not isinstance(self.tls, Tls):
+            raise ValueError(
+                f"tls must be a Tls, or None. Received: {type(self.tls).__name__}. "
+                "Read one with Tls.from_files."
+            )
         self._check_count("max_attempts", _MOST_ATTEMPTS)
         self._check_count("max_in_flight", _MOST)
         for name in ("max_batch_size", "max_message_bytes"):
@@ -147,6 +152,11 @@ class Options:
             (('authorization', 'Bearer 5e1f'),)
         """
         given = self.metadata() if callable(self.metadata) else self.metadata
+        if not isinstance(given, Mapping):
+            raise InvalidInputError(
+                "metadata must be a mapping, or a function that returns one. "
+                f"Received: {type(given).__name__}. Give for example {{'authorization': '...'}}."
+            )
         for name, value in given.items():
             if not (
                 isinstance(name, str)

@@ -21,8 +21,10 @@ from .results import Classification, Embedded, Neighbors
 T = TypeVar("T")
 K = TypeVar("K")  # what must be known of a model before it is asked
 
-_MOST_BYTES = 2**31 - 2**20  # protobuf's largest message, less room for all but the rows
+_MOST_BYTES = 2**31 - 1  # protobuf's largest message
+_ENVELOPE_BYTES = 1024  # names, shapes and lengths beside the rows
 _FLOAT_BYTES = 4
+_NEIGHBOR_BYTES = 14  # an id as a varint and a score
 _CLASS_BYTES = 64  # an id, a probability and a name of ordinary length
 
 
@@ -62,7 +64,8 @@ class Question(Generic[K, T]):
         if rows > 1:
             sent = sum(_row_bytes(array) for array in arrays.values())
             largest = max(sent, self.answer_row_bytes(known), 1)
-            most = min(most, max(1, (options.max_message_bytes or _MOST_BYTES) // largest))
+            room = (options.max_message_bytes or _MOST_BYTES) - _ENVELOPE_BYTES
+            most = min(most, max(1, room // largest))
         starts = range(0, max(rows, 1), most)
         return [{name: a[i : i + most] for name, a in arrays.items()} for i in starts]
 
@@ -74,9 +77,7 @@ def embed(inputs: Inputs, dim: int) -> Question[Manifest, npt.NDArray[np.float32
         >>> embed([[0, 127, 255]], dim=8).inputs
         [[0, 127, 255]]
     """
-    return _of_model(
-        inputs, lambda m, x: flows.embed(m, x, dim), lambda m: _FLOAT_BYTES * m.check_dim(dim)
-    )
+    return _of_model(inputs, lambda m, x: flows.embed(m, x, dim), lambda m: _vector_bytes(m, dim))
 
 
 def embed_knowingly(inputs: Inputs, dim: int) -> Question[Manifest, Embedded]:
@@ -89,7 +90,7 @@ def embed_knowingly(inputs: Inputs, dim: int) -> Question[Manifest, Embedded]:
     return _of_model(
         inputs,
         lambda m, x: retrieval.embed_knowingly(m, x, dim),
-        lambda m: _FLOAT_BYTES * m.check_dim(dim),
+        lambda m: _vector_bytes(m, dim),
     )
 
 
@@ -117,7 +118,9 @@ def classify_adaptive(
     return _of_model(
         inputs,
         lambda m, x: flows.classify_by(m, x, policy),
-        lambda m: max(_FLOAT_BYTES * max(m.width, m.num_classes or 0), _classes_bytes(m)),
+        lambda m: max(
+            _FLOAT_BYTES * m.width, _FLOAT_BYTES * (m.num_classes or 0) + _classes_bytes(m)
+        ),
     )
 
 
@@ -202,11 +205,15 @@ def _classes_bytes(manifest: Manifest) -> int:
 
 def _neighbors_bytes(manifest: Manifest) -> int:
     k: Any = (manifest.funnel or {}).get("k", 1)
-    return 3 * _FLOAT_BYTES * int(k)  # an int64 and a float32
+    return _NEIGHBOR_BYTES * int(k)
 
 
 def _row_bytes(array: npt.NDArray[Any]) -> int:
     """Bytes of the largest row, about: strings are as long as they are, numbers all alike."""
     if array.dtype.kind in "OSUT":
-        return max((len(s) for s in array.ravel().tolist()), default=0) * array[:1].size
+        return max(map(_string_bytes, array.ravel().tolist()), default=0) * array[:1].size
     return array[:1].nbytes
+
+
+def _string_bytes(string: str | bytes) -> int:
+    return len(string.encode() if isinstance(string, str) else string) + 5  # and its length

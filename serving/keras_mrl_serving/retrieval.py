@@ -54,6 +54,9 @@ def search(
     arrays = check_inputs(embedding_spec(manifest, dim), embeddings)
     signature = contract.SEARCH if dim is None else contract.search(dim)
     answer = yield from ask(signature, arrays, _found(manifest))
+    if encoder is not None:
+        answering: Manifest = yield AskManifest()  # another version may have answered
+        check_encoder(answering.encoder_fingerprint, encoder)
     return Neighbors(answer["ids"], answer["scores"])
 
 

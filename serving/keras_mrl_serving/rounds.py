@@ -21,14 +21,14 @@ class Round:
     has failed, talks that were not begun may be left out.
 
     Args:
-        talks: What is to be run.
+        talks: What is to be run, each under a number.
         received: Called with each result, after the number of its talk.
 
     Examples:
         >>> def talk():
         ...     return (yield Envelope("birds", None, AskStatus(), 1.0, 1.0)).answer
         >>> from keras_mrl_serving.calls import AskStatus, Envelope, Reply
-        >>> round = Round([talk()])
+        >>> round = Round({0: talk()})
         >>> next(round.talks[0]).model
         'birds'
         >>> round.receive(0, "ready")
@@ -37,17 +37,22 @@ class Round:
     """
 
     def __init__(
-        self, talks: list[Talk[Any]], received: Callable[[int, Any], object] = lambda *_: None
+        self, talks: dict[int, Talk[Any]], received: Callable[[int, Any], object] = lambda *_: None
     ) -> None:
         self.talks = talks
         self.answers: dict[int, Any] = {}
         self.errors: dict[int, KerasMrlError] = {}
+        self.stopped = False
         self._received = received
 
     @property
     def failed(self) -> bool:
         """Whether a talk has failed, so that none needs to be begun."""
         return bool(self.errors)
+
+    def stop(self) -> None:
+        """Let no talk send anything more: nobody waits for the answer."""
+        self.stopped = True
 
     def receive(self, number: int, outcome: object) -> None:
         """Take what came of a talk: its result, or the error it raised."""

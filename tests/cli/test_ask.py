@@ -498,8 +498,8 @@ def test_what_was_answered_before_an_error_is_printed(
     np.save("x.npy", corpus)
     outcome = Client._outcome
 
-    def failing(client: Client, talk: Any) -> Any:
-        found = outcome(client, talk)
+    def failing(client: Client, round: Any, talk: Any) -> Any:
+        found = outcome(client, round, talk)
         if isinstance(found, tuple) and np.array_equal(found[0], corpus[20:21]):
             return ServerUnavailableError("No server answers. Received: rows. Start it.")
         return found

@@ -1,6 +1,10 @@
 """Sync = async = in memory = the development server, on everything a client can be asked."""
 
 import asyncio
+import os
+import signal
+import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import partial
@@ -196,6 +200,58 @@ def test_a_closed_client_asks_no_more(target: str) -> None:
             await client.embed(ROWS, 2)
 
     asyncio.run(main())
+
+
+def test_a_client_closed_in_mid_call_says_so(target: str) -> None:
+    async def main() -> None:
+        client = AsyncClient(target, options=Options(max_batch_size=1))
+        await client.describe()
+        task = asyncio.create_task(client.embed(np.repeat(ROWS, 50, axis=0), 2))
+        await asyncio.sleep(0.05)
+        await client.close()
+        with pytest.raises(KerasMrlError, match=f"a call to {target} after close"):
+            await task
+
+    asyncio.run(main())
+
+
+def test_a_client_of_another_loop_says_so(target: str) -> None:
+    client = AsyncClient(target)
+    assert asyncio.run(ask_once(client)).shape == (40, 2)
+    with pytest.raises(KerasMrlError, match="Make one client per loop"):
+        asyncio.run(ask_once(client))
+    asyncio.run(client.close())
+
+
+async def ask_once(client: AsyncClient) -> Any:
+    return await client.embed(ROWS, 2)
+
+
+def test_an_interrupt_waits_for_no_call_under_way(
+    toys: Mapping[str, Model], manifests: Mapping[str, Manifest]
+) -> None:
+    begun = threading.Event()
+
+    class Slow(InMemoryServer):
+        def send(self, envelope: Any) -> Any:
+            if envelope.signature == "embed_2" and envelope.version is not None:
+                begun.set()
+                time.sleep(1.0)
+            return super().send(envelope)
+
+    def interrupt() -> None:
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    server = Slow(manifests["classifier"], toys["classifier"])
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        Client(server, options=SPLIT).embed(ROWS, 2)
+    at = time.monotonic()
+    asked = len(server.calls)
+    time.sleep(1.2)
+    assert len(server.calls) - asked <= SPLIT.max_in_flight  # those under way, and no other
+    assert time.monotonic() - at < 3
 
 
 def test_a_task_that_is_cancelled_stops_asking(

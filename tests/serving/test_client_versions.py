@@ -134,8 +134,8 @@ def test_a_flow_stays_with_the_version_that_began_it(serve: Serve, old: Model, n
         ]
         assert_answered_by(new, client.classify_adaptive(ROWS, BOTH))
         assert script.asked[4:] == [
-            *[("features", None), ("describe", None)],  # the new one is wider: look again
-            *[("features", None), ("head_2", 2), ("head_4", 2)],
+            *[("features", None), ("describe", 2)],  # the new one is wider: look again
+            *[("features", 2), ("head_2", 2), ("head_4", 2)],
         ]
 
 
@@ -227,6 +227,19 @@ def test_an_answer_is_read_by_the_manifest_of_the_version_that_gave_it(
             assert client.classify_adaptive(ROWS, policy).labels is None
             script.versions = {2: old}
             assert client.classify_adaptive(ROWS, policy).labels is not None
+
+
+def test_a_version_that_one_replica_has_not_got_is_asked_of_the_other(
+    serve: Serve, old: Model, new: Model
+) -> None:
+    """A rolling update: round robin sends every second call to the other version's server."""
+    behind, ahead = serve(Script({1: old})), serve(Script({2: new}))
+    with Client([behind.target, ahead.target], "m") as client:
+        for _ in range(10):
+            dims = client.classify_adaptive(ROWS, BOTH).dim
+            assert set(dims.tolist()) == {2, 4}
+    refused = [asked for script in (behind, ahead) for asked in script.asked]
+    assert len(refused) > 30
 
 
 def test_describe_always_asks(serve: Serve, old: Model, new: Model) -> None:

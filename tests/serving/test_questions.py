@@ -56,7 +56,7 @@ def test_parts_are_the_rows_in_order_and_each_fits(
 
 def test_answers_larger_than_the_rows_are_counted() -> None:
     question = questions.embed(np.zeros((10, 1), np.float32), dim=8)
-    parts = question.parts(manifest(x=[None, 1]), Options(max_message_bytes=64))
+    parts = question.parts(manifest(x=[None, 1]), Options(max_message_bytes=1024 + 64))
     assert len(parts) == 5  # two embeddings of 32 bytes
 
 
@@ -71,8 +71,8 @@ def test_strings_are_as_large_as_the_longest() -> None:
         inputs={"jpeg": {"dtype": "string", "shape": [None]}},
     )
     question = questions.embed([b"x" * 100, b"", b"x"], dim=2)
-    assert len(question.parts(texts, Options(max_message_bytes=200))) == 2
-    assert len(question.parts(texts, Options(max_message_bytes=300))) == 1
+    assert len(question.parts(texts, Options(max_message_bytes=1024 + 215))) == 2
+    assert len(question.parts(texts, Options(max_message_bytes=1024 + 315))) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 7, 39, 40, 41])

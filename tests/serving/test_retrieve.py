@@ -123,6 +123,17 @@ def test_the_fingerprint_is_that_of_the_version_that_answered(
         client.retrieve(ROWS, bound)
 
 
+def test_an_index_that_was_swapped_is_found_out_at_the_first_search(
+    index: InMemoryServer, gallery: Any
+) -> None:
+    server = InMemoryServer(index.manifest, lambda call: index._answer(call))
+    client = Client(server)
+    assert len(client.search(gallery, encoder="5e1f")) == 30
+    server.version, server.manifest = 2, replace(server.manifest, encoder_fingerprint="new")
+    with pytest.raises(EncoderMismatchError, match="built with 'new'"):
+        client.search(gallery, encoder="5e1f")
+
+
 def test_neither_is_a_model_without_a_gallery(
     encoder: InMemoryServer, index: InMemoryServer, refuses: Refuses
 ) -> None:
