@@ -126,6 +126,11 @@ def _wait(seconds: float) -> str:
 def _checked(target: object) -> str:
     if not isinstance(target, str):
         raise _no_target(target)
+    if "," in target and not target.startswith(("ipv4:", "ipv6:")):
+        raise ValueError(
+            f"A target is one address. Received: {target!r}. "
+            f"Give several as a list: {target.split(',')}."
+        )
     with_scheme = ":///" in target or target.startswith(("unix:", "ipv4:", "ipv6:", "dns:", "xds:"))
     _, _, port = target.rpartition(":")
     if with_scheme or (port.isdecimal() and int(port) <= _LAST_PORT):

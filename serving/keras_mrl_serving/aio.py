@@ -17,6 +17,7 @@ from .calls import AsyncTransport, Signature, VersionStatus
 from .cascade import CascadePolicy
 from .contract import DEFAULT_MODEL_NAME, Manifest
 from .conversation import Conversation, Progress
+from .embedding_file import EmbeddingFile
 from .errors import KerasMrlError
 from .index import Index
 from .inputs import Inputs
@@ -153,7 +154,8 @@ class AsyncClient:
         manifest = await self.describe()
         dim = manifest.check_dim(dim)
         total = corpus.count_rows(data)
-        with corpus.EmbeddingFile(path, dim, manifest.fingerprint) as file:
+        known = corpus.digest(data)
+        with EmbeddingFile(path, dim, manifest.fingerprint, known) as file:
             size = corpus.window_rows(self.options)
             for rows in corpus.windows(data, manifest.inputs, size, file.rows):
                 question = questions.embed_knowingly(rows, dim)

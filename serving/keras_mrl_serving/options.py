@@ -167,8 +167,8 @@ class Options:
                 raise InvalidInputError(
                     "Metadata is text in ASCII, under names of a-z, 0-9, '-', '_' and '.' that do "
                     f"not end in -bin. Received: the name {name!r}, with a "
-                    f"{type(value).__name__} as value. Write the name in lower case, and encode "
-                    "other values, for example with base64."
+                    f"{type(value).__name__} as value. Write the name in lower case, strip "
+                    "line ends, and encode what is no text, for example with base64."
                 )
         return tuple(given.items())
 

@@ -486,7 +486,7 @@ def test_an_interrupted_corpus_goes_on(ask: Ask, monkeypatch: pytest.MonkeyPatch
         patch.setattr(Client, "_run", interrupted)
         assert ask("embed", "rows", *arguments) == (130, "", "keras-mrl: interrupted\n")
     assert not Path("E.npy").exists()
-    assert json.loads(Path("E.npy.partial.json").read_text())["rows"] == 16
+    assert json.loads(Path("E.npy.partial.json").read_text())["rows"] == 8
     assert ask("embed", "rows", *arguments)[0] == 0
     np.testing.assert_array_equal(np.load("E.npy"), corpus)
 

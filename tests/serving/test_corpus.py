@@ -20,7 +20,8 @@ from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.calls import Call
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
-from keras_mrl_serving.corpus import EmbeddingFile, windows
+from keras_mrl_serving.corpus import windows
+from keras_mrl_serving.embedding_file import EmbeddingFile
 from keras_mrl_serving.errors import (
     EncoderMismatchError,
     InvalidInputError,
@@ -38,7 +39,7 @@ Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
 ROWS = np.random.default_rng(0).normal(size=(97, 4)).astype(np.float32)
 SPECS: Any = {"x": {"dtype": "float32", "shape": [None, 4]}}
-SMALL = Options(max_batch_size=2, max_in_flight=2)  # windows of 16 rows
+SMALL = Options(max_batch_size=2, max_in_flight=4)  # windows of 16 rows
 
 
 @pytest.fixture
@@ -224,6 +225,21 @@ def test_a_corpus_shorter_than_what_is_done_is_another(refuses: Refuses) -> None
         list(windows(iter([ROWS[:3]]), SPECS, 4, skip=5))
     with pytest.raises(ValueError, match="ends 2 rows before"):
         list(windows(ROWS[:3], SPECS, 4, skip=5))
+
+
+def test_another_corpus_is_not_gone_on_with(server: InMemoryServer, tmp_path: Path) -> None:
+    path = tmp_path / "rows.npy"
+
+    def stop(*_: int | None) -> None:
+        raise KeyboardInterrupt
+
+    client = Client(server, options=SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        client.embed_dataset(ROWS, 4, path, progress=stop)
+    for other in (ROWS[::-1], ROWS[:90], {"y": ROWS}):
+        with pytest.raises(ValueError, match="must be the one that was begun"):
+            client.embed_dataset(other, 4, path)
+    assert len(client.embed_dataset(ROWS.copy(), 4, path)) == 97
 
 
 @pytest.mark.parametrize("as_batches", [False, True])

@@ -114,8 +114,8 @@ def test_metadata_that_grpc_does_not_send_is_refused(
 ) -> None:
     text = (
         "Metadata is text in ASCII, under names of a-z, 0-9, '-', '_' and '.' that do not end in "
-        f"-bin. Received: {received} as value. Write the name in lower case, and encode other "
-        "values, for example with base64."
+        f"-bin. Received: {received} as value. Write the name in lower case, strip line ends, "
+        "and encode what is no text, for example with base64."
     )
     with refuses(InvalidInputError, text):
         Options(metadata=metadata)
@@ -164,6 +164,16 @@ def test_targets_are_one_address(targets: Any, address: str) -> None:
             ["127.0.0.1:1", "models:"],
             "A target must be 'host:port'. Received: 'models:'. Give the server's gRPC port, "
             "for example models:8500.",
+        ),
+        (
+            "one:1,two:2",
+            "A target is one address. Received: 'one:1,two:2'. "
+            "Give several as a list: ['one:1', 'two:2'].",
+        ),
+        (
+            None,
+            "A target is 'host:port', a list of them, or a transport. Received: NoneType. "
+            "Give for example 'localhost:8500'.",
         ),
         (
             [],
