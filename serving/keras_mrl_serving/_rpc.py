@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,31 +29,22 @@ class GrpcTransport:
     """
 
     def __init__(self, targets: str | Sequence[str], options: Options) -> None:
-        address = _channel.address(targets)
-        interceptors = _channel.checked_interceptors(options, grpc.UnaryUnaryClientInterceptor)
+        self._address = _channel.address(targets)
+        self._interceptors = _channel.checked_interceptors(
+            options, grpc.UnaryUnaryClientInterceptor
+        )
         self.target = targets if isinstance(targets, str) else ",".join(targets)
         self._options = options
         self._closed = False
-        arguments, compression = _channel.arguments(options), _channel.compression(options)
-        credentials = _channel.credentials(options)
-        if credentials is None:
-            channel = grpc.insecure_channel(address, arguments, compression)
-        else:
-            channel = grpc.secure_channel(address, credentials, arguments, compression)
-        self._channel = grpc.intercept_channel(channel, *interceptors)
-        self._stubs = {
-            method: self._channel.unary_unary(
-                method,
-                request_serializer=asked.SerializeToString,
-                response_deserializer=answered.FromString,
-            )
-            for method, (asked, answered) in METHODS.items()
-        }
+        self._opening = threading.Lock()
+        self._open()
 
     def send(self, envelope: Envelope) -> Reply[Any]:
         """Return the reply; raise a `KerasMrlError`."""
         if self._closed:
             raise _channel.closed(self.target)
+        if os.getpid() != self._pid:
+            self._open_after_fork()
         method, message = encode(envelope)
         began = time.monotonic()
         try:
@@ -73,3 +66,28 @@ class GrpcTransport:
         """Close the channel."""
         self._closed = True
         self._channel.close()
+
+    def _open(self) -> None:
+        options = self._options
+        arguments, compression = _channel.arguments(options), _channel.compression(options)
+        credentials = _channel.credentials(options)
+        if credentials is None:
+            channel = grpc.insecure_channel(self._address, arguments, compression)
+        else:
+            channel = grpc.secure_channel(self._address, credentials, arguments, compression)
+        self._channel = grpc.intercept_channel(channel, *self._interceptors)
+        self._stubs = {
+            method: self._channel.unary_unary(
+                method,
+                request_serializer=asked.SerializeToString,
+                response_deserializer=answered.FromString,
+            )
+            for method, (asked, answered) in METHODS.items()
+        }
+        self._pid = os.getpid()
+
+    def _open_after_fork(self) -> None:
+        """Give a forked child a channel of its own; gRPC closes the one it inherited."""
+        with self._opening:
+            if os.getpid() != self._pid:
+                self._open()
