@@ -1,5 +1,6 @@
 """Neighbours from a gallery in this process, a served index, and encoder and index in one."""
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.calls import Call
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
@@ -196,3 +198,36 @@ def test_rows_in_neighbours_out_in_one_call(served: str, gallery: Any) -> None:
         assert found.ids.shape == (21, 3)
         assert found.ids.dtype == np.int64
         assert [i for i, _ in found[0]] == found.ids[0].tolist()
+
+
+def test_an_event_loop_finds_the_same_neighbours(
+    encoder: InMemoryServer, index: InMemoryServer, gallery: Any, served: str
+) -> None:
+    local = ExactIndex(gallery, SCHEDULE, IDS, encoder_fingerprint="5e1f")
+
+    async def main() -> list[Any]:
+        waiting, galleries = AsyncClient(encoder), AsyncClient(index)
+        async with AsyncClient(served) as both:
+            return [
+                await waiting.retrieve(ROWS, local),
+                await waiting.retrieve(ROWS, galleries),
+                await galleries.search(gallery),
+                await galleries.search(gallery[:, :4], 4, encoder="5e1f"),
+                await both.retrieve(ROWS),
+                await both.search(gallery),
+            ]
+
+    with Client(served) as both:
+        expected = [
+            Client(encoder).retrieve(ROWS, local),
+            Client(encoder).retrieve(ROWS, Client(index)),
+            Client(index).search(gallery),
+            Client(index).search(gallery[:, :4], 4, encoder="5e1f"),
+            both.retrieve(ROWS),
+            both.search(gallery),
+        ]
+    for one, other in zip(asyncio.run(main()), expected, strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.scores, other.scores)
+    with pytest.raises(EncoderMismatchError):
+        asyncio.run(AsyncClient(index).search(gallery, encoder="dead"))
