@@ -183,31 +183,34 @@ def checked_interceptors(options: Options, kind: type[Any]) -> list[Any]:
 
 def forked(target: str) -> KerasMrlError:
     """Return the error of an `AsyncClient` made before a fork and used after it."""
-    error = KerasMrlError(
+    return _outlived(
         "An AsyncClient lives in the process that made it. "
         f"Received: a call in a process forked from it, to {target}. Make the client after the "
-        "fork, or start processes with multiprocessing's 'spawn' or 'forkserver'."
+        "fork, or start processes with multiprocessing's 'spawn' or 'forkserver'.",
+        target,
     )
-    error.target = target
-    return error
 
 
 def of_another_loop(target: str) -> KerasMrlError:
     """Return the error of an `AsyncClient` used from two event loops."""
-    error = KerasMrlError(
+    return _outlived(
         "An AsyncClient lives in the event loop that it first asked from. "
         f"Received: a call from another loop, to {target}. Make one client per loop: "
-        "`async with AsyncClient(...)` inside the function given to asyncio.run."
+        "`async with AsyncClient(...)` inside the function given to asyncio.run.",
+        target,
     )
-    error.target = target
-    return error
 
 
 def closed(target: str) -> KerasMrlError:
     """Return the error of a client that was closed."""
-    error = KerasMrlError(
+    return _outlived(
         "A client asks until it is closed. "
-        f"Received: a call to {target} after close(). Make another Client."
+        f"Received: a call to {target} after close(). Make another Client.",
+        target,
     )
+
+
+def _outlived(text: str, target: str) -> KerasMrlError:
+    error = KerasMrlError(text)
     error.target = target
     return error

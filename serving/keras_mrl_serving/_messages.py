@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import grpc
+
 from . import _wire_pb2 as wire
 from ._failures import failed
 from ._tensors import from_proto, to_proto
@@ -22,6 +24,18 @@ METHODS: dict[str, tuple[Any, Any]] = {
 }
 _SIGNATURES = "signature_def"
 _INIT_OP = "__saved_model_init_op"  # Keras's exports list it; it is not there to be called
+
+
+def stubs(channel: grpc.Channel | grpc.aio.Channel) -> dict[str, Any]:
+    """Return the calls of a channel, blocking or not, by method."""
+    return {
+        method: channel.unary_unary(
+            method,
+            request_serializer=asked.SerializeToString,
+            response_deserializer=answered.FromString,
+        )
+        for method, (asked, answered) in METHODS.items()
+    }
 
 
 def encode(envelope: Envelope) -> tuple[str, Any]:

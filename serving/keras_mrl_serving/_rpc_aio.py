@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from . import _channel
-from ._messages import METHODS, decode, encode
+from ._messages import decode, encode, stubs
 from ._status import translate
 from .calls import Envelope, Reply
 from .options import Options
@@ -91,11 +91,4 @@ class AioTransport:
             self._channel = grpc.aio.secure_channel(
                 self._address, credentials, arguments, compression, self._interceptors
             )
-        self._stubs = {
-            method: self._channel.unary_unary(
-                method,
-                request_serializer=asked.SerializeToString,
-                response_deserializer=answered.FromString,
-            )
-            for method, (asked, answered) in METHODS.items()
-        }
+        self._stubs = stubs(self._channel)
