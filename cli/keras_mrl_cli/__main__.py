@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from types import ModuleType
 
-from . import classify, demo, embed, serve
+from . import classify, demo, embed, index, search, serve
 
 _COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "serve": serve,
     "classify": classify,
     "embed": embed,
+    "index": index,
+    "search": search,
 }
 
 
@@ -25,8 +28,14 @@ def parser() -> argparse.ArgumentParser:
         epilog="`keras-mrl COMMAND --help` explains a command. Start with `keras-mrl demo`.",
     )
     top.add_argument("--version", action="version", version=f"keras-mrl {version('keras-mrl')}")
-    commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for name, module in _COMMANDS.items():
+    _add(top, _COMMANDS)
+    return top
+
+
+def _add(parser: argparse.ArgumentParser, modules: Mapping[str, ModuleType]) -> None:
+    """Add commands; a module that holds commands of its own is but their name."""
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, module in modules.items():
         summary, _, rest = (module.__doc__ or "").partition("\n")
         command = commands.add_parser(
             name,
@@ -35,9 +44,11 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    return top
+        if hasattr(module, "COMMANDS"):
+            _add(command, module.COMMANDS)
+        else:
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .contract import Manifest as Manifest
     from .embeddings import truncate as truncate
     from .errors import AccessDeniedError as AccessDeniedError
+    from .errors import DamagedIndexError as DamagedIndexError
     from .errors import DeadlineError as DeadlineError
     from .errors import EncoderMismatchError as EncoderMismatchError
     from .errors import InvalidInputError as InvalidInputError
@@ -30,11 +31,19 @@ if TYPE_CHECKING:
     from .errors import ServerError as ServerError
     from .errors import ServerUnavailableError as ServerUnavailableError
     from .errors import SignatureNotFoundError as SignatureNotFoundError
+    from .errors import TargetNotReachedError as TargetNotReachedError
     from .errors import UnknownDimError as UnknownDimError
     from .errors import VersionChangedError as VersionChangedError
     from .errors import VersionNotFoundError as VersionNotFoundError
     from .funnel import FunnelSchedule as FunnelSchedule
     from .index import ExactIndex as ExactIndex
+    from .index import FaissIndex as FaissIndex
+    from .index import FirstStage as FirstStage
+    from .index import Index as Index
+    from .index import Plan as Plan
+    from .index import QdrantIndex as QdrantIndex
+    from .index import open_index as open_index
+    from .index import plan_funnel as plan_funnel
     from .options import Options as Options
     from .options import Tls as Tls
     from .results import Classification as Classification
@@ -52,6 +61,7 @@ _HOMES = {
     "embeddings": ("truncate",),
     "errors": (
         "AccessDeniedError",
+        "DamagedIndexError",
         "DeadlineError",
         "EncoderMismatchError",
         "InvalidInputError",
@@ -65,12 +75,22 @@ _HOMES = {
         "ServerError",
         "ServerUnavailableError",
         "SignatureNotFoundError",
+        "TargetNotReachedError",
         "UnknownDimError",
         "VersionChangedError",
         "VersionNotFoundError",
     ),
     "funnel": ("FunnelSchedule",),
-    "index": ("ExactIndex",),
+    "index": (
+        "ExactIndex",
+        "FaissIndex",
+        "FirstStage",
+        "Index",
+        "Plan",
+        "QdrantIndex",
+        "open_index",
+        "plan_funnel",
+    ),
     "options": ("Options", "Tls"),
     "results": ("Classification", "ClassifiedRow", "Neighbors", "Partial"),
     "version": ("__version__",),

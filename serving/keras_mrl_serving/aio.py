@@ -118,9 +118,17 @@ class AsyncClient:
         """Return the neighbours of embeddings, from a model that is an index."""
         return await self._run(self._conversation.ask(questions.search(embeddings, dim, encoder)))
 
-    async def retrieve(self, inputs: Inputs, index: Index | AsyncClient | None = None) -> Neighbors:
+    async def retrieve(
+        self,
+        inputs: Inputs,
+        index: Index | AsyncClient | None = None,
+        *,
+        k: int | None = None,
+        among: npt.ArrayLike | None = None,
+    ) -> Neighbors:
         """Return the nearest gallery rows of inputs; an index in this process has a thread."""
         ask = self._conversation.ask
+        retrieval.check_search(index is None or isinstance(index, AsyncClient), k, among)
         if index is None:
             return await self._run(ask(questions.retrieve(inputs)))
         if isinstance(index, AsyncClient):
@@ -129,7 +137,7 @@ class AsyncClient:
             return await index.search(found.embeddings, encoder=found.fingerprint)
         found = await self._run(ask(questions.embed_knowingly(inputs, index.width)))
         retrieval.check_encoder(index.encoder_fingerprint, found.fingerprint)
-        return await asyncio.to_thread(index.search, found.embeddings)
+        return await asyncio.to_thread(index.search, found.embeddings, k, among)
 
     async def predict(
         self,

@@ -153,16 +153,26 @@ class Client:
         """
         return self._run(self._conversation.ask(questions.search(embeddings, dim, encoder)))
 
-    def retrieve(self, inputs: Inputs, index: Index | Client | None = None) -> Neighbors:
+    def retrieve(
+        self,
+        inputs: Inputs,
+        index: Index | Client | None = None,
+        *,
+        k: int | None = None,
+        among: npt.ArrayLike | None = None,
+    ) -> Neighbors:
         """Return the nearest gallery rows of inputs.
 
         Args:
             inputs: One array, batch first, or a dict of them by input name.
-            index: None asks the model's own gallery, in one call. An `ExactIndex`, or a client
-                of a model that is an index, is searched by embeddings of its width; it refuses
-                those of another model than it was built with.
+            index: None asks the model's own gallery, in one call. An index in this process, or a
+                client of a model that is an index, is searched by embeddings of its width; it
+                refuses those of another model than it was built with.
+            k: Neighbours wanted, of an index in this process; None for all its funnel returns.
+            among: The only ids that may be returned, of an index in this process.
         """
         ask = self._conversation.ask
+        retrieval.check_search(index is None or isinstance(index, Client), k, among)
         if index is None:
             return self._run(ask(questions.retrieve(inputs)))
         if isinstance(index, Client):
@@ -170,7 +180,7 @@ class Client:
             return index.search(found.embeddings, encoder=found.fingerprint)
         found = self._run(ask(questions.embed_knowingly(inputs, index.width)))
         retrieval.check_encoder(index.encoder_fingerprint, found.fingerprint)
-        return index.search(found.embeddings)
+        return index.search(found.embeddings, k, among)
 
     def predict(
         self,

@@ -251,7 +251,7 @@ class Manifest:
             raise NoIndexError(
                 "Only an index can be searched. "
                 f"Received: a request to search model {self.name!r}, a {self.kind} without a "
-                "gallery. Give an index: client.retrieve(inputs, index=ExactIndex(...))."
+                "gallery. Give an index: client.retrieve(inputs, index=ExactIndex.build(...))."
             )
 
     def check_cascade(self) -> None:

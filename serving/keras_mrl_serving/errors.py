@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .results import Partial
@@ -92,3 +92,17 @@ class VersionChangedError(ServerError):
 
 class SignatureNotFoundError(ServerError, LookupError):
     """The model has no such signature: not one of ours, or exported without it."""
+
+
+class DamagedIndexError(KerasMrlError, ValueError):
+    """A saved index is not as it was written."""
+
+
+class TargetNotReachedError(KerasMrlError, ValueError):
+    """No funnel that was tried reaches the target.
+
+    Attributes:
+        front: What could be reached: the fastest of every quality, as `Plan.front`.
+    """
+
+    front: tuple[Any, ...] = ()

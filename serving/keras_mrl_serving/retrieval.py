@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy.typing as npt
+
 from . import contract
 from .calls import AskManifest, Output
 from .contract import Manifest
@@ -88,6 +90,20 @@ def retrieve(manifest: Manifest, inputs: Inputs) -> Flow[Neighbors]:
     arrays = check_inputs(manifest.inputs, inputs)
     answer = yield from ask(contract.RETRIEVE, arrays, _found(manifest))
     return Neighbors(answer["ids"], answer["scores"])
+
+
+def check_search(is_served: bool, k: int | None, among: npt.ArrayLike | None) -> None:
+    """Raise `ValueError` if a served index is asked what only one in this process can be.
+
+    Examples:
+        >>> check_search(False, 3, [7, 9])
+    """
+    if is_served and not (k is None and among is None):
+        raise ValueError(
+            "k and among are for an index in this process. "
+            f"Received: k={k}, among={'None' if among is None else 'ids'} for a served one. Cut its "
+            "answer, or open the index here: open_index(path)."
+        )
 
 
 def check_encoder(built_with: str | None, encoder: str | None) -> None:

@@ -15,7 +15,10 @@ from keras_mrl_cli.__main__ import main, parser
 
 NOT_INSTALLED = ("keras", "tensorflow", "jax", "torch", "grpc", "numpy", "sklearn", "matplotlib")
 ROOMS = ("keras_mrl", "keras_mrl_export", "keras_mrl_serving")
-COMMANDS = ["demo", "serve", "classify", "embed"]
+COMMANDS = ["demo", "serve", "classify", "embed", "index", "search"]
+PARTS = ["build", "show"]  # of index
+WITH_FLAGS = [[command] for command in COMMANDS if command != "index"]
+WITH_FLAGS += [["index", part] for part in PARTS]
 SCRIPT = Path(sys.executable).with_name("keras-mrl")
 
 BLOCKER = """
@@ -69,13 +72,19 @@ def test_help_needs_nothing_installed_and_lists_the_commands(
 
 
 @DOORS
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*WITH_FLAGS, ["index"]], ids=" ".join)
 def test_the_help_of_a_command_needs_nothing_installed(
-    tmp_path: Path, door: list[str], command: str
+    tmp_path: Path, door: list[str], command: list[str]
 ) -> None:
-    status, out, err = run(tmp_path, [*door, command, "--help"], NOT_INSTALLED + ROOMS)
+    status, out, err = run(tmp_path, [*door, *command, "--help"], NOT_INSTALLED + ROOMS)
     assert (status, err) == (0, "")
-    assert out.startswith(f"usage: keras-mrl {command} [-h]")
+    assert out.startswith(f"usage: keras-mrl {' '.join(command)} [-h]")
+
+
+def test_a_command_of_commands_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["index", "--help"])
+    assert re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE) == PARTS
 
 
 def test_the_blocker_blocks(tmp_path: Path) -> None:
@@ -97,7 +106,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["fly"],
             "keras-mrl: error: argument COMMAND: invalid choice: 'fly' "
-            "(choose from 'demo', 'serve', 'classify', 'embed')",
+            "(choose from 'demo', 'serve', 'classify', 'embed', 'index', 'search')",
+        ),
+        (["index"], "keras-mrl index: error: the following arguments are required: COMMAND"),
+        (
+            ["index", "drop"],
+            "keras-mrl index: error: argument COMMAND: invalid choice: 'drop' "
+            "(choose from 'build', 'show')",
         ),
         (
             ["serve"],
@@ -229,9 +244,9 @@ def test_an_interrupt_is_no_traceback(
 
 
 def test_every_flag_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in COMMANDS:
+    for command in WITH_FLAGS:
         with pytest.raises(SystemExit):
-            parser().parse_args([command, "--help"])
+            parser().parse_args([*command, "--help"])
         lines = capsys.readouterr().out.split("options:\n")[1].splitlines()
         flags = [line for line in lines if line.startswith("  --")]
         assert flags

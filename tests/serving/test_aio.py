@@ -38,7 +38,9 @@ Model = Callable[[Call], Arrays]
 
 ROWS = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
 POLICY = CascadePolicy((Stage(2, 0.6), Stage(4, 0.5, temperature=0.5), Stage(8, None)))
-GALLERY = ExactIndex(np.random.default_rng(1).normal(size=(9, 8)), FunnelSchedule((2, 8), (5,), 3))
+GALLERY = ExactIndex.build(
+    np.random.default_rng(1).normal(size=(9, 8)), FunnelSchedule((2, 8), (5,), 3)
+)
 SPLIT = Options(max_batch_size=7, max_in_flight=3)
 
 # The same for both clients; an AsyncClient's answer is still to be awaited.

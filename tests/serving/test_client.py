@@ -141,7 +141,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(client: Client, policy: Cas
 
 def test_search_embeds_at_the_width_of_the_index(client: Client) -> None:
     gallery = client.embed(ROWS, 8)
-    index = ExactIndex(gallery, FunnelSchedule((2, 8), (20,), 3), np.arange(40) + 100)
+    index = ExactIndex.build(gallery, FunnelSchedule((2, 8), (20,), 3), np.arange(40) + 100)
     found = client.retrieve(ROWS[:7], index)
     assert found.ids[:, 0].tolist() == list(range(100, 107))
     np.testing.assert_array_equal(found.ids, index.search(gallery[:7]).ids)
@@ -235,7 +235,7 @@ NO_SUCH_DIM = (
         lambda client: client.classify_adaptive(
             ROWS, CascadePolicy((Stage(2, 0.5), Stage(3, None)))
         ),
-        lambda client: client.retrieve(ROWS, ExactIndex(ROWS, FunnelSchedule((3,), (), 1))),
+        lambda client: client.retrieve(ROWS, ExactIndex.build(ROWS, FunnelSchedule((3,), (), 1))),
     ],
 )
 def test_an_unknown_dim_is_refused_by_naming_those_there_are(
@@ -329,7 +329,7 @@ ASK: list[Callable[[Client], object]] = [
     lambda client: client.embed(ROWS, 2),
     lambda client: client.classify(ROWS, 2),
     lambda client: client.classify_adaptive(ROWS),
-    lambda client: client.retrieve(ROWS, ExactIndex(ROWS, FunnelSchedule((2,), (), 1))),
+    lambda client: client.retrieve(ROWS, ExactIndex.build(ROWS, FunnelSchedule((2,), (), 1))),
 ]
 
 

@@ -45,7 +45,7 @@ from importlib import import_module
 for module in {NUMPY_FLOOR}:
     import_module(f"keras_mrl_serving.{{module}}")
 gallery = serve.truncate(np.eye(6) + 0.1, 4)
-index = serve.ExactIndex(gallery, serve.FunnelSchedule((2, 4), (6,), 1))
+index = serve.ExactIndex.build(gallery, serve.FunnelSchedule((2, 4), (6,), 1))
 assert index.search(gallery[:4]).ids.tolist() == [[0], [1], [2], [3]]
 policy = serve.CascadePolicy.learn(np.eye(3)[[[0, 1], [2, 2]]] * 4, [1, 2], (2, 4))
 manifest = serve.Manifest(name="m", kind="classifier", fingerprint="f", dims=(2, 4), width=4,

@@ -54,7 +54,7 @@ def index(manifests: Mapping[str, Manifest], gallery: Any) -> InMemoryServer:
         **{"num_classes": None, "top_k": None, "labels": False, "cascade": None},
     }
     manifest = replace(manifests["classifier"], **changes)
-    funnel = ExactIndex(gallery, SCHEDULE, IDS)
+    funnel = ExactIndex.build(gallery, SCHEDULE, IDS)
 
     def answer(call: Call) -> Arrays | None:
         if call.signature == "retrieve":
@@ -62,7 +62,7 @@ def index(manifests: Mapping[str, Manifest], gallery: Any) -> InMemoryServer:
         _, _, dim = call.signature.partition("_")
         queries = call.inputs["embedding"]
         flat = FunnelSchedule((int(dim or 8),), (), 3)
-        found = (ExactIndex(gallery, flat, IDS) if dim else funnel).search(queries)
+        found = (ExactIndex.build(gallery, flat, IDS) if dim else funnel).search(queries)
         return {"ids": found.ids, "scores": found.scores}
 
     return InMemoryServer(manifest, answer)
@@ -72,7 +72,7 @@ def index(manifests: Mapping[str, Manifest], gallery: Any) -> InMemoryServer:
 def test_a_served_index_answers_as_one_in_this_process(
     encoder: InMemoryServer, index: InMemoryServer, gallery: Any, options: Options
 ) -> None:
-    local = ExactIndex(gallery, SCHEDULE, IDS, encoder_fingerprint="5e1f")
+    local = ExactIndex.build(gallery, SCHEDULE, IDS, encoder_fingerprint="5e1f")
     here = Client(encoder, options=options).retrieve(ROWS, local)
     there = Client(encoder, options=options).retrieve(ROWS, Client(index, options=options))
     np.testing.assert_array_equal(here.ids, there.ids)
@@ -86,7 +86,7 @@ def test_a_served_index_answers_as_one_in_this_process(
 def test_one_dim_is_searched_exactly(index: InMemoryServer, gallery: Any, dim: int) -> None:
     queries = truncate(RNG.normal(size=(5, 8)), dim)
     found = Client(index).search(queries, dim)
-    expected = ExactIndex(gallery, FunnelSchedule((dim,), (), 3), IDS).search(queries)
+    expected = ExactIndex.build(gallery, FunnelSchedule((dim,), (), 3), IDS).search(queries)
     np.testing.assert_array_equal(found.ids, expected.ids)
     assert index.calls[-1].signature == f"search_{dim}"
 
@@ -100,7 +100,9 @@ def test_an_index_refuses_the_embeddings_of_another_encoder(
         "anew with the model that is served, or serve the model the index was built with."
     )
     with refuses(EncoderMismatchError, text):
-        Client(encoder).retrieve(ROWS, ExactIndex(gallery, SCHEDULE, encoder_fingerprint="dead"))
+        Client(encoder).retrieve(
+            ROWS, ExactIndex.build(gallery, SCHEDULE, encoder_fingerprint="dead")
+        )
     other = InMemoryServer(
         replace(index.manifest, encoder_fingerprint="dead"), lambda call: index._answer(call)
     )
@@ -118,7 +120,7 @@ def test_the_fingerprint_is_that_of_the_version_that_answered(
     """The one kept may be another's: vectors of equal width would give silent garbage."""
     server = InMemoryServer(manifests["classifier"], toys["classifier"])
     client = Client(server)
-    bound = ExactIndex(gallery, SCHEDULE, IDS, encoder_fingerprint="5e1f")
+    bound = ExactIndex.build(gallery, SCHEDULE, IDS, encoder_fingerprint="5e1f")
     assert len(client.retrieve(ROWS, bound)) == 21
     server.version, server.manifest = 2, replace(server.manifest, fingerprint="new")
     with pytest.raises(EncoderMismatchError, match="fingerprint 'new'"):
@@ -141,7 +143,7 @@ def test_neither_is_a_model_without_a_gallery(
 ) -> None:
     text = (
         "Only an index can be searched. Received: a request to search model 'toy', a classifier "
-        "without a gallery. Give an index: client.retrieve(inputs, index=ExactIndex(...))."
+        "without a gallery. Give an index: client.retrieve(inputs, index=ExactIndex.build(...))."
     )
     with refuses(NoIndexError, text):
         Client(encoder).search(np.zeros((2, 8)))
@@ -203,7 +205,7 @@ def test_rows_in_neighbours_out_in_one_call(served: str, gallery: Any) -> None:
 def test_an_event_loop_finds_the_same_neighbours(
     encoder: InMemoryServer, index: InMemoryServer, gallery: Any, served: str
 ) -> None:
-    local = ExactIndex(gallery, SCHEDULE, IDS, encoder_fingerprint="5e1f")
+    local = ExactIndex.build(gallery, SCHEDULE, IDS, encoder_fingerprint="5e1f")
 
     async def main() -> list[Any]:
         waiting, galleries = AsyncClient(encoder), AsyncClient(index)

@@ -40,7 +40,7 @@ def embed(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         answer = client.classify_adaptive(images, CascadePolicy((Stage(8, 0.9), Stage(64, None))))
         names: list[str | None] = [row.label for row in answer]
         print(names, answer[0].confidence + 1.0, answer[:2].dim.sum())
-        index = ExactIndex(client.embed(images, 64), FunnelSchedule((8, 64), (20,), 5))
+        index = ExactIndex.build(client.embed(images, 64), FunnelSchedule((8, 64), (20,), 5))
         for pairs in client.retrieve(images, index):
             best, score = pairs[0]
             print(best + 1, score + 1.0)

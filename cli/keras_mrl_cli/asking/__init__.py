@@ -1,4 +1,4 @@
-"""What `classify` and `embed` share: their arguments, and how they end."""
+"""What the commands that ask a server share: their arguments, and how they end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from math import isfinite
 
 from ..refuse import refuse, unknown_flags
+
+DEFAULT_MODEL = "default"
 
 _MOST_ROWS = 2**31 - 1
 _METADATA_NAME = re.compile(r"[0-9a-z_.-]+")
@@ -39,7 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="images (.jpg .jpeg .png), .npy of rows, .npz of rows by input name",
     )
-    parser.add_argument("--model", default="default", help="name the server gives it (default)")
+    add_server_arguments(parser)
+    add_file_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
+
+
+def add_server_arguments(parser: argparse._ActionsContainer) -> None:
+    """Declare how a server is asked."""
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"name the server gives it ({DEFAULT_MODEL})"
+    )
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="what an answer may take, retries too (10)"
     )
@@ -53,6 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="sent with every call, such as authorization='Bearer ...'; may be given again",
     )
+
+
+def server_flags(arguments: argparse.Namespace) -> list[str]:
+    """Return those flags of `add_server_arguments` that were given."""
+    given = {
+        "--model": arguments.model != DEFAULT_MODEL,
+        "--timeout": arguments.timeout is not None,
+        "--tls-ca": arguments.tls_ca is not None,
+        "--metadata": bool(arguments.metadata),
+    }
+    return [flag for flag, is_given in given.items() if is_given]
+
+
+def add_file_arguments(parser: argparse._ActionsContainer) -> None:
+    """Declare how the rows of files become calls."""
     parser.add_argument(
         "--max-batch-size",
         type=int,
@@ -66,7 +92,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FACTOR",
         help="multiplies the pixels of decoded images, 0..255 as in Keras's own loaders (1)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
+
+
+def file_flags(arguments: argparse.Namespace) -> list[str]:
+    """Return those flags of `add_file_arguments` that were given."""
+    given = {
+        "--max-batch-size": arguments.max_batch_size is not None,
+        "--scale": arguments.scale != 1,
+    }
+    return [flag for flag, is_given in given.items() if is_given]
 
 
 def run(
@@ -78,9 +112,19 @@ def run(
     if any(word.startswith("-") for word in rest):
         return refuse(unknown_flags(rest), status=2)
     arguments.files = [*arguments.files, *rest]  # argparse leaves what follows a flag
+
+    def checked() -> int:
+        check_server_arguments(arguments)
+        _check_file_arguments(arguments)
+        return work(arguments)
+
+    return finished(checked)
+
+
+def finished(work: Callable[[], int]) -> int:
+    """Do the work, say in one sentence what stopped it, and return the exit status."""
     try:
-        _check(arguments)
-        status = work(arguments)
+        status = work()
         sys.stdout.flush()
         return status
     except RefusalError as refusal:
@@ -113,14 +157,19 @@ def metadata(pairs: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    seconds, rows, scale = arguments.timeout, arguments.max_batch_size, arguments.scale
+def check_server_arguments(arguments: argparse.Namespace) -> None:
+    """Raise `RefusalError` for what `add_server_arguments` takes and no server can be asked by."""
+    seconds = arguments.timeout
     if seconds is not None and not (isfinite(seconds) and seconds > 0):
         raise RefusalError(
             f"--timeout must be a positive number of seconds. Received: {seconds}. "
             "Give for example 10.",
             status=2,
         )
+
+
+def _check_file_arguments(arguments: argparse.Namespace) -> None:
+    rows, scale = arguments.max_batch_size, arguments.scale
     if rows is not None and not 0 < rows <= _MOST_ROWS:
         raise RefusalError(
             f"--max-batch-size must lie in 1..{_MOST_ROWS}. Received: {rows}. "

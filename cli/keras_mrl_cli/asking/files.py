@@ -41,14 +41,23 @@ def load(file: str, manifest: Manifest, scale: float) -> Arrays:
         if suffix == ".npz":
             return _checked(file, _named(file, _npz(file), manifest), manifest)
     except OSError as error:
-        raise RefusalError(
-            f"Every file must be one that can be read. Received: {file} "
-            f"({error.strerror or error}). Correct the path."
-        ) from error
+        raise _unreadable(file, error) from error
     raise RefusalError(
         f"Files must be .jpg, .jpeg, .png, .npy or .npz. Received: {file}. "
         "Save the rows with numpy.save."
     )
+
+
+def load_array(file: str) -> npt.NDArray[Any]:
+    """Return the array of an .npy file, memory-mapped.
+
+    Raises:
+        RefusalError: If the file does not read, or holds none.
+    """
+    try:
+        return _npy(file)
+    except OSError as error:
+        raise _unreadable(file, error) from error
 
 
 def count(file: str) -> int:
@@ -119,6 +128,13 @@ def damaged(file: str, why: object) -> RefusalError:
     return RefusalError(
         f"A file must hold what its name says. Received: {file} "
         f"({str(why).rstrip('.')}). Make it anew, or leave it out."
+    )
+
+
+def _unreadable(file: str, error: OSError) -> RefusalError:
+    return RefusalError(
+        f"Every file must be one that can be read. Received: {file} "
+        f"({error.strerror or error}). Correct the path."
     )
 
 

@@ -27,15 +27,27 @@ def asked(arguments: argparse.Namespace) -> Iterator[tuple[Client, Manifest]]:
     Raises:
         RefusalError: If an argument does not fit, or for every `KerasMrlError` meanwhile.
     """
+    manifest = described(arguments)
     options = _options(arguments)
+    rows = arguments.max_batch_size
+    if rows is None:
+        rows = _rows_of_a_call(manifest, arguments.files)
     try:
-        with _client(arguments, options) as client:
-            manifest = client.describe()
-            if arguments.max_batch_size is None:
-                rows = _rows_of_a_call(manifest, arguments.files)
-                options = replace(options, max_batch_size=rows)
-        with _client(arguments, options) as client:
+        with _client(arguments, replace(options, max_batch_size=rows)) as client:
             yield client, manifest
+    except KerasMrlError as error:
+        raise RefusalError(one_line(error)) from error
+
+
+def described(arguments: argparse.Namespace) -> Manifest:
+    """Return what the model of the target says of itself.
+
+    Raises:
+        RefusalError: If an argument does not fit, or for every `KerasMrlError`.
+    """
+    try:
+        with _client(arguments, _options(arguments)) as client:
+            return client.describe()
     except KerasMrlError as error:
         raise RefusalError(one_line(error)) from error
 
@@ -44,8 +56,6 @@ def _options(arguments: argparse.Namespace) -> Options:
     options = Options(metadata=metadata(arguments.metadata))
     if arguments.timeout is not None:
         options = replace(options, timeout_s=arguments.timeout)
-    if arguments.max_batch_size is not None:
-        options = replace(options, max_batch_size=arguments.max_batch_size)
     if arguments.tls_ca is not None:
         try:
             tls = Tls.from_files(arguments.tls_ca)

@@ -29,7 +29,9 @@ def ask(client: Client, gallery: Part, test: Part) -> dict[str, npt.NDArray[Any]
     adaptive = client.classify_adaptive(test.images)
     embeddings = client.embed(gallery.images, dims[-1])
     exhaustive = [
-        client.retrieve(test.images, ExactIndex(embeddings, FunnelSchedule((dim,), (), K))).ids
+        client.retrieve(
+            test.images, ExactIndex.build(embeddings, FunnelSchedule((dim,), (), K))
+        ).ids
         for dim in dims
     ]
     schedule = funnel_schedule(len(embeddings))
@@ -42,7 +44,9 @@ def ask(client: Client, gallery: Part, test: Part) -> dict[str, npt.NDArray[Any]
         "adaptive_class_ids": adaptive.class_ids[:, 0],
         "adaptive_dims": adaptive.dim,
         "neighbors_by_dim": np.stack(exhaustive, axis=1),
-        "funnel_neighbors": client.retrieve(test.images, ExactIndex(embeddings, schedule)).ids,
+        "funnel_neighbors": client.retrieve(
+            test.images, ExactIndex.build(embeddings, schedule)
+        ).ids,
         "funnel_dims": np.array(schedule.dims),
         "funnel_shortlist": np.array(schedule.shortlists[0]),
     }

@@ -1,0 +1,229 @@
+"""What is known of an index besides its gallery, and what queries, ids and k it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..contract import as_int
+from ..embeddings import inverse_length
+from ..errors import ManifestError
+from ..funnel import FunnelSchedule
+from ..inputs import as_float32
+
+Vectors = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+METRICS = ("cosine", "dot", "l2")
+
+
+@dataclass(frozen=True)
+class IndexFacts:
+    """What is known of an index besides its gallery.
+
+    Args:
+        schedule: The funnel that is searched.
+        metric: How embeddings are compared. "cosine" scales every prefix of gallery and query
+            itself; "dot" and "l2" take them as they are. A score is the cosine, the dot product,
+            or the squared distance times -1: higher is nearer.
+        encoder_fingerprint: Of the model the gallery was embedded with, as its manifest gives
+            it; a client then refuses to search by embeddings of another. None: nobody checks.
+
+    Raises:
+        ValueError: If the metric is none of the three.
+
+    Examples:
+        >>> facts = IndexFacts(FunnelSchedule((8, 64), (20,), 5))
+        >>> facts.check_k(None), facts.check_k(2)
+        (5, 2)
+    """
+
+    schedule: FunnelSchedule
+    metric: str = "cosine"
+    encoder_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the metric."""
+        if self.metric not in METRICS:
+            raise ValueError(
+                'metric must be "cosine", "dot" or "l2". '
+                f"Received: metric={self.metric!r}. Take cosine if unsure."
+            )
+
+    @property
+    def width(self) -> int:
+        """Dim the queries are embedded at."""
+        return self.schedule.dims[-1]
+
+    def check_k(self, k: int | None) -> int:
+        """Return how many neighbours are wanted.
+
+        Raises:
+            ValueError: If the funnel does not return so many.
+        """
+        if k is None:
+            return self.schedule.k
+        try:
+            wanted = as_int(k)
+        except TypeError:
+            wanted = 0
+        if not 1 <= wanted <= self.schedule.k:
+            raise ValueError(
+                f"k must lie in 1..{self.schedule.k}, as many as the funnel returns. "
+                f"Received: k={k!r}. Search with a schedule whose k is larger."
+            )
+        return wanted
+
+    def prefix(self, vectors: Vectors, dim: int) -> Vectors:
+        """Return the first `dim` coordinates as the metric compares them, contiguous; a copy.
+
+        Examples:
+            >>> facts = IndexFacts(FunnelSchedule((2,), (), 1))
+            >>> facts.prefix(np.float32([[3, 4, 12]]), 2).tolist()
+            [[0.6000000238418579, 0.800000011920929]]
+        """
+        cut = np.array(vectors[:, :dim], np.float32, order="C")
+        if self.metric == "cosine":
+            cut *= inverse_length(np.einsum("rd,rd->r", cut, cut))[:, None]
+        return cut
+
+    def to_json(self) -> dict[str, Any]:
+        """Return them as they are saved."""
+        return {
+            "schedule": self.schedule.to_json(),
+            "metric": self.metric,
+            "encoder_fingerprint": self.encoder_fingerprint,
+        }
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> IndexFacts:
+        """Read what `to_json` returned.
+
+        Raises:
+            ManifestError: If it is something else.
+        """
+        try:
+            schedule = FunnelSchedule.from_json(saved["schedule"])
+            return cls(schedule, saved["metric"], saved["encoder_fingerprint"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(
+                "An index names its schedule, its metric and its encoder. "
+                f"Received: {saved!r} ({type(error).__name__}: {error}). "
+                "Install the version of keras-mrl that wrote it, or a later one."
+            ) from error
+
+
+def check_embeddings(values: npt.ArrayLike, name: str, width: int) -> Vectors:
+    """Return embeddings as float32 `(rows, width or wider)`.
+
+    Raises:
+        ValueError: If their shape does not fit, or they or their squared lengths are not finite.
+
+    Examples:
+        >>> check_embeddings([[1, 2]], "queries", 2).dtype
+        dtype('float32')
+    """
+    vectors = as_float32(f"The {name}", values)
+    if vectors.ndim != 2 or vectors.shape[1] < width:
+        raise ValueError(
+            f"The {name} must be (rows, width) with a width of at least {width}. "
+            f"Received: shape {vectors.shape}. "
+            "Embed them at the funnel's last dim, one row each."
+        )
+    with np.errstate(over="ignore"):
+        squares = np.einsum("rd,rd->r", vectors, vectors)
+    if not np.isfinite(squares).all():
+        raise ValueError(
+            f"The {name} must be finite, and so must the squares of their lengths in float32. "
+            "Received: NaN, infinity, or rows longer than 1e19. "
+            "Look for failed rows where the embeddings were made."
+        )
+    return vectors
+
+
+def as_gallery(embeddings: npt.ArrayLike, width: int) -> npt.NDArray[Any]:
+    """Return a gallery as an array of the right shape; of its values nothing is read.
+
+    So a memory-mapped one may be larger than the memory: `check_embeddings` takes it in parts.
+
+    Raises:
+        ValueError: If it is no array of real numbers `(rows, width or wider)`.
+
+    Examples:
+        >>> as_gallery(np.zeros((5, 3), np.float64), 2).dtype
+        dtype('float64')
+    """
+    if isinstance(embeddings, np.ndarray) and embeddings.ndim == 2:
+        if embeddings.dtype.kind in "fiu" and embeddings.shape[1] >= width:
+            return embeddings
+    return check_embeddings(embeddings, "gallery", width)
+
+
+def check_ids(ids: npt.ArrayLike | None, rows: int) -> Ids:
+    """Return one id per gallery row; None numbers the rows from 0.
+
+    Raises:
+        ValueError: If they are not one int64 >= 0 per row, or two are the same.
+
+    Examples:
+        >>> check_ids(None, 3).tolist()
+        [0, 1, 2]
+    """
+    if ids is None:
+        return np.arange(rows, dtype=np.int64)
+    checked = np.asarray(ids)
+    if checked.shape != (rows,) or not _are_ids(checked):
+        raise ValueError(
+            "ids must be one int64 >= 0 per gallery row. "
+            f"Received: {checked.dtype} ids of shape {checked.shape} for {rows} rows. "
+            "Give one per row; an index built without any numbers its rows from 0."
+        )
+    repeated = rows - len(np.unique(checked))
+    if repeated:
+        raise ValueError(
+            "ids must differ from row to row. "
+            f"Received: {repeated} that repeat another. Give every row its own."
+        )
+    return checked.astype(np.int64)
+
+
+def check_among(among: npt.ArrayLike) -> Ids:
+    """Return the ids a filter lets through, sorted, each once.
+
+    Raises:
+        ValueError: If they are not int64 >= 0 in one dimension.
+
+    Examples:
+        >>> check_among([7, 2, 7]).tolist()
+        [2, 7]
+    """
+    checked = np.asarray(among)
+    if checked.ndim != 1 or not (_are_ids(checked) or not checked.size):
+        raise ValueError(
+            "among must be int64 ids >= 0 in one dimension. "
+            f"Received: {checked.dtype} of shape {checked.shape}. "
+            "Give the ids that may be returned, or leave it out for all."
+        )
+    return np.unique(checked.astype(np.int64))
+
+
+def _are_ids(values: npt.NDArray[Any]) -> bool:
+    return bool(
+        values.dtype.kind in "iu"
+        and not (values < 0).any()
+        and not (values > np.iinfo(np.int64).max).any()
+    )
+
+
+def best_first(ids: Ids, scores: Vectors) -> npt.NDArray[np.int64]:
+    """Return the order of each row's columns: best score first, equal ones by id.
+
+    Examples:
+        >>> best_first(np.array([[9, 4, 7]]), np.float32([[0.5, 0.5, 0.9]])).tolist()
+        [[2, 1, 0]]
+    """
+    return np.lexsort((ids, -scores), axis=1)

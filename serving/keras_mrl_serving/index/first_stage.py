@@ -1,0 +1,233 @@
+"""The first stage of a funnel: any FAISS index over short prefixes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import DamagedIndexError
+from .facts import Ids, Vectors
+
+Progress = Callable[[int, int], object]  # rows done, all rows
+
+_ADDED_AT_ONCE = 50_000
+_EFFORTS = ("efSearch", "nprobe")
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """Which FAISS index looks at the whole gallery, and how hard.
+
+    Args:
+        factory: What `faiss.index_factory` understands, over the prefixes of the first dim:
+            "Flat", "HNSW32", "IVF1024,Flat", "IVF1024,PQ16x4fs", "HNSW32_SQ8", "RaBitQ"; or what
+            `faiss.index_binary_factory` does, over their signs: "BFlat", "BHNSW32".
+        settings: What FAISS is set to when it searches: "efSearch=64" of a graph, "nprobe=8" of
+            inverted lists; several with commas.
+
+    Raises:
+        ValueError: If the settings are not names with numbers, or search nothing.
+
+    Examples:
+        >>> FirstStage("IVF1024,Flat", "nprobe=8").is_binary
+        False
+    """
+
+    factory: str = "HNSW32"
+    settings: str = "efSearch=64"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        for setting in filter(None, self.settings.split(",")):
+            name, _, value = setting.partition("=")
+            is_number = _NUMBER.fullmatch(value)
+            if not is_number or (name in _EFFORTS and float(value) < 1):
+                raise ValueError(
+                    "settings must be names with numbers, and look at 1 place at least. "
+                    f"Received: {self.settings!r}. Write for example 'efSearch=64'."
+                )
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether it looks at signs alone, one bit per coordinate."""
+        return self.factory.startswith("B")
+
+
+class Shortlister:
+    """A FAISS index over the prefixes of the first dim.
+
+    Args:
+        index: The FAISS index, trained and filled.
+        spec: What it was made as.
+    """
+
+    def __init__(self, index: Any, spec: FirstStage) -> None:
+        self.index = index
+        self.spec = spec
+        self.set(spec.settings)
+
+    @classmethod
+    def build(
+        cls, prefixes: Vectors, spec: FirstStage, metric: str, progress: Progress
+    ) -> Shortlister:
+        """Train and fill the index.
+
+        Args:
+            prefixes: `(rows, dim)`, as the metric compares them.
+            spec: Which index.
+            metric: "cosine", "dot" or "l2".
+            progress: Told of the rows added.
+
+        Raises:
+            ValueError: If FAISS does not make such an index.
+        """
+        faiss = import_faiss()
+        rows, dim = prefixes.shape
+        kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+        vectors = _signs(prefixes) if spec.is_binary else prefixes
+        with _making(spec, prefixes, metric):
+            if spec.is_binary:
+                index = faiss.index_binary_factory(dim, spec.factory)
+            else:
+                index = faiss.index_factory(dim, spec.factory, kind)
+            index.train(vectors)
+        made = cls(index, spec)
+        for start in range(0, rows, _ADDED_AT_ONCE):
+            with _making(spec, prefixes, metric):
+                index.add(vectors[start : start + _ADDED_AT_ONCE])
+            progress(min(start + _ADDED_AT_ONCE, rows), rows)
+        return made
+
+    def set(self, settings: str) -> None:
+        """Set what FAISS is set to when it searches.
+
+        Raises:
+            ValueError: If the index has no such setting.
+        """
+        faiss = import_faiss()
+        try:
+            if self.spec.is_binary:
+                _set_binary(faiss.downcast_IndexBinary(self.index), settings)
+            elif settings:
+                faiss.ParameterSpace().set_index_parameters(self.index, settings)
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                "settings must be those the first stage has: 'efSearch=64' of a graph, 'nprobe=8' "
+                f"of inverted lists, none of flat ones. Received: {settings!r} for "
+                f"{self.spec.factory!r} ({_reason(error)}). Leave them out: settings=''."
+            ) from error
+
+    def search(self, prefixes: Vectors, n: int, among: Ids | None = None) -> Ids:
+        """Return the `n` gallery rows that look nearest to each prefix, in no promised order.
+
+        Args:
+            prefixes: `(batch, dim)`, as the metric compares them.
+            n: How many.
+            among: The only rows that may be returned.
+
+        Shapes:
+            Returns int64 `(batch, n)`, -1 where fewer were found.
+        """
+        vectors = _signs(prefixes) if self.spec.is_binary else prefixes
+        if among is None:
+            found: Ids = self.index.search(vectors, n)[1]
+            return found
+        faiss = import_faiss()
+        selector = faiss.IDSelectorBatch(among)
+        try:
+            found = self.index.search(vectors, n, params=_parameters(faiss, self.index, selector))[
+                1
+            ]
+        except (RuntimeError, TypeError, AssertionError):  # not every index can choose
+            return np.full((len(prefixes), n), -1)
+        return found
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the FAISS index to a file."""
+        faiss = import_faiss()
+        write = faiss.write_index_binary if self.spec.is_binary else faiss.write_index
+        write(self.index, os.fspath(path))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], spec: FirstStage) -> Shortlister:
+        """Read what `write` wrote.
+
+        Raises:
+            DamagedIndexError: If FAISS does not read it.
+        """
+        faiss = import_faiss()
+        read = faiss.read_index_binary if spec.is_binary else faiss.read_index
+        try:
+            return cls(read(os.fspath(path)), spec)
+        except RuntimeError as error:
+            raise DamagedIndexError(
+                "A first stage is read as FAISS wrote it. "
+                f"Received: {os.fspath(path)!r} ({_reason(error)}). "
+                "Copy it again from where it is whole, or build the index anew."
+            ) from error
+
+
+def import_faiss() -> Any:
+    """Return the module.
+
+    Raises:
+        ImportError: If FAISS is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "FaissIndex needs FAISS. "
+            f"Received: {error}. Install it: pip install 'keras-mrl[faiss]'."
+        ) from error
+    return faiss
+
+
+@contextmanager
+def _making(spec: FirstStage, prefixes: Vectors, metric: str) -> Iterator[None]:
+    rows, dim = prefixes.shape
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            "The first stage must be an index FAISS can make of the gallery's prefixes. "
+            f"Received: {spec.factory!r} for {rows} rows of dim {dim} and metric {metric!r} "
+            f"({_reason(error)}). Take for example FirstStage('HNSW32')."
+        ) from error
+
+
+def _parameters(faiss: Any, index: Any, selector: Any) -> Any:
+    """Return search parameters that choose rows and else repeat what the index is set to."""
+    kind = faiss.downcast_index(index) if isinstance(index, faiss.Index) else index
+    if isinstance(kind, faiss.IndexPreTransform):
+        inner = _parameters(faiss, kind.index, selector)
+        return faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(kind, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(sel=selector, efSearch=kind.hnsw.efSearch)
+    if isinstance(kind, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=kind.nprobe)
+    return faiss.SearchParameters(sel=selector)
+
+
+def _set_binary(index: Any, settings: str) -> None:
+    for setting in filter(None, settings.split(",")):
+        name, _, value = setting.partition("=")
+        owner = index.hnsw if name == "efSearch" else index
+        if name not in _EFFORTS or not hasattr(owner, name):
+            raise AttributeError(f"no {name}")
+        setattr(owner, name, int(value))
+
+
+def _signs(prefixes: Vectors) -> Any:
+    return np.packbits(prefixes > 0, axis=1)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[-200:] or type(error).__name__

@@ -1,0 +1,163 @@
+"""Chooses a funnel by building and timing those there are, on the machine that will search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from ..contract import check_dims
+from ..errors import TargetNotReachedError
+from .facts import Ids, check_embeddings
+from .first_stage import FirstStage
+from .measures import Measure
+from .plan import Choice, Plan, cheapest, front
+from .trials import Says, Trials
+
+_SLACK = (1, 2, 4)  # shortlists of an approximate first stage, times what an exact one needs
+_DOUBLINGS = 10  # of a setting
+_TOO_SLOW = 1.5  # wider dims are left alone once one is this many times slower than the best
+_PER_CENTROID = 39  # rows FAISS wants to learn one from
+
+
+def plan_funnel(
+    embeddings: npt.NDArray[np.generic],
+    queries: npt.ArrayLike,
+    target: float,
+    *,
+    k: int = 10,
+    dims: Sequence[int] | None = None,
+    metric: str = "cosine",
+    measure: Measure | None = None,
+    own_rows: Ids | None = None,
+    first_stages: Sequence[FirstStage] | None = None,
+    batch: int = 1,
+    says: Says | None = None,
+) -> Plan:
+    """Return the cheapest funnel that reaches a target, by measurement.
+
+    First the dims are ruled out whose exact prefixes cannot reach it. For the others every kind
+    of first stage is built and set ever harder until it does, with a shortlist as short as may
+    be; then a stage in between is tried. Cost is the median time per query. A funnel reaches the
+    target if its quality less one standard error does, so that fresh queries do too.
+
+    Args:
+        embeddings: The gallery `(rows, width)`, raw or scaled; a scaled copy is held in memory.
+        queries: A sample of what will be asked `(queries, width)`; a few hundred.
+        target: What the mean of the measure is to reach, 0..1.
+        k: Neighbours wanted.
+        dims: Dims a stage may have, such as those the model was trained at; an answer at the
+            last counts as exact. None: powers of two from 8, and the width.
+        metric: How embeddings are compared: "cosine", "dot" or "l2".
+        measure: From rows found `(queries, k)` to a quality per query; None is the share of the
+            exact neighbours at the last dim that are found.
+        own_rows: Which gallery row each query is, where the sample is of the gallery itself: it
+            is passed over in its own answer. None: queries are no rows.
+        first_stages: Kinds to try; their first setting is doubled until it is enough. None tries
+            flat search, a graph and inverted lists.
+        batch: How many queries come at once.
+        says: Told what is tried.
+
+    Raises:
+        TargetNotReachedError: If no funnel reaches it; it holds the front of those tried.
+        ValueError: If the arguments do not fit one another.
+        ImportError: If FAISS is not installed.
+
+    Examples:
+        >>> rng = np.random.default_rng(0)
+        >>> gallery = rng.normal(size=(500, 16)) * 0.7 ** np.arange(16)
+        >>> found = plan_funnel(gallery, gallery[:50], 0.8, k=5, own_rows=np.arange(50))
+        >>> found.choice.quality >= 0.8
+        True
+    """
+    gallery = np.asarray(embeddings)
+    widths = check_dims(tuple(dims) if dims is not None else _powers(gallery))
+    sample = check_embeddings(queries, "queries", widths[-1])
+    _check(target, batch, k, len(gallery), len(sample))
+    trials = Trials(
+        gallery, sample, widths[-1], k, metric, measure, own_rows, batch, says or (lambda _: None)
+    )
+    specs = first_stages if first_stages is not None else _usual(len(gallery))
+    choices: list[Choice] = []
+    for dim in widths:
+        best = cheapest(choices, target)
+        if best is not None and dim == widths[-1]:
+            break  # no funnel is needed where none is cheaper, and one is
+        here = list(_at(trials, dim, target, specs))
+        choices += here
+        reached = cheapest(here, target)
+        if best is not None and reached is not None and reached.seconds > _TOO_SLOW * best.seconds:
+            break
+    best = cheapest(choices, target)
+    if best is not None:
+        choices += trials.with_middle(best, widths)
+        best = cheapest(choices, target)
+    if best is None:
+        raise _not_reached(target, front(choices))
+    return Plan(best, target, front(choices))
+
+
+def _at(trials: Trials, dim: int, target: float, specs: Sequence[FirstStage]) -> Iterator[Choice]:
+    """Measure funnels whose first stage looks at one dim."""
+    enough = trials.enough(dim, target)
+    if enough is None:
+        return
+    for spec in specs:
+        first = trials.first(dim, spec)
+        if first is None:
+            continue
+        for slack in (1,) if spec.factory == "Flat" else _SLACK:
+            last = -1.0
+            for harder in _doubled(spec):
+                choice = trials.measured(first, harder, trials.funnel(dim, enough * slack))
+                yield choice
+                if choice.sure_quality >= target or choice.quality <= last:
+                    break
+                last = choice.quality
+
+
+def _doubled(spec: FirstStage) -> Iterator[FirstStage]:
+    """Return a first stage at ever harder settings."""
+    head, *rest = spec.settings.split(",")
+    name, equals, value = head.partition("=")
+    if not equals:
+        yield spec
+        return
+    for doubling in range(_DOUBLINGS):
+        harder = f"{name}={round(float(value) * 2**doubling)}"
+        yield replace(spec, settings=",".join((harder, *rest)))
+
+
+def _usual(rows: int) -> list[FirstStage]:
+    kinds = [FirstStage("Flat", ""), FirstStage("HNSW32", "efSearch=16")]
+    lists = 2 ** round(np.log2(4 * np.sqrt(rows)))
+    if rows >= _PER_CENTROID * lists:
+        kinds.append(FirstStage(f"IVF{lists},Flat", "nprobe=1"))
+    return kinds
+
+
+def _powers(gallery: npt.NDArray[np.generic]) -> tuple[int, ...]:
+    width = gallery.shape[-1]
+    return (*(2**power for power in range(3, 31) if 2**power < width), width)
+
+
+def _check(target: float, batch: int, k: int, rows: int, queries: int) -> None:
+    if not 0 < target <= 1 or not 1 <= batch <= queries or not 1 <= k < rows:
+        raise ValueError(
+            "A plan needs a target in (0, 1], a k below the gallery's rows, and a sample of at "
+            f"least one batch of queries. Received: target={target}, k={k}, {rows} rows, "
+            f"batch={batch}, {queries} queries. Give for example target=0.95."
+        )
+
+
+def _not_reached(target: float, tried: tuple[Choice, ...]) -> TargetNotReachedError:
+    could = tried[-1].line().strip() if tried else "nothing at these dims"
+    error = TargetNotReachedError(
+        "A target must be one that some funnel reaches, by more than a standard error. "
+        f"Received: target={target}; the best that was found: {could}. "
+        "Lower the target, allow wider dims, or give more queries to be surer by."
+    )
+    error.front = tried
+    return error

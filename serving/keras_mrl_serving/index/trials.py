@@ -1,0 +1,180 @@
+"""Funnels built and measured on a sample of queries: the planner's laboratory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..funnel import FunnelSchedule
+from .facts import Ids, IndexFacts, Vectors, check_embeddings
+from .faiss import FaissIndex
+from .first_stage import FirstStage, Shortlister
+from .measures import Measure, exact_neighbors, recall_against
+from .plan import Choice
+from .rerank import closest
+
+Says = Callable[[str], object]  # told what is tried
+
+_GROWTH = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # shortlists tried, times k
+_MIDDLES = (2, 4, 8)  # shortlists of a stage in between, times k
+_TIMED = 300  # batches of queries a choice is timed by
+_LONGEST_S = 1.0  # that timing one choice may take
+_ROWS_AT_ONCE = 65_536
+
+
+class Trials:
+    """A gallery and a sample of queries that funnels are tried on.
+
+    Args:
+        gallery: `(rows, width)`, raw or scaled. A scaled copy of the last dim is held in memory.
+        queries: The sample `(queries, width)`.
+        dim: The last dim, at which an answer counts as exact.
+        k: Neighbours wanted.
+        metric: "cosine", "dot" or "l2".
+        measure: From rows found to a quality per query; None: recall against the exact answer.
+        own_rows: Which gallery row each query is; None: they are no rows.
+        batch: How many queries come at once.
+        says: Told what is tried.
+    """
+
+    def __init__(
+        self,
+        gallery: npt.NDArray[np.generic],
+        queries: Vectors,
+        dim: int,
+        k: int,
+        metric: str,
+        measure: Measure | None,
+        own_rows: Ids | None,
+        batch: int,
+        says: Says,
+    ) -> None:
+        self._gallery = gallery
+        self._queries = queries
+        self._dim = dim
+        self._k = k
+        self._asked = k + (own_rows is not None)  # a query that is a row finds itself, too
+        self._own_rows = own_rows
+        self._batch = batch
+        self._facts = IndexFacts(FunnelSchedule((dim,), (), self._asked), metric)
+        self._rows: dict[int, Vectors] = {}
+        self.says = says
+        says(f"exact neighbours of {len(queries)} queries at dim {dim}")
+        self._measure = measure or recall_against(self._exact(dim, k))
+
+    def enough(self, dim: int, target: float) -> int | None:
+        """Return the shortest shortlist of exact prefixes that reaches the target; None: none.
+
+        Args:
+            dim: Of the prefixes.
+            target: What the quality less its standard error is to be.
+        """
+        if dim == self._dim:
+            return self._k
+        self.says(f"what prefixes of dim {dim} can reach")
+        sizes = sorted({min(round(self._k * more), len(self._gallery)) for more in _GROWTH})
+        found = self._exact(dim, sizes[-1])
+        for size in sizes:
+            shortlists = np.ascontiguousarray(found[:, :size])
+            best, _ = closest(
+                self._facts.prefix(self._queries, self._dim),
+                self._rows_at(self._dim),
+                shortlists,
+                self._k,
+                self._facts.metric,
+            )
+            quality, error = self._judged(best)
+            if quality - error >= target:
+                return size
+        return None
+
+    def first(self, dim: int, spec: FirstStage) -> Shortlister | None:
+        """Build a first stage; None, and a word, if FAISS cannot make it of this gallery."""
+        self.says(f"building {spec.factory} over dim {dim}")
+        try:
+            prefixes = self._prefixes(dim)
+            return Shortlister.build(prefixes, spec, self._facts.metric, lambda _done, _rows: None)
+        except ValueError as error:
+            self.says(str(error))
+            return None
+
+    def measured(self, first: Shortlister, spec: FirstStage, schedule: FunnelSchedule) -> Choice:
+        """Set a first stage, search by a schedule, and return how good and how fast it is."""
+        first.set(spec.settings)
+        more = self._asked - self._k
+        asked = FunnelSchedule(
+            schedule.dims, tuple(size + more for size in schedule.shortlists), schedule.k + more
+        )
+        facts = IndexFacts(asked, self._facts.metric)
+        wider = schedule.dims[1:] or schedule.dims
+        rows = np.arange(len(self._gallery))
+        index = FaissIndex(facts, rows, first, {dim: self._rows_at(dim) for dim in wider})
+        quality, error = self._judged(self._others(index.search(self._queries).ids))
+        return Choice(spec, schedule, quality, error, self._seconds(index))
+
+    def funnel(self, dim: int, shortlist: int) -> FunnelSchedule:
+        """Return the funnel from a dim to the last one."""
+        if dim == self._dim:
+            return FunnelSchedule((dim,), (), self._k)
+        return FunnelSchedule((dim, self._dim), (shortlist,), self._k)
+
+    def with_middle(self, choice: Choice, dims: Sequence[int]) -> Iterator[Choice]:
+        """Measure a funnel of two stages with a third between them."""
+        if len(choice.schedule.dims) != 2:
+            return
+        low, high = choice.schedule.dims
+        size = choice.schedule.shortlists[0]
+        tried = [(d, self._k * n) for d in dims if low < d < high for n in _MIDDLES]
+        tried = [(dim, second) for dim, second in tried if second < size]
+        first = self.first(low, choice.first_stage) if tried else None
+        if first is None:
+            return
+        for dim, second in tried:
+            schedule = FunnelSchedule((low, dim, high), (size, second), self._k)
+            yield self.measured(first, choice.first_stage, schedule)
+
+    def _judged(self, found: Ids) -> tuple[float, float]:
+        values = self._measure(found)
+        return float(values.mean()), float(values.std() / np.sqrt(len(values)))
+
+    def _seconds(self, index: FaissIndex) -> float:
+        taken = []
+        stop = time.perf_counter() + _LONGEST_S
+        for turn in range(_TIMED):
+            start = turn * self._batch % max(1, len(self._queries) - self._batch + 1)
+            some = self._queries[start : start + self._batch]
+            began = time.perf_counter()
+            index.search(some)
+            ended = time.perf_counter()
+            taken.append((ended - began) / len(some))
+            if ended > stop and turn >= 2:
+                break
+        return float(np.median(taken))
+
+    def _exact(self, dim: int, n: int) -> Ids:
+        more = min(n + self._asked - self._k, len(self._gallery))
+        return self._others(exact_neighbors(self._gallery, self._queries, more, dim, self._facts))
+
+    def _others(self, found: Ids) -> Ids:
+        """Leave out of each answer the query itself, or the last where it is not in it."""
+        if self._own_rows is None:
+            return found
+        own = found == self._own_rows[:, None]
+        own[:, -1] |= ~own.any(axis=1)
+        return found[~own].reshape(len(found), -1)
+
+    def _rows_at(self, dim: int) -> Vectors:
+        if dim not in self._rows:
+            self._rows[dim] = self._prefixes(dim)
+        return self._rows[dim]
+
+    def _prefixes(self, dim: int) -> Vectors:
+        rows = np.empty((len(self._gallery), dim), np.float32)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            some = check_embeddings(self._gallery[part], "gallery", self._dim)
+            rows[part] = self._facts.prefix(some, dim)
+        return rows

@@ -1,0 +1,852 @@
+"""`QdrantIndex` beside a search in float64 and beside `ExactIndex`.
+
+In this process; and on the server at KERAS_MRL_QDRANT_URL, if that is set.
+"""
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qdrant_client import QdrantClient, models
+from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+from keras_mrl_serving import errors
+from keras_mrl_serving.funnel import FunnelSchedule
+from keras_mrl_serving.index import ExactIndex, Index
+from keras_mrl_serving.index import qdrant as module
+from keras_mrl_serving.index.qdrant import QdrantIndex
+from keras_mrl_serving.index.qdrant_failures import leaf_of
+
+Array = npt.NDArray[Any]
+Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
+
+SERVER = os.environ.get("KERAS_MRL_QDRANT_URL")
+METRICS = ("cosine", "dot", "l2")
+SCHEDULE = FunnelSchedule((2, 4), (3,), 2)
+GALLERY = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+
+some = settings(max_examples=40) if SERVER else settings()  # a collection each takes a while there
+
+
+@pytest.fixture(scope="module", params=["local", "server"] if SERVER else ["local"])
+def client(request: pytest.FixtureRequest) -> Iterator[QdrantClient]:
+    made = QdrantClient(url=SERVER) if request.param == "server" else QdrantClient(":memory:")
+    yield made
+    made.close()
+
+
+def build(client: QdrantClient, name: str) -> QdrantIndex:
+    return QdrantIndex.build(client, name, GALLERY, SCHEDULE)
+
+
+@contextmanager
+def place(client: QdrantClient) -> Iterator[str]:
+    """The name of a collection that is gone afterwards."""
+    name = f"test-{uuid.uuid4()}"
+    yield name
+    client.delete_collection(name)
+
+
+@pytest.fixture
+def name(client: QdrantClient) -> Iterator[str]:
+    with place(client) as name:
+        yield name
+
+
+class Search(NamedTuple):
+    queries: Array
+    gallery: Array
+    schedule: FunnelSchedule
+    ids: Array
+    metric: str
+
+    def build(self, client: QdrantClient, name: str) -> QdrantIndex:
+        return QdrantIndex.build(
+            client, name, self.gallery, self.schedule, self.ids, metric=self.metric
+        )
+
+    def exact(self) -> ExactIndex:
+        return ExactIndex.build(self.gallery, self.schedule, self.ids, self.metric)
+
+    @property
+    def near(self) -> float:
+        """How far float32 scores may be from those of float64: of lengths up to 15."""
+        return 3e-6 if self.metric == "cosine" else 3e-4
+
+    def scores(self, dim: int) -> Array:
+        q, g = (part[:, :dim].astype(np.float64) for part in (self.queries, self.gallery))
+        if self.metric == "l2":
+            return -np.square(q[:, None] - g).sum(axis=2)
+        lengths = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(g, axis=1)
+        if self.metric == "dot":
+            lengths[:] = 1
+        return np.divide(q @ g.T, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+
+    def funnel(self, query: int, allowed: Array | None = None) -> Array | None:
+        """The ids a funnel must find, best first; None where a near-tie decides."""
+        kept = np.arange(len(self.ids)) if allowed is None else allowed
+        sizes = (*self.schedule.shortlists, self.schedule.k)
+        for dim, keep in zip(self.schedule.dims, sizes, strict=True):
+            scores = self.scores(dim)[query, kept]
+            order = np.argsort(-scores)
+            if keep < len(kept) and np.diff(-scores[order])[keep - 1] < self.near:
+                return None
+            kept, scores = kept[order[:keep]], scores[order[:keep]]
+        if any(a - b < self.near for a, b in pairwise(scores)):
+            return None
+        return np.asarray(self.ids[kept])
+
+    def assert_found(self, index: Index) -> None:
+        """The funnels that are told are found."""
+        found = index.search(self.queries)
+        for row in range(len(self.queries)):
+            expected = self.funnel(row)
+            assert expected is None or found.ids[row].tolist() == expected.tolist()
+
+
+@st.composite
+def searches(draw: st.DrawFn, metrics: tuple[str, ...] = METRICS) -> Search:
+    rows, queries, width = (draw(st.integers(1, most)) for most in (30, 4, 16))
+    metric = draw(st.sampled_from(metrics))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    dims = sorted(draw(st.sets(st.integers(1, width), min_size=1, max_size=4)))
+    k = draw(st.integers(1, rows))
+    sizes = sorted((draw(st.integers(k, rows + 3)) for _ in dims[1:]), reverse=True)
+    ids = rng.permutation(rows * 10)[:rows]
+    schedule = FunnelSchedule(tuple(dims), tuple(sizes), k)
+    return Search(
+        drawn(rng, queries, width, metric), drawn(rng, rows, width, metric), schedule, ids, metric
+    )
+
+
+def drawn(rng: np.random.Generator, rows: int, width: int, metric: str = "cosine") -> Array:
+    """Vectors, for cosine of every length, one in eight of them zero up to some prefix."""
+    vectors = rng.normal(size=(rows, width))
+    if metric == "cosine":
+        vectors *= 10 ** rng.uniform(-2, 2, size=(rows, 1))
+    zeros = rng.integers(0, width + 1, size=rows) * (rng.random(rows) < 0.125)
+    vectors[np.arange(width) < zeros[:, None]] = 0
+    return vectors.astype(np.float32)
+
+
+def search(metric: str = "cosine") -> Search:
+    rng = np.random.default_rng(3)
+    queries, gallery = drawn(rng, 20, 16, metric), drawn(rng, 30, 16, metric)
+    schedule = FunnelSchedule((4, 8, 16), (12, 8), 3)
+    return Search(queries, gallery, schedule, rng.permutation(300)[:30], metric)
+
+
+# What is found.
+
+
+@some
+@given(case=searches(), surplus=st.integers(0, 5))
+def test_a_funnel_that_shortlists_everything_is_exhaustive_search(
+    client: QdrantClient, case: Search, surplus: int
+) -> None:
+    everything = tuple(len(case.gallery) + surplus for _ in case.schedule.shortlists)
+    k = case.schedule.k
+    case = case._replace(schedule=FunnelSchedule(case.schedule.dims, everything, k))
+    with place(client) as name:
+        found = case.build(client, name).search(case.queries)
+    scores = case.scores(case.schedule.dims[-1])
+    expected = -np.sort(-scores, axis=1)[:, :k]
+    rows = np.argsort(case.ids)[np.searchsorted(np.sort(case.ids), found.ids)]
+    near: dict[str, Any] = {"rtol": 0, "atol": case.near}
+    assert [found.ids.dtype, found.scores.dtype] == [np.int64, np.float32]
+    np.testing.assert_array_equal(case.ids[rows], found.ids)
+    assert all(len(set(row)) == k for row in found.ids.tolist())
+    np.testing.assert_allclose(np.take_along_axis(scores, rows, 1), expected, **near)
+    np.testing.assert_allclose(found.scores, expected, **near)
+
+
+@some
+@given(case=searches())
+def test_every_stage_keeps_the_best_of_the_one_before_as_in_the_exact_index(
+    client: QdrantClient, case: Search
+) -> None:
+    with place(client) as name:
+        found = case.build(client, name).search(case.queries)
+    exact = case.exact().search(case.queries)
+    assert found.ids.shape == exact.ids.shape
+    for row in range(len(case.queries)):
+        expected = case.funnel(row)
+        if expected is not None:
+            assert found.ids[row].tolist() == exact.ids[row].tolist() == expected.tolist()
+            np.testing.assert_allclose(found.scores[row], exact.scores[row], rtol=0, atol=case.near)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_most_funnels_are_told_by_that_test(metric: str) -> None:
+    case = search(metric)
+    told = [case.funnel(row) for row in range(len(case.queries))]
+    assert np.mean([ids is not None for ids in told]) > 0.5
+    whole = case._replace(schedule=FunnelSchedule((16,), (), 3))
+    best = [whole.funnel(row) for row in range(len(case.queries))]
+    assert any(
+        a is not None and b is not None and a.tolist() != b.tolist()
+        for a, b in zip(told, best, strict=True)
+    )
+
+
+@some
+@given(case=searches(), at_once=st.integers(1, 3))
+def test_an_answer_does_not_depend_on_the_other_queries(
+    client: QdrantClient, case: Search, at_once: int
+) -> None:
+    with place(client) as name, pytest.MonkeyPatch.context() as patch:
+        index = case.build(client, name)
+        together = index.search(case.queries)
+        patch.setattr(module, "_QUERIES", at_once)
+        parts = index.search(case.queries)
+        for row, query in enumerate(case.queries):
+            alone = index.search(query[None])
+            assert alone[0] == together[row] == parts[row]
+
+
+@some
+@given(case=searches(), data=st.data())
+def test_a_filter_lets_its_ids_through_and_no_others(
+    client: QdrantClient, case: Search, data: st.DataObject
+) -> None:
+    chosen = np.array(data.draw(st.lists(st.sampled_from(list(case.ids)))), np.int64)
+    absent = data.draw(st.lists(st.integers(1000, 2**63 - 1)))
+    with place(client) as name:
+        found = case.build(client, name).search(case.queries, among=[*chosen.tolist(), *absent])
+    allowed = np.flatnonzero(np.isin(case.ids, chosen))
+    assert found.ids.shape == (len(case.queries), min(case.schedule.k, len(allowed)))
+    assert set(found.ids.ravel().tolist()) <= set(chosen.tolist())
+    for row in range(len(case.queries)):
+        expected = case.funnel(row, allowed) if len(allowed) else None
+        if expected is not None:
+            assert found.ids[row].tolist() == expected.tolist()
+
+
+@some
+@given(case=searches(), data=st.data())
+def test_fewer_neighbours_are_the_first_of_more(
+    client: QdrantClient, case: Search, data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, case.schedule.k))
+    with place(client) as name:
+        index = case.build(client, name)
+        found, more = index.search(case.queries, k), index.search(case.queries)
+    assert found.ids.shape == (len(case.queries), k)
+    for row in range(len(case.queries)):
+        if case.funnel(row) is not None:
+            assert found[row] == more[row][:k]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_equal_scores_come_in_order_of_id(client: QdrantClient, name: str, metric: str) -> None:
+    gallery = np.array([[-1, 0], [1, 0], [0, 1], [1, 0], [1, 0], [-1, 0], [1, 0]])
+    ids = [60, 31, 2**63 - 1, 12, 44, 3, 25]
+    schedule = FunnelSchedule((1, 2), (7,), 7)
+    index = QdrantIndex.build(client, name, gallery, schedule, ids, metric)
+    found = index.search([[1, 0], [1, 0]])
+    assert found.ids.tolist() == [[12, 25, 31, 44, 2**63 - 1, 3, 60]] * 2
+    east, north, west = (0, -2, -4) if metric == "l2" else (1, 0, -1)
+    assert found.scores.tolist() == [[east] * 4 + [north] + [west] * 2] * 2
+    assert index.search([[1, 0]], among=[60, 3, 44, 12, 7]).ids.tolist() == [[12, 44, 3, 60]]
+
+
+def test_a_zero_vector_is_equally_near_to_all(client: QdrantClient, name: str) -> None:
+    gallery = np.array([[-1, 0], [0, 0], [1, 0], [0, 1]])
+    index = QdrantIndex.build(client, name, gallery, FunnelSchedule((1, 2), (4,), 4), [3, 2, 1, 0])
+    found = index.search([[0, 0], [1, 0]])
+    assert found.ids.tolist() == [[0, 1, 2, 3], [1, 0, 2, 3]]
+    assert found.scores.tolist() == [[0, 0, 0, 0], [1, 0, 0, -1]]
+
+
+@pytest.mark.parametrize("length", [1e-3, 1e-5, 1e-6, 1e-7, 1e-9, 1e-15])
+def test_tiny_vectors_score_as_in_the_exact_index(
+    client: QdrantClient, name: str, length: float
+) -> None:
+    case = search()._replace(schedule=FunnelSchedule((4, 16), (30,), 30))
+    tiny = case.gallery / np.linalg.norm(case.gallery, axis=1, keepdims=True) * np.float32(length)
+    case = case._replace(gallery=tiny)
+    found = case.build(client, name).search(case.queries)
+    np.testing.assert_allclose(
+        found.scores, case.exact().search(case.queries).scores, rtol=0, atol=3e-6
+    )
+
+
+def test_what_a_search_may_leave_out(client: QdrantClient, name: str) -> None:
+    case = search()
+    index = case.build(client, name)
+    empty = index.search(np.zeros((0, 16)))
+    assert (empty.ids.shape, empty.scores.shape) == ((0, 3), (0, 3))
+    for among in ([], [999]):
+        assert index.search(case.queries, among=among).ids.shape == (20, 0)
+        assert index.search(np.zeros((0, 16)), among=among).ids.shape == (0, 0)
+    wider = np.column_stack([case.queries, np.full((20, 2), 9.0)])
+    assert list(index.search(wider)) == list(index.search(case.queries))
+
+
+def test_an_index_tells_what_it_is(client: QdrantClient, name: str) -> None:
+    index: Index = QdrantIndex.build(client, name, GALLERY, SCHEDULE, None, "dot", "5e1f")
+    assert (len(index), index.width, index.schedule) == (6, 4, SCHEDULE)
+    assert (index.metric, index.encoder_fingerprint) == ("dot", "5e1f")
+
+
+# What is asked of a server. Local mode is exact and leaves parameters out.
+
+
+class Remote:
+    """A client that takes itself for one of a server, and tells what it was asked."""
+
+    def __init__(self) -> None:
+        self.local = QdrantClient(":memory:")
+        self.init_options = {"url": "http://qdrant:6333", "path": None, "location": None}
+        self.asked: list[Any] = []
+        self.made: dict[str, Any] = {}
+        self.found: int | None = None
+        self.moved = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.local, name)
+
+    def create_collection(self, name: str, **options: Any) -> bool:
+        self.made = options
+        return self.local.create_collection(name, **options)
+
+    def count(self, name: str, **options: Any) -> Any:
+        counted = self.local.count(name, **options)
+        counted.count += 0 if options["exact"] else self.moved
+        return counted
+
+    def query_batch_points(self, name: str, requests: list[Any]) -> list[Any]:
+        self.asked.append(requests)
+        bare = [request.model_copy(update={"params": None}) for request in requests]
+        answers = self.local.query_batch_points(name, bare)
+        for answer in answers[::2]:
+            answer.points[:] = answer.points[: self.found]
+        return answers
+
+
+@pytest.fixture
+def remote() -> Any:
+    return Remote()
+
+
+def stages(request: Any) -> list[Any]:
+    """A nested query, first stage first."""
+    return [] if request is None else [*stages(request.prefetch), request]
+
+
+def params(remote: Remote) -> list[Any]:
+    return [stage.params for stage in stages(remote.asked[-1][0])]
+
+
+EXACT = models.SearchParams(exact=True)
+
+
+def test_the_whole_funnel_is_one_nested_query(remote: Any) -> None:
+    case = search("dot")
+    index = case.build(remote, "pets")
+    index.search(case.queries, k=2, among=[7, 5])
+    (requests,) = remote.asked
+    assert len(requests) == 20
+    for request, query in zip(requests, case.queries, strict=True):
+        asked = stages(request)
+        assert [type(stage).__name__ for stage in asked] == ["Prefetch", "Prefetch", "QueryRequest"]
+        assert [stage.using for stage in asked] == ["4", "8", "16"]
+        assert [stage.limit for stage in asked] == [12, 8, 2]
+        assert [stage.query for stage in asked] == [query[:dim].tolist() for dim in (4, 8, 16)]
+        only = models.Filter(must=[models.HasIdCondition(has_id=[5, 7])])
+        assert [stage.filter for stage in asked] == [only, None, None]
+
+
+def test_later_stages_are_exact_and_a_first_stage_where_its_shortlist_is_whole(
+    remote: Any,
+) -> None:
+    case = search()
+    index = case.build(remote, "pets")
+    index.search(case.queries)
+    assert params(remote) == [None, EXACT, EXACT]
+    index.search(case.queries, among=case.ids[:12])
+    assert params(remote) == [EXACT, EXACT, EXACT]
+    for shortlist in (30, 10_000):
+        whole = QdrantIndex.open(remote, "pets", FunnelSchedule((4, 16), (shortlist,), 3))
+        whole.search(case.queries)
+        assert params(remote) == [EXACT, EXACT]
+        remote.moved = 30  # rows that are counted twice while the engine moves them
+        whole.search(case.queries)
+        assert params(remote) == [EXACT, EXACT]
+        remote.moved = 0
+
+
+def test_parameters_are_given_by_stage(remote: Any) -> None:
+    case = search()
+    case.build(remote, "pets")
+    binary = models.SearchParams(quantization=models.QuantizationSearchParams(rescore=False))
+    wide = models.SearchParams(hnsw_ef=500)
+    index = QdrantIndex.open(remote, "pets", params={4: wide, 8: binary})
+    index.search(case.queries)
+    assert params(remote) == [wide, binary, EXACT]
+    QdrantIndex.open(remote, "pets", case.schedule, {16: binary}).search(case.queries, among=[1])
+    assert params(remote) == [EXACT, EXACT, EXACT]
+
+
+def test_large_requests_are_sent_in_parts(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = search()
+    index = case.build(remote, "pets")
+    expected = index.search(case.queries, among=case.ids)
+    monkeypatch.setattr(module, "_NUMBERS", 3 * (4 + 8 + 16 + 30))
+    assert list(index.search(case.queries, among=case.ids)) == list(expected)
+    assert list(map(len, remote.asked[1:])) == [3, 3, 3, 3, 3, 3, 2]
+    monkeypatch.setattr(module, "_NUMBERS", 1)
+    index.search(case.queries[:2])
+    assert list(map(len, remote.asked[-2:])) == [1, 1]
+
+
+def test_what_an_approximate_engine_did_not_find_is_minus_one(remote: Any) -> None:
+    case = search()
+    index = case.build(remote, "pets")
+    expected = index.search(case.queries[:2])
+    remote.found = 1
+    found = index.search(case.queries[:2])
+    assert found[0] == [expected[0][0], (-1, -np.inf), (-1, -np.inf)]
+    assert found[1] == expected[1]
+    alone = index.search(case.queries[:1], among=[*case.ids[:2].tolist(), 999])
+    assert (alone.ids.shape, alone.ids[0, 1]) == ((1, 2), -1)
+
+
+def test_the_engines_options_pass_through(remote: Any) -> None:
+    binary = models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True))
+    int8 = models.ScalarQuantization(
+        scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8)
+    )
+    graph = models.HnswConfigDiff(m=32)
+    schedule = FunnelSchedule((1, 2, 4), (5, 3), 1)
+    QdrantIndex.build(
+        remote,
+        "pets",
+        GALLERY,
+        schedule,
+        vectors={
+            1: {"quantization_config": binary, "on_disk": True},
+            2: {"quantization_config": int8, "hnsw_config": graph},
+        },
+        shard_number=3,
+        replication_factor=2,
+        on_disk_payload=True,
+        metadata={"owner": "me"},
+    )
+    made = remote.made
+    assert (made["shard_number"], made["replication_factor"], made["on_disk_payload"]) == (3, 2, 1)
+    assert made["metadata"]["owner"] == "me"
+    dot = models.Distance.DOT
+    assert made["vectors_config"] == {
+        "1": models.VectorParams(size=1, distance=dot, quantization_config=binary, on_disk=True),
+        "2": models.VectorParams(size=2, distance=dot, quantization_config=int8, hnsw_config=graph),
+        "4": models.VectorParams(size=4, distance=dot, hnsw_config=models.HnswConfigDiff(m=0)),
+    }
+    assert len(QdrantIndex.open(remote, "pets")) == 6
+
+
+# Galleries that are built, opened and changed.
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_are_added_replaced_and_removed(client: QdrantClient, name: str, metric: str) -> None:
+    case = search(metric)._replace(schedule=FunnelSchedule((4, 16), (99,), 5))
+    index = case._replace(gallery=case.gallery[:20], ids=case.ids[:20]).build(client, name)
+    seen: list[tuple[int, int]] = []
+    index.add(case.gallery[20:] + 1, case.ids[20:], lambda done, rows: seen.append((done, rows)))
+    assert (len(index), seen) == (30, [(10, 10)])
+    index.add(case.gallery[20:], case.ids[20:])
+    index.add(np.zeros((0, 16)), np.zeros(0, int))
+    assert len(index) == 30
+    near: dict[str, Any] = {"rtol": 0, "atol": case.near}
+    expected = case.exact().search(case.queries)
+    np.testing.assert_allclose(index.search(case.queries).scores, expected.scores, **near)
+    index.remove([*case.ids[:7].tolist(), 999, case.ids[0]])
+    index.remove([])
+    assert len(index) == 23
+    rest = case._replace(gallery=case.gallery[7:], ids=case.ids[7:])
+    expected = rest.exact().search(case.queries)
+    np.testing.assert_allclose(index.search(case.queries).scores, expected.scores, **near)
+    index.remove(case.ids[3:])
+    assert len(index) == 0
+    assert index.search(case.queries).ids.shape == (20, 0)
+
+
+def test_a_build_that_was_interrupted_uploads_what_is_missing(
+    client: QdrantClient, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = search()
+    monkeypatch.setattr(module, "_ROWS", 8)
+    uploaded: list[list[int]] = []
+    seen: list[tuple[int, int]] = []
+    upsert = client.upsert
+
+    def counted(name: str, points: Any, **options: Any) -> Any:
+        uploaded.append(points.ids)
+        return upsert(name, points=points, **options)
+
+    monkeypatch.setattr(client, "upsert", counted)
+
+    def stops(done: int, rows: int) -> None:
+        seen.append((done, rows))
+        if done == 16:
+            raise KeyboardInterrupt
+
+    given: tuple[Any, ...] = (client, name, case.gallery, case.schedule, case.ids)
+    with pytest.raises(KeyboardInterrupt):
+        QdrantIndex.build(*given, progress=stops)
+    assert seen == [(8, 30), (16, 30)]
+    client.delete(name, points_selector=models.PointIdsList(points=[int(case.ids[2])]))
+    index = QdrantIndex.build(*given, progress=lambda done, rows: seen.append((done, rows)))
+    assert seen[2:] == [(23, 30), (30, 30)]
+    assert sorted(uploaded[2] + uploaded[3]) == sorted([*case.ids[16:].tolist(), case.ids[2]])
+    case.assert_found(index)
+    QdrantIndex.build(*given)
+    assert len(uploaded) == 4
+
+
+def test_rows_that_are_there_are_looked_up_in_parts(
+    client: QdrantClient, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = search()
+    index = case.build(client, name)
+    monkeypatch.setattr("keras_mrl_serving.index.qdrant_collection._IDS", 7)
+    index.remove(case.ids[[5, 6, 7, 29]])
+    seen: list[int] = []
+    given: tuple[Any, ...] = (client, name, case.gallery, case.schedule, case.ids)
+    QdrantIndex.build(*given, progress=lambda done, _: seen.append(done))
+    assert (seen, len(index)) == ([30], 30)
+
+
+def test_a_build_that_goes_on_may_have_another_funnel(client: QdrantClient, name: str) -> None:
+    QdrantIndex.build(client, name, GALLERY, SCHEDULE, metadata={"owner": "me"})
+    other = FunnelSchedule((2, 4), (5,), 4)
+    assert QdrantIndex.build(client, name, GALLERY, other).search(GALLERY).ids.shape == (6, 4)
+    assert QdrantIndex.open(client, name).schedule == other
+    metadata = client.get_collection(name).config.metadata
+    assert (metadata or {})["owner"] == "me"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_fresh_client_opens_what_another_built(tmp_path: Path, metric: str) -> None:
+    case = search(metric)
+    first = QdrantClient(path=str(tmp_path))
+    index = QdrantIndex.build(
+        first, "pets", case.gallery, case.schedule, case.ids, metric, encoder_fingerprint="5e1f"
+    )
+    case.assert_found(index)
+    first.close()
+    second = QdrantClient(path=str(tmp_path))
+    again = QdrantIndex.open(second, "pets")
+    assert (again.schedule, again.metric) == (case.schedule, metric)
+    assert (again.encoder_fingerprint, len(again)) == ("5e1f", 30)
+    case.assert_found(again)
+    second.close()
+
+
+def test_an_index_is_opened_with_another_schedule(client: QdrantClient, name: str) -> None:
+    case = search()
+    case.build(client, name)
+    for schedule in (FunnelSchedule((8,), (), 5), FunnelSchedule((4, 8), (9,), 2)):
+        index = QdrantIndex.open(client, name, schedule)
+        other = case._replace(schedule=schedule)
+        assert (index.width, index.schedule) == (8, schedule)
+        other.assert_found(index)
+    index.add(case.gallery, case.ids)  # all stored dims, not those of the schedule alone
+    case.assert_found(QdrantIndex.open(client, name))
+
+
+# What is refused.
+
+
+def test_a_gallery_must_fit(client: QdrantClient, name: str, refuses: Refuses) -> None:
+    few = "A gallery needs at least as many rows as the funnel returns. Received: 1 rows for k=2. "
+    with refuses(ValueError, few + "Lower k, or add rows."):
+        QdrantIndex.build(client, name, GALLERY[:1], SCHEDULE)
+    with refuses(
+        ValueError,
+        'metric must be "cosine", "dot" or "l2". Received: metric=\'max\'. Take cosine if unsure.',
+    ):
+        QdrantIndex.build(client, name, GALLERY, SCHEDULE, metric="max")
+    with refuses(
+        ValueError,
+        "vectors must be given by dims that are stored: (2, 4). "
+        "Received: vectors for [3, 5]. Name a stage by its dim.",
+    ):
+        QdrantIndex.build(client, name, GALLERY, SCHEDULE, vectors={5: {}, 2: {}, 3: {}})
+    with refuses(
+        ValueError,
+        "params must be given by dims that are stored: (2, 4). "
+        "Received: params for [8]. Name a stage by its dim.",
+    ):
+        QdrantIndex.build(client, name, GALLERY, SCHEDULE, params={8: EXACT})
+    with pytest.raises(ValueError, match=r"^ids must differ from row to row\. "):
+        QdrantIndex.build(client, name, GALLERY, SCHEDULE, [0, 1, 2, 3, 4, 4])
+    with pytest.raises(ValueError, match=r"^The gallery must be \(rows, width\) "):
+        QdrantIndex.build(client, name, GALLERY[:, :3], SCHEDULE)
+    assert not client.collection_exists(name)
+
+
+def test_rows_that_do_not_fit_change_nothing(
+    client: QdrantClient, name: str, refuses: Refuses
+) -> None:
+    index = QdrantIndex.build(client, name, GALLERY, SCHEDULE)
+    bad = np.concatenate([GALLERY + 1, np.full((1, 4), np.nan, np.float32)])
+    before = list(index.search(GALLERY))
+    with pytest.raises(ValueError, match=r"^The gallery must be finite, "):
+        index.add(bad, np.arange(7))
+    with pytest.raises(ValueError, match=r"^The gallery must be \(rows, width\) "):
+        index.add(GALLERY[:, :3] + 1, np.arange(6))
+    wrong: Any
+    for wrong in (None, np.arange(6) - 1, np.zeros(6, int), np.arange(5), np.arange(6.0)):
+        with pytest.raises(ValueError, match=r"^ids must "):
+            index.add(GALLERY + 1, wrong)
+    for wrong, received in (
+        (None, "object of shape ()"),
+        ([-1], "int64 of shape (1,)"),
+        ([0.5], "float64 of shape (1,)"),
+        ([[1]], "int64 of shape (1, 1)"),
+        (np.array([1, 2**63], np.uint64), "uint64 of shape (2,)"),
+    ):
+        with refuses(
+            ValueError,
+            "ids to remove must be int64 >= 0 in one dimension. "
+            f"Received: {received}. Give those of the rows.",
+        ):
+            index.remove(wrong)
+    assert (len(index), list(index.search(GALLERY))) == (6, before)
+
+
+def test_searches_must_fit(client: QdrantClient, name: str, refuses: Refuses) -> None:
+    index = QdrantIndex.build(client, name, GALLERY, SCHEDULE)
+    with refuses(
+        ValueError,
+        "k must lie in 1..2, as many as the funnel returns. "
+        "Received: k=3. Search with a schedule whose k is larger.",
+    ):
+        index.search(GALLERY, 3)
+    with pytest.raises(ValueError, match=r"^The queries must be \(rows, width\) "):
+        index.search(GALLERY[:, :3])
+    with pytest.raises(ValueError, match=r"^among must be int64 ids >= 0 "):
+        index.search(GALLERY, among=[-1])
+
+
+def test_a_schedule_must_be_of_stored_dims(
+    client: QdrantClient, name: str, refuses: Refuses
+) -> None:
+    QdrantIndex.build(client, name, GALLERY, SCHEDULE)
+    with refuses(
+        ValueError,
+        "A schedule's dims must be among those stored: (2, 4). "
+        "Received: dims=(3, 4). Leave the others out, or build another collection.",
+    ):
+        QdrantIndex.open(client, name, FunnelSchedule((3, 4), (3,), 2))
+
+
+@pytest.mark.parametrize(
+    ("changed", "received"),
+    [
+        ({"schedule": FunnelSchedule((3, 4), (3,), 2)}, "dims=(3, 4), metric='cosine', {}None"),
+        ({"metric": "dot"}, "dims=(2, 4), metric='dot', {}None"),
+        ({"encoder_fingerprint": "5e1f"}, "dims=(2, 4), metric='cosine', {}'5e1f'"),
+    ],
+)
+def test_a_build_does_not_go_on_with_another_gallery(
+    changed: dict[str, Any], received: str, client: QdrantClient, name: str, refuses: Refuses
+) -> None:
+    QdrantIndex.build(client, name, GALLERY, SCHEDULE)
+    text = (
+        "A build goes on where one with the same dims, metric and encoder stopped. "
+        f"Received: {received} for collection '{name}' of dims=(2, 4), metric='cosine', {{}}None. "
+        "Give another name, or delete the collection."
+    )
+    with refuses(ValueError, text.replace("{}", "encoder_fingerprint=")):
+        QdrantIndex.build(client, name, GALLERY, **{"schedule": SCHEDULE, **changed})
+    assert QdrantIndex.open(client, name).metric == "cosine"
+
+
+def test_a_build_does_not_go_on_with_other_rows(
+    client: QdrantClient, name: str, refuses: Refuses
+) -> None:
+    QdrantIndex.build(client, name, GALLERY, SCHEDULE)
+    with refuses(
+        ValueError,
+        f"A build goes on over its own rows alone. Received: collection '{name}' with 2 rows whose "
+        "ids are not among those given. Give them all, or open the collection and add to it.",
+    ):
+        QdrantIndex.build(client, name, GALLERY, SCHEDULE, np.arange(2, 8))
+    assert len(QdrantIndex.open(client, name)) == 6
+
+
+def test_a_collection_must_be_one_of_ours(
+    client: QdrantClient, name: str, refuses: Refuses
+) -> None:
+    text = (
+        "A QdrantIndex needs a collection that QdrantIndex.build made, on a server that keeps "
+        "metadata. Received: {}. Build one under a new name, on Qdrant 1.16 or later."
+    )
+    with refuses(errors.ManifestError, text.format(f"no collection '{name}'")):
+        QdrantIndex.open(client, name)
+    client.create_collection(name, models.VectorParams(size=2, distance=models.Distance.DOT))
+    for act in (QdrantIndex.open, build):
+        with refuses(errors.ManifestError, text.format(f"collection '{name}' with metadata None")):
+            act(client, name)
+    client.update_collection(name, metadata={"keras_mrl": {"metric": "cosine"}})
+    with pytest.raises(errors.ManifestError, match=r"^An index names its schedule, "):
+        QdrantIndex.open(client, name)
+
+
+def test_a_server_that_keeps_no_metadata_is_found_out_at_once(
+    remote: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = remote.local.create_collection
+
+    def forgetful(name: str, **options: Any) -> bool:
+        return bool(create(name, vectors_config=options["vectors_config"]))
+
+    monkeypatch.setattr(remote.local, "create_collection", forgetful)
+    with pytest.raises(errors.ManifestError, match=r"Qdrant 1\.16 or later\.$"):
+        QdrantIndex.build(remote, "pets", GALLERY, SCHEDULE)
+
+
+@pytest.mark.parametrize("grpc", [False, True])
+def test_no_server(grpc: bool) -> None:
+    nowhere = QdrantClient(
+        url="http://127.0.0.1:9", grpc_port=9, prefer_grpc=grpc, check_compatibility=False
+    )
+    for act in (QdrantIndex.open, build):
+        with pytest.raises(errors.ServerUnavailableError) as caught:
+            act(nowhere, "pets")
+        text = str(caught.value)
+        assert text.startswith("Qdrant must be there and ready. Received: ")
+        assert text.endswith(
+            ", for collection 'pets'. "
+            "Start it, wait until it is less busy, or give a client with another URL."
+        )
+        assert "refused" in text
+    nowhere.close()
+
+
+def test_what_local_mode_refuses(refuses: Refuses) -> None:
+    client = QdrantClient(":memory:")
+    text = (
+        "Qdrant must take the request. Received: {}, for collection 'pets'. "
+        "See that the collection is still there, and that Qdrant knows the options given."
+    )
+    with refuses(errors.InvalidInputError, text.format("Unknown arguments: ['shards']")):
+        QdrantIndex.build(client, "pets", GALLERY, SCHEDULE, shards=3)
+    index = QdrantIndex.build(client, "pets", GALLERY, SCHEDULE)
+    client.delete_collection("pets")
+    acts: list[Callable[[], Any]] = [
+        lambda: len(index),
+        lambda: index.search(GALLERY),
+        lambda: index.add(GALLERY, range(6)),
+        lambda: index.remove([1]),
+    ]
+    for act in acts:
+        with refuses(errors.InvalidInputError, text.format("Collection pets not found")):
+            act()
+    client.close()
+    with refuses(
+        errors.ServerUnavailableError,
+        "Qdrant must be there and ready. Received: QdrantLocal instance is closed. Please create "
+        "a new instance, for collection 'pets'. "
+        "Start it, wait until it is less busy, or give a client with another URL.",
+    ):
+        len(index)
+
+
+class Rpc(grpc.RpcError):
+    """As gRPC raises it."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+
+class ReadTimeout(Exception):
+    """As httpx calls it."""
+
+
+def answered(status: int) -> UnexpectedResponse:
+    return UnexpectedResponse(status, "", b'{"status": "..."}', headers={})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("raised", "leaf"),
+    [
+        (answered(400), errors.InvalidInputError),
+        (answered(403), errors.AccessDeniedError),
+        (answered(404), errors.InvalidInputError),
+        (answered(413), errors.MessageTooLargeError),
+        (answered(500), errors.ServerError),
+        (answered(503), errors.ServerUnavailableError),
+        (answered(504), errors.DeadlineError),
+        (ResourceExhaustedResponse("slow down", 3), errors.ServerUnavailableError),
+        (ResponseHandlingException(ReadTimeout()), errors.DeadlineError),
+        (ResponseHandlingException(OSError()), errors.ServerUnavailableError),
+        (Rpc(grpc.StatusCode.UNAUTHENTICATED), errors.AccessDeniedError),
+        (Rpc(grpc.StatusCode.DEADLINE_EXCEEDED), errors.DeadlineError),
+        (Rpc(grpc.StatusCode.NOT_FOUND), errors.InvalidInputError),
+        (Rpc(grpc.StatusCode.INTERNAL), errors.ServerError),
+    ],
+    ids=str,
+)
+def test_the_table_of_errors(raised: Exception, leaf: type[Exception]) -> None:
+    assert leaf_of(raised) is leaf
+
+
+def test_what_a_server_answers_is_told(monkeypatch: pytest.MonkeyPatch, refuses: Refuses) -> None:
+    client = QdrantClient(":memory:")
+    index = QdrantIndex.build(client, "pets", GALLERY, SCHEDULE)
+
+    def denied(*_: Any, **__: Any) -> Any:
+        raise answered(401)
+
+    monkeypatch.setattr(client, "query_batch_points", denied)
+    with refuses(
+        errors.AccessDeniedError,
+        "Qdrant must let the caller in. Received: Unexpected Response: 401 (Unrecognized Status "
+        "Code) Raw response content: b'{\"status\": \"...\"}', for collection 'pets'. "
+        "Give its key: QdrantClient(..., api_key=...).",
+    ):
+        index.search(GALLERY)
+
+
+def test_what_a_callers_progress_raises_stays_as_it_is(client: QdrantClient, name: str) -> None:
+    def stops(*_: int) -> None:
+        raise ValueError("enough")
+
+    with pytest.raises(ValueError, match=r"^enough$"):
+        QdrantIndex.build(client, name, GALLERY, SCHEDULE, progress=stops)
+
+
+def test_qdrant_is_imported_when_it_is_used() -> None:
+    program = (
+        "import sys; sys.modules['qdrant_client'] = None\n"
+        "from keras_mrl_serving.funnel import FunnelSchedule\n"
+        "from keras_mrl_serving.index.qdrant import QdrantIndex\n"
+        "QdrantIndex.build(None, 'pets', [[1.0]], FunnelSchedule((1,), (), 1))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: QdrantIndex needs qdrant-client. Received: import of qdrant_client halted; "
+        "None in sys.modules. Install it: pip install 'keras-mrl[qdrant]'."
+    )

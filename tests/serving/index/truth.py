@@ -1,0 +1,179 @@
+"""Galleries, and what a search of them must find, in float64."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+from keras_mrl_serving.funnel import FunnelSchedule
+from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage
+from keras_mrl_serving.results import Neighbors
+
+Array = npt.NDArray[Any]
+Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
+
+METRICS = ("cosine", "dot", "l2")
+FLAT = FirstStage("Flat", "")
+ENGINES: dict[str, Callable[..., ExactIndex | FaissIndex]] = {
+    "exact": ExactIndex.build,
+    "faiss": partial(FaissIndex.build, first_stage=FLAT),
+}
+
+NEAR = 3e-6  # float32 scores of unit vectors differ by less from those of float64
+SHORTEST = 1e-6  # of the vectors a cosine tells from zero
+
+
+def drawn(seed: int, rows: int, width: int) -> Array:
+    """Vectors of every length, one in eight of them zero up to some prefix."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(rows, width)) * 10 ** rng.uniform(-2, 2, size=(rows, 1))
+    zeros = rng.integers(0, width + 1, size=rows) * (rng.random(rows) < 0.125)
+    vectors[np.arange(width) < zeros[:, None]] = 0
+    return vectors.astype(np.float32)
+
+
+def clusters(seed: int, rows: int, width: int, *, decay: float = 0.95) -> Array:
+    """Vectors as a Matryoshka model makes them: in clusters, the first coordinates the largest."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(20, width))
+    vectors = centres[rng.integers(0, 20, rows)] + 0.7 * rng.normal(size=(rows, width))
+    return (vectors * decay ** np.arange(width)).astype(np.float32)
+
+
+def lengths(vectors: Array, dim: int) -> Array:
+    return np.asarray(np.linalg.norm(vectors[:, :dim].astype(np.float64), axis=1))
+
+
+def true_scores(queries: Array, gallery: Array, dim: int, metric: str) -> Array:
+    q, g = (vectors[:, :dim].astype(np.float64) for vectors in (queries, gallery))
+    if metric == "l2":
+        return -np.square(q[:, None] - g).sum(axis=2)
+    dots: Array = q @ g.T
+    if metric == "dot":
+        return dots
+    floors = [np.maximum(lengths(vectors, dim), SHORTEST) for vectors in (queries, gallery)]
+    return dots / np.multiply.outer(*floors)
+
+
+def slack(queries: Array, gallery: Array, dim: int, metric: str) -> Array:
+    """How far a score counted in float32 may lie from the true one: it is of sums of squares."""
+    q, g = lengths(queries, dim), lengths(gallery, dim)
+    if metric == "cosine":
+        return np.full((len(q), len(g)), NEAR)
+    scale = np.multiply.outer(q, g) if metric == "dot" else np.add.outer(q, g) ** 2
+    return NEAR * scale + 1e-30
+
+
+def funnel(
+    query: Array,
+    gallery: Array,
+    schedule: FunnelSchedule,
+    ids: Array,
+    metric: str = "cosine",
+    *,
+    by_id: bool = True,
+) -> Array | None:
+    """The ids a funnel must find, best first; None where a near-tie decides.
+
+    `by_id`: Scores of zero vectors are exact, and those that tie across an edge go by id.
+    """
+    rows = np.arange(len(gallery))
+    for dim, keep in zip(schedule.dims, (*schedule.shortlists, schedule.k), strict=True):
+        scores = true_scores(query[None], gallery[rows], dim, metric)[0]
+        slacks = slack(query[None], gallery[rows], dim, metric)[0]
+        exact = (scores == 0) & (by_id and metric != "l2")
+        order = np.lexsort((ids[rows], -scores))
+        rows, scores, slacks, exact = rows[order], scores[order], slacks[order], exact[order]
+        near = [
+            a - b < c + d and not (e and f)
+            for (a, b), (c, d), (e, f) in zip(
+                pairwise(scores), pairwise(slacks), pairwise(exact), strict=True
+            )
+        ]
+        if any(near[keep - 1 : keep]):
+            return None
+        rows = rows[:keep]
+    return None if any(near[: schedule.k - 1]) else ids[rows]
+
+
+class Search(NamedTuple):
+    queries: Array
+    gallery: Array
+    schedule: FunnelSchedule
+    ids: Array
+    metric: str
+
+    def told(self, query: Array, *, by_id: bool = True) -> Array | None:
+        return funnel(query, self.gallery, self.schedule, self.ids, self.metric, by_id=by_id)
+
+    def true_scores(self) -> Array:
+        return true_scores(self.queries, self.gallery, self.schedule.dims[-1], self.metric)
+
+    def slack(self) -> Array:
+        return slack(self.queries, self.gallery, self.schedule.dims[-1], self.metric)
+
+    def rows_of(self, ids: Array) -> Array:
+        rows = np.argsort(self.ids)[np.searchsorted(np.sort(self.ids), ids)]
+        np.testing.assert_array_equal(self.ids[rows], ids)
+        return np.asarray(rows)
+
+
+@st.composite
+def schedules(draw: st.DrawFn, width: int, rows: int) -> FunnelSchedule:
+    dims = sorted(draw(st.sets(st.integers(1, width), min_size=1, max_size=4)))
+    k = draw(st.integers(1, rows))
+    sizes = [draw(st.integers(k, rows + 3)) for _ in dims[1:]]
+    return FunnelSchedule(tuple(dims), tuple(sorted(sizes, reverse=True)), k)
+
+
+@st.composite
+def searches(draw: st.DrawFn, most_queries: int = 6) -> Search:
+    rows, queries, width = (draw(st.integers(1, most)) for most in (40, most_queries, 24))
+    seed = draw(st.integers(0, 2**32))
+    ids = np.random.default_rng(seed).permutation(rows * 10)[:rows] + draw(
+        st.sampled_from([0, 2**63 - 1 - 400])
+    )
+    schedule, metric = draw(schedules(width, rows)), draw(st.sampled_from(METRICS))
+    return Search(drawn(seed, queries, width), drawn(seed + 1, rows, width), schedule, ids, metric)
+
+
+def assert_scored(found: Neighbors, search: Search) -> Array:
+    """The ids are different ones of the gallery, with their own scores, best first."""
+    assert [type(found.ids), type(found.scores)] == [np.ndarray, np.ndarray]
+    assert [found.ids.dtype, found.scores.dtype] == [np.int64, np.float32]
+    assert found.ids.shape == found.scores.shape
+    rows = search.rows_of(found.ids)
+    assert all(len(set(row)) == len(row) for row in rows.tolist())
+    off = np.abs(found.scores - np.take_along_axis(search.true_scores(), rows, 1))
+    assert (off <= np.take_along_axis(search.slack(), rows, 1)).all()
+    assert (found.scores[:, :-1] >= found.scores[:, 1:]).all()
+    return rows
+
+
+def assert_ties_by_id(found: Neighbors) -> None:
+    tied = found.scores[:, :-1] == found.scores[:, 1:]
+    assert (found.ids[:, :-1] < found.ids[:, 1:])[tied].all()
+
+
+def assert_nearest(found: Neighbors, search: Search, among: Array | None = None) -> None:
+    """What was found are the nearest, in order, up to near-ties; `among`: the only ids allowed."""
+    rows = assert_scored(found, search)
+    scores, slacks = search.true_scores(), search.slack()
+    allowed = np.ones(len(search.ids), bool) if among is None else np.isin(search.ids, among)
+    assert allowed[rows].all()
+    assert found.ids.shape == (len(search.queries), min(search.schedule.k, allowed.sum()))
+    for query, mine in enumerate(rows):
+        others = np.setdiff1d(np.flatnonzero(allowed), mine)
+        if len(others) and len(mine):
+            worst = (scores[query, mine] + slacks[query, mine]).min()
+            assert (scores[query, others] - slacks[query, others]).max() <= worst
+
+
+def assert_same(found: Neighbors, expected: Neighbors) -> None:
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.scores, expected.scores)
