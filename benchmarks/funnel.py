@@ -37,7 +37,7 @@ from keras_mrl_serving.index import plan_funnel
 
 K = 10
 ROUNDS = 3
-LONGEST_S = 2.0  # of one index, one setting and one round
+LONGEST_S = 1.0  # of one index, one setting and one round
 BATCH = 100
 
 

@@ -23,6 +23,7 @@ DOCUMENTS = {
         f"docs/{page}.md" for page in ("train", "export", "serve", "other_languages", "retrieve")
     ],
 }
+ASKED = tuple(f"keras-mrl {command} " for command in ("classify", "embed", "index", "search"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAID = re.compile(r"^( *)(print\(.*\))  # (.+)$", re.MULTILINE)
 PRELUDE = """
@@ -41,7 +42,7 @@ def start(line):
         time.sleep(0.1)
     raise TimeoutError(line)
 
-def ask(line):
+def run_line(line):
     subprocess.run([sys.executable, "-m", "keras_mrl_cli", *line.split()[1:]], check=True)
 
 def curl(line):
@@ -81,8 +82,8 @@ def test_the_code_runs_and_prints_what_it_says(document: str, tmp_path: Path) ->
                 subprocess.run(["make", "-n", *line.split()[1:]], cwd=ROOT, check=True)
             elif line.startswith("curl "):
                 program.append(f"curl({line!r})")
-            elif line.startswith(("keras-mrl classify ", "keras-mrl embed ")):
-                program.append(f"ask({line!r})")
+            elif line.startswith(ASKED):
+                program.append(f"run_line({line!r})")
             else:
                 assert line.startswith("keras-mrl serve ")
                 program.append(f"start({line!r})")

@@ -1,0 +1,319 @@
+"""What holds of a gallery in this process, whichever engine searches it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_mrl_serving.funnel import FunnelSchedule
+from keras_mrl_serving.index import ExactIndex, FaissIndex, Index
+from tests.serving.index.truth import (
+    ENGINES,
+    METRICS,
+    Refuses,
+    Search,
+    assert_nearest,
+    assert_same,
+    drawn,
+    schedules,
+    searches,
+)
+
+Build = Callable[..., ExactIndex | FaissIndex]
+
+SCHEDULE = FunnelSchedule((2, 4), (4,), 3)
+GALLERY = drawn(0, 9, 4)
+QUERIES = drawn(1, 5, 4)
+
+engines = st.sampled_from(sorted(ENGINES))
+
+
+@pytest.fixture(params=sorted(ENGINES))
+def build(request: pytest.FixtureRequest) -> Build:
+    return ENGINES[request.param]
+
+
+def exhaustive(search: Search) -> FunnelSchedule:
+    everything = tuple(len(search.gallery) for _ in search.schedule.shortlists)
+    return FunnelSchedule(search.schedule.dims, everything, search.schedule.k)
+
+
+@given(searches(), engines, st.data())
+def test_a_filter_lets_through_what_it_names(
+    search: Search, name: str, data: st.DataObject
+) -> None:
+    here = data.draw(st.lists(st.sampled_from(search.ids.tolist())))
+    elsewhere = data.draw(st.lists(st.integers(0, 2**63 - 1)))
+    among = np.array(data.draw(st.permutations(here + elsewhere)), np.int64)
+    index = ENGINES[name](search.gallery, exhaustive(search), search.ids, search.metric)
+    assert_nearest(index.search(search.queries, among=among), search, among)
+
+
+@given(searches(), engines)
+def test_a_filter_that_names_all_filters_nothing(search: Search, name: str) -> None:
+    index = ENGINES[name](search.gallery, exhaustive(search), search.ids, search.metric)
+    assert_nearest(index.search(search.queries, among=search.ids), search)
+
+
+@given(searches(), engines, st.data())
+def test_fewer_neighbours_are_the_first_of_more(
+    search: Search, name: str, data: st.DataObject
+) -> None:
+    index = ENGINES[name](search.gallery, search.schedule, search.ids, search.metric)
+    k = data.draw(st.integers(1, search.schedule.k))
+    more, fewer = index.search(search.queries), index.search(search.queries, k)
+    assert fewer.ids.shape == (len(search.queries), k)
+    np.testing.assert_allclose(fewer.scores, more.scores[:, :k], rtol=0, atol=search.slack().max())
+    for row, query in enumerate(search.queries):
+        if search.told(query, by_id=name == "exact") is not None:
+            assert fewer.ids[row].tolist() == more.ids[row, :k].tolist()
+
+
+@pytest.mark.parametrize("among", [[], np.array([], np.int64), [9, 2**63 - 1], np.array([], float)])
+def test_nothing_is_found_among_nothing(among: Any, build: Build) -> None:
+    found = build(GALLERY, SCHEDULE).search(QUERIES, among=among)
+    assert (found.ids.shape, found.scores.shape) == ((5, 0), (5, 0))
+    assert [found.ids.dtype, found.scores.dtype] == [np.int64, np.float32]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_among_few_all_are_found(metric: str, build: Build) -> None:
+    index = build(GALLERY, SCHEDULE, np.arange(9) * 10, metric)
+    found = index.search(QUERIES, among=[40, 41, 80, 40])
+    assert found.ids.shape == (5, 2)
+    assert np.sort(found.ids, axis=1).tolist() == [[40, 80]] * 5
+    assert index.search(QUERIES, 1, among=[40, 80]).ids.shape == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("among", "received"),
+    [
+        ([-1], "int64 of shape (1,)"),
+        ([1.0], "float64 of shape (1,)"),
+        ([[1]], "int64 of shape (1, 1)"),
+        (1, "int64 of shape ()"),
+        ({1}, "object of shape ()"),
+        ([True], "bool of shape (1,)"),
+        (["a"], "<U1 of shape (1,)"),
+        (np.array([2**63], np.uint64), "uint64 of shape (1,)"),
+    ],
+)
+def test_a_filter_is_of_ids(among: Any, received: str, build: Build, refuses: Refuses) -> None:
+    index = build(GALLERY, SCHEDULE)
+    text = (
+        f"among must be int64 ids >= 0 in one dimension. Received: {received}. "
+        "Give the ids that may be returned, or leave it out for all."
+    )
+    with refuses(ValueError, text):
+        index.search(QUERIES, among=among)
+
+
+@pytest.mark.parametrize("k", [0, -1, 4, 1.0, "1", np.float32(2), True, [1]])
+def test_k_is_at_most_that_of_the_schedule(k: Any, build: Build, refuses: Refuses) -> None:
+    index = build(GALLERY, SCHEDULE)
+    text = (
+        f"k must lie in 1..3, as many as the funnel returns. Received: k={k!r}. "
+        "Search with a schedule whose k is larger."
+    )
+    with refuses(ValueError, text):
+        index.search(QUERIES, k)
+
+
+def test_k_may_be_of_numpy(build: Build) -> None:
+    index = build(GALLERY, SCHEDULE)
+    assert_same(index.search(QUERIES, np.int8(2)), index.search(QUERIES, 2))
+
+
+@pytest.mark.parametrize("metric", ["euclid", "L2", "", None, "ip"])
+def test_a_metric_is_one_of_three(metric: Any, build: Build, refuses: Refuses) -> None:
+    text = (
+        'metric must be "cosine", "dot" or "l2". '
+        f"Received: metric={metric!r}. Take cosine if unsure."
+    )
+    with refuses(ValueError, text):
+        build(GALLERY, SCHEDULE, None, metric)
+
+
+@pytest.mark.parametrize(("ids", "repeated"), [([3] * 9, 8), ([0, 1, 2, 3, 4, 5, 6, 7, 0], 1)])
+def test_ids_differ(ids: list[int], repeated: int, build: Build, refuses: Refuses) -> None:
+    text = (
+        "ids must differ from row to row. "
+        f"Received: {repeated} that repeat another. Give every row its own."
+    )
+    with refuses(ValueError, text):
+        build(GALLERY, SCHEDULE, ids)
+
+
+@pytest.mark.parametrize("ids", [[-1, *range(8)], np.arange(9.0), range(8), np.ones((9, 1), int)])
+def test_ids_are_one_int64_per_row(ids: Any, build: Build, refuses: Refuses) -> None:
+    given = np.asarray(ids)
+    text = (
+        f"ids must be one int64 >= 0 per gallery row. Received: {given.dtype} ids of shape "
+        f"{given.shape} for 9 rows. Give one per row; an index built without any numbers its rows from 0."
+    )
+    with refuses(ValueError, text):
+        build(GALLERY, SCHEDULE, ids)
+
+
+def test_the_largest_ids_are_ids(build: Build) -> None:
+    ids = np.arange(9, dtype=np.uint64) + np.uint64(2**63 - 9)
+    index = build(GALLERY, SCHEDULE, ids)
+    assert index.search(GALLERY[8:]).ids[0, 0] == 2**63 - 1
+    assert index.search(QUERIES, among=ids[-1:]).ids.tolist() == [[2**63 - 1]] * 5
+
+
+@pytest.mark.parametrize("row", [0, 8])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20])
+def test_values_must_be_finite(bad: float, row: int, build: Build, refuses: Refuses) -> None:
+    values = GALLERY.copy()
+    values[row, 3] = bad
+    text = (
+        "The {} must be finite, and so must the squares of their lengths in float32. "
+        "Received: NaN, infinity, or rows longer than 1e19. "
+        "Look for failed rows where the embeddings were made."
+    )
+    with refuses(ValueError, text.format("gallery")):
+        build(values, SCHEDULE)
+    with refuses(ValueError, text.format("queries")):
+        build(GALLERY, SCHEDULE).search(values)
+
+
+@pytest.mark.parametrize("values", [GALLERY[:, :3], GALLERY[0], GALLERY[None], 1.0])
+def test_queries_have_the_width_of_the_index(values: Any, build: Build, refuses: Refuses) -> None:
+    index = build(GALLERY, SCHEDULE)
+    text = (
+        "The queries must be (rows, width) with a width of at least 4. "
+        f"Received: shape {np.shape(values)}. Embed them at the funnel's last dim, one row each."
+    )
+    with refuses(ValueError, text):
+        index.search(values)
+
+
+def test_a_gallery_has_the_width_of_the_schedule(build: Build, refuses: Refuses) -> None:
+    text = (
+        "The gallery must be (rows, width) with a width of at least 4. "
+        "Received: shape {}. Embed them at the funnel's last dim, one row each."
+    )
+    for values in (GALLERY[:, :3], GALLERY[0], GALLERY[None], 1.0, []):
+        with refuses(ValueError, text.format(np.shape(values))):
+            build(values, SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("values", "received"),
+    [
+        ("abc", "<U3 of shape ()"),
+        (GALLERY.astype(str).astype("S3"), "|S3 of shape (9, 4)"),
+        (GALLERY + 0j, "complex64 of shape (9, 4)"),
+        (
+            [[1.0] * 4, [1.0]],
+            "list (setting an array element with a sequence. The requested array has an "
+            "inhomogeneous shape after 1 dimensions. The detected shape was (2,) + inhomogeneous "
+            "part)",
+        ),
+    ],
+)
+def test_a_gallery_is_of_real_numbers(
+    values: Any, received: str, build: Build, refuses: Refuses
+) -> None:
+    text = (
+        f"The gallery must be an array of real numbers. Received: {received}. "
+        "Give a NumPy array of floats, every row as long as the others."
+    )
+    with refuses(ValueError, text):
+        build(values, SCHEDULE)
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_a_gallery_needs_as_many_rows_as_neighbours(
+    rows: int, build: Build, refuses: Refuses
+) -> None:
+    text = (
+        "A gallery needs at least as many rows as the funnel returns. "
+        f"Received: {rows} rows for k=3. Lower k, or add rows."
+    )
+    with refuses(ValueError, text):
+        build(GALLERY[:rows], SCHEDULE)
+    assert build(GALLERY[:3], SCHEDULE).search(QUERIES).ids.shape == (5, 3)
+
+
+def test_a_zero_vector_is_no_number_out_of_place(build: Build) -> None:
+    gallery = np.array([[-1.0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]])
+    whole = FunnelSchedule((2, 4), (4,), 4)
+    found = build(gallery, whole, [3, 2, 1, 0]).search([[0.0] * 4, [2.0, 0, 0, 0]])
+    assert found.ids.tolist() == [[0, 1, 2, 3], [1, 0, 2, 3]]
+    assert found.scores.tolist() == [[0, 0, 0, 0], [1, 0, 0, -1]]
+
+
+@given(st.integers(0, 2**32), engines, st.sampled_from(METRICS), st.sampled_from([2, 70]))
+def test_equal_scores_come_in_order_of_id(
+    seed: int, name: str, metric: str, num_queries: int
+) -> None:
+    """Of signs, whose scores float32 holds exactly at dims 4 and 16: almost all of them tie."""
+    rng = np.random.default_rng(seed)
+    kinds, rows = rng.choice([-1.0, 1.0], size=(12, 16)), 60
+    gallery = kinds[rng.integers(0, 12, rows)]
+    ids = rng.permutation(1000)[:rows]
+    queries = rng.choice([-1.0, 1.0], size=(num_queries, 16))
+    dims, shortlists = ((16,), ()) if seed % 2 else ((4, 16), (rows,))
+    found = ENGINES[name](gallery, FunnelSchedule(dims, shortlists, rows), ids, metric).search(
+        queries
+    )
+    dots = queries @ gallery.T
+    scores = {"dot": dots, "cosine": dots / 16, "l2": 2 * dots - 32}[metric]
+    order = np.lexsort((np.broadcast_to(ids, scores.shape), -scores))
+    np.testing.assert_array_equal(found.ids, ids[order])
+    np.testing.assert_array_equal(found.scores, np.take_along_axis(scores, order, 1))
+
+
+@given(st.data(), engines)
+def test_queries_and_galleries_may_be_lists_wider_or_of_other_dtypes(
+    data: st.DataObject, name: str
+) -> None:
+    schedule = data.draw(schedules(6, 9))
+    metric = data.draw(st.sampled_from(METRICS))
+    gallery, queries = np.round(drawn(0, 9, 7)), np.round(drawn(1, 4, 9))
+    expected = ENGINES[name](gallery, schedule, metric=metric).search(queries[:, :6])
+    dtype = data.draw(st.sampled_from(["float64", "int32", "float16"]))
+    for other in (gallery.tolist(), np.asfortranarray(gallery.astype(dtype)), gallery[:, :6]):
+        index = ENGINES[name](other, schedule, list(range(9)), metric)
+        assert_same(index.search(queries.astype(dtype)), expected)
+        assert_same(index.search(queries.tolist()), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dims", [(8,), (2, 8), (2, 5, 8)])
+def test_the_index_keeps_its_own_copy(dims: tuple[int, ...], metric: str, build: Build) -> None:
+    gallery, ids, queries = drawn(0, 20, 8), np.arange(20), drawn(1, 5, 8)
+    given, among = queries.copy(), np.arange(10)
+    index = build(gallery, FunnelSchedule(dims, (12, 9)[: len(dims) - 1], 5), ids, metric)
+    before, some = index.search(queries), index.search(queries, among=among)
+    gallery[:], ids[:] = 7, 7
+    assert_same(index.search(queries), before)
+    assert_same(index.search(queries, among=among), some)
+    np.testing.assert_array_equal(queries, given)
+    np.testing.assert_array_equal(among, np.arange(10))
+
+
+def test_columns_past_the_last_dim_do_not_matter(build: Build) -> None:
+    gallery, queries = drawn(0, 30, 16), drawn(1, 9, 16)
+    schedule = FunnelSchedule((4, 8), (10,), 5)
+    expected = build(gallery[:, :8], schedule).search(queries[:, :8])
+    assert_same(build(gallery, schedule).search(queries), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_index_knows_what_it_is(metric: str, build: Build) -> None:
+    index: Index = build(GALLERY, SCHEDULE, None, metric, "5e1f")
+    assert (len(index), index.width, index.schedule) == (9, 4, SCHEDULE)
+    assert (index.metric, index.encoder_fingerprint) == (metric, "5e1f")
+    assert build(GALLERY, SCHEDULE).encoder_fingerprint is None
+
+
+def test_no_queries_have_no_neighbours(build: Build) -> None:
+    found = build(GALLERY, SCHEDULE).search(np.zeros((0, 4)))
+    assert (found.ids.shape, found.scores.shape) == ((0, 3), (0, 3))
+    assert [found.ids.dtype, found.scores.dtype] == [np.int64, np.float32]
