@@ -41,7 +41,6 @@ PUBLIC = {
         "FaissIndex",
         "FirstStage",
         "FunnelSchedule",
-        "Index",
         "InvalidInputError",
         "KerasMrlError",
         "Manifest",

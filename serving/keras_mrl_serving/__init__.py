@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from .index import ExactIndex as ExactIndex
     from .index import FaissIndex as FaissIndex
     from .index import FirstStage as FirstStage
-    from .index import Index as Index
     from .index import Plan as Plan
     from .index import QdrantIndex as QdrantIndex
     from .index import open_index as open_index
@@ -85,7 +84,6 @@ _HOMES = {
         "ExactIndex",
         "FaissIndex",
         "FirstStage",
-        "Index",
         "Plan",
         "QdrantIndex",
         "open_index",

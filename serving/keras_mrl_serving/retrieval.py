@@ -101,8 +101,8 @@ def check_search(is_served: bool, k: int | None, among: npt.ArrayLike | None) ->
     if is_served and not (k is None and among is None):
         raise ValueError(
             "k and among are for an index in this process. "
-            f"Received: k={k}, among={'None' if among is None else 'ids'} for a served one. Cut its "
-            "answer, or open the index here: open_index(path)."
+            f"Received: k={k}, among={'None' if among is None else 'ids'} for a served one. Cut "
+            "its answer, or open the index here: open_index(path)."
         )
 
 

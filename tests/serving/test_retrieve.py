@@ -82,6 +82,42 @@ def test_a_served_index_answers_as_one_in_this_process(
     np.testing.assert_array_equal(alone.ids, here.ids)
 
 
+def test_an_index_in_this_process_takes_k_and_a_filter(
+    encoder: InMemoryServer, gallery: Any
+) -> None:
+    local = ExactIndex.build(gallery, FunnelSchedule((8,), (), 3), IDS)
+    among = [int(i) for i in IDS[::2]]
+    expected = local.search(Client(encoder).embed(ROWS, 8), 2, among)
+
+    async def main() -> Any:
+        return await AsyncClient(encoder).retrieve(ROWS, local, k=2, among=among)
+
+    for found in (
+        Client(encoder).retrieve(ROWS, local, k=2, among=among),
+        asyncio.run(main()),
+    ):
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        assert found.ids.shape == (len(ROWS), 2)
+        assert np.isin(found.ids, among).all()
+
+
+def test_a_served_index_is_asked_neither_for_k_nor_for_a_filter(
+    encoder: InMemoryServer, index: InMemoryServer, refuses: Refuses
+) -> None:
+    asked = len(encoder.calls)
+    text = (
+        "k and among are for an index in this process. Received: k={}, among={} for a served one. "
+        "Cut its answer, or open the index here: open_index(path)."
+    )
+    with refuses(ValueError, text.format(2, None)):
+        Client(encoder).retrieve(ROWS, Client(index), k=2)
+    with refuses(ValueError, text.format(None, "ids")):
+        Client(encoder).retrieve(ROWS, among=[7])
+    with refuses(ValueError, text.format(2, None)):
+        asyncio.run(AsyncClient(encoder).retrieve(ROWS, AsyncClient(index), k=2))
+    assert len(encoder.calls) == asked
+
+
 @pytest.mark.parametrize("dim", [2, 4, 8])
 def test_one_dim_is_searched_exactly(index: InMemoryServer, gallery: Any, dim: int) -> None:
     queries = truncate(RNG.normal(size=(5, 8)), dim)

@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from keras_mrl_serving import (
     Client,
-    Index,
     InvalidInputError,
     KerasMrlError,
     Neighbors,
     Partial,
     open_index,
 )
+from keras_mrl_serving.index import Index
 from keras_mrl_serving.index.facts import check_among
 from keras_mrl_serving.results import Embedded
 from keras_mrl_serving.retrieval import check_encoder

@@ -14,7 +14,8 @@ from ..funnel import FunnelSchedule
 from ..results import Neighbors
 from .facts import Ids, IndexFacts, Vectors, best_first, check_embeddings, check_ids
 from .local import LocalIndex, check_gallery
-from .saved import Saved, Writing, check_engine, opened
+from .saved import Saved, check_engine, opened
+from .writing import Writing
 
 ENGINE = "exact"
 

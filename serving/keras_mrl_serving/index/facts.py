@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -134,15 +135,19 @@ def check_embeddings(values: npt.ArrayLike, name: str, width: int) -> Vectors:
             f"Received: shape {vectors.shape}. "
             "Embed them at the funnel's last dim, one row each."
         )
-    with np.errstate(over="ignore"):
-        squares = np.einsum("rd,rd->r", vectors, vectors)
-    if not np.isfinite(squares).all():
+    if not math.isfinite(np.vdot(vectors, vectors)) and not _have_lengths(vectors):
         raise ValueError(
             f"The {name} must be finite, and so must the squares of their lengths in float32. "
             "Received: NaN, infinity, or rows longer than 1e19. "
             "Look for failed rows where the embeddings were made."
         )
     return vectors
+
+
+def _have_lengths(vectors: Vectors) -> bool:
+    with np.errstate(over="ignore"):
+        squares = np.einsum("rd,rd->r", vectors, vectors)
+    return bool(np.isfinite(squares).all())
 
 
 def as_gallery(embeddings: npt.ArrayLike, width: int) -> npt.NDArray[Any]:

@@ -15,7 +15,8 @@ from .facts import Ids, IndexFacts, Vectors, as_gallery, best_first, check_embed
 from .first_stage import FirstStage, Progress, Shortlister
 from .local import LocalIndex, check_gallery
 from .rerank import closest
-from .saved import Saved, Writing, check_engine, opened
+from .saved import Saved, check_engine, opened
+from .writing import Writing
 
 ENGINE = "faiss"
 

@@ -66,6 +66,12 @@ class Shortlister:
     Args:
         index: The FAISS index, trained and filled.
         spec: What it was made as.
+
+    Examples:
+        >>> rows = np.eye(4, dtype=np.float32)
+        >>> first = Shortlister.build(rows, FirstStage("Flat", ""), "dot", lambda done, rows: None)
+        >>> first.search(rows[2:3], 1).tolist()
+        [[2]]
     """
 
     def __init__(self, index: Any, spec: FirstStage) -> None:
@@ -179,6 +185,10 @@ def import_faiss() -> Any:
 
     Raises:
         ImportError: If FAISS is not installed.
+
+    Examples:
+        >>> import_faiss().__name__
+        'faiss'
     """
     try:
         import faiss

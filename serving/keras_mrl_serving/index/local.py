@@ -18,6 +18,11 @@ class LocalIndex(ABC):
     Args:
         facts: Schedule, metric and encoder.
         ids: Of the gallery rows, int64 `(rows,)`, all different.
+
+    Examples:
+        >>> from keras_mrl_serving.index import ExactIndex
+        >>> issubclass(ExactIndex, LocalIndex)
+        True
     """
 
     def __init__(self, facts: IndexFacts, ids: Ids) -> None:

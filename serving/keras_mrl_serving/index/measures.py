@@ -90,6 +90,13 @@ def exact_neighbors(
 
     Shapes:
         Returns int64 `(queries, k)`.
+
+    Examples:
+        >>> from keras_mrl_serving import FunnelSchedule
+        >>> facts = IndexFacts(FunnelSchedule((4,), (), 1))
+        >>> gallery = np.eye(4, dtype=np.float32)
+        >>> exact_neighbors(gallery, gallery[1:3], 1, 4, facts).tolist()
+        [[1], [2]]
     """
     faiss = import_faiss()
     is_distance = facts.metric == "l2"

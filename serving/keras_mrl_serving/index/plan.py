@@ -122,6 +122,11 @@ def front(choices: Iterable[Choice]) -> tuple[Choice, ...]:
 
 
 def cheapest(choices: Sequence[Choice], target: float) -> Choice | None:
-    """Return the fastest choice that surely reaches the target; None if none does."""
+    """Return the fastest choice that surely reaches the target; None if none does.
+
+    Examples:
+        >>> cheapest([], 0.9) is None
+        True
+    """
     reaching = [choice for choice in choices if choice.sure_quality >= target]
     return min(reaching, key=lambda choice: choice.seconds, default=None)

@@ -131,7 +131,7 @@ def _doubled(spec: FirstStage) -> Iterator[FirstStage]:
 
 
 def _usual(rows: int) -> list[FirstStage]:
-    kinds = [FirstStage("Flat", ""), FirstStage("HNSW32", "efSearch=16")]
+    kinds = [FirstStage("Flat", ""), FirstStage("HNSW32_SQ8", "efSearch=16")]
     lists = 2 ** round(np.log2(4 * np.sqrt(rows)))
     if rows >= _PER_CENTROID * lists:
         kinds.append(FirstStage(f"IVF{lists},Flat", "nprobe=1"))

@@ -14,7 +14,7 @@ from ..results import Neighbors
 from .facts import Ids, IndexFacts, Vectors, check_among, check_embeddings, check_ids
 from .local import check_gallery
 from .qdrant_collection import Collection
-from .qdrant_queries import Stage, as_neighbors
+from .qdrant_queries import Narrowing, as_neighbors
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -260,10 +260,10 @@ class QdrantIndex:
             keep = max(most, min(keep, self._collection.count(allowed, exact=True)))
         return as_neighbors(found, keep, self.metric)
 
-    def _stages(self, queries: Vectors, limits: tuple[int, ...], is_whole: bool) -> list[Stage]:
+    def _stages(self, queries: Vectors, limits: tuple[int, ...], is_whole: bool) -> list[Narrowing]:
         params = self.params or {}
         return [
-            Stage(
+            Narrowing(
                 dim,
                 limit,
                 exact=is_whole or (dim not in params and dim != self.schedule.dims[0]),

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..errors import ManifestError
 from .facts import Ids, IndexFacts, Vectors
 from .qdrant_failures import translated
-from .qdrant_queries import Stage, nested, only
+from .qdrant_queries import Narrowing, nested, only
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -165,7 +165,7 @@ class Collection:
             self.client.delete(self.name, points_selector=points, wait=True)
 
     def search(
-        self, stages: Sequence[Stage], allowed: Ids | None = None
+        self, stages: Sequence[Narrowing], allowed: Ids | None = None
     ) -> list[list[ScoredPoint]]:
         """Return what every query finds, best first.
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qdrant_client.models import Filter, QueryRequest, ScoredPoint, SearchParams
 
 
-class Stage(NamedTuple):
+class Narrowing(NamedTuple):
     """What one stage of a funnel asks.
 
     Args:
@@ -28,7 +28,7 @@ class Stage(NamedTuple):
         queries: `(batch, dim)`.
 
     Examples:
-        >>> Stage(2, 1, False, None, np.zeros((1, 2), np.float32)).exact
+        >>> Narrowing(2, 1, False, None, np.zeros((1, 2), np.float32)).exact
         False
     """
 
@@ -40,7 +40,7 @@ class Stage(NamedTuple):
 
 
 def nested(
-    models: Any, stages: Sequence[Stage], wanted: Filter | None, exact: SearchParams | None
+    models: Any, stages: Sequence[Narrowing], wanted: Filter | None, exact: SearchParams | None
 ) -> list[QueryRequest]:
     """Return one query per row of the stages: each stage prefetches for the next.
 
@@ -52,7 +52,7 @@ def nested(
 
     Examples:
         >>> from qdrant_client import models
-        >>> wide = Stage(2, 1, True, None, np.float32([[1, 2]]))
+        >>> wide = Narrowing(2, 1, True, None, np.float32([[1, 2]]))
         >>> (query,) = nested(models, [wide._replace(dim=1, limit=5), wide], None, None)
         >>> query.using, query.limit, query.prefetch.using, query.prefetch.limit
         ('2', 1, '1', 5)

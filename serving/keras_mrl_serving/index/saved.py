@@ -1,9 +1,4 @@
-"""An index on disk: files that never change, and one small file that says which of them are it.
-
-Whoever saves writes new files beside those that are there, and then replaces `index.json`, which
-names them with their sizes and digests. Killed before that, the old index is untouched; after it,
-the new one is whole. What no `index.json` names any more is removed.
-"""
+"""An index on disk: files that never change, and one small file that says which of them are it."""
 
 from __future__ import annotations
 
@@ -11,23 +6,15 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import DamagedIndexError, ManifestError
-from ..version import __version__
-
-try:
-    import fcntl
-except ImportError:  # Windows: two writers of one folder are not noticed there
-    fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 
@@ -44,6 +31,10 @@ class Saved:
     Args:
         card: What `Writing.commit` was given.
         files: Where each of its files lies, by name.
+
+    Examples:
+        >>> Saved({"engine": "exact"}, {}).card["engine"]
+        'exact'
     """
 
     card: Mapping[str, Any]
@@ -52,101 +43,6 @@ class Saved:
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return an array, memory-mapped and read-only."""
         return np.load(self.files[name], mmap_mode="r", allow_pickle=False)
-
-
-class Writing:
-    """The files of an index while they are written; a context, which removes them unless committed.
-
-    Args:
-        path: The folder; made if it is not there.
-
-    Raises:
-        BlockingIOError: If another process, or another thread, is writing there.
-
-    Examples:
-        >>> import tempfile
-        >>> folder = tempfile.mkdtemp()
-        >>> with Writing(folder) as files:
-        ...     files.array("ids", (3,), np.int64)[:] = [7, 2, 5]
-        ...     files.commit({"engine": "exact"})
-        >>> saved = read(folder)
-        >>> saved.card["engine"], saved.array("ids").tolist()
-        ('exact', [7, 2, 5])
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._is_new = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._token = secrets.token_hex(8)
-        self._aside = self.path / f"index-{self._token}.json"
-        self._files: dict[str, Path] = {}
-        self._arrays: list[np.memmap[Any, Any]] = []
-        self._lock = _lock(self.path)
-
-    def array(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Return an array on disk, to be filled.
-
-        Raises:
-            OSError: If the disk has no room for it.
-        """
-        place = self.place(name, "npy")
-        array = np.lib.format.open_memmap(place, mode="w+", dtype=np.dtype(dtype), shape=shape)
-        self._arrays.append(array)
-        if hasattr(
-            os, "posix_fallocate"
-        ):  # a mapped file that finds the disk full kills its writer
-            with open(place, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, place.stat().st_size)
-        return array
-
-    def place(self, name: str, suffix: str) -> Path:
-        """Return where a file is to be written."""
-        self._files[name] = self.path / f"{name}-{self._token}.{suffix}"
-        return self._files[name]
-
-    def commit(self, card: Mapping[str, Any]) -> None:
-        """Make the files safe, then make them the index.
-
-        Args:
-            card: JSON that says what they are.
-        """
-        for array in self._arrays:
-            array.flush()
-        files = {}
-        for name, place in self._files.items():
-            with open(place, "rb") as file:
-                os.fsync(file.fileno())
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            files[name] = {"name": place.name, "bytes": place.stat().st_size, "sha256": digest}
-        said = {"format": FORMAT, "made_with": __version__, **card, "files": files}
-        text = json.dumps({**said, "sha256": _digest(said)}, indent=1).encode()
-        with open(self._aside, "wb") as written:
-            written.write(text)
-            written.flush()
-            os.fsync(written.fileno())
-        _sync_folder(self.path)
-        kept = {place.name for place in self._files.values()}
-        self._files = {}  # from here on they may be the index: whatever happens, they stay
-        os.replace(self._aside, self.path / CARD)
-        _sync_folder(self.path)
-        _remove(place for place in self.path.iterdir() if place.name not in kept)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._arrays.clear()
-        _remove((*self._files.values(), self._aside))
-        if self._is_new and not any(self.path.iterdir()):
-            self.path.rmdir()
-        if self._lock is not None:
-            os.close(self._lock)
 
 
 def read(path: str | os.PathLike[str], *, verify: bool = True) -> Saved:
@@ -161,6 +57,15 @@ def read(path: str | os.PathLike[str], *, verify: bool = True) -> Saved:
         FileNotFoundError: If no index is there.
         DamagedIndexError: If a file is missing, cut short or changed.
         ManifestError: If a later version of keras-mrl wrote it.
+
+    Examples:
+        >>> import tempfile
+        >>> from keras_mrl_serving.index.writing import Writing
+        >>> folder = tempfile.mkdtemp()
+        >>> with Writing(folder) as files:
+        ...     files.commit({"engine": "exact"})
+        >>> sorted(read(folder).card)
+        ['engine', 'files', 'format', 'made_with']
     """
     return opened(path, lambda saved: saved, verify=verify)
 
@@ -175,6 +80,15 @@ def opened(path: str | os.PathLike[str], make: Callable[[Saved], T], *, verify: 
 
     Raises:
         What `read` and `make` do.
+
+    Examples:
+        >>> import tempfile
+        >>> from keras_mrl_serving.index.writing import Writing
+        >>> folder = tempfile.mkdtemp()
+        >>> with Writing(folder) as files:
+        ...     files.commit({"engine": "exact"})
+        >>> opened(folder, lambda saved: saved.card["engine"], verify=True)
+        'exact'
     """
     folder = Path(path)
     while True:
@@ -187,12 +101,26 @@ def opened(path: str | os.PathLike[str], make: Callable[[Saved], T], *, verify: 
 
 
 def check_engine(saved: Saved, engine: str) -> None:
-    """Raise `ManifestError` if an index is of another engine than the one that opens it."""
+    """Raise `ManifestError` if an index is of another engine than the one that opens it.
+
+    Examples:
+        >>> check_engine(Saved({"engine": "exact"}, {}), "exact")
+    """
     if saved.card.get("engine") != engine:
         raise ManifestError(
             f"An index is opened by the engine that wrote it. Received: one of the engine "
             f"{saved.card.get('engine')!r} for {engine!r}. Open it with open_index."
         )
+
+
+def digest_of(card: Mapping[str, Any]) -> str:
+    """Return the digest of a card, by which a change to it is seen.
+
+    Examples:
+        >>> len(digest_of({"engine": "exact"}))
+        64
+    """
+    return hashlib.sha256(json.dumps(card).encode()).hexdigest()
 
 
 def is_ours(name: str) -> bool:
@@ -246,7 +174,7 @@ def _checked_card(path: Path, text: bytes) -> dict[str, Any]:
         digest = card.pop("sha256")
         if json.dumps({**card, "sha256": digest}, indent=1).encode() != text:
             raise ValueError("not the bytes that were written")
-        if card["format"] == FORMAT and digest != _digest(card):
+        if card["format"] == FORMAT and digest != digest_of(card):
             raise ValueError("its digest differs")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"{CARD}, which does not read ({error})") from error
@@ -265,38 +193,3 @@ def _damaged(path: Path, received: str) -> DamagedIndexError:
         f"Received: {os.fspath(path)!r} with {received}. "
         "Copy it again from where it is whole, or build it anew."
     )
-
-
-def _digest(said: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-
-
-def _lock(folder: Path) -> int | None:
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise BlockingIOError(
-            f"One writer at a time saves an index. Received: {os.fspath(folder)!r}, which another "
-            "is writing. Wait for it, or choose another folder."
-        ) from error
-    return descriptor
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _remove(places: Any) -> None:
-    for place in list(places):
-        if _OURS.fullmatch(place.name):
-            place.unlink(missing_ok=True)

@@ -38,6 +38,13 @@ class Trials:
         own_rows: Which gallery row each query is; None: they are no rows.
         batch: How many queries come at once.
         says: Told what is tried.
+
+    Examples:
+        >>> rows = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
+        >>> trials = Trials(rows, rows[:20], 8, 5, "cosine", None, np.arange(20), 1, print)
+        exact neighbours of 20 queries at dim 8
+        >>> trials.enough(8, 0.9), trials.funnel(4, 20).shortlists
+        (5, (20,))
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from tests.serving.index.truth import (
     Search,
     assert_nearest,
     assert_scored,
+    assert_ties_by_id,
     drawn,
     funnel,
     searches,
@@ -31,7 +32,9 @@ def built(search: Search, schedule: FunnelSchedule | None = None) -> ExactIndex:
 @given(searches())
 def test_one_stage_is_exhaustive_search(search: Search) -> None:
     one = FunnelSchedule(search.schedule.dims[-1:], (), search.schedule.k)
-    assert_nearest(built(search, one).search(search.queries), search)
+    found = built(search, one).search(search.queries)
+    assert_nearest(found, search)
+    assert_ties_by_id(found)
 
 
 @given(searches())
@@ -39,6 +42,7 @@ def test_every_stage_keeps_the_best_of_the_one_before(search: Search) -> None:
     found = built(search).search(search.queries)
     assert found.ids.shape == (len(search.queries), search.schedule.k)
     assert_scored(found, search)
+    assert_ties_by_id(found)
     for row, query in enumerate(search.queries):
         expected = search.told(query)
         if expected is not None:

@@ -3,7 +3,7 @@
 import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, first_stage
 from keras_mrl_serving.index import faiss as module
+from keras_mrl_serving.results import Neighbors
 from tests.serving.index.truth import (
     FLAT,
     METRICS,
@@ -58,7 +59,7 @@ GALLERY, QUERIES = clusters(0, ROWS, 40), clusters(1, 30, 40)
 SHORT = FunnelSchedule((16, 24, 40), (15, 9), 6)
 
 
-@lru_cache(maxsize=None)  # to train some of them takes a second
+@cache  # to train some of them takes a second
 def prepared(
     metric: str, kind: FirstStage, schedule: FunnelSchedule = SHORT
 ) -> tuple[FaissIndex, Search]:
@@ -162,7 +163,7 @@ def test_an_answer_does_not_depend_on_the_other_queries(kind: FirstStage, metric
     together = index.search(QUERIES)  # of 30, which FAISS hands to BLAS
     order = np.random.default_rng(3).permutation(30)
     permuted = index.search(QUERIES[order])
-    assert_same(permuted, module.Neighbors(together.ids[order], together.scores[order]))
+    assert_same(permuted, Neighbors(together.ids[order], together.scores[order]))
     for row in range(30):
         assert_same(index.search(QUERIES[row : row + 1]), together[row : row + 1])
 
@@ -292,7 +293,12 @@ def test_chunks_do_not_show(
     in_parts = FaissIndex.build(GALLERY, SHORT, metric=metric, first_stage=kind)
     seen = []
     rerank = in_parts._rerank
-    monkeypatch.setattr(in_parts, "_rerank", lambda *a: (seen.append(len(a[0])), rerank(*a))[1])
+
+    def counted(some: Array, *rest: Any) -> Any:
+        seen.append(len(some))
+        return rerank(some, *rest)
+
+    monkeypatch.setattr(in_parts, "_rerank", counted)
     found = in_parts.search(QUERIES, among=among)
     assert seen == ([6] * 5 if among is None else [1] * 30)
     assert_same(found, expected)

@@ -124,7 +124,8 @@ def test_k_is_at_most_that_of_the_schedule(k: Any, build: Build, refuses: Refuse
 
 def test_k_may_be_of_numpy(build: Build) -> None:
     index = build(GALLERY, SCHEDULE)
-    assert_same(index.search(QUERIES, np.int8(2)), index.search(QUERIES, 2))
+    two: Any = np.int8(2)
+    assert_same(index.search(QUERIES, two), index.search(QUERIES, 2))
 
 
 @pytest.mark.parametrize("metric", ["euclid", "L2", "", None, "ip"])
@@ -152,7 +153,8 @@ def test_ids_are_one_int64_per_row(ids: Any, build: Build, refuses: Refuses) -> 
     given = np.asarray(ids)
     text = (
         f"ids must be one int64 >= 0 per gallery row. Received: {given.dtype} ids of shape "
-        f"{given.shape} for 9 rows. Give one per row; an index built without any numbers its rows from 0."
+        f"{given.shape} for 9 rows. Give one per row; an index built without any numbers its rows "
+        "from 0."
     )
     with refuses(ValueError, text):
         build(GALLERY, SCHEDULE, ids)
@@ -197,7 +199,8 @@ def test_a_gallery_has_the_width_of_the_schedule(build: Build, refuses: Refuses)
         "The gallery must be (rows, width) with a width of at least 4. "
         "Received: shape {}. Embed them at the funnel's last dim, one row each."
     )
-    for values in (GALLERY[:, :3], GALLERY[0], GALLERY[None], 1.0, []):
+    wrong: list[Any] = [GALLERY[:, :3], GALLERY[0], GALLERY[None], 1.0, []]
+    for values in wrong:
         with refuses(ValueError, text.format(np.shape(values))):
             build(values, SCHEDULE)
 

@@ -83,14 +83,13 @@ def test_exact_neighbours_are_the_nearest_whatever_the_chunks(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measures, "_ROWS_AT_ONCE", rows_at_once)
         rows = exact_neighbors(gallery.astype(np.float64), queries, k, dim, facts)
-    assert (rows.dtype, rows.shape) == (np.int64, (25, k))
+    assert rows.dtype == np.int64
+    assert rows.shape == (25, k)
     assert all(len(set(row)) == k for row in rows.tolist())
     search = Search(queries, gallery, FunnelSchedule((dim,), (), k), np.arange(50), metric)
     scores = np.take_along_axis(search.true_scores(), rows, 1)
     order = np.argsort(-scores, axis=1, kind="stable")  # of near-ties; the loop below bounds them
-    assert_nearest(
-        as_found(np.take_along_axis(rows, order, 1), search.true_scores()), search
-    )
+    assert_nearest(as_found(np.take_along_axis(rows, order, 1), search.true_scores()), search)
     slack = np.take_along_axis(search.slack(), rows, 1)
     assert (scores[:, :-1] + slack[:, :-1] >= scores[:, 1:] - slack[:, 1:]).all()
 

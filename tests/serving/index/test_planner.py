@@ -16,8 +16,8 @@ from tests.serving.index.truth import FLAT, METRICS, Array, Refuses, clusters, t
 
 SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
 
-IVF = FirstStage("IVF16,Flat", "nprobe=1")
-GALLERY, QUERIES = clusters(0, 800, 32, decay=0.9), clusters(1, 120, 32, decay=0.9)
+IVF = FirstStage("IVF8,Flat", "nprobe=1")
+GALLERY, QUERIES = clusters(0, 400, 32, decay=0.9), clusters(1, 120, 32, decay=0.9)
 K = 5
 
 metrics = pytest.mark.parametrize("metric", METRICS)
@@ -44,7 +44,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
 
     def seconds(_: trials.Trials, index: FaissIndex) -> float:
         schedule, first = index.schedule, index.first_stage
-        looked_at = 4 * schedule.dims[0] * (800 if first == FLAT else 60)
+        looked_at = 4 * schedule.dims[0] * (400 if first == FLAT else 60)
         return 1e-9 * (looked_at + sum(map(int, np.multiply(schedule.shortlists, 32))))
 
     measure = trials.Trials.measured
@@ -72,7 +72,7 @@ def built(found: Plan, metric: str = "cosine", k: int = K) -> FaissIndex:
 
 
 @metrics
-@pytest.mark.parametrize("target", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("target", [0.5, 1.0])
 def test_the_index_that_is_planned_reaches_the_target_on_the_sample(
     target: float, metric: str
 ) -> None:
@@ -81,15 +81,13 @@ def test_the_index_that_is_planned_reaches_the_target_on_the_sample(
     reached = recalls(index.search(QUERIES).ids, nearest(QUERIES, GALLERY, metric)[:, :K])
     assert reached.mean() - reached.std() / np.sqrt(120) >= target
     np.testing.assert_allclose(found.choice.quality, reached.mean(), rtol=0, atol=1e-12)
-    np.testing.assert_allclose(
-        found.choice.error, reached.std() / np.sqrt(120), rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose(found.choice.error, reached.std() / np.sqrt(120), rtol=0, atol=1e-12)
     assert found.choice.sure_quality == found.choice.quality - found.choice.error
     assert (found.target, index.plan) == (target, found.to_json())
 
 
 @metrics
-@pytest.mark.parametrize("target", [0.3, 0.8, 0.97])
+@pytest.mark.parametrize("target", [0.3, 0.97])
 def test_the_choice_is_the_fastest_that_reaches_the_target(
     target: float, metric: str, measured: list[Choice]
 ) -> None:
@@ -141,7 +139,7 @@ def test_a_front_by_hand() -> None:
 @pytest.fixture
 def labels() -> tuple[Array, Array]:
     rng = np.random.default_rng(3)
-    return rng.integers(0, 10, 800), rng.integers(0, 10, 120)
+    return rng.integers(0, 10, 400), rng.integers(0, 10, 120)
 
 
 def test_a_target_that_no_funnel_reaches_tells_what_could_be(
@@ -173,7 +171,7 @@ def test_a_quality_of_ones_own() -> None:
 def test_a_row_never_finds_itself(metric: str) -> None:
     """Of 100 rows, three of which have a copy elsewhere, which is a neighbour like any."""
     gallery = GALLERY.copy()
-    gallery[700:703] = gallery[:3]
+    gallery[300:303] = gallery[:3]
     seen = []
 
     def measure(found: Array) -> Array:
@@ -183,7 +181,11 @@ def test_a_row_never_finds_itself(metric: str) -> None:
     all_ = nearest(gallery[:100], gallery, metric)
     truth = np.array([row[row != own][:K] for own, row in enumerate(all_)])
     found = plan(
-        0.9, gallery=gallery, queries=gallery[:100], own_rows=np.arange(100), metric=metric,
+        0.9,
+        gallery=gallery,
+        queries=gallery[:100],
+        own_rows=np.arange(100),
+        metric=metric,
         measure=measure,
     )
     assert found.schedule.k == K
@@ -192,7 +194,7 @@ def test_a_row_never_finds_itself(metric: str) -> None:
         assert rows.shape == (100, K)
         assert not (rows == np.arange(100)[:, None]).any()
     if metric != "dot":  # by which a longer row may be nearer than the copy
-        assert (seen[-1][:3] == np.arange(700, 703)[:, None]).any(axis=1).all()
+        assert (seen[-1][:3] == np.arange(300, 303)[:, None]).any(axis=1).all()
 
 
 @metrics
@@ -217,7 +219,7 @@ def test_stages_are_of_the_dims_that_are_given(
     for choice in measured:
         assert set(choice.schedule.dims) <= set(allowed)
         assert choice.schedule.dims[-1] == allowed[-1]
-        assert choice.first_stage.factory in {"Flat", "IVF16,Flat"}
+        assert choice.first_stage.factory in {"Flat", "IVF8,Flat"}
     assert found.schedule.dims[-1] == allowed[-1]
 
 
@@ -263,7 +265,8 @@ def test_without_a_first_stage_nothing_is_found(refuses: Refuses) -> None:
 
 
 @pytest.mark.parametrize(
-    ("per_centroid", "kinds"), [(39, ["Flat", "HNSW32"]), (6, ["Flat", "HNSW32", "IVF128,Flat"])]
+    ("per_centroid", "kinds"),
+    [(39, ["Flat", "HNSW32_SQ8"]), (6, ["Flat", "HNSW32_SQ8", "IVF64,Flat"])],
 )
 def test_lists_are_tried_where_the_gallery_can_teach_them(
     per_centroid: int, kinds: list[str], monkeypatch: pytest.MonkeyPatch
@@ -294,7 +297,7 @@ def test_time_is_taken_of_batches(batch: int, monkeypatch: pytest.MonkeyPatch) -
 def test_time_is_per_query_and_of_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each search takes 7 ms on the clock, but every fifth 900."""
     ticks = clock()
-    monkeypatch.setattr(trials.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("keras_mrl_serving.index.trials.time.perf_counter", lambda: next(ticks))
     monkeypatch.setattr(trials, "_LONGEST_S", 1e9)
     found = plan(0.9, batch=10, first_stages=[FLAT], dims=(32,))
     assert found.choice.seconds == pytest.approx(7e-4)
@@ -339,7 +342,7 @@ def test_a_plan_as_json(measured: list[Choice]) -> None:
         {"target": 1.01},
         {"target": float("nan")},
         {"k": 0},
-        {"k": 800},
+        {"k": 400},
         {"batch": 0},
         {"batch": 121},
         {"queries": QUERIES[:0]},
@@ -350,7 +353,7 @@ def test_a_plan_needs_a_target_a_k_and_a_sample(changed: Any, refuses: Refuses) 
     given = {"target": 0.9, "k": 5, "batch": 1, "queries": QUERIES, **changed}
     text = (
         "A plan needs a target in (0, 1], a k below the gallery's rows, and a sample of at least "
-        f"one batch of queries. Received: target={given['target']}, k={given['k']}, 800 rows, "
+        f"one batch of queries. Received: target={given['target']}, k={given['k']}, 400 rows, "
         f"batch={given['batch']}, {len(given['queries'])} queries. Give for example target=0.95."
     )
     with refuses(ValueError, text):
@@ -388,18 +391,18 @@ def test_arguments_must_fit_one_another(changed: Any, text: str, refuses: Refuse
 
 
 @pytest.mark.soak
-def test_fresh_queries_reach_the_target_too() -> None:
+@pytest.mark.parametrize("target", [0.9, 0.97])
+def test_fresh_queries_reach_the_target_too(target: float) -> None:
     """Planned on half of the queries, measured on the others: 20 times in `make soak`."""
     rows, width, splits = (5000, 64, 20) if SOAK else (800, 32, 3)
-    gallery = clusters(0, rows, width, decay=0.95)
-    queries = clusters(1, 800 if SOAK else 300, width, decay=0.95)
+    gallery = clusters(0, rows, width, decay=0.98)
+    queries = clusters(1, 800, width, decay=0.98)
     truth = nearest(queries, gallery, "cosine")[:, :10]
     reached = []
     for split in range(splits):
         mine, others = np.array_split(np.random.default_rng(split).permutation(len(queries)), 2)
         kinds = None if SOAK else [FLAT, IVF]
-        found = plan_funnel(gallery, queries[mine], 0.95, first_stages=kinds)
+        found = plan_funnel(gallery, queries[mine], target, first_stages=kinds)
         index = FaissIndex.build(gallery, found.schedule, first_stage=found.first_stage)
         reached.append(recalls(index.search(queries[others]).ids, truth[others]).mean())
-    print(np.round(np.sort(reached), 4).tolist())
-    assert sum(recall >= 0.95 - 0.01 for recall in reached) >= splits - splits // 20
+    assert sum(recall >= target - 0.01 for recall in reached) >= splits - splits // 20, reached
