@@ -27,6 +27,8 @@ class Rival:
         files: Where it lies on disk, for what opening it costs.
         build_s: Seconds it took.
         points: What was measured, by setting.
+        plan: Of a funnel of ours.
+        planned_s: Seconds all plans took.
     """
 
     name: str
@@ -36,29 +38,34 @@ class Rival:
     files: Path
     build_s: float
     points: dict[str, dict[str, Any]] = field(default_factory=dict)
+    plan: Any = None
+    planned_s: float = 0.0
 
 
 FACTORIES: dict[str, tuple[str, int, str]] = {
     "exact": ("Flat", faiss.METRIC_INNER_PRODUCT, "none"),
     "HNSW32": ("HNSW32", faiss.METRIC_INNER_PRODUCT, "efSearch"),
     "HNSW32 SQ8": ("HNSW32_SQ8", faiss.METRIC_INNER_PRODUCT, "efSearch"),
+    "HNSW32 SQ8, refined": ("HNSW32_SQ8,RFlat", faiss.METRIC_INNER_PRODUCT, "refined graph"),
     "HNSW32 Panorama": ("HNSW32_FlatPanorama", faiss.METRIC_L2, "efSearch"),
     "IVF": ("IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT, "nprobe"),
     "IVF Panorama": ("IVF{lists},FlatPanorama8", faiss.METRIC_INNER_PRODUCT, "nprobe"),
-    "IVF RaBitQ": ("IVF{lists},RaBitQ,Refine(Flat)", faiss.METRIC_INNER_PRODUCT, "refined"),
-    "IVF RaBitQ fast scan": (
-        "IVF{lists},RaBitQfs,Refine(Flat)",
+    "IVF RaBitQ, refined": ("IVF{lists},RaBitQ,RFlat", faiss.METRIC_INNER_PRODUCT, "refined lists"),
+    "IVF RaBitQ fast scan, refined": (
+        "IVF{lists},RaBitQfs,RFlat",
         faiss.METRIC_INNER_PRODUCT,
-        "refined",
+        "refined lists",
     ),
 }
+PER_LIST = 64  # rows a list is learned from, a quarter of FAISS's most, to build in minutes
+_GRAPH = (12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 512, 1024)
+_LISTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _EFFORTS = {
     "none": ("",),
-    "efSearch": tuple(f"efSearch={ef}" for ef in (16, 32, 64, 128, 256, 512, 1024, 2048)),
-    "nprobe": tuple(f"nprobe={n}" for n in (1, 2, 4, 8, 16, 32, 64, 128)),
-    "refined": tuple(
-        f"nprobe={n},k_factor={more}" for n in (2, 4, 8, 16, 32, 64) for more in (4, 16)
-    ),
+    "efSearch": tuple(f"efSearch={ef}" for ef in _GRAPH),
+    "nprobe": tuple(f"nprobe={n}" for n in _LISTS),
+    "refined graph": tuple(f"efSearch={ef},k_factor={k}" for ef in _GRAPH for k in (2, 4)),
+    "refined lists": tuple(f"nprobe={n},k_factor={k}" for n in _LISTS[2:] for k in (4, 16)),
 }
 
 
@@ -74,12 +81,35 @@ def rivals(
         if only is not None and name not in only:
             continue
         index = faiss.index_factory(gallery.shape[1], factory.format(lists=lists), metric)
-        sample = gallery[: min(len(gallery), 64 * lists)]
+        sample = gallery[: min(len(gallery), PER_LIST * lists)]
         seconds = timed(lambda index=index, sample=sample: index.train(sample))  # type: ignore[misc]
         seconds += timed(lambda index=index: index.add(gallery))  # type: ignore[misc]
         path = folder / f"{name.replace(' ', '_')}.faiss"
         faiss.write_index(index, str(path))
         yield Rival(name, _EFFORTS[effort], _setter(index), _searcher(index), path, seconds)
+
+
+def over_prefixes(
+    gallery: Vectors, schedule: Any, spec: Any, timed: Callable[[Callable[[], Any]], float]
+) -> Rival:
+    """Build a funnel of two stages out of FAISS's own parts, all of it in memory."""
+    width, dim = gallery.shape[1], schedule.dims[0]
+    first = faiss.index_factory(dim, spec.factory, faiss.METRIC_INNER_PRODUCT)
+    cut = faiss.IndexPreTransform(faiss.NormalizationTransform(dim), first)
+    remap = faiss.RemapDimensionsTransform(width, dim, False)  # type: ignore[arg-type]
+    cut.prepend_transform(remap)
+    index = faiss.IndexRefineFlat(cut)
+    seconds = timed(lambda: (index.train(gallery), index.add(gallery)))
+    index.k_factor = schedule.shortlists[0] / schedule.k
+    faiss.ParameterSpace().set_index_parameters(first, spec.settings)
+    name = f"FAISS's own funnel, {spec.factory} {dim} -> {width}"
+
+    # FAISS frees what Python no longer holds.
+    def search(queries: Vectors, k: int, parts: Any = (cut, first, remap)) -> Ids:
+        del parts
+        return np.asarray(index.search(queries, k)[1])
+
+    return Rival(name, (spec.settings,), lambda _: None, search, Path(), seconds)
 
 
 def _setter(index: Any) -> Callable[[str], object]:
@@ -88,10 +118,9 @@ def _setter(index: Any) -> Callable[[str], object]:
             name, _, value = setting.partition("=")
             if name == "k_factor":
                 index.k_factor = float(value)
-            elif isinstance(index, faiss.IndexRefine):
-                faiss.extract_index_ivf(index.base_index).nprobe = int(value)
             else:
-                faiss.ParameterSpace().set_index_parameter(index, name, float(value))
+                base = index.base_index if isinstance(index, faiss.IndexRefine) else index
+                faiss.ParameterSpace().set_index_parameter(base, name, float(value))
 
     return set_to
 

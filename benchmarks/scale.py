@@ -92,7 +92,7 @@ def main() -> None:
 def _measured(gallery: Any, queries: Any) -> dict[str, Any]:
     rows, width = gallery.shape
     trials = Trials(gallery, queries, width, K, "cosine", None, None, 1, lambda _: None)
-    enough = trials.enough(DIM, RECALL)
+    enough = trials.shortest_shortlist(DIM, RECALL)
     shortlist = enough if enough is not None else 64 * K
     found: dict[str, Any] = {"shortlist": shortlist}
     for name, (factory, settings) in FIRST.items():

@@ -3,9 +3,9 @@
 The embeddings are the rows of an .npy file, such as `keras-mrl embed --out` writes; it is
 memory-mapped and may be larger than the memory. Without --shortlists a funnel is planned: short
 prefixes, kinds of first stage and lengths of shortlist are tried on a sample of queries, and the
-fastest that surely reaches the target is built. What is tried goes to stderr; the front of what
-was found is printed, and kept with the index. The sample is of the gallery's own rows, each of
-which is passed over in its own answer; real queries are better: --queries.
+fastest that reaches the target is built. What is tried goes to stderr; the front of what was
+found is printed, and kept with the index. The sample is of the gallery's own rows, which are left
+out of the gallery while it plans; real queries are better: --queries.
 
 A folder that holds an index is replaced with --force, and stays whole until the new one is.
 

@@ -173,7 +173,9 @@ class FaissIndex(LocalIndex):
         queries = self.facts.prefix(queries, self.width)
         n = self.schedule.shortlists[0] if self.schedule.shortlists else k
         total = len(self) if rows is None else len(rows)
-        few = n >= total or (rows is not None and total <= _FEW)
+        few = n >= total
+        if rows is not None:
+            few = few or total <= _FEW or not self._first.can_choose
         step = max(1, _MAX_CANDIDATES // (total if few else n))
         parts = []
         for start in range(0, len(queries), step):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ class Shortlister:
     def __init__(self, index: Any, spec: FirstStage) -> None:
         self.index = index
         self.spec = spec
+        self.dim = int(index.d)
         self.set(spec.settings)
 
     @classmethod
@@ -136,24 +138,31 @@ class Shortlister:
         Args:
             prefixes: `(batch, dim)`, as the metric compares them.
             n: How many.
-            among: The only rows that may be returned.
+            among: The only rows that may be returned, of an index that `can_choose`.
 
         Shapes:
             Returns int64 `(batch, n)`, -1 where fewer were found.
         """
         vectors = _signs(prefixes) if self.spec.is_binary else prefixes
-        if among is None:
-            found: Ids = self.index.search(vectors, n)[1]
-            return found
-        faiss = import_faiss()
-        selector = faiss.IDSelectorBatch(among)
-        try:
-            found = self.index.search(vectors, n, params=_parameters(faiss, self.index, selector))[
-                1
-            ]
-        except (RuntimeError, TypeError, AssertionError):  # not every index can choose
-            return np.full((len(prefixes), n), -1)
+        parameters = None
+        if among is not None:
+            faiss = import_faiss()
+            parameters = _parameters(faiss, self.index, faiss.IDSelectorBatch(among))
+        found: Ids = self.index.search(vectors, n, params=parameters)[1]
         return found
+
+    @cached_property
+    def can_choose(self) -> bool:
+        """Whether FAISS can leave rows out of this kind of index; tried with one query."""
+        faiss = import_faiss()
+        nowhere = np.zeros((1, self.dim), np.float32)
+        vectors = _signs(nowhere) if self.spec.is_binary else nowhere
+        try:
+            selector = faiss.IDSelectorBatch(np.zeros(1, np.int64))
+            self.index.search(vectors, 1, params=_parameters(faiss, self.index, selector))
+        except (RuntimeError, TypeError, AssertionError):
+            return False
+        return True
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the FAISS index to a file."""

@@ -34,8 +34,8 @@ class Choice:
     seconds: float
 
     @property
-    def sure_quality(self) -> float:
-        """The quality less one standard error: what fresh queries can be expected to reach."""
+    def quality_less_error(self) -> float:
+        """The quality less one standard error: what is compared with a target."""
         return self.quality - self.error
 
     def line(self) -> str:
@@ -115,18 +115,18 @@ def front(choices: Iterable[Choice]) -> tuple[Choice, ...]:
         True
     """
     kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (-c.sure_quality, c.seconds)):
+    for choice in sorted(choices, key=lambda c: (-c.quality_less_error, c.seconds)):
         if not kept or choice.seconds < kept[-1].seconds:
             kept.append(choice)
     return tuple(reversed(kept))
 
 
 def cheapest(choices: Sequence[Choice], target: float) -> Choice | None:
-    """Return the fastest choice that surely reaches the target; None if none does.
+    """Return the fastest choice that reaches the target by its error; None if none does.
 
     Examples:
         >>> cheapest([], 0.9) is None
         True
     """
-    reaching = [choice for choice in choices if choice.sure_quality >= target]
+    reaching = [choice for choice in choices if choice.quality_less_error >= target]
     return min(reaching, key=lambda choice: choice.seconds, default=None)

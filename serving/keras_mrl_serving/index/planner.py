@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import check_dims
+from ..contract import as_int, check_dims
 from ..errors import TargetNotReachedError
-from .facts import Ids, check_embeddings
+from .facts import Ids, as_gallery, check_embeddings
 from .first_stage import FirstStage
 from .measures import Measure
 from .plan import Choice, Plan, cheapest, front
@@ -18,6 +18,10 @@ from .trials import Says, Trials
 
 _SLACK = (1, 2, 4)  # shortlists of an approximate first stage, times what an exact one needs
 _DOUBLINGS = 10  # of a setting
+_GAIN = 0.001  # of quality that a doubled setting must bring, to be doubled again
+_TOO_MUCH = 8  # times the least that any dim's shortlists make a search read
+_FLAT = "Flat"
+_LEAST_SAMPLE = 30  # queries, below which a standard error says little
 _TOO_SLOW = 1.5  # wider dims are left alone once one is this many times slower than the best
 _PER_CENTROID = 39  # rows FAISS wants to learn one from
 
@@ -31,21 +35,25 @@ def plan_funnel(
     dims: Sequence[int] | None = None,
     metric: str = "cosine",
     measure: Measure | None = None,
-    own_rows: Ids | None = None,
+    own_rows: npt.ArrayLike | None = None,
     first_stages: Sequence[FirstStage] | None = None,
     batch: int = 1,
     says: Says | None = None,
 ) -> Plan:
     """Return the cheapest funnel that reaches a target, by measurement.
 
-    First the dims are ruled out whose exact prefixes cannot reach it. For the others every kind
-    of first stage is built and set ever harder until it does, with a shortlist as short as may
-    be; then a stage in between is tried. Cost is the median time per query. A funnel reaches the
-    target if its quality less one standard error does, so that fresh queries do too.
+    Dims are ruled out whose exact prefixes do not reach it with a shortlist of 64 times `k`, or
+    only with one that makes a search read 8 times what another dim does. For the others, narrow
+    ones first, every kind of first stage is built and set ever harder until it reaches the
+    target, with a shortlist as short as may be; dims wider than one that was 1.5 times slower
+    than the best are left alone. Then a stage in between is tried. Cost is the median time per
+    query, of rows in memory. A funnel reaches the target if its quality less one standard error
+    does; fresh queries may still find a little less.
 
     Args:
-        embeddings: The gallery `(rows, width)`, raw or scaled; a scaled copy is held in memory.
-        queries: A sample of what will be asked `(queries, width)`; a few hundred.
+        embeddings: The gallery `(rows, width)`, raw or scaled; two to three copies of its size are
+            held in memory.
+        queries: A sample of what will be asked `(queries, width)`; 30 at least, better hundreds.
         target: What the mean of the measure is to reach, 0..1.
         k: Neighbours wanted.
         dims: Dims a stage may have, such as those the model was trained at; an answer at the
@@ -53,8 +61,8 @@ def plan_funnel(
         metric: How embeddings are compared: "cosine", "dot" or "l2".
         measure: From rows found `(queries, k)` to a quality per query; None is the share of the
             exact neighbours at the last dim that are found.
-        own_rows: Which gallery row each query is, where the sample is of the gallery itself: it
-            is passed over in its own answer. None: queries are no rows.
+        own_rows: Which gallery row each query is, where the sample is of the gallery itself: these
+            rows are left out of the gallery while it plans. None: queries are no rows.
         first_stages: Kinds to try; their first setting is doubled until it is enough. None tries
             flat search, a graph and inverted lists.
         batch: How many queries come at once.
@@ -72,20 +80,22 @@ def plan_funnel(
         >>> found.choice.quality >= 0.8
         True
     """
-    gallery = np.asarray(embeddings)
+    gallery = as_gallery(embeddings, 1)
     widths = check_dims(tuple(dims) if dims is not None else _powers(gallery))
+    gallery = as_gallery(gallery, widths[-1])
     sample = check_embeddings(queries, "queries", widths[-1])
     _check(target, batch, k, len(gallery), len(sample))
+    own_rows = None if own_rows is None else _checked_rows(own_rows, len(gallery), len(sample))
     trials = Trials(
         gallery, sample, widths[-1], k, metric, measure, own_rows, batch, says or (lambda _: None)
     )
     specs = first_stages if first_stages is not None else _usual(len(gallery))
+    enough = {dim: trials.shortest_shortlist(dim, target) for dim in widths}
     choices: list[Choice] = []
     for dim in widths:
         best = cheapest(choices, target)
-        if best is not None and dim == widths[-1]:
-            break  # no funnel is needed where none is cheaper, and one is
-        here = list(_at(trials, dim, target, specs))
+        worth = [spec for spec in specs if _is_worth(dim, spec, enough, len(gallery))]
+        here = list(_at(trials, dim, target, enough[dim] or 0, worth))
         choices += here
         reached = cheapest(here, target)
         if best is not None and reached is not None and reached.seconds > _TOO_SLOW * best.seconds:
@@ -99,21 +109,32 @@ def plan_funnel(
     return Plan(best, target, front(choices))
 
 
-def _at(trials: Trials, dim: int, target: float, specs: Sequence[FirstStage]) -> Iterator[Choice]:
-    """Measure funnels whose first stage looks at one dim."""
-    enough = trials.enough(dim, target)
-    if enough is None:
-        return
+def _is_worth(dim: int, spec: FirstStage, enough: Mapping[int, int | None], rows: int) -> bool:
+    """Return whether a first stage at a dim reads so little that it may be the cheapest."""
+    width = max(enough)
+    reads = {
+        d: shortlist * width + (rows * d if spec.factory == _FLAT else 0)
+        for d, shortlist in enough.items()
+        if shortlist is not None
+    }
+    return dim in reads and reads[dim] <= _TOO_MUCH * min(reads.values())
+
+
+def _at(
+    trials: Trials, dim: int, target: float, enough: int, specs: Sequence[FirstStage]
+) -> Iterator[Choice]:
+    """Measure funnels whose first stage looks at one dim, with shortlists that are long enough."""
     for spec in specs:
         first = trials.first(dim, spec)
         if first is None:
             continue
-        for slack in (1,) if spec.factory == "Flat" else _SLACK:
+        is_alone = spec.factory == _FLAT or not trials.funnel(dim, enough).shortlists
+        for slack in (1,) if is_alone else _SLACK:
             last = -1.0
             for harder in _doubled(spec):
                 choice = trials.measured(first, harder, trials.funnel(dim, enough * slack))
                 yield choice
-                if choice.sure_quality >= target or choice.quality <= last:
+                if choice.quality_less_error >= target or choice.quality < last + _GAIN:
                     break
                 last = choice.quality
 
@@ -131,7 +152,7 @@ def _doubled(spec: FirstStage) -> Iterator[FirstStage]:
 
 
 def _usual(rows: int) -> list[FirstStage]:
-    kinds = [FirstStage("Flat", ""), FirstStage("HNSW32_SQ8", "efSearch=16")]
+    kinds = [FirstStage(_FLAT, ""), FirstStage("HNSW32_SQ8", "efSearch=16")]
     lists = 2 ** round(np.log2(4 * np.sqrt(rows)))
     if rows >= _PER_CENTROID * lists:
         kinds.append(FirstStage(f"IVF{lists},Flat", "nprobe=1"))
@@ -144,12 +165,28 @@ def _powers(gallery: npt.NDArray[np.generic]) -> tuple[int, ...]:
 
 
 def _check(target: float, batch: int, k: int, rows: int, queries: int) -> None:
-    if not 0 < target <= 1 or not 1 <= batch <= queries or not 1 <= k < rows:
+    try:
+        fits = 0 < target <= 1 and 1 <= as_int(batch) <= queries and 1 <= as_int(k) < rows
+    except TypeError:
+        fits = False
+    if not fits or queries < _LEAST_SAMPLE:
         raise ValueError(
             "A plan needs a target in (0, 1], a k below the gallery's rows, and a sample of at "
-            f"least one batch of queries. Received: target={target}, k={k}, {rows} rows, "
-            f"batch={batch}, {queries} queries. Give for example target=0.95."
+            f"least {_LEAST_SAMPLE} queries and one batch. Received: target={target!r}, k={k!r}, "
+            f"{rows} rows, batch={batch!r}, {queries} queries. Give for example target=0.95."
         )
+
+
+def _checked_rows(own_rows: npt.ArrayLike, rows: int, queries: int) -> Ids:
+    checked = np.asarray(own_rows)
+    is_right = checked.shape == (queries,) and checked.dtype.kind in "iu"
+    if not is_right or (checked < 0).any() or (checked >= rows).any():
+        raise ValueError(
+            "own_rows must name the gallery row of every query. "
+            f"Received: {checked.dtype} of shape {checked.shape} for {queries} queries and {rows} "
+            "rows. Leave it out if the queries are no rows."
+        )
+    return checked.astype(np.int64)
 
 
 def _not_reached(target: float, tried: tuple[Choice, ...]) -> TargetNotReachedError:

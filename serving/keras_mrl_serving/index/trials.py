@@ -12,7 +12,7 @@ from ..funnel import FunnelSchedule
 from .facts import Ids, IndexFacts, Vectors, check_embeddings
 from .faiss import FaissIndex
 from .first_stage import FirstStage, Shortlister
-from .measures import Measure, exact_neighbors, recall_against
+from .measures import Measure, recall_against
 from .plan import Choice
 from .rerank import closest
 
@@ -29,13 +29,15 @@ class Trials:
     """A gallery and a sample of queries that funnels are tried on.
 
     Args:
-        gallery: `(rows, width)`, raw or scaled. A scaled copy of the last dim is held in memory.
+        gallery: `(rows, width)`, raw or scaled. Its prefixes of the last dim, and of those a third
+            stage is tried at, are held in memory.
         queries: The sample `(queries, width)`.
         dim: The last dim, at which an answer counts as exact.
         k: Neighbours wanted.
         metric: "cosine", "dot" or "l2".
         measure: From rows found to a quality per query; None: recall against the exact answer.
-        own_rows: Which gallery row each query is; None: they are no rows.
+        own_rows: Which gallery row each query is: left out of the gallery, since a graph finds
+            its own nodes more easily than it finds the neighbours of others. None: they are none.
         batch: How many queries come at once.
         says: Told what is tried.
 
@@ -43,7 +45,7 @@ class Trials:
         >>> rows = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
         >>> trials = Trials(rows, rows[:20], 8, 5, "cosine", None, np.arange(20), 1, print)
         exact neighbours of 20 queries at dim 8
-        >>> trials.enough(8, 0.9), trials.funnel(4, 20).shortlists
+        >>> trials.shortest_shortlist(8, 0.9), trials.funnel(4, 20).shortlists
         (5, (20,))
     """
 
@@ -60,19 +62,19 @@ class Trials:
         says: Says,
     ) -> None:
         self._gallery = gallery
+        everything = np.arange(len(gallery))
+        self._kept = everything if own_rows is None else np.setdiff1d(everything, own_rows)
         self._queries = queries
         self._dim = dim
         self._k = k
-        self._asked = k + (own_rows is not None)  # a query that is a row finds itself, too
-        self._own_rows = own_rows
         self._batch = batch
-        self._facts = IndexFacts(FunnelSchedule((dim,), (), self._asked), metric)
+        self._facts = IndexFacts(FunnelSchedule((dim,), (), k), metric)
         self._rows: dict[int, Vectors] = {}
         self.says = says
         says(f"exact neighbours of {len(queries)} queries at dim {dim}")
-        self._measure = measure or recall_against(self._exact(dim, k))
+        self._measure = measure or recall_against(self._kept[self._exact(self._rows_at(dim), k)])
 
-    def enough(self, dim: int, target: float) -> int | None:
+    def shortest_shortlist(self, dim: int, target: float) -> int | None:
         """Return the shortest shortlist of exact prefixes that reaches the target; None: none.
 
         Args:
@@ -82,8 +84,8 @@ class Trials:
         if dim == self._dim:
             return self._k
         self.says(f"what prefixes of dim {dim} can reach")
-        sizes = sorted({min(round(self._k * more), len(self._gallery)) for more in _GROWTH})
-        found = self._exact(dim, sizes[-1])
+        sizes = sorted({min(round(self._k * more), len(self._kept)) for more in _GROWTH})
+        found = self._exact(self._prefixes(dim), sizes[-1])
         for size in sizes:
             shortlists = np.ascontiguousarray(found[:, :size])
             best, _ = closest(
@@ -93,7 +95,7 @@ class Trials:
                 self._k,
                 self._facts.metric,
             )
-            quality, error = self._judged(best)
+            quality, error = self._mean_and_error(self._kept[best])
             if quality - error >= target:
                 return size
         return None
@@ -111,15 +113,10 @@ class Trials:
     def measured(self, first: Shortlister, spec: FirstStage, schedule: FunnelSchedule) -> Choice:
         """Set a first stage, search by a schedule, and return how good and how fast it is."""
         first.set(spec.settings)
-        more = self._asked - self._k
-        asked = FunnelSchedule(
-            schedule.dims, tuple(size + more for size in schedule.shortlists), schedule.k + more
-        )
-        facts = IndexFacts(asked, self._facts.metric)
+        facts = IndexFacts(schedule, self._facts.metric)
         wider = schedule.dims[1:] or schedule.dims
-        rows = np.arange(len(self._gallery))
-        index = FaissIndex(facts, rows, first, {dim: self._rows_at(dim) for dim in wider})
-        quality, error = self._judged(self._others(index.search(self._queries).ids))
+        index = FaissIndex(facts, self._kept, first, {dim: self._rows_at(dim) for dim in wider})
+        quality, error = self._mean_and_error(index.search(self._queries).ids)
         return Choice(spec, schedule, quality, error, self._seconds(index))
 
     def funnel(self, dim: int, shortlist: int) -> FunnelSchedule:
@@ -143,9 +140,11 @@ class Trials:
             schedule = FunnelSchedule((low, dim, high), (size, second), self._k)
             yield self.measured(first, choice.first_stage, schedule)
 
-    def _judged(self, found: Ids) -> tuple[float, float]:
+    def _mean_and_error(self, found: Ids) -> tuple[float, float]:
         values = self._measure(found)
-        return float(values.mean()), float(values.std() / np.sqrt(len(values)))
+        least = 1 / values.size / self._k  # one neighbour more or less: no sample is sure
+        error = float(values.std(ddof=1) / np.sqrt(values.size))
+        return float(values.mean()), max(error, least)
 
     def _seconds(self, index: FaissIndex) -> float:
         taken = []
@@ -161,17 +160,10 @@ class Trials:
                 break
         return float(np.median(taken))
 
-    def _exact(self, dim: int, n: int) -> Ids:
-        more = min(n + self._asked - self._k, len(self._gallery))
-        return self._others(exact_neighbors(self._gallery, self._queries, more, dim, self._facts))
-
-    def _others(self, found: Ids) -> Ids:
-        """Leave out of each answer the query itself, or the last where it is not in it."""
-        if self._own_rows is None:
-            return found
-        own = found == self._own_rows[:, None]
-        own[:, -1] |= ~own.any(axis=1)
-        return found[~own].reshape(len(found), -1)
+    def _exact(self, rows: Vectors, n: int) -> Ids:
+        """Return which of the rows kept are nearest to each query, compared at the rows' dim."""
+        queries = self._facts.prefix(self._queries, rows.shape[1])
+        return closest(queries, rows, None, n, self._facts.metric)[0]
 
     def _rows_at(self, dim: int) -> Vectors:
         if dim not in self._rows:
@@ -179,9 +171,9 @@ class Trials:
         return self._rows[dim]
 
     def _prefixes(self, dim: int) -> Vectors:
-        rows = np.empty((len(self._gallery), dim), np.float32)
+        rows = np.empty((len(self._kept), dim), np.float32)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
-            some = check_embeddings(self._gallery[part], "gallery", self._dim)
+            some = check_embeddings(self._gallery[self._kept[part]], "gallery", self._dim)
             rows[part] = self._facts.prefix(some, dim)
         return rows
