@@ -67,10 +67,10 @@ def recall(index: FaissIndex) -> float:
 def test_a_plan_is_printed_kept_and_reaches_its_target(run: Run) -> None:
     status, out, err = run(*BUILD, "--target-recall", "0.9")
     assert status == 0
-    assert err.splitlines()[0] == f"exact neighbours of 500 queries at dim {WIDTH}"
-    assert "building HNSW32 over dim 16" in err.splitlines()
+    assert err.splitlines()[0] == f"exact neighbours of 60 queries at dim {WIDTH}"
+    assert "building HNSW32_SQ8 over dim 8" in err.splitlines()
     header, *front = out[: out.index("a.index: ")].splitlines()
-    assert header == "  quality    per query  funnel"
+    assert header == "quality +- error     per query  funnel"
     (chosen,) = (line for line in front if line.endswith("   <- chosen"))
     index = opened("a.index")
     dims = " -> ".join(map(str, index.schedule.dims))
@@ -91,13 +91,23 @@ def test_a_row_of_the_sample_does_not_find_itself(run: Run) -> None:
     np.save("L.npy", labels)
     status, out, err = run(*BUILD, "--labels", "L.npy", "--target-precision", "0.1")
     assert (status, out) == (1, "")
+    assert err.splitlines()[-1] == (
+        "keras-mrl: A target must be one that exact search reaches, by more than a standard error. "
+        f"Received: target=0.1; exact search at dim {WIDTH} reaches 0.0000. Lower the target."
+    )
+    assert sorted(os.listdir()) == ["E.npy", "L.npy"]
+
+
+def test_what_could_be_reached_is_printed(run: Run) -> None:
+    status, out, err = run(*BUILD, "--first-stage", "BFlat", "--target-recall", "0.99")
+    assert (status, out) == (1, "")
     assert err.splitlines()[-1].startswith(
         "keras-mrl: A target must be one that some funnel reaches, by more than a standard error. "
-        "Received: target=0.1; the best that was found: 0.0000 "
+        "Received: target=0.99; the best that was found: 0."
     )
-    assert "  quality    per query  funnel" in err.splitlines()  # what could be reached
+    assert "quality +- error     per query  funnel" in err.splitlines()
     assert "<- chosen" not in err
-    assert sorted(os.listdir()) == ["E.npy", "L.npy"]
+    assert sorted(os.listdir()) == ["E.npy"]
 
 
 def test_a_precision_of_labels_is_planned_for(run: Run) -> None:
@@ -608,8 +618,8 @@ def test_galleries_and_first_stages_the_index_refuses(run: Run) -> None:
         (*GIVEN, "--k", "601", "--shortlists", "601"): "A gallery needs at least as many rows as "
         f"the funnel returns. Received: {ROWS} rows for k=601. Lower k, or add rows.",
         ("--k", "600"): "A plan needs a target in (0, 1], a k below the gallery's rows, and a "
-        f"sample of at least one batch of queries. Received: target=0.95, k=600, {ROWS} rows, "
-        "batch=1, 500 queries. Give for example target=0.95.",
+        f"sample of at least 30 queries and one batch. Received: target=0.95, k=600, 540 rows, "
+        "batch=1, 60 queries. Give for example target=0.95.",
         ("--dims", "8,64", "--shortlists", "60"): "The gallery must be (rows, width) with a width "
         f"of at least 64. Received: shape ({ROWS}, {WIDTH}). Embed them at the funnel's last dim, "
         "one row each.",

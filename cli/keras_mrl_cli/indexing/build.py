@@ -100,7 +100,10 @@ def _add_plan_arguments(plan: argparse._ArgumentGroup) -> None:
     plan.add_argument("--queries", metavar="Q.npy", help="embeddings of queries to measure by")
     plan.add_argument("--query-labels", metavar="QL.npy", help="a label per row of --queries")
     plan.add_argument(
-        "--sample", type=int, metavar="ROWS", help=f"of the gallery to measure by ({SAMPLE})"
+        "--sample",
+        type=int,
+        metavar="ROWS",
+        help=f"of the gallery to measure by ({SAMPLE}, or a tenth)",
     )
     plan.add_argument("--seed", type=int, help=f"of the sample ({SEED})")
     plan.add_argument("--batch", type=int, help=f"how many queries come at once ({BATCH})")

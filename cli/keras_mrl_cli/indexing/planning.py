@@ -14,7 +14,7 @@ from keras_mrl_serving import FirstStage
 from keras_mrl_serving.errors import TargetNotReachedError
 from keras_mrl_serving.index.measures import Measure, precision_by_label
 from keras_mrl_serving.index.plan import Choice, Plan
-from keras_mrl_serving.index.planner import plan_funnel
+from keras_mrl_serving.index.planner import LEAST_SAMPLE, plan_funnel
 
 from ..asking.printing import printable
 from .build import BATCH, RECALL, SAMPLE, SEED
@@ -43,8 +43,14 @@ def planned(
     if arguments.queries is not None:
         queries = load_embeddings("--queries", arguments.queries)
     else:
-        own_rows = _sample(len(gallery), arguments.sample or SAMPLE, arguments.seed or SEED)
+        # The sample is left out of what is searched, so it stays a small part of it.
+        usual = min(SAMPLE, max(LEAST_SAMPLE, len(gallery) // 10))
+        own_rows = _sample(len(gallery), arguments.sample or usual, arguments.seed or SEED)
         queries = gallery[own_rows]
+    if dims is not None and dims[-1] < gallery.shape[1]:
+        _say(
+            f"recall is of the neighbours at dim {dims[-1]}; the gallery is {gallery.shape[1]} wide"
+        )
     measure, target = None, arguments.target_recall or RECALL
     if arguments.target_precision is not None:
         measure = _by_label(arguments, len(gallery), len(queries), own_rows)

@@ -12,13 +12,14 @@ import numpy.typing as npt
 from ..funnel import FunnelSchedule
 from ..results import Neighbors
 from .facts import Ids, IndexFacts, Vectors, as_gallery, best_first, check_embeddings, check_ids
-from .first_stage import FirstStage, Progress, Shortlister
+from .first_stage import FirstStage, Progress, Shortlister, check_first_stage, import_faiss
 from .local import LocalIndex, check_gallery
 from .rerank import closest
 from .saved import Saved, check_engine, opened
 from .writing import Writing
 
 ENGINE = "faiss"
+DEFAULT = FirstStage("HNSW32", "efSearch=64")
 
 _ROWS_AT_ONCE = 65_536  # of the gallery that are checked and scaled in memory
 _FEW = 4096  # rows a filter leaves that are all compared: no first stage is faster
@@ -84,7 +85,7 @@ class FaissIndex(LocalIndex):
             metric: How embeddings are compared: "cosine", "dot" or "l2"; see `IndexFacts`.
             encoder_fingerprint: Of the model the gallery was embedded with, as its manifest
                 gives it; a client then refuses to search by embeddings of another.
-            first_stage: Which FAISS index; None takes `FirstStage()`.
+            first_stage: Which FAISS index; None takes `DEFAULT`, a graph.
             path: A folder to build in, for galleries whose rows do not fit in memory: the wider
                 stages go straight there, and the index is saved. None builds in memory.
             progress: Called with the rows done and all rows, as rows are copied and again as
@@ -104,7 +105,7 @@ class FaissIndex(LocalIndex):
         checked = check_ids(ids, len(gallery))
         check_gallery(len(gallery), schedule)
         report = progress or (lambda _done, _rows: None)
-        spec = first_stage or FirstStage()
+        spec = check_first_stage(first_stage or DEFAULT)
 
         def first(prefixes: Vectors) -> Shortlister:
             return Shortlister.build(prefixes, spec, metric, report)
@@ -169,6 +170,17 @@ class FaissIndex(LocalIndex):
         files.commit(card)
 
     def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
+        if len(queries) > 1:
+            return self._searched(queries, k, rows)
+        faiss = import_faiss()  # whose threads wait for each other longer than one query takes
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)
+        try:
+            return self._searched(queries, k, rows)
+        finally:
+            faiss.omp_set_num_threads(threads)
+
+    def _searched(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
         # Scaled once: how long a query is changes no order, at no prefix.
         queries = self.facts.prefix(queries, self.width)
         n = self.schedule.shortlists[0] if self.schedule.shortlists else k

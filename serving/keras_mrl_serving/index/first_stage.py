@@ -31,7 +31,7 @@ class FirstStage:
             "Flat", "HNSW32", "IVF1024,Flat", "IVF1024,PQ16x4fs", "HNSW32_SQ8", "RaBitQ"; or what
             `faiss.index_binary_factory` does, over their signs: "BFlat", "BHNSW32".
         settings: What FAISS is set to when it searches: "efSearch=64" of a graph, "nprobe=8" of
-            inverted lists; several with commas.
+            inverted lists; several with commas. Empty leaves FAISS's own, which are low.
 
     Raises:
         ValueError: If the settings are not names with numbers, or search nothing.
@@ -41,8 +41,8 @@ class FirstStage:
         False
     """
 
-    factory: str = "HNSW32"
-    settings: str = "efSearch=64"
+    factory: str
+    settings: str = ""
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -59,6 +59,21 @@ class FirstStage:
     def is_binary(self) -> bool:
         """Whether it looks at signs alone, one bit per coordinate."""
         return self.factory.startswith("B")
+
+
+def check_first_stage(given: object) -> FirstStage:
+    """Return a first stage, or say that it is none.
+
+    Examples:
+        >>> check_first_stage(FirstStage("Flat"))
+        FirstStage(factory='Flat', settings='')
+    """
+    if not isinstance(given, FirstStage):
+        raise TypeError(
+            f"A first stage is a FirstStage. Received: {given!r}. "
+            "Write FirstStage('HNSW32', 'efSearch=64')."
+        )
+    return given
 
 
 class Shortlister:

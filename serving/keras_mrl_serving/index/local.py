@@ -33,6 +33,12 @@ class LocalIndex(ABC):
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        dims = " -> ".join(map(str, self.schedule.dims))
+        return (
+            f"{type(self).__name__}({len(self)} rows, {dims}, k={self.schedule.k}, {self.metric})"
+        )
+
     @property
     def schedule(self) -> FunnelSchedule:
         """The funnel that is searched."""

@@ -24,7 +24,7 @@ class Choice:
     Examples:
         >>> funnel = FunnelSchedule((64, 512), (40,), 10)
         >>> Choice(FirstStage("Flat", ""), funnel, 0.957, 0.004, 0.0021).line()
-        '   0.9570      2100.0 us  64 -> 512, shortlist 40, Flat'
+        '0.9570 +- 0.0040    2100.0 us  64 -> 512, shortlist 40, Flat'
     """
 
     first_stage: FirstStage
@@ -44,7 +44,8 @@ class Choice:
         lists = ", ".join(map(str, self.schedule.shortlists))
         stages = f"{dims}, shortlist {lists}" if lists else f"{dims} alone"
         first = " ".join(filter(None, (self.first_stage.factory, self.first_stage.settings)))
-        return f"{self.quality:9.4f} {1e6 * self.seconds:11.1f} us  {stages}, {first}"
+        quality = f"{self.quality:.4f} +- {self.error:.4f}"
+        return f"{quality} {1e6 * self.seconds:9.1f} us  {stages}, {first}"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as it is kept with an index."""
@@ -93,7 +94,7 @@ class Plan:
             f"{choice.line()}{'   <- chosen' if choice == self.choice else ''}"
             for choice in self.front
         ]
-        return "\n".join(("  quality    per query  funnel", *rows))
+        return "\n".join(("quality +- error     per query  funnel", *rows))
 
     def to_json(self) -> dict[str, Any]:
         """Return it as it is kept with an index."""

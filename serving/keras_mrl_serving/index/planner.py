@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..contract import as_int, check_dims
 from ..errors import TargetNotReachedError
 from .facts import Ids, as_gallery, check_embeddings
-from .first_stage import FirstStage
+from .first_stage import FirstStage, check_first_stage
 from .measures import Measure
 from .plan import Choice, Plan, cheapest, front
 from .trials import Says, Trials
@@ -21,7 +21,7 @@ _DOUBLINGS = 10  # of a setting
 _GAIN = 0.001  # of quality that a doubled setting must bring, to be doubled again
 _TOO_MUCH = 8  # times the least that any dim's shortlists make a search read
 _FLAT = "Flat"
-_LEAST_SAMPLE = 30  # queries, below which a standard error says little
+LEAST_SAMPLE = 30  # queries, below which a standard error says little
 _TOO_SLOW = 1.5  # wider dims are left alone once one is this many times slower than the best
 _PER_CENTROID = 39  # rows FAISS wants to learn one from
 
@@ -84,22 +84,29 @@ def plan_funnel(
     widths = check_dims(tuple(dims) if dims is not None else _powers(gallery))
     gallery = as_gallery(gallery, widths[-1])
     sample = check_embeddings(queries, "queries", widths[-1])
-    _check(target, batch, k, len(gallery), len(sample))
-    own_rows = None if own_rows is None else _checked_rows(own_rows, len(gallery), len(sample))
+    own = None if own_rows is None else _checked_rows(own_rows, len(gallery), len(sample))
+    rows = len(gallery) - (0 if own is None else len(np.unique(own)))
+    _check(target, batch, k, rows, len(sample))
     trials = Trials(
-        gallery, sample, widths[-1], k, metric, measure, own_rows, batch, says or (lambda _: None)
+        gallery, sample, widths[-1], k, metric, measure, own, batch, says or (lambda _: None)
     )
-    specs = first_stages if first_stages is not None else _usual(len(gallery))
+    if trials.exact_quality - trials.exact_error < target:
+        raise _beyond_exact(target, trials.exact_quality, widths[-1])
+    specs = first_stages if first_stages is not None else _usual(rows)
+    for spec in specs:
+        check_first_stage(spec)
     enough = {dim: trials.shortest_shortlist(dim, target) for dim in widths}
     choices: list[Choice] = []
     for dim in widths:
         best = cheapest(choices, target)
-        worth = [spec for spec in specs if _is_worth(dim, spec, enough, len(gallery))]
+        worth = [spec for spec in specs if _is_worth(dim, spec, enough, rows)]
         here = list(_at(trials, dim, target, enough[dim] or 0, worth))
         choices += here
         reached = cheapest(here, target)
         if best is not None and reached is not None and reached.seconds > _TOO_SLOW * best.seconds:
             break
+    if not choices and trials.refused is not None:
+        raise trials.refused
     best = cheapest(choices, target)
     if best is not None:
         choices += trials.with_middle(best, widths)
@@ -154,7 +161,7 @@ def _doubled(spec: FirstStage) -> Iterator[FirstStage]:
 def _usual(rows: int) -> list[FirstStage]:
     kinds = [FirstStage(_FLAT, ""), FirstStage("HNSW32_SQ8", "efSearch=16")]
     lists = 2 ** round(np.log2(4 * np.sqrt(rows)))
-    if rows >= _PER_CENTROID * lists:
+    if rows >= 1.1 * _PER_CENTROID * lists:  # some may be left out as the sample
         kinds.append(FirstStage(f"IVF{lists},Flat", "nprobe=1"))
     return kinds
 
@@ -169,10 +176,10 @@ def _check(target: float, batch: int, k: int, rows: int, queries: int) -> None:
         fits = 0 < target <= 1 and 1 <= as_int(batch) <= queries and 1 <= as_int(k) < rows
     except TypeError:
         fits = False
-    if not fits or queries < _LEAST_SAMPLE:
+    if not fits or queries < LEAST_SAMPLE:
         raise ValueError(
             "A plan needs a target in (0, 1], a k below the gallery's rows, and a sample of at "
-            f"least {_LEAST_SAMPLE} queries and one batch. Received: target={target!r}, k={k!r}, "
+            f"least {LEAST_SAMPLE} queries and one batch. Received: target={target!r}, k={k!r}, "
             f"{rows} rows, batch={batch!r}, {queries} queries. Give for example target=0.95."
         )
 
@@ -187,6 +194,14 @@ def _checked_rows(own_rows: npt.ArrayLike, rows: int, queries: int) -> Ids:
             "rows. Leave it out if the queries are no rows."
         )
     return checked.astype(np.int64)
+
+
+def _beyond_exact(target: float, quality: float, dim: int) -> TargetNotReachedError:
+    return TargetNotReachedError(
+        "A target must be one that exact search reaches, by more than a standard error. "
+        f"Received: target={target}; exact search at dim {dim} reaches {quality:.4f}. "
+        "Lower the target."
+    )
 
 
 def _not_reached(target: float, tried: tuple[Choice, ...]) -> TargetNotReachedError:

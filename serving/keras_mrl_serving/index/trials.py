@@ -70,9 +70,15 @@ class Trials:
         self._batch = batch
         self._facts = IndexFacts(FunnelSchedule((dim,), (), k), metric)
         self._rows: dict[int, Vectors] = {}
+        self.refused: ValueError | None = None  # what FAISS could not make, the last
         self.says = says
         says(f"exact neighbours of {len(queries)} queries at dim {dim}")
-        self._measure = measure or recall_against(self._kept[self._exact(self._rows_at(dim), k)])
+        truth = self._kept[self._exact(self._rows_at(dim), k)]
+        self._measure = measure or recall_against(truth)
+        self._is_recall = measure is None
+        self.exact_quality, self.exact_error = self._mean_and_error(truth)
+        if self._is_recall:
+            self.exact_error = 0.0  # nothing is estimated
 
     def shortest_shortlist(self, dim: int, target: float) -> int | None:
         """Return the shortest shortlist of exact prefixes that reaches the target; None: none.
@@ -97,7 +103,9 @@ class Trials:
             )
             quality, error = self._mean_and_error(self._kept[best])
             if quality - error >= target:
+                self.says(f"  {quality:.4f} with a shortlist of {size}")
                 return size
+        self.says(f"  no more than {quality:.4f}, with a shortlist of {size}")
         return None
 
     def first(self, dim: int, spec: FirstStage) -> Shortlister | None:
@@ -108,6 +116,7 @@ class Trials:
             return Shortlister.build(prefixes, spec, self._facts.metric, lambda _done, _rows: None)
         except ValueError as error:
             self.says(str(error))
+            self.refused = error
             return None
 
     def measured(self, first: Shortlister, spec: FirstStage, schedule: FunnelSchedule) -> Choice:
@@ -117,7 +126,11 @@ class Trials:
         wider = schedule.dims[1:] or schedule.dims
         index = FaissIndex(facts, self._kept, first, {dim: self._rows_at(dim) for dim in wider})
         quality, error = self._mean_and_error(index.search(self._queries).ids)
-        return Choice(spec, schedule, quality, error, self._seconds(index))
+        if schedule.dims == (self._dim,) and spec.factory == "Flat":
+            error = self.exact_error
+        choice = Choice(spec, schedule, quality, error, self._seconds(index))
+        self.says(choice.line())
+        return choice
 
     def funnel(self, dim: int, shortlist: int) -> FunnelSchedule:
         """Return the funnel from a dim to the last one."""

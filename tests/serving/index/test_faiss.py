@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, first_stage
 from keras_mrl_serving.index import faiss as module
+from keras_mrl_serving.index.first_stage import Shortlister
 from keras_mrl_serving.results import Neighbors
 from tests.serving.index.truth import (
     FLAT,
@@ -259,8 +260,89 @@ def test_where_a_first_stage_cannot_select_the_rows_left_are_all_compared(
 ) -> None:
     index, search = prepared(metric, kind)
     among = allowed(search, 0.9)
-    assert (index._first.search(QUERIES[:, :16].copy(), 30, np.arange(9)) == -1).all()
-    assert_nearest(index.search(QUERIES, among=among), search, among)
+    assert index._first.can_choose is False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(Shortlister, "search")
+        assert_nearest(index.search(QUERIES, among=among), search, among)
+    assert index.search(QUERIES).ids.shape == (30, 6)  # by the first stage, as before
+
+
+@metrics
+@pytest.mark.parametrize("kind", SELECTING, ids=str)
+def test_a_first_stage_is_asked_once_whether_it_can_select(
+    kind: FirstStage, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FEW", 0)
+    asked = []
+    choosing = first_stage._parameters
+
+    def counted(faiss: Any, index: Any, selector: Any) -> Any:
+        asked.append(index.d)
+        return choosing(faiss, index, selector)
+
+    monkeypatch.setattr(first_stage, "_parameters", counted)
+    prepared_, search = prepared(metric, kind)
+    index = copy.copy(prepared_)
+    index._first = Shortlister(prepared_._first.index, kind)
+    index.search(QUERIES)
+    assert asked == []
+    for _ in range(3):
+        index.search(QUERIES, among=allowed(search, 0.9))
+    asked_here = [dim for dim in asked if dim == 16]  # and not the index after a rotation
+    assert index._first.can_choose is True
+    assert len(asked_here) == 4
+
+
+class Broken:
+    """As a FAISS index that runs out of memory while it searches."""
+
+    def search(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError("std::bad_alloc")
+
+
+@pytest.mark.parametrize("is_filtered", [False, True])
+@pytest.mark.usefixtures("any_filter_asks_the_first_stage")
+def test_what_goes_wrong_in_faiss_comes_out(is_filtered: bool) -> None:
+    index = FaissIndex.build(GALLERY, SHORT, first_stage=FLAT)
+    assert index._first.can_choose is True
+    index._first.index = Broken()
+    with pytest.raises(RuntimeError, match=r"^std::bad_alloc$"):
+        index.search(QUERIES, among=np.arange(300) if is_filtered else None)
+
+
+@metrics
+@pytest.mark.parametrize(
+    ("few", "left", "is_asked"),
+    [
+        (0, 15, False),  # as many as are shortlisted
+        (0, 16, True),
+        (50, 50, False),
+        (50, 51, True),
+        (500, 400, False),
+    ],
+)
+def test_where_few_rows_are_left_the_first_stage_is_passed_over(
+    few: int, left: int, is_asked: bool, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FEW", few)
+    index, search = prepared(metric, FirstStage("HNSW8", "efSearch=20"))
+    among = search.ids[-left:]
+    asked = []
+    looks = Shortlister.search
+
+    def counted(self: Shortlister, prefixes: Array, n: int, rows: Array | None = None) -> Array:
+        asked.append((n, None if rows is None else np.sort(search.ids[rows]).tolist()))
+        return looks(self, prefixes, n, rows)
+
+    monkeypatch.setattr(Shortlister, "search", counted)
+    found = index.search(QUERIES, among=among)
+    assert asked == ([(15, sorted(among.tolist()))] if is_asked else [])
+    assert np.isin(found.ids, among).all()
+    if left == 15:  # what a mapped matrix of 24 numbers is then asked for is another's affair
+        wide = FunnelSchedule(SHORT.dims, (15, 15), 6)
+        everything, _ = prepared(metric, FirstStage("HNSW8", "efSearch=20"), wide)
+        assert_nearest(everything.search(QUERIES, among=among), search, among)
+        assert asked == []
 
 
 @metrics

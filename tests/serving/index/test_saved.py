@@ -477,6 +477,83 @@ def test_what_fails_while_it_saves_leaves_the_old_index_or_the_new(
     assert_equal(open_index(tmp_path), new)
 
 
+def test_it_is_written_in_an_order_that_a_power_cut_does_not_undo(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data, then the card, then the folder are made safe; then the card takes its name."""
+    build(OTHER, SCHEDULE).save(tmp_path)
+    old = ids_and(tmp_path)
+    index = build(GALLERY, SCHEDULE)
+    steps: list[tuple[str, str]] = []
+    fsync, replace, flush, unlink = os.fsync, os.replace, np.memmap.flush, Path.unlink
+    digests: dict[str, str] = {}
+
+    def synced(descriptor: int) -> None:
+        what = os.fstat(descriptor).st_ino
+        names = {file.stat().st_ino: file.name for file in [tmp_path, *tmp_path.iterdir()]}
+        steps.append(("fsync", names[what]))
+        if names[what] != tmp_path.name:
+            digests[names[what]] = hashlib.sha256((tmp_path / names[what]).read_bytes()).hexdigest()
+        fsync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        steps.append(("replace", f"{Path(source).name} {Path(target).name}"))
+        digests["index.json"] = digests[Path(source).name]
+        replace(source, target)
+
+    def flushed(array: Any) -> None:
+        steps.append(("flush", Path(array.filename).name))
+        flush(array)
+
+    def unlinked(file: Path, **given: Any) -> None:
+        steps.append(("unlink", file.name))
+        unlink(file, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", synced)
+        patch.setattr(os, "replace", replaced)
+        patch.setattr(np.memmap, "flush", flushed)
+        patch.setattr(Path, "unlink", unlinked)
+        index.save(tmp_path)
+    data = sorted(ids_and(tmp_path) - {"index.json"})
+    arrays = [name for name in data if name.endswith(".npy")]
+    gone = old - {"index.json"}
+    first = sorted(steps[: len(arrays)]), sorted(steps[len(arrays) : len(arrays) + len(data)])
+    assert first == ([("flush", name) for name in arrays], [("fsync", name) for name in data])
+    rest = iter(steps[len(arrays) + len(data) :])
+    kind, aside = next(rest)
+    assert (kind, saved.is_ours(aside), aside in data) == ("fsync", True, False)
+    assert [next(rest) for _ in range(3)] == [
+        ("fsync", tmp_path.name),
+        ("replace", f"{aside} index.json"),
+        ("fsync", tmp_path.name),
+    ]
+    removed = list(rest)
+    assert {kind for kind, _ in removed} == {"unlink"}
+    assert gone <= {name for _, name in removed} <= gone | {aside}
+    for name in (*data, "index.json"):  # nothing was written after it was made safe
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digests[name]
+
+
+def test_what_was_just_built_in_a_folder_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, read = hashlib.file_digest, []
+
+    def counted(file: Any, name: Any) -> Any:
+        read.append(Path(file.name).name)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    FaissIndex.build(GALLERY, SCHEDULE, path=tmp_path, first_stage=FLAT)
+    data = sorted(ids_and(tmp_path) - {"index.json"})
+    assert sorted(read) == data  # once each, as they were written
+    FaissIndex.open(tmp_path, verify=False)
+    assert sorted(read) == data
+    FaissIndex.open(tmp_path)
+    assert sorted(read) == sorted(2 * data)
+
+
 def test_one_saves_at_a_time(build: Build, tmp_path: Path, refuses: Refuses) -> None:
     index, other = build(GALLERY, SCHEDULE), build(OTHER, SCHEDULE)
     index.save(tmp_path)
