@@ -79,7 +79,7 @@ def test_a_plan_is_printed_kept_and_reaches_its_target(run: Run) -> None:
     plan = index.plan
     assert plan is not None
     assert (plan["target"], plan["measure"], plan["queries"], plan["batch"]) == (
-        *(0.9, "recall", 500, 1),
+        *(0.9, "recall", 60, 1),
     )
     assert plan["schedule"] == index.schedule.to_json()
     assert plan["quality"] - plan["error"] >= 0.9
@@ -618,7 +618,7 @@ def test_galleries_and_first_stages_the_index_refuses(run: Run) -> None:
         (*GIVEN, "--k", "601", "--shortlists", "601"): "A gallery needs at least as many rows as "
         f"the funnel returns. Received: {ROWS} rows for k=601. Lower k, or add rows.",
         ("--k", "600"): "A plan needs a target in (0, 1], a k below the gallery's rows, and a "
-        f"sample of at least 30 queries and one batch. Received: target=0.95, k=600, 540 rows, "
+        "sample of at least 30 queries and one batch. Received: target=0.95, k=600, 540 rows, "
         "batch=1, 60 queries. Give for example target=0.95.",
         ("--dims", "8,64", "--shortlists", "60"): "The gallery must be (rows, width) with a width "
         f"of at least 64. Received: shape ({ROWS}, {WIDTH}). Embed them at the funnel's last dim, "

@@ -187,7 +187,8 @@ def test_a_target_beyond_exact_search_is_refused_before_anything_is_tried(
         with refuses(TargetNotReachedError, text.format(target)):
             plan(target, measure=measure)
     assert measured == []
-    assert plan(sure - 1e-6, measure=measure, dims=(32,)).choice.first_stage == FLAT
+    found = plan(sure - 1e-6, measure=measure, dims=(32,), first_stages=[FLAT])
+    assert found.choice.quality == reached.mean()
 
 
 def test_a_quality_of_ones_own() -> None:
@@ -275,6 +276,24 @@ def test_own_rows_are_rows_of_the_gallery(own_rows: Any, received: str, refuses:
     plan(own_rows=np.arange(280, 400))  # the last row is one
 
 
+@pytest.mark.parametrize(("rows", "left"), [(120, 0), (121, 1), (125, 5)])
+def test_rows_that_ask_leave_more_than_are_wanted(rows: int, left: int, refuses: Refuses) -> None:
+    gallery, own = GALLERY[:rows], np.arange(120)
+    text = (
+        "A plan needs a target in (0, 1], a k below the gallery's rows, and a sample of at least "
+        f"30 queries and one batch. Received: target=0.9, k=5, {left} rows, batch=1, 120 queries. "
+        "Give for example target=0.95."
+    )
+    with refuses(ValueError, text):
+        plan(gallery=gallery, queries=gallery[:120], own_rows=own)
+    kept = plan(
+        0.1, gallery=GALLERY[:126], queries=GALLERY[:120], own_rows=own, first_stages=[FLAT]
+    )
+    assert kept.schedule.k == 5
+    again = np.minimum(own, 60)  # each row is left out once
+    plan(0.1, gallery=gallery, queries=gallery[again], own_rows=again, first_stages=[FLAT])
+
+
 def of(values: Array) -> Measure:
     return lambda _: values
 
@@ -296,7 +315,8 @@ def test_an_error_is_at_least_one_neighbour(k: int) -> None:
     for measure, kind in ((None, whole), (of(np.ones(120)), FLAT)):
         given: dict[str, Any] = {"first_stages": [kind], "dims": (32,), "k": k, "measure": measure}
         choice = plan(1 - 1.01 * least, **given).choice
-        assert (choice.quality, choice.error) == (1.0, pytest.approx(least, rel=1e-12))
+        assert choice.quality == 1
+        assert choice.error == pytest.approx(least, rel=1e-12)
         with pytest.raises(TargetNotReachedError):
             plan(1 - 0.99 * least, **given)
 
@@ -315,6 +335,7 @@ class Told:
         self.needs: dict[int, int | None] = {}
         self.quality: Callable[[int, int], float] = lambda _dim, _effort: 0.5
         self.seconds: Callable[[int], float] = lambda _dim: 1.0
+        self.error = 0.0
         self.asked: list[Asked] = []
         self.targets: set[float] = set()
         monkeypatch.setattr(trials.Trials, "shortest_shortlist", self._shortest)
@@ -327,7 +348,7 @@ class Told:
     def _measured(self, _: Shortlister, spec: FirstStage, schedule: FunnelSchedule) -> Choice:
         self.asked.append((spec.factory, spec.settings, schedule.dims, schedule.shortlists))
         dim, effort = schedule.dims[0], int(spec.settings.rpartition("=")[2] or 0)
-        return Choice(spec, schedule, self.quality(dim, effort), 0.0, self.seconds(dim))
+        return Choice(spec, schedule, self.quality(dim, effort), self.error, self.seconds(dim))
 
     @property
     def dims(self) -> list[int]:
@@ -390,10 +411,19 @@ def test_a_setting_is_doubled_while_that_brings_something(
     assert (found is not None) == (0.9 in qualities)
 
 
+def test_a_setting_is_doubled_until_its_quality_less_its_error_is_enough(told: Told) -> None:
+    told.needs, told.error = {32: K}, 0.05
+    told.quality = lambda _, effort: {1: 0.90, 2: 0.93, 4: 0.96, 8: 0.99}[effort]
+    found = told.plan(first_stages=[IVF])
+    assert found is not None
+    assert found.first_stage.settings == "nprobe=4"
+    assert len(told.asked) == 3
+
+
 @pytest.mark.parametrize("slack", [1, 2, 4])
 def test_a_longer_shortlist_may_be_what_it_takes(slack: int, told: Told) -> None:
     told.needs = {8: 20, 32: K}
-    told.quality = lambda dim, _: 0.95 if told.asked[-1][3] == (20 * slack,) else 0.1
+    told.quality = lambda _dim, _effort: 0.95 if told.asked[-1][3] == (20 * slack,) else 0.1
     found = told.plan(first_stages=[IVF])
     assert found is not None
     assert found.schedule == FunnelSchedule((8, 32), (20 * slack,), K)
@@ -536,7 +566,8 @@ def test_where_faiss_can_make_none_its_reason_is_told() -> None:
 
 def test_first_stages_are_not_names(refuses: Refuses) -> None:
     names: list[Any] = ["Flat"]
-    text = "A first stage is a FirstStage. Received: 'Flat'. Write FirstStage('HNSW32', 'efSearch=64')."
+    text = "A first stage is a FirstStage. Received: 'Flat'. "
+    text += "Write FirstStage('HNSW32', 'efSearch=64')."
     with refuses(TypeError, text):
         plan(0.9, first_stages=names)
 
@@ -555,7 +586,7 @@ def test_without_a_first_stage_nothing_is_found(refuses: Refuses) -> None:
     ("per_centroid", "kinds"),
     [
         (39, ["Flat", "HNSW32_SQ8"]),
-        (6, ["Flat", "HNSW32_SQ8"]),
+        (6, ["Flat", "HNSW32_SQ8"]),  # 6 times 64 rows, and a tenth of them to spare
         (5, ["Flat", "HNSW32_SQ8", "IVF64,Flat"]),
     ],
 )
