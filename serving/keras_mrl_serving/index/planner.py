@@ -86,7 +86,7 @@ def plan_funnel(
     sample = check_embeddings(queries, "queries", widths[-1])
     own = None if own_rows is None else _checked_rows(own_rows, len(gallery), len(sample))
     rows = len(gallery) - (0 if own is None else len(np.unique(own)))
-    _check(target, batch, k, rows, len(sample))
+    k, batch = _checked_numbers(target, batch, k, rows, len(sample))
     trials = Trials(
         gallery, sample, widths[-1], k, metric, measure, own, batch, says or (lambda _: None)
     )
@@ -171,9 +171,10 @@ def _powers(gallery: npt.NDArray[np.generic]) -> tuple[int, ...]:
     return (*(2**power for power in range(3, 31) if 2**power < width), width)
 
 
-def _check(target: float, batch: int, k: int, rows: int, queries: int) -> None:
+def _checked_numbers(target: float, batch: int, k: int, rows: int, queries: int) -> tuple[int, int]:
     try:
-        fits = 0 < target <= 1 and 1 <= as_int(batch) <= queries and 1 <= as_int(k) < rows
+        size, wanted = as_int(batch), as_int(k)
+        fits = 0 < target <= 1 and 1 <= size <= queries and 1 <= wanted < rows
     except TypeError:
         fits = False
     if not fits or queries < LEAST_SAMPLE:
@@ -182,10 +183,14 @@ def _check(target: float, batch: int, k: int, rows: int, queries: int) -> None:
             f"least {LEAST_SAMPLE} queries and one batch. Received: target={target!r}, k={k!r}, "
             f"{rows} rows, batch={batch!r}, {queries} queries. Give for example target=0.95."
         )
+    return wanted, size
 
 
 def _checked_rows(own_rows: npt.ArrayLike, rows: int, queries: int) -> Ids:
-    checked = np.asarray(own_rows)
+    try:
+        checked = np.asarray(own_rows)
+    except ValueError:  # ragged
+        checked = np.empty(0)
     is_right = checked.shape == (queries,) and checked.dtype.kind in "iu"
     if not is_right or (checked < 0).any() or (checked >= rows).any():
         raise ValueError(

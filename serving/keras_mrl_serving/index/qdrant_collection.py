@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 
@@ -186,6 +185,7 @@ class Collection:
     def _asking(self) -> Iterator[Any]:
         """Yield `qdrant_client.models`; what Qdrant raises leaves as an error of ours."""
         qdrant = import_qdrant()
+        import grpc
         from qdrant_client.common.client_exceptions import QdrantException
         from qdrant_client.http.exceptions import ApiException
 

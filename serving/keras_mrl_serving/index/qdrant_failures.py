@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc
-
 from ..errors import (
     AccessDeniedError,
     DeadlineError,
@@ -51,17 +49,17 @@ _LEAVES: dict[Any, type[KerasMrlError]] = {
     502: ServerUnavailableError,
     503: ServerUnavailableError,
     504: DeadlineError,
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidInputError,
-    grpc.StatusCode.NOT_FOUND: InvalidInputError,
-    grpc.StatusCode.UNAUTHENTICATED: AccessDeniedError,
-    grpc.StatusCode.PERMISSION_DENIED: AccessDeniedError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: ServerUnavailableError,
-    grpc.StatusCode.UNAVAILABLE: ServerUnavailableError,
+    "INVALID_ARGUMENT": InvalidInputError,
+    "NOT_FOUND": InvalidInputError,
+    "UNAUTHENTICATED": AccessDeniedError,
+    "PERMISSION_DENIED": AccessDeniedError,
+    "DEADLINE_EXCEEDED": DeadlineError,
+    "RESOURCE_EXHAUSTED": ServerUnavailableError,
+    "UNAVAILABLE": ServerUnavailableError,
 }
 
 
-def translated(error: Exception, collection: str) -> KerasMrlError:
+def translated(error: Any, collection: str) -> KerasMrlError:
     """Return our error for one that Qdrant's client raised about a collection.
 
     Examples:
@@ -70,7 +68,7 @@ def translated(error: Exception, collection: str) -> KerasMrlError:
     """
     leaf = leaf_of(error)
     rule, remedy = _RULES_AND_REMEDIES[leaf]
-    given = str(error.details() if isinstance(error, grpc.RpcError) else error)
+    given = str(error.details() if _is_of_grpc(error) else error)
     received = " ".join((given or type(error).__name__).split()).rstrip(".")
     return leaf(f"{rule} Received: {received}, for collection {collection!r}. {remedy}")
 
@@ -82,8 +80,8 @@ def leaf_of(error: Any) -> type[KerasMrlError]:
         >>> leaf_of(RuntimeError("QdrantLocal instance is closed."))
         <class 'keras_mrl_serving.errors.ServerUnavailableError'>
     """
-    if isinstance(error, grpc.RpcError):
-        return _LEAVES.get(error.code(), ServerError)
+    if _is_of_grpc(error):
+        return _LEAVES.get(error.code().name, ServerError)
     if hasattr(error, "status_code"):  # an answer over HTTP
         return _LEAVES.get(error.status_code, ServerError)
     if hasattr(error, "source"):  # no answer; httpx is not ours to import, so its errors are named
@@ -92,3 +90,9 @@ def leaf_of(error: Any) -> type[KerasMrlError]:
     if isinstance(error, ValueError | AssertionError):
         return InvalidInputError
     return ServerUnavailableError  # too many requests, or a client that is closed
+
+
+def _is_of_grpc(error: Any) -> bool:
+    import grpc  # not with the module: an index of another engine needs no gRPC
+
+    return isinstance(error, grpc.RpcError)
