@@ -18,6 +18,8 @@ TREE = {
     "NoIndexError": ("KerasMrlError", "TypeError"),
     "EncoderMismatchError": ("KerasMrlError", "ValueError"),
     "InvalidInputError": ("KerasMrlError", "ValueError"),
+    "DamagedIndexError": ("KerasMrlError", "ValueError"),
+    "TargetNotReachedError": ("KerasMrlError", "ValueError"),
     "ServerError": ("KerasMrlError",),
     "ServerUnavailableError": ("ServerError", "ConnectionError"),
     "AccessDeniedError": ("ServerError", "PermissionError"),
@@ -28,7 +30,11 @@ TREE = {
     "VersionChangedError": ("ServerError",),
     "SignatureNotFoundError": ("ServerError", "LookupError"),
 }
-CLASSES: dict[str, Any] = dict(inspect.getmembers(errors, inspect.isclass))
+CLASSES: dict[str, Any] = {
+    name: found
+    for name, found in inspect.getmembers(errors, inspect.isclass)
+    if found.__module__ == errors.__name__
+}
 
 
 def test_the_tree() -> None:
