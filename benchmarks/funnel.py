@@ -8,11 +8,12 @@ scaled per coordinate by i**-0.6, unit length. Such data flatter prefixes (the f
 carry most) and inverted lists (they are clusters) by construction.
 
 The funnels are those the planner chooses on a sample of queries; what is shown was measured on
-others. Every index answers the same queries, in turns, one query at a time and 100 at once; what
-it holds in memory is read in a process of its own. `anon` is memory of the process's own, `mapped`
-what it reads of files. FAISS has one thread for single queries and all cores for batches; so
-have its parts in ours. The graphs and lists of the rivals are set in steps of a third or so; a
-setting whose recall is below 0.9 is not timed. The last line is one JSON object.
+others. Every index answers the same queries, one at a time and 100 at once. A rival is built, timed
+in turns with our fastest funnel, and dropped before the next one, so that memory holds one of them.
+What an index holds in memory is read in a process of its own: `anon` is memory of the process's
+own, `mapped` what it reads of files. FAISS has one thread for single queries and all cores for
+batches; so have its parts in ours. The graphs and lists of the rivals are set in steps of a third
+or so; a setting whose recall is below 0.9 is not timed. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,19 +22,17 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
-import numpy.typing as npt
-from rivals import Ids, Rival, Vectors, over_prefixes, rivals
+from galleries import Data, Vectors, principal, real, synthetic
+from memory import measured_memory
+from rivals import Ids, Rival, lists_of, over_prefixes, rivals
 
 from keras_mrl_serving import FaissIndex, FirstStage, open_index
 from keras_mrl_serving.index import plan_funnel
@@ -44,17 +43,12 @@ NEAR, NEAR_RECALL = 0.001, 0.005  # what counts as equal to the funnel's
 LONGEST_S = 0.5  # of one index, one setting and one round
 BATCH = 100
 LEAST_RECALL = 0.9
-
-
-@dataclass(frozen=True)
-class Data:
-    """Unit vectors and their labels: a gallery, queries, and a sample of others to plan on."""
-
-    gallery: Vectors
-    gallery_labels: npt.NDArray[Any]
-    queries: Vectors
-    query_labels: npt.NDArray[Any]
-    sample: Vectors
+KINDS = {
+    "flat": ("Flat", ""),
+    "graph": ("HNSW32_SQ8", "efSearch=16"),
+    "lists": ("IVF{lists},Flat", "nprobe=1"),
+    "rabitq": ("IVF{lists},RaBitQ", "nprobe=1"),
+}
 
 
 def main() -> None:
@@ -63,94 +57,110 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--embeddings", type=Path, help="folder of real embeddings (none)")
-    parser.add_argument("--n", type=int, default=200_000, help="synthetic rows (%(default)s)")
+    parser.add_argument(
+        "--n", type=int, default=200_000, help="synthetic rows, 0: none (%(default)s)"
+    )
     parser.add_argument("--d", type=int, default=1024, help="their width (%(default)s)")
     parser.add_argument("--target-recall", type=float, default=0.98, help="(%(default)s)")
-    parser.add_argument("--only", help="rivals to compare with, with commas (all)")
-    parser.add_argument("--ram", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="our first stages (%(default)s)")
+    parser.add_argument("--only", help="rivals besides exact and HNSW32, with commas (all)")
     arguments = parser.parse_args()
-    if arguments.ram:
-        print(json.dumps(_ram(arguments.ram)))
-        return
-    only = arguments.only.split(",") if arguments.only else None
+    only = None if arguments.only is None else {"exact", "HNSW32", *arguments.only.split(",")}
+    kinds = arguments.kinds.split(",")
     found: dict[str, Any] = {}
     if arguments.embeddings:
-        mrl, fixed = (_real(arguments.embeddings, name) for name in ("mrl", "ff"))
+        mrl, fixed = (real(arguments.embeddings, name) for name in ("mrl", "ff"))
         print(f"\n# Real embeddings: {len(mrl.gallery):,} x {mrl.gallery.shape[1]}")
-        found["real"] = _compare(mrl, arguments.target_recall, only, fixed)
-    data = _synthetic(arguments.n, arguments.d)
-    print(f"\n# Synthetic vectors: {arguments.n:,} x {arguments.d}")
-    found |= _compare(data, arguments.target_recall, only, data)
+        found["real"] = _compare(mrl, arguments.target_recall, kinds, only, principal(fixed))
+        del mrl, fixed
+    if arguments.n:
+        # No PCA funnel: the axes of these data are their principal ones already.
+        data = synthetic(arguments.n, arguments.d)
+        print(f"\n# Synthetic vectors: {arguments.n:,} x {arguments.d}")
+        found |= _compare(data, arguments.target_recall, kinds, only)
     print(json.dumps(found))
 
 
-def _compare(data: Data, target: float, only: list[str] | None, fixed: Data) -> dict[str, Any]:
+def _compare(
+    data: Data, target: float, kinds: list[str], only: set[str] | None, turned: Data | None = None
+) -> dict[str, Any]:
+    memory: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        contenders = [(rival, data) for rival in _ours("funnel", data, target, Path(folder))]
-        ours = len(contenders)
-        rotated = _principal(fixed)
-        contenders += [(r, rotated) for r in _ours("PCA funnel", rotated, target, Path(folder))]
-        lists = 2 ** round(np.log2(4 * np.sqrt(len(data.gallery))))
-        contenders += [(r, data) for r in _plain(data, contenders[:ours])]
-        for rival in rivals(data.gallery, lists, Path(folder), _timed, only):
-            contenders.append((rival, data))
-        truths = {id(part): _exact(part) for part in (data, rotated)}
-        for rival, part in contenders:
-            _judge(rival, part, truths[id(part)])
-        for _ in range(ROUNDS):
-            for rival, part in contenders:
-                _time(rival, part)
-        memory = {r.name: _measure_ram(r, part) for r, part in contenders if r.files != Path()}
-        every = [rival for rival, _ in contenders]
-        _show(every, memory)
-        return _summary(every[:ours], every[ours:], memory)
+        ours = _ours("funnel", data, target, kinds, Path(folder))
+        fastest = ours[0]  # as the planner timed them
+        _measure(ours, data, memory)
+        others = []
+        if turned is not None:
+            others = _ours("PCA funnel", turned, target, kinds, Path(folder))
+            _measure(others, turned, memory)
+            for rival in others:
+                rival.drop()
+        for rival in ours[1:]:
+            rival.drop()
+        truth = _exact(data)
+        for rival in (*_plain(data, ours), *rivals(data.gallery, Path(folder), _timed, only)):
+            _judge(rival, data, truth)
+            for _ in range(ROUNDS):
+                _time(rival, data)
+                _time(fastest, data)
+            if rival.files != Path():
+                memory[rival.name] = measured_memory(rival.files, data.queries)
+            rival.drop()
+            others.append(rival)
+            print(f"  {rival.name}: built in {rival.build_s:.0f} s, measured", flush=True)
+        _show([*ours, *others], memory)
+        return _summary(fastest, others, memory)
 
 
-def _ours(name: str, data: Data, target: float, folder: Path) -> list[Rival]:
-    """Plan once, and build the chosen funnel and the fastest of every other kind of first stage."""
+def _measure(some: list[Rival], data: Data, memory: dict[str, dict[str, float]]) -> None:
+    truth = _exact(data)
+    for rival in some:
+        _judge(rival, data, truth)
+    for _ in range(ROUNDS):
+        for rival in some:
+            _time(rival, data)
+    memory |= {rival.name: measured_memory(rival.files, data.queries) for rival in some}
+
+
+def _ours(name: str, data: Data, target: float, kinds: list[str], folder: Path) -> list[Rival]:
+    """Plan for each kind of first stage, and build what was chosen; the fastest comes first."""
     width = data.gallery.shape[1]
     dims = (*(2**power for power in range(4, 31) if 2**power < width), width)
-    lists = 2 ** round(np.log2(4 * np.sqrt(len(data.gallery))))
-    kinds = [
-        FirstStage("Flat", ""),
-        FirstStage("HNSW32_SQ8", "efSearch=16"),
-        FirstStage(f"IVF{lists},Flat", "nprobe=1"),
-        FirstStage(f"IVF{lists},RaBitQ", "nprobe=1"),
-    ]
-    start = time.perf_counter()
     chosen = []
     for kind in kinds:  # one by one, so that the best of each is seen
+        factory, settings = KINDS[kind]
+        spec = FirstStage(factory.format(lists=lists_of(len(data.gallery))), settings)
         began = time.perf_counter()
         try:
-            plan = plan_funnel(data.gallery, data.sample, target, dims=dims, first_stages=[kind])
+            plan = plan_funnel(data.gallery, data.sample, target, dims=dims, first_stages=[spec])
         except ValueError as error:
-            print(f"  {name}, {kind.factory}: {error}")
+            print(f"  {name}, {kind}: {error}")
             continue
-        print(f"  {name}, {kind.factory}: planned in {time.perf_counter() - began:.0f} s")
+        seconds = time.perf_counter() - began
+        print(f"  {name}, {spec.factory}: planned in {seconds:.0f} s")
         print(plan.table(), flush=True)
-        chosen.append(plan)
-    planned_s = time.perf_counter() - start
+        chosen.append((plan, seconds))
     built = []
-    for number, plan in enumerate(sorted(chosen, key=lambda plan: plan.choice.seconds)):
+    chosen.sort(key=lambda one: one[0].choice.seconds)
+    for number, (plan, planned_s) in enumerate(chosen):
         path = folder / f"{name} {number}"
         began = time.perf_counter()
         FaissIndex.build(data.gallery, plan.schedule, first_stage=plan.first_stage, path=path)
         seconds = time.perf_counter() - began
         index = open_index(path)
         stages = " -> ".join(map(str, plan.schedule.dims))
-        shown = f"{name} {plan.first_stage.factory} {stages} ({plan.schedule.shortlists})"
-        searched = _our_search(index)
-        settings = (plan.first_stage.settings,)
-        rival = Rival(shown, settings, lambda _: None, searched, path, seconds)
-        rival.plan, rival.planned_s = plan, planned_s
+        lists = ", ".join(map(str, plan.schedule.shortlists))
+        shown = f"{name} {plan.first_stage.factory} {stages} ({lists})"
+        setting, search = plan.first_stage.settings, _our_search(index)
+        rival = Rival(shown, (setting,), lambda _: None, search, path, seconds, plan, planned_s)
         built.append(rival)
     return built
 
 
-def _plain(data: Data, ours: list[tuple[Rival, Data]]) -> list[Rival]:
+def _plain(data: Data, ours: list[Rival]) -> Iterator[Rival]:
     """Build what FAISS's own parts make of our plans of two stages."""
-    plans = [rival.plan for rival, _ in ours if len(rival.plan.schedule.dims) == 2]
-    return [over_prefixes(data.gallery, p.schedule, p.first_stage, _timed) for p in plans]
+    for plan in [rival.plan for rival in ours if len(rival.plan.schedule.dims) == 2]:
+        yield over_prefixes(data.gallery, plan.schedule, plan.first_stage, _timed)
 
 
 def _our_search(index: Any) -> Callable[[Vectors, int], Ids]:
@@ -191,8 +201,7 @@ def _time(rival: Rival, data: Data) -> None:
             point[f"{key}_qps"] = statistics.median(point[f"{key}_runs"])
 
 
-def _summary(ours: list[Rival], others: list[Rival], memory: dict[str, Any]) -> dict[str, Any]:
-    funnel = max(ours, key=_speed)
+def _summary(funnel: Rival, others: list[Rival], memory: dict[str, Any]) -> dict[str, Any]:
     point = _best(funnel)
     by_name = {rival.name: rival for rival in others}
     exact = _fastest(by_name["exact"])
@@ -206,7 +215,9 @@ def _summary(ours: list[Rival], others: list[Rival], memory: dict[str, Any]) -> 
         for name, rival in by_name.items()
         if not name.startswith("FAISS's own funnel")  # ours without Python: shown beside
     }
-    plain = max((r for r in others if r.name.startswith("FAISS's own funnel")), key=_speed)
+    plain = max(
+        (r for r in others if r.name.startswith("FAISS's own funnel")), key=_speed, default=None
+    )
     rival = max(equals, key=lambda name: equals[name].get("one_qps", 0))
     beaten = equals[rival]
     reference = by_name["HNSW32"]
@@ -234,8 +245,8 @@ def _summary(ours: list[Rival], others: list[Rival], memory: dict[str, Any]) -> 
         "hnsw_full_ram_mib": memory["HNSW32"]["anon_mib"],
         "funnel_ram_mib": memory[funnel.name]["anon_mib"],
         "funnel_mapped_mib": memory[funnel.name]["mapped_mib"],
-        "faiss_own_funnel": plain.name,
-        "faiss_own_funnel_qps": _best(plain)["one_qps"],
+        "faiss_own_funnel": plain and plain.name,
+        "faiss_own_funnel_qps": plain and _best(plain)["one_qps"],
         "hnsw_build_s": reference.build_s,
         "funnel_build_s": funnel.build_s,
         "funnel_plan_s": funnel.planned_s,
@@ -285,42 +296,6 @@ def _show(every: list[Rival], memory: dict[str, Any]) -> None:
     print(flush=True)
 
 
-def _measure_ram(rival: Rival, data: Data) -> dict[str, float]:
-    np.save(rival.files.parent / "queries.npy", data.queries[:BATCH])
-    for file in rival.files.iterdir() if rival.files.is_dir() else [rival.files]:
-        with open(file, "rb") as opened:  # out of the page cache, so that it is read cold
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    command = [sys.executable, __file__, "--ram", str(rival.files)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured: dict[str, float] = json.loads(done.stdout)
-    return measured
-
-
-def _ram(path: Path) -> dict[str, float]:
-    queries = np.load(path.parent / "queries.npy")
-    before = _memory()
-    if path.is_dir():
-        search = _our_search(open_index(path, verify=False))
-    else:
-        index = faiss.read_index(str(path))
-        search = lambda some, k: index.search(some, k)[1]  # noqa: E731
-    laps = []
-    for _ in range(2):
-        began = time.perf_counter()
-        for start in range(len(queries)):
-            search(queries[start : start + 1], K)
-        laps.append(1e3 * (time.perf_counter() - began) / len(queries))
-    anon, mapped = (b - a for a, b in zip(before, _memory(), strict=True))
-    return {"anon_mib": anon, "mapped_mib": mapped, "cold_ms": laps[0], "warm_ms": laps[1]}
-
-
-def _memory() -> tuple[float, float]:
-    said = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    anon, mapped = (int(said[key].split()[0]) / 1024 for key in ("RssAnon", "RssFile"))
-    return anon, mapped
-
-
 def _exact(data: Data) -> Ids:
     return np.asarray(
         faiss.knn(data.queries, data.gallery, K, metric=faiss.METRIC_INNER_PRODUCT)[1]
@@ -331,44 +306,6 @@ def _timed(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def _unit(vectors: npt.NDArray[Any]) -> Vectors:
-    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
-
-
-def _synthetic(rows: int, width: int, centres: int = 1000, queries: int = 500) -> Data:
-    rng = np.random.default_rng(0)
-    scale = (np.arange(1, width + 1) ** -0.6).astype(np.float32)
-    places = rng.standard_normal((centres, width), dtype=np.float32) * scale
-
-    def draw(count: int) -> tuple[Vectors, npt.NDArray[Any]]:
-        labels = rng.integers(0, centres, count)
-        vectors = rng.standard_normal((count, width), dtype=np.float32)
-        vectors *= np.float32(0.7) * scale
-        vectors += places[labels]
-        return _unit(vectors), labels
-
-    gallery, asked, sample = draw(rows), draw(queries), draw(queries)
-    return Data(*gallery, *asked, sample[0])
-
-
-def _real(folder: Path, name: str, queries: int = 500) -> Data:
-    gallery, asked = (
-        _unit(np.load(folder / f"{name}_{part}.npy")) for part in ("gallery", "queries")
-    )
-    labels = [np.load(folder / f"{part}_labels.npy") for part in ("gallery", "queries")]
-    order = np.random.default_rng(0).permutation(len(asked))
-    first, others = order[:queries], order[queries : 2 * queries]
-    return Data(gallery, labels[0], asked[first], labels[1][first], asked[others])
-
-
-def _principal(data: Data) -> Data:
-    """Turn vectors so that the first coordinates carry the most: PCA without moving the origin."""
-    _, axes = np.linalg.eigh(data.gallery.T @ data.gallery)
-    turn = np.ascontiguousarray(axes[:, ::-1], np.float32)
-    gallery, queries, sample = (_unit(v @ turn) for v in (data.gallery, data.queries, data.sample))
-    return Data(gallery, data.gallery_labels, queries, data.query_labels, sample)
 
 
 if __name__ == "__main__":

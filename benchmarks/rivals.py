@@ -10,8 +10,8 @@ from typing import Any
 import faiss
 import numpy as np
 import numpy.typing as npt
+from galleries import Vectors
 
-Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
@@ -26,9 +26,9 @@ class Rival:
         search: Returns the ids of the `k` nearest to unit vectors `(batch, width)`.
         files: Where it lies on disk, for what opening it costs.
         build_s: Seconds it took.
-        points: What was measured, by setting.
         plan: Of a funnel of ours.
-        planned_s: Seconds all plans took.
+        planned_s: Seconds that took.
+        points: What was measured, by setting.
     """
 
     name: str
@@ -37,9 +37,15 @@ class Rival:
     search: Callable[[Vectors, int], Ids]
     files: Path
     build_s: float
-    points: dict[str, dict[str, Any]] = field(default_factory=dict)
     plan: Any = None
     planned_s: float = 0.0
+    points: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def drop(self) -> None:
+        """Let go of the index and its file; what was measured stays."""
+        del self.search, self.set_to
+        if self.files.is_file():
+            self.files.unlink()
 
 
 FACTORIES: dict[str, tuple[str, int, str]] = {
@@ -71,12 +77,12 @@ _EFFORTS = {
 
 def rivals(
     gallery: Vectors,
-    lists: int,
     folder: Path,
     timed: Callable[[Callable[[], Any]], float],
-    only: list[str] | None = None,
+    only: set[str] | None = None,
 ) -> Iterator[Rival]:
-    """Build FAISS's indexes over unit vectors, one after another."""
+    """Build FAISS's indexes over unit vectors, each when the one before it may be dropped."""
+    lists = lists_of(len(gallery))
     for name, (factory, metric, effort) in FACTORIES.items():
         if only is not None and name not in only:
             continue
@@ -86,7 +92,15 @@ def rivals(
         seconds += timed(lambda index=index: index.add(gallery))  # type: ignore[misc]
         path = folder / f"{name.replace(' ', '_')}.faiss"
         faiss.write_index(index, str(path))
-        yield Rival(name, _EFFORTS[effort], _setter(index), _searcher(index), path, seconds)
+        efforts, setter, searcher = _EFFORTS[effort], _setter(index), _searcher(index)
+        del index  # the rival alone holds it
+        yield Rival(name, efforts, setter, searcher, path, seconds)
+        del setter, searcher
+
+
+def lists_of(rows: int) -> int:
+    """Return how many inverted lists a gallery is given: a power of two near 4 * sqrt(rows)."""
+    return int(2 ** round(np.log2(4 * np.sqrt(rows))))
 
 
 def over_prefixes(

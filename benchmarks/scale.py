@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from funnel import _synthetic
+from galleries import synthetic
+from rivals import lists_of
 
 from keras_mrl_serving import FaissIndex, FirstStage, FunnelSchedule
 from keras_mrl_serving.index.trials import Trials
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="50000,100000,200000,400000", help="(%(default)s)")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.sizes.split(",")]
-    data = _synthetic(sizes[-1], arguments.d)
+    data = synthetic(sizes[-1], arguments.d)
     measured = {size: _measured(data.gallery[:size], data.queries) for size in sizes}
     random_read_s, parallel_reads = _disk(4 * arguments.d)
     print(f"\nreading a row of {4 * arguments.d:,} bytes from disk: {1e6 * random_read_s:.0f} us ")
@@ -96,7 +97,7 @@ def _measured(gallery: Any, queries: Any) -> dict[str, Any]:
     shortlist = enough if enough is not None else 64 * K
     found: dict[str, Any] = {"shortlist": shortlist}
     for name, (factory, settings) in FIRST.items():
-        spec = FirstStage(factory.format(lists=_lists(rows)), settings)
+        spec = FirstStage(factory.format(lists=lists_of(rows)), settings)
         schedule = FunnelSchedule((DIM, width), (shortlist,), K)
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
@@ -149,10 +150,6 @@ def _disk(size: int) -> tuple[float, float]:
             return time.perf_counter() - began
 
         return lap(1) / READS, READS / lap(32)
-
-
-def _lists(rows: int) -> int:
-    return int(2 ** round(math.log2(4 * math.sqrt(rows))))
 
 
 if __name__ == "__main__":

@@ -80,17 +80,17 @@ class IndexFacts:
         return wanted
 
     def prefix(self, vectors: Vectors, dim: int) -> Vectors:
-        """Return the first `dim` coordinates as the metric compares them, contiguous; a copy.
+        """Return the first `dim` coordinates as the metric compares them, contiguous.
 
         Examples:
             >>> facts = IndexFacts(FunnelSchedule((2,), (), 1))
             >>> facts.prefix(np.float32([[3, 4, 12]]), 2).tolist()
             [[0.6000000238418579, 0.800000011920929]]
         """
-        cut = np.array(vectors[:, :dim], np.float32, order="C")
-        if self.metric == "cosine":
-            cut *= inverse_length(np.einsum("rd,rd->r", cut, cut))[:, None]
-        return cut
+        cut = np.ascontiguousarray(vectors[:, :dim])
+        if self.metric != "cosine":
+            return cut
+        return cut * inverse_length(np.einsum("rd,rd->r", cut, cut))[:, None]
 
     def to_json(self) -> dict[str, Any]:
         """Return them as they are saved."""

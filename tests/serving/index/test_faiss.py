@@ -301,7 +301,7 @@ def test_a_first_stage_is_asked_once_whether_it_can_select(
 class Broken:
     """As a FAISS index that runs out of memory while it searches."""
 
-    def search(self, *_: Any, **__: Any) -> None:
+    def search_c(self, *_: Any) -> None:
         raise RuntimeError("std::bad_alloc")
 
 
