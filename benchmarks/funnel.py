@@ -25,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ import faiss
 import numpy as np
 from galleries import Data, Vectors, principal, real, synthetic
 from memory import measured_memory
-from rivals import Ids, Rival, lists_of, over_prefixes, rivals
+from rivals import Ids, Rival, over_prefixes, rivals
 
 from keras_mrl_serving import FaissIndex, FirstStage, open_index
 from keras_mrl_serving.index import plan_funnel
+from keras_mrl_serving.index.first_stage import lists_for
 
 K = 10
 ROUNDS = 3
@@ -98,7 +100,7 @@ def _compare(
         for rival in ours[1:]:
             rival.drop()
         truth = _exact(data)
-        for rival in (*_plain(data, ours), *rivals(data.gallery, Path(folder), _timed, only)):
+        for rival in chain(_plain(data, ours), rivals(data.gallery, Path(folder), _timed, only)):
             _judge(rival, data, truth)
             for _ in range(ROUNDS):
                 _time(rival, data)
@@ -129,7 +131,7 @@ def _ours(name: str, data: Data, target: float, kinds: list[str], folder: Path) 
     chosen = []
     for kind in kinds:  # one by one, so that the best of each is seen
         factory, settings = KINDS[kind]
-        spec = FirstStage(factory.format(lists=lists_of(len(data.gallery))), settings)
+        spec = FirstStage(factory.format(lists=lists_for(len(data.gallery))), settings)
         began = time.perf_counter()
         try:
             plan = plan_funnel(data.gallery, data.sample, target, dims=dims, first_stages=[spec])

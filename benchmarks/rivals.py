@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from galleries import Vectors
 
+from keras_mrl_serving.index.first_stage import lists_for
+
 Ids = npt.NDArray[np.int64]
 
 
@@ -82,7 +84,7 @@ def rivals(
     only: set[str] | None = None,
 ) -> Iterator[Rival]:
     """Build FAISS's indexes over unit vectors, each when the one before it may be dropped."""
-    lists = lists_of(len(gallery))
+    lists = lists_for(len(gallery))
     for name, (factory, metric, effort) in FACTORIES.items():
         if only is not None and name not in only:
             continue
@@ -96,11 +98,6 @@ def rivals(
         del index  # the rival alone holds it
         yield Rival(name, efforts, setter, searcher, path, seconds)
         del setter, searcher
-
-
-def lists_of(rows: int) -> int:
-    """Return how many inverted lists a gallery is given: a power of two near 4 * sqrt(rows)."""
-    return int(2 ** round(np.log2(4 * np.sqrt(rows))))
 
 
 def over_prefixes(

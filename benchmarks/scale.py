@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 from galleries import synthetic
-from rivals import lists_of
 
 from keras_mrl_serving import FaissIndex, FirstStage, FunnelSchedule
+from keras_mrl_serving.index.first_stage import lists_for
 from keras_mrl_serving.index.trials import Trials
 
 DIM, K, RECALL = 64, 10, 0.95
@@ -97,7 +97,7 @@ def _measured(gallery: Any, queries: Any) -> dict[str, Any]:
     shortlist = enough if enough is not None else 64 * K
     found: dict[str, Any] = {"shortlist": shortlist}
     for name, (factory, settings) in FIRST.items():
-        spec = FirstStage(factory.format(lists=lists_of(rows)), settings)
+        spec = FirstStage(factory.format(lists=lists_for(rows)), settings)
         schedule = FunnelSchedule((DIM, width), (shortlist,), K)
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()

@@ -7,4 +7,5 @@ Examples:
 """
 
 from .errors import ExportError as ExportError
+from .saved_index import export_index as export_index
 from .saved_model import export_saved_model as export_saved_model

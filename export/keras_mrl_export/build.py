@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mrl import split
+from keras_mrl_serving import retrieval
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.version import __version__
 
@@ -67,23 +68,29 @@ def _write(served: ServedModel, folder: Path) -> None:
 
 
 def _manifest(model: keras.Model, backbone: keras.Model, head: Any, job: Job) -> Manifest:
+    index, fingerprint = job.index, _fingerprint(model)
+    if index is not None:
+        retrieval.check_encoder(index.encoder_fingerprint, fingerprint)
     return Manifest(
         name=job.name,
-        kind="encoder" if head is None else "classifier",
-        fingerprint=_fingerprint(model),
+        kind=_kind(head, job),
+        fingerprint=fingerprint,
         dims=job.dims,
         width=job.dims[-1],
         inputs=_input_specs(backbone, job),
         weights=job.weights,
         tied=bool(head is not None and head.tied),
         normalize=job.normalize,
-        metric="cosine",
+        metric="cosine" if index is None else index.metric,
         activation="none" if head is None else "softmax",
         num_classes=None if head is None else head.num_classes,
         top_k=job.top_k,
         labels=job.labels is not None,
         cascade=None if job.policy is None else job.policy.to_json(),
         quality=job.quality,
+        encoder_fingerprint=None if index is None else fingerprint,
+        funnel=None if index is None else index.schedule.to_json(),
+        size=None if index is None else len(index),
         made_with={
             "keras_mrl": __version__,
             "keras": keras.__version__,
@@ -91,6 +98,12 @@ def _manifest(model: keras.Model, backbone: keras.Model, head: Any, job: Job) ->
             "trained_on": job.trained_on,
         },
     )
+
+
+def _kind(head: Any, job: Job) -> str:
+    if job.index is not None:
+        return "index"
+    return "encoder" if head is None else "classifier"
 
 
 def _input_specs(backbone: keras.Model, job: Job) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.index import ExactIndex
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,6 +35,7 @@ class Job:
         sample: The caller's sample by served name.
         features: What the trained model makes of it, `(rows, width)`.
         logits: Its logits at `dims`, `(rows, num_dims, num_classes)`; None without a head.
+        index: A gallery of the model's embeddings, exported with it.
     """
 
     base_path: Path
@@ -52,3 +54,4 @@ class Job:
     sample: Mapping[str, npt.NDArray[Any]]
     features: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32] | None
+    index: ExactIndex | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade import softmax
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.embeddings import truncate
+from keras_mrl_serving.index import ExactIndex
+from keras_mrl_serving.results import Neighbors
 
 from .errors import ExportError
 from .job import Job
+from .tolerance import TOLERANCE
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
+Run = Callable[[str, Arrays], dict[str, Array]]
 
 
 def check_parity(folder: Path, manifest: Manifest, job: Job) -> None:
@@ -71,9 +75,39 @@ def check_parity(folder: Path, manifest: Manifest, job: Job) -> None:
         for output, values in run(kind(manifest.width), sample).items():
             if not np.array_equal(default[output], values):
                 raise _differs(contract.SERVING_DEFAULT, f"its {output} are of another dim")
-        described = run(contract.DESCRIBE, {"key": np.array([b"", b""], dtype=object)})
-        if described["manifest"].tolist() != [manifest.to_json().encode()] * 2:
-            raise _differs(contract.DESCRIBE, "it is not the manifest")
+        if job.index is not None:
+            _same_index(run, sample, job.index, manifest, job)
+        check_described(run, manifest)
+
+
+def check_described(run: Run, manifest: Manifest) -> None:
+    """Raise `ExportError` unless `describe` answers with the manifest."""
+    described = run(contract.DESCRIBE, {"key": np.array([b"", b""], dtype=object)})
+    if described["manifest"].tolist() != [manifest.to_json().encode()] * 2:
+        raise _differs(contract.DESCRIBE, "it is not the manifest")
+
+
+def same_neighbors(signature: str, answer: Arrays, expected: Neighbors, tolerance: float) -> None:
+    """Raise `ExportError` unless an answer has the neighbours and scores of another.
+
+    Ids may change places where their scores are as near as the tolerance of the largest.
+    """
+    _equal(signature, answer["scores"], expected.scores, tolerance)
+    apart = np.diff(expected.scores, axis=1)
+    least = tolerance * np.abs(expected.scores).max(axis=1, keepdims=True)
+    far = np.pad(np.abs(apart) > least, ((0, 0), (1, 1)), constant_values=True)
+    alone = far[:, :-1] & far[:, 1:]
+    alone[:, -1] = False  # a row that is as near may have been left out
+    if (answer["ids"] != expected.ids)[alone].any():
+        raise _differs(signature, "it finds other neighbours")
+
+
+def _same_index(run: Run, sample: Arrays, index: ExactIndex, manifest: Manifest, job: Job) -> None:
+    queries = np.ascontiguousarray(job.features[:, : manifest.width])
+    expected = index.search(queries)
+    same_neighbors(contract.RETRIEVE, run(contract.RETRIEVE, sample), expected, job.tolerance)
+    found = run(contract.SEARCH, {"embedding": queries})
+    same_neighbors(contract.SEARCH, found, expected, TOLERANCE)
 
 
 def _temperature(job: Job, dim: int) -> float:

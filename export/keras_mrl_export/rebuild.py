@@ -7,16 +7,19 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import cloudpickle
 import keras
 
+from keras_mrl_serving.index import ExactIndex
+
 from .errors import ExportError
 from .job import Job
 from .user_objects import user_modules, user_objects
 
-_MODEL, _PACKED, _RESULT = "model.keras", "job.pickle", "published"
+_MODEL, _INDEX, _PACKED, _RESULT = "model.keras", "index", "job.pickle", "published"
 _SHOWN_LINES = 15
 
 
@@ -35,6 +38,9 @@ def build_on_tensorflow(model: keras.Model, job: Job) -> Path:
             from .build import build
 
             return build(folder / _MODEL, objects, job)
+        if job.index is not None:
+            job.index.save(folder / _INDEX)
+            job = replace(job, index=None)
         _pack(folder, objects, job)
         return _build_elsewhere(folder)
 
@@ -102,6 +108,8 @@ def _main(folder: Path) -> None:
 
     objects, job = pickle.loads((folder / _PACKED).read_bytes())
     try:
+        if (folder / _INDEX).exists():
+            job = replace(job, index=ExactIndex.open(folder / _INDEX, verify=False))
         outcome: Path | Exception = build(folder / _MODEL, objects, job)
     except (ExportError, FileExistsError, ValueError) as error:
         outcome = error

@@ -15,6 +15,7 @@ from keras_mrl import log_spaced_dims, split
 from keras_mrl._dims import check_weights
 from keras_mrl_serving.cascade import CascadePolicy
 from keras_mrl_serving.contract import check_dims
+from keras_mrl_serving.index import ExactIndex
 
 from .errors import ExportError
 from .inputs import as_declared, check_shapes, name_inputs
@@ -38,6 +39,7 @@ def export_saved_model(
     top_k: int = 5,
     weights: Sequence[float] | None = None,
     name: str | None = None,
+    index: ExactIndex | None = None,
 ) -> Path:
     """Write `model` as the next version under `base_path`, with a signature per dim.
 
@@ -63,6 +65,8 @@ def export_saved_model(
         weights: The c_m the model was trained with, one per dim of the head, for the manifest;
             None leaves them out.
         name: Name in the manifest; None means the model's.
+        index: A gallery of the model's embeddings, as wide as the last dim: the version then also
+            has `search`, `search_<m>`, and `retrieve`, which answers inputs with neighbours.
 
     Returns:
         The folder of the new version.
@@ -70,6 +74,7 @@ def export_saved_model(
     Raises:
         ValueError: If an argument does not fit the model.
         FileExistsError: If `version` exists.
+        EncoderMismatchError: If `index` was built with embeddings of another model.
         ExportError: If the model cannot be rebuilt on TensorFlow, or a signature differs from it.
     """
     check_version(Path(base_path), version)
@@ -93,6 +98,8 @@ def export_saved_model(
             f"top_k must be an integer of at least 1. Received: top_k={top_k!r}. "
             "Give for example 5."
         )
+    if index is not None:
+        _check_index(index, served, normalize)
     job = Job(
         base_path=Path(base_path).absolute(),
         version=version,
@@ -110,6 +117,7 @@ def export_saved_model(
         sample={names[key]: array for key, array in _as_dict(sample).items()},
         features=features[:, : served[-1]],
         logits=logits if head is None or logits is None else _logits_of(logits, head, served),
+        index=index,
     )
     return build_on_tensorflow(model, job)
 
@@ -188,6 +196,27 @@ def _weights(weights: Sequence[float], dims: tuple[int, ...], head: Any) -> tupl
 
 def _logits_of(logits: Any, head: Any, dims: tuple[int, ...]) -> npt.NDArray[np.float32]:
     return logits[:, [head.index_of(dim) for dim in dims]]
+
+
+def _check_index(index: ExactIndex, dims: tuple[int, ...], normalize: bool) -> None:
+    if not isinstance(index, ExactIndex):
+        raise TypeError(
+            "A gallery in the graph has an exact first stage, as ExactIndex has. "
+            f"Received: {type(index).__name__}. "
+            "Build one of the same embeddings: ExactIndex.build(gallery, schedule, ids)."
+        )
+    if index.width != dims[-1]:
+        raise ValueError(
+            "An index that is exported with a model is as wide as the model's last dim. "
+            f"Received: an index of width {index.width} for dims={dims}. "
+            "Give dims= up to its width, or build it at the last dim."
+        )
+    if normalize and index.metric != "cosine":
+        raise ValueError(
+            "Embeddings of unit length are compared by cosine: their prefixes have other lengths. "
+            f"Received: an index with metric={index.metric!r} and normalize=True. "
+            "Give normalize=False, or build the index with cosine."
+        )
 
 
 def _check_head_arguments(

@@ -15,10 +15,10 @@ from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.embeddings import MIN_SQUARE
 
 from .cascade_graph import classify_adaptively
+from .gallery_graph import GalleryGraph
 from .inputs import declared_inputs, input_structure
 from .job import Job
-
-Tensors = dict[str, Any]
+from .tracing import Tensors, describing, traced
 
 
 class ServedModel:
@@ -28,7 +28,7 @@ class ServedModel:
         backbone: Inputs to features, on the TensorFlow backend.
         head: The nested head; None for an encoder.
         manifest: What the model says of itself.
-        job: Labels and policy.
+        job: Labels, policy and gallery.
         scratch: Folder for the class names, until the SavedModel holds a copy as an asset.
     """
 
@@ -43,6 +43,7 @@ class ServedModel:
         self._labels = None if job.labels is None else _label_table(job.labels, scratch)
         self._temperatures = {s.dim: s.temperature for s in job.policy.stages} if job.policy else {}
         self._features = tf.function(self._call_backbone)
+        self._gallery = None if job.index is None else GalleryGraph(job.index, manifest.dims)
 
     def resources(self) -> tf.Module:
         """Return what the SavedModel must hold: every variable, and the table of class names.
@@ -60,6 +61,7 @@ class ServedModel:
             if isinstance(part, tf.saved_model.experimental.TrackableResource)
         ]
         held.labels = self._labels
+        held.gallery = [] if self._gallery is None else self._gallery.variables()
         return held
 
     def signatures(self) -> dict[str, Any]:
@@ -77,16 +79,19 @@ class ServedModel:
                 functions[contract.classify(dim)] = self._classify_at(dim)
             if self._policy is not None:
                 functions[contract.CLASSIFY_ADAPTIVE] = self._classify_by(self._policy)
+        if self._gallery is not None:
+            functions[contract.RETRIEVE] = self._retrieve
         default = contract.embed if self.head is None else contract.classify
         functions[contract.SERVING_DEFAULT] = functions[default(manifest.width)]
-        traced = {name: _trace(function, inputs) for name, function in functions.items()}
+        signatures = {name: traced(function, inputs) for name, function in functions.items()}
         if self.head is not None:
             for dim in manifest.dims:
                 prefix = tf.TensorSpec([None, dim], tf.float32, "features")
-                traced[contract.head(dim)] = _trace(self._head_at(dim), {"features": prefix})
-        key = tf.TensorSpec([None], tf.string, "key")
-        traced[contract.DESCRIBE] = _trace(self._describe, {"key": key})
-        return traced
+                signatures[contract.head(dim)] = traced(self._head_at(dim), {"features": prefix})
+        if self._gallery is not None:
+            signatures |= self._gallery.signatures()
+        signatures[contract.DESCRIBE] = describing(manifest)
+        return signatures
 
     def _call_backbone(self, **inputs: Any) -> Any:
         features = self.backbone(self._arranged(inputs), training=False)
@@ -132,8 +137,8 @@ class ServedModel:
 
         return classify
 
-    def _describe(self, key: Any) -> Tensors:
-        return {"manifest": tf.fill(tf.shape(key), self._manifest.to_json())}
+    def _retrieve(self, **inputs: Any) -> Tensors:
+        return self._gallery.search(self._features(**inputs))
 
     def _logits(self, prefix: Any, dim: int) -> Any:
         return tf.cast(self.head.logits_at(prefix, dim), tf.float32)
@@ -150,11 +155,6 @@ class ServedModel:
         if self._labels is not None:
             outputs["labels"] = self._labels.lookup(outputs["class_ids"])
         return outputs
-
-
-def _trace(function: Callable[..., Tensors], specs: dict[str, Any]) -> Any:
-    # Only the backbone, a function of its own, may hold Python that needs to be rewritten.
-    return tf.function(function, autograph=False).get_concrete_function(**specs)
 
 
 def _label_table(labels: tuple[str, ...], scratch: Path) -> Any:

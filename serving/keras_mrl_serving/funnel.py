@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from .contract import as_int, check_dims
 from .errors import ManifestError
+
+_PAPER = ((16, 200), (32, 100), (64, 50), (128, 25), (256, 10))  # stages before the whole width
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,84 @@ class FunnelSchedule:
         object.__setattr__(self, "shortlists", sizes[:-1])
         object.__setattr__(self, "k", sizes[-1])
 
+    @classmethod
+    def adaptive_retrieval(cls, width: int = 2048, k: int = 10) -> FunnelSchedule:
+        """Return the paper's two stages: 200 rows by 16 dims, reranked at the whole width.
+
+        Args:
+            width: Of the embeddings; of 16 or less there is one stage.
+            k: Number of neighbours returned; more than 200 lengthen the shortlist.
+
+        Examples:
+            >>> FunnelSchedule.adaptive_retrieval(512)
+            FunnelSchedule(dims=(16, 512), shortlists=(200,), k=10)
+        """
+        return cls._before(width, k, _PAPER[:1])
+
+    @classmethod
+    def funnel_retrieval(cls, width: int = 2048, k: int = 10) -> FunnelSchedule:
+        """Return the paper's funnel: dims double from 16, shortlists halve from 200 to 10.
+
+        Args:
+            width: Of the embeddings. The paper's 2,048 are compared after 256; narrower ones
+                have fewer stages.
+            k: Number of neighbours returned; no shortlist is shorter.
+
+        Examples:
+            >>> funnel = FunnelSchedule.funnel_retrieval()
+            >>> funnel.dims, funnel.shortlists
+            ((16, 32, 64, 128, 256, 2048), (200, 100, 50, 25, 10))
+            >>> FunnelSchedule.funnel_retrieval(64).dims
+            (16, 32, 64)
+        """
+        return cls._before(width, k, _PAPER)
+
+    @classmethod
+    def _before(cls, width: int, k: int, stages: Sequence[tuple[int, int]]) -> FunnelSchedule:
+        kept = [(dim, max(size, k)) for dim, size in stages if dim < width]
+        return cls((*(dim for dim, _ in kept), width), tuple(size for _, size in kept), k)
+
     def madds(self, gallery_size: int) -> int:
         """Multiply-adds per query, as the paper counts them: every stage pays its whole dim.
 
         Args:
             gallery_size: Number of rows searched.
         """
-        seen = (gallery_size, *(min(size, gallery_size) for size in self.shortlists))
+        seen = self._rows_seen(gallery_size)
         return sum(rows * dim for rows, dim in zip(seen, self.dims, strict=True))
+
+    def bytes_read(self, gallery_size: int, bits: Sequence[float] | float = 32) -> int:
+        """Bytes of the gallery per query, where the first stage looks at every row.
+
+        A graph or inverted lists look at fewer: their cost is measured, by `plan_funnel`.
+
+        Args:
+            gallery_size: Number of rows searched.
+            bits: Of a coordinate: 32 for float32, 8 for int8, 1 for signs, of all stages or one
+                number per stage.
+
+        Raises:
+            ValueError: If the bits are not those of the stages.
+
+        Examples:
+            >>> funnel = FunnelSchedule(dims=(64, 1024), shortlists=(100,), k=10)
+            >>> funnel.bytes_read(1_000_000), funnel.bytes_read(1_000_000, bits=(1, 32))
+            (256409600, 8409600)
+        """
+        each = tuple(bits) if isinstance(bits, Sequence) else (bits,) * len(self.dims)
+        if len(each) != len(self.dims) or not all(0 < width <= 64 for width in each):
+            raise ValueError(
+                "bits must be one number per stage, or one for all, above 0 and no more than 64. "
+                f"Received: bits={bits} for dims={self.dims}. Give 32 for float32, 8 for int8."
+            )
+        rows = self._rows_seen(gallery_size)
+        return sum(
+            round(seen * dim * width / 8)
+            for seen, dim, width in zip(rows, self.dims, each, strict=True)
+        )
+
+    def _rows_seen(self, gallery_size: int) -> tuple[int, ...]:
+        return (gallery_size, *(min(size, gallery_size) for size in self.shortlists))
 
     def to_json(self) -> dict[str, Any]:
         """Return the `funnel` object of the manifest."""

@@ -17,6 +17,7 @@ import pytest
 
 from keras_mrl_cli.__main__ import main
 from keras_mrl_serving import ExactIndex, FaissIndex, FunnelSchedule, open_index
+from keras_mrl_serving.index.measures import average_precision_by_label
 from tests.cli.test_ask import BLOCK, save
 
 Run = Callable[..., tuple[int, str, str]]
@@ -129,6 +130,21 @@ def test_a_precision_of_labels_is_planned_for(run: Run) -> None:
         plan = json.loads(out)["plan"]
         assert (plan["measure"], plan["target"], plan["queries"]) == ("precision", 0.6, size)
         assert plan["quality"] >= 0.6
+
+
+def test_the_paper_s_mean_average_precision_is_planned_for(run: Run) -> None:
+    gallery, queries = embeddings(), embeddings(100, seed=1)
+    labels = [np.where(rows[:, 0] > 0, "warm", "cold") for rows in (gallery, queries)]
+    for name, rows in (("Q.npy", queries), ("L.npy", labels[0]), ("QL.npy", labels[1])):
+        np.save(name, rows)
+    given = ("--queries", "Q.npy", "--labels", "L.npy", "--query-labels", "QL.npy")
+    status, out, _ = run(*BUILD, *given, "--target-map", "0.4", "--json")
+    assert status == 0
+    plan = json.loads(out)["plan"]
+    assert (plan["measure"], plan["target"]) == ("map", 0.4)
+    found = open_index("a.index").search(queries).ids
+    reached = average_precision_by_label(*labels)(found).mean()
+    assert plan["quality"] == pytest.approx(reached, abs=1e-5)
 
 
 def test_the_dims_first_stage_and_batch_of_a_plan(run: Run) -> None:
@@ -505,6 +521,14 @@ NO_PLAN += "Leave them out, or let the funnel be planned."
             "Settings are those of a first stage. Received: --settings without --first-stage. "
             "Name both, for example --first-stage HNSW32 --settings efSearch=64.",
         ),
+        *(
+            (
+                ["--first-stage", "HNSW32", "--settings", settings],
+                "settings must be names with numbers, and look at 1 place at least. "
+                f"Received: {settings!r}. Write for example 'efSearch=64'.",
+            )
+            for settings in ("efSearch", "efSearch=inf", "efSearch=64,", "=3", "a=1 b=2")
+        ),
         (
             ["--engine", "exact", "--first-stage", "Flat"],
             "The exact engine compares with every row and has no first stage of FAISS. "
@@ -522,23 +546,25 @@ NO_PLAN += "Leave them out, or let the funnel be planned."
         ),
         (
             ["--target-precision", "0.9"],
-            "--target-precision and --labels belong together. Received: --target-precision alone. "
+            "A target by label (--target-precision, --target-map) and --labels belong together. "
+            "Received: --target-precision alone. "
             "Give both, or --target-recall, which needs no labels.",
         ),
         (
             ["--labels", "L.npy"],
-            "--target-precision and --labels belong together. Received: --labels alone. "
+            "A target by label (--target-precision, --target-map) and --labels belong together. "
+            "Received: --labels alone. "
             "Give both, or --target-recall, which needs no labels.",
         ),
         (
             ["--queries", "Q.npy", "--labels", "L.npy", "--target-precision", "0.9"],
-            "--query-labels belong to --queries whose target is a precision. "
+            "--query-labels belong to --queries whose target is by label. "
             "Received: no --query-labels with --queries, --labels. "
             "Give --queries, --labels and --query-labels together.",
         ),
         (
             ["--query-labels", "QL.npy"],
-            "--query-labels belong to --queries whose target is a precision. "
+            "--query-labels belong to --queries whose target is by label. "
             "Received: --query-labels with neither. "
             "Give --queries, --labels and --query-labels together.",
         ),
@@ -580,14 +606,6 @@ def test_arguments_that_do_not_fit(run: Run, arguments: list[str], text: str) ->
             ["--dims", "8,x"],
             "argument --dims: it must be whole numbers with commas. Received: '8,x'. "
             "Give for example 16,512.",
-        ),
-        *(
-            (
-                ["--first-stage", "HNSW32", "--settings", settings],
-                "argument --settings: it must be NAME=NUMBER, several with commas. "
-                f"Received: {settings!r}. Give for example efSearch=64.",
-            )
-            for settings in ("efSearch", "efSearch=inf", "efSearch=64,", "=3", "a=1 b=2")
         ),
         (
             ["--target-recall", "95"],

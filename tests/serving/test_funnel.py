@@ -33,6 +33,36 @@ def test_the_paper_s_funnel() -> None:
     assert rerank == 46_080
 
 
+def test_the_paper_s_presets() -> None:
+    assert FunnelSchedule.funnel_retrieval() == PAPER
+    assert FunnelSchedule.adaptive_retrieval() == FunnelSchedule((16, 2048), (200,), 10)
+    assert FunnelSchedule.funnel_retrieval(100, k=60) == FunnelSchedule(
+        (16, 32, 64, 100), (200, 100, 60), 60
+    )
+    for preset in (FunnelSchedule.funnel_retrieval, FunnelSchedule.adaptive_retrieval):
+        assert preset(16) == FunnelSchedule((16,), (), 10)
+        assert preset(17, k=300) == FunnelSchedule((16, 17), (300,), 300)
+
+
+def test_bytes_are_those_of_the_rows_that_are_read() -> None:
+    funnel = FunnelSchedule((16, 64, 256), (200, 50), 10)
+    rows = 16 * 1000 + 64 * 200 + 256 * 50
+    assert funnel.bytes_read(1000) == 4 * rows == 4 * funnel.madds(1000)
+    assert funnel.bytes_read(1000, bits=8) == rows
+    assert funnel.bytes_read(1000, bits=(1, 8, 32)) == 2 * 1000 + 64 * 200 + 4 * 256 * 50
+    assert funnel.bytes_read(10, bits=(1, 8, 32)) == 2 * 10 + 64 * 10 + 4 * 256 * 10
+
+
+@pytest.mark.parametrize("bits", [(), (8, 32), 0, (1, -8, 32), 65])
+def test_bits_that_are_none(bits: Any, refuses: Refuses) -> None:
+    text = (
+        "bits must be one number per stage, or one for all, above 0 and no more than 64. "
+        f"Received: bits={bits} for dims={PAPER.dims}. Give 32 for float32, 8 for int8."
+    )
+    with refuses(ValueError, text):
+        PAPER.bytes_read(1000, bits)
+
+
 def test_a_shortlist_is_no_longer_than_the_gallery() -> None:
     assert FunnelSchedule((16, 2048), (200,), 10).madds(50) == 50 * 16 + 50 * 2048
 

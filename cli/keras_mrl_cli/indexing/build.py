@@ -16,16 +16,12 @@ A folder that holds an index is replaced with --force, and stays whole until the
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 
 from .. import asking
 from ..refuse import refuse, unknown_flags
 
 K, RECALL, SAMPLE, BATCH, SEED = 10, 0.95, 500, 1, 0
-
-_SETTING = r"\w+=\d+(\.\d+)?"
-_SETTINGS = re.compile(f"{_SETTING}(,{_SETTING})*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +71,6 @@ def _add_funnel_arguments(funnel: argparse._ArgumentGroup) -> None:
     )
     funnel.add_argument(
         "--settings",
-        type=_settings,
         metavar="NAME=VALUE",
         help="how hard the first stage looks, as efSearch=64 or nprobe=8; a plan begins there "
         "and doubles it",
@@ -95,6 +90,12 @@ def _add_plan_arguments(plan: argparse._ArgumentGroup) -> None:
         type=_share,
         metavar="SHARE",
         help="of the neighbours that are to have the query's label",
+    )
+    target.add_argument(
+        "--target-map",
+        type=_share,
+        metavar="SHARE",
+        help="mean average precision at k by label, as the paper counts it",
     )
     plan.add_argument("--labels", metavar="L.npy", help="a label per gallery row")
     plan.add_argument("--queries", metavar="Q.npy", help="embeddings of queries to measure by")
@@ -184,7 +185,8 @@ def _check_funnel(arguments: argparse.Namespace) -> None:
 
 
 def _check_plan(arguments: argparse.Namespace) -> None:
-    names = ("target_recall", "target_precision", "labels", "queries", "query_labels")
+    by_label = _given(arguments, ("target_precision", "target_map"))
+    names = ("target_recall", "target_precision", "target_map", "labels", "queries", "query_labels")
     given = _given(arguments, (*names, "sample", "seed", "batch"))
     if given and not is_planned(arguments):
         _refuse(
@@ -199,16 +201,16 @@ def _check_plan(arguments: argparse.Namespace) -> None:
             f"{', '.join(drawn)} with --queries",
             "Leave out one or the other",
         )
-    if (arguments.labels is None) != (arguments.target_precision is None):
+    if (arguments.labels is None) == bool(by_label):
         _refuse(
-            "--target-precision and --labels belong together",
-            ", ".join(_given(arguments, ("target_precision", "labels"))) + " alone",
+            "A target by label (--target-precision, --target-map) and --labels belong together",
+            ", ".join((*by_label, *_given(arguments, ("labels",)))) + " alone",
             "Give both, or --target-recall, which needs no labels",
         )
     has_labels = arguments.query_labels is not None
     if has_labels != (arguments.queries is not None and arguments.labels is not None):
         _refuse(
-            "--query-labels belong to --queries whose target is a precision",
+            "--query-labels belong to --queries whose target is by label",
             f"{'' if has_labels else 'no '}--query-labels with "
             f"{', '.join(_given(arguments, ('queries', 'labels'))) or 'neither'}",
             "Give --queries, --labels and --query-labels together",
@@ -235,15 +237,6 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _shortlists(text: str) -> tuple[int, ...]:
     return () if text == "none" else _numbers(text)
-
-
-def _settings(text: str) -> str:
-    if text and not _SETTINGS.fullmatch(text):
-        raise argparse.ArgumentTypeError(
-            f"it must be NAME=NUMBER, several with commas. Received: {text!r}. "
-            "Give for example efSearch=64."
-        )
-    return text
 
 
 def _share(text: str) -> float:

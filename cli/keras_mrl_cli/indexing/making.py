@@ -10,8 +10,8 @@ from typing import Any
 import numpy.typing as npt
 
 from keras_mrl_serving import ExactIndex, FaissIndex, FirstStage, FunnelSchedule, Manifest
-from keras_mrl_serving.index.facts import check_ids
-from keras_mrl_serving.index.first_stage import import_faiss
+from keras_mrl_serving.index.arrays import check_ids
+from keras_mrl_serving.index.shortlister import import_faiss
 
 from ..asking import RefusalError
 from ..asking.files import load_array
@@ -20,7 +20,7 @@ from ..asking.progress import Progress
 from ..asking.server import described
 from .build import is_planned
 from .places import check_out, check_room
-from .planning import first_stage, planned
+from .planning import planned
 from .reading import load_embeddings
 from .refusing import refusing
 from .showing import print_index, read_index
@@ -32,6 +32,7 @@ _BYTES = 4  # of a coordinate
 
 def build(arguments: argparse.Namespace) -> int:
     """Choose a funnel, or take the one that is given, build its index and say what it is."""
+    first = _first_stage(arguments)
     with refusing():
         check_out(arguments.out, arguments.force)
         if arguments.engine == "faiss":
@@ -41,7 +42,7 @@ def build(arguments: argparse.Namespace) -> int:
         check_ids(ids, len(gallery))
         manifest = None if arguments.target is None else _encoder(arguments, gallery)
         funnel = _planned if is_planned(arguments) else _given
-        schedule, spec, plan = funnel(arguments, gallery, manifest)
+        schedule, spec, plan = funnel(arguments, gallery, manifest, first)
         _check_room(arguments, gallery, schedule)
         fingerprint = arguments.fingerprint if manifest is None else manifest.fingerprint
         known = (schedule, ids, arguments.metric, fingerprint)
@@ -68,6 +69,17 @@ def build(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _first_stage(arguments: argparse.Namespace) -> FirstStage | None:
+    factory, settings = arguments.first_stage, arguments.settings
+    if factory is None:
+        return None
+    if settings is None:
+        usual = FirstStage.least if is_planned(arguments) else FirstStage.usual
+        return usual(factory)
+    with refusing(status=2):
+        return FirstStage(factory, settings)
+
+
 def _encoder(arguments: argparse.Namespace, gallery: npt.NDArray[Any]) -> Manifest:
     manifest = described(arguments)
     width = gallery.shape[1]
@@ -82,31 +94,34 @@ def _encoder(arguments: argparse.Namespace, gallery: npt.NDArray[Any]) -> Manife
 
 
 def _planned(
-    arguments: argparse.Namespace, gallery: npt.NDArray[Any], manifest: Manifest | None
+    arguments: argparse.Namespace,
+    gallery: npt.NDArray[Any],
+    manifest: Manifest | None,
+    first: FirstStage | None,
 ) -> Funnel:
     dims: Sequence[int] | None = arguments.dims
     if manifest is not None:
         if dims is None:
             dims = [dim for dim in manifest.dims if dim <= gallery.shape[1]]
         manifest.check_dim(dims[-1])  # at which the queries will be embedded
-    plan, kept = planned(arguments, gallery, dims)
+    plan, kept = planned(arguments, gallery, dims, first)
     if not arguments.json:
         print(plan.table(), flush=True)
     return plan.schedule, plan.first_stage, kept
 
 
 def _given(
-    arguments: argparse.Namespace, gallery: npt.NDArray[Any], manifest: Manifest | None
+    arguments: argparse.Namespace,
+    gallery: npt.NDArray[Any],
+    manifest: Manifest | None,
+    first: FirstStage | None,
 ) -> Funnel:
     dims = arguments.dims or (gallery.shape[1],)
     with refusing(status=2):
         schedule = FunnelSchedule(dims, arguments.shortlists or (), arguments.k)
     if manifest is not None:
         manifest.check_dim(schedule.dims[-1])
-    spec = None
-    if arguments.first_stage is not None:
-        spec = first_stage(arguments.first_stage, arguments.settings, harder=False)
-    return schedule, spec, None
+    return schedule, first, None
 
 
 def _check_room(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,12 @@ import numpy.typing as npt
 
 from keras_mrl_serving import FirstStage
 from keras_mrl_serving.errors import TargetNotReachedError
-from keras_mrl_serving.index.measures import Measure, precision_by_label
-from keras_mrl_serving.index.plan import Choice, Plan
+from keras_mrl_serving.index.measures import (
+    Measure,
+    average_precision_by_label,
+    precision_by_label,
+)
+from keras_mrl_serving.index.plan import Choice, Plan, table
 from keras_mrl_serving.index.planner import LEAST_SAMPLE, plan_funnel
 
 from ..asking.printing import printable
@@ -24,7 +28,10 @@ Array = npt.NDArray[Any]
 
 
 def planned(
-    arguments: argparse.Namespace, gallery: Array, dims: Sequence[int] | None
+    arguments: argparse.Namespace,
+    gallery: Array,
+    dims: Sequence[int] | None,
+    first: FirstStage | None,
 ) -> tuple[Plan, dict[str, Any]]:
     """Choose a funnel, and say on stderr what is tried.
 
@@ -32,6 +39,7 @@ def planned(
         arguments: Of `index build`.
         gallery: The embeddings.
         dims: Those a stage may have; None: powers of two.
+        first: The kind of first stage to try, and where to begin; None: the usual kinds.
 
     Returns:
         The plan, and what is kept of it beside the index.
@@ -51,10 +59,10 @@ def planned(
         _say(
             f"recall is of the neighbours at dim {dims[-1]}; the gallery is {gallery.shape[1]} wide"
         )
-    measure, target = None, arguments.target_recall or RECALL
-    if arguments.target_precision is not None:
-        measure = _by_label(arguments, len(gallery), len(queries), own_rows)
-        target = arguments.target_precision
+    name, target, of_labels = _wanted(arguments)
+    measure = None
+    if of_labels is not None:
+        measure = of_labels(*_labels(arguments, len(gallery), len(queries), own_rows))
     batch = arguments.batch or BATCH
     try:
         found = plan_funnel(
@@ -66,37 +74,22 @@ def planned(
             metric=arguments.metric,
             measure=measure,
             own_rows=own_rows,
-            first_stages=_first_stages(arguments),
+            first_stages=None if first is None else [first],
             batch=batch,
             says=_say,
         )
     except TargetNotReachedError as error:
         _say_front(error.front)
         raise
-    kept = {"measure": "recall" if measure is None else "precision"}
-    return found, {**kept, "queries": len(queries), "batch": batch, **found.to_json()}
+    return found, {"measure": name, "queries": len(queries), "batch": batch, **found.to_json()}
 
 
-def first_stage(factory: str, settings: str | None, *, harder: bool) -> FirstStage:
-    """Return a first stage; without settings, the usual ones of its kind.
-
-    Args:
-        factory: As FAISS knows it.
-        settings: None takes the usual.
-        harder: Whether they are to be doubled until they are enough.
-    """
-    if settings is None:
-        if "IVF" in factory:
-            settings = "nprobe=1" if harder else "nprobe=8"
-        elif "HNSW" in factory:
-            settings = "efSearch=16" if harder else "efSearch=64"
-    return FirstStage(factory, settings or "")
-
-
-def _first_stages(arguments: argparse.Namespace) -> list[FirstStage] | None:
-    if arguments.first_stage is None:
-        return None
-    return [first_stage(arguments.first_stage, arguments.settings, harder=True)]
+def _wanted(arguments: argparse.Namespace) -> tuple[str, float, Callable[..., Measure] | None]:
+    if arguments.target_precision is not None:
+        return "precision", arguments.target_precision, precision_by_label
+    if arguments.target_map is not None:
+        return "map", arguments.target_map, average_precision_by_label
+    return "recall", arguments.target_recall or RECALL, None
 
 
 def _sample(rows: int, size: int, seed: int) -> npt.NDArray[np.int64]:
@@ -104,15 +97,13 @@ def _sample(rows: int, size: int, seed: int) -> npt.NDArray[np.int64]:
     return np.sort(chosen).astype(np.int64)
 
 
-def _by_label(
+def _labels(
     arguments: argparse.Namespace, rows: int, queries: int, own_rows: Array | None
-) -> Measure:
+) -> tuple[Array, Array]:
     labels = load_labels("--labels", arguments.labels, rows)
     if own_rows is not None:
-        return precision_by_label(labels, labels[own_rows])
-    return precision_by_label(
-        labels, load_labels("--query-labels", arguments.query_labels, queries)
-    )
+        return labels, labels[own_rows]
+    return labels, load_labels("--query-labels", arguments.query_labels, queries)
 
 
 def _say(text: str) -> None:
@@ -121,5 +112,4 @@ def _say(text: str) -> None:
 
 def _say_front(front: Sequence[Choice]) -> None:
     if front:
-        table = Plan(front[-1], 1.0, tuple(front)).table().replace("   <- chosen", "")
-        print(table, file=sys.stderr)
+        print(table(front), file=sys.stderr)

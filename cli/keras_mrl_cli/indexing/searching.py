@@ -19,7 +19,7 @@ from keras_mrl_serving import (
     open_index,
 )
 from keras_mrl_serving.index import Index
-from keras_mrl_serving.index.facts import check_among
+from keras_mrl_serving.index.arrays import check_among
 from keras_mrl_serving.results import Embedded
 from keras_mrl_serving.retrieval import check_encoder
 

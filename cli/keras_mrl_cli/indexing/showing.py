@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from keras_mrl_serving import FirstStage, FunnelSchedule
+from keras_mrl_serving import FunnelSchedule
 from keras_mrl_serving.index.facts import IndexFacts
-from keras_mrl_serving.index.plan import Choice, Plan
+from keras_mrl_serving.index.plan import Plan
 from keras_mrl_serving.index.saved import read
 
 from ..asking.printing import print_json, printable
@@ -87,15 +87,4 @@ def _print_plan(plan: dict[str, Any]) -> None:
         f"  planned for  {plan.get('measure', 'quality')} {plan['target']}: {plan['quality']:.4f} "
         f"with a standard error of {plan['error']:.4f}"
     )
-    front = tuple(map(_choice, plan["front"]))
-    print(Plan(_choice(plan), plan["target"], front).table())
-
-
-def _choice(saved: dict[str, Any]) -> Choice:
-    return Choice(
-        FirstStage(saved["factory"], saved["settings"]),
-        FunnelSchedule.from_json(saved["schedule"]),
-        saved["quality"],
-        saved["error"],
-        saved["seconds"],
-    )
+    print(Plan.from_json(plan).table())

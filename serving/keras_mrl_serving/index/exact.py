@@ -12,8 +12,9 @@ import numpy.typing as npt
 from ..embeddings import inverse_length
 from ..funnel import FunnelSchedule
 from ..results import Neighbors
-from .facts import Ids, IndexFacts, Vectors, best_first, check_embeddings, check_ids
-from .local import LocalIndex, check_gallery
+from .arrays import Ids, Vectors, best_first, check_embeddings, check_ids
+from .facts import IndexFacts
+from .local import LocalIndex
 from .saved import Saved, check_engine, opened
 from .writing import Writing
 
@@ -48,8 +49,8 @@ class ExactIndex(LocalIndex):
         self, facts: IndexFacts, ids: Ids, blocks: Sequence[Vectors], squares: Vectors
     ) -> None:
         super().__init__(facts, ids)
-        self._blocks = blocks
-        self._squares = squares
+        self.blocks = blocks
+        self.squares = squares
         self._inverse_lengths = inverse_length(squares)
 
     @classmethod
@@ -81,7 +82,7 @@ class ExactIndex(LocalIndex):
         facts = IndexFacts(schedule, metric, encoder_fingerprint)
         gallery = check_embeddings(embeddings, "gallery", facts.width)
         checked = check_ids(ids, len(gallery))
-        check_gallery(len(gallery), schedule)
+        facts.check_rows(len(gallery))
         blocks = _column_blocks(gallery, schedule.dims)
         squares = np.cumsum([np.square(block).sum(axis=1) for block in blocks], axis=0)
         return cls(facts, checked, blocks, squares.astype(np.float32))
@@ -93,8 +94,8 @@ class ExactIndex(LocalIndex):
             OSError: If it cannot be written there.
         """
         with Writing(path) as files:
-            arrays: dict[str, npt.NDArray[Any]] = {"ids": self.ids, "squares": self._squares}
-            arrays |= {f"columns_{stage}": block for stage, block in enumerate(self._blocks)}
+            arrays: dict[str, npt.NDArray[Any]] = {"ids": self.ids, "squares": self.squares}
+            arrays |= {f"columns_{stage}": block for stage, block in enumerate(self.blocks)}
             for name, array in arrays.items():
                 files.array(name, array.shape, array.dtype)[:] = array
             files.commit({"engine": ENGINE, **self.facts.to_json()})
@@ -131,17 +132,17 @@ class ExactIndex(LocalIndex):
         """How many the largest step holds: all scores, or the columns a shortlist is read at."""
         rows = len(self) if among is None else len(among)
         read = (k, *(min(size, rows) for size in self.schedule.shortlists))
-        widths = (block.shape[1] for block in self._blocks)
+        widths = (block.shape[1] for block in self.blocks)
         return max(rows, k * self.width, *(a * b for a, b in zip(read, widths, strict=True)))
 
     def _some(self, queries: Vectors, k: int, among: Ids | None) -> tuple[Ids, Vectors]:
         blocks = _column_blocks(queries, self.schedule.dims)
-        first = self._blocks[0] if among is None else self._blocks[0][among]
+        first = self.blocks[0] if among is None else self.blocks[0][among]
         dots = blocks[0] @ first.T
         rows: Ids | slice = slice(None) if among is None else among  # one list for all queries
         for stage, keep in enumerate((*self.schedule.shortlists, k)):
             if stage:
-                dots = dots + np.einsum("qsd,qd->qs", self._blocks[stage][rows], blocks[stage])
+                dots = dots + np.einsum("qsd,qd->qs", self.blocks[stage][rows], blocks[stage])
             scores = self._scores(dots, stage, rows)
             best = _best(scores, keep, self.ids[rows])
             if isinstance(rows, slice):
@@ -155,7 +156,7 @@ class ExactIndex(LocalIndex):
         """Return the ids of each query's rows, best first, and their scores."""
         # Summed again, row by row: BLAS gives equal rows products that differ in the last bit.
         parts = [
-            np.einsum("qsd,qd->qs", g[rows], q) for g, q in zip(self._blocks, blocks, strict=True)
+            np.einsum("qsd,qd->qs", g[rows], q) for g, q in zip(self.blocks, blocks, strict=True)
         ]
         squares = np.sum([np.square(block).sum(axis=1) for block in blocks], axis=0)
         scores = self._scores(np.sum(parts, axis=0, dtype=np.float32), -1, rows)
@@ -169,7 +170,7 @@ class ExactIndex(LocalIndex):
         if self.metric == "cosine":
             return dots * self._inverse_lengths[stage][rows]
         if self.metric == "l2":
-            return 2 * dots - self._squares[stage][rows]
+            return 2 * dots - self.squares[stage][rows]
         return dots
 
     def _against(self, scores: Vectors, squares: Vectors) -> Vectors:

@@ -11,15 +11,17 @@ import numpy.typing as npt
 
 from ..funnel import FunnelSchedule
 from ..results import Neighbors
-from .facts import Ids, IndexFacts, Vectors, as_gallery, best_first, check_embeddings, check_ids
-from .first_stage import FirstStage, Progress, Shortlister, check_first_stage, import_faiss
-from .local import LocalIndex, check_gallery
+from .arrays import Ids, Vectors, as_gallery, best_first, check_embeddings, check_ids
+from .facts import IndexFacts
+from .first_stage import FirstStage, check_first_stage
+from .local import LocalIndex
 from .rerank import closest
 from .saved import Saved, check_engine, opened
+from .shortlister import Progress, Shortlister, import_faiss
 from .writing import Writing
 
 ENGINE = "faiss"
-DEFAULT = FirstStage("HNSW32", "efSearch=64")
+DEFAULT = FirstStage.usual("HNSW32")
 
 _ROWS_AT_ONCE = 65_536  # of the gallery that are checked and scaled in memory
 _FEW = 4096  # rows a filter leaves that are all compared: no first stage is faster
@@ -103,7 +105,7 @@ class FaissIndex(LocalIndex):
         facts = IndexFacts(schedule, metric, encoder_fingerprint)
         gallery = as_gallery(embeddings, facts.width)
         checked = check_ids(ids, len(gallery))
-        check_gallery(len(gallery), schedule)
+        facts.check_rows(len(gallery))
         report = progress or (lambda _done, _rows: None)
         spec = check_first_stage(first_stage or DEFAULT)
 

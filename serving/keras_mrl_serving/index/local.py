@@ -7,12 +7,12 @@ from abc import ABC, abstractmethod
 import numpy as np
 import numpy.typing as npt
 
-from ..funnel import FunnelSchedule
 from ..results import Neighbors
-from .facts import Ids, IndexFacts, Vectors, check_among, check_embeddings
+from .arrays import Ids, Vectors, check_among, check_embeddings
+from .facts import Described, IndexFacts
 
 
-class LocalIndex(ABC):
+class LocalIndex(Described, ABC):
     """A gallery in this process, immutable once it is built.
 
     Args:
@@ -38,26 +38,6 @@ class LocalIndex(ABC):
         return (
             f"{type(self).__name__}({len(self)} rows, {dims}, k={self.schedule.k}, {self.metric})"
         )
-
-    @property
-    def schedule(self) -> FunnelSchedule:
-        """The funnel that is searched."""
-        return self.facts.schedule
-
-    @property
-    def metric(self) -> str:
-        """How embeddings are compared: "cosine", "dot" or "l2"."""
-        return self.facts.metric
-
-    @property
-    def encoder_fingerprint(self) -> str | None:
-        """Of the model the gallery was embedded with; None if nobody said."""
-        return self.facts.encoder_fingerprint
-
-    @property
-    def width(self) -> int:
-        """Dim the queries are embedded at."""
-        return self.facts.width
 
     def search(
         self, queries: npt.ArrayLike, k: int | None = None, among: npt.ArrayLike | None = None
@@ -93,16 +73,3 @@ class LocalIndex(ABC):
         place = np.searchsorted(self.ids, ids, sorter=self._by_id)
         rows = self._by_id[np.minimum(place, len(self) - 1)]
         return np.sort(rows[self.ids[rows] == ids])
-
-
-def check_gallery(rows: int, schedule: FunnelSchedule) -> None:
-    """Raise `ValueError` if a gallery has fewer rows than the funnel returns.
-
-    Examples:
-        >>> check_gallery(10, FunnelSchedule((8,), (), 10))
-    """
-    if rows < schedule.k:
-        raise ValueError(
-            "A gallery needs at least as many rows as the funnel returns. "
-            f"Received: {rows} rows for k={schedule.k}. Lower k, or add rows."
-        )

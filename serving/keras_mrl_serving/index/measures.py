@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from .facts import Ids
+from .arrays import Ids
 
 Measure = Callable[[Ids], npt.NDArray[np.float64]]  # rows found (queries, k) -> (queries,) in 0..1
 

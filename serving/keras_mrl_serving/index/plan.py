@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ManifestError
 from ..funnel import FunnelSchedule
 from .first_stage import FirstStage
 
@@ -58,6 +59,24 @@ class Choice:
             "seconds": round(self.seconds, 9),
         }
 
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Choice:
+        """Read what `to_json` returned.
+
+        Raises:
+            ManifestError: If it is something else.
+        """
+        try:
+            first = FirstStage(saved["factory"], saved["settings"])
+            schedule = FunnelSchedule.from_json(saved["schedule"])
+            return cls(first, schedule, saved["quality"], saved["error"], saved["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(
+                "A plan names its funnels, and what was measured of each. "
+                f"Received: {saved!r} ({type(error).__name__}: {error}). "
+                "Install the version of keras-mrl that wrote it, or a later one."
+            ) from error
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -90,11 +109,7 @@ class Plan:
 
     def table(self) -> str:
         """Return the front as text, the chosen funnel marked."""
-        rows = [
-            f"{choice.line()}{'   <- chosen' if choice == self.choice else ''}"
-            for choice in self.front
-        ]
-        return "\n".join(("quality +- error     per query  funnel", *rows))
+        return table(self.front, self.choice)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as it is kept with an index."""
@@ -103,6 +118,35 @@ class Plan:
             "target": self.target,
             "front": [choice.to_json() for choice in self.front],
         }
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Plan:
+        """Read what `to_json` returned; what is kept beside it is passed over.
+
+        Raises:
+            ManifestError: If it is something else.
+
+        Examples:
+            >>> chosen = Choice(FirstStage("Flat"), FunnelSchedule((8,), (), 1), 1.0, 0.0, 1e-4)
+            >>> plan = Plan(chosen, 0.9, (chosen,))
+            >>> Plan.from_json(plan.to_json()) == plan
+            True
+        """
+        kept = saved.get("front")
+        front = tuple(map(Choice.from_json, kept if isinstance(kept, list) else [{}]))
+        return cls(Choice.from_json(saved), saved.get("target", 0.0), front)
+
+
+def table(front: Iterable[Choice], chosen: Choice | None = None) -> str:
+    """Return funnels as text, one a line, the chosen one marked.
+
+    Examples:
+        >>> print(table([Choice(FirstStage("Flat"), FunnelSchedule((8,), (), 1), 1.0, 0.0, 1e-4)]))
+        quality +- error     per query  funnel
+        1.0000 +- 0.0000     100.0 us  8 alone, Flat
+    """
+    rows = (f"{c.line()}{'   <- chosen' if c == chosen else ''}" for c in front)
+    return "\n".join(("quality +- error     per query  funnel", *rows))
 
 
 def front(choices: Iterable[Choice]) -> tuple[Choice, ...]:

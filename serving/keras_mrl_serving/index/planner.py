@@ -10,17 +10,20 @@ import numpy.typing as npt
 
 from ..contract import as_int, check_dims
 from ..errors import TargetNotReachedError
-from .facts import Ids, as_gallery, check_embeddings
-from .first_stage import FirstStage, check_first_stage
+from .arrays import Ids, as_gallery, check_embeddings
+from .first_stage import FirstStage, check_first_stage, lists_for
 from .measures import Measure
 from .plan import Choice, Plan, cheapest, front
 from .trials import Says, Trials
 
-_SLACK = (1, 2, 4)  # shortlists of an approximate first stage, times what an exact one needs
+_SLACK = (1, 2, 4, 8, 16)  # shortlists of an approximate first stage, times what an exact needs
+_ENOUGH_SLACK = 4  # beyond which a longer one is for those that reach the target with no shorter
 _DOUBLINGS = 10  # of a setting
+_PARTS = (5 / 8, 6 / 8, 7 / 8)  # of a setting or a shortlist that is enough, and may be more
 _GAIN = 0.001  # of quality that a doubled setting must bring, to be doubled again
 _TOO_MUCH = 8  # times the least that any dim's shortlists make a search read
 _FLAT = "Flat"
+_ALONE = "HNSW32"  # at the last dim, where nothing mends what int8 loses
 LEAST_SAMPLE = 30  # queries, below which a standard error says little
 _TOO_SLOW = 1.5  # wider dims are left alone once one is this many times slower than the best
 _PER_CENTROID = 39  # rows FAISS wants to learn one from
@@ -46,9 +49,10 @@ def plan_funnel(
     only with one that makes a search read 8 times what another dim does. For the others, narrow
     ones first, every kind of first stage is built and set ever harder until it reaches the
     target, with a shortlist as short as may be; dims wider than one that was 1.5 times slower
-    than the best are left alone. Then a stage in between is tried. Cost is the median time per
-    query, of rows in memory. A funnel reaches the target if its quality less one standard error
-    does; fresh queries may still find a little less.
+    than the best are left alone. Near the best, what lies between the settings and shortlists
+    that were doubled is tried, and a stage in between. Cost is the median time per query, of rows
+    in memory. A funnel reaches the target if its quality less one standard error does; fresh
+    queries may still find a little less.
 
     Args:
         embeddings: The gallery `(rows, width)`, raw or scaled; two to three copies of its size are
@@ -64,7 +68,7 @@ def plan_funnel(
         own_rows: Which gallery row each query is, where the sample is of the gallery itself: these
             rows are left out of the gallery while it plans. None: queries are no rows.
         first_stages: Kinds to try; their first setting is doubled until it is enough. None tries
-            flat search, a graph and inverted lists.
+            flat search, a graph of int8 and inverted lists, and a graph of float32 at the last.
         batch: How many queries come at once.
         says: Told what is tried.
 
@@ -100,6 +104,8 @@ def plan_funnel(
     for dim in widths:
         best = cheapest(choices, target)
         worth = [spec for spec in specs if _is_worth(dim, spec, enough, rows)]
+        if first_stages is None and dim == widths[-1]:
+            worth.append(FirstStage.least(_ALONE))
         here = list(_at(trials, dim, target, enough[dim] or 0, worth))
         choices += here
         reached = cheapest(here, target)
@@ -109,7 +115,7 @@ def plan_funnel(
         raise trials.refused
     best = cheapest(choices, target)
     if best is not None:
-        choices += trials.with_middle(best, widths)
+        choices += _finer(trials, best, widths, target)
         best = cheapest(choices, target)
     if best is None:
         raise _not_reached(target, front(choices))
@@ -136,34 +142,77 @@ def _at(
         if first is None:
             continue
         is_alone = spec.factory == _FLAT or not trials.funnel(dim, enough).shortlists
+        reached = False
         for slack in (1,) if is_alone else _SLACK:
+            if reached and slack > _ENOUGH_SLACK:
+                break
             last = -1.0
             for harder in _doubled(spec):
                 choice = trials.measured(first, harder, trials.funnel(dim, enough * slack))
                 yield choice
+                reached = reached or choice.quality_less_error >= target
                 if choice.quality_less_error >= target or choice.quality < last + _GAIN:
                     break
                 last = choice.quality
 
 
+def _finer(trials: Trials, coarse: Choice, dims: Sequence[int], target: float) -> Iterator[Choice]:
+    """Measure what lies between the settings and shortlists that were doubled; then a stage."""
+    dim, best = coarse.schedule.dims[0], coarse
+    efforts = list(_between(coarse.first_stage))
+    sizes = [round(part * size) for size in coarse.schedule.shortlists[:1] for part in _PARTS]
+    first = trials.first(dim, coarse.first_stage) if efforts or sizes else None
+    if first is None:
+        return
+    for effort in efforts:
+        choice = trials.measured(first, effort, best.schedule)
+        yield choice
+        if choice.quality_less_error >= target:
+            best = choice
+            break
+    for size in sizes:
+        if size >= best.schedule.k:
+            choice = trials.measured(first, best.first_stage, trials.funnel(dim, size))
+            yield choice
+            if choice.quality_less_error >= target:
+                best = choice
+                break
+    for schedule in trials.with_middle(best.schedule, dims):
+        yield trials.measured(first, best.first_stage, schedule)
+
+
+def _between(spec: FirstStage) -> Iterator[FirstStage]:
+    """Return a first stage at settings that lie between half of its own and its own."""
+    name, value, rest = _effort(spec)
+    for effort in sorted({round(part * value) for part in _PARTS} - {value}):
+        if effort > value / 2:
+            yield replace(spec, settings=",".join((f"{name}={effort}", *rest)))
+
+
 def _doubled(spec: FirstStage) -> Iterator[FirstStage]:
     """Return a first stage at ever harder settings."""
-    head, *rest = spec.settings.split(",")
-    name, equals, value = head.partition("=")
-    if not equals:
+    name, value, rest = _effort(spec)
+    if not name:
         yield spec
         return
     for doubling in range(_DOUBLINGS):
-        harder = f"{name}={round(float(value) * 2**doubling)}"
+        harder = f"{name}={round(value * 2**doubling)}"
         yield replace(spec, settings=",".join((harder, *rest)))
 
 
+def _effort(spec: FirstStage) -> tuple[str, float, list[str]]:
+    """Return the setting that is made harder, its value, and the other settings."""
+    head, *rest = spec.settings.split(",")
+    name, _, value = head.partition("=")
+    return name, float(value or 0), rest
+
+
 def _usual(rows: int) -> list[FirstStage]:
-    kinds = [FirstStage(_FLAT, ""), FirstStage("HNSW32_SQ8", "efSearch=16")]
-    lists = 2 ** round(np.log2(4 * np.sqrt(rows)))
+    kinds = [_FLAT, "HNSW32_SQ8"]
+    lists = lists_for(rows)
     if rows >= 1.1 * _PER_CENTROID * lists:  # some may be left out as the sample
-        kinds.append(FirstStage(f"IVF{lists},Flat", "nprobe=1"))
-    return kinds
+        kinds.append(f"IVF{lists},Flat")
+    return [FirstStage.least(kind) for kind in kinds]
 
 
 def _powers(gallery: npt.NDArray[np.generic]) -> tuple[int, ...]:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from ..funnel import FunnelSchedule
 from ..results import Neighbors
-from .facts import Ids, IndexFacts, Vectors, check_among, check_embeddings, check_ids
-from .local import check_gallery
+from .arrays import Ids, Vectors, check_among, check_embeddings, check_ids
+from .facts import Described, IndexFacts
 from .qdrant_collection import Collection
 from .qdrant_queries import Narrowing, as_neighbors
 
@@ -28,7 +28,7 @@ _ROWS = 1000  # uploaded at once, so that progress is seen
 _QUERIES = 100  # asked at once, so that the answer comes within the client's timeout
 
 
-class QdrantIndex:
+class QdrantIndex(Described):
     """A gallery in a Qdrant collection, and its funnel as one nested query per query.
 
     Every stage is a named vector ("64"), so the engine's own options set the precision of each.
@@ -124,7 +124,7 @@ class QdrantIndex:
         facts = IndexFacts(schedule, metric, encoder_fingerprint)
         gallery = check_embeddings(embeddings, "gallery", facts.width)
         checked = check_ids(ids, len(gallery))
-        check_gallery(len(gallery), schedule)
+        facts.check_rows(len(gallery))
         _check_stages("vectors", vectors, schedule.dims)
         index = cls(client, collection, facts, schedule.dims, params)
         missing = np.arange(len(checked))
@@ -163,26 +163,6 @@ class QdrantIndex:
 
     def __len__(self) -> int:
         return self._collection.count(exact=True)
-
-    @property
-    def schedule(self) -> FunnelSchedule:
-        """The funnel that is searched."""
-        return self.facts.schedule
-
-    @property
-    def metric(self) -> str:
-        """How embeddings are compared: "cosine", "dot" or "l2"."""
-        return self.facts.metric
-
-    @property
-    def encoder_fingerprint(self) -> str | None:
-        """Of the model the gallery was embedded with; None if nobody said."""
-        return self.facts.encoder_fingerprint
-
-    @property
-    def width(self) -> int:
-        """Dim the queries are embedded at."""
-        return self.facts.width
 
     def add(
         self, embeddings: npt.ArrayLike, ids: npt.ArrayLike, progress: Progress | None = None

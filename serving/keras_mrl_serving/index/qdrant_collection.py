@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ManifestError
-from .facts import Ids, IndexFacts, Vectors
+from .arrays import Ids, Vectors
+from .facts import IndexFacts
 from .qdrant_failures import translated
 from .qdrant_queries import Narrowing, nested, only
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..results import Neighbors
-from .facts import Ids, Vectors, best_first
+from .arrays import Ids, Vectors, best_first
 
 if TYPE_CHECKING:
     from qdrant_client.models import Filter, QueryRequest, ScoredPoint, SearchParams

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .facts import Ids, Vectors
-from .first_stage import import_faiss
+from .arrays import Ids, Vectors
+from .shortlister import import_faiss
 
 
 def closest(

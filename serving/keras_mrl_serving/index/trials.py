@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ..funnel import FunnelSchedule
-from .facts import Ids, IndexFacts, Vectors, check_embeddings
+from .arrays import Ids, Vectors, check_embeddings
+from .facts import IndexFacts
 from .faiss import FaissIndex
-from .first_stage import FirstStage, Shortlister
+from .first_stage import FirstStage
 from .measures import Measure, recall_against
 from .plan import Choice
 from .rerank import closest
+from .shortlister import Shortlister
 
 Says = Callable[[str], object]  # told what is tried
 
@@ -138,20 +140,18 @@ class Trials:
             return FunnelSchedule((dim,), (), self._k)
         return FunnelSchedule((dim, self._dim), (shortlist,), self._k)
 
-    def with_middle(self, choice: Choice, dims: Sequence[int]) -> Iterator[Choice]:
-        """Measure a funnel of two stages with a third between them."""
-        if len(choice.schedule.dims) != 2:
-            return
-        low, high = choice.schedule.dims
-        size = choice.schedule.shortlists[0]
-        tried = [(d, self._k * n) for d in dims if low < d < high for n in _MIDDLES]
-        tried = [(dim, second) for dim, second in tried if second < size]
-        first = self.first(low, choice.first_stage) if tried else None
-        if first is None:
-            return
-        for dim, second in tried:
-            schedule = FunnelSchedule((low, dim, high), (size, second), self._k)
-            yield self.measured(first, choice.first_stage, schedule)
+    def with_middle(self, schedule: FunnelSchedule, dims: Sequence[int]) -> list[FunnelSchedule]:
+        """Return funnels of two stages with a third between them."""
+        if len(schedule.dims) != 2:
+            return []
+        (low, high), (size,) = schedule.dims, schedule.shortlists
+        between = [dim for dim in dims if low < dim < high]
+        seconds = [self._k * more for more in _MIDDLES if self._k * more < size]
+        return [
+            FunnelSchedule((low, dim, high), (size, second), self._k)
+            for dim in between
+            for second in seconds
+        ]
 
     def _mean_and_error(self, found: Ids) -> tuple[float, float]:
         values = self._measure(found)

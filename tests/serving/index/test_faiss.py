@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_mrl_serving.funnel import FunnelSchedule
-from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, first_stage
+from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, shortlister
 from keras_mrl_serving.index import faiss as module
-from keras_mrl_serving.index.first_stage import Shortlister
+from keras_mrl_serving.index.shortlister import Shortlister
 from keras_mrl_serving.results import Neighbors
 from tests.serving.index.truth import (
     FLAT,
@@ -279,13 +279,13 @@ def test_a_first_stage_is_asked_once_whether_it_can_select(
 ) -> None:
     monkeypatch.setattr(module, "_FEW", 0)
     asked = []
-    choosing = first_stage._parameters
+    choosing = shortlister._parameters
 
     def counted(faiss: Any, index: Any, selector: Any) -> Any:
         asked.append(index.d)
         return choosing(faiss, index, selector)
 
-    monkeypatch.setattr(first_stage, "_parameters", counted)
+    monkeypatch.setattr(shortlister, "_parameters", counted)
     prepared_, search = prepared(metric, kind)
     index = copy.copy(prepared_)
     index._first = Shortlister(prepared_._first.index, kind)
@@ -390,7 +390,7 @@ def test_chunks_do_not_show(
 
 def test_progress_is_told_of_every_row_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 150)
-    monkeypatch.setattr(first_stage, "_ADDED_AT_ONCE", 300)
+    monkeypatch.setattr(shortlister, "_ADDED_AT_ONCE", 300)
     told: list[tuple[int, int]] = []
     FaissIndex.build(
         GALLERY, SHORT, first_stage=FLAT, progress=lambda done, rows: told.append((done, rows))
@@ -501,7 +501,17 @@ def test_settings_are_those_the_first_stage_has(factory: str, settings: str, rea
 
 @pytest.mark.parametrize(
     "settings",
-    ["efSearch", "efSearch=", "efSearch=x", "nprobe=0", "nprobe=-1", "efSearch=0.5", "3"],
+    [
+        "efSearch",
+        "efSearch=",
+        "efSearch=x",
+        "nprobe=0",
+        "nprobe=-1",
+        "efSearch=0.5",
+        "3",
+        "=3",
+        "efSearch=9,",
+    ],
 )
 def test_settings_are_names_with_numbers(settings: str, refuses: Refuses) -> None:
     text = (

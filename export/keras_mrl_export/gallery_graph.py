@@ -1,0 +1,154 @@
+"""A gallery inside the graph: its rows as variables, and the funnel over them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_mrl_serving import contract
+from keras_mrl_serving.embeddings import MIN_SQUARE
+from keras_mrl_serving.index import ExactIndex
+
+from .tracing import Tensors, traced
+
+_ROWS_AT_ONCE = 16_384  # copied into a variable
+
+
+class GalleryGraph:
+    """What `ExactIndex` does, as a TensorFlow graph.
+
+    A variable per block of columns, so that a stage reads only the columns it adds: slicing one
+    wide variable would copy it at every query. Rows lie in order of id, by which ties are broken.
+
+    Args:
+        index: The gallery; memory-mapped, its rows are held once, in the variables.
+        dims: Those that can be searched alone, besides the stages of the funnel; none wider.
+    """
+
+    def __init__(self, index: ExactIndex, dims: Sequence[int] = ()) -> None:
+        self.facts = index.facts
+        self.edges = sorted({*dims, *index.schedule.dims})
+        order = np.argsort(index.ids)
+        self._rows = len(order)
+        self._ids = tf.Variable(index.ids[order], trainable=False, name="ids")
+        self._squares = []
+        self._blocks = []
+        squares = np.zeros(self._rows, np.float32)
+        for start, stop in zip((0, *self.edges), self.edges, strict=False):
+            block, added = _block(index, start, stop, order)
+            squares = squares + added
+            self._blocks.append(block)
+            self._squares.append(tf.Variable(squares, trainable=False, name=f"squares_{stop}"))
+
+    def signatures(self) -> dict[str, Any]:
+        """Return `search`, and `search_<m>` for every dim."""
+        width = self.facts.width
+        found = {contract.SEARCH: traced(self.search, _embedding(width))}
+        for dim in self.edges:
+            at = functools.partial(self.search_at, dim=dim)
+            found[contract.search(dim)] = traced(at, _embedding(dim))
+        return found
+
+    def variables(self) -> list[Any]:
+        """Return what a SavedModel must hold."""
+        return [self._ids, *self._blocks, *self._squares]
+
+    def search(self, embedding: Any) -> Tensors:
+        """Return the neighbours that the funnel finds.
+
+        Args:
+            embedding: `(batch, width)` or wider, raw or scaled.
+
+        Returns:
+            `ids` int64 and `scores` float32, `(batch, k)`.
+        """
+        schedule = self.facts.schedule
+        queries = self._columns(embedding, schedule.dims[-1])
+        dots, rows, done = None, None, 0
+        for dim, size in zip(schedule.dims, (*schedule.shortlists, schedule.k), strict=True):
+            stop = self.edges.index(dim) + 1
+            for block in range(done, stop):
+                more = self._products(queries[block], block, rows)
+                dots = more if dots is None else dots + more
+            dots, rows = self._best(dots, rows, stop - 1, size)
+            done = stop
+        return self._answer(queries, rows)
+
+    def search_at(self, embedding: Any, dim: int) -> Tensors:
+        """Return the neighbours at one dim, exactly."""
+        queries = self._columns(embedding, dim)
+        dots = tf.add_n([self._products(query, b, None) for b, query in enumerate(queries)])
+        _, rows = self._best(dots, None, len(queries) - 1, self.facts.schedule.k)
+        return self._answer(queries, rows)
+
+    def _columns(self, embedding: Any, width: int) -> list[Any]:
+        edges = self.edges[: self.edges.index(width) + 1]
+        return [embedding[:, a:b] for a, b in zip((0, *edges), edges, strict=False)]
+
+    def _products(self, query: Any, block: int, rows: Any) -> Any:
+        if rows is None:
+            return tf.matmul(query, self._blocks[block], transpose_b=True)
+        return tf.einsum("qc,qnc->qn", query, tf.gather(self._blocks[block], rows))
+
+    def _best(self, dots: Any, rows: Any, edge: int, size: int) -> tuple[Any, Any]:
+        """Keep the best rows of each query, in order of id, with their products."""
+        best = tf.math.top_k(self._ranking(dots, rows, edge), min(size, self._rows)).indices
+        best = tf.sort(best, axis=1)
+        kept = best if rows is None else tf.gather(rows, best, batch_dims=1)
+        return tf.gather(dots, best, batch_dims=1), kept
+
+    def _ranking(self, dots: Any, rows: Any, edge: int) -> Any:
+        """What ranks rows as the metric does, and lacks only what is of the query alone."""
+        if self.facts.metric == "dot":
+            return dots
+        squares = self._squares[edge]
+        squares = squares if rows is None else tf.gather(squares, rows)
+        if self.facts.metric == "l2":
+            return 2 * dots - squares
+        return dots * _inverse_length(squares)
+
+    def _answer(self, queries: Sequence[Any], rows: Any) -> Tensors:
+        # Summed again, row by row: a matrix product gives equal rows values that differ in the
+        # last bit, and values that depend on the other queries.
+        products = [
+            tf.reduce_sum(tf.gather(block, rows) * query[:, None], axis=-1)
+            for query, block in zip(queries, self._blocks, strict=False)
+        ]
+        scores = self._ranking(tf.add_n(products), rows, len(queries) - 1)
+        squares = tf.add_n([tf.reduce_sum(tf.square(q), -1, keepdims=True) for q in queries])
+        if self.facts.metric == "cosine":
+            scores = scores * _inverse_length(squares)
+        elif self.facts.metric == "l2":
+            scores = tf.minimum(scores - squares, 0)
+        scores, order = tf.math.top_k(scores, self.facts.schedule.k)
+        rows = tf.gather(rows, order, batch_dims=1)
+        return {"ids": tf.gather(self._ids, rows), "scores": scores}
+
+
+def _embedding(width: int) -> dict[str, Any]:
+    return {"embedding": tf.TensorSpec([None, width], tf.float32, "embedding")}
+
+
+def _inverse_length(squares: Any) -> Any:
+    return 1 / tf.sqrt(tf.maximum(squares, MIN_SQUARE))
+
+
+def _block(index: ExactIndex, start: int, stop: int, order: Any) -> tuple[Any, Any]:
+    """Return columns of the gallery as a variable, and the squared lengths of its rows."""
+    ends = index.schedule.dims
+    number = next(number for number, end in enumerate(ends) if stop <= end)
+    held = index.blocks[number]
+    columns = slice(*(edge - (0, *ends)[number] for edge in (start, stop)))
+    shape = (len(order), stop - start)
+    variable = tf.Variable(tf.zeros(shape), trainable=False, name=f"columns_{start}_{stop}")
+    squares = np.empty(len(order), np.float32)
+    for first in range(0, len(order), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        rows = np.ascontiguousarray(held[order[part], columns])
+        variable[part].assign(rows)
+        squares[part] = np.einsum("rc,rc->r", rows, rows)
+    return variable, squares
