@@ -18,7 +18,7 @@ from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.version import __version__
 
-from .gallery_graph import GalleryGraph
+from .index_graph import IndexGraph
 from .parity import check_described, same_neighbors
 from .publish import publishing
 from .tolerance import TOLERANCE
@@ -74,7 +74,7 @@ def export_index(
 
 
 def _write(index: ExactIndex, manifest: Manifest, folder: Path) -> None:
-    gallery = GalleryGraph(index)
+    gallery = IndexGraph(index)
     held = tf.Module()
     held.state = gallery.variables()
     signatures = gallery.signatures()
@@ -119,5 +119,5 @@ def _fingerprint(index: ExactIndex) -> str:
     """SHA-256 of the schedule, the metric, the encoder, the ids and every row."""
     digest = hashlib.sha256(json.dumps(index.facts.to_json()).encode())
     for array in (index.ids, *index.blocks):
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.embeddings import MIN_SQUARE
 
 from .cascade_graph import classify_adaptively
-from .gallery_graph import GalleryGraph
+from .index_graph import IndexGraph
 from .inputs import declared_inputs, input_structure
 from .job import Job
 from .tracing import Tensors, describing, traced
@@ -43,7 +43,7 @@ class ServedModel:
         self._labels = None if job.labels is None else _label_table(job.labels, scratch)
         self._temperatures = {s.dim: s.temperature for s in job.policy.stages} if job.policy else {}
         self._features = tf.function(self._call_backbone)
-        self._gallery = None if job.index is None else GalleryGraph(job.index, manifest.dims)
+        self._gallery = None if job.index is None else IndexGraph(job.index, manifest.dims)
 
     def resources(self) -> tf.Module:
         """Return what the SavedModel must hold: every variable, and the table of class names.
@@ -80,7 +80,7 @@ class ServedModel:
             if self._policy is not None:
                 functions[contract.CLASSIFY_ADAPTIVE] = self._classify_by(self._policy)
         if self._gallery is not None:
-            functions[contract.RETRIEVE] = self._retrieve
+            functions[contract.RETRIEVE] = self._retrieve_from(self._gallery)
         default = contract.embed if self.head is None else contract.classify
         functions[contract.SERVING_DEFAULT] = functions[default(manifest.width)]
         signatures = {name: traced(function, inputs) for name, function in functions.items()}
@@ -137,8 +137,8 @@ class ServedModel:
 
         return classify
 
-    def _retrieve(self, **inputs: Any) -> Tensors:
-        return self._gallery.search(self._features(**inputs))
+    def _retrieve_from(self, gallery: IndexGraph) -> Callable[..., Tensors]:
+        return lambda **inputs: gallery.search(self._features(**inputs))
 
     def _logits(self, prefix: Any, dim: int) -> Any:
         return tf.cast(self.head.logits_at(prefix, dim), tf.float32)

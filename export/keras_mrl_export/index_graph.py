@@ -1,4 +1,4 @@
-"""A gallery inside the graph: its rows as variables, and the funnel over them."""
+"""The funnel inside the graph, over a gallery whose rows are variables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tracing import Tensors, traced
 _ROWS_AT_ONCE = 16_384  # copied into a variable
 
 
-class GalleryGraph:
+class IndexGraph:
     """What `ExactIndex` does, as a TensorFlow graph.
 
     A variable per block of columns, so that a stage reads only the columns it adds: slicing one
