@@ -100,7 +100,7 @@ def is_allowed(room: str, file: Path, name: str) -> bool:
             return name not in set(imports(file, top_level=True))
         return top in {"keras", "numpy"} or is_of(name, NUMPY_FLOOR)
     if room == "keras_mrl_export":
-        floor = NUMPY_FLOOR | {"keras_mrl_serving._session"}
+        floor = NUMPY_FLOOR | {"keras_mrl_serving._session", "keras_mrl_serving.index.ExactIndex"}
         return top in {"keras", "keras_mrl", "numpy", "cloudpickle", *TENSORFLOW} or is_of(
             name, floor
         )

@@ -15,7 +15,6 @@ from keras_mrl_serving.cascade import softmax
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.embeddings import truncate
 from keras_mrl_serving.index import ExactIndex
-from keras_mrl_serving.results import Neighbors
 
 from .errors import ExportError
 from .job import Job
@@ -87,14 +86,21 @@ def check_described(run: Run, manifest: Manifest) -> None:
         raise _differs(contract.DESCRIBE, "it is not the manifest")
 
 
-def same_neighbors(signature: str, answer: Arrays, expected: Neighbors, tolerance: float) -> None:
-    """Raise `ExportError` unless an answer has the neighbours and scores of another.
+def same_neighbors(
+    signature: str, answer: Arrays, index: ExactIndex, queries: Array, tolerance: float
+) -> None:
+    """Raise `ExportError` unless an answer has the neighbours and scores that `index` finds.
 
-    Ids may change places where their scores are as near as the tolerance of the largest.
+    Ids may change places where their scores are as near as the tolerance of the largest. A squared
+    distance is a difference of squared lengths: its rounding is that of the query's own length.
     """
-    _equal(signature, answer["scores"], expected.scores, tolerance)
+    expected = index.search(queries)
+    largest = np.abs(expected.scores).max(axis=1, keepdims=True)
+    if index.metric == "l2":
+        largest = np.maximum(largest, np.square(queries).sum(axis=1, keepdims=True))
+    _equal(signature, answer["scores"], expected.scores, tolerance, largest)
     apart = np.diff(expected.scores, axis=1)
-    least = tolerance * np.abs(expected.scores).max(axis=1, keepdims=True)
+    least = tolerance * largest
     far = np.pad(np.abs(apart) > least, ((0, 0), (1, 1)), constant_values=True)
     alone = far[:, :-1] & far[:, 1:]
     alone[:, -1] = False  # a row that is as near may have been left out
@@ -104,10 +110,10 @@ def same_neighbors(signature: str, answer: Arrays, expected: Neighbors, toleranc
 
 def _same_index(run: Run, sample: Arrays, index: ExactIndex, manifest: Manifest, job: Job) -> None:
     queries = np.ascontiguousarray(job.features[:, : manifest.width])
-    expected = index.search(queries)
-    same_neighbors(contract.RETRIEVE, run(contract.RETRIEVE, sample), expected, job.tolerance)
+    found = run(contract.RETRIEVE, sample)
+    same_neighbors(contract.RETRIEVE, found, index, queries, job.tolerance)
     found = run(contract.SEARCH, {"embedding": queries})
-    same_neighbors(contract.SEARCH, found, expected, TOLERANCE)
+    same_neighbors(contract.SEARCH, found, index, queries, TOLERANCE)
 
 
 def _temperature(job: Job, dim: int) -> float:
@@ -115,10 +121,17 @@ def _temperature(job: Job, dim: int) -> float:
     return next((stage.temperature for stage in stages if stage.dim == dim), 1.0)
 
 
-def _equal(signature: str, served: Array, expected: Array, tolerance: float) -> None:
+def _equal(
+    signature: str,
+    served: Array,
+    expected: Array,
+    tolerance: float,
+    largest: Array | None = None,
+) -> None:
     if served.shape != expected.shape:
         raise _differs(signature, f"shape {served.shape} for {expected.shape}")
-    largest = np.abs(expected).max(axis=-1, keepdims=True)
+    if largest is None:
+        largest = np.abs(expected).max(axis=-1, keepdims=True)
     excess = np.abs(served - expected) - tolerance * largest
     if not (excess <= 0).all():
         worst = np.abs(served - expected).max()

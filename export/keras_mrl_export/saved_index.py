@@ -92,7 +92,7 @@ def _check(folder: Path, manifest: Manifest, index: ExactIndex) -> None:
             return session.run(signature, inputs)
 
         found = run(contract.SEARCH, {"embedding": queries})
-        same_neighbors(contract.SEARCH, found, index.search(queries), TOLERANCE)
+        same_neighbors(contract.SEARCH, found, index, queries, TOLERANCE)
         check_described(run, manifest)
 
 
