@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from .._dims import check_weights
 from .._masks import with_mask_of
+from . import weights as _weights
 from .labels import is_outside
 
 
@@ -22,10 +21,16 @@ class MatryoshkaLoss(keras.losses.Loss):
     Integer labels that name no class give a loss of NaN (or the backend's own error): nothing can
     raise inside a compiled step on every backend, and a loss of zero would train silently.
 
+    With `dims_per_step` every training step counts the widest dim and a random choice of the
+    others, drawn by a `keras.random.SeedGenerator` that the model owns (on JAX nothing else can
+    change from step to step), so that all replicas draw the same. Evaluation counts all dims.
+
     Args:
         loss: A `keras.losses.Loss` on `(..., num_classes)`, `from_logits=True` after a
             `MatryoshkaHead`. Its reduction is the reduction of the sum.
-        weights: The c_m, one per dim; None means ones, as in the paper.
+        weights: The c_m, one per dim, or a function from the number of dims to them, such as
+            `first_boosted`; None means ones, as in the paper.
+        dims_per_step: How many dims a training step counts, the widest included; None means all.
         name: Name of the loss.
 
     Shapes:
@@ -36,7 +41,8 @@ class MatryoshkaLoss(keras.losses.Loss):
 
     Raises:
         TypeError: If `loss` is not a `keras.losses.Loss`.
-        ValueError: If `weights` do not fit the logits, or the logits have no axis of dims.
+        ValueError: If `weights` or `dims_per_step` do not fit the logits, the logits have no axis
+            of dims, or a loss with `dims_per_step` is called without the seed to draw from.
 
     Reference:
         Kusupati et al., Matryoshka Representation Learning, arXiv 2205.13147, equation 1.
@@ -51,7 +57,8 @@ class MatryoshkaLoss(keras.losses.Loss):
     def __init__(
         self,
         loss: keras.losses.Loss,
-        weights: Sequence[float] | None = None,
+        weights: _weights.Weights = None,
+        dims_per_step: int | None = None,
         name: str = "matryoshka_loss",
     ) -> None:
         if not isinstance(loss, keras.losses.Loss) or isinstance(loss, MatryoshkaLoss):
@@ -62,10 +69,47 @@ class MatryoshkaLoss(keras.losses.Loss):
             )
         super().__init__(name=name, reduction=loss.reduction, dtype=loss.dtype)
         self.loss = loss
-        self.weights = None if weights is None else check_weights(weights, len(weights))
+        self.weights = _weights.stored(weights)
+        self.dims_per_step = _weights.check_dims_per_step(dims_per_step)
+
+    def weights_for(self, num_dims: int, seed: Any = None) -> Any:
+        """Return the c_m of one step.
+
+        Args:
+            num_dims: Number of dims.
+            seed: In a training step, the `keras.random.SeedGenerator` of the model; None in
+                evaluation, where all dims count.
+
+        Returns:
+            A tuple of floats; with `dims_per_step` and a `seed` a float32 tensor `(num_dims,)`,
+            drawn anew, whose zeros are the dims that the step leaves out.
+
+        Raises:
+            ValueError: If the weights or `dims_per_step` do not fit `num_dims`.
+        """
+        weights = _weights.resolve(self.weights, num_dims)
+        if self.dims_per_step is None or seed is None:
+            return weights
+        return _weights.draw(weights, self.dims_per_step, seed)
+
+    def for_step(self, seed: Any = None) -> keras.losses.Loss:
+        """Return this loss as it stands in one step of the model that owns `seed`.
+
+        Args:
+            seed: As for `weights_for`.
+
+        Returns:
+            A Keras loss with the reduction and name of this one, to be called once.
+        """
+        return _weights.step_loss(lambda y_true, y_pred: self._rows(y_true, y_pred, seed), self)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Return the weighted sum over dims, one value per sample."""
+        if self.dims_per_step is not None:
+            raise _weights.no_seed(self)
+        return self._rows(y_true, y_pred, None)
+
+    def _rows(self, y_true: Any, y_pred: Any, seed: Any) -> Any:
         if len(y_pred.shape) < 3:
             raise ValueError(
                 "MatryoshkaLoss needs logits of shape (..., num_dims, num_classes). "
@@ -74,10 +118,11 @@ class MatryoshkaLoss(keras.losses.Loss):
             )
         total: Any = 0.0
         losses: Any = None
-        for index, weight in enumerate(check_weights(self.weights, y_pred.shape[-2])):
-            if weight:
+        weights = self.weights_for(y_pred.shape[-2], seed)
+        for index in range(y_pred.shape[-2]):
+            if not isinstance(weights, tuple) or weights[index]:
                 losses = self.loss.call(y_true, y_pred[..., index, :])
-                total = total + weight * losses
+                total = total + weights[index] * losses
         outside = is_outside(self.loss, y_true, y_pred.shape[-1])
         if outside is not None:
             if len(outside.shape) > len(total.shape):  # labels may come as a column
@@ -89,7 +134,8 @@ class MatryoshkaLoss(keras.losses.Loss):
         """Return the arguments that make this loss again."""
         return {
             "loss": keras.saving.serialize_keras_object(self.loss),
-            "weights": self.weights,
+            "weights": keras.saving.serialize_keras_object(self.weights),
+            "dims_per_step": self.dims_per_step,
             "name": self.name,
         }
 
@@ -97,4 +143,5 @@ class MatryoshkaLoss(keras.losses.Loss):
     def from_config(cls, config: dict[str, Any]) -> MatryoshkaLoss:
         """Make the loss again."""
         inner = keras.saving.deserialize_keras_object(config["loss"])
-        return cls(**{**config, "loss": inner})
+        weights = keras.saving.deserialize_keras_object(config["weights"])
+        return cls(**{**config, "loss": inner, "weights": weights})
