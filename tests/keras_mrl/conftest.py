@@ -1,4 +1,4 @@
-"""The same random numbers for every test, and nothing compiled twice."""
+"""The same random numbers for every test, nothing compiled twice, no thread too many."""
 
 from typing import Any
 
@@ -15,6 +15,10 @@ def pytest_configure(config: pytest.Config) -> None:
         settings: Any = jax.config  # its update() has no types
         settings.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         settings.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.set_num_threads(1)  # nets this small gain nothing by two, and wait for each other
 
 
 @pytest.fixture(autouse=True)
