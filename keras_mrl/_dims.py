@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 from keras_mrl_serving.contract import check_dims as check_dims
@@ -46,6 +47,19 @@ def check_width(dims: tuple[int, ...], width: int) -> None:
             "dims must not exceed the width of the features. "
             f"Received: dims={dims} for features of width {width}. "
             f"Drop the dims above {width}, or widen the layer that makes the features."
+        )
+
+
+def warn_long_ladder(dims: tuple[int, ...], width: int) -> None:
+    """Warn where `dims` are more than the paper's floor(log2 width): each costs, few gain."""
+    longest = max(1, width.bit_length() - 1)
+    if len(dims) > longest:
+        warnings.warn(
+            f"Features of width {width} should have at most floor(log2 {width}) = {longest} dims. "
+            f"Received: {len(dims)} dims {dims}. "
+            "Drop some: dims between two that were trained are nearly as good as trained ones.",
+            UserWarning,
+            stacklevel=3,
         )
 
 

@@ -80,7 +80,7 @@ def draw(weights: tuple[float, ...], dims_per_step: int, seed: Any) -> Any:
     order = np.full(len(weights), 2.0, "float32")  # a dim of weight 0 comes after all others
     order[counted] = 0.0
     order[counted[-1]] = -2.0  # and the widest before them
-    drawn = keras.random.uniform((len(weights),), seed=seed) + order
+    drawn = keras.random.uniform((len(weights),), seed=seed) + ops.convert_to_tensor(order)
     ranks = ops.argsort(ops.argsort(drawn))
     return ops.where(ranks < dims_per_step, ops.convert_to_tensor(weights, "float32"), 0.0)
 

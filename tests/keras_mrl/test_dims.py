@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from keras_mrl import log_spaced_dims
-from keras_mrl._dims import check_weights, check_width
+from keras_mrl._dims import check_weights, check_width, warn_long_ladder
 from tests.laws import exactly
 
 
@@ -82,3 +82,27 @@ def test_weights_that_cannot_weigh_are_refused(last: float) -> None:
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         check_weights((0, last), 2)
+
+
+@pytest.mark.parametrize(
+    ("dims", "width"),
+    [((8, 16, 32, 64), 64), ((1, 2, 4), 8), ((1, 2, 5), 15), ((1,), 1), ((8,), 9)],
+)
+def test_a_ladder_of_log2_of_the_width_is_as_long_as_the_papers(
+    dims: tuple[int, ...], width: int
+) -> None:
+    warn_long_ladder(dims, width)  # any warning is an error here
+
+
+@pytest.mark.parametrize(
+    ("dims", "width", "longest"), [((1, 2, 4, 8), 8, 3), ((1, 2, 4, 9), 15, 3), ((1, 2), 3, 1)]
+)
+def test_a_longer_ladder_is_warned_of(dims: tuple[int, ...], width: int, longest: int) -> None:
+    sentence = (
+        f"Features of width {width} should have at most floor(log2 {width}) = {longest} dims. "
+        f"Received: {len(dims)} dims {dims}. "
+        "Drop some: dims between two that were trained are nearly as good as trained ones."
+    )
+    with pytest.warns(UserWarning, match=exactly(sentence)) as caught:
+        warn_long_ladder(dims, width)
+    assert len(caught) == 1
