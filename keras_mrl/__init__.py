@@ -16,10 +16,13 @@ except ImportError as error:
 from keras_mrl_serving.version import __version__ as __version__
 
 from ._dims import log_spaced_dims as log_spaced_dims
+from .layers import LearnedPositions as LearnedPositions
 from .layers import MatryoshkaHead as MatryoshkaHead
 from .layers import Truncate as Truncate
 from .losses import MatryoshkaLoss as MatryoshkaLoss
 from .metrics import MatryoshkaMetric as MatryoshkaMetric
 from .models import MatryoshkaClassifier as MatryoshkaClassifier
+from .models import causal_transformer as causal_transformer
 from .models import cut as cut
+from .models import next_token as next_token
 from .models import split as split

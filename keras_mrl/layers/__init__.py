@@ -1,4 +1,5 @@
-"""Layers: the nested head, and the prefix of an embedding."""
+"""Layers: the nested head, the prefix of an embedding, the positions of tokens."""
 
 from .head import MatryoshkaHead as MatryoshkaHead
+from .positions import LearnedPositions as LearnedPositions
 from .truncate import Truncate as Truncate

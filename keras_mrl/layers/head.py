@@ -8,8 +8,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from .._dims import check_dims, check_width, log_spaced_dims
+from .._dims import check_dims, check_width, log_spaced_dims, warn_long_ladder
 from .._frozen import has_frozen_source, warn_frozen
+from .embedding import check_embedding, check_table, to_config
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
@@ -26,10 +27,13 @@ class MatryoshkaHead(keras.layers.Layer):
             means 8, 16, 32, ... ending at the width; the attribute `dims` holds them once the
             layer is built.
         tied: Whether all dims share one kernel and one bias (MRL-E, about half the parameters).
+        embedding: A `keras.layers.Embedding` of the classes that the backbone reads its tokens
+            with. Its table, transposed, is then the one kernel of a tied head, as in language
+            models whose input and output embedding are one.
         use_bias: Whether a bias is added to the logits.
-        kernel_initializer: Initializer of every kernel.
+        kernel_initializer: Initializer of every kernel the head makes.
         bias_initializer: Initializer of every bias.
-        kernel_regularizer: Regularizer of every kernel.
+        kernel_regularizer: Regularizer of every kernel the head makes.
         **kwargs: What every Keras layer takes (`name`, `dtype`, `trainable`).
 
     Shapes:
@@ -39,7 +43,9 @@ class MatryoshkaHead(keras.layers.Layer):
         logits_m = W^(m) . x_{1:m} + b^(m); tied: W^(m) = W_{:, 1:m}, b^(m) = b
 
     Raises:
-        ValueError: If `dims` are not increasing positive integers or exceed the features' width.
+        TypeError: If `embedding` is no `keras.layers.Embedding`.
+        ValueError: If `dims` are not increasing positive integers or exceed the features' width,
+            or `embedding` does not fit them and the classes.
 
     Reference:
         Kusupati et al., Matryoshka Representation Learning, arXiv 2205.13147, section 3.
@@ -56,6 +62,7 @@ class MatryoshkaHead(keras.layers.Layer):
         dims: Sequence[int] | None = None,
         tied: bool = False,
         *,
+        embedding: keras.layers.Embedding | None = None,
         use_bias: bool = True,
         kernel_initializer: Any = "glorot_uniform",
         bias_initializer: Any = "zeros",
@@ -72,11 +79,14 @@ class MatryoshkaHead(keras.layers.Layer):
         self.num_classes = int(num_classes)
         self.dims = None if dims is None else check_dims(dims)
         self.tied = tied
+        self.embedding = embedding
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.supports_masking = True
+        if embedding is not None:
+            check_embedding(self)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Create one kernel per dim, or the one kernel they all read."""
@@ -90,6 +100,9 @@ class MatryoshkaHead(keras.layers.Layer):
         if self.dims is None:
             self.dims = log_spaced_dims(width)
         check_width(self.dims, width)
+        warn_long_ladder(self.dims, width)
+        if self.embedding is not None:
+            check_table(self.embedding, self.dims)
         owners = self.dims[-1:] if self.tied else self.dims
         self._kernels = [
             self.add_weight(
@@ -98,7 +111,7 @@ class MatryoshkaHead(keras.layers.Layer):
                 initializer=_fresh(self.kernel_initializer, index),
                 regularizer=self.kernel_regularizer,
             )
-            for index, dim in enumerate(owners)
+            for index, dim in enumerate(() if self.embedding is not None else owners)
         ]
         self._biases = [
             self.add_weight(
@@ -120,7 +133,7 @@ class MatryoshkaHead(keras.layers.Layer):
         return [self.logits_at(features[..., :dim], dim) for dim in self.dims or ()]
 
     def _tied_logits(self, features: Any) -> list[Any]:
-        kernel = ops.convert_to_tensor(self._kernels[0])
+        kernel = self._kernel(0)
         logits: list[Any] = []
         start = 0
         for dim in self.dims or ():
@@ -143,9 +156,15 @@ class MatryoshkaHead(keras.layers.Layer):
         """
         index = self.index_of(dim)
         owner = 0 if self.tied else index
-        kernel = ops.convert_to_tensor(self._kernels[owner])
+        kernel = self._kernel(owner)
         bias = ops.convert_to_tensor(self._biases[owner]) if self.use_bias else None
         return (kernel[:dim] if self.tied else kernel), bias
+
+    def _kernel(self, owner: int) -> Any:
+        if self.embedding is None:
+            return ops.convert_to_tensor(self._kernels[owner])
+        table = ops.convert_to_tensor(self.embedding.embeddings)
+        return ops.transpose(table[:, : (self.dims or ())[-1]])
 
     def index_of(self, dim: int) -> int:
         """Return the position of `dim` on the `num_dims` axis of the logits.
@@ -173,11 +192,20 @@ class MatryoshkaHead(keras.layers.Layer):
             "num_classes": self.num_classes,
             "dims": self.dims,
             "tied": self.tied,
+            "embedding": None if self.embedding is None else to_config(self.embedding),
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
         }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MatryoshkaHead:
+        """Make the layer again; a model that holds its embedding may have put it in `config`."""
+        embedding = config.get("embedding")
+        if isinstance(embedding, dict):
+            embedding = keras.saving.deserialize_keras_object(embedding)
+        return cls(**{**config, "embedding": embedding})
 
 
 def _fresh(initializer: Any, index: int) -> Any:

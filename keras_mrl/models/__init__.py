@@ -3,3 +3,5 @@
 from .classifier import MatryoshkaClassifier as MatryoshkaClassifier
 from .cut import cut as cut
 from .cut import split as split
+from .language import causal_transformer as causal_transformer
+from .language import next_token as next_token

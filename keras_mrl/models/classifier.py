@@ -8,6 +8,7 @@ import keras
 
 from .._frozen import warn_frozen
 from ..layers import MatryoshkaHead
+from ..layers.embedding import shared
 from ..losses import MatryoshkaLoss
 from ..losses.labels import check_labels
 from .cut import cut
@@ -52,6 +53,8 @@ class MatryoshkaClassifier(keras.Model):
             )
         self.backbone = backbone
         self.head = head
+        # What `dims_per_step` draws from. The same in every process, so in every replica.
+        self.seed_generator = keras.random.SeedGenerator(0)
 
     def build(self, input_shape: Any) -> None:
         """Build the backbone, then the head on what it gives."""
@@ -72,6 +75,21 @@ class MatryoshkaClassifier(keras.Model):
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Return `(batch, num_dims, num_classes)`."""
         return self.head.compute_output_shape(_output_shape(self.backbone, input_shape))
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """Return the compiled loss, over the dims that the step draws if the loss draws any."""
+        loss = self.loss
+        if not isinstance(loss, MatryoshkaLoss) or loss.dims_per_step is None:
+            return super().compute_loss(x, y, y_pred, sample_weight, training=training)
+        step = loss.for_step(self.seed_generator if training else None)
+        return step(y, y_pred, sample_weight=sample_weight) + sum(self.losses)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does, after a look at integer labels held in memory."""
@@ -97,11 +115,10 @@ class MatryoshkaClassifier(keras.Model):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         """Make the model again."""
-        parts = {
-            name: keras.saving.deserialize_keras_object(config[name], custom_objects)
-            for name in ("backbone", "head")
-        }
-        return cls(**{**config, **parts})
+        backbone = keras.saving.deserialize_keras_object(config["backbone"], custom_objects)
+        tied = shared(config["head"], backbone)
+        head = keras.saving.deserialize_keras_object(tied, custom_objects)
+        return cls(**{**config, "backbone": backbone, "head": head})
 
 
 _SPARSE = keras.losses.SparseCategoricalCrossentropy
