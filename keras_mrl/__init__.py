@@ -15,14 +15,21 @@ except ImportError as error:
 
 from keras_mrl_serving.version import __version__ as __version__
 
+from . import baselines as baselines
 from ._dims import log_spaced_dims as log_spaced_dims
 from .layers import LearnedPositions as LearnedPositions
 from .layers import MatryoshkaHead as MatryoshkaHead
 from .layers import Truncate as Truncate
 from .losses import MatryoshkaLoss as MatryoshkaLoss
 from .metrics import MatryoshkaMetric as MatryoshkaMetric
+from .metrics import Perplexity as Perplexity
+from .models import AdaptiveDecoder as AdaptiveDecoder
 from .models import MatryoshkaClassifier as MatryoshkaClassifier
 from .models import causal_transformer as causal_transformer
 from .models import cut as cut
+from .models import funnel_top_k as funnel_top_k
+from .models import generate as generate
+from .models import most_likely as most_likely
 from .models import next_token as next_token
+from .models import sampler as sampler
 from .models import split as split

@@ -176,8 +176,7 @@ class CascadePolicy:
             confidence = max_probability(scores[:, index], stage.temperature)
             accepted[:, index] = confidence > np.float32(stage.threshold)
         stage_of = np.argmax(accepted, axis=1)
-        rows = np.arange(len(scores))
-        return np.argmax(scores[rows, stage_of], axis=-1), stage_of
+        return np.argmax(scores[np.arange(len(scores)), stage_of], axis=-1), stage_of
 
     def evaluate(self, logits: npt.ArrayLike, labels: npt.ArrayLike) -> CascadeReport:
         """Count how the policy fares on `logits` with known `labels`.
@@ -285,11 +284,16 @@ def _learn_threshold(
     below = np.concatenate([[0], np.cumsum(right_next[order])])
     above = np.concatenate([np.cumsum(right[order][::-1])[::-1], [0]])
     best = int(np.argmax(below[first_accepted] + above[first_accepted]))
-    return _midway(ascending, int(first_accepted[best]))
+    return midway(ascending, int(first_accepted[best]))
 
 
-def _midway(ascending: npt.NDArray[np.float32], first: int) -> float:
-    """A float32 threshold that accepts exactly `ascending[first:]`, far from both neighbours."""
+def midway(ascending: npt.NDArray[np.float32], first: int) -> float:
+    """Return the threshold that accepts exactly `ascending[first:]`, far from both neighbours.
+
+    Examples:
+        >>> midway(np.float32([0.25, 0.5, 0.75]), first=1)
+        0.375
+    """
     below = ascending[first - 1] if first > 0 else np.float32(0)
     above = ascending[first] if first < len(ascending) else np.float32(1)
     middle = np.float32(below + (above - below) / 2)

@@ -152,7 +152,7 @@ def test_neighbouring_confidences_are_told_apart() -> None:
 def test_a_threshold_never_rounds_up_to_what_it_accepts(confidence: float) -> None:
     low = np.float32(confidence)
     ascending = np.array([low, np.nextafter(low, np.float32(2))])
-    thresholds = [np.float32(cascade._midway(ascending, first)) for first in range(3)]
+    thresholds = [np.float32(cascade.midway(ascending, first)) for first in range(3)]
     assert [(ascending > threshold).sum() for threshold in thresholds] == [2, 1, 0]
 
 

@@ -1,0 +1,161 @@
+"""What every dim of a language model says of a text, without holding the logits of all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+from keras import ops
+
+from keras_mrl_serving.cascade import CascadePolicy, CascadeReport
+
+from ..models import split
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """The cross-entropy, the confidence and the correctness of each token at each dim.
+
+    Args:
+        dims: The dims of the head.
+        losses: Minus the log-probability of the token that came, float32 `(tokens, num_dims)`.
+        confidences: The largest probability, float32 `(tokens, num_dims)`.
+        right: Whether the likeliest token is the one that came, bool `(tokens, num_dims)`.
+
+    Examples:
+        >>> from keras_mrl_serving import CascadePolicy, Stage
+        >>> scores = TokenScores(
+        ...     dims=(8, 64),
+        ...     losses=np.log([[2.0, 2.0], [8.0, 2.0]]),
+        ...     confidences=np.array([[0.5, 0.5], [0.2, 0.5]]),
+        ...     right=np.array([[True, True], [False, True]]),
+        ... )
+        >>> {dim: round(value, 3) for dim, value in scores.perplexity().items()}
+        {8: 4.0, 64: 2.0}
+        >>> policy = CascadePolicy((Stage(8, 0.4), Stage(64, None)))
+        >>> round(scores.adaptive_perplexity(policy), 3), scores.evaluate(policy).expected_dim
+        (2.0, 36.0)
+    """
+
+    dims: tuple[int, ...]
+    losses: npt.NDArray[Any]
+    confidences: npt.NDArray[Any]
+    right: npt.NDArray[np.bool]
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def perplexity(self) -> dict[int, float]:
+        """Return the perplexity of the text at each dim."""
+        means = np.exp(self.losses.mean(axis=0, dtype=np.float64))
+        return dict(zip(self.dims, map(float, means), strict=True))
+
+    def adaptive_perplexity(self, policy: CascadePolicy) -> float:
+        """Return the perplexity where each token's distribution is that of the dim it stops at."""
+        columns, stage_of = self._route(policy)
+        losses = self.losses[np.arange(len(self)), columns[stage_of]]
+        return float(np.exp(losses.mean(dtype=np.float64)))
+
+    def evaluate(self, policy: CascadePolicy) -> CascadeReport:
+        """Return how `policy` fares on these tokens."""
+        columns, stage_of = self._route(policy)
+        asked = np.asarray(policy.dims)
+        exits = np.bincount(stage_of, minlength=len(asked)) / len(self)
+        return CascadeReport(
+            accuracy=float(self.right[np.arange(len(self)), columns[stage_of]].mean()),
+            full_accuracy=float(self.right[:, columns[-1]].mean()),
+            expected_dim=float(exits @ asked),
+            cumulative_dim=float(exits @ np.cumsum(asked)),
+            exit_fractions=tuple(float(share) for share in exits),
+            size=len(self),
+        )
+
+    def _route(self, policy: CascadePolicy) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The column of each stage, and the stage each token stops at."""
+        known = set(policy.dims) <= set(self.dims)
+        if not known or any(stage.temperature != 1 for stage in policy.stages):
+            raise ValueError(
+                "A policy for these scores asks scored dims, at temperature 1. "
+                f"Received: {policy.stages} for dims={self.dims}. "
+                "Learn one of the scores: learn_decoding_policy(scores)."
+            )
+        columns = np.array([self.dims.index(dim) for dim in policy.dims])
+        limits = np.array([s.threshold for s in policy.stages[:-1]], np.float32)
+        sure = self.confidences[:, columns].astype(np.float32)
+        sure[:, :-1] = sure[:, :-1] > limits
+        sure[:, -1] = 1
+        return columns, np.argmax(sure, axis=1)
+
+
+def score_tokens(
+    model: keras.Model,
+    tokens: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    ignore_class: int | None = None,
+    *,
+    batch_size: int = 32,
+    chunk: int = 1024,
+) -> TokenScores:
+    """Score a text at every dim, `chunk` positions at a time.
+
+    Args:
+        model: A built language model with features at every position.
+        tokens: Token ids.
+        labels: The token after each.
+        ignore_class: Label that stands for no token; such positions are left out.
+        batch_size: Rows the backbone reads at once.
+        chunk: Positions whose logits are held at once, at one dim.
+
+    Shapes:
+        tokens, labels: `(rows, time)`.
+
+    Raises:
+        ValueError: If the model has no nested head, shapes differ, or no label is left.
+
+    Examples:
+        >>> backbone = causal_transformer(vocabulary_size=50, width=16, length=8)
+        >>> model = MatryoshkaClassifier(backbone, MatryoshkaHead(50, dims=(4, 16)))
+        >>> text = np.arange(18).reshape(2, 9)
+        >>> _ = model(keras.ops.convert_to_tensor(text[:, :-1]))
+        >>> scores = score_tokens(model, text[:, :-1], text[:, 1:])
+        >>> scores.losses.shape, list(scores.perplexity())
+        ((16, 2), [4, 16])
+    """
+    backbone, head = split(model)
+    read, truth = np.asarray(tokens), np.asarray(labels)
+    counted = np.ones(truth.shape, bool) if ignore_class is None else truth != ignore_class
+    if head is None or read.shape != truth.shape or read.ndim != 2 or not counted.any():
+        raise ValueError(
+            "A text is scored by a model with a MatryoshkaHead, on tokens (rows, time) and the "
+            "labels of each, not all ignored. "
+            f"Received: {type(model).__name__} {model.name!r}, tokens of shape {read.shape}, "
+            f"labels of shape {truth.shape}, {int(counted.sum())} that count. "
+            "Write score_tokens(model, ids[:, :-1], ids[:, 1:])."
+        )
+    parts = []
+    for start in range(0, len(read), batch_size):
+        rows = slice(start, start + batch_size)
+        features = ops.convert_to_numpy(backbone.predict_on_batch(read[rows]))[counted[rows]]
+        known = truth[rows][counted[rows]]
+        for first in range(0, len(known), chunk):
+            part = slice(first, first + chunk)
+            parts.append([_score(head, features[part], known[part], d) for d in head.dims or ()])
+    columns = [
+        np.concatenate([np.stack([dim[i] for dim in p], 1) for p in parts]) for i in range(3)
+    ]
+    return TokenScores(head.dims or (), columns[0], columns[1], columns[2].astype(bool))
+
+
+def _score(head: Any, features: Any, labels: Any, dim: int) -> list[npt.NDArray[Any]]:
+    """Losses, confidences and correctness of some positions at one dim."""
+    logits = ops.cast(head.logits_at(ops.convert_to_tensor(features[:, :dim]), dim), "float32")
+    highest = ops.max(logits, axis=-1)
+    summed = ops.sum(ops.exp(logits - highest[:, None]), axis=-1)
+    truth = ops.convert_to_tensor(labels.astype("int32"))
+    of_label = ops.take_along_axis(logits, truth[:, None], axis=-1)[:, 0]
+    losses = highest + ops.log(summed) - of_label
+    right = ops.equal(ops.cast(ops.argmax(logits, axis=-1), "int32"), truth)
+    return [ops.convert_to_numpy(column) for column in (losses, 1.0 / summed, right)]
