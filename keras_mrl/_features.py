@@ -1,0 +1,46 @@
+"""What features and labels held in memory must be, said once for baselines and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+from ._dims import check_dims, check_width
+
+Array = npt.NDArray[Any]
+
+
+def check_features(features: Any, dim: int = 1) -> Array:
+    """Return features as an array of rows, of at least `dim` coordinates.
+
+    Raises:
+        ValueError: If they are no finite table with at least one row, or narrower than `dim`.
+    """
+    table = keras.ops.convert_to_numpy(features)
+    if table.ndim != 2 or not table.size or not np.isfinite(table).all():
+        raise ValueError(
+            "features must be finite numbers (rows, width) with at least one row. "
+            f"Received: {table.dtype} of shape {table.shape}. "
+            "Give what backbone.predict(inputs) returns."
+        )
+    check_width(check_dims((dim,)), table.shape[1])
+    return table
+
+
+def check_labels_of(features: Array, labels: Any) -> Array:
+    """Return labels as an array, one per row of `features`.
+
+    Raises:
+        ValueError: If they are not one per row.
+    """
+    given = keras.ops.convert_to_numpy(labels)
+    if given.shape != features.shape[:1]:
+        raise ValueError(
+            "labels must hold one label per row of the features. "
+            f"Received: labels of shape {given.shape} for features of shape {features.shape}. "
+            "Give integer labels, not one-hot rows."
+        )
+    return given

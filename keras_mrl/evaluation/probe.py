@@ -1,0 +1,92 @@
+"""A linear classifier newly trained on features that stay as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._features import Array, check_features, check_labels_of
+
+
+@dataclass(frozen=True, eq=False)
+class LinearProbe:
+    """A linear classifier of features.
+
+    Args:
+        kernel: `(width, num_classes)`.
+        bias: `(num_classes,)`.
+        classes: The label of every logit, ascending; those that training showed.
+
+    Examples:
+        >>> probe = LinearProbe(kernel=np.eye(2), bias=np.zeros(2), classes=np.array([3, 5]))
+        >>> probe.predict([[0.0, 1.0], [2.0, 1.0]]).tolist()
+        [5, 3]
+    """
+
+    kernel: Array
+    bias: Array
+    classes: Array
+
+    def logits(self, features: Any) -> Array:
+        """Return `(rows, num_classes)`."""
+        return np.asarray(features) @ self.kernel + self.bias
+
+    def predict(self, features: Any) -> Array:
+        """Return the likeliest label of every row."""
+        return self.classes[self.logits(features).argmax(axis=-1)]
+
+
+def linear_probe(features: Any, labels: Any, regularization: float = 1.0) -> LinearProbe:
+    """Train a linear classifier on features.
+
+    This is scikit-learn's logistic regression on standardised features, and not a Keras layer: the
+    problem is convex, so there is one answer, the same on every backend, with no learning rate, no
+    batches and no seed to choose for it.
+
+    Args:
+        features: `(rows, width)`.
+        labels: `(rows,)`, of two classes or more.
+        regularization: Factor of the squared kernel beside the summed loss, greater than zero.
+
+    Formula:
+        minimise sum_i CE(W . s(x_i) + b; y_i) + regularization / 2 * ||W||^2, where s subtracts the
+        mean of every feature and divides by its standard deviation
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+        ValueError: If `features` are no finite table, or `labels` not one per row or of one class
+            alone.
+
+    Examples:
+        >>> features, labels = [[0.0, 1.0], [1.0, 1.0], [4.0, 1.0], [5.0, 1.0]], [7, 7, 9, 9]
+        >>> linear_probe(features, labels).predict([[0.5, 1.0], [4.5, 1.0]]).tolist()
+        [7, 9]
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError(
+            f"A linear probe is trained by scikit-learn. Received: {error}. "
+            "Install it: pip install 'keras-mrl[evaluate]'."
+        ) from error
+    table = check_features(features).astype(np.float64)
+    given = check_labels_of(table, labels)
+    if len(np.unique(given)) < 2:
+        raise ValueError(
+            "A linear probe tells classes apart. "
+            f"Received: {len(given)} labels, all of them {given[0]}. "
+            "Give rows of two classes or more."
+        )
+    scaler = StandardScaler().fit(table)
+    fitted = LogisticRegression(C=1 / regularization, max_iter=1000).fit(
+        scaler.transform(table), given
+    )
+    weights, biases = fitted.coef_, fitted.intercept_
+    if len(fitted.classes_) == 2:  # one sigmoid is a softmax whose first logit is zero
+        weights = np.concatenate([np.zeros_like(weights), weights])
+        biases = np.concatenate([np.zeros_like(biases), biases])
+    kernel = weights.T / scaler.scale_[:, None]
+    return LinearProbe(kernel, biases - scaler.mean_ @ kernel, fitted.classes_)
