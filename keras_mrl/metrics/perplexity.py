@@ -29,6 +29,9 @@ class Perplexity(keras.metrics.Mean):
     Formula:
         exp(-1/N sum_i log softmax(y_pred_i)[y_true_i]) over the N labels that count
 
+    Raises:
+        ValueError: If `ignore_class` is no integer.
+
     Examples:
         >>> metric = Perplexity(ignore_class=-1)
         >>> metric.update_state(keras.ops.array([1, 2, -1]), keras.ops.zeros((3, 10)))
@@ -40,6 +43,11 @@ class Perplexity(keras.metrics.Mean):
         self, ignore_class: int | None = None, name: str = "perplexity", dtype: Any = None
     ) -> None:
         super().__init__(name=name, dtype=dtype)
+        if ignore_class is not None and not isinstance(ignore_class, int):
+            raise ValueError(
+                "ignore_class must be the integer that labels no token, or None. "
+                f"Received: ignore_class={ignore_class!r}. Give for example the id of the padding."
+            )
         self.ignore_class = ignore_class
         self._direction = "down"
 

@@ -65,7 +65,11 @@ def causal_transformer(
     for block in range(layers):
         normed = keras.layers.LayerNormalization(epsilon=1e-5, name=f"attention_norm_{block}")(x)
         attention = keras.layers.MultiHeadAttention(
-            heads, width // heads, dropout=dropout, name=f"attention_{block}"
+            heads,
+            width // heads,
+            dropout=dropout,
+            use_bias=False,  # of the keys it would never learn: the softmax does not see it
+            name=f"attention_{block}",
         )
         attended = attention(normed, normed, use_causal_mask=True)
         x = keras.layers.Add()([x, keras.layers.Dropout(dropout)(attended)])

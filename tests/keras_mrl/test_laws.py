@@ -17,7 +17,9 @@ from keras_mrl import (
     MatryoshkaMetric,
     Truncate,
 )
+from keras_mrl.baselines import Slimmable, Switchable
 from tests import laws
+from tests.keras_mrl import language
 from tests.keras_mrl.small import (
     DIMS,
     NUM_CLASSES,
@@ -35,6 +37,7 @@ pytestmark = pytest.mark.backend
 
 RANDOM = np.random.default_rng(1)
 FEATURES = RANDOM.normal(size=(len(X), 8)).astype("float32")
+WIDE = np.concatenate([FEATURES, -FEATURES[:, :4]], axis=1)
 LOGITS = RANDOM.normal(size=(len(X), len(DIMS), NUM_CLASSES)).astype("float32")
 
 
@@ -210,6 +213,65 @@ def classifier_example(**arguments: Any) -> Example:
     )
 
 
+def with_half(layer: Slimmable | Switchable) -> keras.Model:
+    """The layer at its full width, and at half of it."""
+    inputs = keras.Input((5,))
+    full = layer(keras.layers.Dense(8)(inputs))
+    half = layer(keras.layers.Dense(4)(inputs), share=0.5)
+    model = keras.Model(inputs, keras.layers.Concatenate()([full, half]))
+    model.compile("sgd", "mse")
+    return model
+
+
+def slimmable_example() -> Example:
+    return Example(
+        make=lambda: Slimmable(keras.layers.Dense(6, activation="tanh")),
+        model=with_half,
+        x=X,
+        y=WIDE[:, :9],
+        inputs=(FEATURES,),
+        wrong=(
+            Wrong(
+                make=lambda: Slimmable(keras.layers.ReLU(name="relu")),
+                error=TypeError,
+                sentence=(
+                    "Slimmable makes a keras.layers.Dense or Conv2D (channels last, no groups) "
+                    "narrower. Received: <ReLU name=relu, built=True>. "
+                    "Give a layer that has its own weights at every width to Switchable."
+                ),
+            ),
+        ),
+    )
+
+
+def switchable_example() -> Example:
+    return Example(
+        make=lambda: Switchable(keras.layers.LayerNormalization(), shares=(0.5, 1)),
+        model=with_half,
+        x=X,
+        y=WIDE,
+        inputs=(FEATURES,),
+        wrong=(
+            Wrong(
+                make=lambda: Switchable(keras.layers.LayerNormalization(), shares=(1, 0.5)),
+                error=ValueError,
+                sentence=(
+                    "shares must ascend from above 0 to 1. Received: shares=(1.0, 0.5). "
+                    "Divide the dims by the widest: (0.25, 0.5, 1.0)."
+                ),
+            ),
+            Wrong(
+                make=lambda: Switchable("batch_normalization", shares=(1,)),
+                error=TypeError,
+                sentence=(
+                    "Switchable copies a Keras layer. Received: 'batch_normalization'. "
+                    "Give an instance, e.g. keras.layers.BatchNormalization()."
+                ),
+            ),
+        ),
+    )
+
+
 EXAMPLES: dict[str, Example] = {
     "head": head_example(dims=DIMS),
     "head-ladder": head_example(use_bias=False, kernel_regularizer="l2"),
@@ -219,6 +281,9 @@ EXAMPLES: dict[str, Example] = {
     "loss": loss_example(weights=(2.0, 1.0, 0.5)),
     "metric": metric_example(),
     "classifier": classifier_example(name="nested"),
+    "slimmable": slimmable_example(),
+    "switchable": switchable_example(),
+    **language.EXAMPLES,
 }
 LAWS: tuple[Callable[[Example], None], ...] = (
     laws.config_is_json_and_round_trips,
@@ -245,7 +310,11 @@ def test_every_keras_class(law: Callable[[Example], None], example: Example) -> 
 
 @pytest.mark.parametrize(
     "example",
-    [pytest.param(e, id=name) for name, e in EXAMPLES.items() if name != "metric"],
+    [
+        pytest.param(example, id=name)
+        for name, example in EXAMPLES.items()
+        if name not in ("metric", "perplexity")
+    ],
 )
 def test_symbolic_shape_is_eager_shape(example: Example) -> None:
     laws.symbolic_shape_is_eager_shape(example)
