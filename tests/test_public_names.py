@@ -8,6 +8,7 @@ import pytest
 
 PUBLIC = {
     "keras_mrl": {
+        "AcrossDims",
         "AdaptiveDecoder",
         "LearnedPositions",
         "MatryoshkaClassifier",
@@ -50,7 +51,7 @@ PUBLIC = {
         "precision_at_k",
         "score_tokens",
     },
-    "keras_mrl_export": {"ExportError", "export_saved_model"},
+    "keras_mrl_export": {"ExportError", "export_index", "export_saved_model"},
     "keras_mrl_serving.server": {"DevServer"},
     "keras_mrl_serving.testing": {"InMemoryServer"},
     "keras_mrl_serving": {

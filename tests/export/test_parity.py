@@ -1,5 +1,6 @@
 """A signature that differs from the Keras model is found, named, and keeps the version back."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable
@@ -195,10 +196,11 @@ def broken_ids(served: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def broken_description(served: Any, patch: pytest.MonkeyPatch) -> None:
-    describe = served._describe
-    patch.setattr(
-        served, "_describe", lambda self, key: {"manifest": describe(self, key)["manifest"] + " "}
-    )
+    del served
+    from keras_mrl_export import signatures
+
+    describing = signatures.describing
+    patch.setattr(signatures, "describing", lambda m: describing(dataclasses.replace(m, name="x")))
 
 
 @only_tensorflow
