@@ -61,7 +61,7 @@ class MatryoshkaLoss(keras.losses.Loss):
         dims_per_step: int | None = None,
         name: str = "matryoshka_loss",
     ) -> None:
-        if not isinstance(loss, keras.losses.Loss) or isinstance(loss, MatryoshkaLoss):
+        if not isinstance(loss, keras.losses.Loss) or _weights.is_nested(loss):
             raise TypeError(
                 "loss must be a Keras loss for one dim. "
                 f"Received: {loss!r}. Give an instance, for example "
@@ -88,9 +88,7 @@ class MatryoshkaLoss(keras.losses.Loss):
             ValueError: If the weights or `dims_per_step` do not fit `num_dims`.
         """
         weights = _weights.resolve(self.weights, num_dims)
-        if self.dims_per_step is None or seed is None:
-            return weights
-        return _weights.draw(weights, self.dims_per_step, seed)
+        return _weights.of_step(weights, self.dims_per_step, seed)
 
     def for_step(self, seed: Any = None) -> keras.losses.Loss:
         """Return this loss as it stands in one step of the model that owns `seed`.

@@ -85,6 +85,25 @@ def draw(weights: tuple[float, ...], dims_per_step: int, seed: Any) -> Any:
     return ops.where(ranks < dims_per_step, ops.convert_to_tensor(weights, "float32"), 0.0)
 
 
+def trained(weights: Weights, dims: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return the dims of positive weight and their weights: the others are as if absent."""
+    pairs = zip(dims, resolve(weights, len(dims)), strict=True)
+    kept = [(dim, weight) for dim, weight in pairs if weight]
+    return tuple(dim for dim, _ in kept), tuple(weight for _, weight in kept)
+
+
+def of_step(weights: tuple[float, ...], dims_per_step: int | None, seed: Any) -> Any:
+    """Return `weights`, or what a training step with `seed` draws of them."""
+    if dims_per_step is None or seed is None:
+        return weights
+    return draw(weights, dims_per_step, seed)
+
+
+def is_nested(loss: Any) -> bool:
+    """Whether `loss` is one of the nested losses of this package."""
+    return hasattr(loss, "dims_per_step")
+
+
 def no_seed(loss: Any) -> ValueError:
     """What a loss with `dims_per_step` says where nobody draws for it."""
     return ValueError(
