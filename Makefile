@@ -46,7 +46,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
-	$(BIN)/mypy $(ROOMS) tests benchmarks
+	$(BIN)/mypy $(ROOMS) tests benchmarks examples
 
 soak: $(VENV)/.dev ## the long counts that `make test` runs in small
 	KERAS_MRL_SOAK=1 $(BIN)/python -m pytest tests -m soak
