@@ -15,6 +15,7 @@ PUBLIC = {
         "MatryoshkaHead",
         "MatryoshkaLoss",
         "MatryoshkaMetric",
+        "NeighborMetrics",
         "Perplexity",
         "Truncate",
         "causal_transformer",

@@ -1,0 +1,150 @@
+"""What `fit` should watch: neighbours of the embeddings, and one number for all dims.
+
+Keras hands the log of an epoch to one callback after the other, in the order of the list, its own
+history and progress bar last. So these stand before whatever reads their entries:
+`callbacks=[NeighborMetrics(...), AcrossDims("1nn"), EarlyStopping("val_1nn_worst", mode="max")]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from ._dims import check_dims, check_weights
+from .evaluation.neighbors import nearest_hits
+from .evaluation.retrieval import mean_average_precision_at_k
+from .models.cut import split
+
+
+class NeighborMetrics(keras.callbacks.Callback):
+    """1-NN accuracy and map10 of the embeddings at every dim, after every epoch.
+
+    Writes `val_1nn_<dim>` and `val_map10_<dim>` into the log, before the callbacks that follow it
+    in the list. The search is exact and costs queries x gallery x dims multiply-adds per epoch,
+    after both were embedded: a few thousand rows are enough to watch.
+
+    Args:
+        gallery: Inputs and integer labels `(x, y)` to find neighbours among, e.g. of training.
+        queries: Inputs and integer labels `(x, y)` of other rows, e.g. of validation.
+        dims: None means those of the model's head. A model without a head is its own embedding.
+        batch_size: Of the embedding.
+
+    Raises:
+        ValueError: If labels do not fit, the gallery has fewer than 10 rows, or there are no dims.
+
+    Reference:
+        Kusupati et al., Matryoshka Representation Learning, section 4.2 (1-NN) and 4.3 (mAP@10).
+
+    Examples:
+        >>> inputs = keras.Input((8,))
+        >>> head = MatryoshkaHead(2, dims=(2, 4))
+        >>> model = keras.Model(inputs, head(keras.layers.Dense(4)(inputs)))
+        >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        >>> model.compile("sgd", MatryoshkaLoss(loss))
+        >>> x, y = np.eye(20, 8, dtype="float32"), np.arange(20) % 2
+        >>> neighbors = NeighborMetrics(gallery=(x[:16], y[:16]), queries=(x[16:], y[16:]))
+        >>> log = model.fit(x, y, callbacks=[neighbors], verbose=0).history
+        >>> [name for name in sorted(log) if "1nn" in name]
+        ['val_1nn_2', 'val_1nn_4']
+    """
+
+    def __init__(
+        self,
+        gallery: tuple[Any, Any],
+        queries: tuple[Any, Any],
+        dims: Sequence[int] | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        super().__init__()
+        self.gallery = gallery
+        self.queries = queries
+        self.dims = None if dims is None else check_dims(dims)
+        self.batch_size = batch_size
+        self._body: Any = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Forget the model of an earlier `fit`."""
+        del logs
+        self._body = None
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Embed both sides, search, and write the two measures of every dim."""
+        del epoch
+        backbone, head = split(self.model)
+        dims = self.dims or (head.dims if head is not None else None)
+        if dims is None:
+            raise ValueError(
+                "NeighborMetrics needs dims for a model that ends in no MatryoshkaHead. "
+                f"Received: dims=None for {type(self.model).__name__} {self.model.name!r}. "
+                "Give the prefix lengths to watch: dims=(8, 16, 32)."
+            )
+        if self._body is None:  # kept, so that `predict` is compiled once and not every epoch
+            self._body = backbone if hasattr(backbone, "predict") else keras.Sequential([backbone])
+        (x, y), (query_x, query_y) = self.gallery, self.queries
+        rows, asked = (
+            keras.ops.convert_to_numpy(part).astype("float32")
+            for part in (self._embed(x), self._embed(query_x))
+        )
+        for dim in dims:
+            hits = nearest_hits(rows, y, asked, query_y, dim)
+            logs[f"val_1nn_{dim}"] = float(hits[:, 0].mean())
+            logs[f"val_map10_{dim}"] = mean_average_precision_at_k(hits)
+
+    def _embed(self, inputs: Any) -> Any:
+        return self._body.predict(inputs, batch_size=self.batch_size, verbose=0)
+
+
+class AcrossDims(keras.callbacks.Callback):
+    """One number for all dims: the worst, and the weighted mean.
+
+    From the entries `<name>_<dim>` and `val_<name>_<dim>` of the log it writes `<name>_worst`,
+    `<name>_mean`, `val_<name>_worst` and `val_<name>_mean`, before the callbacks that follow it in
+    the list: Keras's own `ModelCheckpoint`, `EarlyStopping` and `TensorBoard` read them there.
+
+    Args:
+        name: Stem of the entries, such as "accuracy", "1nn" or "map10".
+        weights: Of the mean, one per dim, ascending; None means equal ones.
+        lower_is_better: Whether the worst dim is the one with the largest number.
+
+    Raises:
+        ValueError: If the log has no such entry, or another number of them than `weights`.
+
+    Examples:
+        >>> log = {"val_accuracy_8": 0.5, "val_accuracy_16": 0.75}
+        >>> AcrossDims("accuracy", weights=(3, 1)).on_epoch_end(0, log)
+        >>> log["val_accuracy_worst"], log["val_accuracy_mean"]
+        (0.5, 0.5625)
+    """
+
+    def __init__(
+        self, name: str, weights: Sequence[float] | None = None, lower_is_better: bool = False
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.weights = None if weights is None else check_weights(weights, len(weights))
+        self.lower_is_better = lower_is_better
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Write the worst dim and the weighted mean."""
+        del epoch
+        written = False
+        for stem in (self.name, f"val_{self.name}"):
+            entry = re.compile(rf"{re.escape(stem)}_(\d+)")
+            by_dim = {int(m[1]): logs[m[0]] for m in map(entry.fullmatch, list(logs)) if m}
+            if by_dim:
+                values = [by_dim[dim] for dim in sorted(by_dim)]
+                weights = check_weights(self.weights, len(values))
+                weighted = sum(w * v for w, v in zip(weights, values, strict=True))
+                logs[f"{stem}_worst"] = max(values) if self.lower_is_better else min(values)
+                logs[f"{stem}_mean"] = weighted / sum(weights)
+                written = True
+        if not written:
+            raise ValueError(
+                "AcrossDims needs a log with an entry per dim. "
+                f"Received: no {self.name}_<dim> among {sorted(logs)}. "
+                "Compile a MatryoshkaMetric of that name, or put the callback that writes the "
+                "entries before this one."
+            )

@@ -1,0 +1,252 @@
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mrl
+from keras_mrl import AcrossDims, MatryoshkaMetric, NeighborMetrics
+from tests.keras_mrl.small import (
+    DIMS,
+    NUM_CLASSES,
+    accuracy,
+    as_numpy,
+    classifier,
+    compiled,
+    functional,
+)
+from tests.laws import exactly, public_keras_classes
+
+pytestmark = pytest.mark.backend
+
+RANDOM = np.random.default_rng(0)
+Y = np.arange(60) % NUM_CLASSES
+X = (RANDOM.normal(size=(60, 5)) + 1.5 * np.eye(NUM_CLASSES, 5)[Y]).astype("float32")
+GALLERY, QUERIES = (X[:40], Y[:40]), (X[40:], Y[40:])
+
+
+def slow_scores(embeddings: Any, queries: Any, dim: int) -> tuple[float, float]:
+    """1-NN and map10 of prefixes as a loop over queries, by distance and in float64."""
+    rows, asked = (
+        e[:, :dim].astype("float64") / np.linalg.norm(e[:, :dim].astype("float64"), axis=1)[:, None]
+        for e in (embeddings, queries)
+    )
+    first, precision = [], []
+    for query, label in zip(asked, QUERIES[1], strict=True):
+        hits = GALLERY[1][np.argsort(np.linalg.norm(rows - query, axis=1))[:10]] == label
+        first.append(hits[0])
+        precision.append(sum(hits[: i + 1].mean() for i in range(10) if hits[i]) / 10)
+    return float(np.mean(first)), float(np.mean(precision))
+
+
+def fit(model: keras.Model, callbacks: list[keras.callbacks.Callback], epochs: int = 2) -> Any:
+    return model.fit(
+        *GALLERY, validation_data=QUERIES, epochs=epochs, callbacks=callbacks, verbose=0
+    ).history
+
+
+@pytest.mark.parametrize("make", [classifier, lambda: compiled(functional())])
+def test_neighbours_are_those_of_a_slow_loop_after_every_epoch(make: Any) -> None:
+    model = make()
+    log = fit(model, [NeighborMetrics(GALLERY, QUERIES, batch_size=16)], epochs=3)
+    body = model.backbone if hasattr(model, "backbone") else model.get_layer("features")
+    embeddings = [as_numpy(body(x)) for x, _ in (GALLERY, QUERIES)]
+    for dim in DIMS:
+        first, precision = slow_scores(embeddings[0], embeddings[1], dim)
+        assert len(log[f"val_1nn_{dim}"]) == 3
+        assert log[f"val_1nn_{dim}"][-1] == pytest.approx(first)
+        assert log[f"val_map10_{dim}"][-1] == pytest.approx(precision, rel=1e-6)
+    assert len({value for dim in DIMS for value in log[f"val_map10_{dim}"]}) > 5
+
+
+def test_a_model_without_a_head_is_its_own_embedding() -> None:
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)])
+    model.compile("sgd", "mse")
+    neighbors = NeighborMetrics(GALLERY, QUERIES, dims=(3, 8))
+    log = model.fit(X, np.zeros((60, 8)), callbacks=[neighbors], verbose=0).history
+    embeddings = [as_numpy(model(x)) for x, _ in (GALLERY, QUERIES)]
+    for dim in (3, 8):
+        first, precision = slow_scores(embeddings[0], embeddings[1], dim)
+        assert log[f"val_1nn_{dim}"] == pytest.approx([first])
+        assert log[f"val_map10_{dim}"] == pytest.approx([precision], rel=1e-6)
+
+
+def test_a_layer_as_backbone_is_asked_as_well() -> None:
+    log = fit(classifier(keras.layers.Dense(8)), [NeighborMetrics(GALLERY, QUERIES)])
+    assert len(log["val_1nn_2"]) == 2
+
+
+def test_without_head_and_dims_it_says_so() -> None:
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)], name="plain")
+    model.compile("sgd", "mse")
+    sentence = (
+        "NeighborMetrics needs dims for a model that ends in no MatryoshkaHead. "
+        "Received: dims=None for Sequential 'plain'. "
+        "Give the prefix lengths to watch: dims=(8, 16, 32)."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        model.fit(X, np.zeros((60, 8)), callbacks=[NeighborMetrics(GALLERY, QUERIES)], verbose=0)
+
+
+def test_a_gallery_of_fewer_rows_than_neighbours_is_refused() -> None:
+    few = (X[:9], Y[:9])
+    sentence = (
+        "A gallery must hold at least the 10 nearest that are looked for. "
+        "Received: 9 rows. Give more rows."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        fit(classifier(), [NeighborMetrics(few, QUERIES)])
+
+
+def test_across_dims_are_the_worst_and_the_weighted_mean_of_every_epoch() -> None:
+    model = classifier(metrics=[accuracy()])
+    log = fit(model, [AcrossDims("accuracy", weights=(2, 1, 1))], epochs=3)
+    for prefix in ("", "val_"):
+        rows = np.array([log[f"{prefix}accuracy_{dim}"] for dim in DIMS])
+        assert log[f"{prefix}accuracy_worst"] == pytest.approx(rows.min(0))
+        expected = np.average(rows, axis=0, weights=(2, 1, 1))
+        assert log[f"{prefix}accuracy_mean"] == pytest.approx(expected)
+    assert np.ptp(rows, axis=0).any()
+
+
+def test_where_lower_is_better_the_largest_is_the_worst() -> None:
+    inner = keras.metrics.SparseCategoricalCrossentropy(name="entropy", from_logits=True)
+    model = classifier(metrics=[MatryoshkaMetric(inner, DIMS)])
+    log = fit(model, [AcrossDims("entropy", lower_is_better=True)], epochs=1)
+    entropies = [log[f"entropy_{dim}"][0] for dim in DIMS]
+    assert log["entropy_worst"] == [max(entropies)]
+    assert log["entropy_mean"] == pytest.approx([np.mean(entropies)])
+
+
+def test_names_are_not_taken_for_their_prefixes() -> None:
+    log = {"accuracy_8": 0.5, "top5_accuracy_8": 0.1, "accuracy_8_x": 0.2, "accuracy_worst_8": 0.0}
+    AcrossDims("accuracy").on_epoch_end(0, log)
+    assert (log["accuracy_worst"], log["accuracy_mean"]) == (0.5, 0.5)
+    assert "val_accuracy_worst" not in log
+
+
+def test_a_log_without_such_entries_is_refused() -> None:
+    sentence = (
+        "AcrossDims needs a log with an entry per dim. "
+        "Received: no accuracy_<dim> among ['loss', 'val_loss']. Compile a MatryoshkaMetric of "
+        "that name, or put the callback that writes the entries before this one."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        fit(classifier(), [AcrossDims("accuracy")])
+
+
+def test_weights_that_do_not_fit_the_dims_are_refused() -> None:
+    with pytest.raises(ValueError, match="weights must hold one number per dim"):
+        fit(classifier(metrics=[accuracy()]), [AcrossDims("accuracy", weights=(1, 1))])
+
+
+CALLBACKS: dict[str, Callable[[], keras.callbacks.Callback]] = {
+    "neighbors": lambda: NeighborMetrics(GALLERY, QUERIES, dims=(3, 5)),
+    "across": lambda: AcrossDims("accuracy", weights=(2, 1, 1), lower_is_better=True),
+}
+
+
+def test_every_public_callback_is_in_the_table() -> None:
+    classes = public_keras_classes(keras_mrl)
+    callbacks = {c for c in classes if issubclass(c, keras.callbacks.Callback)}
+    assert {type(make()) for make in CALLBACKS.values()} == callbacks
+
+
+class Reader(keras.callbacks.Callback):
+    """What a callback later in the list finds in the log."""
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        del epoch
+        self.logs = dict(logs)
+
+
+@pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
+def test_a_later_callback_and_the_history_read_what_a_callback_writes(
+    make: Callable[[], keras.callbacks.Callback],
+) -> None:
+    callback, reader = make(), Reader()
+    arguments = [*inspect.signature(type(callback)).parameters]
+    assert [name for name in arguments if not hasattr(callback, name)] == []
+    log = fit(classifier(metrics=[accuracy()]), [callback, reader], epochs=1)
+    assert reader.logs.keys() == log.keys()
+    plain = {"loss", *(f"accuracy_{dim}" for dim in DIMS)}
+    new = reader.logs.keys() - plain - {f"val_{name}" for name in plain}
+    assert len(new) == 4
+    assert all(type(reader.logs[name]) is float for name in new)
+    json.dumps(reader.logs)
+
+
+class Written(keras.callbacks.Callback):
+    """The weights after every epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[list[Any]] = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        del epoch, logs
+        self.weights.append(self.model.get_weights())
+
+
+def test_kerass_own_callbacks_select_by_what_is_written(tmp_path: Path) -> None:
+    """Chosen by one dim, by the worst and by a mean, a model is kept from its own best epoch."""
+    model = classifier(optimizer=keras.optimizers.SGD(0.5), metrics=[accuracy()])
+    names = ("val_accuracy_4", "val_accuracy_worst", "val_1nn_mean")
+    keepers = [
+        keras.callbacks.ModelCheckpoint(
+            tmp_path / f"{name}.keras", monitor=name, mode="max", save_best_only=True
+        )
+        for name in names
+    ]
+    stopping = keras.callbacks.EarlyStopping("val_accuracy_worst", mode="max", patience=3)
+    written = Written()
+    writing = [NeighborMetrics(GALLERY, QUERIES), AcrossDims("accuracy"), AcrossDims("1nn")]
+    log = fit(model, [*writing, *keepers, stopping, written], epochs=12)
+    for name in names:
+        loaded = keras.saving.load_model(tmp_path / f"{name}.keras")
+        best = written.weights[int(np.argmax(log[name]))]
+        for one, other in zip(loaded.get_weights(), best, strict=True):
+            np.testing.assert_array_equal(one, other)
+    worst = int(np.argmax(log["val_accuracy_worst"]))
+    assert stopping.best_epoch == worst
+    assert len(written.weights) == min(12, worst + 4)
+
+
+def test_after_the_callback_that_reads_it_an_entry_comes_too_late() -> None:
+    stopping = keras.callbacks.EarlyStopping("val_accuracy_worst", mode="max")
+    with pytest.warns(UserWarning, match="which is not available"):
+        fit(classifier(metrics=[accuracy()]), [stopping, AcrossDims("accuracy")], epochs=1)
+
+
+def test_tensorboard_draws_what_is_written(tmp_path: Path) -> None:
+    """Keras's TensorBoard writes through TensorFlow, whatever the backend."""
+    pytest.importorskip("tensorflow")
+    from tensorflow import make_ndarray
+    from tensorflow.core.util import event_pb2
+    from tensorflow.data import TFRecordDataset
+
+    model = classifier(metrics=[accuracy()])
+    log = fit(model, [AcrossDims("accuracy"), keras.callbacks.TensorBoard(tmp_path)], epochs=1)
+    drawn = {}
+    for file in tmp_path.glob("validation/*"):
+        for record in TFRecordDataset(str(file)).as_numpy_iterator():
+            for value in event_pb2.Event.FromString(record).summary.value:
+                drawn[value.tag] = float(make_ndarray(value.tensor))
+    for name in ("accuracy_4", "accuracy_worst", "accuracy_mean"):
+        assert drawn[f"epoch_{name}"] == pytest.approx(log[f"val_{name}"][0])
+
+
+def test_top_k_accuracy_per_dim_is_keras_own() -> None:
+    top = keras.metrics.SparseTopKCategoricalAccuracy(k=2, name="top2")
+    model = classifier(metrics=[MatryoshkaMetric(top, DIMS)])
+    log = fit(model, [AcrossDims("top2")])
+    logits = as_numpy(model(QUERIES[0]))
+    best = np.argsort(-logits, axis=-1)[..., :2]
+    expected = (best == QUERIES[1][:, None, None]).any(-1).mean(0)
+    for m, dim in enumerate(DIMS):
+        assert log[f"val_top2_{dim}"][-1] == pytest.approx(expected[m])
+    assert log["val_top2_worst"][-1] == pytest.approx(expected.min())
