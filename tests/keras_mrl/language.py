@@ -203,5 +203,5 @@ EXAMPLES: dict[str, Example] = {
 }
 
 
-def perplexity_by_dim() -> MatryoshkaMetric:
-    return MatryoshkaMetric(Perplexity(), DIMS)
+def perplexity_by_dim(ignore_class: int | None = None) -> MatryoshkaMetric:
+    return MatryoshkaMetric(Perplexity(ignore_class), DIMS)
