@@ -22,11 +22,16 @@ from .callbacks import NeighborMetrics as NeighborMetrics
 from .layers import LearnedPositions as LearnedPositions
 from .layers import MatryoshkaHead as MatryoshkaHead
 from .layers import Truncate as Truncate
+from .losses import ContrastiveLoss as ContrastiveLoss
+from .losses import MatryoshkaEmbeddingLoss as MatryoshkaEmbeddingLoss
 from .losses import MatryoshkaLoss as MatryoshkaLoss
+from .losses import SupervisedContrastiveLoss as SupervisedContrastiveLoss
+from .losses import first_boosted as first_boosted
 from .metrics import MatryoshkaMetric as MatryoshkaMetric
 from .metrics import Perplexity as Perplexity
 from .models import AdaptiveDecoder as AdaptiveDecoder
 from .models import MatryoshkaClassifier as MatryoshkaClassifier
+from .models import MatryoshkaEncoder as MatryoshkaEncoder
 from .models import causal_transformer as causal_transformer
 from .models import cut as cut
 from .models import funnel_top_k as funnel_top_k

@@ -187,6 +187,30 @@ class NestedLoss:
     def loss(self, weights: Sequence[float] | None, dims: Sequence[int] = (0, 1, 2)) -> Array:
         return as_float(self.make(weights)(self.labels, self.logits[:, list(dims)]))
 
+    def inner_loss(self) -> Array:
+        return as_float(self.inner(self.labels, self.logits[:, 2]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NestedEmbeddingLoss:
+    """A nested loss on embeddings of width 8; `plain` is the loss of unit vectors at one dim."""
+
+    make_at: Callable[[Sequence[float] | None, Sequence[int]], keras.losses.Loss]
+    plain: Callable[[Array, Array], Array]
+    labels: Array
+    logits: Array  # the embeddings, under the name they have in the laws of both kinds
+
+    def make(self, weights: Sequence[float] | None) -> keras.losses.Loss:
+        return self.make_at(weights, (2, 4, 8))
+
+    def loss(self, weights: Sequence[float] | None, dims: Sequence[int] = (0, 1, 2)) -> Array:
+        chosen = [(2, 4, 8)[m] for m in dims]
+        return as_float(self.make_at(weights, chosen)(self.labels, self.logits))
+
+    def inner_loss(self) -> Array:
+        lengths = np.linalg.norm(self.logits, axis=-1, keepdims=True)
+        return self.plain(self.labels, self.logits / lengths)
+
 
 def weight_zero_is_absence(nested: NestedLoss) -> None:
     broken = nested.logits.copy()
@@ -195,22 +219,31 @@ def weight_zero_is_absence(nested: NestedLoss) -> None:
     np.testing.assert_allclose(received, nested.loss((2.0, 0.5), dims=(0, 2)), rtol=1e-6)
 
 
-def weights_add(nested: NestedLoss) -> None:
+def weight_zero_beyond_is_absence(nested: NestedEmbeddingLoss) -> None:
+    broken = nested.logits.copy()
+    broken[..., 4:] = np.nan  # as above: in no dim of positive weight
+    received = as_float(nested.make((2.0, 0.5, 0.0))(nested.labels, broken))
+    np.testing.assert_allclose(received, nested.loss((2.0, 0.5), dims=(0, 1)), rtol=1e-6)
+    inside = nested.loss((2.0, 0.0, 0.5))
+    np.testing.assert_allclose(inside, nested.loss((2.0, 0.5), dims=(0, 2)), rtol=1e-6)
+
+
+def weights_add(nested: NestedLoss | NestedEmbeddingLoss) -> None:
     parts = nested.loss((2.0, 0.0, 0.25)) + nested.loss((1.0, 3.0, 0.5))
     np.testing.assert_allclose(nested.loss((3.0, 3.0, 0.75)), parts, rtol=1e-5)
 
 
-def no_weights_are_ones(nested: NestedLoss) -> None:
+def no_weights_are_ones(nested: NestedLoss | NestedEmbeddingLoss) -> None:
     np.testing.assert_array_equal(nested.loss(None), nested.loss((1.0, 1.0, 1.0)))
 
 
-def one_dim_is_the_inner_loss(nested: NestedLoss) -> None:
-    inner = as_float(nested.inner(nested.labels, nested.logits[:, 2]))
+def one_dim_is_the_inner_loss(nested: NestedLoss | NestedEmbeddingLoss) -> None:
+    inner = nested.inner_loss()
     assert inner > 0
     np.testing.assert_allclose(nested.loss(None, dims=(2,)), inner, rtol=1e-6)
 
 
-def permuting_the_batch_permutes_the_result(nested: NestedLoss) -> None:
+def permuting_the_batch_permutes_the_result(nested: NestedLoss | NestedEmbeddingLoss) -> None:
     order = np.random.default_rng(0).permutation(len(nested.labels))
     call = nested.make((2.0, 1.0, 0.5)).call
     rows = call(*map(keras.ops.convert_to_tensor, (nested.labels, nested.logits)))
@@ -222,12 +255,24 @@ def permuting_the_batch_permutes_the_result(nested: NestedLoss) -> None:
 
 def nothing_is_learnt_beyond_the_widest_dim(nested: NestedLoss, head: keras.layers.Layer) -> None:
     """`head` has three dims, the widest 4, and reads features of width 8."""
-    inputs = keras.Input((5,))
-    model = keras.Model(inputs, head(keras.layers.Dense(8, name="features")(inputs)))
-    model.compile(keras.optimizers.SGD(1.0), nested.make(None))
+    _learns_four_of_eight(nested.make(None), head, nested.labels, (5,))
+
+
+def nothing_is_learnt_beyond_the_widest_prefix(nested: NestedEmbeddingLoss) -> None:
+    shape = (*nested.logits.shape[1:-1], 5)
+    _learns_four_of_eight(nested.make_at(None, (1, 2, 4)), None, nested.labels, shape)
+
+
+def _learns_four_of_eight(
+    loss: keras.losses.Loss, head: keras.layers.Layer | None, labels: Array, shape: tuple[int, ...]
+) -> None:
+    inputs = keras.Input(shape)
+    features = keras.layers.Dense(8, name="features")(inputs)
+    model = keras.Model(inputs, features if head is None else head(features))
+    model.compile(keras.optimizers.SGD(1.0), loss)
     before = [as_float(w) for w in model.get_layer("features").weights]
-    x = np.random.default_rng(0).normal(size=(len(nested.labels), 5))
-    model.fit(x, nested.labels, batch_size=len(x), verbose=0)
+    x = np.random.default_rng(0).normal(size=(len(labels), *shape))
+    model.fit(x, labels, batch_size=len(x), verbose=0)
     after = [as_float(w) for w in model.get_layer("features").weights]
     for was, now in zip(before, after, strict=True):
         assert (now[..., :4] != was[..., :4]).all()

@@ -110,12 +110,13 @@ class SupervisedContrastiveLoss(keras.losses.Loss):
         return _rows.weighted(losses, weights), hits
 
     def _check(self, y_true: Any, y_pred: Any) -> None:
-        column = len(y_true.shape) == 1 or (len(y_true.shape) == 2 and y_true.shape[1] == 1)
+        labels = None if y_true is None else tuple(y_true.shape)
+        column = labels is not None and (len(labels) == 1 or (len(labels) == 2 and labels[1] == 1))
         if len(y_pred.shape) not in (2, 3) or not column:
             raise ValueError(
                 "SupervisedContrastiveLoss needs one integer label per row, and embeddings of "
                 "shape (batch, width) or (batch, views, width). "
-                f"Received: y_true of shape {tuple(y_true.shape)} and y_pred of shape "
+                f"Received: y_true of shape {labels} and y_pred of shape "
                 f"{tuple(y_pred.shape)}. Of one-hot labels take the argmax."
             )
         check_width(self.dims, y_pred.shape[-1])

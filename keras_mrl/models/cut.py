@@ -17,7 +17,8 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
             are the model's own layers, not copies.
 
     Returns:
-        The backbone and the head; the model itself and None where it does not end in one.
+        The backbone and the head; the tower of a `MatryoshkaEncoder` and None; the model itself and
+        None where it does not end in a head.
 
     Raises:
         ValueError: If the model ends in a nested head and has not been built.
@@ -31,9 +32,12 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
         ((None, 8), (4, 8))
     """
     from .classifier import MatryoshkaClassifier  # which needs this module, for its `at`
+    from .encoder import MatryoshkaEncoder
 
     if isinstance(model, MatryoshkaClassifier):
         return model.backbone, model.head
+    if isinstance(model, MatryoshkaEncoder):
+        return model.tower, None
     last = model.layers[-1] if model.layers else None
     if isinstance(last, MatryoshkaHead) and not last.built:  # a sequential model without an Input
         raise _not_built(model)

@@ -19,7 +19,7 @@ from keras_mrl import (
 )
 from keras_mrl.baselines import Slimmable, Switchable
 from tests import laws
-from tests.keras_mrl import language
+from tests.keras_mrl import embeddings, language
 from tests.keras_mrl.small import (
     DIMS,
     NUM_CLASSES,
@@ -283,6 +283,7 @@ EXAMPLES: dict[str, Example] = {
     "classifier": classifier_example(name="nested"),
     "slimmable": slimmable_example(),
     "switchable": switchable_example(),
+    **embeddings.EXAMPLES,
     **language.EXAMPLES,
 }
 LAWS: tuple[Callable[[Example], None], ...] = (
@@ -383,12 +384,23 @@ NESTED_LAWS: tuple[Callable[[NestedLoss], None], ...] = (
 def test_every_public_nested_loss_has_an_example() -> None:
     classes = laws.public_keras_classes(keras_mrl)
     losses = {c for c in classes if issubclass(c, keras.losses.Loss)}
-    assert {type(loss.make(None)) for loss in NESTED_LOSSES.values()} == losses
+    tables: list[Any] = [*NESTED_LOSSES.values(), *embeddings.NESTED_LOSSES.values()]
+    assert {type(loss.make(None)) for loss in tables} == losses
 
 
 @pytest.mark.parametrize("loss", NESTED_LOSSES.values(), ids=NESTED_LOSSES)
 @pytest.mark.parametrize("law", NESTED_LAWS, ids=lambda law: law.__name__)
 def test_every_nested_loss(law: Callable[[NestedLoss], None], loss: NestedLoss) -> None:
+    law(loss)
+
+
+@pytest.mark.parametrize(
+    "loss", embeddings.NESTED_LOSSES.values(), ids=list(embeddings.NESTED_LOSSES)
+)
+@pytest.mark.parametrize("law", embeddings.NESTED_LAWS, ids=lambda law: law.__name__)
+def test_every_nested_loss_on_embeddings(
+    law: Callable[[laws.NestedEmbeddingLoss], None], loss: laws.NestedEmbeddingLoss
+) -> None:
     law(loss)
 
 
