@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from keras_mrl_serving.cascade import CascadePolicy, Stage, midway
 
 from .tokens import TokenScores
 
+Array = npt.NDArray[Any]
+
 _STEPS = 40  # halvings of the price; each leaves half of what is undecided
+_SWEEPS = 3  # over the thresholds: a stage sees the tokens alone that those before it pass on
 
 
 def learn_decoding_policy(scores: TokenScores, budget: float = 0.02) -> CascadePolicy:
     """Return the policy of least expected dim whose perplexity stays within a budget.
 
-    A token costs its cross-entropy and a price per dim. At one price, stage by stage from the last
-    to the first, the threshold is the one of least cost given those after it. The price rises as
-    long as the perplexity on the holdout keeps the budget.
+    A token costs its cross-entropy and a price per dim. At one price every threshold in turn, from
+    the last to the first and a few times over, is the one of least cost given the others. The price
+    rises as long as the perplexity on the holdout keeps the budget.
 
     Args:
         scores: Of a holdout text; it must share nothing with the training text nor with the text
@@ -63,20 +68,32 @@ def learn_decoding_policy(scores: TokenScores, budget: float = 0.02) -> CascadeP
 
 
 def _policy(scores: TokenScores, price: float, budget: float) -> CascadePolicy:
-    """The thresholds of least cost at one price, each given those after it."""
+    """The thresholds of least cost at one price, each given the others."""
     costs = scores.losses.astype(np.float64) + price * np.asarray(scores.dims)
-    later = costs[:, -1]
-    thresholds: list[float | None] = [None]
-    for stage in reversed(range(len(scores.dims) - 1)):
-        order = np.argsort(scores.confidences[:, stage], kind="stable")
-        ascending = scores.confidences[order, stage].astype(np.float32)
-        passed = np.concatenate([[0], np.cumsum(later[order])])
-        kept = np.concatenate([np.cumsum(costs[order, stage][::-1])[::-1], [0]])
-        apart = np.concatenate([[True], ascending[1:] > ascending[:-1], [True]])  # equals stay so
-        threshold = midway(ascending, int(np.argmin(np.where(apart, passed + kept, np.inf))))
-        sure = scores.confidences[:, stage].astype(np.float32) > np.float32(threshold)
-        later = np.where(sure, costs[:, stage], later)
-        thresholds.insert(0, threshold)
-    stages = tuple(map(Stage, scores.dims, thresholds))
+    confidences = scores.confidences.astype(np.float32)
+    thresholds = [1.0] * (len(scores.dims) - 1)
+    sure = np.zeros(costs.shape, bool)
+    sure[:, -1] = True
+    for _ in range(_SWEEPS):
+        for stage in reversed(range(len(thresholds))):
+            reached = ~sure[:, :stage].any(axis=1)
+            stops = stage + 1 + np.argmax(sure[:, stage + 1 :], axis=1)
+            later = costs[np.arange(len(costs)), stops]
+            thresholds[stage] = _threshold(
+                confidences[reached, stage], costs[reached, stage], later[reached]
+            )
+            sure[:, stage] = confidences[:, stage] > np.float32(thresholds[stage])
+    stages = tuple(map(Stage, scores.dims, [*thresholds, None]))
     method = f"least expected dim within {budget:.1%} of the last dim's perplexity"
     return CascadePolicy(stages, method=method)
+
+
+def _threshold(confidence: Array, here: Array, later: Array) -> float:
+    """The threshold of least cost where a token costs `here` above it and `later` below."""
+    order = np.argsort(confidence, kind="stable")
+    ascending = confidence[order]
+    passed_on = np.concatenate([[0], np.cumsum(later[order])])
+    kept = np.concatenate([np.cumsum(here[order][::-1])[::-1], [0]])
+    apart = np.ones(len(order) + 1, bool)
+    apart[1:-1] = ascending[1:] > ascending[:-1]  # no threshold parts equal confidences
+    return midway(ascending, int(np.argmin(np.where(apart, passed_on + kept, np.inf))))

@@ -138,24 +138,34 @@ def score_tokens(
     parts = []
     for start in range(0, len(read), batch_size):
         rows = slice(start, start + batch_size)
-        features = ops.convert_to_numpy(backbone.predict_on_batch(read[rows]))[counted[rows]]
-        known = truth[rows][counted[rows]]
+        batch = np.asarray(backbone.predict_on_batch(_filled(read[rows], batch_size)))
+        features = batch[: len(read[rows])][counted[rows]]
+        known = truth[rows][counted[rows]].astype(np.int32)
         for first in range(0, len(known), chunk):
             part = slice(first, first + chunk)
-            parts.append([_score(head, features[part], known[part], d) for d in head.dims or ()])
+            parts.append(
+                [_score(head, features[part], known[part], chunk, d) for d in head.dims or ()]
+            )
     columns = [
         np.concatenate([np.stack([dim[i] for dim in p], 1) for p in parts]) for i in range(3)
     ]
     return TokenScores(head.dims or (), columns[0], columns[1], columns[2].astype(bool))
 
 
-def _score(head: Any, features: Any, labels: Any, dim: int) -> list[npt.NDArray[Any]]:
-    """Losses, confidences and correctness of some positions at one dim."""
-    logits = ops.cast(head.logits_at(ops.convert_to_tensor(features[:, :dim]), dim), "float32")
+def _filled(array: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
+    """The array with rows of zeros behind it: one shape, so that nothing is compiled twice."""
+    return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
+
+
+def _score(head: Any, features: Any, labels: Any, rows: int, dim: int) -> list[npt.NDArray[Any]]:
+    """Losses, confidences and correctness of at most `rows` positions at one dim."""
+    prefix = ops.convert_to_tensor(_filled(features[:, :dim], rows))
+    truth = ops.convert_to_tensor(_filled(labels, rows))
+    logits = ops.cast(head.logits_at(prefix, dim), "float32")
     highest = ops.max(logits, axis=-1)
     summed = ops.sum(ops.exp(logits - highest[:, None]), axis=-1)
-    truth = ops.convert_to_tensor(labels.astype("int32"))
     of_label = ops.take_along_axis(logits, truth[:, None], axis=-1)[:, 0]
     losses = highest + ops.log(summed) - of_label
     right = ops.equal(ops.cast(ops.argmax(logits, axis=-1), "int32"), truth)
-    return [ops.convert_to_numpy(column) for column in (losses, 1.0 / summed, right)]
+    columns = (losses, 1.0 / summed, right)
+    return [ops.convert_to_numpy(column)[: len(labels)] for column in columns]
