@@ -51,7 +51,7 @@ def tied_to(layer: Any, **arguments: Any) -> MatryoshkaHead:
     return MatryoshkaHead(NUM_CLASSES, (2, 8), **{"tied": True, "embedding": layer, **arguments})
 
 
-def of_tokens(head: MatryoshkaHead) -> keras.Model:
+def of_tokens(head: Any) -> keras.Model:
     """The head after the embedding it reads."""
     tokens = keras.Input((5,), dtype="int32")
     features = keras.layers.Dense(8)(keras.layers.Flatten()(head.embedding(tokens)))

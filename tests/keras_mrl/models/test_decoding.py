@@ -89,7 +89,7 @@ def test_a_decoder_reads_the_last_tokens_of_a_longer_text(model: Any) -> None:
 
 
 def test_sampling_is_by_probability_and_seeded() -> None:
-    logits = np.log(np.tile(np.float32([0.1, 0.6, 0.3]), (20_000, 1)))
+    logits = np.tile(np.log(np.array([0.1, 0.6, 0.3], "float32")), (20_000, 1))
     shares = np.bincount(sampler(seed=0)(logits), minlength=3) / len(logits)
     np.testing.assert_allclose(shares, [0.1, 0.6, 0.3], atol=0.02)
     np.testing.assert_array_equal(sampler(seed=3)(logits), sampler(seed=3)(logits))
@@ -114,7 +114,7 @@ def test_what_decides_may_sample(model: Any) -> None:
 
 
 def test_most_likely_takes_the_first_of_equals() -> None:
-    assert most_likely(np.float32([[1, 3, 3]])).tolist() == [1]
+    assert most_likely(np.array([[1, 3, 3]], "float32")).tolist() == [1]
 
 
 def test_a_decoder_asks_a_model_that_gives_every_position(model: Any) -> None:
