@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Data:
     queries: Vectors
     query_labels: Labels
     sample: Vectors
+    sample_labels: Labels
 
 
 def synthetic(rows: int, width: int, centres: int = 1000) -> Data:
@@ -40,7 +41,7 @@ def synthetic(rows: int, width: int, centres: int = 1000) -> Data:
         return _unit(vectors), labels
 
     gallery, asked, sample = draw(rows), draw(QUERIES), draw(QUERIES)
-    return Data(*gallery, *asked, sample[0])
+    return Data(*gallery, *asked, *sample)
 
 
 def real(folder: Path, name: str) -> Data:
@@ -51,7 +52,9 @@ def real(folder: Path, name: str) -> Data:
     labels = [np.load(folder / f"{part}_labels.npy") for part in ("gallery", "queries")]
     order = np.random.default_rng(0).permutation(len(asked))
     first, others = order[:QUERIES], order[QUERIES : 2 * QUERIES]
-    return Data(gallery, labels[0], asked[first], labels[1][first], asked[others])
+    return Data(
+        gallery, labels[0], asked[first], labels[1][first], asked[others], labels[1][others]
+    )
 
 
 def principal(data: Data) -> Data:
@@ -59,7 +62,7 @@ def principal(data: Data) -> Data:
     _, axes = np.linalg.eigh(data.gallery.T @ data.gallery)
     turn = np.ascontiguousarray(axes[:, ::-1], np.float32)
     gallery, queries, sample = (_unit(v @ turn) for v in (data.gallery, data.queries, data.sample))
-    return Data(gallery, data.gallery_labels, queries, data.query_labels, sample)
+    return replace(data, gallery=gallery, queries=queries, sample=sample)
 
 
 def _unit(vectors: npt.NDArray[Any]) -> Vectors:

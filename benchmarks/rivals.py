@@ -17,7 +17,7 @@ from keras_mrl_serving.index.first_stage import lists_for
 Ids = npt.NDArray[np.int64]
 
 
-@dataclass
+@dataclass(eq=False)
 class Rival:
     """An index, and the settings it is tried at.
 
@@ -57,7 +57,7 @@ FACTORIES: dict[str, tuple[str, int, str]] = {
     "HNSW32 SQ8, refined": ("HNSW32_SQ8,RFlat", faiss.METRIC_INNER_PRODUCT, "refined graph"),
     "HNSW32 Panorama": ("HNSW32_FlatPanorama", faiss.METRIC_L2, "efSearch"),
     "IVF": ("IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT, "nprobe"),
-    "IVF Panorama": ("IVF{lists},FlatPanorama8", faiss.METRIC_INNER_PRODUCT, "nprobe"),
+    "IVF Panorama": ("IVF{lists},FlatPanorama8_64", faiss.METRIC_INNER_PRODUCT, "nprobe"),
     "IVF RaBitQ, refined": ("IVF{lists},RaBitQ,RFlat", faiss.METRIC_INNER_PRODUCT, "refined lists"),
     "IVF RaBitQ fast scan, refined": (
         "IVF{lists},RaBitQfs,RFlat",

@@ -204,7 +204,7 @@ class FaissIndex(LocalIndex):
             parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         )
         ids = self.ids[found]
-        if (scores[:, 1:] == scores[:, :-1]).any():
+        if np.count_nonzero(scores[:, 1:] == scores[:, :-1]):
             order = best_first(ids, scores)
             ids = np.take_along_axis(ids, order, axis=1)
             scores = np.take_along_axis(scores, order, axis=1)
@@ -218,7 +218,7 @@ class FaissIndex(LocalIndex):
         for (dim, rows), keep in zip(between, self.schedule.shortlists[1:], strict=True):
             candidates, _ = closest(_cut(queries, dim), rows, candidates, keep, self.metric)
         found, scores = closest(queries, last[1], candidates, k, self.metric)
-        if found[:, -1].min() < 0:
+        if -1 in found[:, -1].tolist():  # of one query ten times as fast as to ask NumPy
             for query in np.flatnonzero(found[:, -1] < 0):  # too few: compare with every row
                 one, every = slice(query, query + 1), None if among is None else among[None]
                 found[one], scores[one] = closest(queries[one], last[1], every, k, self.metric)
