@@ -88,7 +88,8 @@ def export_saved_model(
     if features.ndim != 2:
         raise ValueError(
             "A model is exported with features of shape (batch, width). "
-            f"Received: features of shape {features.shape}. Add a pooling layer before the head."
+            f"Received: features of shape {features.shape}. "
+            "Add a pooling layer before the head; of a language model export next_token(model)."
         )
     served = _served_dims(dims, None if head is None else head.dims, features.shape[1])
     num_classes = None if head is None else head.num_classes

@@ -319,7 +319,8 @@ def test_features_must_be_vectors(tmp_path: Path) -> None:
     sample = np.zeros((2, 5, 2), np.float32)
     assert refusal(tmp_path / "m", ValueError, model, sample) == (
         "A model is exported with features of shape (batch, width). "
-        "Received: features of shape (2, 5, 4). Add a pooling layer before the head."
+        "Received: features of shape (2, 5, 4). "
+        "Add a pooling layer before the head; of a language model export next_token(model)."
     )
 
 
