@@ -116,7 +116,7 @@ class ContrastiveLoss(keras.losses.Loss):
             ops.concatenate(others, axis=0),
             self.trained_dims,
             1.0 / (self.temperature if temperature is None else temperature),
-            Task(_own(others), symmetric=self.symmetric),
+            Task(symmetric=self.symmetric),
             self.chunk_size,
         )
         weights = _weights.of_step(self._weights, self.dims_per_step, seed)
@@ -139,13 +139,3 @@ class ContrastiveLoss(keras.losses.Loss):
         """Make the loss again."""
         weights = keras.saving.deserialize_keras_object(config["weights"])
         return cls(**{**config, "weights": weights})
-
-
-def _own(others: list[Any]) -> Any:
-    """Of candidates that are the positives, then the hard negatives: an anchor's own is its row."""
-
-    def targets(numbers: Any) -> Any:
-        candidates = ops.arange(len(others) * ops.shape(others[0])[0], dtype="int32")
-        return ops.cast(ops.equal(ops.expand_dims(numbers, 1), candidates), "float32")
-
-    return targets

@@ -7,7 +7,16 @@ from typing import Any
 
 from keras import ops
 
-from .similarity import Task, blocks, found, inverse_lengths, masked, products, scaled
+from .similarity import (
+    Task,
+    blocks,
+    found,
+    inverse_lengths,
+    masked,
+    own_logits,
+    products,
+    scaled,
+)
 
 
 def flat_rows(
@@ -26,19 +35,21 @@ def flat_rows(
         task: What is right.
         chunk_size: Anchors at a time.
     """
-    anchors, candidates = anchors[:, : dims[-1]], candidates[:, : dims[-1]]
-    said = _Chunks(tuple(dims), task, chunk_size)(
-        anchors,
-        candidates,
+    arguments = (
+        anchors[:, : dims[-1]],
+        candidates[:, : dims[-1]],
         inverse_lengths(anchors, dims),
         inverse_lengths(candidates, dims),
-        ops.convert_to_tensor(scale, "float32"),
     )
-    return said[0], said[1]
+    scale = ops.convert_to_tensor(scale, "float32")
+    losses, hits = _Chunks(tuple(dims), task, chunk_size)(*arguments, scale)
+    if task.targets is None:
+        losses = losses - own_logits(*arguments, dims, scale)
+    return losses, hits
 
 
 class _Chunks:
-    """Losses and hits, stacked, as one function with a gradient of its own.
+    """Losses and hits as one function with a gradient of its own; own logits are left to others.
 
     Its arguments are the anchors, the candidates, their inverse lengths and the scale. Lengths
     are arguments so that the backend differentiates them.
@@ -49,8 +60,9 @@ class _Chunks:
         self.task = task
         self.chunk_size = chunk_size
 
-    def __call__(self, *arguments: Any) -> Any:
-        return ops.custom_gradient(self._with_gradient)(*arguments)
+    def __call__(self, *arguments: Any) -> tuple[Any, Any]:
+        both = ops.custom_gradient(self._with_gradient)(*arguments)
+        return both[0], both[1]
 
     def _with_gradient(self, *arguments: Any) -> tuple[Any, Any]:
         losses, hits, row_sums, column_sums = self._forward(*arguments)
@@ -67,27 +79,29 @@ class _Chunks:
         """Return losses, hits and the logs of the sums of both softmaxes, `(num_dims, rows)`."""
         rows = ops.shape(anchors)[0]
         padded, lengths = self._padded(anchors), self._padded_lengths(inverse)
-        nothing = ops.zeros_like(lengths)
 
         def chunk(index: Any, *state: Any) -> Any:
             *wholes, high, low = state
             start = index * self.chunk_size
             numbers, targets, allowed = self._task_of(start)
-            some = ops.sum(targets, axis=1)
             part = ops.slice(padded, (start, 0), (self.chunk_size, anchors.shape[1]))
             own = self._columns(lengths, start)
             said: list[list[Any]] = [[] for _ in state]
             for m, product in enumerate(products(part, candidates, self.dims)):
                 logits = scaled(product, own[m], candidate_inverse[m], scale)
                 compared = masked(logits, allowed)
-                top, sum_ = high[m], low[m]
+                best = ops.cast(ops.argmax(compared, axis=1), "int32")
+                most = ops.take_along_axis(compared, ops.expand_dims(best, 1), axis=1)
+                loss = sums = most[:, 0] + ops.log(ops.sum(ops.exp(compared - most), axis=1))
+                if targets is not None:
+                    loss = ops.sum(targets, axis=1) * sums - ops.sum(targets * logits, axis=1)
+                top, total = high[m], low[m]
                 if self.task.symmetric:
                     column = masked(logits[:, :rows], ops.expand_dims(numbers < rows, 1))
                     top = ops.maximum(high[m], ops.max(column, axis=0))
-                    sum_ = low[m] * ops.exp(high[m] - top) + ops.sum(ops.exp(column - top), axis=0)
-                right = ops.sum(targets * logits, axis=1)
-                sums = ops.logsumexp(compared, axis=1)
-                new = (some * sums - right, right, found(compared, targets), sums, top, sum_)
+                    total = total * ops.exp(high[m] - top)
+                    total = total + ops.sum(ops.exp(column - top), axis=0)
+                new = (loss, found(best, numbers, targets), sums, top, total)
                 for values, value in zip(said, new, strict=True):
                     values.append(value)
             parts = [ops.stack(values) for values in said]
@@ -97,13 +111,14 @@ class _Chunks:
             )
             return index + 1, *updated, *parts[-2:]
 
+        nothing = ops.zeros_like(lengths)
         lowest = ops.zeros_like(inverse) - 1e30
-        state = (nothing, nothing, nothing, nothing, lowest, ops.zeros_like(inverse))
+        state = (nothing, nothing, nothing, lowest, ops.zeros_like(inverse))
         _, *wholes, high, low = self._over_chunks(chunk, rows, state)
-        losses, right, hits, row_sums = (whole[:, :rows] for whole in wholes)
+        losses, hits, row_sums = (whole[:, :rows] for whole in wholes)
         if self.task.symmetric:
             low = high + ops.log(low)
-            losses = (losses + low - right) / 2
+            losses = (losses + low) / 2
         return losses, hits, row_sums, low
 
     def _backward(
@@ -114,38 +129,39 @@ class _Chunks:
         rows = ops.shape(anchors)[0]
         padded, lengths = self._padded(anchors), self._padded_lengths(inverse)
         sums, given = self._padded_lengths(row_sums), self._padded_lengths(upstream)
-        half = 0.5 if self.task.symmetric else 1.0
         spare = ops.zeros_like(candidate_inverse[:, rows:])  # hard negatives look for no anchor
         column_sums = ops.concatenate([column_sums, spare], axis=1)
-        column_upstream = ops.concatenate([upstream, spare], axis=1) * half
+        column_given = ops.concatenate([upstream, spare], axis=1)
 
         def chunk(index: Any, d_anchors: Any, d_candidates: Any, d_own: Any, d_other: Any) -> Any:
             start = index * self.chunk_size
             numbers, targets, allowed = self._task_of(start)
-            some = ops.expand_dims(ops.sum(targets, axis=1), 1)
             part = ops.slice(padded, (start, 0), (self.chunk_size, anchors.shape[1]))
-            own, row_sum = self._columns(lengths, start), self._columns(sums, start)
-            weight = self._columns(given, start)
+            own, row_sum, weight = (self._columns(x, start) for x in (lengths, sums, given))
             d_products, d_lengths, d_others = [], [], []
             for m, product in enumerate(products(part, candidates, self.dims)):
                 logits = scaled(product, own[m], candidate_inverse[m], scale)
-                compared = masked(logits, allowed)
-                shares = some * ops.exp(compared - ops.expand_dims(row_sum[m], 1))
-                d_logits = ops.expand_dims(weight[m], 1) * (half * shares - targets)
+                d_logits = ops.exp(masked(logits, allowed) - ops.expand_dims(row_sum[m], 1))
+                if targets is not None:
+                    d_logits = ops.sum(targets, axis=1, keepdims=True) * d_logits - targets
+                row_weight = weight[m]  # of the whole row, so applied where it is cheapest
                 if self.task.symmetric:
                     column = masked(logits, ops.expand_dims(numbers < rows, 1)) - column_sums[m]
-                    d_logits = d_logits + ops.exp(column) * column_upstream[m]
-                scaled_gradient = d_logits * product
-                d_lengths.append(scale * ops.matmul(scaled_gradient, candidate_inverse[m]))
-                d_others.append(ops.matmul(own[m], scaled_gradient))
-                d_products.append(scaled(d_logits, own[m], candidate_inverse[m], scale))
+                    d_logits = d_logits * ops.expand_dims(row_weight, 1)
+                    d_logits = d_logits + ops.exp(column) * column_given[m]
+                    row_weight = ops.full_like(row_weight, 0.5)
+                of_lengths = d_logits * product
+                d_lengths.append(scale * row_weight * ops.matmul(of_lengths, candidate_inverse[m]))
+                d_others.append(ops.matmul(own[m] * row_weight, of_lengths))
+                d_products.append(
+                    scaled(d_logits, own[m] * row_weight, candidate_inverse[m], scale)
+                )
             d_part: list[Any] = []
             d_whole: list[Any] = []
-            total: Any = 0.0
-            for (low, high), d_product in zip(
-                reversed(blocks(self.dims)), reversed(d_products), strict=True
-            ):
-                total = total + d_product  # a block is in its own dim's prefix and in all wider
+            total: Any = None
+            for low, high in reversed(blocks(self.dims)):
+                wider = d_products.pop()  # a block is in its own dim's prefix and in all wider ones
+                total = wider if total is None else total + wider
                 d_part.insert(0, ops.matmul(total, candidates[:, low:high]))
                 d_whole.insert(0, ops.matmul(ops.transpose(total), part[:, low:high]))
             return (
@@ -156,15 +172,9 @@ class _Chunks:
                 d_other + ops.stack(d_others),
             )
 
-        width = self.dims[-1]
-        state = (
-            ops.zeros_like(padded[:, :width]),
-            ops.zeros_like(candidates[:, :width]),
-            ops.zeros_like(lengths),
-            ops.zeros_like(candidate_inverse),
-        )
-        done = self._over_chunks(chunk, rows, state)
-        _, d_anchors, d_candidates, d_own, d_other = done
+        state = (padded, candidates, lengths, candidate_inverse)
+        zeros = tuple(ops.zeros_like(values) for values in state)
+        _, d_anchors, d_candidates, d_own, d_other = self._over_chunks(chunk, rows, zeros)
         return (
             d_anchors[:rows],
             d_candidates,
@@ -184,8 +194,9 @@ class _Chunks:
 
     def _task_of(self, start: Any) -> tuple[Any, Any, Any]:
         numbers = start + ops.arange(self.chunk_size, dtype="int32")
+        targets = None if self.task.targets is None else self.task.targets(numbers)
         allowed = None if self.task.allowed is None else self.task.allowed(numbers)
-        return numbers, self.task.targets(numbers), allowed
+        return numbers, targets, allowed
 
     def _padded(self, rows: Any) -> Any:
         """With a chunk of zeros after the last row, so that every chunk is whole."""

@@ -18,11 +18,13 @@ class Task:
     Attributes:
         targets: From the numbers `(rows,)` of some anchors to the shares `(rows, candidates)` that
             a perfect softmax would give: a row sums to one, or to zero where nothing is right.
+            None means that the candidate of an anchor's own number is right.
         allowed: The same for what is compared, as booleans; None if everything is.
         symmetric: Whether the first candidates, one per anchor, look for their anchor as well.
+            Only without `targets`.
     """
 
-    targets: Callable[[Any], Any]
+    targets: Callable[[Any], Any] | None = None
     allowed: Callable[[Any], Any] | None = None
     symmetric: bool = False
 
@@ -56,6 +58,16 @@ def products(anchors: Any, candidates: Any, dims: Sequence[int]) -> Iterator[Any
         yield product
 
 
+def own_logits(
+    anchors: Any, candidates: Any, inverse: Any, candidate_inverse: Any, dims: Any, scale: Any
+) -> Any:
+    """Return `(num_dims, rows)`, the logit of every anchor and the candidate of its number."""
+    rows = ops.shape(anchors)[0]
+    both = anchors * candidates[:rows]
+    sums = [ops.sum(both[:, start:stop], axis=-1) for start, stop in blocks(dims)]
+    return ops.cumsum(ops.stack(sums), axis=0) * inverse * candidate_inverse[:, :rows] * scale
+
+
 def scaled(product: Any, inverse: Any, candidate_inverse: Any, scale: Any) -> Any:
     """Return logits: cosines over the temperature."""
     return product * ops.expand_dims(inverse * scale, 1) * candidate_inverse
@@ -66,10 +78,12 @@ def masked(logits: Any, allowed: Any) -> Any:
     return logits if allowed is None else ops.where(allowed, logits, -1e30)
 
 
-def found(logits: Any, targets: Any) -> Any:
-    """Return whether the best candidate of every row is a right one, as `(rows,)` floats."""
-    best = ops.expand_dims(ops.argmax(logits, axis=1), 1)
-    return ops.cast(ops.take_along_axis(targets, best, axis=1) > 0, "float32")[:, 0]
+def found(best: Any, numbers: Any, targets: Any) -> Any:
+    """Return whether the `best` candidate of every row is a right one, as `(rows,)` floats."""
+    if targets is None:
+        return ops.cast(ops.equal(best, numbers), "float32")
+    share = ops.take_along_axis(targets, ops.expand_dims(best, 1), axis=1)
+    return ops.cast(share[:, 0] > 0, "float32")
 
 
 def plain_rows(
@@ -85,19 +99,22 @@ def plain_rows(
         task: What is right.
     """
     lengths = inverse_lengths(anchors, dims), inverse_lengths(candidates, dims)
-    numbers = ops.arange(ops.shape(anchors)[0])
-    targets = task.targets(numbers)
+    numbers = ops.arange(ops.shape(anchors)[0], dtype="int32")
+    targets = None if task.targets is None else task.targets(numbers)
     allowed = None if task.allowed is None else task.allowed(numbers)
-    some = ops.sum(targets, axis=1)
     losses, hits = [], []
     for index, product in enumerate(products(anchors, candidates, dims)):
         logits = scaled(product, lengths[0][index], lengths[1][index], scale)
-        right = ops.sum(targets * logits, axis=1)
         compared = masked(logits, allowed)
-        rows = some * ops.logsumexp(compared, axis=1) - right
+        rows = ops.logsumexp(compared, axis=1)
         if task.symmetric:
-            columns = ops.logsumexp(logits[:, : ops.shape(anchors)[0]], axis=0) - right
-            rows = (rows + columns) / 2
+            rows = (rows + ops.logsumexp(logits[:, : ops.shape(anchors)[0]], axis=0)) / 2
+        if targets is not None:
+            rows = ops.sum(targets, axis=1) * rows - ops.sum(targets * logits, axis=1)
         losses.append(rows)
-        hits.append(found(ops.stop_gradient(compared), targets))
-    return ops.stack(losses), ops.stack(hits)
+        best = ops.cast(ops.argmax(ops.stop_gradient(compared), axis=1), "int32")
+        hits.append(found(best, numbers, targets))
+    stacked = ops.stack(losses)
+    if targets is None:
+        stacked = stacked - own_logits(anchors, candidates, *lengths, dims, scale)
+    return stacked, ops.stack(hits)
