@@ -25,8 +25,10 @@ from .layers import Truncate as Truncate
 from .losses import ContrastiveLoss as ContrastiveLoss
 from .losses import MatryoshkaEmbeddingLoss as MatryoshkaEmbeddingLoss
 from .losses import MatryoshkaLoss as MatryoshkaLoss
+from .losses import NestedCrossentropy as NestedCrossentropy
 from .losses import SupervisedContrastiveLoss as SupervisedContrastiveLoss
 from .losses import first_boosted as first_boosted
+from .losses import nested_crossentropy as nested_crossentropy
 from .metrics import MatryoshkaMetric as MatryoshkaMetric
 from .metrics import Perplexity as Perplexity
 from .models import AdaptiveDecoder as AdaptiveDecoder

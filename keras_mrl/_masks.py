@@ -15,6 +15,13 @@ def with_mask_of(source: Any, target: Any) -> Any:
     return _HandOn(autocast=False, name="hand_on")(source, target)
 
 
+def mask_of(tensor: Any) -> Any:
+    """Return the mask Keras put on `tensor`; None without one."""
+    look = _Look(autocast=False, name="look")
+    look(tensor)
+    return look.seen
+
+
 class _HandOn(keras.layers.Layer):
     """The mask of the first argument, on the second."""
 
@@ -27,4 +34,21 @@ class _HandOn(keras.layers.Layer):
 
     def compute_mask(self, source: Any, previous_mask: Any) -> Any:
         del source
+        return previous_mask
+
+
+class _Look(keras.layers.Layer):
+    """The mask of what it is called on, kept."""
+
+    seen: Any = None
+
+    def build(self, input_shape: Any) -> None:
+        """Nothing to make."""
+
+    def call(self, tensor: Any) -> Any:
+        return tensor
+
+    def compute_mask(self, tensor: Any, previous_mask: Any) -> Any:
+        del tensor
+        self.seen = previous_mask
         return previous_mask

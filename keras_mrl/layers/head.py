@@ -160,6 +160,12 @@ class MatryoshkaHead(keras.layers.Layer):
         bias = ops.convert_to_tensor(self._biases[owner]) if self.use_bias else None
         return (kernel[:dim] if self.tied else kernel), bias
 
+    def parameters(self) -> tuple[list[Any], list[Any]]:
+        """Return all kernels and biases: one per dim; tied, one for all; no bias without."""
+        owners = range(1 if self.tied else len(self.dims or ()))
+        biases = [ops.convert_to_tensor(bias) for bias in self._biases]
+        return [self._kernel(owner) for owner in owners], biases
+
     def _kernel(self, owner: int) -> Any:
         if self.embedding is None:
             return ops.convert_to_tensor(self._kernels[owner])

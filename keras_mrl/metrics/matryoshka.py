@@ -9,6 +9,7 @@ import keras
 
 from .._dims import check_dims
 from .._masks import with_mask_of
+from .rows import row_values, update
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
@@ -62,6 +63,23 @@ class MatryoshkaMetric(keras.metrics.Metric):
         for index, metric in enumerate(self.metrics_by_dim):
             logits = with_mask_of(y_pred, y_pred[..., index, :])
             metric.update_state(y_true, logits, sample_weight=sample_weight)
+
+    def update_rows(
+        self, losses: Any, ranks: Any, labels: Any, sample_weight: Any = None, mask: Any = None
+    ) -> None:
+        """Add one batch from what a fused loss knows of it, without logits.
+
+        Args:
+            losses: Cross-entropies, `(batch, ..., num_dims)`.
+            ranks: How many classes come before the right one, in the same shape.
+            labels: Integer labels `(batch, ...)`.
+            sample_weight: `(batch,)` or as the labels; None for ones.
+            mask: Which labels count; None for all.
+        """
+        values_of = row_values(self.metric, 0.0)
+        for index, metric in enumerate(self.metrics_by_dim):
+            values = values_of(losses[..., index], ranks[..., index])  # type: ignore[misc]
+            update(metric, values, labels, sample_weight, mask)
 
     def result(self) -> dict[str, Any]:
         """Return one value per dim, under the name it has in the log."""

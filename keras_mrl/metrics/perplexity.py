@@ -56,20 +56,24 @@ class Perplexity(keras.metrics.Mean):
         labels = ops.convert_to_tensor(y_true)
         if len(labels.shape) == len(y_pred.shape):  # labels may come as a column
             labels = ops.squeeze(labels, axis=-1)
-        weights = ops.ones_like(labels, dtype="float32")
-        if self.ignore_class is not None:
-            counted = ops.not_equal(labels, self.ignore_class)
-            labels = ops.where(counted, labels, 0)
-            weights = ops.cast(counted, "float32")
-        if sample_weight is not None:
-            given = ops.cast(sample_weight, "float32")
-            missing = len(weights.shape) - len(given.shape)
-            weights = weights * ops.reshape(given, (*ops.shape(given), *(1,) * missing))
+        weights = self.token_weights(labels, sample_weight)
+        labels = ops.where(weights > 0, labels, 0)
         losses = ops.sparse_categorical_crossentropy(
             labels, ops.cast(y_pred, "float32"), from_logits=True
         )
         losses = ops.where(weights > 0, losses, 0.0)
         super().update_state(with_mask_of(y_pred, losses), weights)
+
+    def token_weights(self, labels: Any, sample_weight: Any) -> Any:
+        """Return what each label counts: nothing where it is ignored."""
+        weights = ops.ones_like(labels, dtype="float32")
+        if self.ignore_class is not None:
+            weights = ops.cast(ops.not_equal(labels, self.ignore_class), "float32")
+        if sample_weight is not None:
+            given = ops.cast(sample_weight, "float32")
+            missing = len(weights.shape) - len(given.shape)
+            weights = weights * ops.reshape(given, (*ops.shape(given), *(1,) * missing))
+        return weights
 
     def result(self) -> Any:
         """Return the perplexity of all tokens so far."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -10,8 +13,10 @@ from .._frozen import warn_frozen
 from ..layers import MatryoshkaHead
 from ..layers.embedding import shared
 from ..losses import MatryoshkaLoss
+from ..losses._backend import num_replicas
 from ..losses.labels import check_labels
 from .cut import cut
+from .rowwise import RowwiseStep, no_logits, rowwise_step
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
@@ -53,6 +58,8 @@ class MatryoshkaClassifier(keras.Model):
             )
         self.backbone = backbone
         self.head = head
+        self._rowwise: RowwiseStep | None = None
+        self._asking = 0
         # What `dims_per_step` draws from. The same in every process, so in every replica.
         self.seed_generator = keras.random.SeedGenerator(0)
 
@@ -65,12 +72,50 @@ class MatryoshkaClassifier(keras.Model):
             self.head.build(shape)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        """Return the logits of every dim."""
+        """Return the logits of every dim; the features, where a step needs no logits."""
         del mask  # Keras carries masks on the tensors themselves
         if training and not self.backbone.trainable_weights:
             warn_frozen(self)
         features = self.backbone(inputs, training=training)
-        return self.head(features, training=training)
+        return features if self._asking else self.head(features, training=training)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Configure training as `keras.Model.compile` does.
+
+        With a `MatryoshkaLoss` around a Keras cross-entropy, and metrics that a rank or a loss
+        decides (accuracy, top-k accuracy, cross-entropy, `Perplexity`), `fit` and `evaluate` never
+        hold the logits of a batch: see `nested_crossentropy`.
+        """
+        super().compile(*args, **kwargs)
+        given = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
+        names = ("loss", "metrics", "weighted_metrics", "loss_weights")
+        ours = all(getattr(type(self), n) is getattr(MatryoshkaClassifier, n) for n in _STEP)
+        self._rowwise = rowwise_step(*(given.get(name) for name in names)) if ours else None
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as a saved model was."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def train_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Train on one batch, as the backend does."""
+        with self._asking_for_features():
+            return super().train_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch, as the backend does."""
+        with self._asking_for_features():
+            return super().test_step(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _asking_for_features(self) -> Iterator[None]:
+        # Counted: replicas take turns within a step.
+        self._asking += self._rowwise is not None
+        try:
+            yield
+        finally:
+            self._asking -= self._rowwise is not None
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Return `(batch, num_dims, num_classes)`."""
@@ -86,10 +131,24 @@ class MatryoshkaClassifier(keras.Model):
     ) -> Any:
         """Return the compiled loss, over the dims that the step draws if the loss draws any."""
         loss = self.loss
+        if self._asking and self._rowwise is not None:
+            seed = self.seed_generator
+            rows = self._rowwise.compute_loss(self.head, y_pred, y, sample_weight, seed, training)
+            return rows + sum(self.losses) / num_replicas()
         if not isinstance(loss, MatryoshkaLoss) or loss.dims_per_step is None:
             return super().compute_loss(x, y, y_pred, sample_weight, training=training)
         step = loss.for_step(self.seed_generator if training else None)
         return step(y, y_pred, sample_weight=sample_weight) + sum(self.losses)
+
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
+    ) -> dict[str, Any]:
+        """Return the log of a step; one that needed no logits has updated its metrics already."""
+        if self._asking:
+            # Keras builds and names the metrics by a batch: one without rows.
+            y, y_pred = y[:0], no_logits(y_pred, self.head)
+            sample_weight = None if sample_weight is None else sample_weight[:0]
+        return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does, after a look at integer labels held in memory."""
@@ -121,6 +180,8 @@ class MatryoshkaClassifier(keras.Model):
         return cls(**{**config, "backbone": backbone, "head": head})
 
 
+# What a subclass may change, and then sees logits.
+_STEP = ("call", "compute_loss", "compute_metrics", "train_step", "test_step")
 _SPARSE = keras.losses.SparseCategoricalCrossentropy
 
 

@@ -1,0 +1,68 @@
+"""What each row's logits should say: a class, or a share of every class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Integer labels or probabilities of a batch, with label smoothing.
+
+    `classes` are the right (or likeliest) classes `(rows,)`, valid everywhere; `outside` says where
+    a label named none. `shares` are the probabilities `(rows, num_classes)`, None for integers.
+    """
+
+    classes: Any
+    outside: Any
+    shares: Any
+    num_classes: int
+    smoothing: float
+
+    @classmethod
+    def of(cls, labels: Any, num_classes: int, smoothing: float) -> Targets:
+        """Return the targets of `labels`, `(rows,)` or `(rows, num_classes)`."""
+        if not 0.0 <= smoothing < 1.0:
+            raise ValueError(
+                "label_smoothing must lie in 0..1, 1 excluded. "
+                f"Received: label_smoothing={smoothing!r}. Give for example 0.1."
+            )
+        if len(labels.shape) == 1:
+            outside = ~((labels >= 0) & (labels < num_classes))  # so that NaN is outside
+            classes = ops.cast(ops.where(outside, ops.zeros_like(labels), labels), "int32")
+            return cls(classes, outside, None, num_classes, smoothing)
+        if len(labels.shape) != 2 or labels.shape[1] != num_classes:
+            raise ValueError(
+                "labels must be integers (rows,) or probabilities (rows, num_classes). "
+                f"Received: labels of shape {tuple(labels.shape)} for {num_classes} classes. "
+                "Give one label per row of features."
+            )
+        shares = ops.cast(labels, "float32")
+        classes = ops.cast(ops.argmax(shares, axis=-1), "int32")
+        return cls(classes, ops.zeros_like(classes) > 0, shares, num_classes, smoothing)
+
+    def map(self, function: Any) -> Targets:
+        """Return the targets with `function` applied to every tensor."""
+        shares = None if self.shares is None else function(self.shares)
+        return Targets(
+            function(self.classes), function(self.outside), shares, self.num_classes, self.smoothing
+        )
+
+    def smooth_shares(self) -> Any:
+        """Return `(rows, num_classes)` shares, or what fuses into arithmetic like them."""
+        uniform = self.smoothing / self.num_classes
+        if self.shares is not None:
+            return self.shares * (1 - self.smoothing) + uniform
+        numbers = ops.arange(self.num_classes, dtype="int32")
+        right = ops.expand_dims(self.classes, 1) == ops.expand_dims(numbers, 0)
+        return ops.where(right, 1 - self.smoothing + uniform, uniform)
+
+    def total(self) -> Any:
+        """Return the sum of each row's shares `(rows, 1)`: 1 but for unusual labels."""
+        if self.shares is None:
+            return 1.0
+        sums = ops.sum(self.shares, axis=1, keepdims=True)
+        return sums * (1 - self.smoothing) + self.smoothing

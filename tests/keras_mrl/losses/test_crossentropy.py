@@ -1,0 +1,204 @@
+"""Nested cross-entropy without logits: the float64 loop's values and gradients."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_mrl import nested_crossentropy
+from keras_mrl.losses import first_boosted
+from tests import reference
+from tests.keras_mrl.differentiate import value_and_gradient
+from tests.laws import exactly
+
+pytestmark = pytest.mark.backend
+
+RANDOM = np.random.default_rng(0)
+ROWS, WIDTH, CLASSES = 13, 9, 11
+DIMS = (1, 3, 8)
+X = RANDOM.normal(size=(ROWS, WIDTH)).astype("float32")
+Y = RANDOM.integers(0, CLASSES, ROWS)
+R = RANDOM.random(ROWS).astype("float32")
+UNTIED = [RANDOM.normal(size=(dim, CLASSES)).astype("float32") for dim in DIMS]
+BIASES = [RANDOM.normal(size=CLASSES).astype("float32") for _ in DIMS]
+SHARES = RANDOM.dirichlet(np.ones(CLASSES), ROWS).astype("float32")
+
+
+def parameters(tied: bool) -> tuple[list[Any], list[Any]]:
+    return (UNTIED[-1:], BIASES[-1:]) if tied else (UNTIED, BIASES)
+
+
+def fused(tied: bool, x: Any = X, labels: Any = Y, **given: Any) -> tuple[Any, list[Any]]:
+    """The loss, and its gradient by features, kernels and biases."""
+    kernels, biases = parameters(tied)
+
+    def loss(features: Any, *rest: Any) -> Any:
+        cut = len(kernels)
+        more = {"row_weights": ops.convert_to_tensor(R)} | given
+        return nested_crossentropy(
+            features, rest[:cut], rest[cut:], ops.convert_to_tensor(labels), DIMS, **more
+        ).loss
+
+    return value_and_gradient(loss, [x, *kernels, *biases])
+
+
+def loops(tied: bool, weights: Any, dtype: Any = np.float64) -> tuple[Any, list[Any]]:
+    kernels, biases = parameters(tied)
+    own = reference.tie(kernels[0], biases[0], DIMS) if tied else (kernels, biases)
+    losses = reference.nested_loss(X, *own, Y, weights, dtype)
+    gradient = reference.nested_gradient(X, *own, Y, weights, R * ROWS, dtype)
+    parts = reference.fold(gradient) if tied else (*gradient.kernels, *gradient.biases)
+    return (losses * R.astype(dtype)).sum(), [gradient.features, *parts]
+
+
+def near(received: Any, exact: Any, naive: Any) -> None:
+    budget = reference.error_budget(np.asarray(exact), np.asarray(naive))
+    np.testing.assert_allclose(received, exact, rtol=0, atol=budget)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("weights", "numbers"),
+    [((2, 0, 0.5), (2, 0, 0.5)), (first_boosted, (2, 1, 1))],
+    ids=["numbers", "function"],
+)
+@pytest.mark.parametrize("chunk_rows", [None, 1, 4])
+def test_it_equals_the_float64_loop(
+    tied: bool, weights: Any, numbers: Any, chunk_rows: int | None
+) -> None:
+    loss, gradient = fused(tied, weights=weights, chunk_rows=chunk_rows)
+    exact, naive = loops(tied, numbers), loops(tied, numbers, np.float32)
+    near(loss, exact[0], np.float32(naive[0]))
+    for own, right, rough in zip(gradient, exact[1], naive[1], strict=True):
+        near(own, right, rough)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("labels", [Y, SHARES], ids=["integers", "shares"])
+def test_smoothing_and_shares_are_those_of_keras(tied: bool, smoothing: float, labels: Any) -> None:
+    kernels, biases = parameters(tied)
+    dense = labels if labels.ndim == 2 else np.eye(CLASSES, dtype="float32")[labels]
+
+    def plain(features: Any, *rest: Any) -> Any:
+        total: Any = 0.0
+        for index, dim in enumerate(DIMS):
+            owner = 0 if tied else index
+            kernel, bias = rest[owner][:dim], rest[len(kernels) + owner]
+            losses = keras.losses.categorical_crossentropy(
+                ops.convert_to_tensor(dense),
+                ops.matmul(features[:, :dim], kernel) + bias,
+                from_logits=True,
+                label_smoothing=smoothing,
+            )
+            total = total + ops.sum(losses * ops.convert_to_tensor(R))
+        return total
+
+    expected = value_and_gradient(plain, [X, *kernels, *biases])
+    received = fused(tied, labels=labels, label_smoothing=smoothing, chunk_rows=5)
+    np.testing.assert_allclose(received[0], expected[0], rtol=1e-5)
+    for own, right in zip(received[1], expected[1], strict=True):
+        np.testing.assert_allclose(own, right, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("training", [False, True])
+def test_losses_and_ranks_are_of_every_row_and_dim(tied: bool, training: bool) -> None:
+    kernels, biases = parameters(tied)
+    said = nested_crossentropy(
+        *map(ops.convert_to_tensor, (X,)),
+        [ops.convert_to_tensor(kernel) for kernel in kernels],
+        [ops.convert_to_tensor(bias) for bias in biases],
+        ops.convert_to_tensor(Y),
+        DIMS,
+        chunk_rows=4,
+        training=training,
+    )
+    losses, ranks = (ops.convert_to_numpy(part) for part in (said.losses, said.ranks))
+    for index, dim in enumerate(DIMS):
+        owner = 0 if tied else index
+        logits = X[:, :dim].astype(float) @ kernels[owner][:dim] + biases[owner]
+        own = logits[np.arange(ROWS), Y]
+        np.testing.assert_array_equal(ranks[:, index], (logits > own[:, None]).sum(axis=1))
+        expected = np.log(np.exp(logits).sum(axis=1)) - own
+        np.testing.assert_allclose(losses[:, index], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(float(said.loss), losses.sum(axis=1).mean(), rtol=1e-5)
+
+
+def test_ties_are_broken_as_argmax_does() -> None:
+    zeros = [ops.zeros((dim, CLASSES)) for dim in DIMS]
+    said = nested_crossentropy(
+        ops.convert_to_tensor(X), zeros, None, ops.convert_to_tensor(Y), DIMS
+    )
+    assert ((ops.convert_to_numpy(said.ranks) == 0) == (Y == 0)[:, None]).all()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_half_precision_is_summed_in_float32(tied: bool) -> None:
+    kernels, biases = parameters(tied)
+    for dtype in ("bfloat16", "float16"):
+        half = [ops.cast(ops.convert_to_tensor(a), dtype) for a in (X, *kernels)]
+        rounded = [ops.cast(tensor, "float32") for tensor in half]
+        bias = [ops.convert_to_tensor(b) for b in biases]
+        given = (bias, ops.convert_to_tensor(Y), DIMS)
+        low = nested_crossentropy(half[0], half[1:], *given)
+        full = nested_crossentropy(rounded[0], rounded[1:], *given)
+        assert keras.backend.standardize_dtype(low.loss.dtype) == "float32"
+        np.testing.assert_allclose(float(low.loss), float(full.loss), rtol=1e-6)
+
+
+def test_unusual_batches() -> None:
+    loss, gradient = fused(True, x=X * np.nan)
+    assert np.isnan(loss)
+    assert np.isnan(gradient[0][:, : DIMS[-1]]).all()
+    assert np.isnan(fused(False, labels=np.where(Y == 2, CLASSES, Y))[0])
+    assert np.isnan(fused(False, labels=np.where(Y == 2, -1, Y))[0])
+    empty = fused(True, x=X[:0], labels=Y[:0], row_weights=None)
+    assert empty[0] == 0
+    assert all((part == 0).all() for part in empty[1])
+    one = [ops.ones((dim, 1)) for dim in DIMS]
+    labels = ops.zeros(ROWS, "int32")
+    assert float(nested_crossentropy(ops.convert_to_tensor(X), one, None, labels, DIMS).loss) == 0
+
+
+def test_a_row_of_weight_zero_is_as_if_absent() -> None:
+    spoilt = X.copy()
+    spoilt[3] = np.inf
+    weights = np.where(np.arange(ROWS) == 3, 0, R).astype("float32")
+    received = fused(False, x=spoilt, row_weights=ops.convert_to_tensor(weights))[0]
+    assert received == pytest.approx(fused(False, row_weights=ops.convert_to_tensor(weights))[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"kernels": [np.ones((8, CLASSES), "float32")] * 3},
+            "kernels must be one (dim, num_classes) per dim, or one of the widest dim for all, and "
+            "biases as many. Received: kernels of shapes [(8, 11), (8, 11), (8, 11)] and "
+            "no biases for dims=(1, 3, 8). "
+            "MatryoshkaHead.parameters() gives both as they are needed.",
+        ),
+        (
+            {"labels": np.ones((ROWS, 4), "float32")},
+            "labels must be integers (rows,) or probabilities (rows, num_classes). "
+            "Received: labels of shape (13, 4) for 11 classes. Give one label per row of features.",
+        ),
+        (
+            {"label_smoothing": 1.0},
+            "label_smoothing must lie in 0..1, 1 excluded. Received: label_smoothing=1.0. "
+            "Give for example 0.1.",
+        ),
+        (
+            {"dims": (1, 3, 16)},
+            "dims must not exceed the width of the features. "
+            "Received: dims=(1, 3, 16) for features of width 9. Drop the dims above 9, or widen the layer that makes the features.",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], sentence: str) -> None:
+    given = {"features": X, "kernels": UNTIED, "biases": None, "labels": Y, "dims": DIMS} | change
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        nested_crossentropy(**given)
