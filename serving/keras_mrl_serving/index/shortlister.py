@@ -129,10 +129,21 @@ class Shortlister:
         return True
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the FAISS index to a file."""
+        """Write the FAISS index to a file.
+
+        Raises:
+            OSError: If it cannot be written there.
+        """
         faiss = import_faiss()
         write = faiss.write_index_binary if self.spec.is_binary else faiss.write_index
-        write(self.index, os.fspath(path))
+        try:
+            write(self.index, os.fspath(path))
+        except RuntimeError as error:
+            raise OSError(
+                "A first stage must be written whole. "
+                f"Received: {os.fspath(path)!r} ({_reason(error)}). "
+                "Make room on the disk, or choose another folder."
+            ) from error
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], spec: FirstStage) -> Shortlister:

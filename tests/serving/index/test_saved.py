@@ -19,6 +19,7 @@ from hypothesis import given
 from keras_mrl_serving.errors import DamagedIndexError, ManifestError
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, open_index, saved, writing
+from keras_mrl_serving.index.shortlister import Shortlister
 from tests.serving.index.truth import (
     ENGINES,
     FLAT,
@@ -475,6 +476,19 @@ def test_what_fails_while_it_saves_leaves_the_old_index_or_the_new(
             assert {file.name for file in tmp_path.iterdir()} == ids_and(tmp_path)
     assert failed == calls > 0
     assert_equal(open_index(tmp_path), new)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+@pytest.mark.parametrize("kind", [FLAT, FirstStage("BFlat", "")], ids=str)
+def test_a_first_stage_that_finds_the_disk_full_says_so(kind: FirstStage) -> None:
+    """FAISS tells of it by a RuntimeError with a line of its source."""
+    rows = np.ones((5000, 16), np.float32)
+    first = Shortlister.build(rows, kind, "dot", lambda _done, _rows: None)
+    with pytest.raises(OSError, match=r"No space left on device") as caught:
+        first.write("/dev/full")
+    text = str(caught.value)
+    assert text.startswith("A first stage must be written whole. Received: '/dev/full' (")
+    assert text.endswith("). Make room on the disk, or choose another folder.")
 
 
 def test_it_is_written_in_an_order_that_a_power_cut_does_not_undo(
