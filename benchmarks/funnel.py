@@ -47,7 +47,7 @@ from keras_mrl_serving.index.measures import precision_by_label
 
 K = 10
 ROUNDS = 3
-LONGEST_S = 0.5  # of one index, one setting and one round
+LONGEST_S = 0.3  # of one index, one setting and one round
 BATCH = 100
 LEAST_RECALL = 0.9
 KINDS = {
