@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a file of plain text")
     parser.add_argument("--out", type=Path, default=Path("language-model"), help="%(default)s")
     parser.add_argument("--vocabulary", type=int, default=4096, help="tokens (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=2, help="%(default)s")
+    parser.add_argument("--epochs", type=int, default=3, help="%(default)s")
     parser.add_argument("--prompt", default="ROMEO:", help="what the model goes on from")
     parser.add_argument("--tokens", type=int, default=120, help="to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)

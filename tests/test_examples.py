@@ -1,0 +1,59 @@
+"""The examples and the language model's benchmark run, on a text of a few lines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINES = (
+    "When forty winters shall besiege thy brow,\n"
+    "And dig deep trenches in thy beauty's field,\n"
+    "Thy youth's proud livery, so gazed on now,\n"
+    "Will be a tatter'd weed, of small worth held.\n"
+)
+
+
+def run(script: str, *arguments: object) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(LINES * 30)
+    return file
+
+
+def test_the_language_model_is_trained_and_writes(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = ("--vocabulary", 300, "--epochs", 1, "--tokens", 5, "--prompt", "When")
+    said = run("examples/language_model.py", "--data", text, "--out", out, *settings)
+    assert sorted(file.name for file in out.iterdir()) == ["model.keras", "tokenizer.json"]
+    start = said.index("Perplexity of text it never saw, per dim:")
+    rows = [line.split() for line in said[start + 1 : start + 6]]
+    assert [int(row[0]) for row in rows] == [8, 16, 32, 64, 128]
+    assert all(1 < float(row[1]) < 300 for row in rows)
+    assert any(line.startswith("When") for line in said)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif("not os.environ.get('KERAS_MRL_SOAK')", reason="four trainings")
+def test_the_benchmark_of_the_language_model_ends_in_json(text: Path) -> None:
+    last = run("benchmarks/language_model.py", "--data", text, "--vocabulary", 500)[-1]
+    models = json.loads(last)["models"]
+    assert list(models) == ["untied", "tied", "fixed-16", "fixed-128"]
+    assert list(models["tied"]["perplexity"]) == ["8", "16", "32", "64", "128"]
+    assert models["fixed-16"]["perplexity"].keys() == {"16"}
+    assert all(0 <= funnel["recall"] <= 1 for funnel in models["untied"]["funnel"])
