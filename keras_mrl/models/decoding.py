@@ -84,7 +84,8 @@ class AdaptiveDecoder:
             `sampler(...)`.
 
     Raises:
-        ValueError: If the model has no nested head or no positions, or the policy other dims.
+        ValueError: If the model has no nested head or no positions, the policy other dims, or
+            `context` is not a positive integer.
 
     Examples:
         >>> from keras_mrl_serving import CascadePolicy, Stage
@@ -104,6 +105,7 @@ class AdaptiveDecoder:
         context: int,
         choose: Choose = most_likely,
     ) -> None:
+        _check_context(context)
         self.model = model
         self.policy = policy
         self.context = context
@@ -150,6 +152,14 @@ class AdaptiveDecoder:
         return features[:, known - 1]
 
 
+def _check_context(context: int) -> None:
+    if not isinstance(context, int) or context < 1:
+        raise ValueError(
+            "context must be a positive integer. "
+            f"Received: context={context!r}. Give the number of tokens the model was trained on."
+        )
+
+
 def _as_numpy(kernel: Any, bias: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """A dim's kernel and bias in float32; a bias of zeros where there is none."""
     held = np.asarray(keras.ops.convert_to_numpy(kernel), np.float32)
@@ -172,7 +182,8 @@ def generate(decide: Decide, prompts: npt.ArrayLike, steps: int, context: int) -
         prompts: `(rows, time)`. Result: two of `(rows, steps)`.
 
     Raises:
-        ValueError: If `prompts` are not token ids `(rows, time)`.
+        ValueError: If `prompts` are not token ids `(rows, time)`, or `context` is not a positive
+            integer.
 
     Examples:
         >>> count = lambda tokens: (tokens[:, -1] + 1, np.full(len(tokens), 8))
@@ -180,6 +191,7 @@ def generate(decide: Decide, prompts: npt.ArrayLike, steps: int, context: int) -
         >>> ids.tolist(), dims.tolist()
         ([[3, 4, 5]], [[8, 8, 8]])
     """
+    _check_context(context)
     text = np.asarray(prompts)
     if text.ndim != 2 or not text.shape[1] or text.dtype.kind not in "iu":
         raise ValueError(

@@ -15,6 +15,7 @@ from tests.laws import exactly
 pytestmark = pytest.mark.backend
 
 STEPS = 5
+PROMPT = READ[:, :3]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -28,12 +29,12 @@ def policy(*thresholds: float, temperature: float = 1.0) -> CascadePolicy:
 
 
 def written(model: Any, chosen: CascadePolicy) -> tuple[np.ndarray, np.ndarray]:
-    return generate(AdaptiveDecoder(model, chosen, LENGTH), READ[:, :3], STEPS, LENGTH)
+    return generate(AdaptiveDecoder(model, chosen, LENGTH), PROMPT, STEPS, LENGTH)
 
 
 def greedy(model: Any, index: int) -> np.ndarray:
     """By the model alone, at one dim."""
-    text = READ[:, :3]
+    text = PROMPT
     for _ in range(STEPS):
         logits = as_numpy(model(text[:, -LENGTH:]))[:, -1, index]
         text = np.concatenate([text, logits.argmax(axis=1)[:, None].astype("int32")], axis=1)
@@ -102,7 +103,7 @@ def test_what_decides_may_sample(model: Any) -> None:
     texts = [
         generate(
             AdaptiveDecoder(model, policy(0.4, 0.5), LENGTH, sampler(seed=seed)),
-            READ[:, :3],
+            PROMPT,
             STEPS,
             LENGTH,
         )[0]
@@ -172,3 +173,17 @@ def test_a_sampler_needs_a_temperature_and_a_choice(temperature: float, top_k: i
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         sampler(temperature, top_k)
+
+
+@pytest.mark.parametrize("context", [0, -4, 2.5])
+def test_a_context_holds_a_token(model: Any, context: Any) -> None:
+    sentence = (
+        "context must be a positive integer. "
+        f"Received: context={context}. Give the number of tokens the model was trained on."
+    )
+    for ask in (
+        lambda: AdaptiveDecoder(model, policy(0.5, 0.5), context),
+        lambda: generate(lambda tokens: (tokens[:, -1], tokens[:, -1]), PROMPT, 3, context),
+    ):
+        with pytest.raises(ValueError, match=exactly(sentence)):
+            ask()
