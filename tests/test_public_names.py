@@ -26,6 +26,7 @@ PUBLIC = {
         "causal_transformer",
         "cut",
         "first_boosted",
+        "freeze_before",
         "funnel_top_k",
         "generate",
         "log_spaced_dims",
