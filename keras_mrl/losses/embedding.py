@@ -69,7 +69,7 @@ class MatryoshkaEmbeddingLoss(keras.losses.Loss):
         ):
             raise TypeError(
                 "loss must be a Keras loss on embeddings of one width. "
-                f"Received: {loss!r}. Give an instance, for example "
+                f"Received: {_weights.named(loss)}. Give an instance, for example "
                 "keras.losses.CosineSimilarity(); logits of classes need a MatryoshkaHead and "
                 "MatryoshkaLoss."
             )

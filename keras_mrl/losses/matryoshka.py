@@ -64,7 +64,7 @@ class MatryoshkaLoss(keras.losses.Loss):
         if not isinstance(loss, keras.losses.Loss) or _weights.is_nested(loss):
             raise TypeError(
                 "loss must be a Keras loss for one dim. "
-                f"Received: {loss!r}. Give an instance, for example "
+                f"Received: {_weights.named(loss)}. Give an instance, for example "
                 "keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
             )
         super().__init__(name=name, reduction=loss.reduction, dtype=loss.dtype)

@@ -104,6 +104,11 @@ def is_nested(loss: Any) -> bool:
     return hasattr(loss, "dims_per_step")
 
 
+def named(loss: Any) -> str:
+    """Return how an error calls a loss that does not fit."""
+    return type(loss).__name__ if isinstance(loss, keras.losses.Loss) else repr(loss)
+
+
 def no_seed(loss: Any) -> ValueError:
     """What a loss with `dims_per_step` says where nobody draws for it."""
     return ValueError(

@@ -127,20 +127,28 @@ class MatryoshkaEncoder(keras.Model):
             return None
         return ops.exp(-ops.minimum(ops.convert_to_tensor(self._log_scale), _SHARPEST))
 
+    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **kwargs: Any) -> None:
+        """Compile as Keras does, with one of the losses on nested embeddings."""
+        if not isinstance(loss, _LOSSES):
+            names = ", ".join(kind.__name__ for kind in _LOSSES)
+            raise ValueError(
+                f"MatryoshkaEncoder trains on one of {names}. "
+                f"Received: loss={loss!r}. Give for example ContrastiveLoss(dims=(8, 16, 32))."
+            )
+        super().compile(optimizer, loss, **kwargs)
+        knows_hits = not isinstance(loss, MatryoshkaEmbeddingLoss)
+        self._recall = _Recall(loss.trained_dims if knows_hits else ())
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile a loaded model as it was compiled."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
     @property
     def metrics(self) -> list[Any]:
         """Keras's own, and one recall per dim of the compiled loss."""
-        loss: Any = self.loss if self.compiled else None
-        knows_hits = isinstance(loss, (ContrastiveLoss, SupervisedContrastiveLoss))
-        dims = loss.trained_dims if knows_hits else ()
-        if self._recall.dims != dims:
-            self._recall = _Recall(dims)
         return [*super().metrics, *self._recall.means]
-
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `keras.Model.fit` does, after a look at the compiled loss."""
-        _check_loss(self.loss)
-        return super().fit(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -152,7 +160,6 @@ class MatryoshkaEncoder(keras.Model):
     ) -> Any:
         """Return the loss of the batch, and add its recalls to the log."""
         del x
-        _check_loss(self.loss)
         seed = self.seed_generator if training else None
         rows, hits = self.loss.measure(y, y_pred, seed, self.temperature)
         if hits is not None:
@@ -180,24 +187,14 @@ class MatryoshkaEncoder(keras.Model):
 
 
 class _Recall:
-    """One mean per dim. Keras tracks no such object, so a built model may replace it."""
+    """One mean per dim. Keras tracks no such object, so `compile` may replace it."""
 
     def __init__(self, dims: tuple[int, ...]) -> None:
-        self.dims = dims
         self.means = [keras.metrics.Mean(name=f"recall_{dim}") for dim in dims]
 
     def add(self, hits: Any) -> None:
         for index, mean in enumerate(self.means):
             mean.update_state(hits[index])
-
-
-def _check_loss(loss: Any) -> None:
-    if not isinstance(loss, _LOSSES):
-        names = ", ".join(kind.__name__ for kind in _LOSSES)
-        raise ValueError(
-            f"MatryoshkaEncoder trains on one of {names}. "
-            f"Received: loss={loss!r}. Compile with ContrastiveLoss(dims=(8, 16, 32)), for example."
-        )
 
 
 def _sides(inputs: Any) -> list[Any] | None:

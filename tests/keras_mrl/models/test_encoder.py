@@ -1,0 +1,234 @@
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from keras_mrl import (
+    ContrastiveLoss,
+    MatryoshkaEmbeddingLoss,
+    MatryoshkaEncoder,
+    SupervisedContrastiveLoss,
+    Truncate,
+    split,
+)
+from tests.keras_mrl.small import as_numpy
+from tests.laws import exactly, policy
+
+pytestmark = pytest.mark.backend
+
+RANDOM = np.random.default_rng(0)
+DIMS = (2, 4, 8)
+ANCHORS = RANDOM.normal(size=(16, 5)).astype("float32")
+POSITIVES = ANCHORS + 0.1 * RANDOM.normal(size=(16, 5)).astype("float32")
+NEGATIVES = RANDOM.normal(size=(16, 5)).astype("float32")
+SIDES = {"anchor": ANCHORS, "positive": POSITIVES, "negative": NEGATIVES}
+LABELS = np.arange(16) // 4
+
+
+def tower(width: int = 8) -> keras.Model:
+    return keras.Sequential([keras.Input((5,)), keras.layers.Dense(width)])
+
+
+def compiled(encoder: MatryoshkaEncoder, **arguments: Any) -> MatryoshkaEncoder:
+    encoder.compile(keras.optimizers.Adam(0.01), ContrastiveLoss(DIMS, **arguments))
+    return encoder
+
+
+def eager(encoder: MatryoshkaEncoder, **arguments: Any) -> MatryoshkaEncoder:
+    """What is not about compiled steps saves the compiler's seconds."""
+    loss = ContrastiveLoss(DIMS, **arguments)
+    encoder.compile(keras.optimizers.Adam(0.01), loss, run_eagerly=True)
+    return encoder
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        (ANCHORS, POSITIVES),
+        (ANCHORS, POSITIVES, NEGATIVES),
+        {side: SIDES[side] for side in ("anchor", "positive")},
+        SIDES,
+    ],
+    ids=["pair", "triplet", "named pair", "named triplet"],
+)
+def test_pairs_and_triplets_train_and_the_log_has_the_recall_of_every_dim(x: Any) -> None:
+    encoder = eager(MatryoshkaEncoder(tower()))
+    history = encoder.fit(x, batch_size=8, epochs=2, verbose=0, validation_data=(x,)).history
+    recalls = [f"recall_{dim}" for dim in DIMS]
+    assert set(history) == {name for part in ("loss", *recalls) for name in (part, f"val_{part}")}
+    stacked = encoder.predict(x, verbose=0)
+    assert stacked.shape == (16, len(x), 8)
+    np.testing.assert_array_equal(stacked[:, 0], encoder.predict(ANCHORS, verbose=0))
+
+    said = encoder.evaluate(x, batch_size=16, verbose=0, return_dict=True)
+    rows, hits = encoder.loss.measure(None, stacked)
+    assert said["loss"] == pytest.approx(as_numpy(rows).mean(), rel=1e-5)
+    by_dim = as_numpy(hits).mean(axis=1)
+    assert [said[name] for name in recalls] == pytest.approx(by_dim.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_training_lowers_the_loss_and_the_chunks_do_not_matter(chunk_size: int | None) -> None:
+    encoder = compiled(MatryoshkaEncoder(tower(), initial_temperature=0.1), chunk_size=chunk_size)
+    x = (ANCHORS, NEGATIVES)  # nothing in common: they are learnt by heart
+    history = encoder.fit(x, batch_size=16, epochs=8, shuffle=False, verbose=0).history
+    assert history["loss"][-1] < 0.9 * history["loss"][0]
+    LOSSES.setdefault(keras.backend.backend(), []).append(history["loss"])
+    for losses in LOSSES[keras.backend.backend()]:
+        np.testing.assert_allclose(losses, history["loss"], rtol=1e-4)
+
+
+LOSSES: dict[str, list[Any]] = {}
+
+
+def test_two_towers_learn_apart_and_one_is_shared() -> None:
+    for other in (None, tower()):
+        encoder = eager(MatryoshkaEncoder(tower(), other))
+        encoder.fit((ANCHORS, POSITIVES), verbose=0)
+        assert len(encoder.trainable_weights) == (2 if other is None else 4)
+        stacked = encoder.predict((ANCHORS, POSITIVES), verbose=0)
+        right = (other or encoder.tower).predict(POSITIVES, verbose=0)
+        np.testing.assert_allclose(stacked[:, 1], right, rtol=1e-5, atol=1e-6)
+        assert np.array_equal(stacked[:, 0], encoder.predict(POSITIVES, verbose=0)) is False
+
+
+def test_labels_train_one_tower() -> None:
+    encoder = MatryoshkaEncoder(tower())
+    encoder.compile("adam", SupervisedContrastiveLoss(DIMS), run_eagerly=True)
+    history = encoder.fit(ANCHORS, LABELS, verbose=0).history
+    assert set(history) == {"loss", "recall_2", "recall_4", "recall_8"}
+
+
+def test_another_loss_on_embeddings_has_no_recall() -> None:
+    encoder = MatryoshkaEncoder(tower())
+    inner = keras.losses.CosineSimilarity()
+    encoder.compile("adam", MatryoshkaEmbeddingLoss(inner, DIMS, nested_targets=True))
+    assert set(encoder.fit(ANCHORS, np.ones((16, 8)), verbose=0).history) == {"loss"}
+
+
+def test_a_recompiled_encoder_logs_the_dims_of_its_new_loss() -> None:
+    encoder = eager(MatryoshkaEncoder(tower()))
+    encoder.fit((ANCHORS, POSITIVES), verbose=0)
+    encoder.compile("sgd", ContrastiveLoss((3, 8), weights=(0, 1)), run_eagerly=True)
+    assert set(encoder.fit((ANCHORS, POSITIVES), verbose=0).history) == {"loss", "recall_8"}
+
+
+def test_the_temperature_is_learnt_within_bounds_and_takes_the_place_of_the_losss() -> None:
+    encoder = eager(MatryoshkaEncoder(tower(), initial_temperature=0.5))
+    x = (ANCHORS, POSITIVES)
+    said = encoder.evaluate(x, batch_size=16, verbose=0, return_dict=True)
+    stacked = encoder.predict(x, verbose=0)
+    expected = float(ContrastiveLoss(DIMS, temperature=0.5)(LABELS, stacked))
+    assert said["loss"] == pytest.approx(expected, rel=1e-5)
+    encoder.fit(x, verbose=0)
+    assert 0.4 < float(as_numpy(encoder.temperature)) != pytest.approx(0.5, abs=1e-6)
+    encoder._log_scale.assign(9.0)
+    assert float(as_numpy(encoder.temperature)) == pytest.approx(0.01)
+    assert MatryoshkaEncoder(tower()).temperature is None
+
+
+def test_dims_per_step_draws_in_training_and_not_in_evaluation() -> None:
+    encoder = compiled(MatryoshkaEncoder(tower()), dims_per_step=1)
+    x = (ANCHORS, POSITIVES)
+    whole = compiled(MatryoshkaEncoder(encoder.tower))
+    received = encoder.evaluate(x, batch_size=16, verbose=0, return_dict=True)
+    assert received == whole.evaluate(x, batch_size=16, verbose=0, return_dict=True)
+    first = encoder.fit(x, batch_size=16, verbose=0).history["loss"][0]
+    assert first < received["loss"]  # one dim of three
+    drawn = compiled(MatryoshkaEncoder(tower()), dims_per_step=2)
+    drawn.optimizer.learning_rate = 0.0
+    losses = [
+        drawn.fit(x, batch_size=16, shuffle=False, verbose=0).history["loss"][0] for _ in range(8)
+    ]
+    assert len({round(loss, 3) for loss in losses}) == 2  # 8 with 2, or 8 with 4
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["one tower", "two towers"])
+def test_a_saved_encoder_goes_on_training_where_it_stopped(two: bool, tmp_path: Path) -> None:
+    encoder = MatryoshkaEncoder(tower(), tower() if two else None, initial_temperature=0.1)
+    eager(encoder, symmetric=True, weights=(2, 1, 1))
+    x = (ANCHORS, POSITIVES)
+    encoder.fit(x, verbose=0)
+    encoder.save(tmp_path / "encoder.keras")
+    loaded = keras.saving.load_model(tmp_path / "encoder.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), encoder.predict(x, verbose=0))
+    expected = encoder.fit(x, shuffle=False, verbose=0).history
+    received = loaded.fit(x, shuffle=False, verbose=0).history
+    assert received.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(received[name], values, rtol=1e-5, err_msg=name)
+
+
+def test_the_tower_is_a_plain_model_that_is_cut_by_truncating() -> None:
+    encoder = eager(MatryoshkaEncoder(tower()))
+    encoder.fit((ANCHORS, POSITIVES), verbose=0)
+    assert split(encoder) == (encoder.tower, None)
+    prefix = as_numpy(Truncate(2)(encoder.predict(ANCHORS, verbose=0)))
+    np.testing.assert_allclose(np.linalg.norm(prefix, axis=1), 1, rtol=1e-5)
+
+
+def test_towers_of_several_inputs_take_dicts() -> None:
+    inputs = {name: keras.Input((5,), name=name) for name in ("left", "right")}
+    joined = keras.layers.Concatenate()([*inputs.values()])
+    body = keras.Model(inputs, keras.layers.Dense(8)(joined))
+    encoder = eager(MatryoshkaEncoder(body))
+    side = {"left": ANCHORS, "right": POSITIVES}
+    encoder.fit({"anchor": side, "positive": side}, verbose=0)
+    assert encoder.predict(side, verbose=0).shape == (16, 8)
+
+
+def test_low_precision_towers_are_compared_in_float32() -> None:
+    with policy("mixed_bfloat16"):
+        encoder = eager(MatryoshkaEncoder(tower(), initial_temperature=0.1))
+        history = encoder.fit((ANCHORS, POSITIVES), verbose=0).history
+    assert encoder._log_scale.dtype == "float32"
+    assert np.isfinite(history["loss"][0])
+
+
+@pytest.mark.parametrize("loss", [None, "mse", keras.losses.MeanSquaredError()], ids=str)
+def test_other_losses_are_refused_by_name(loss: Any) -> None:
+    sentence = (
+        "MatryoshkaEncoder trains on one of ContrastiveLoss, SupervisedContrastiveLoss, "
+        f"MatryoshkaEmbeddingLoss. Received: loss={loss!r}. "
+        "Give for example ContrastiveLoss(dims=(8, 16, 32))."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        MatryoshkaEncoder(tower()).compile("sgd", loss)
+
+
+def test_labels_that_are_missing_are_asked_for() -> None:
+    encoder = MatryoshkaEncoder(tower())
+    encoder.compile("sgd", SupervisedContrastiveLoss(DIMS), run_eagerly=True)
+    with pytest.raises(ValueError, match="needs one integer label per row"):
+        encoder.fit(ANCHORS, verbose=0)
+
+
+def test_towers_of_two_widths_are_refused() -> None:
+    sentence = (
+        "Both towers must give embeddings of one width. Received: widths 8 and 4. "
+        "End them in layers of as many units."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        MatryoshkaEncoder(tower(8), tower(4)).build(((None, 5), (None, 5)))
+
+
+def test_towers_that_end_in_feature_maps_are_refused() -> None:
+    body = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(3, 2)])
+    sentence = (
+        "A tower must end in embeddings (batch, width). "
+        "Received: a tower whose output is (None, 3, 3, 3). "
+        "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D()."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        MatryoshkaEncoder(body).build((None, 4, 4, 1))
+
+
+def test_lists_of_other_lengths_are_refused() -> None:
+    sentence = (
+        "A list of inputs is a pair (anchors, positives) or a triplet with negatives. "
+        "Received: 4 inputs. Give a tower of several inputs a dict of them."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        MatryoshkaEncoder(tower()).build([(None, 5)] * 4)
