@@ -432,6 +432,25 @@ def test_settings_are_how_hard_it_looks() -> None:
     assert found[-1] == flat
 
 
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "PCA16,IVF8,Flat"])
+@pytest.mark.parametrize(("rows_each", "are_rows"), [(1, True), (64, False)])
+def test_lists_are_learned_from_some_of_the_rows(
+    rows_each: int, are_rows: bool, factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one row each, the centroids are those rows themselves."""
+    monkeypatch.setattr(shortlister, "_PER_CENTROID", rows_each)
+    index = FaissIndex.build(GALLERY, SHORT, metric="l2", first_stage=FirstStage(factory, ""))
+    faiss = shortlister.import_faiss()
+    first = faiss.downcast_index(index._first.index)
+    rows = np.ascontiguousarray(GALLERY[:, :16])
+    if factory.startswith("PCA"):
+        rows = first.chain.at(0).apply(rows)
+    lists = faiss.extract_index_ivf(first)
+    centroids = faiss.downcast_index(lists.quantizer).reconstruct_n(0, 8)
+    nearest = np.square(centroids[:, None] - rows).sum(axis=2).min(axis=1)
+    assert (nearest.max() < 1e-6) == are_rows
+
+
 def test_the_first_stage_is_a_graph_unless_it_is_given() -> None:
     index = FaissIndex.build(GALLERY, SHORT)
     assert index.first_stage == FirstStage("HNSW32", "efSearch=64")
