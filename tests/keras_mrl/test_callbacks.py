@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 import keras_mrl
-from keras_mrl import AcrossDims, MatryoshkaMetric, NeighborMetrics
+from keras_mrl import (
+    AcrossDims,
+    ContrastiveLoss,
+    MatryoshkaEncoder,
+    MatryoshkaMetric,
+    NeighborMetrics,
+)
 from tests.keras_mrl.small import (
     DIMS,
     NUM_CLASSES,
@@ -73,6 +79,20 @@ def test_a_model_without_a_head_is_its_own_embedding() -> None:
         first, precision = slow_scores(embeddings[0], embeddings[1], dim)
         assert log[f"val_1nn_{dim}"] == pytest.approx([first])
         assert log[f"val_map10_{dim}"] == pytest.approx([precision], rel=1e-6)
+
+
+def test_an_encoder_is_watched_between_its_epochs() -> None:
+    tower = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)])
+    encoder = MatryoshkaEncoder(tower)
+    encoder.compile("sgd", ContrastiveLoss(dims=(2, 8)))
+    neighbors = NeighborMetrics(GALLERY, QUERIES, dims=(2, 8))
+    watching = [neighbors, AcrossDims("1nn"), AcrossDims("recall")]
+    log = encoder.fit((X, 1.1 * X), epochs=2, callbacks=watching, verbose=0).history
+    embeddings = [as_numpy(tower(x)) for x, _ in (GALLERY, QUERIES)]
+    first, precision = slow_scores(embeddings[0], embeddings[1], 2)
+    assert log["val_1nn_2"][1] == pytest.approx(first)
+    assert log["val_map10_2"][1] == pytest.approx(precision, rel=1e-6)
+    assert log["recall_worst"][1] == min(log["recall_2"][1], log["recall_8"][1])
 
 
 def test_a_layer_as_backbone_is_asked_as_well() -> None:
