@@ -76,15 +76,20 @@ def main() -> None:
         "--n", type=int, default=200_000, help="synthetic rows, 0: none (%(default)s)"
     )
     parser.add_argument("--d", type=int, default=1024, help="their width (%(default)s)")
-    parser.add_argument("--target-recall", type=float, default=0.98, help="(%(default)s)")
-    parser.add_argument("--target-precision", type=float, help="plan by label, too, for this")
+    parser.add_argument(
+        "--target-recall", type=float, default=0.98, help="0: do not plan for one (%(default)s)"
+    )
+    parser.add_argument(
+        "--target-precision", type=float, default=0.0, help="0: do not plan by label (%(default)s)"
+    )
     parser.add_argument("--kinds", default=",".join(KINDS), help="our first stages (%(default)s)")
     parser.add_argument("--only", help="rivals besides exact and HNSW32, with commas (all)")
     arguments = parser.parse_args()
-    recall, precision = arguments.target_recall, arguments.target_precision
-    goals = [Goal("funnel", recall, False)]
-    if precision is not None:
-        goals.insert(0, Goal("funnel by label", precision, True))
+    goals = [
+        Goal("funnel by label", arguments.target_precision, True),
+        Goal("funnel", arguments.target_recall, False),
+    ]
+    goals = [goal for goal in goals if goal.target]
     only = None if arguments.only is None else {"exact", "HNSW32", *arguments.only.split(",")}
     kinds = arguments.kinds.split(",")
     found: dict[str, Any] = {}
