@@ -46,7 +46,8 @@ class _Look(keras.layers.Layer):
         """Nothing to make."""
 
     def call(self, tensor: Any) -> Any:
-        return tensor
+        del tensor
+        return keras.ops.zeros(())  # asked for masks only where what is returned has none
 
     def compute_mask(self, tensor: Any, previous_mask: Any) -> Any:
         del tensor

@@ -194,11 +194,13 @@ def test_a_row_of_weight_zero_is_as_if_absent() -> None:
         (
             {"dims": (1, 3, 16)},
             "dims must not exceed the width of the features. "
-            "Received: dims=(1, 3, 16) for features of width 9. Drop the dims above 9, or widen the layer that makes the features.",
+            "Received: dims=(1, 3, 16) for features of width 9. "
+            "Drop the dims above 9, or widen the layer that makes the features.",
         ),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], sentence: str) -> None:
-    given = {"features": X, "kernels": UNTIED, "biases": None, "labels": Y, "dims": DIMS} | change
+    given: dict[str, Any] = {"features": X, "kernels": UNTIED, "biases": None, "labels": Y}
+    given |= {"dims": DIMS} | change
     with pytest.raises(ValueError, match=exactly(sentence)):
         nested_crossentropy(**given)

@@ -1,0 +1,256 @@
+"""`fit` and `evaluate` without logits: the same numbers as with them, and no batch of logits."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_mrl import (
+    MatryoshkaClassifier,
+    MatryoshkaHead,
+    MatryoshkaLoss,
+    MatryoshkaMetric,
+    Perplexity,
+    first_boosted,
+)
+from keras_mrl.losses import chunks
+
+pytestmark = pytest.mark.backend
+
+RANDOM = np.random.default_rng(0)
+ROWS, CLASSES, LENGTH = 22, 7, 5
+DIMS = (2, 5, 8)
+X = RANDOM.normal(size=(ROWS, 6)).astype("float32")
+Y = RANDOM.integers(0, CLASSES, ROWS)
+TOKENS = RANDOM.integers(1, CLASSES, (ROWS, LENGTH))
+TOKENS[:, 3:] = np.where(RANDOM.random((ROWS, 2)) < 0.5, 0, TOKENS[:, 3:])
+NEXT = np.where(TOKENS == 0, -1, (TOKENS + 1) % CLASSES)
+SPARSE = keras.losses.SparseCategoricalCrossentropy
+DENSE = keras.losses.CategoricalCrossentropy
+
+
+class WithLogits(MatryoshkaClassifier):
+    """One that looks at logits, so that they must be there."""
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        assert y_pred.shape[-2:] == (len(DIMS), CLASSES)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+def flat() -> keras.Model:
+    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(8)])
+
+
+def recurrent() -> keras.Model:
+    embedding = keras.layers.Embedding(CLASSES, 4, mask_zero=True)
+    return keras.Sequential(
+        [keras.Input((LENGTH,)), embedding, keras.layers.SimpleRNN(8, return_sequences=True)]
+    )
+
+
+def nested(metric: keras.metrics.Metric) -> MatryoshkaMetric:
+    return MatryoshkaMetric(metric, DIMS)
+
+
+def total_of_logits(y_true: Any, y_pred: Any) -> Any:
+    del y_true
+    return ops.sum(y_pred)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "labels": {
+        "loss": MatryoshkaLoss(SPARSE(from_logits=True), weights=first_boosted),
+        "metrics": [nested(keras.metrics.SparseCategoricalAccuracy(name="accuracy"))],
+        "class_weight": {label: 0.5 + label for label in range(CLASSES)},
+    },
+    "weighted, tied": {
+        "tied": True,
+        "loss": MatryoshkaLoss(SPARSE(from_logits=True, reduction="mean_with_sample_weight")),
+        "weighted_metrics": [
+            nested(keras.metrics.SparseTopKCategoricalAccuracy(k=3, name="top")),
+            nested(keras.metrics.SparseCategoricalCrossentropy(name="ce", from_logits=True)),
+        ],
+        "sample_weight": RANDOM.random(ROWS),
+    },
+    "shares": {
+        "y": RANDOM.dirichlet(np.ones(CLASSES), ROWS).astype("float32"),
+        "loss": MatryoshkaLoss(DENSE(from_logits=True, label_smoothing=0.1, reduction="sum")),
+        "metrics": [nested(keras.metrics.CategoricalAccuracy(name="accuracy"))],
+        "use_bias": False,
+    },
+    "masked tokens": {
+        "backbone": recurrent,
+        "x": TOKENS,
+        "y": NEXT,
+        "tied": True,
+        "loss": MatryoshkaLoss(SPARSE(from_logits=True, ignore_class=-1)),
+        "metrics": [nested(Perplexity(ignore_class=-1))],
+        "sample_weight": RANDOM.random((ROWS, LENGTH)),
+    },
+    "some dims": {
+        "loss": MatryoshkaLoss(SPARSE(from_logits=True), dims_per_step=2),
+        "kernel_regularizer": "l2",
+    },
+}
+
+
+def again(metric: MatryoshkaMetric) -> MatryoshkaMetric:
+    """A metric like it, with a state of its own."""
+    return MatryoshkaMetric.from_config(metric.get_config())
+
+
+def trained(kind: type, case: dict[str, Any]) -> tuple[keras.Model, dict[str, list[float]]]:
+    keras.utils.set_random_seed(0)
+    case = {"backbone": flat, "x": X, "y": Y} | case
+    head = {name: case[name] for name in ("tied", "use_bias", "kernel_regularizer") if name in case}
+    compiled = {n: [again(m) for m in case.get(n, [])] for n in ("metrics", "weighted_metrics")}
+    fitted = {name: case[name] for name in ("sample_weight", "class_weight") if name in case}
+    model = kind(case["backbone"](), MatryoshkaHead(CLASSES, DIMS, **head))
+    model.compile(keras.optimizers.SGD(0.1), case["loss"], **compiled)
+    history = model.fit(
+        case["x"],
+        case["y"],
+        batch_size=8,
+        epochs=2,
+        validation_data=(case["x"], case["y"]),
+        verbose=0,
+        shuffle=False,
+        **fitted,
+    )
+    return model, history.history
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_fit_without_logits_is_one_with_them(
+    case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "rows_at_a_time", lambda *_: 3)
+    model, history = trained(MatryoshkaClassifier, case)
+    plain, expected = trained(WithLogits, case)
+    assert history.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, rtol=1e-4, err_msg=name)
+    for own, right in zip(model.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(own, right, rtol=0, atol=1e-5)
+
+
+def test_masked_tokens_count_nothing_in_a_weighted_metric() -> None:
+    # Not compared with Keras's own: it forgets the mask on JAX, and scales weights twice on torch.
+    model = MatryoshkaClassifier(recurrent(), MatryoshkaHead(CLASSES, DIMS))
+    right = nested(keras.metrics.SparseCategoricalAccuracy(name="right"))
+    loss = MatryoshkaLoss(SPARSE(from_logits=True, ignore_class=-1))
+    model.compile("sgd", loss, weighted_metrics=[right])
+    weights = RANDOM.random(TOKENS.shape)
+    log = model.evaluate(
+        TOKENS, NEXT, sample_weight=weights, batch_size=8, verbose=0, return_dict=True
+    )
+    found = model.predict(TOKENS, verbose=0).argmax(axis=-1)
+    weights = weights * (TOKENS != 0)
+    for index, dim in enumerate(DIMS):
+        expected = ((found[:, :, index] == NEXT) * weights).sum() / weights.sum()
+        assert log[f"right_{dim}"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        {"loss": MatryoshkaLoss(keras.losses.CategoricalHinge())},
+        {"loss": MatryoshkaLoss(SPARSE(from_logits=True, reduction="none"))},
+        {"loss": MatryoshkaLoss(SPARSE(from_logits=True)), "loss_weights": [1.0]},
+        {"loss": MatryoshkaLoss(SPARSE(from_logits=True)), "metrics": [total_of_logits]},
+        {
+            "loss": MatryoshkaLoss(DENSE(from_logits=True, label_smoothing=0.1)),
+            "metrics": [nested(keras.metrics.CategoricalCrossentropy(from_logits=True))],
+        },
+    ],
+    ids=["hinge", "unreduced", "loss weights", "metric of logits", "smoothed"],
+)
+def test_what_needs_logits_has_them(compiled: dict[str, Any]) -> None:
+    model = MatryoshkaClassifier(flat(), MatryoshkaHead(CLASSES, DIMS))
+    model.compile("sgd", **compiled)
+    assert model._rowwise is None
+    model.compile("sgd", MatryoshkaLoss(SPARSE(from_logits=True)))
+    assert model._rowwise is not None
+    assert tuple(model(X[:2], training=True).shape) == (2, len(DIMS), CLASSES)
+
+
+BATCH, MANY, WIDTH = 64, 4099, 16  # 4099 is prime: no other tensor has this many columns
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_step_never_holds_the_logits_of_its_batch(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "_BYTES", 2**20)
+    model = MatryoshkaClassifier(
+        keras.Sequential([keras.Input((4,)), keras.layers.Dense(WIDTH)]),
+        MatryoshkaHead(MANY, (4, 8, WIDTH), tied),
+    )
+    accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+    model.compile(
+        "sgd",
+        MatryoshkaLoss(SPARSE(from_logits=True)),
+        weighted_metrics=[MatryoshkaMetric(accuracy, (4, 8, WIDTH))],
+    )
+    random = np.random.default_rng(0)
+    x = random.normal(size=(BATCH, 4)).astype("float32")
+    y, weights = random.integers(0, MANY, BATCH), random.random(BATCH)
+    model.fit(x, y, sample_weight=weights, batch_size=BATCH, verbose=0)
+    held = [size for size in tensor_sizes(model, (x, y, weights)) if size % MANY == 0]
+    assert held  # chunks and kernels were seen
+    assert max(held) < BATCH * MANY
+
+
+def tensor_sizes(model: keras.Model, batch: Any) -> Iterator[int]:
+    """Numbers of elements of every tensor that one training step makes."""
+    match keras.backend.backend():
+        case "jax":
+            import jax
+
+            given = tuple(jax.numpy.asarray(part) for part in batch)
+            kinds = ("trainable", "non_trainable", "optimizer", "metrics")
+            state = model._get_jax_state(**{f"{kind}_variables": True for kind in kinds})
+            yield from _of_jaxpr(jax.make_jaxpr(model.train_step)(state, given).jaxpr)
+        case "tensorflow":
+            import tensorflow as tf
+
+            step = tf.function(model.train_step, autograph=False)
+            specs = tuple(tf.TensorSpec(part.shape, part.dtype) for part in batch)
+            graph = step.get_concrete_function(specs).graph.as_graph_def(add_shapes=True)
+            nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+            for node in nodes:
+                for shape in node.attr["_output_shapes"].list.shape:
+                    yield int(np.prod([max(1, axis.size) for axis in shape.dim]))
+        case _:
+            from torch.utils._python_dispatch import TorchDispatchMode
+
+            sizes: list[int] = []
+
+            class Watch(TorchDispatchMode):
+                def __torch_dispatch__(
+                    self, function: Any, types: Any, args: Any, kwargs: Any
+                ) -> Any:
+                    del types
+                    done = function(*args, **(kwargs or {}))
+                    sizes.extend(t.numel() for t in keras.tree.flatten(done) if hasattr(t, "numel"))
+                    return done
+
+            with Watch():
+                model.train_step(tuple(ops.convert_to_tensor(part) for part in batch))
+            yield from sizes
+
+
+def _of_jaxpr(jaxpr: Any) -> Iterator[int]:
+    for equation in jaxpr.eqns:
+        yield from (
+            int(np.prod(v.aval.shape)) for v in equation.outvars if hasattr(v.aval, "shape")
+        )
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(inner, "jaxpr"):
+                    yield from _of_jaxpr(inner.jaxpr)
+                elif hasattr(inner, "eqns"):
+                    yield from _of_jaxpr(inner)
