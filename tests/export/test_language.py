@@ -14,7 +14,7 @@ from keras_mrl_export import export_saved_model
 from keras_mrl_serving import CascadePolicy, Client
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.server import DevServer
-from tests.keras_mrl.language import DIMS, LENGTH, TOKENS, WIDTH, language_model
+from tests.keras_mrl.language import LENGTH, TOKENS, WIDTH, language_model
 
 pytestmark = pytest.mark.backend
 
@@ -23,6 +23,7 @@ RANDOM = np.random.default_rng(0)
 STEPS = RANDOM.choice([1, 1, 1, 5], size=(96, LENGTH + 1))
 TEXT = (np.cumsum(STEPS, axis=1) % TOKENS).astype("int32")
 PROMPTS = TEXT[:5, :3]
+DIMS = (2, 8)  # a signature of each kind per dim takes its time to trace
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     keras.utils.set_random_seed(0)
-    model = language_model(tied=True)
+    model = language_model(tied=True, dims=DIMS)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.02), MatryoshkaLoss(loss))
     model.fit(TEXT[:, :-1], TEXT[:, 1:], epochs=12, batch_size=48, verbose=0)

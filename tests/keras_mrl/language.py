@@ -25,10 +25,12 @@ READ, NEXT = TEXT[:, :-1], TEXT[:, 1:]
 EMBEDDED = np.random.default_rng(5).normal(size=(12, LENGTH, WIDTH)).astype("float32")
 
 
-def language_model(tied: bool = False, dropout: float = 0.0, **arguments: Any) -> Any:
+def language_model(
+    tied: bool = False, dropout: float = 0.0, dims: tuple[int, ...] = DIMS, **arguments: Any
+) -> Any:
     backbone = causal_transformer(TOKENS, WIDTH, LENGTH, layers=1, heads=2, dropout=dropout)
     embedding = backbone.get_layer("tokens_embedding") if tied else None
-    head = MatryoshkaHead(TOKENS, DIMS, tied=tied, embedding=embedding)
+    head = MatryoshkaHead(TOKENS, dims, tied=tied, embedding=embedding)
     return MatryoshkaClassifier(backbone, head, **arguments)
 
 
@@ -170,6 +172,7 @@ def model_example(tied: bool) -> Example:
         y=NEXT,
         inputs=(READ,),
         wrong=LANGUAGE_MODELS,
+        roundings=8,  # a dozen layers one after the other
     )
 
 
