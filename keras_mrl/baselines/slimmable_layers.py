@@ -107,7 +107,8 @@ class Switchable(keras.layers.Layer):
 
     Raises:
         TypeError: If `layer` is not a Keras layer.
-        ValueError: If `shares` do not ascend to 1; if called with a share that is none of them.
+        ValueError: If `shares` do not ascend to 1; if called with a share that is none of them, or
+            on inputs of unknown width.
 
     Reference:
         Yu et al., Slimmable Neural Networks, arXiv 1812.08928: switchable batch normalization.
@@ -137,8 +138,14 @@ class Switchable(keras.layers.Layer):
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Create the weights of every width; `input_shape` is that of the full one."""
         *shape, units = input_shape
+        if units is None:
+            raise ValueError(
+                "Switchable needs inputs of a known width. "
+                f"Received: inputs of shape {tuple(input_shape)}. "
+                "Give the layer before it a fixed number of units."
+            )
         for share, layer in zip(self.shares, self.layers_by_share, strict=True):
-            layer.build((*shape, slim(units or 0, share)))
+            layer.build((*shape, slim(units, share)))
 
     def call(self, inputs: Any, share: float = 1.0, mask: Any = None) -> Any:
         """Return what the copy of this width says."""
@@ -167,9 +174,9 @@ class Switchable(keras.layers.Layer):
 
 def is_slimmable(layer: Any) -> bool:
     """Whether `layer` can answer with its first units alone."""
-    if isinstance(layer, keras.layers.Conv2D):
+    if type(layer) is keras.layers.Conv2D:  # a subclass may compute something else
         return layer.data_format == "channels_last" and layer.groups == 1
-    return isinstance(layer, keras.layers.Dense)
+    return type(layer) is keras.layers.Dense
 
 
 def _check_shares(shares: Sequence[float]) -> tuple[float, ...]:

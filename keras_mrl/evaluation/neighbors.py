@@ -10,7 +10,7 @@ from keras_mrl_serving.embeddings import truncate
 
 from .._features import Array, check_features, check_labels_of
 
-_QUERIES = 1024  # at a time: their scores are one matrix (queries, gallery)
+_QUERIES = 256  # at a time: their scores are one matrix (queries, gallery)
 
 
 def nearest_hits(

@@ -194,6 +194,25 @@ def test_a_share_nobody_named_is_refused() -> None:
         layer.call(X[:, :1], share=0.25)
 
 
+def test_inputs_of_unknown_width_are_refused() -> None:
+    sentence = (
+        "Switchable needs inputs of a known width. Received: inputs of shape (None, None). "
+        "Give the layer before it a fixed number of units."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        Switchable(layers.BatchNormalization(), shares=(1,)).build((None, None))
+
+
+def test_the_regularizer_of_a_shared_kernel_is_charged_once() -> None:
+    layer = Slimmable(layers.Dense(6, kernel_regularizer="l2"))
+    layer(X)
+    layer(X[:, :2], share=0.5)
+    kernel = as_numpy(layer.layer.kernel)
+    assert [float(as_numpy(loss)) for loss in layer.losses] == pytest.approx(
+        [0.01 * (kernel**2).sum()]
+    )
+
+
 def test_statistics_of_a_training_call_move_alone() -> None:
     layer = Switchable(layers.BatchNormalization(), shares=(0.4, 1))
     layer(X)
