@@ -15,6 +15,7 @@ from keras_mrl import (
     MatryoshkaEncoder,
     MatryoshkaMetric,
     NeighborMetrics,
+    split,
 )
 from tests.keras_mrl.small import (
     DIMS,
@@ -55,11 +56,15 @@ def fit(model: keras.Model, callbacks: list[keras.callbacks.Callback], epochs: i
     ).history
 
 
-@pytest.mark.parametrize("make", [classifier, lambda: compiled(functional())])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: classifier(keras.layers.Dense(8)), lambda: compiled(functional())],
+    ids=["of a layer", "functional"],
+)
 def test_neighbours_are_those_of_a_slow_loop_after_every_epoch(make: Any) -> None:
     model = make()
     log = fit(model, [NeighborMetrics(GALLERY, QUERIES, batch_size=16)], epochs=3)
-    body = model.backbone if hasattr(model, "backbone") else model.get_layer("features")
+    body = split(model)[0]
     embeddings = [as_numpy(body(x)) for x, _ in (GALLERY, QUERIES)]
     for dim in DIMS:
         first, precision = slow_scores(embeddings[0], embeddings[1], dim)
@@ -95,11 +100,6 @@ def test_an_encoder_is_watched_between_its_epochs() -> None:
     assert log["recall_worst"][1] == min(log["recall_2"][1], log["recall_8"][1])
 
 
-def test_a_layer_as_backbone_is_asked_as_well() -> None:
-    log = fit(classifier(keras.layers.Dense(8)), [NeighborMetrics(GALLERY, QUERIES)])
-    assert len(log["val_1nn_2"]) == 2
-
-
 def test_without_head_and_dims_it_says_so() -> None:
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)], name="plain")
     model.compile("sgd", "mse")
@@ -108,8 +108,10 @@ def test_without_head_and_dims_it_says_so() -> None:
         "Received: dims=None for Sequential 'plain'. "
         "Give the prefix lengths to watch: dims=(8, 16, 32)."
     )
+    callback = NeighborMetrics(GALLERY, QUERIES)
+    callback.set_model(model)
     with pytest.raises(ValueError, match=exactly(sentence)):
-        model.fit(X, np.zeros((60, 8)), callbacks=[NeighborMetrics(GALLERY, QUERIES)], verbose=0)
+        callback.on_epoch_end(0, {})
 
 
 def test_a_gallery_of_fewer_rows_than_neighbours_is_refused() -> None:
@@ -118,8 +120,10 @@ def test_a_gallery_of_fewer_rows_than_neighbours_is_refused() -> None:
         "A gallery must hold at least the 10 nearest that are looked for. "
         "Received: 9 rows. Give more rows."
     )
+    callback = NeighborMetrics(few, QUERIES)
+    callback.set_model(functional())
     with pytest.raises(ValueError, match=exactly(sentence)):
-        fit(classifier(), [NeighborMetrics(few, QUERIES)])
+        callback.on_epoch_end(0, {})
 
 
 def test_across_dims_are_the_worst_and_the_weighted_mean_of_every_epoch() -> None:
@@ -134,12 +138,10 @@ def test_across_dims_are_the_worst_and_the_weighted_mean_of_every_epoch() -> Non
 
 
 def test_where_lower_is_better_the_largest_is_the_worst() -> None:
-    inner = keras.metrics.SparseCategoricalCrossentropy(name="entropy", from_logits=True)
-    model = classifier(metrics=[MatryoshkaMetric(inner, DIMS)])
-    log = fit(model, [AcrossDims("entropy", lower_is_better=True)], epochs=1)
-    entropies = [log[f"entropy_{dim}"][0] for dim in DIMS]
-    assert log["entropy_worst"] == [max(entropies)]
-    assert log["entropy_mean"] == pytest.approx([np.mean(entropies)])
+    log = {"perplexity_8": 3.0, "perplexity_16": 2.5, "val_perplexity_8": 4.0}
+    AcrossDims("perplexity", lower_is_better=True).on_epoch_end(0, log)
+    assert (log["perplexity_worst"], log["perplexity_mean"]) == (3.0, 2.75)
+    assert log["val_perplexity_worst"] == 4.0
 
 
 def test_names_are_not_taken_for_their_prefixes() -> None:
@@ -156,12 +158,13 @@ def test_a_log_without_such_entries_is_refused() -> None:
         "that name, or put the callback that writes the entries before this one."
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
-        fit(classifier(), [AcrossDims("accuracy")])
+        AcrossDims("accuracy").on_epoch_end(0, {"loss": 1.0, "val_loss": 2.0})
 
 
 def test_weights_that_do_not_fit_the_dims_are_refused() -> None:
+    log = {"accuracy_2": 0.5, "accuracy_4": 0.5, "accuracy_8": 0.5}
     with pytest.raises(ValueError, match="weights must hold one number per dim"):
-        fit(classifier(metrics=[accuracy()]), [AcrossDims("accuracy", weights=(1, 1))])
+        AcrossDims("accuracy", weights=(1, 1)).on_epoch_end(0, log)
 
 
 CALLBACKS: dict[str, Callable[[], keras.callbacks.Callback]] = {

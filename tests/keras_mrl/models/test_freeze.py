@@ -46,7 +46,7 @@ def accuracy_after(recipe: str, body: keras.Model, epochs: int) -> dict[int, flo
     with warnings.catch_warnings():
         if recipe == "new heads alone":
             warnings.filterwarnings("ignore", message="A Matryoshka head needs features")
-        model.fit(digits.X[digits.TRAIN], digits.Y[digits.TRAIN], 100, epochs=epochs, verbose=0)
+        model.fit(digits.X[digits.TRAIN], digits.Y[digits.TRAIN], 100, epochs, verbose=0)
     logits = as_numpy(model(digits.X[digits.TEST]))
     right = (logits.argmax(-1) == digits.Y[digits.TEST][:, None]).mean(0)
     return dict(zip(DIMS, right.tolist(), strict=True))
