@@ -98,6 +98,8 @@ def is_allowed(room: str, file: Path, name: str) -> bool:
         lazy = "evaluation" in file.parts or file.name == "callbacks.py"
         if lazy and top in LAZY_IN_TRAIN:
             return name not in set(imports(file, top_level=True))
+        if file.name == "_backend.py" and top in {"tensorflow", "torch"}:
+            return name not in set(imports(file, top_level=True))
         return top in {"keras", "numpy"} or is_of(name, NUMPY_FLOOR)
     if room == "keras_mrl_export":
         floor = NUMPY_FLOOR | {"keras_mrl_serving._session", "keras_mrl_serving.index.ExactIndex"}

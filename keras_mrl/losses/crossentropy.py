@@ -16,9 +16,16 @@ from .targets import Targets
 class NestedCrossentropy(NamedTuple):
     """What one pass over a batch gives.
 
-    `loss` is the weighted sum, a scalar with a gradient. `losses` holds the cross-entropy of every
-    row at every dim, `ranks` how many classes come before the right one: 0 where the dim is
-    correct, below k where it is among the k best. Neither has a gradient.
+    Args:
+        loss: The weighted sum, a scalar with a gradient.
+        losses: The cross-entropy of every row at every dim, `(rows, num_dims)`, without gradient.
+        ranks: How many classes come before the right one, in the same shape: 0 where the dim is
+            right, below k where the right class is among the k best.
+
+    Examples:
+        >>> zeros = keras.ops.zeros((1, 2))
+        >>> NestedCrossentropy(keras.ops.zeros(()), zeros, zeros).ranks.shape[-1]
+        2
     """
 
     loss: Any

@@ -46,9 +46,10 @@ def fused(tied: bool, x: Any = X, labels: Any = Y, **given: Any) -> tuple[Any, l
 
 def loops(tied: bool, weights: Any, dtype: Any = np.float64) -> tuple[Any, list[Any]]:
     kernels, biases = parameters(tied)
-    own = reference.tie(kernels[0], biases[0], DIMS) if tied else (kernels, biases)
-    losses = reference.nested_loss(X, *own, Y, weights, dtype)
-    gradient = reference.nested_gradient(X, *own, Y, weights, R * ROWS, dtype)
+    if tied:
+        kernels, biases = reference.tie(kernels[0], biases[0], DIMS)
+    losses = reference.nested_loss(X, kernels, biases, Y, weights, dtype)
+    gradient = reference.nested_gradient(X, kernels, biases, Y, weights, R * ROWS, dtype)
     parts = reference.fold(gradient) if tied else (*gradient.kernels, *gradient.biases)
     return (losses * R.astype(dtype)).sum(), [gradient.features, *parts]
 
@@ -108,7 +109,7 @@ def test_smoothing_and_shares_are_those_of_keras(tied: bool, smoothing: float, l
 def test_losses_and_ranks_are_of_every_row_and_dim(tied: bool, training: bool) -> None:
     kernels, biases = parameters(tied)
     said = nested_crossentropy(
-        *map(ops.convert_to_tensor, (X,)),
+        ops.convert_to_tensor(X),
         [ops.convert_to_tensor(kernel) for kernel in kernels],
         [ops.convert_to_tensor(bias) for bias in biases],
         ops.convert_to_tensor(Y),

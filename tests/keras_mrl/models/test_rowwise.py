@@ -102,11 +102,16 @@ def again(metric: MatryoshkaMetric) -> MatryoshkaMetric:
     return MatryoshkaMetric.from_config(metric.get_config())
 
 
-def trained(kind: type, case: dict[str, Any]) -> tuple[keras.Model, dict[str, list[float]]]:
+HEAD = ("tied", "use_bias", "kernel_regularizer")
+
+
+def trained(kind: Any, given: dict[str, Any]) -> tuple[keras.Model, dict[str, list[float]]]:
     keras.utils.set_random_seed(0)
-    case = {"backbone": flat, "x": X, "y": Y} | case
-    head = {name: case[name] for name in ("tied", "use_bias", "kernel_regularizer") if name in case}
-    compiled = {n: [again(m) for m in case.get(n, [])] for n in ("metrics", "weighted_metrics")}
+    case: dict[str, Any] = {"backbone": flat, "x": X, "y": Y, **given}
+    head = {name: case[name] for name in HEAD if name in case}
+    compiled: dict[str, Any] = {
+        n: [again(m) for m in case.get(n, [])] for n in ("metrics", "weighted_metrics")
+    }
     fitted = {name: case[name] for name in ("sample_weight", "class_weight") if name in case}
     model = kind(case["backbone"](), MatryoshkaHead(CLASSES, DIMS, **head))
     model.compile(keras.optimizers.SGD(0.1), case["loss"], **compiled)
@@ -229,16 +234,17 @@ def tensor_sizes(model: keras.Model, batch: Any) -> Iterator[int]:
 
             sizes: list[int] = []
 
-            class Watch(TorchDispatchMode):
+            class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 def __torch_dispatch__(
-                    self, function: Any, types: Any, args: Any, kwargs: Any
+                    self, func: Any, types: Any, args: Any = (), kwargs: Any = None
                 ) -> Any:
                     del types
-                    done = function(*args, **(kwargs or {}))
+                    done = func(*args, **(kwargs or {}))
                     sizes.extend(t.numel() for t in keras.tree.flatten(done) if hasattr(t, "numel"))
                     return done
 
-            with Watch():
+            watch: Any = Watch
+            with watch():
                 model.train_step(tuple(ops.convert_to_tensor(part) for part in batch))
             yield from sizes
 
