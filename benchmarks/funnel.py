@@ -53,7 +53,7 @@ LEAST_RECALL = 0.9
 KINDS = {
     "flat": ("Flat", ""),
     "graph": ("HNSW32_SQ8", "efSearch=16"),
-    "lists": ("IVF{lists},Flat", "nprobe=1"),
+    "lists": ("IVF{lists},SQ8", "nprobe=1"),
     "rabitq": ("IVF{lists},RaBitQ", "nprobe=1"),
 }
 
