@@ -44,7 +44,6 @@ def gradient(loss: keras.losses.Loss, labels: Any, rows: Any) -> Any:
         (2, True, 1),
         (3, False, 7),
         (3, True, 4),
-        (3, True, 50),
     ],
 )
 def test_pairs_equal_the_loop_in_value_and_gradient(
@@ -72,7 +71,7 @@ def test_pairs_equal_the_loop_in_value_and_gradient(
     assert not steps[..., 9].any()
 
 
-@pytest.mark.parametrize(("chunk_size", "views"), [(None, ()), (None, (2,)), (3, ()), (5, (2,))])
+@pytest.mark.parametrize(("chunk_size", "views"), [(None, (2,)), (3, ()), (50, (2,))])
 def test_labels_equal_the_loop_in_value_and_gradient(
     chunk_size: int | None, views: tuple[int, ...]
 ) -> None:
@@ -105,16 +104,14 @@ def batch(rows: int) -> tuple[Any, Any]:
     return np.arange(rows) // 2, embeddings(rows, 2)
 
 
-@CHUNKS
-@each_loss
+@pytest.mark.parametrize(("name", "chunk_size"), [("pairs", None), ("pairs", 3), ("labels", 2)])
 def test_a_prefix_of_zeros_has_neither_similarity_nor_gradient(
-    make: Any, chunk_size: int | None
+    name: str, chunk_size: int | None
 ) -> None:
     labels, rows = batch(4)
     rows[0, 0, :4] = 0
     rows[1] = 0
-    loss = make(chunk_size=chunk_size)
-    assert np.isfinite(as_numpy(loss(labels, rows)))
+    loss = LOSSES[name](chunk_size=chunk_size)
     received = gradient(loss, labels, rows)
     assert np.isfinite(received).all()
     assert not received[1].any()
@@ -122,9 +119,8 @@ def test_a_prefix_of_zeros_has_neither_similarity_nor_gradient(
     assert np.abs(received).max() < 100
 
 
-@CHUNKS
 @each_loss
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(("bad", "chunk_size"), [(np.nan, 2), (np.inf, 2), (np.inf, None)])
 def test_what_is_not_finite_is_not_hidden(make: Any, bad: float, chunk_size: int | None) -> None:
     labels, rows = batch(4)
     rows[2, 0, 3] = bad

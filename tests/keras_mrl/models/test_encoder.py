@@ -47,11 +47,10 @@ def eager(encoder: MatryoshkaEncoder, **arguments: Any) -> MatryoshkaEncoder:
     "x",
     [
         (ANCHORS, POSITIVES),
-        (ANCHORS, POSITIVES, NEGATIVES),
-        {side: SIDES[side] for side in ("anchor", "positive")},
+        {side: SIDES[side] for side in ("positive", "anchor")},
         SIDES,
     ],
-    ids=["pair", "triplet", "named pair", "named triplet"],
+    ids=["pair", "named pair", "named triplet"],
 )
 def test_pairs_and_triplets_train_and_the_log_has_the_recall_of_every_dim(x: Any) -> None:
     encoder = eager(MatryoshkaEncoder(tower()))
@@ -69,18 +68,17 @@ def test_pairs_and_triplets_train_and_the_log_has_the_recall_of_every_dim(x: Any
     assert [said[name] for name in recalls] == pytest.approx(by_dim.tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 5])
-def test_training_lowers_the_loss_and_the_chunks_do_not_matter(chunk_size: int | None) -> None:
-    encoder = compiled(MatryoshkaEncoder(tower(), initial_temperature=0.1), chunk_size=chunk_size)
+def test_training_lowers_the_loss_and_chunks_do_not_matter() -> None:
     x = (ANCHORS, NEGATIVES)  # nothing in common: they are learnt by heart
-    history = encoder.fit(x, batch_size=16, epochs=8, shuffle=False, verbose=0).history
-    assert history["loss"][-1] < 0.9 * history["loss"][0]
-    LOSSES.setdefault(keras.backend.backend(), []).append(history["loss"])
-    for losses in LOSSES[keras.backend.backend()]:
-        np.testing.assert_allclose(losses, history["loss"], rtol=1e-4)
-
-
-LOSSES: dict[str, list[Any]] = {}
+    losses = []
+    for chunk_size in (None, 5):
+        keras.utils.set_random_seed(0)
+        encoder = MatryoshkaEncoder(tower(), initial_temperature=0.1)
+        compiled(encoder, chunk_size=chunk_size)
+        history = encoder.fit(x, batch_size=16, epochs=8, shuffle=False, verbose=0).history
+        losses.append(history["loss"])
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
 def test_two_towers_learn_apart_and_one_is_shared() -> None:
