@@ -7,7 +7,8 @@ The first form measures one forward and backward pass over pairs at dims 8, 16, 
 width, every way in a process of its own, compiled where the backend compiles: the naive loop (per
 dim: cut, scale, multiply, Keras's cross-entropy), `ContrastiveLoss`, and
 `ContrastiveLoss(chunk_size=...)`. A peak is the growth of the process over its state with the
-inputs loaded; on JAX the compiler's own count of temporary and output bytes is given as well.
+inputs loaded; on JAX the compiler's own count of temporary and output bytes is given as well. Where
+other work runs beside it, trust `cpu_ms`, with OMP_NUM_THREADS=1.
 
 The second form trains a `MatryoshkaEncoder` on two views of each image, another of the same size
 at full width only, and says how often, at each dim, the nearest of all second views of the test
@@ -82,9 +83,11 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
         measured = json.loads(done.stdout.splitlines()[-1])
         print(f"{way}: {measured}")
         found |= {f"{way}_{name}": value for name, value in measured.items()}
-    if "plain_peak_mib" in found and "flat_peak_mib" in found:
-        found["flat_over_plain_peak"] = round(found["flat_peak_mib"] / found["plain_peak_mib"], 3)
-        found["flat_over_plain_ms"] = round(found["flat_ms"] / found["plain_ms"], 3)
+    for name in ("peak_mib", "ms", "cpu_ms"):
+        if f"plain_{name}" in found and f"flat_{name}" in found:
+            found[f"flat_over_plain_{name}"] = round(
+                found[f"flat_{name}"] / found[f"plain_{name}"], 3
+            )
     return found
 
 
@@ -123,11 +126,13 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     before = _peak_mib()
     laps = []
     for _ in range(REPEATS + 1):
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         value = step()
-        laps.append(1e3 * (time.perf_counter() - began))
+        laps.append((time.perf_counter() - began[0], time.process_time() - began[1]))
+    elapsed, computed = 1e3 * np.median(laps[1:], axis=0)  # the first lap compiles
     return {
-        "ms": round(float(np.median(laps[1:])), 1),  # the first lap compiles
+        "ms": round(float(elapsed), 1),
+        "cpu_ms": round(float(computed), 1),
         "peak_mib": round(_peak_mib() - before, 1),
         "loss": round(value, 5),
         **extra,

@@ -26,7 +26,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     test = min(TEST, len(images) // 4)
     held, taught = images[:test], images[test:]
     width = 64 if images.shape[1] == 8 else 128
-    dims = log_spaced_dims(width)
+    dims = log_spaced_dims(width, smallest=4)
     random = np.random.default_rng(arguments.seed + 1)
     views = [_view(held, random) for _ in range(2)]
     found: dict[str, Any] = {
@@ -95,11 +95,16 @@ def _tower(shape: tuple[int, ...], width: int) -> Any:
     import keras
     from keras import layers
 
-    image = keras.Input(shape)
-    x = image
-    for filters, strides in ((32, 1), (64, 2)) if shape[0] == 8 else ((32, 2), (64, 2), (128, 2)):
-        x = layers.Conv2D(filters, 3, strides=strides, padding="same", use_bias=False)(x)
-        x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+    image = x = keras.Input(shape)
+    if shape[0] == 8:  # two layers are enough for 64 pixels
+        x = layers.Flatten()(x)
+        for _ in range(2):
+            x = layers.Dense(256, use_bias=False)(x)
+            x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+    else:
+        for filters in (32, 64, 128):
+            x = layers.Conv2D(filters, 3, strides=2, padding="same", use_bias=False)(x)
+            x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
     return keras.Model(image, layers.Dense(width)(layers.Flatten()(x)))
 
 
