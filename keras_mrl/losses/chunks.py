@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from keras import ops
 
 from . import _backend
+from .labelled import label_gradient
 from .targets import Targets
 
-_BYTES = 2**26  # of logits at a time, if no kernel is larger
+_LOGITS = 2**22  # of one dim at a time: 16 MiB
 _MANY_ROWS = 8192  # fitting at once, they are not chunked where their number is not known
 
 
@@ -47,21 +47,45 @@ def chunked(
         chunk_rows: Rows at a time; None decides.
         training: Whether the gradient is computed, too.
     """
-    size = chunk_rows or rows_at_a_time(kernels, dims)
+    size = chunk_rows or rows_at_a_time(kernels)
+    begun = label_gradient(x, targets, counts, kernels, biases, dims) if training else None
     if _backend.in_place is not None:
-        return Sums(*_backend.in_place(x, targets, counts, kernels, biases, dims, size, training))
+        return Sums(*_backend.in_place(x, targets, counts, kernels, biases, dims, size, begun))
     rows = x.shape[0]
     number = 1 if rows is None and size >= _MANY_ROWS else _number(rows, size)
     if number == 1:
-        return _gathered(_chunk(x, targets, counts, kernels, biases, dims, training), kernels)
-    return _loop(x, targets, counts, kernels, biases, dims, training, number, size)
+        done = _chunk(x, targets, counts, kernels, biases, dims, training)
+        if begun is None:
+            return done
+        first = _blockwise(begun, dims)
+        d_kernels = [own + part for own, part in zip(first[0], done.kernels, strict=True)]
+        d_biases = [own + part for own, part in zip(first[1], done.biases, strict=True)]
+        done = done._replace(kernels=d_kernels, biases=d_biases)
+    else:
+        done = _loop(x, targets, counts, kernels, biases, dims, begun, number, size)
+    if begun is None:
+        return done
+    tied = len(kernels) == 1 and len(done.kernels) > 1
+    d_kernels = [ops.concatenate(done.kernels)] if tied else done.kernels
+    return done._replace(features=begun[0] + done.features, kernels=d_kernels)
 
 
-def rows_at_a_time(kernels: Sequence[Any], dims: tuple[int, ...]) -> int:
-    """Return how many rows' logits fit the budget: tied, those of all dims are held at once."""
-    widest = math.prod(kernels[-1].shape)
-    held = len(dims) + 2 if len(kernels) == 1 else 3
-    return int(max(8, max(_BYTES, 4 * widest) // (4 * kernels[-1].shape[1] * held)))
+def rows_at_a_time(kernels: Sequence[Any]) -> int:
+    """Return how many rows make a chunk.
+
+    As many as make a matrix of logits of the budget, and enough for the products to outweigh adding
+    each chunk's gradient to the kernel's.
+    """
+    width, classes = kernels[-1].shape
+    return int(max(_LOGITS // classes, width // 4, 8))
+
+
+def _blockwise(begun: Any, dims: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
+    """Kernels and biases of a gradient in the parts that chunks give: tied, block by block."""
+    _, d_kernels, d_biases = begun
+    if len(d_kernels) == 1:
+        d_kernels = [d_kernels[0][start:stop] for start, stop in _blocks(dims)]
+    return d_kernels, d_biases
 
 
 def _number(rows: int | None, size: int) -> int | None:
@@ -80,10 +104,11 @@ def _loop(
     kernels: Sequence[Any],
     biases: Sequence[Any],
     dims: tuple[int, ...],
-    training: bool,
+    begun: Any,
     number: int | None,
     size: int,
 ) -> Sums:
+    training = begun is not None
     rows = ops.shape(x)[0]
     if number is None:
         size = min(size, 256)  # what an unknown, small batch is padded to
@@ -119,29 +144,15 @@ def _loop(
         return rowwise, [whole + part for whole, part in zip(summed, added, strict=True)]
 
     nothing = ops.zeros_like(every)
+    first = _blockwise(begun, dims) if training else ([], [])
     state = (
         [nothing, nothing] + ([ops.zeros_like(xs)] if training else []),
-        [ops.zeros(shape) for shape in _gradient_shapes(kernels, biases, dims)] if training else [],
+        [*first[0], *first[1]],
     )
     rowwise, summed = ops.fori_loop(0, number, body, state)
     whole = [ops.reshape(r, (size * number, r.shape[-1]))[:rows] for r in rowwise]
-    done = Sums(whole[0], whole[1], whole[-1], summed[: len(summed) - len(biases)], [])
-    return _gathered(done._replace(biases=summed[len(summed) - len(biases) :]), kernels)
-
-
-def _gradient_shapes(
-    kernels: Sequence[Any], biases: Sequence[Any], dims: tuple[int, ...]
-) -> list[tuple[int, ...]]:
-    """Of what `_chunk` gives: tied, one gradient per block of the kernel."""
-    classes = kernels[0].shape[1]
-    heights = [b - a for a, b in _blocks(dims)] if len(kernels) == 1 else dims
-    return [*((height, classes) for height in heights), *((classes,) for _ in biases)]
-
-
-def _gathered(sums: Sums, kernels: Sequence[Any]) -> Sums:
-    """Put the blocks of one kernel together."""
-    tied = len(kernels) == 1 and len(sums.kernels) > 1
-    return sums._replace(kernels=[ops.concatenate(sums.kernels)]) if tied else sums
+    cut_at = len(summed) - len(biases)
+    return Sums(whole[0], whole[1], whole[-1], summed[:cut_at], summed[cut_at:])
 
 
 def _blocks(dims: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -222,8 +233,11 @@ def _untied(
 
 
 def _gradient(shifted: Any, sums: Any, targets: Targets, count: Any) -> Any:
-    """Return the gradient with respect to one dim's logits."""
-    return shifted * (count * targets.total() / sums) - count * targets.smooth_shares()
+    """Return the gradient with respect to one dim's logits, but for integer labels' own share."""
+    softmax = shifted * (count * targets.total() / sums)
+    if targets.shares is None and not targets.smoothing:
+        return softmax
+    return softmax - count * targets.smooth_shares()
 
 
 def _softmax(logits: Any, targets: Targets) -> tuple[Any, Any, Any, Any]:
@@ -239,11 +253,11 @@ def _softmax(logits: Any, targets: Targets) -> tuple[Any, Any, Any, Any]:
     normalizer = largest + ops.log(sums)
     if targets.shares is not None:
         said = ops.sum(logits * targets.smooth_shares(), axis=1, keepdims=True)
-        loss = normalizer * targets.total() - said
+    elif targets.smoothing:
+        mean = ops.mean(logits, axis=1, keepdims=True)
+        said = (1 - targets.smoothing) * own + targets.smoothing * mean
     else:
-        loss = normalizer - own
-        if targets.smoothing:
-            mean = ops.mean(logits, axis=1, keepdims=True)
-            loss = normalizer - (1 - targets.smoothing) * own - targets.smoothing * mean
+        said = own
+    loss = normalizer * targets.total() - said
     outside = ops.expand_dims(ops.cast(targets.outside, "bool"), 1)
     return ops.where(outside, float("nan"), loss), rank, shifted, sums

@@ -20,7 +20,7 @@ import keras, numpy as np
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss, MatryoshkaMetric
 from keras_mrl.losses import chunks
 
-chunks._BYTES = 2**14  # several chunks in every step
+chunks._LOGITS = 500  # several chunks in every step
 scope = contextlib.nullcontext()
 if keras.backend.backend() == "jax":
     import jax

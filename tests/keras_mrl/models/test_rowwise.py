@@ -189,7 +189,7 @@ BATCH, MANY, WIDTH = 64, 4099, 16  # 4099 is prime: no other tensor has this man
 def test_a_step_never_holds_the_logits_of_its_batch(
     tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "_BYTES", 2**20)
+    monkeypatch.setattr(chunks, "_LOGITS", 8 * MANY)
     model = MatryoshkaClassifier(
         keras.Sequential([keras.Input((4,)), keras.layers.Dense(WIDTH)]),
         MatryoshkaHead(MANY, (4, 8, WIDTH), tied),
