@@ -162,9 +162,9 @@ def _scan_s(gallery: Any, queries: Any) -> float:
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     for query in asked[:100]:
-        began = time.perf_counter()
+        began = time.thread_time()
         flat.search(query[None], K)
-        laps.append(time.perf_counter() - began)
+        laps.append(time.thread_time() - began)
     faiss.omp_set_num_threads(threads)
     return float(np.median(laps)) / len(gallery)
 
