@@ -56,7 +56,7 @@ def summary(funnel: Rival, others: list[Rival], memory: dict[str, Any]) -> dict[
         "funnel_ram_mib": memory[funnel.name]["anon_mib"],
         "funnel_mapped_mib": memory[funnel.name]["mapped_mib"],
         "faiss_own_funnel": plain and plain.name,
-        "faiss_own_funnel_qps": plain and _best(plain)["one_qps"],
+        "faiss_own_funnel_qps": plain and _best(plain).get("one_qps"),
         "hnsw_build_s": reference.build_s,
         "funnel_build_s": funnel.build_s,
         "funnel_plan_s": funnel.planned_s,
