@@ -30,6 +30,21 @@ def check_features(features: Any, dim: int = 1) -> Array:
     return table
 
 
+def check_fitted(features: Any, width: int) -> Array:
+    """Return features as an array of rows, as wide as those something was fitted on.
+
+    Raises:
+        ValueError: If they are no finite table with at least one row, or of another width.
+    """
+    table = check_features(features)
+    if table.shape[1] != width:
+        raise ValueError(
+            "Features must be as wide as those fitted. "
+            f"Received: width {table.shape[1]}, fitted on {width}. Embed with the same backbone."
+        )
+    return table
+
+
 def check_labels_of(features: Array, labels: Any) -> Array:
     """Return labels as an array, one per row of `features`.
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from ._dims import check_dims, check_weights
-from .evaluation.neighbors import nearest_hits
+from .evaluation.neighbors import check_gallery, nearest_hits
 from .evaluation.retrieval import mean_average_precision_at_k
 from .models.cut import split
 
@@ -33,7 +34,8 @@ class NeighborMetrics(keras.callbacks.Callback):
         batch_size: Of the embedding.
 
     Raises:
-        ValueError: If labels do not fit, the gallery has fewer than 10 rows, or there are no dims.
+        ValueError: If inputs and labels do not fit, a side has no row, the gallery has fewer than
+            10 rows, or there are no dims.
 
     Reference:
         Kusupati et al., Matryoshka Representation Learning, section 4.2 (1-NN) and 4.3 (mAP@10).
@@ -59,8 +61,9 @@ class NeighborMetrics(keras.callbacks.Callback):
         batch_size: int = 256,
     ) -> None:
         super().__init__()
-        self.gallery = gallery
-        self.queries = queries
+        self.gallery = _check_pair("gallery", gallery)
+        self.queries = _check_pair("queries", queries)
+        check_gallery(len(self.gallery[1]))
         self.dims = None if dims is None else check_dims(dims)
         self.batch_size = batch_size
         self._body: Any = None
@@ -95,6 +98,24 @@ class NeighborMetrics(keras.callbacks.Callback):
 
     def _embed(self, inputs: Any) -> Any:
         return self._body.predict(inputs, batch_size=self.batch_size, verbose=0)
+
+
+def _check_pair(name: str, pair: Any) -> tuple[Any, Any]:
+    """Inputs as they are, and their labels `(rows,)`."""
+    received = f"a {type(pair).__name__}"
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        x, y = pair
+        labels = keras.ops.convert_to_numpy(y)
+        shapes = [tuple(np.shape(part)) for part in keras.tree.flatten(x)]
+        received = f"inputs of shapes {shapes}, labels of shape {labels.shape}"
+        if labels.shape[1:] == (1,):
+            labels = labels.ravel()
+        if labels.size and {shape[:1] for shape in shapes} == {labels.shape}:
+            return x, labels
+    raise ValueError(
+        f"{name} must be inputs and their labels, one per row, at least one. "
+        f"Received: {received}. Write {name}=(x, y), with integer labels (rows,)."
+    )
 
 
 class AcrossDims(keras.callbacks.Callback):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._features import Array, check_features
+from .._features import Array, check_features, check_fitted
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class PrincipalComponents:
 
     def embed(self, features: Any) -> Array:
         """Return the coordinates `(rows, dim)` of features `(rows, width)`."""
-        return (check_features(features, len(self.mean)) - self.mean) @ self.components
+        return (check_fitted(features, len(self.mean)) - self.mean) @ self.components
 
 
 def principal_components(features: Any, dim: int) -> PrincipalComponents:

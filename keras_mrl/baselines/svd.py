@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from .._dims import check_dims, check_width
-from .._features import Array, check_features
+from .._features import Array, check_fitted
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class LowRankHead:
 
     def embed(self, features: Any) -> Array:
         """Return the coordinates `(rows, dim)` of features `(rows, width)`."""
-        return check_features(features, len(self.projection)) @ self.projection
+        return check_fitted(features, len(self.projection)) @ self.projection
 
     def logits(self, features: Any) -> Array:
         """Return the logits `(rows, num_classes)` of features `(rows, width)`."""
@@ -54,7 +54,8 @@ def low_rank_head(kernel: Any, bias: Any, dim: int) -> LowRankHead:
         W = U S V^T;  logits = (x . U_{1:m}) . (S V^T)_{1:m} + b
 
     Raises:
-        ValueError: If `kernel` is no finite matrix, or `dim` exceeds its width.
+        ValueError: If `kernel` is no finite matrix, `bias` not a finite number per class, or `dim`
+            exceeds the width of the kernel.
 
     Reference:
         Kusupati et al., Matryoshka Representation Learning, section 4: the baseline SVD.
@@ -71,15 +72,22 @@ def low_rank_head(kernel: Any, bias: Any, dim: int) -> LowRankHead:
             f"Received: {matrix.dtype} of shape {matrix.shape}. "
             "Give that of a trained head: model.head.weights_at(width)[0]."
         )
+    classes = matrix.shape[1]
+    shift = np.zeros(classes, matrix.dtype) if bias is None else keras.ops.convert_to_numpy(bias)
+    if shift.shape != (classes,) or not np.isfinite(shift).all():
+        raise ValueError(
+            "bias must be finite numbers, one per class. "
+            f"Received: {shift.dtype} of shape {shift.shape} for {classes} classes. "
+            "Give that of the same head: model.head.weights_at(width)[1]."
+        )
     check_width(check_dims((dim,)), len(matrix))
     # Beyond the rank the directions are any that complete the basis: they carry no logits.
     more = dim > min(matrix.shape)
     left, singular, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=more)
-    short = np.zeros((dim, matrix.shape[1]))
+    short = np.zeros((dim, classes))
     short[: len(singular)] = (singular[:, None] * right[: len(singular)])[:dim]
-    classes = matrix.shape[1]
     return LowRankHead(
         projection=left[:, :dim].astype(matrix.dtype),
         kernel=short.astype(matrix.dtype),
-        bias=np.zeros(classes, matrix.dtype) if bias is None else keras.ops.convert_to_numpy(bias),
+        bias=shift,
     )

@@ -13,6 +13,15 @@ from .._features import Array, check_features, check_labels_of
 _QUERIES = 256  # at a time: their scores are one matrix (queries, gallery)
 
 
+def check_gallery(rows: int, k: int = 10) -> None:
+    """Raise a `ValueError` where a gallery has fewer rows than neighbours are looked for."""
+    if rows < k:
+        raise ValueError(
+            f"A gallery must hold at least the {k} nearest that are looked for. "
+            f"Received: {rows} rows. Give more rows."
+        )
+
+
 def nearest_hits(
     gallery: Any, gallery_labels: Any, queries: Any, query_labels: Any, dim: int, k: int = 10
 ) -> Array:
@@ -40,11 +49,7 @@ def nearest_hits(
     """
     rows, asked = check_features(gallery, dim), check_features(queries, dim)
     labels, wanted = check_labels_of(rows, gallery_labels), check_labels_of(asked, query_labels)
-    if len(rows) < k:
-        raise ValueError(
-            f"A gallery must hold at least the {k} nearest that are looked for. "
-            f"Received: {len(rows)} rows. Give more rows."
-        )
+    check_gallery(len(rows), k)
     columns = truncate(rows, dim).T
     hits = np.empty((len(asked), k), bool)
     for start in range(0, len(asked), _QUERIES):

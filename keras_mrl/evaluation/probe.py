@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .._features import Array, check_features, check_labels_of
+from .._features import Array, check_features, check_fitted, check_labels_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +25,13 @@ class LinearProbe:
         [5, 3]
     """
 
-    kernel: Array
-    bias: Array
-    classes: Array
+    kernel: Array = field(repr=False)
+    bias: Array = field(repr=False)
+    classes: Array = field(repr=False)
 
     def logits(self, features: Any) -> Array:
-        """Return `(rows, num_classes)`."""
-        return np.asarray(features) @ self.kernel + self.bias
+        """Return `(rows, num_classes)` of features `(rows, width)`."""
+        return check_fitted(features, len(self.kernel)) @ self.kernel + self.bias
 
     def predict(self, features: Any) -> Array:
         """Return the likeliest label of every row."""
@@ -48,7 +48,7 @@ def linear_probe(features: Any, labels: Any, regularization: float = 1.0) -> Lin
     Args:
         features: `(rows, width)`.
         labels: `(rows,)`, of two classes or more.
-        regularization: Factor of the squared kernel beside the summed loss, greater than zero.
+        regularization: Factor of the squared kernel beside the summed loss, finite and above 0.
 
     Formula:
         minimise sum_i CE(W . s(x_i) + b; y_i) + regularization / 2 * ||W||^2, where s subtracts the
@@ -56,8 +56,8 @@ def linear_probe(features: Any, labels: Any, regularization: float = 1.0) -> Lin
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        ValueError: If `features` are no finite table, or `labels` not one per row or of one class
-            alone.
+        ValueError: If `features` are no finite table, `labels` not one per row or of one class
+            alone, or `regularization` is not a finite number above 0.
 
     Examples:
         >>> features, labels = [[0.0, 1.0], [1.0, 1.0], [4.0, 1.0], [5.0, 1.0]], [7, 7, 9, 9]
@@ -72,6 +72,12 @@ def linear_probe(features: Any, labels: Any, regularization: float = 1.0) -> Lin
             f"A linear probe is trained by scikit-learn. Received: {error}. "
             "Install it: pip install 'keras-mrl[evaluate]'."
         ) from error
+    if not 0 < regularization < np.inf:
+        raise ValueError(
+            "regularization must be a finite number above 0. "
+            f"Received: regularization={regularization}. "
+            "Give a small one, 1e-6, to have next to none."
+        )
     table = check_features(features).astype(np.float64)
     given = check_labels_of(table, labels)
     if len(np.unique(given)) < 2:

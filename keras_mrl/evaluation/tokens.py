@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -41,9 +41,9 @@ class TokenScores:
     """
 
     dims: tuple[int, ...]
-    losses: npt.NDArray[Any]
-    confidences: npt.NDArray[Any]
-    right: npt.NDArray[np.bool]
+    losses: npt.NDArray[Any] = field(repr=False)
+    confidences: npt.NDArray[Any] = field(repr=False)
+    right: npt.NDArray[np.bool] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.losses)
@@ -113,7 +113,8 @@ def score_tokens(
         tokens, labels: `(rows, time)`.
 
     Raises:
-        ValueError: If the model has no nested head, shapes differ, or no label is left.
+        ValueError: If the model has no nested head, shapes differ, no label is left or one names
+            no token, or `batch_size` or `chunk` is below 1.
 
     Examples:
         >>> backbone = causal_transformer(vocabulary_size=50, width=16, length=8)
@@ -124,6 +125,12 @@ def score_tokens(
         >>> scores.losses.shape, list(scores.perplexity())
         ((16, 2), [4, 16])
     """
+    if batch_size < 1 or chunk < 1:
+        raise ValueError(
+            "batch_size and chunk must be at least 1. "
+            f"Received: batch_size={batch_size}, chunk={chunk}. "
+            "Give the rows and the positions that fit in memory at once."
+        )
     backbone, head = split(model)
     read, truth = np.asarray(tokens), np.asarray(labels)
     counted = np.ones(truth.shape, bool) if ignore_class is None else truth != ignore_class
@@ -135,6 +142,7 @@ def score_tokens(
             f"labels of shape {truth.shape}, {int(counted.sum())} that count. "
             "Write score_tokens(model, ids[:, :-1], ids[:, 1:])."
         )
+    _check_tokens(truth[counted], head.num_classes)
     parts = []
     for start in range(0, len(read), batch_size):
         rows = slice(start, start + batch_size)
@@ -150,6 +158,16 @@ def score_tokens(
         np.concatenate([np.stack([dim[i] for dim in p], 1) for p in parts]) for i in range(3)
     ]
     return TokenScores(head.dims or (), columns[0], columns[1], columns[2].astype(bool))
+
+
+def _check_tokens(labels: npt.NDArray[Any], num_classes: int) -> None:
+    wrong = labels[~((labels >= 0) & (labels < num_classes))]
+    if len(wrong):
+        raise ValueError(
+            f"Labels must name a token of the head's {num_classes}. "
+            f"Received: {wrong[0]} in {len(wrong)} of {len(labels)}. "
+            f"Give ignore_class={wrong[0]} if it stands for padding."
+        )
 
 
 def _filled(array: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:

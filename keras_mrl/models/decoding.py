@@ -176,14 +176,14 @@ def generate(decide: Decide, prompts: npt.ArrayLike, steps: int, context: int) -
             and their dims, both `(rows,)`: a served model's, for example.
         prompts: Token ids, all rows of one length, at least one.
         steps: How many tokens to add.
-        context: How many of the last tokens `decide` is given.
+        context: How many of the last tokens `decide` is given; an `AdaptiveDecoder`'s own.
 
     Shapes:
         prompts: `(rows, time)`. Result: two of `(rows, steps)`.
 
     Raises:
-        ValueError: If `prompts` are not token ids `(rows, time)`, or `context` is not a positive
-            integer.
+        ValueError: If `prompts` are not token ids `(rows, time)`, `steps` is not a non-negative
+            integer, or `context` is not a positive integer or not that of the decoder.
 
     Examples:
         >>> count = lambda tokens: (tokens[:, -1] + 1, np.full(len(tokens), 8))
@@ -192,6 +192,17 @@ def generate(decide: Decide, prompts: npt.ArrayLike, steps: int, context: int) -
         ([[3, 4, 5]], [[8, 8, 8]])
     """
     _check_context(context)
+    if isinstance(decide, AdaptiveDecoder) and decide.context != context:
+        raise ValueError(
+            "context must be that of the decoder. "
+            f"Received: context={context} for a decoder of context={decide.context}. "
+            "Write context=decide.context."
+        )
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(
+            "steps must be a non-negative integer. "
+            f"Received: steps={steps!r}. Give the number of tokens to add."
+        )
     text = np.asarray(prompts)
     if text.ndim != 2 or not text.shape[1] or text.dtype.kind not in "iu":
         raise ValueError(

@@ -120,10 +120,42 @@ def test_a_gallery_of_fewer_rows_than_neighbours_is_refused() -> None:
         "A gallery must hold at least the 10 nearest that are looked for. "
         "Received: 9 rows. Give more rows."
     )
-    callback = NeighborMetrics(few, QUERIES)
-    callback.set_model(functional())
     with pytest.raises(ValueError, match=exactly(sentence)):
-        callback.on_epoch_end(0, {})
+        NeighborMetrics(few, QUERIES)
+
+
+@pytest.mark.parametrize(
+    ("pair", "received"),
+    [
+        (X, "a ndarray"),
+        ((X, Y, Y), "a tuple"),
+        ((X, Y[1:]), "inputs of shapes [(60, 5)], labels of shape (59,)"),
+        (({"a": X, "b": X[1:]}, Y), "inputs of shapes [(60, 5), (59, 5)], labels of shape (60,)"),
+        ((X[:0], Y[:0]), "inputs of shapes [(0, 5)], labels of shape (0,)"),
+        ((X, np.eye(3)[Y]), "inputs of shapes [(60, 5)], labels of shape (60, 3)"),
+    ],
+)
+def test_inputs_and_labels_that_do_not_fit_are_refused_at_once(pair: Any, received: str) -> None:
+    for name, sides in (("gallery", (pair, QUERIES)), ("queries", (GALLERY, pair))):
+        sentence = (
+            f"{name} must be inputs and their labels, one per row, at least one. "
+            f"Received: {received}. Write {name}=(x, y), with integer labels (rows,)."
+        )
+        with pytest.raises(ValueError, match=exactly(sentence)):
+            NeighborMetrics(*sides)
+
+
+def test_a_column_of_labels_is_one_per_row() -> None:
+    """As Keras's own data sets give them."""
+    columns = [(x, y[:, None]) for x, y in (GALLERY, QUERIES)]
+    model = functional()
+    logs: list[dict[str, float]] = [{}, {}]
+    for log, (gallery, queries) in zip(logs, (columns, (GALLERY, QUERIES)), strict=True):
+        callback = NeighborMetrics(gallery, queries)
+        callback.set_model(model)
+        callback.on_epoch_end(0, log)
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 2 * len(DIMS)
 
 
 def test_across_dims_are_the_worst_and_the_weighted_mean_of_every_epoch() -> None:

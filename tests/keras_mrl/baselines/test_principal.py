@@ -71,3 +71,13 @@ def test_what_is_no_table_is_refused(features: Any) -> None:
 def test_dims_that_are_not_there_are_refused(dim: int) -> None:
     with pytest.raises(ValueError, match="dims must"):
         principal_components(FEATURES, dim)
+
+
+@pytest.mark.parametrize("width", [5, 7])
+def test_components_read_the_width_they_were_fitted_on(width: int) -> None:
+    sentence = (
+        "Features must be as wide as those fitted. "
+        f"Received: width {width}, fitted on 6. Embed with the same backbone."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        principal_components(FEATURES, 2).embed(np.ones((3, width)))

@@ -78,3 +78,24 @@ def test_more_dims_than_the_width_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         low_rank_head(keras.ops.convert_to_tensor(KERNEL), None, 10)
+
+
+@pytest.mark.parametrize("bias", [np.zeros(4), np.zeros(()), np.zeros((1, 5)), np.full(5, np.inf)])
+def test_a_bias_is_a_finite_number_per_class(bias: Any) -> None:
+    sentence = (
+        "bias must be finite numbers, one per class. "
+        f"Received: float64 of shape {bias.shape} for 5 classes. "
+        "Give that of the same head: model.head.weights_at(width)[1]."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        low_rank_head(KERNEL, bias, 2)
+
+
+@pytest.mark.parametrize("width", [8, 10])
+def test_a_head_reads_the_width_it_was_factored_from(width: int) -> None:
+    sentence = (
+        "Features must be as wide as those fitted. "
+        f"Received: width {width}, fitted on 9. Embed with the same backbone."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        low_rank_head(KERNEL, BIAS, 2).logits(np.ones((3, width)))

@@ -61,6 +61,44 @@ def test_what_is_no_table_of_features_is_refused(features: Any) -> None:
         linear_probe(features, [0, 1, 0, 1])
 
 
+@pytest.mark.parametrize("features", [np.ones(64), np.ones((0, 64)), np.full((4, 64), np.nan)])
+def test_a_probe_reads_tables_alone(features: Any) -> None:
+    probe = linear_probe(PIXELS[:100], DIGITS[:100])
+    sentence = (
+        "features must be finite numbers (rows, width) with at least one row. "
+        f"Received: float64 of shape {features.shape}. "
+        "Give what backbone.predict(inputs) returns."
+    )
+    for ask in (probe.predict, probe.logits):
+        with pytest.raises(ValueError, match=exactly(sentence)):
+            ask(features)
+
+
+@pytest.mark.parametrize("width", [5, 65])
+def test_a_probe_reads_the_width_it_was_fitted_on(width: int) -> None:
+    probe = linear_probe(PIXELS[:100], DIGITS[:100])
+    sentence = (
+        "Features must be as wide as those fitted. "
+        f"Received: width {width}, fitted on 64. Embed with the same backbone."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        probe.predict(np.ones((3, width)))
+
+
+def test_a_probe_prints_no_arrays() -> None:
+    assert repr(linear_probe(PIXELS[:100], DIGITS[:100])) == "LinearProbe()"
+
+
+@pytest.mark.parametrize("regularization", [0, -1.0, float("inf"), float("nan")])
+def test_a_regularization_is_above_zero(regularization: float) -> None:
+    sentence = (
+        "regularization must be a finite number above 0. "
+        f"Received: regularization={regularization}. Give a small one, 1e-6, to have next to none."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        linear_probe(PIXELS[:100], DIGITS[:100], regularization)
+
+
 def test_one_class_is_refused() -> None:
     sentence = (
         "A linear probe tells classes apart. Received: 4 labels, all of them 5. "

@@ -187,3 +187,37 @@ def test_a_text_that_cannot_be_scored(
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         score_tokens(model, READ, labels, ignored)
+
+
+@pytest.mark.parametrize(
+    ("labels", "ignored", "wrong", "count", "left"),
+    [
+        (np.full_like(NEXT, -1), None, -1, 72, 72),
+        (np.where(np.arange(LENGTH) == 1, 11, NEXT), None, 11, 12, 72),
+        (np.where(np.arange(LENGTH) < 2, [-100, -1, 0, 0, 0, 0], NEXT), -1, -100, 12, 60),
+    ],
+)
+def test_labels_that_name_no_token_are_refused(
+    model: Any, labels: Any, ignored: int | None, wrong: int, count: int, left: int
+) -> None:
+    sentence = (
+        f"Labels must name a token of the head's 11. Received: {wrong} in {count} of {left}. "
+        f"Give ignore_class={wrong} if it stands for padding."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        score_tokens(model, READ, labels, ignored)
+
+
+@pytest.mark.parametrize(("batch_size", "chunk"), [(0, 7), (5, 0), (-1, -1)])
+def test_parts_hold_something(model: Any, batch_size: int, chunk: int) -> None:
+    sentence = (
+        "batch_size and chunk must be at least 1. "
+        f"Received: batch_size={batch_size}, chunk={chunk}. "
+        "Give the rows and the positions that fit in memory at once."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        score_tokens(model, READ, NEXT, batch_size=batch_size, chunk=chunk)
+
+
+def test_scores_print_no_arrays() -> None:
+    assert repr(text(10)) == "TokenScores(dims=(2, 4, 8))"

@@ -164,6 +164,32 @@ def test_prompts_are_token_ids(prompts: Any, received: str) -> None:
         generate(lambda tokens: (tokens[:, -1], tokens[:, -1]), prompts, 3, LENGTH)
 
 
+@pytest.mark.parametrize("steps", [-1, 2.5])
+def test_steps_are_counted(steps: Any) -> None:
+    sentence = (
+        "steps must be a non-negative integer. "
+        f"Received: steps={steps}. Give the number of tokens to add."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        generate(lambda tokens: (tokens[:, -1], tokens[:, -1]), PROMPT, steps, LENGTH)
+
+
+def test_no_steps_add_nothing() -> None:
+    ids, dims = generate(lambda tokens: (tokens[:, -1], tokens[:, -1]), PROMPT, 0, LENGTH)
+    assert ids.shape == dims.shape == (len(PROMPT), 0)
+
+
+@pytest.mark.parametrize("context", [4, 7])
+def test_a_decoder_is_given_as_many_tokens_as_it_reads(model: Any, context: int) -> None:
+    decide = AdaptiveDecoder(model, policy(0.5, 0.5), LENGTH)
+    sentence = (
+        "context must be that of the decoder. "
+        f"Received: context={context} for a decoder of context=6. Write context=decide.context."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        generate(decide, PROMPT, 3, context)
+
+
 @pytest.mark.parametrize(("temperature", "top_k"), [(0, 5), (float("nan"), 5), (1.0, 0)])
 def test_a_sampler_needs_a_temperature_and_a_choice(temperature: float, top_k: int) -> None:
     sentence = (
