@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._features import Array, check_features
+from .._features import Array, check_features, check_fitted
 from ..evaluation.probe import LinearProbe, linear_probe
 
 
@@ -37,19 +37,21 @@ class RandomProbe:
     Args:
         indices: Which coordinates, `(dim,)`.
         probe: What was learned on them.
+        width: Of the features they were chosen from.
 
     Examples:
         >>> probe = LinearProbe(kernel=np.eye(2), bias=np.zeros(2), classes=np.array([4, 7]))
-        >>> RandomProbe(np.array([2, 0]), probe).predict([[1.0, 9.0, 5.0]]).tolist()
+        >>> RandomProbe(np.array([2, 0]), probe, width=3).predict([[1.0, 9.0, 5.0]]).tolist()
         [4]
     """
 
     indices: Array
     probe: LinearProbe
+    width: int
 
     def embed(self, features: Any) -> Array:
         """Return the chosen coordinates `(rows, dim)` of features `(rows, width)`."""
-        return check_features(features, int(self.indices.max()) + 1)[:, self.indices]
+        return check_fitted(features, self.width)[:, self.indices]
 
     def predict(self, features: Any) -> Array:
         """Return the likeliest label of every row of features `(rows, width)`."""
@@ -80,5 +82,6 @@ def random_probe(features: Any, labels: Any, dim: int, seed: int = 0) -> RandomP
         [3, 3, 3, 3, 5, 5, 5, 5]
     """
     table = check_features(features, dim)
-    indices = np.random.default_rng(seed).permutation(table.shape[1])[:dim]
-    return RandomProbe(indices, linear_probe(table[:, indices], labels))
+    width = table.shape[1]
+    indices = np.random.default_rng(seed).permutation(width)[:dim]
+    return RandomProbe(indices, linear_probe(table[:, indices], labels), width)

@@ -55,3 +55,15 @@ def test_dims_that_are_not_there_are_refused(dim: int) -> None:
         first_coordinates(FEATURES, dim)
     with pytest.raises(ValueError, match="dims must"):
         random_probe(FEATURES, LABELS, dim)
+
+
+@pytest.mark.parametrize("width", [7, 9])
+def test_a_probe_reads_the_width_its_coordinates_were_chosen_from(width: int) -> None:
+    sentence = (
+        "Features must be as wide as those fitted. "
+        f"Received: width {width}, fitted on 8. Embed with the same backbone."
+    )
+    probe = random_probe(FEATURES, LABELS, 2)
+    for ask in (probe.predict, probe.embed):
+        with pytest.raises(ValueError, match=exactly(sentence)):
+            ask(np.ones((3, width)))
