@@ -33,8 +33,10 @@ def flat_rows(
         dims: Strictly increasing prefix lengths.
         scale: One over the temperature.
         task: What is right.
-        chunk_size: Anchors at a time.
+        chunk_size: Anchors at a time; no more than there are, where their number is known.
     """
+    if anchors.shape[0] is not None:
+        chunk_size = min(chunk_size, anchors.shape[0])
     arguments = (
         anchors[:, : dims[-1]],
         candidates[:, : dims[-1]],

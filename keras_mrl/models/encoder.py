@@ -44,8 +44,9 @@ class MatryoshkaEncoder(keras.Model):
 
     Raises:
         TypeError: If a tower is not a Keras model.
-        ValueError: If a tower does not end in `(batch, width)`, the two differ in width, or the
-            model is compiled with a loss that is none of these.
+        ValueError: If a tower does not end in `(batch, width)`, the two differ in width, the
+            temperature starts below 0.01, or the model is compiled with a loss that is none of
+            these or with an accuracy.
 
     Examples:
         >>> tower = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
@@ -78,8 +79,14 @@ class MatryoshkaEncoder(keras.Model):
         self.other_tower = other_tower
         self.initial_temperature = initial_temperature
         if initial_temperature is not None:
-            start = keras.initializers.Constant(-math.log(check_temperature(initial_temperature)))
-            self._log_scale = self.add_weight(name="log_scale", shape=(), initializer=start)
+            start = -math.log(_check_initial(initial_temperature))
+            self._log_scale = self.add_weight(
+                name="log_scale",
+                shape=(),
+                initializer=keras.initializers.Constant(start),
+                constraint=_no_sharper,
+                aggregation="mean",  # replicas write what the constraint returns, all the same
+            )
         # What `dims_per_step` draws from. The same in every process, so in every replica.
         self.seed_generator = keras.random.SeedGenerator(0)
         self._recall = _Recall(())
@@ -125,7 +132,7 @@ class MatryoshkaEncoder(keras.Model):
         """The learned temperature, never below 0.01; None where the loss's own holds."""
         if self.initial_temperature is None:
             return None
-        return ops.exp(-ops.minimum(ops.convert_to_tensor(self._log_scale), _SHARPEST))
+        return ops.exp(-ops.convert_to_tensor(self._log_scale))
 
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **kwargs: Any) -> None:
         """Compile as Keras does, with one of the losses on nested embeddings."""
@@ -135,6 +142,7 @@ class MatryoshkaEncoder(keras.Model):
                 f"MatryoshkaEncoder trains on one of {names}. "
                 f"Received: loss={loss!r}. Give for example ContrastiveLoss(dims=(8, 16, 32))."
             )
+        _refuse_accuracy([kwargs.get("metrics"), kwargs.get("weighted_metrics")])
         super().compile(optimizer, loss, **kwargs)
         knows_hits = not isinstance(loss, MatryoshkaEmbeddingLoss)
         self._recall = _Recall(loss.trained_dims if knows_hits else ())
@@ -149,6 +157,16 @@ class MatryoshkaEncoder(keras.Model):
     def metrics(self) -> list[Any]:
         """Keras's own, and one recall per dim of the compiled loss."""
         return [*super().metrics, *self._recall.means]
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `keras.Model.fit` does, but ignore no weights."""
+        _check_weights(x, y, kwargs.get("sample_weight"))
+        return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as `keras.Model.evaluate` does, but ignore no weights."""
+        _check_weights(x, y, kwargs.get("sample_weight"))
+        return super().evaluate(x, y, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -197,11 +215,51 @@ class _Recall:
             mean.update_state(hits[index])
 
 
+def _no_sharper(log_scale: Any) -> Any:
+    """A constraint, as a bound inside the loss would leave no gradient to come back by."""
+    return ops.minimum(log_scale, _SHARPEST)
+
+
+def _check_initial(temperature: float) -> float:
+    if check_temperature(temperature) < 0.01:
+        raise ValueError(
+            "initial_temperature must be at least 0.01, the least that is learned. "
+            f"Received: initial_temperature={temperature!r}. Give for example 0.07."
+        )
+    return float(temperature)
+
+
+def _check_weights(x: Any, y: Any, sample_weight: Any) -> None:
+    """Refuse weights that Keras would drop; beside a dataset it refuses them itself."""
+    if isinstance(x, (tuple, list, dict)) and y is None and sample_weight is not None:
+        raise ValueError(
+            "Keras passes sample weights only beside labels. "
+            "Received: sample_weight without y. "
+            "Give y=np.zeros(len(anchors)), which ContrastiveLoss does not read."
+        )
+
+
+def _refuse_accuracy(metrics: Any) -> None:
+    for metric in keras.tree.flatten(metrics):
+        if isinstance(metric, str) and metric in ("accuracy", "acc"):
+            raise ValueError(
+                "MatryoshkaEncoder gives embeddings and no classes, so it has no accuracy. "
+                f"Received: the metric {metric!r}. "
+                "Leave it out: a contrastive loss logs recall_<dim> by itself."
+            )
+
+
 def _sides(inputs: Any) -> list[Any] | None:
     """The sides of a pair or triplet (or of its shapes); None of anything else."""
     if isinstance(inputs, dict):
-        named = set(inputs) in (set(_SIDES[:2]), set(_SIDES))
-        return [inputs[side] for side in _SIDES if side in inputs] if named else None
+        if not set(inputs) & set(_SIDES):
+            return None
+        if set(inputs) not in (set(_SIDES[:2]), set(_SIDES)):
+            raise ValueError(
+                "A dict of sides has the keys anchor and positive, or these and negative. "
+                f"Received: {', '.join(map(str, inputs))}. Rename or add what differs."
+            )
+        return [inputs[side] for side in _SIDES if side in inputs]
     is_shape = isinstance(inputs, (list, tuple)) and all(
         entry is None or isinstance(entry, int) for entry in inputs
     )

@@ -127,6 +127,13 @@ def test_what_is_not_finite_is_not_hidden(make: Any, bad: float, chunk_size: int
     assert np.isnan(as_numpy(make(chunk_size=chunk_size)(labels, rows)))
 
 
+@each_loss
+def test_a_chunk_larger_than_the_batch_is_the_batch(make: Any) -> None:
+    labels, rows = batch(4)
+    received = as_numpy(make(chunk_size=2**40)(labels, rows))  # more than any memory holds
+    np.testing.assert_allclose(received, as_numpy(make()(labels, rows)), rtol=1e-5)
+
+
 @CHUNKS
 @each_loss
 def test_an_empty_batch_is_refused(make: Any, chunk_size: int | None) -> None:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,18 @@ def test_the_temperature_is_learnt_within_bounds_and_takes_the_place_of_the_loss
     assert said["loss"] == pytest.approx(expected, rel=1e-5)
     encoder.fit(x, verbose=0)
     assert 0.4 < float(as_numpy(encoder.temperature)) != pytest.approx(0.5, abs=1e-6)
-    encoder._log_scale.assign(9.0)
-    assert float(as_numpy(encoder.temperature)) == pytest.approx(0.01)
     assert MatryoshkaEncoder(tower()).temperature is None
+
+
+def test_a_temperature_stops_at_its_floor_and_comes_back() -> None:
+    encoder = MatryoshkaEncoder(tower(), initial_temperature=0.0101)
+    encoder.tower.trainable = False
+    encoder.compile(keras.optimizers.SGD(0.1), ContrastiveLoss(DIMS))
+    encoder._log_scale.assign(9.0)
+    encoder.fit((ANCHORS, ANCHORS), verbose=0)  # all are right: no gradient is large
+    assert float(as_numpy(encoder.temperature)) == pytest.approx(0.01)
+    encoder.fit((ANCHORS, ANCHORS[::-1]), verbose=0)  # all are wrong: softer is better
+    assert float(as_numpy(encoder.temperature)) > 0.011
 
 
 def test_dims_per_step_draws_in_training_and_not_in_evaluation() -> None:
@@ -183,6 +193,63 @@ def test_low_precision_towers_are_compared_in_float32() -> None:
         history = encoder.fit((ANCHORS, POSITIVES), verbose=0).history
     assert encoder._log_scale.dtype == "float32"
     assert np.isfinite(history["loss"][0])
+
+
+def test_a_temperature_that_starts_below_its_floor_is_refused() -> None:
+    assert MatryoshkaEncoder(tower(), initial_temperature=0.01).temperature is not None
+    sentence = (
+        "initial_temperature must be at least 0.01, the least that is learned. "
+        "Received: initial_temperature=0.005. Give for example 0.07."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        MatryoshkaEncoder(tower(), initial_temperature=0.005)
+
+
+def test_weights_count_beside_labels_and_are_refused_without() -> None:
+    encoder = eager(MatryoshkaEncoder(tower()))
+    x, weights = (ANCHORS, POSITIVES), np.arange(16.0, dtype="float32")
+    rows, _ = encoder.loss.measure(None, encoder.predict(x, verbose=0))
+    said = encoder.evaluate(
+        x, np.zeros(16), sample_weight=weights, batch_size=16, verbose=0, return_dict=True
+    )
+    assert said["loss"] == pytest.approx((as_numpy(rows) * weights).mean(), rel=1e-5)
+    sentence = (
+        "Keras passes sample weights only beside labels. Received: sample_weight without y. "
+        "Give y=np.zeros(len(anchors)), which ContrastiveLoss does not read."
+    )
+    for given in (x, SIDES):
+        with pytest.raises(ValueError, match=exactly(sentence)):
+            encoder.fit(given, sample_weight=weights, verbose=0)
+        with pytest.raises(ValueError, match=exactly(sentence)):
+            encoder.evaluate(given, sample_weight=weights, verbose=0)
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        encoder.fit(x, validation_data=(x, None, weights), verbose=0)
+
+
+@pytest.mark.parametrize("keys", [("anchor", "positve"), ("anchor",), ("anchor", "negative")])
+def test_misspelt_and_missing_sides_are_named(keys: tuple[str, ...]) -> None:
+    sentence = (
+        "A dict of sides has the keys anchor and positive, or these and negative. "
+        f"Received: {', '.join(keys)}. Rename or add what differs."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        MatryoshkaEncoder(tower()).build(dict.fromkeys(keys, (None, 5)))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        eager(MatryoshkaEncoder(tower())).fit(dict.fromkeys(keys, ANCHORS), verbose=0)
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"metrics": ["accuracy"]}, {"weighted_metrics": ["mse", "acc"]}], ids=str
+)
+def test_an_accuracy_is_refused(metrics: dict[str, list[str]]) -> None:
+    name = next(iter(metrics.values()))[-1]
+    sentence = (
+        "MatryoshkaEncoder gives embeddings and no classes, so it has no accuracy. "
+        f"Received: the metric {name!r}. "
+        "Leave it out: a contrastive loss logs recall_<dim> by itself."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        MatryoshkaEncoder(tower()).compile("sgd", ContrastiveLoss(DIMS), **metrics)
 
 
 @pytest.mark.parametrize("loss", [None, "mse", keras.losses.MeanSquaredError()], ids=str)
