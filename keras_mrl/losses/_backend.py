@@ -18,11 +18,9 @@ def _in_place(
     biases: Sequence[Any],
     dims: tuple[int, ...],
     size: int,
-    begun: Any,
+    training: bool,
 ) -> tuple[Any, Any, Any, list[Any], list[Any]]:
     """Return what `chunks.chunked` does, with one buffer of logits for all chunks.
-
-    The gradient is added to what was `begun`; None asks for none.
 
     PyTorch runs one operation at a time: every temporary of a chunk's size would be memory taken
     from the system and given back.
@@ -34,8 +32,9 @@ def _in_place(
         size = max(1, min(size, len(x)))
         held = (len(dims) if tied else 1, size, kernels[0].shape[1])
         said = torch.empty((2, len(x), len(dims)), device=x.device)
-        d_x, d_kernels, d_biases = begun or (torch.empty_like(x), [], [])
-        d_kernels = [kernel.contiguous() for kernel in d_kernels]
+        d_x = torch.zeros_like(x)
+        d_kernels = [torch.zeros_like(kernel) for kernel in kernels if training]
+        d_biases = [torch.zeros_like(bias) for bias in biases if training]
         buffer = torch.empty(held, device=x.device)
         for first in range(0, len(x), size):
             part = slice(first, first + size)
@@ -44,7 +43,7 @@ def _in_place(
             (_tied if tied else _untied)(
                 *rows, kernels, biases, dims, d_x[part], d_kernels, d_biases
             )
-        return said[0], said[1], d_x if begun else None, d_kernels, d_biases
+        return said[0], said[1], d_x if training else None, d_kernels, d_biases
 
 
 def _tied(
@@ -74,7 +73,7 @@ def _tied(
     for index in reversed(range(len(dims))):
         block = blocks[index]
         d_logits = _gradient(logits[index], targets, counts[:, index, None], d_logits)
-        d_x[:, block] += d_logits @ kernels[0][block].T
+        d_x[:, block] = d_logits @ kernels[0][block].T
         d_kernels[0][block].addmm_(x[:, block].T, d_logits)
     for d_bias in d_biases:
         d_bias += d_logits.sum(0)  # type: ignore[union-attr]
@@ -127,20 +126,25 @@ def _softmax(logits: Any, targets: Targets) -> tuple[Any, Any]:
     total = targets.total()
     total = total[:, 0] if targets.shares is not None else total
     losses = normalizer * total - said
-    return torch.where(targets.outside.bool(), float("nan"), losses), ranks
+    losses = torch.where(targets.outside.bool(), float("nan"), losses)
+    return losses, torch.where(losses.isnan(), targets.num_classes, ranks)
 
 
 def _gradient(probabilities: Any, targets: Targets, count: Any, wider: Any) -> Any:
     """Turn probabilities into the gradient of their logits, and add it to that of `wider` dims."""
+    import torch
+
     scale = count * targets.total()
     if wider is None:
         total = probabilities.mul_(scale)
     else:
         total = wider.addcmul_(probabilities, scale)
     if targets.shares is not None:
-        total.addcmul_(targets.smooth_shares(), count, value=-1)
-    elif targets.smoothing:
-        total -= count * targets.smooth_shares()
+        return total.addcmul_(targets.smooth_shares(), count, value=-1)
+    rows = torch.arange(len(total), device=total.device)
+    total[rows, targets.classes.long()] -= (1 - targets.smoothing) * count[:, 0]
+    if targets.smoothing:
+        total -= count * (targets.smoothing / targets.num_classes)
     return total
 
 

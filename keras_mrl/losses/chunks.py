@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from . import _backend
-from .labelled import label_gradient
 from .targets import Targets
 
 _LOGITS = 2**22  # of one dim at a time: 16 MiB
-_MANY_ROWS = 8192  # fitting at once, they are not chunked where their number is not known
+_PADDED = 128  # rows of a chunk where the number of rows is not known
 
 
 class Sums(NamedTuple):
@@ -47,27 +46,14 @@ def chunked(
         chunk_rows: Rows at a time; None decides.
         training: Whether the gradient is computed, too.
     """
-    size = chunk_rows or rows_at_a_time(kernels)
-    begun = label_gradient(x, targets, counts, kernels, biases, dims) if training else None
+    size, rows = chunk_rows or rows_at_a_time(kernels), x.shape[0]
+    number = None if rows is None else _number(rows, size)
     if _backend.in_place is not None:
-        return Sums(*_backend.in_place(x, targets, counts, kernels, biases, dims, size, begun))
-    rows = x.shape[0]
-    number = 1 if rows is None and size >= _MANY_ROWS else _number(rows, size)
+        size = -(-rows // number)
+        return Sums(*_backend.in_place(x, targets, counts, kernels, biases, dims, size, training))
     if number == 1:
-        done = _chunk(x, targets, counts, kernels, biases, dims, training)
-        if begun is None:
-            return done
-        first = _blockwise(begun, dims)
-        d_kernels = [own + part for own, part in zip(first[0], done.kernels, strict=True)]
-        d_biases = [own + part for own, part in zip(first[1], done.biases, strict=True)]
-        done = done._replace(kernels=d_kernels, biases=d_biases)
-    else:
-        done = _loop(x, targets, counts, kernels, biases, dims, begun, number, size)
-    if begun is None:
-        return done
-    tied = len(kernels) == 1 and len(done.kernels) > 1
-    d_kernels = [ops.concatenate(done.kernels)] if tied else done.kernels
-    return done._replace(features=begun[0] + done.features, kernels=d_kernels)
+        return _gathered(_chunk(x, targets, counts, kernels, biases, dims, training), kernels)
+    return _loop(x, targets, counts, kernels, biases, dims, training, number, size)
 
 
 def rows_at_a_time(kernels: Sequence[Any]) -> int:
@@ -80,20 +66,10 @@ def rows_at_a_time(kernels: Sequence[Any]) -> int:
     return int(max(_LOGITS // classes, width // 4, 8))
 
 
-def _blockwise(begun: Any, dims: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
-    """Kernels and biases of a gradient in the parts that chunks give: tied, block by block."""
-    _, d_kernels, d_biases = begun
-    if len(d_kernels) == 1:
-        d_kernels = [d_kernels[0][start:stop] for start, stop in _blocks(dims)]
-    return d_kernels, d_biases
-
-
-def _number(rows: int | None, size: int) -> int | None:
-    """Return the number of chunks, None where it is known only in the step."""
-    if rows is None:
-        return None
+def _number(rows: int, size: int) -> int:
+    """Return the number of chunks: if need be some more, so that none is padded."""
     number = max(1, -(-rows // size))
-    even = (n for n in range(number, 2 * number) if rows % n == 0)  # no row of padding
+    even = (n for n in range(number, 2 * number) if rows % n == 0)
     return next(even, number)
 
 
@@ -104,14 +80,13 @@ def _loop(
     kernels: Sequence[Any],
     biases: Sequence[Any],
     dims: tuple[int, ...],
-    begun: Any,
+    training: bool,
     number: int | None,
     size: int,
 ) -> Sums:
-    training = begun is not None
     rows = ops.shape(x)[0]
-    if number is None:
-        size = min(size, 256)  # what an unknown, small batch is padded to
+    if number is None:  # known only in the step, where a small batch is padded to a chunk
+        size = min(size, _PADDED)
         number = (rows + size - 1) // size
     else:
         size = -(-x.shape[0] // number)
@@ -144,15 +119,29 @@ def _loop(
         return rowwise, [whole + part for whole, part in zip(summed, added, strict=True)]
 
     nothing = ops.zeros_like(every)
-    first = _blockwise(begun, dims) if training else ([], [])
     state = (
         [nothing, nothing] + ([ops.zeros_like(xs)] if training else []),
-        [*first[0], *first[1]],
+        [ops.zeros(shape) for shape in _gradient_shapes(kernels, biases, dims)] if training else [],
     )
     rowwise, summed = ops.fori_loop(0, number, body, state)
     whole = [ops.reshape(r, (size * number, r.shape[-1]))[:rows] for r in rowwise]
-    cut_at = len(summed) - len(biases)
-    return Sums(whole[0], whole[1], whole[-1], summed[:cut_at], summed[cut_at:])
+    done = Sums(whole[0], whole[1], whole[-1], summed[: len(summed) - len(biases)], [])
+    return _gathered(done._replace(biases=summed[len(summed) - len(biases) :]), kernels)
+
+
+def _gradient_shapes(
+    kernels: Sequence[Any], biases: Sequence[Any], dims: tuple[int, ...]
+) -> list[tuple[int, ...]]:
+    """Of what `_chunk` gives: tied, one gradient per block of the kernel."""
+    classes = kernels[0].shape[1]
+    heights = [b - a for a, b in _blocks(dims)] if len(kernels) == 1 else dims
+    return [*((height, classes) for height in heights), *((classes,) for _ in biases)]
+
+
+def _gathered(sums: Sums, kernels: Sequence[Any]) -> Sums:
+    """Put the blocks of one kernel together."""
+    tied = len(kernels) == 1 and len(sums.kernels) > 1
+    return sums._replace(kernels=[ops.concatenate(sums.kernels)]) if tied else sums
 
 
 def _blocks(dims: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -233,31 +222,30 @@ def _untied(
 
 
 def _gradient(shifted: Any, sums: Any, targets: Targets, count: Any) -> Any:
-    """Return the gradient with respect to one dim's logits, but for integer labels' own share."""
-    softmax = shifted * (count * targets.total() / sums)
-    if targets.shares is None and not targets.smoothing:
-        return softmax
-    return softmax - count * targets.smooth_shares()
+    """Return the gradient with respect to one dim's logits."""
+    return shifted * (count * targets.total() / sums) - count * targets.smooth_shares()
 
 
 def _softmax(logits: Any, targets: Targets) -> tuple[Any, Any, Any, Any]:
     """Return losses and ranks `(rows, 1)`, exponentials, and their sums `(rows, 1)`."""
     right = ops.expand_dims(targets.classes, 1)
     own = ops.take_along_axis(logits, right, axis=1)
-    numbers = ops.expand_dims(ops.arange(targets.num_classes, dtype="int32"), 0)
-    before = (logits > own) | ((logits == own) & (numbers < right))  # as argmax breaks ties
-    rank = ops.sum(ops.cast(before, "float32"), axis=1, keepdims=True)
     largest = ops.max(logits, axis=1, keepdims=True)
     shifted = ops.exp(logits - largest)
     sums = ops.sum(shifted, axis=1, keepdims=True)
     normalizer = largest + ops.log(sums)
     if targets.shares is not None:
         said = ops.sum(logits * targets.smooth_shares(), axis=1, keepdims=True)
-    elif targets.smoothing:
-        mean = ops.mean(logits, axis=1, keepdims=True)
-        said = (1 - targets.smoothing) * own + targets.smoothing * mean
+        loss = normalizer * targets.total() - said
     else:
-        said = own
-    loss = normalizer * targets.total() - said
+        loss = normalizer - own
+        if targets.smoothing:
+            mean = ops.mean(logits, axis=1, keepdims=True)
+            loss = normalizer - (1 - targets.smoothing) * own - targets.smoothing * mean
     outside = ops.expand_dims(ops.cast(targets.outside, "bool"), 1)
-    return ops.where(outside, float("nan"), loss), rank, shifted, sums
+    loss = ops.where(outside, float("nan"), loss)
+    numbers = ops.expand_dims(ops.arange(targets.num_classes, dtype="int32"), 0)
+    before = (logits > own) | ((logits == own) & (numbers < right))  # as argmax breaks ties
+    rank = ops.sum(ops.cast(before, "float32"), axis=1, keepdims=True)
+    # No comparison with NaN is true: what is nowhere would come first.
+    return loss, ops.where(ops.isnan(loss), float(targets.num_classes), rank), shifted, sums

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import keras
 from keras import ops
 
 from .._dims import check_dims, check_width
@@ -89,7 +90,7 @@ def nested_crossentropy(
         >>> round(float(result.loss), 3)  # 2 dims x log 10
         4.605
     """
-    dims = check_dims(dims)
+    dims, features, labels = check_dims(dims), _tensor(features), ops.convert_to_tensor(labels)
     check_width(dims, int(features.shape[-1]))
     _check_kernels(kernels, biases, dims)
     if weights is None or callable(weights) or isinstance(weights, (tuple, list)):
@@ -114,7 +115,7 @@ def nested_crossentropy(
             chunk_rows,
             training,
         )
-        # A row that counts nothing adds nothing, even where its loss is infinite.
+        # A row that counts nothing adds nothing, even where its loss is no number: an ignored one.
         shares = ops.where(ops.expand_dims(r, 1) * c != 0, sums.losses, 0.0)
         total = ops.sum(shares * (ops.expand_dims(r, 1) * c))
         flat = [
@@ -134,12 +135,17 @@ def nested_crossentropy(
 
         return ops.concatenate(flat), gradient
 
-    arguments = (features, *kernels, *(biases or ()))
+    arguments = (features, *map(_tensor, (*kernels, *(biases or ()))))
     function = ops.custom_gradient(packed) if training else lambda *args: packed(*args)[0]
     # One tensor, since a function with a gradient of its own gives one on every backend.
     said = function(*arguments)
     rows = ops.reshape(ops.stop_gradient(said[1:]), (2, -1, num_dims))
     return NestedCrossentropy(said[0], rows[0], rows[1])
+
+
+def _tensor(given: Any) -> Any:
+    """A tensor: a variable would be one that the function captures, not one of its arguments."""
+    return given.value if isinstance(given, keras.Variable) else ops.convert_to_tensor(given)
 
 
 def _check_kernels(

@@ -52,12 +52,13 @@ class Targets:
         )
 
     def smooth_shares(self) -> Any:
-        """Return `(rows, num_classes)` shares, smoothed; of integers only what smoothing gives.
-
-        The right class of an integer label has `1 - smoothing` besides, which needs no matrix.
-        """
+        """Return `(rows, num_classes)` shares, or what fuses into arithmetic like them."""
         uniform = self.smoothing / self.num_classes
-        return uniform if self.shares is None else self.shares * (1 - self.smoothing) + uniform
+        if self.shares is not None:
+            return self.shares * (1 - self.smoothing) + uniform
+        numbers = ops.arange(self.num_classes, dtype="int32")
+        right = ops.expand_dims(self.classes, 1) == ops.expand_dims(numbers, 0)
+        return ops.where(right, 1 - self.smoothing + uniform, uniform)
 
     def total(self) -> Any:
         """Return the sum of each row's shares `(rows, 1)`: 1 but for unusual labels."""

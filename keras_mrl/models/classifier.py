@@ -90,7 +90,11 @@ class MatryoshkaClassifier(keras.Model):
         given = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
         names = ("loss", "metrics", "weighted_metrics", "loss_weights")
         ours = all(getattr(type(self), n) is getattr(MatryoshkaClassifier, n) for n in _STEP)
+        # A head of another kind may make other logits of the same kernels.
+        ours = ours and type(self.head) is MatryoshkaHead and not self.head.activity_regularizer
         self._rowwise = rowwise_step(*(given.get(name) for name in names)) if ours else None
+        for name in ("metrics", "weighted_metrics"):
+            _check_metrics(given.get(name), self.head)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as a saved model was."""
@@ -134,11 +138,16 @@ class MatryoshkaClassifier(keras.Model):
         if self._asking and self._rowwise is not None:
             seed = self.seed_generator
             rows = self._rowwise.compute_loss(self.head, y_pred, y, sample_weight, seed, training)
-            return rows + sum(self.losses) / num_replicas()
+            return rows + self._own_losses()
         if not isinstance(loss, MatryoshkaLoss) or loss.dims_per_step is None:
             return super().compute_loss(x, y, y_pred, sample_weight, training=training)
         step = loss.for_step(self.seed_generator if training else None)
-        return step(y, y_pred, sample_weight=sample_weight) + sum(self.losses)
+        return step(y, y_pred, sample_weight=sample_weight) + self._own_losses()
+
+    def _own_losses(self) -> Any:
+        """Regularizers and what layers add, as Keras counts them: TensorFlow sums over replicas."""
+        parts = [keras.ops.sum(keras.ops.cast(loss, "float32")) for loss in self.losses]
+        return sum(parts) / num_replicas()
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
@@ -197,6 +206,19 @@ def _check_loss(loss: Any) -> None:
             f"around a loss on logits. Received: {received}. Compile with "
             "loss=MatryoshkaLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True))."
         )
+
+
+def _check_metrics(metrics: Any, head: MatryoshkaHead) -> None:
+    """Refuse Keras's own metrics as they are: the axis of dims would pass for one of samples."""
+    for metric in keras.tree.flatten(metrics or []):
+        is_keras = type(metric).__module__.startswith("keras.") and metric is not None
+        if isinstance(metric, str) or (is_keras and isinstance(metric, keras.metrics.Metric)):
+            shown = repr(metric) if isinstance(metric, str) else type(metric).__name__
+            raise ValueError(
+                "Metrics of a MatryoshkaClassifier are counted per dim. "
+                f"Received: {shown}. Write MatryoshkaMetric("
+                f"keras.metrics.SparseCategoricalAccuracy(name='accuracy'), dims={head.dims})."
+            )
 
 
 def _named(loss: Any) -> str:

@@ -54,6 +54,8 @@ class RowwiseStep:
             training: Whether a gradient will be asked for.
         """
         dims, config = head.dims or (), self.loss.loss.get_config()
+        for metric in (*self.metrics, *self.weighted_metrics):
+            _check_dims(metric, dims)
         kernels, biases = head.parameters()
         mask, like = mask_of(features), features[..., 0]
         labels, targets = _labels(
@@ -62,7 +64,6 @@ class RowwiseStep:
         kept = mask
         if config.get("ignore_class") is not None:
             counted = ops.not_equal(labels, config["ignore_class"])
-            targets = ops.where(ops.reshape(counted, (-1,)), targets, ops.zeros_like(targets))
             kept = counted if mask is None else ops.logical_and(mask, counted)
         said = nested_crossentropy(
             ops.reshape(features, (-1, features.shape[-1])),
@@ -116,11 +117,35 @@ def _needs_no_logits(metric: Any, smoothing: float) -> bool:
     return type(metric) is MatryoshkaMetric and row_values(metric.metric, smoothing) is not None
 
 
+def _check_dims(metric: MatryoshkaMetric, dims: tuple[int, ...]) -> None:
+    if metric.dims != dims:
+        raise ValueError(
+            "A MatryoshkaMetric must name the dims of the head. "
+            f"Received: {metric.name!r} with dims={metric.dims} for a head of {dims}. "
+            f"Write MatryoshkaMetric(..., dims={dims})."
+        )
+
+
 def _labels(labels: Any, features: Any, num_classes: int, dense: bool) -> tuple[Any, Any]:
     """Return integer labels in the shape of the features' rows, and what the rows are to say."""
     labels = ops.convert_to_tensor(labels)
+    per_class = len(labels.shape) == len(features.shape)
+    if dense and (not per_class or labels.shape[-1] != num_classes):
+        raise ValueError(
+            "CategoricalCrossentropy takes a share of every class per row. "
+            f"Received: labels of shape {tuple(labels.shape)} for {num_classes} classes. "
+            "Use SparseCategoricalCrossentropy for integer labels."
+        )
+    if not dense and per_class and labels.shape[-1] != 1:
+        raise ValueError(
+            "SparseCategoricalCrossentropy takes one integer per row. "
+            f"Received: labels of shape {tuple(labels.shape)} for {num_classes} classes. "
+            "Use CategoricalCrossentropy for one-hot labels, or take their argmax."
+        )
     if dense:
         shares = ops.reshape(ops.cast(labels, "float32"), (-1, num_classes))
         return ops.argmax(labels, axis=-1), shares
+    if keras.backend.standardize_dtype(labels.dtype) == "bool":
+        labels = ops.cast(labels, "int32")
     labels = ops.reshape(labels, ops.shape(features)[:-1])
     return labels, ops.reshape(labels, (-1,))

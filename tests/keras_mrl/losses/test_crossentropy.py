@@ -154,6 +154,8 @@ def test_unusual_batches() -> None:
     loss, gradient = fused(True, x=X * np.nan)
     assert np.isnan(loss)
     assert np.isnan(gradient[0][:, : DIMS[-1]]).all()
+    nowhere = nested_crossentropy(X * np.nan, UNTIED, None, Y, DIMS)
+    assert (ops.convert_to_numpy(nowhere.ranks) == CLASSES).all()
     assert np.isnan(fused(False, labels=np.where(Y == 2, CLASSES, Y))[0])
     assert np.isnan(fused(False, labels=np.where(Y == 2, -1, Y))[0])
     empty = fused(True, x=X[:0], labels=Y[:0], row_weights=None)

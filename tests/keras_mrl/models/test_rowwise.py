@@ -17,6 +17,8 @@ from keras_mrl import (
     first_boosted,
 )
 from keras_mrl.losses import chunks
+from keras_mrl.models.rowwise import rowwise_step
+from tests.laws import exactly
 
 pytestmark = pytest.mark.backend
 
@@ -90,6 +92,12 @@ CASES: dict[str, dict[str, Any]] = {
         "metrics": [nested(Perplexity(ignore_class=-1))],
         "sample_weight": RANDOM.random((ROWS, LENGTH)),
     },
+    "ignored labels": {
+        "y": np.where(Y < 3, -1, Y),
+        "loss": MatryoshkaLoss(SPARSE(from_logits=True, ignore_class=-1)),
+        "metrics": [nested(keras.metrics.SparseCategoricalAccuracy(name="accuracy"))],
+        "run_eagerly": True,
+    },
     "some dims": {
         "loss": MatryoshkaLoss(SPARSE(from_logits=True), dims_per_step=2),
         "kernel_regularizer": "l2",
@@ -114,7 +122,8 @@ def trained(kind: Any, given: dict[str, Any]) -> tuple[keras.Model, dict[str, li
     }
     fitted = {name: case[name] for name in ("sample_weight", "class_weight") if name in case}
     model = kind(case["backbone"](), MatryoshkaHead(CLASSES, DIMS, **head))
-    model.compile(keras.optimizers.SGD(0.1), case["loss"], **compiled)
+    eagerly = case.get("run_eagerly", False)
+    model.compile(keras.optimizers.SGD(0.1), case["loss"], run_eagerly=eagerly, **compiled)
     history = model.fit(
         case["x"],
         case["y"],
@@ -260,3 +269,118 @@ def _of_jaxpr(jaxpr: Any) -> Iterator[int]:
                     yield from _of_jaxpr(inner.jaxpr)
                 elif hasattr(inner, "eqns"):
                     yield from _of_jaxpr(inner)
+
+
+@pytest.mark.parametrize(
+    ("classes", "dims", "labels"),
+    [(1, (5,), np.zeros(6, int)), (3, (3, 5), np.full(6, 2))],
+    ids=["one class, one dim", "labels of one class"],
+)
+def test_degenerate_data_trains(classes: int, dims: tuple[int, ...], labels: Any) -> None:
+    backbone = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5)])  # no power of two
+    model = MatryoshkaClassifier(backbone, MatryoshkaHead(classes, dims))
+    accuracy = MatryoshkaMetric(keras.metrics.SparseCategoricalAccuracy(name="accuracy"), dims)
+    loss = MatryoshkaLoss(SPARSE(from_logits=True))
+    model.compile(keras.optimizers.SGD(0.5), loss, metrics=[accuracy])
+    history = model.fit(X[:6], labels, epochs=20, verbose=0).history
+    assert history["loss"][-1] < 0.1
+    assert history[f"accuracy_{dims[-1]}"][-1] == 1
+    assert np.isfinite(np.concatenate([w.ravel() for w in model.get_weights()])).all()
+
+
+def test_features_that_are_not_finite_make_the_loss_nan() -> None:
+    model = MatryoshkaClassifier(flat(), MatryoshkaHead(CLASSES, DIMS))
+    model.compile("sgd", MatryoshkaLoss(SPARSE(from_logits=True)))
+    accuracy = nested(keras.metrics.SparseCategoricalAccuracy(name="accuracy"))
+    model.compile("sgd", MatryoshkaLoss(SPARSE(from_logits=True)), metrics=[accuracy])
+    for value in (np.nan, np.inf):
+        log = model.evaluate(np.full_like(X, value), Y, verbose=0, return_dict=True)
+        assert np.isnan(log["loss"])
+        assert log["accuracy_2"] < 0.5
+
+
+def test_layers_that_add_losses_of_any_shape_count_as_in_keras() -> None:
+    class Adds(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            self.add_loss(0.01 * ops.square(x))
+            return x
+
+    backbone = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8), Adds()])
+    model = MatryoshkaClassifier(backbone, MatryoshkaHead(CLASSES, DIMS))
+    model.compile("sgd", MatryoshkaLoss(SPARSE(from_logits=True)))
+    loss = model.evaluate(X, Y, batch_size=ROWS, verbose=0)
+    made = ops.convert_to_numpy(backbone.layers[0](X))
+    expected = 0.01 * np.square(made).sum()
+    assert expected > 0.1
+    plain = MatryoshkaLoss(SPARSE(from_logits=True))(Y, model.predict(X, verbose=0))
+    assert loss == pytest.approx(float(plain) + expected, rel=1e-4)
+
+
+class Scaled(MatryoshkaHead):
+    """Another head: it reads other features with the same kernels."""
+
+    def call(self, features: Any, training: bool | None = None) -> Any:
+        return super().call(2.0 * features, training=training)
+
+
+def test_a_head_of_another_kind_is_asked_for_its_logits() -> None:
+    model = MatryoshkaClassifier(flat(), Scaled(CLASSES, DIMS))
+    loss = MatryoshkaLoss(SPARSE(from_logits=True))
+    model.compile("sgd", loss)
+    expected = float(loss(Y, model.predict(X, verbose=0)))
+    assert model.evaluate(X, Y, verbose=0) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "labels", "sentence"),
+    [
+        (
+            {"metrics": [MatryoshkaMetric(keras.metrics.CategoricalAccuracy("a"), (2, 4, 8))]},
+            Y,
+            "A MatryoshkaMetric must name the dims of the head. "
+            "Received: 'a' with dims=(2, 4, 8) for a head of (2, 5, 8). "
+            "Write MatryoshkaMetric(..., dims=(2, 5, 8)).",
+        ),
+        (
+            {"loss": MatryoshkaLoss(DENSE(from_logits=True))},
+            Y,
+            "CategoricalCrossentropy takes a share of every class per row. "
+            "Received: labels of shape (22,) for 7 classes. "
+            "Use SparseCategoricalCrossentropy for integer labels.",
+        ),
+        (
+            {},
+            np.eye(CLASSES)[Y],
+            "SparseCategoricalCrossentropy takes one integer per row. "
+            "Received: labels of shape (22, 7) for 7 classes. "
+            "Use CategoricalCrossentropy for one-hot labels, or take their argmax.",
+        ),
+    ],
+    ids=["other dims", "integers", "one-hot"],
+)
+def test_what_does_not_fit_the_head_is_refused(
+    given: dict[str, Any], labels: Any, sentence: str
+) -> None:
+    loss = given.get("loss", MatryoshkaLoss(SPARSE(from_logits=True)))
+    step = rowwise_step(loss, given.get("metrics"), None, None)
+    assert step is not None
+    head = MatryoshkaHead(CLASSES, DIMS)
+    head.build((None, 8))
+    features = ops.ones((ROWS, 8))
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        step.compute_loss(head, features, labels, None, None, training=False)
+
+
+def test_metrics_of_keras_are_refused_as_they_are() -> None:
+    model = MatryoshkaClassifier(flat(), MatryoshkaHead(CLASSES, DIMS))
+    rule = "Metrics of a MatryoshkaClassifier are counted per dim. Received: "
+    remedy = (
+        ". Write MatryoshkaMetric(keras.metrics.SparseCategoricalAccuracy(name='accuracy'), "
+        "dims=(2, 5, 8))."
+    )
+    for metric, shown in (
+        ("accuracy", "'accuracy'"),
+        (keras.metrics.SparseCategoricalAccuracy(), "SparseCategoricalAccuracy"),
+    ):
+        with pytest.raises(ValueError, match=exactly(rule + shown + remedy)):
+            model.compile("sgd", MatryoshkaLoss(SPARSE(from_logits=True)), metrics=[metric])
