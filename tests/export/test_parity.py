@@ -198,8 +198,8 @@ def broken_ids(served: Any, patch: pytest.MonkeyPatch) -> None:
 def broken_description(served: Any, patch: pytest.MonkeyPatch) -> None:
     del served
     from keras_mrl_export import signatures
+    from keras_mrl_export.tracing import describing
 
-    describing = signatures.describing
     patch.setattr(signatures, "describing", lambda m: describing(dataclasses.replace(m, name="x")))
 
 
