@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import tensorflow as tf
-
-from keras_mrl_serving import contract
-from keras_mrl_serving._session import SavedModelSession
-from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.index import ExactIndex
-from keras_mrl_serving.version import __version__
 
-from .index_graph import IndexGraph
-from .parity import check_described, same_neighbors
 from .publish import publishing
-from .tolerance import TOLERANCE
-from .tracing import describing
-
-_QUERIES = 16  # gallery rows that both are asked
 
 
 def export_index(
@@ -64,60 +46,8 @@ def export_index(
             f"Received: {type(index).__name__}. "
             "Build one of the same embeddings: ExactIndex.build(gallery, schedule, ids)."
         )
-    manifest = _manifest(index, name)
+    from .index_build import build_index  # TensorFlow, which other backends need only for this
+
     with publishing(Path(base_path), version) as staged:
-        _write(index, manifest, staged.folder)
-        (staged.folder / contract.MANIFEST_FILE).parent.mkdir()
-        (staged.folder / contract.MANIFEST_FILE).write_text(manifest.to_json() + "\n")
-        _check(staged.folder, manifest, index)
+        build_index(index, name, staged.folder)
     return staged.published
-
-
-def _write(index: ExactIndex, manifest: Manifest, folder: Path) -> None:
-    gallery = IndexGraph(index)
-    held = tf.Module()
-    held.state = gallery.variables()
-    signatures = gallery.signatures()
-    signatures[contract.SERVING_DEFAULT] = signatures[contract.SEARCH]
-    signatures[contract.DESCRIBE] = describing(manifest)
-    tf.saved_model.save(held, str(folder), signatures=signatures)
-
-
-def _check(folder: Path, manifest: Manifest, index: ExactIndex) -> None:
-    rows = np.unique(np.linspace(0, len(index) - 1, _QUERIES).astype(np.int64))
-    queries = np.concatenate([block[rows] for block in index.blocks], axis=1)
-    with SavedModelSession(folder) as session:
-
-        def run(signature: str, inputs: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
-            return session.run(signature, inputs)
-
-        found = run(contract.SEARCH, {"embedding": queries})
-        same_neighbors(contract.SEARCH, found, index, queries, TOLERANCE)
-        check_described(run, manifest)
-
-
-def _manifest(index: ExactIndex, name: str) -> Manifest:
-    schedule = index.schedule
-    spec = {"dtype": "float32", "shape": [None, index.width]}
-    return Manifest(
-        name=name,
-        kind="index",
-        fingerprint=_fingerprint(index),
-        encoder_fingerprint=index.encoder_fingerprint,
-        dims=schedule.dims,
-        width=index.width,
-        inputs={"embedding": spec},
-        normalize=False,
-        metric=index.metric,
-        funnel=schedule.to_json(),
-        size=len(index),
-        made_with={"keras_mrl": __version__, "tensorflow": tf.__version__},
-    )
-
-
-def _fingerprint(index: ExactIndex) -> str:
-    """SHA-256 of the schedule, the metric, the encoder, the ids and every row."""
-    digest = hashlib.sha256(json.dumps(index.facts.to_json()).encode())
-    for array in (index.ids, *index.blocks):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
