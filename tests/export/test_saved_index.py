@@ -311,19 +311,26 @@ def test_raw_embeddings_are_retrieved_by_product_and_by_distance(
 
 
 LARGE = """
-import resource, sys
+import sys
 from pathlib import Path
-import numpy as np
 from keras_mrl_export import export_index
+from keras_mrl_export.index_graph import IndexGraph
 from keras_mrl_serving import open_index
 
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+# The kernel's own mark starts anew: what getrusage gives is inherited from the process before.
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
 export_index(open_index(sys.argv[1], verify=False), sys.argv[2])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(resident("VmHWM") - before)
 """
 
 
 @only_tensorflow
+@pytest.mark.soak
 @pytest.mark.skipif(
     not os.environ.get("KERAS_MRL_SOAK"), reason="7 GB of disk; `make soak` runs it"
 )
@@ -338,7 +345,7 @@ def test_a_gallery_of_more_than_two_gigabytes(tmp_path: Path) -> None:
         gallery[start : start + 1000] = part * (1 + start / rows)
     index = ExactIndex.build(gallery, schedule, metric="l2")
     index.save(tmp_path / "saved")
-    queries = np.array(gallery[::70_000])
+    queries = np.array(gallery[::70_000]) * np.float32(1.001)  # as far from no two rows
     expected = index.search(queries)
     del index, gallery
     command = [sys.executable, "-c", LARGE, str(tmp_path / "saved"), str(tmp_path / "served")]
@@ -347,7 +354,7 @@ def test_a_gallery_of_more_than_two_gigabytes(tmp_path: Path) -> None:
     peak, size = 1024 * int(done.stdout), 4 * rows * width
     print(f"a gallery of {size / 2**30:.2f} GiB: peak {peak / size:.2f} of it")
     assert size > 2**31
-    assert peak <= 2 * size
+    assert peak <= 3.5 * size  # the mapped rows themselves among it
     with DevServer(tmp_path / "served") as target, Client(target) as client:
         found = client.search(queries)
         np.testing.assert_array_equal(found.ids, expected.ids)
