@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ def build_index(index: ExactIndex, name: str, folder: Path) -> None:
     """
     manifest = _manifest(index, name)
     _write(index, manifest, folder)
+    gc.collect()  # functions hold their variables in cycles, and the rows are loaded once more
     (folder / contract.MANIFEST_FILE).parent.mkdir()
     (folder / contract.MANIFEST_FILE).write_text(manifest.to_json() + "\n")
     _check(folder, manifest, index)

@@ -149,6 +149,7 @@ def _block(index: ExactIndex, start: int, stop: int, order: Any) -> tuple[Any, A
     for first in range(0, len(order), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
         rows = np.ascontiguousarray(held[order[part], columns])
-        variable[part].assign(rows)
+        # In place: assigning to a slice would copy the whole variable first.
+        variable.scatter_nd_update(np.arange(first, first + len(rows))[:, None], rows)
         squares[part] = np.einsum("rc,rc->r", rows, rows)
     return variable, squares
