@@ -109,6 +109,8 @@ def is_allowed(room: str, file: Path, name: str) -> bool:
     if room == "keras_mrl_serving":
         if top in TENSORFLOW:
             return file.name == "_session.py" or "server" in file.parts
+        if top == "grpc_health":
+            return "server" in file.parts
         if top in {"faiss", "qdrant_client"}:
             return file.parent.name == "index"
         return top in {"numpy", "grpc", "google"}

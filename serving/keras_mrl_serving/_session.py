@@ -80,9 +80,29 @@ class SavedModelSession:
         names = tuple(output_names) or tuple(outputs)
         feeds = {aliases[name]: value for name, value in inputs.items()}
         fetches = [outputs[name] for name in names]
+        values = self.run_tensors(feeds, fetches, timeout_s=timeout_s)
+        return dict(zip(names, values, strict=True))
+
+    def run_tensors(
+        self,
+        feeds: Mapping[str, np.ndarray],
+        fetches: Sequence[str],
+        *,
+        timeout_s: float | None = None,
+    ) -> list[np.ndarray]:
+        """Runs what lies between tensors of the graph, each one's name given by a signature.
+
+        Args:
+            feeds: arrays by the name of the tensor they take the place of.
+            fetches: the tensors to compute.
+            timeout_s: how long the model may compute; None means without limit.
+
+        Raises:
+            KeyError: no signature has a tensor of that name.
+            tf.errors.OpError: what the TensorFlow runtime raised, with its text.
+        """
         run = self._run_as_tf_serving if RUNS_AS_TF_SERVING else self._run_publicly
-        values = run(feeds, fetches, timeout_s)
-        return {name: as_array(value) for name, value in zip(names, values, strict=True)}
+        return [as_array(value) for value in run(feeds, fetches, timeout_s)]
 
     def close(self) -> None:
         """Frees the session and its variables; call it once no run is under way."""

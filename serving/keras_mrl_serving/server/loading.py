@@ -1,15 +1,18 @@
 """A version opened as TensorFlow Serving opens one: the session, batched if asked, warmed up."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
-import numpy as np
 import tensorflow as tf
 
 from .._session import SavedModelSession
+from .batching import BatchingSession
+from .batching_config import batching_options
+from .batching_threads import BatchThreads
+from .running import ServingSession
 from .status import StatusError, from_number
+from .warmup import warm_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,31 +22,16 @@ class LoadOptions:
     Args:
         enable_model_warmup: replay the records in the version's assets.extra before it serves.
         batching_parameters: a `tensorflow.serving.BatchingParameters`; None means unbatched.
+
+    Attributes:
+        batch_threads: what all models loaded with these options share.
     """
 
     enable_model_warmup: bool = True
     batching_parameters: Any | None = None
-
-
-class ServingSession(Protocol):
-    """What a loaded version is to those who serve it."""
-
-    @property
-    def signatures(self) -> Mapping[str, Any]:
-        """The SignatureDefs by their key."""
-
-    def run(
-        self,
-        signature_name: str,
-        inputs: Mapping[str, np.ndarray],
-        output_names: Sequence[str] = (),
-        *,
-        timeout_s: float | None = None,
-    ) -> dict[str, np.ndarray]:
-        """Runs one signature; see `SavedModelSession.run`."""
-
-    def close(self) -> None:
-        """Frees everything; call it once no run is under way."""
+    batch_threads: BatchThreads = field(
+        default_factory=BatchThreads, init=False, repr=False, compare=False
+    )
 
 
 def load(path: str, options: LoadOptions) -> ServingSession:
@@ -56,8 +44,18 @@ def load(path: str, options: LoadOptions) -> ServingSession:
     Raises:
         StatusError: it does not load, with TensorFlow Serving's code and text.
     """
-    del options
-    return _open(path)
+    parameters = options.batching_parameters
+    batching = None if parameters is None else batching_options(parameters)
+    session: ServingSession = (opened := _open(path))
+    if batching is not None:
+        session = BatchingSession(opened, batching, options.batch_threads)
+    try:
+        if options.enable_model_warmup:
+            warm_up(session, path)
+    except BaseException:
+        session.close()
+        raise
+    return session
 
 
 def _open(path: str) -> SavedModelSession:

@@ -1,4 +1,4 @@
-"""TensorProto to array and back, as `Tensor::FromProto` and `Tensor::AsProtoField` do it."""
+"""TensorProto to array and back, as C++ `Tensor::FromProto` and `Tensor::AsProto...` do it."""
 
 from typing import Any
 
@@ -51,22 +51,24 @@ def decode(proto: Any) -> np.ndarray:
         raise ValueError from error
 
 
-def encode(array: np.ndarray, proto: Any) -> None:
+def encode(array: np.ndarray, proto: Any, *, as_tensor_content: bool = False) -> None:
     """Fills a TensorProto as TensorFlow Serving answers: the values in the field of their dtype.
 
     Args:
         array: the values; strings are objects of bytes.
         proto: an empty `TensorProto`.
+        as_tensor_content: `tensor_content` instead, as `Tensor::AsProtoTensorContent` writes it.
     """
     dtype = tf.as_dtype(array.dtype)
+    if as_tensor_content:
+        _describe(proto, dtype, array.shape)
+        proto.tensor_content = _strings(array) if dtype == tf.string else array.tobytes()
+        return
     if dtype not in _RAW and dtype not in _LISTED and dtype not in _HALVES:
         # Quantised and 4- or 8-bit types: right, if not in the field TensorFlow Serving chooses.
         proto.CopyFrom(tf.make_tensor_proto(array))
         return
-    proto.dtype = dtype.as_datatype_enum
-    proto.tensor_shape.SetInParent()
-    for size in array.shape:
-        proto.tensor_shape.dim.add(size=size)
+    _describe(proto, dtype, array.shape)
     if dtype in _RAW:
         number = proto.DESCRIPTOR.fields_by_name[_RAW[dtype]].number
         data = array.tobytes()
@@ -75,6 +77,19 @@ def encode(array: np.ndarray, proto: Any) -> None:
         getattr(proto, _LISTED[dtype]).extend(array.ravel().tolist())
     else:
         proto.half_val.extend(array.view(np.uint16).ravel().tolist())
+
+
+def _describe(proto: Any, dtype: tf.DType, shape: tuple[int, ...]) -> None:
+    proto.dtype = dtype.as_datatype_enum
+    proto.tensor_shape.SetInParent()
+    for size in shape:
+        proto.tensor_shape.dim.add(size=size)
+
+
+def _strings(array: np.ndarray) -> bytes:
+    """All lengths, then all bytes: `EncodeStringList`."""
+    strings: list[bytes] = array.ravel().tolist()
+    return b"".join((*(_varint(len(string)) for string in strings), *strings))
 
 
 def _varint(number: int) -> bytes:

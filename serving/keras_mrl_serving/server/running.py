@@ -1,0 +1,126 @@
+"""A Predict request and a session: the checks in TensorFlow Serving's order, and the run."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import grpc
+import numpy as np
+import tensorflow as tf
+
+from .status import StatusError, from_number, invalid_argument
+from .tensors import decode
+
+
+class ServingSession(Protocol):
+    """What a loaded version is to those who serve it: a SavedModelSession, or one that batches."""
+
+    signatures: Mapping[str, Any]
+
+    def run(
+        self,
+        signature_name: str,
+        inputs: Mapping[str, np.ndarray],
+        output_names: Sequence[str] = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Runs one signature; see `SavedModelSession.run`."""
+
+    def close(self) -> None:
+        """Frees everything; call it once no run is under way."""
+
+
+def run_predict(
+    session: ServingSession, request: Any, timeout_s: float | None
+) -> tuple[str, dict[str, np.ndarray]]:
+    """The signature that answers a PredictRequest, and its outputs.
+
+    Args:
+        session: the version that is asked.
+        request: the `PredictRequest`; of its model_spec the signature alone counts.
+        timeout_s: what is left until the caller's deadline; None without one.
+
+    Raises:
+        StatusError: the code and the text TensorFlow Serving would send.
+    """
+    name = request.model_spec.signature_name or "serving_default"
+    if name not in session.signatures:
+        raise StatusError(
+            grpc.StatusCode.FAILED_PRECONDITION, f'Serving signature key "{name}" not found.'
+        )
+    signature = session.signatures[name]
+    inputs = _read_inputs(signature, request.inputs)
+    _check_output_filter(signature, request.output_filter)
+    return name, run(session, name, inputs, request.output_filter, timeout_s)
+
+
+def run(
+    session: ServingSession,
+    name: str,
+    inputs: Mapping[str, np.ndarray],
+    outputs: Sequence[str],
+    timeout_s: float | None,
+) -> dict[str, np.ndarray]:
+    """Runs one signature, and says what TensorFlow says in TensorFlow Serving's codes.
+
+    Args:
+        session: the version that is asked.
+        name: a key of its signatures.
+        inputs: arrays by the signature's input names.
+        outputs: the outputs to fetch; empty means all of them.
+        timeout_s: what is left until the caller's deadline; None without one.
+
+    Raises:
+        StatusError: the run fails.
+    """
+    try:
+        return session.run(name, inputs, outputs, timeout_s=timeout_s)
+    except tf.errors.OpError as error:
+        raise from_number(error.error_code, error.message) from error
+
+
+def _read_inputs(signature: Any, sent: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    declared, defaults = signature.inputs, signature.defaults
+    if len(sent) > len(declared) or (len(sent) < len(declared) and not defaults):
+        raise invalid_argument(
+            f"input size does not match signature: {len(sent)}!={len(declared)} "
+            f"len({_names(sent)}) != len({_names(declared)}). "
+            f"Sent extra: {_names(sent.keys() - declared.keys())}. "
+            f"Missing but required: {_names(declared.keys() - sent.keys())}."
+        )
+    inputs = {}
+    for alias in sorted(declared):
+        if alias not in sent and alias not in defaults:
+            raise invalid_argument(
+                f"Signature input alias: {alias}(feed name: {declared[alias].name}) not found in "
+                f"request and no default value provided. Inputs expected to be in the request "
+                f"{_names(sent)}, or default input alias set: {','.join(sorted(defaults))}"
+            )
+        try:
+            inputs[alias] = decode(sent[alias] if alias in sent else defaults[alias])
+        except ValueError as error:
+            raise invalid_argument(f"tensor parsing error: {alias}") from error
+    used = sent.keys() & declared.keys()
+    if len(used) != len(sent):
+        raise invalid_argument(
+            f"Inputs contains invalid name. Used request inputs: {','.join(sorted(used))}, "
+            f"request input: {','.join(sorted(sent))}"
+        )
+    return inputs
+
+
+def _check_output_filter(signature: Any, names: Iterable[str]) -> None:
+    seen = set()
+    for alias in names:
+        if alias not in signature.outputs:
+            raise invalid_argument(
+                f"output tensor alias not found in signature: {alias} Outputs expected to be "
+                f"in the set {_names(signature.outputs)}."
+            )
+        if alias in seen:
+            raise invalid_argument(f"duplicate output tensor alias: {alias}")
+        seen.add(alias)
+
+
+def _names(names: Iterable[str]) -> str:
+    return "{" + ",".join(sorted(names)) + "}"
