@@ -1,7 +1,7 @@
 """The gRPC services: each method hands its request on and turns a StatusError into a status."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
@@ -33,6 +33,18 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         timeout_s = context.time_remaining()
         return _answer(context, lambda: predict(self._models, request, timeout_s))
 
+    def Classify(self, request: Any, context: grpc.ServicerContext) -> Any:
+        del request
+        _decline(context, "Classify")
+
+    def Regress(self, request: Any, context: grpc.ServicerContext) -> Any:
+        del request
+        _decline(context, "Regress")
+
+    def MultiInference(self, request: Any, context: grpc.ServicerContext) -> Any:
+        del request
+        _decline(context, "MultiInference")
+
     def GetModelMetadata(self, request: Any, context: grpc.ServicerContext) -> Any:
         return _answer(context, lambda: get_model_metadata(self._models, request))
 
@@ -50,3 +62,11 @@ def _answer(context: grpc.ServicerContext, call: Callable[[], Any]) -> Any:
         return call()
     except StatusError as error:
         context.abort(error.code, truncated(error.message))
+
+
+def _decline(context: grpc.ServicerContext, method: str) -> NoReturn:
+    context.abort(
+        grpc.StatusCode.UNIMPLEMENTED,
+        f"The development server answers predict calls only. Received: {method}. "
+        "Call Predict, or run tensorflow/serving on the same files.",
+    )
