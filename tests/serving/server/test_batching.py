@@ -1,0 +1,442 @@
+"""Requests that are run together: the same answers, the refusals, no thread left."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from google.protobuf import text_format
+
+from keras_mrl_serving._session import SavedModelSession
+from keras_mrl_serving.server.batching import BatchingSession
+from keras_mrl_serving.server.batching_config import batching_options, batching_parameters
+from keras_mrl_serving.server.batching_merge import merge
+from keras_mrl_serving.server.batching_threads import BatchThreads
+from keras_mrl_serving.server.loading import LoadOptions, load
+from keras_mrl_serving.server.running import ServingSession
+from keras_mrl_serving.server.status import StatusError
+
+Answers = list[Any]
+TOGETHER = "batch_timeout_micros {value: 10000000} num_batch_threads {value: 2}"
+SHAPES = (
+    "Tensors with name 'rows_x:0' from different tasks have different shapes and padding is turned "
+    "off. Set pad_variable_length_inputs to true, or ensure that all tensors with the same name "
+    "have equal dimensions starting with the first dim."
+)
+
+
+class Model(tf.Module):
+    """Tells of each row how many rows ran with it, and how wide they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = tf.Variable(tf.reshape(tf.range(12.0), (4, 3)))
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None), name="x")])
+    def rows(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        count, width = tf.unstack(tf.shape(x))
+        return {
+            "count": tf.fill([count], count),
+            "width": tf.fill([count], width),
+            "total": tf.reduce_sum(x, 1),
+            "sum": tf.reduce_sum(x),
+            "first": x[:1],
+        }
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 4), name="x")])
+    def project(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"y": x @ self.weights}
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec((None,), name="a"),
+            tf.TensorSpec((None,), tf.string, name="b"),
+        ]
+    )
+    def pair(self, a: tf.Tensor, b: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"twice": a + a, "text": tf.identity(b)}
+
+    @tf.function(input_signature=[tf.TensorSpec((), name="x")])
+    def scalar(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"x": tf.identity(x)}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("batching") / "1")
+    model = Model()
+    signatures = {name: getattr(model, name) for name in ("rows", "project", "pair", "scalar")}
+    tf.saved_model.save(model, path, signatures=signatures)
+    return path
+
+
+def parameters(text: str) -> Any:
+    found: Any = batching_parameters(True, None)
+    return text_format.Parse(text, found)
+
+
+@contextmanager
+def loaded(path: str, text: str) -> Iterator[ServingSession]:
+    session = load(path, LoadOptions(batching_parameters=parameters(text)))
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+class Gate(SavedModelSession):
+    """Computes nothing until it is opened."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.entered, self.opened = threading.Event(), threading.Event()
+        self.timeouts: list[float | None] = []
+
+    def run_tensors(
+        self, feeds: Any, fetches: Sequence[str], *, timeout_s: float | None = None
+    ) -> list[np.ndarray]:
+        self.timeouts.append(timeout_s)
+        self.entered.set()
+        assert self.opened.wait(30)
+        return super().run_tensors(feeds, fetches, timeout_s=timeout_s)
+
+
+@contextmanager
+def gated(path: str, text: str) -> Iterator[tuple[Gate, BatchingSession]]:
+    gate = Gate(path)
+    session = BatchingSession(gate, batching_options(parameters(text)), BatchThreads())
+    try:
+        yield gate, session
+    finally:
+        gate.opened.set()
+        session.close()
+
+
+def at_once(*calls: Callable[[], Any]) -> Answers:
+    """What each call returns, or the code and text it is refused with."""
+
+    def answer(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except StatusError as error:
+            return error.code.name, error.message
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(answer, calls))
+
+
+def rows(session: ServingSession, x: Any, outputs: Sequence[str] = ("count",), **more: Any) -> Any:
+    return session.run("rows", {"x": np.asarray(x, np.float32)}, outputs, **more)
+
+
+def refused(call: Callable[[], Any]) -> tuple[str, str]:
+    ((code, text),) = at_once(call)
+    return code, text
+
+
+def test_requests_are_run_together_and_each_gets_its_own_rows(path: str) -> None:
+    with loaded(path, f"max_batch_size {{value: 6}} {TOGETHER}") as session:
+        first, second = at_once(
+            lambda: rows(session, [[1, 2], [3, 4]], ("count", "total")),
+            lambda: rows(session, [[5, 6]] * 4, ("total", "count")),
+        )
+    assert first["count"].tolist() == [6, 6]
+    assert first["total"].tolist() == [3, 7]
+    assert list(second) == ["total", "count"]
+    assert second["count"].tolist() == [6] * 4
+    assert second["total"].tolist() == [11] * 4
+
+
+def test_strings_and_several_inputs(path: str) -> None:
+    texts = np.array([b"a\0", b"", "grün".encode(), b"b"], object)
+    numbers = np.arange(4, dtype=np.float32)
+    with loaded(path, f"max_batch_size {{value: 4}} {TOGETHER}") as session:
+        answers = at_once(
+            *(
+                lambda part=part: session.run("pair", {"a": numbers[part], "b": texts[part]})
+                for part in (slice(0, 1), slice(1, 3), slice(3, 4))
+            )
+        )
+    assert [answer["text"].tolist() for answer in answers] == [
+        [b"a\0"],
+        [b"", "grün".encode()],
+        [b"b"],
+    ]
+    assert [answer["twice"].tolist() for answer in answers] == [[0], [2, 4], [6]]
+
+
+def test_another_set_of_outputs_is_another_queue(path: str) -> None:
+    with loaded(path, "batch_timeout_micros {value: 50000} max_batch_size {value: 2}") as session:
+        answers = at_once(
+            lambda: rows(session, [[1]], ("count",)),
+            lambda: rows(session, [[1]], ("count", "total")),
+        )
+    assert [answer["count"].tolist() for answer in answers] == [[1], [1]]
+
+
+def test_a_batch_is_padded_to_an_allowed_size(path: str) -> None:
+    text = "max_batch_size {value: 8} allowed_batch_sizes: [2, 4, 8]"
+    with loaded(path, text) as session:
+        for size, padded in ((0, 0), (1, 2), (2, 2), (3, 4), (5, 8)):
+            answer = rows(session, np.ones((size, 3)), ("count", "total"))
+            assert answer["count"].tolist() == [padded] * size
+            assert answer["total"].tolist() == [3] * size
+
+
+def test_the_padding_is_the_first_row_of_the_last_request() -> None:
+    requests = [{"x": np.array(rows)} for rows in ([[1], [2]], [[3], [4]], np.ones((0, 1), int))]
+    assert merge(requests[:2], 3, False)["x"].ravel().tolist() == [1, 2, 3, 4, 3, 3, 3]
+    assert merge(requests, 1, False)["x"].ravel().tolist() == [1, 2, 3, 4, 3]
+
+
+def test_33_a_task_larger_than_a_batch(path: str) -> None:
+    with loaded(path, "max_batch_size {value: 32}") as session:
+        assert refused(lambda: rows(session, np.ones((33, 1)))) == (
+            "INVALID_ARGUMENT",
+            "Task size 33 is larger than maximum input batch size 32",
+        )
+        assert rows(session, np.ones((32, 1)))["count"].tolist() == [32] * 32
+
+
+def test_34_a_queue_that_is_full(path: str) -> None:
+    text = "max_batch_size {value: 1} max_enqueued_batches {value: 2} num_batch_threads {value: 1}"
+    with gated(path, text) as (gate, session), ThreadPoolExecutor(8) as pool:
+        first = pool.submit(rows, session, [[1]])
+        assert gate.entered.wait(30)
+        others = [pool.submit(rows, session, [[1]]) for _ in range(7)]
+        while sum(future.done() for future in others) < 5:
+            time.sleep(0.001)
+        gate.opened.set()
+        assert first.result()["count"].tolist() == [1]
+        refusals = [future for future in others if future.exception()]
+        assert len(refusals) == 5
+        assert [f.result()["count"].tolist() for f in others if f not in refusals] == [[1], [1]]
+    for future in refusals:
+        error = future.exception()
+        assert isinstance(error, StatusError)
+        assert error.code.name == "UNAVAILABLE"
+        assert error.message == (
+            "The batch scheduling queue to which this task was submitted is full; currently 2 "
+            "batches enqueued and max_enqueued_batches is 2"
+        )
+
+
+def test_35_a_deadline_that_passes_in_the_queue(path: str) -> None:
+    with (
+        gated(path, "max_batch_size {value: 1} num_batch_threads {value: 1}") as (gate, session),
+        ThreadPoolExecutor(2) as pool,
+    ):
+        first = pool.submit(rows, session, [[1]], timeout_s=60.0)
+        assert gate.entered.wait(30)
+        late = pool.submit(refused, lambda: rows(session, [[1]], timeout_s=0.01))
+        time.sleep(0.1)
+        gate.opened.set()
+        assert late.result() == (
+            "RESOURCE_EXHAUSTED",
+            "Run() timeout exceeded while waiting in batching queue",
+        )
+        assert first.result()["count"].tolist() == [1]
+
+
+def test_the_latest_deadline_holds_for_all(path: str) -> None:
+    with gated(path, f"max_batch_size {{value: 2}} {TOGETHER}") as (gate, session):
+        gate.opened.set()
+        at_once(
+            lambda: rows(session, [[1]], timeout_s=2.0), lambda: rows(session, [[1]], timeout_s=50)
+        )
+        at_once(lambda: rows(session, [[1]], timeout_s=2.0), lambda: rows(session, [[1]]))
+    limited, unlimited = gate.timeouts
+    assert limited is not None
+    assert 40 < limited <= 50
+    assert unlimited is None
+
+
+@pytest.mark.parametrize(
+    ("signature", "inputs", "text"),
+    [
+        ("scalar", {"x": np.float32(1)}, "must have at least one dimension"),
+        (
+            "pair",
+            {"a": np.ones(2, np.float32), "b": np.array([b""], object)},
+            "must have equal 0th-dimension size",
+        ),
+    ],
+)
+def test_36_inputs_without_a_common_dim_0(
+    path: str, signature: str, inputs: dict[str, Any], text: str
+) -> None:
+    with loaded(path, "") as session:
+        assert refused(
+            lambda: session.run(signature, {k: np.asarray(v) for k, v in inputs.items()})
+        ) == ("INVALID_ARGUMENT", f"Batching Run() input tensors {text}")
+
+
+def test_36_no_input_at_all(path: str) -> None:
+    with loaded(path, "") as session:
+        assert refused(lambda: session.run("pair", {})) == (
+            "INVALID_ARGUMENT",
+            "Batching Run() must have at least one input tensor",
+        )
+
+
+def test_37_inner_shapes_that_differ_fail_every_task(path: str) -> None:
+    with loaded(path, f"max_batch_size {{value: 3}} {TOGETHER}") as session:
+        answers = at_once(
+            lambda: rows(session, [[1, 2]]),
+            lambda: rows(session, [[1, 2]]),
+            lambda: rows(session, [[1, 2, 3]]),
+        )
+        assert answers == [("FAILED_PRECONDITION", SHAPES)] * 3
+
+
+def test_dtypes_that_differ_fail_every_task(path: str) -> None:
+    with loaded(path, f"max_batch_size {{value: 2}} {TOGETHER}") as session:
+        first, second = at_once(
+            lambda: session.run("rows", {"x": np.ones((1, 2), np.float32)}),
+            lambda: session.run("rows", {"x": np.array([[b"", b""]], object)}),
+        )
+    assert first == second
+    assert first[0] == "INTERNAL"
+    text = (
+        "Tensor concat operation failed: INVALID_ARGUMENT: Cannot concatenate tensors that have "
+        "different data types. Got "
+    )
+    assert first[1] in (f"{text}float and string.", f"{text}string and float.")
+
+
+def test_what_the_runtime_says_goes_to_every_task(path: str) -> None:
+    with loaded(path, f"max_batch_size {{value: 2}} {TOGETHER}") as session:
+        x = np.ones((1, 5), np.float32)
+        first, second = at_once(*[lambda: session.run("project", {"x": x})] * 2)
+    assert first == second
+    assert first[0] == "INVALID_ARGUMENT"
+    assert first[1].startswith("Matrix size-incompatible: In[0]: [2,5], In[1]: [4,3]")
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        ("sum", "Batched output tensor has 0 dimensions"),
+        (
+            "first",
+            "Batched output tensor's 0th dimension does not equal the sum of the 0th dimension "
+            "sizes of the input tensors",
+        ),
+    ],
+)
+def test_38_outputs_without_a_row_per_row(path: str, output: str, text: str) -> None:
+    with loaded(path, "") as session:
+        assert refused(lambda: rows(session, [[1], [2]], (output,))) == (
+            "FAILED_PRECONDITION",
+            text,
+        )
+
+
+def test_shorter_inputs_are_filled_with_their_own_first_element(path: str) -> None:
+    text = f"max_batch_size {{value: 3}} pad_variable_length_inputs: true {TOGETHER}"
+    with loaded(path, text) as session:
+        outputs = ("count", "width", "total")
+        short, long = at_once(
+            lambda: rows(session, [[5, 1], [1, 1]], outputs),
+            lambda: rows(session, [[2, 2, 2, 2]], outputs),
+        )
+    assert short["width"].tolist() == [4, 4]
+    assert short["total"].tolist() == [5 + 1 + 5 + 5, 1 + 1 + 5 + 5]  # 5 is the tensor's first
+    assert long["total"].tolist() == [8]
+
+
+def test_a_large_task_is_split_over_batches(path: str) -> None:
+    text = """max_batch_size {value: 10} enable_large_batch_splitting {value: true}
+              max_execution_batch_size {value: 4} num_batch_threads {value: 1}"""
+    x = np.arange(20.0).reshape(10, 2)
+    with loaded(path, text) as session:
+        answer = rows(session, x, ("count", "total"))
+        assert answer["count"].tolist() == [4] * 8 + [2] * 2
+        assert answer["total"].tolist() == x.sum(1).tolist()
+        assert refused(lambda: rows(session, np.ones((11, 1)))) == (
+            "INVALID_ARGUMENT",
+            "Task size 11 is larger than maximum input batch size 10",
+        )
+        code, error = refused(lambda: session.run("project", {"x": np.ones((9, 5), np.float32)}))
+        assert code == "INVALID_ARGUMENT"
+        assert error.startswith("Matrix size-incompatible: In[0]: [4,5], In[1]: [4,3]")
+
+
+def test_34_a_queue_too_full_for_all_parts(path: str) -> None:
+    text = """max_batch_size {value: 10} enable_large_batch_splitting {value: true}
+              max_execution_batch_size {value: 4} max_enqueued_batches {value: 2}"""
+    with loaded(path, text) as session:
+        assert refused(lambda: rows(session, np.ones((9, 1)))) == (
+            "UNAVAILABLE",
+            "The batch scheduling queue to which this task was submitted is full; task size is 9 "
+            "but scheduling capacity is only 8 (num_enqueued_batches=1, max_enqueued_batches=2, "
+            "open_batch_size=0, max_execution_batch_size=4)",
+        )
+
+
+def test_32_threads_get_what_they_would_alone(path: str) -> None:
+    rng = np.random.default_rng(0)
+    requests = [rng.normal(size=(int(n), 4)).astype(np.float32) for n in rng.integers(1, 9, 320)]
+    text = (
+        "max_batch_size {value: 64} batch_timeout_micros {value: 2000} allowed_batch_sizes: [8, 64]"
+    )
+    with loaded(path, text) as session, loaded(path, "") as other, SavedModelSession(path) as alone:
+        with ThreadPoolExecutor(32) as pool:
+            projected = list(pool.map(lambda x: session.run("project", {"x": x}), requests))
+            counted = list(pool.map(lambda x: rows(session, x), requests))
+            unpadded = list(pool.map(lambda x: other.run("project", {"x": x}), requests))
+        for x, padded, answer in zip(requests, projected, unpadded, strict=True):
+            expected = alone.run("project", {"x": x})["y"]
+            np.testing.assert_allclose(padded["y"], expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(answer["y"], expected, rtol=1e-5, atol=1e-5)
+        assert [len(answer["count"]) for answer in counted] == [len(x) for x in requests]
+        counts = {count for answer in counted for count in answer["count"]}
+        assert 64 in counts
+        assert counts <= {8, 64}
+
+
+def batching_threads() -> int:
+    return sum(thread.name == "batching" for thread in threading.enumerate())
+
+
+def test_all_models_share_the_threads_and_the_last_one_ends_them(path: str) -> None:
+    options = LoadOptions(batching_parameters=parameters("num_batch_threads {value: 3}"))
+    for _ in range(2):
+        first, second = load(path, options), load(path, options)
+        assert batching_threads() == 0
+        for session in (first, second):
+            assert rows(session, [[1]])["count"].tolist() == [1]
+        assert batching_threads() == 3
+        first.close()
+        assert batching_threads() == 3
+        assert rows(second, [[1]])["count"].tolist() == [1]
+        second.close()
+        assert batching_threads() == 0
+
+
+def test_a_session_that_is_closed_answers_who_waits(path: str) -> None:
+    text = f"max_batch_size {{value: 2}} {TOGETHER}"
+    session = load(path, LoadOptions(batching_parameters=parameters(text)))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(rows, session, [[1]])
+        while batching_threads() < 2 or not _is_queued(session):
+            time.sleep(0.001)
+        session.close()
+        assert waiting.result(10)["count"].tolist() == [1]
+
+
+def _is_queued(session: Any) -> bool:
+    return any(not queue.is_idle for queue in session._queues.values())
+
+
+def test_an_unknown_name_is_a_key_error(path: str) -> None:
+    with loaded(path, "") as session:
+        wrong: Any
+        for wrong in (("none", {}), ("rows", {"y": np.ones(1)}), ("rows", {}, ("z",))):
+            with pytest.raises(KeyError):
+                session.run(*wrong)
