@@ -1,0 +1,72 @@
+"""Answers as bytes: what Tensor::AsProtoTensorContent writes, read back by TensorFlow itself."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.framework.tensor_pb2 import TensorProto
+
+from keras_mrl_serving import _wire_pb2
+from keras_mrl_serving._tensors import from_proto
+from keras_mrl_serving.server.tensors import decode, encode
+
+DTYPES = (
+    "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16",
+    "uint32", "uint64", "bool", "complex64", "complex128", ml_dtypes.bfloat16,
+)  # fmt: skip
+TEXTS = [b"", b"ends in zero\0", b"x" * 300, "grün".encode()]
+
+
+def content(array: np.ndarray) -> TensorProto:
+    proto = TensorProto()
+    encode(array, proto, as_tensor_content=True)
+    return proto
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3), (0, 4)])
+def test_numbers(dtype: str, shape: tuple[int, ...]) -> None:
+    array = np.arange(np.prod(shape, dtype=int)).astype(dtype).reshape(shape)
+    proto = content(array)
+    assert proto.HasField("tensor_shape")
+    assert [dim.size for dim in proto.tensor_shape.dim] == list(shape)
+    assert proto.tensor_content == array.tobytes()
+    assert len(proto.ListFields()) == 2 + bool(array.size)  # dtype and shape besides
+    back = decode(proto)
+    assert (back.dtype, back.shape) == (array.dtype, array.shape)
+    np.testing.assert_array_equal(back, array)
+
+
+def test_the_rows_of_a_transposed_array() -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    np.testing.assert_array_equal(decode(content(array)), array)
+
+
+@pytest.mark.parametrize("texts", [TEXTS[1], TEXTS, [TEXTS, TEXTS[::-1]], []])
+def test_strings(texts: Any) -> None:
+    array = np.empty(np.shape(texts), object)
+    array[...] = texts
+    proto = content(array)
+    assert not proto.string_val
+    assert decode(proto).tolist() == texts
+    # Our client reads it as well.
+    wire = _wire_pb2.TensorProto.FromString(proto.SerializeToString())
+    assert from_proto(wire).tolist() == texts
+
+
+def test_the_lengths_of_strings_stand_before_them() -> None:
+    assert content(np.array([b"ab", b"", b"c"], object)).tensor_content == b"\x02\x00\x01abc"
+
+
+def test_without_it_values_stand_in_their_field() -> None:
+    proto = TensorProto()
+    encode(np.ones(2, np.float32), proto)
+    assert list(proto.float_val) == [1, 1]
+    assert not proto.tensor_content
+
+
+def test_a_dtype_of_half_a_byte_takes_one() -> None:
+    proto = content(np.array([1, 7], ml_dtypes.int4))
+    assert (proto.dtype, proto.tensor_content) == (tf.as_dtype("int4").as_datatype_enum, b"\1\7")
