@@ -1,46 +1,69 @@
-"""The development server itself: a model, a poller and its ports."""
+"""The development server itself: its models, their pollers and its ports."""
 
 import logging
-import threading
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
+from typing import Any
 
 import grpc
 
+from .batching_config import batching_parameters
+from .config import read_config, single_model
 from .http_server import HttpServer
-from .model import ServedModel, no_versions
+from .loading import LoadOptions, load
+from .manager import Models
+from .model import Retries
+from .polling import ConfigPoller, Poller
+from .ports import bind, bind_http, bind_socket
+from .reload import Configuration
 from .rest import answer
 from .service import add_services
+from .starting import apply_first, load_first_versions
 from .tls import server_credentials
-from .versions import list_versions
+from .transport import add_health, server_options
 
 _logger = logging.getLogger("keras_mrl_serving.server")
 _GRACE_S = 5.0
-_OPTIONS = (
-    # TensorFlow Serving limits no message; Python's default is 4 MB.
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # With it two servers share one port in silence, and each answers half of the requests.
-    ("grpc.so_reuseport", 0),
-)
+# Most of them wait, for a batch or for a reload; those that compute leave the GIL.
+_MAX_THREADS = 64
+Path = str | PathLike[str]
 
 
 class DevServer:
-    """Serves the SavedModels under a base path as TensorFlow Serving does, in process.
+    """Serves SavedModels as TensorFlow Serving does, in process.
 
-    For development and tests; production runs `tensorflow/serving` on the very same files.
+    For development and tests; production runs `tensorflow/serving` on the very same files. The
+    arguments are its flags.
 
     Args:
         base_path: the folder whose numeric children are the versions; the highest is served.
         model_name: the name requests ask for.
+        model_config_file: text proto of `tensorflow.serving.ModelServerConfig`: models, version
+            policies and labels. It takes the place of `base_path` and `model_name`.
+        model_config_file_poll_wait_seconds: how often that file is reloaded; 0 means never.
         port: the port to listen on; 0 takes a free one.
         host: the address to listen on.
-        file_system_poll_wait_seconds: how often `base_path` is looked at; 0 means only at start.
+        grpc_socket_path: a Unix domain socket to listen on as well; None means without.
+        grpc_channel_arguments: options of the gRPC server, `key=value,key=value`.
         rest_api_port: the port of the REST surface; 0 takes a free one, None means without.
+        rest_api_timeout_in_ms: how long a REST call may compute; 0 means without limit.
         ssl_config_file: text proto of `tensorflow.serving.SSLConfig`; with it the gRPC port
             speaks TLS. REST stays plain HTTP, as TensorFlow Serving's does.
+        file_system_poll_wait_seconds: how often base paths are looked at; 0 means only at start,
+            so that models a reload adds never come; below 0 not even then, and `poll` does.
+        max_num_load_retries: how often a version that does not load is tried again.
+        load_retry_interval_micros: the time between two tries.
+        allow_version_labels_for_unavailable_models: whether a new label may stand for a version
+            that is not available, as none is at the start.
+        enable_batching: whether requests are computed in batches.
+        batching_parameters_file: text proto of `tensorflow.serving.BatchingParameters`.
+        enable_model_warmup: whether warm-up records are replayed before a version serves.
+        enable_grpc_healthcheck_service: whether `grpc.health.v1` is served.
+        enable_serialization_as_tensor_content: whether answers come in bytes, not in the field of
+            each dtype.
 
     Examples:
         >>> with DevServer("models/flowers") as target:  # doctest: +SKIP
@@ -49,82 +72,136 @@ class DevServer:
 
     def __init__(
         self,
-        base_path: str | PathLike[str],
+        base_path: Path | None = None,
         *,
         model_name: str = "default",
+        model_config_file: Path | None = None,
+        model_config_file_poll_wait_seconds: float = 0.0,
         port: int = 0,
         host: str = "127.0.0.1",
-        file_system_poll_wait_seconds: float = 1.0,
+        grpc_socket_path: Path | None = None,
+        grpc_channel_arguments: str = "",
         rest_api_port: int | None = None,
-        ssl_config_file: str | PathLike[str] | None = None,
+        rest_api_timeout_in_ms: int = 30_000,
+        ssl_config_file: Path | None = None,
+        file_system_poll_wait_seconds: float = 1.0,
+        max_num_load_retries: int = 5,
+        load_retry_interval_micros: int = 60_000_000,
+        allow_version_labels_for_unavailable_models: bool = False,
+        enable_batching: bool = False,
+        batching_parameters_file: Path | None = None,
+        enable_model_warmup: bool = True,
+        enable_grpc_healthcheck_service: bool = False,
+        enable_serialization_as_tensor_content: bool = False,
     ) -> None:
         self.port = port
         self.rest_api_port = rest_api_port
-        self._ssl_config_file = ssl_config_file
         self._host = host
+        self._base_path = None if base_path is None else _absolute(fspath(base_path))
+        self._model_name = model_name
+        self._config_file = _text(model_config_file)
+        self._config_wait_s = model_config_file_poll_wait_seconds
+        self._socket_path = _text(grpc_socket_path)
+        self._channel_arguments = grpc_channel_arguments
+        self._rest_timeout_s = rest_api_timeout_in_ms / 1000 or None
+        self._ssl_config_file = _text(ssl_config_file)
         self._wait_s = file_system_poll_wait_seconds
-        self._model = ServedModel(model_name, fspath(base_path))
+        self._retries = Retries(
+            max_num=max_num_load_retries, interval_s=max(load_retry_interval_micros, 0) / 1e6
+        )
+        self._allow_labels = allow_version_labels_for_unavailable_models
+        self._enable_batching = enable_batching
+        self._batching_file = _text(batching_parameters_file)
+        self._enable_warmup = enable_model_warmup
+        self._enable_health = enable_grpc_healthcheck_service
+        self._as_tensor_content = enable_serialization_as_tensor_content
+        self._models: Models | None = None
         self._server: grpc.Server | None = None
         self._http: HttpServer | None = None
-        self._stopping = threading.Event()
-        self._poller = threading.Thread(target=self._poll_for_ever, name="poller", daemon=True)
+        self._configuration: Configuration | None = None
+        self._pollers: list[ConfigPoller | Poller] = []
 
     def start(self) -> str:
-        """Loads the highest version, then opens the ports; returns the gRPC one's `host:port`.
+        """Loads the first versions, then opens the ports; returns the gRPC one's `host:port`.
 
         Raises:
-            FileNotFoundError: `base_path` is no folder, or holds no version.
-            RuntimeError: the version does not load, or the server was started before.
-            OSError: a port is taken, or `ssl_config_file` cannot be read.
-            ValueError: `ssl_config_file` holds no usable SSLConfig.
+            FileNotFoundError: a base path is no folder, or holds no version.
+            RuntimeError: a version does not load, or the server was started before.
+            OSError: a port is taken, or a file cannot be read.
+            ValueError: there is neither a base path nor a config, or a file or the channel
+                arguments hold something that cannot be used.
         """
         if self._server is not None:
             raise RuntimeError(
                 "A DevServer starts once. Received: a second start(). Make another DevServer."
             )
+        source = self._config_file or self._base_path
+        if source is None:
+            raise ValueError(
+                "A DevServer must have models. Received: neither base_path nor "
+                "model_config_file. Give one of them."
+            )
         _logger.warning(
             "This server is for development and tests. Production runs tensorflow/serving on the "
             "very same files: %s",
-            self._model.base_path,
+            source,
         )
-        ssl_config_file = self._ssl_config_file
-        credentials = server_credentials(fspath(ssl_config_file)) if ssl_config_file else None
-        self._load_first_version()
-        server = grpc.server(ThreadPoolExecutor(), options=_OPTIONS)
-        models = {self._model.name: self._model}
-        add_services(server, models)
+        config = (
+            read_config(self._config_file)
+            if self._config_file
+            else single_model(self._model_name, source)
+        )
+        credentials = server_credentials(self._ssl_config_file) if self._ssl_config_file else None
+        options = server_options(self._channel_arguments)
+        models = Models(partial(load, options=self._load_options()), self._retries)
+        poller = Poller(models, self._wait_s)
+        configuration = Configuration(
+            models, allow_labels_for_unavailable=self._allow_labels, wake=poller.wake
+        )
+        apply_first(configuration, config, source)
+        server = grpc.server(ThreadPoolExecutor(_MAX_THREADS), options=options)
         try:
-            if self.rest_api_port is not None:
-                self._http = self._bind_http(models, self.rest_api_port)
-            self._bind(server, credentials)  # last: what it has bound stays so until it is gone
-        except OSError:
+            if self._wait_s >= 0:
+                load_first_versions(models, config)
+            add_services(server, models, configuration, as_tensor_content=self._as_tensor_content)
+            if self._enable_health:
+                add_health(server)
+            self._bind(server, models, credentials)
+        except BaseException:
             if self._http is not None:
                 self._http.stop(0)
-            self._model.close()
+            models.close()
             raise
         server.start()
-        self._server = server
+        self._models, self._configuration, self._server = models, configuration, server
         if self._http is not None:
             self._http.start()
-        if self._wait_s > 0:
-            self._poller.start()
-        target = f"{self._host}:{self.port}"
-        _logger.info("%s: serving %s on %s", self._model.name, self._model.base_path, target)
-        if self.rest_api_port is not None:
-            _logger.info("REST on http://%s:%d/v1/models", self._host, self.rest_api_port)
-        return target
+        poller.start()
+        self._pollers = [poller]
+        if self._config_file and self._config_wait_s > 0:
+            config_poller = ConfigPoller(configuration, self._config_file, self._config_wait_s)
+            config_poller.start()
+            self._pollers.insert(0, config_poller)
+        return self._say_where(config)
+
+    def poll(self) -> None:
+        """Looks at the base paths now, and loads and unloads what that means, in this thread."""
+        if self._models is not None:
+            self._models.poll()
 
     def stop(self) -> None:
-        """Closes the ports, gives requests under way five seconds, and unloads the model."""
-        self._stopping.set()
-        if self._poller.is_alive():
-            self._poller.join()
+        """Closes the ports, gives requests under way five seconds, and unloads the models."""
+        if self._configuration is not None:
+            self._configuration.close()
+        for poller in self._pollers:
+            poller.stop()
         if self._server is not None:
             stopped = self._server.stop(_GRACE_S)
             if self._http is not None:
                 self._http.stop(_GRACE_S)
             stopped.wait()
-        self._model.close()
+        if self._models is not None:
+            self._models.close()
 
     def wait(self) -> None:
         """Blocks until the server is stopped, by another thread or by a signal's exception."""
@@ -142,62 +219,34 @@ class DevServer:
     ) -> None:
         self.stop()
 
-    def _bind(self, server: grpc.Server, credentials: grpc.ServerCredentials | None) -> None:
-        address = f"{self._host}:{self.port}"
-        try:
-            if credentials is None:
-                self.port = server.add_insecure_port(address)
-            else:
-                self.port = server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise self._not_free(f"port={self.port}") from error
+    def _load_options(self) -> LoadOptions:
+        parameters = batching_parameters(self._enable_batching, self._batching_file)
+        return LoadOptions(enable_model_warmup=self._enable_warmup, batching_parameters=parameters)
 
-    def _bind_http(self, models: dict[str, ServedModel], port: int) -> HttpServer:
-        try:
-            http = HttpServer(self._host, port, partial(answer, models))
-        except (OSError, OverflowError) as error:
-            raise self._not_free(f"rest_api_port={port}") from error
-        self.rest_api_port = http.server_port
-        return http
+    def _bind(
+        self, server: grpc.Server, models: Models, credentials: grpc.ServerCredentials | None
+    ) -> None:
+        if self.rest_api_port is not None:
+            answering = partial(answer, models, self._rest_timeout_s)
+            self._http = bind_http(self._host, self.rest_api_port, answering)
+            self.rest_api_port = self._http.server_port
+        if self._socket_path is not None:
+            bind_socket(server, self._socket_path, credentials)
+        # last: what gRPC has bound stays so until the server is gone
+        self.port = bind(server, self._host, self.port, credentials)
 
-    def _not_free(self, port: str) -> OSError:
-        return OSError(
-            f"The address must be free. Received: host={self._host!r}, {port}, "
-            f"which cannot be bound. Choose another port, or {port.partition('=')[0]}=0 for any "
-            "free one."
-        )
+    def _say_where(self, config: Any) -> str:
+        target = f"{self._host}:{self.port}"
+        for model in config.model_config_list.config:
+            _logger.info("%s: serving %s on %s", model.name, model.base_path, target)
+        if self.rest_api_port is not None:
+            _logger.info("REST on http://%s:%d/v1/models", self._host, self.rest_api_port)
+        return target
 
-    def _load_first_version(self) -> None:
-        name, path = self._model.name, self._model.base_path
-        try:
-            found = list_versions(path)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"base_path must be a folder that can be read. Received: base_path={path!r} "
-                f"({error.strerror}). Export a model to {path}/1 first, or correct the path."
-            ) from error
-        if not found:
-            raise FileNotFoundError(
-                f"base_path must hold a version of the model. Received: {no_versions(name, path)} "
-                f"Put the SavedModel at {path}/1, or give the folder above the numbered one."
-            )
-        self._model.poll()
-        newest = self._model.versions()[0]
-        if newest.error is not None:
-            raise RuntimeError(
-                f"The highest version must load. Received: version {newest.number} of model "
-                f"{name}, {newest.error.code.name}: {newest.error.message}. Export it again, or "
-                "remove it so that a lower one is served."
-            )
 
-    def _poll_for_ever(self) -> None:
-        problem = ""
-        while not self._stopping.wait(self._wait_s):
-            try:
-                self._model.poll()
-                now = ""
-            except OSError as error:
-                now = f"base path {self._model.base_path} cannot be read: {error.strerror}"
-            if now not in ("", problem):  # once, not at every look
-                _logger.warning("%s: %s", self._model.name, now)
-            problem = now
+def _text(path: Path | None) -> str | None:
+    return fspath(path) if path else None
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)

@@ -1,6 +1,5 @@
 """GetModelMetadata and GetModelStatus: what a server says about its models."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -8,17 +7,17 @@ from tensorflow_serving.apis.get_model_metadata_pb2 import GetModelMetadataRespo
 from tensorflow_serving.apis.get_model_status_pb2 import GetModelStatusResponse
 
 from .lookup import check_model_spec, serving
-from .model import ServedModel
+from .manager import Models
 from .status import StatusError, invalid_argument
 
 _FIELD = "signature_def"
 
 
-def get_model_metadata(models: Mapping[str, ServedModel], request: Any) -> Any:
+def get_model_metadata(models: Models, request: Any) -> Any:
     """Answers a GetModelMetadataRequest with the signatures of one version.
 
     Args:
-        models: the served models by name.
+        models: the models of the server.
         request: the `GetModelMetadataRequest`.
 
     Raises:
@@ -38,11 +37,11 @@ def get_model_metadata(models: Mapping[str, ServedModel], request: Any) -> Any:
     return response
 
 
-def get_model_status(models: Mapping[str, ServedModel], request: Any) -> Any:
+def get_model_status(models: Models, request: Any) -> Any:
     """Answers a GetModelStatusRequest: every version the server has met, highest first.
 
     Args:
-        models: the served models by name.
+        models: the models of the server.
         request: the `GetModelStatusRequest`; a version narrows the answer, a label does not.
 
     Raises:
@@ -50,7 +49,7 @@ def get_model_status(models: Mapping[str, ServedModel], request: Any) -> Any:
     """
     check_model_spec(request)
     spec = request.model_spec
-    versions = models[spec.name].versions() if spec.name in models else []
+    versions = models.versions(spec.name)
     if spec.HasField("version"):
         number = spec.version.value
         versions = [version for version in versions if version.number == number]

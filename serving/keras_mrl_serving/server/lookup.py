@@ -1,11 +1,10 @@
 """What a ModelSpec asks for: the checks every request begins with."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .._session import SavedModelSession
-from .model import ServedModel, not_found
+from .manager import Models
+from .running import ServingSession
 from .status import invalid_argument
 
 
@@ -22,25 +21,23 @@ def check_model_spec(request: Any) -> None:
         raise invalid_argument("Missing ModelSpec")
 
 
-def serving(
-    models: Mapping[str, ServedModel], spec: Any
-) -> AbstractContextManager[tuple[int, SavedModelSession]]:
+def serving(models: Models, spec: Any) -> AbstractContextManager[tuple[int, ServingSession]]:
     """The version a ModelSpec names and its session, loaded for as long as the context lasts.
 
     Args:
-        models: the served models by name.
+        models: the models of the server.
         spec: a `ModelSpec`.
 
     Raises:
-        StatusError: INVALID_ARGUMENT for no name or a label, NOT_FOUND for what is not available.
+        StatusError: INVALID_ARGUMENT for no name or no such label, UNAVAILABLE for a label before
+            any config, NOT_FOUND for what is not available.
     """
     if not spec.name:
         raise invalid_argument("ModelSpec has no name specified.")
     choice = spec.WhichOneof("version_choice")
+    number: int | None = None
     if choice == "version_label":
-        # Labels come from a model config only; without one each is unknown, whatever the model.
-        raise invalid_argument(f"Unrecognized servable version label: {spec.version_label}")
-    number = spec.version.value if choice == "version" else None
-    if spec.name not in models:
-        raise not_found(spec.name, number)
-    return models[spec.name].serving(number)
+        number = models.labels.version(spec.name, spec.version_label)
+    elif choice == "version":
+        number = spec.version.value
+    return models.serving(spec.name, number)

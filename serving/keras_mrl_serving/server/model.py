@@ -1,78 +1,146 @@
-"""One served model: its base path polled, its versions loaded, swapped and unloaded."""
+"""One served model: which of its versions is loaded or unloaded next, and who uses which."""
 
 import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
-import tensorflow as tf
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 
-from .._session import SavedModelSession
-from .status import StatusError, from_number
-from .versions import latest, list_versions
+from .running import ServingSession
+from .status import StatusError
 
 _logger = logging.getLogger("keras_mrl_serving.server")
 
 
-@dataclass
-class Version:
-    """One version the server has met; `state` is a `ModelVersionStatus.State`.
+@dataclass(frozen=True, kw_only=True)
+class Retries:
+    """How often a version that does not load is tried again, and when.
 
-    `session` is there exactly while the version is available. `error` stands beside END where it
-    did not load; END without one means unloaded.
+    Args:
+        max_num: tries after the first one.
+        interval_s: the time between two tries.
+    """
+
+    max_num: int = 5
+    interval_s: float = 60.0
+
+
+@dataclass(eq=False)
+class Version:
+    """One load of a version the server has met; `state` is a `ModelVersionStatus.State`.
+
+    `session` is there exactly while the version is available. `failure` is that of the last try,
+    and `retry_at` when there is another one.
     """
 
     number: int
-    state: int = ModelVersionStatus.LOADING
-    error: StatusError | None = None
-    session: SavedModelSession | None = None
+    path: str
+    state: int = ModelVersionStatus.START
+    failure: StatusError | None = None
+    session: ServingSession | None = None
     in_use: int = 0
+    is_aspired: bool = True
+    tries: int = 0
+    retry_at: float | None = None
+
+    @property
+    def error(self) -> StatusError | None:
+        """Why it did not load, once it is not tried again; END without one means unloaded."""
+        return self.failure if self.state == ModelVersionStatus.END else None
 
 
 class ServedModel:
-    """The versions of one model.
+    """The versions of one model, under TensorFlow Serving's AvailabilityPreservingPolicy.
 
-    `poll` is called by one thread at a time and does all loading and unloading; `serving` and
-    `versions` by any.
+    `aspire`, `next_action`, `retry` and `close` are called by one thread at a time and do all
+    loading and unloading; `serving` and `versions` by any.
 
     Args:
         name: the name requests ask for.
-        base_path: the folder whose numeric children are the versions.
+        load: opens the version at a path.
+        retries: what happens to a version that does not load.
+        changed: is held for every change of a version's state, and notified of it.
     """
 
-    def __init__(self, name: str, base_path: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[str], ServingSession],
+        retries: Retries,
+        changed: threading.Condition,
+    ) -> None:
         self.name = name
-        self.base_path = base_path
-        self._versions: dict[int, Version] = {}
-        self._failed: set[int] = set()
-        self._changed = threading.Condition()
+        self._load_at = load
+        self._retries = retries
+        self._changed = changed
+        self._met: dict[int, Version] = {}
+        self._managed: dict[int, Version] = {}
 
-    def poll(self) -> None:
-        """Brings what is served in line with what stands under the base path.
+    def aspire(self, paths: Mapping[int, str]) -> None:
+        """Says which versions are to be served from now on.
 
-        The old version goes only once a new one serves, or where none is left to serve. A version
-        that failed to load is not tried again until it has been removed, or a higher one has taken
-        its place.
+        Where an old version still stands in for new ones, a wish that names it again waits until
+        it is gone, as TensorFlow Serving lets it wait: the new ones are not given up for it.
 
-        Raises:
-            OSError: the base path cannot be read; nothing is changed then.
+        Args:
+            paths: paths by version.
         """
-        aspired = latest(list_versions(self.base_path))
-        self._failed &= aspired.keys()
-        for number in sorted(aspired.keys() - self._failed - self._available(), reverse=True):
-            self._load(number, aspired[number])
-        available = self._available()
-        if available and not aspired:
-            _logger.warning(no_versions(self.name, self.base_path))
-        if not aspired or available & aspired.keys():
-            for number in sorted(available - aspired.keys()):
-                self._unload(number)
+        with self._changed:
+            for version in self._managed.values():
+                if version.number not in paths and version.retry_at is not None:
+                    version.state, version.retry_at = ModelVersionStatus.END, None
+            if any(v.number in paths for v in self._managed.values() if not v.is_aspired):
+                return
+            for version in list(self._managed.values()):
+                if version.number not in paths:
+                    version.is_aspired = False
+                    if version.session is None:
+                        del self._managed[version.number]
+            for number in paths.keys() - self._managed.keys():
+                version = Version(number, paths[number])
+                self._managed[number] = self._met[number] = version
+            self._changed.notify_all()
+
+    def next_unload(self) -> Callable[[], None] | None:
+        """The unloading that is due: of the lowest version no longer wanted.
+
+        None is due while it alone serves and one that is wanted does not yet.
+        """
+        managed = self._managed.values()
+        ready = [version for version in managed if version.session]
+        spare = [version for version in ready if not version.is_aspired]
+        must_stay = (
+            len(spare) == 1
+            and any(version.is_aspired for version in managed)
+            and not any(version.is_aspired for version in ready)
+        )
+        if not spare or must_stay:
+            return None
+        lowest = min(spare, key=lambda version: version.number)
+        return lambda: self._unload(lowest)
+
+    def next_load(self) -> Callable[[], None] | None:
+        """The loading that is due: of the highest version not yet tried, or to be tried again."""
+        now = time.monotonic()
+        new = [v for v in self._managed.values() if v.state == ModelVersionStatus.START]
+        due = [v for v in self._managed.values() if v.retry_at is not None and v.retry_at <= now]
+        if not new and not due:
+            return None
+        highest = max(new or due, key=lambda version: version.number)
+        return lambda: self._load(highest)
+
+    def next_try(self) -> float | None:
+        """When a version that did not load is tried again, on the monotonic clock."""
+        with self._changed:
+            times = [v.retry_at for v in self._managed.values() if v.retry_at is not None]
+        return min(times, default=None)
 
     @contextmanager
-    def serving(self, number: int | None) -> Iterator[tuple[int, SavedModelSession]]:
+    def serving(self, number: int | None) -> Iterator[tuple[int, ServingSession]]:
         """A version and its session, which stays loaded for as long as the context does.
 
         Args:
@@ -92,54 +160,66 @@ class ServedModel:
     def versions(self) -> list[Version]:
         """Every version met in the life of the server, highest first."""
         with self._changed:
-            return sorted(self._versions.values(), key=lambda v: v.number, reverse=True)
+            return sorted(self._met.values(), key=lambda v: v.number, reverse=True)
 
     def close(self) -> None:
         """Unloads everything, once the requests under way are answered."""
-        for number in sorted(self._available()):
-            self._unload(number)
+        self.aspire({})
+        while unload := self.next_unload():
+            unload()
 
-    def _available(self) -> set[int]:
+    def _acquire(self, number: int | None) -> tuple[Version, ServingSession]:
         with self._changed:
-            return {number for number, version in self._versions.items() if version.session}
-
-    def _acquire(self, number: int | None) -> tuple[Version, SavedModelSession]:
-        with self._changed:
-            chosen = max(self._available(), default=None) if number is None else number
-            version = None if chosen is None else self._versions.get(chosen)
+            if number is None:
+                number_ = max((n for n, v in self._met.items() if v.session), default=None)
+            else:
+                number_ = number
+            version = None if number_ is None else self._met.get(number_)
             if version is None or version.session is None:
                 raise not_found(self.name, number)
             version.in_use += 1
             return version, version.session
 
-    def _load(self, number: int, path: str) -> None:
-        version = Version(number)
+    def _load(self, version: Version) -> None:
         with self._changed:
-            self._versions[number] = version
+            version.state, version.retry_at = ModelVersionStatus.LOADING, None
+            version.tries += 1
+            self._changed.notify_all()
         try:
-            session = _open(path)
+            session = self._load_at(version.path)
         except StatusError as error:
-            _logger.error("%s: version %d does not load: %s", self.name, number, error)
-            self._failed.add(number)
-            with self._changed:
-                version.state, version.error = ModelVersionStatus.END, error
+            self._note_failure(version, error)
             return
         with self._changed:
             version.state, version.session = ModelVersionStatus.AVAILABLE, session
-        _logger.info("%s: version %d loaded from %s", self.name, number, path)
+            version.failure = None
+            self._changed.notify_all()
+        _logger.info("%s: version %d loaded from %s", self.name, version.number, version.path)
 
-    def _unload(self, number: int) -> None:
+    def _note_failure(self, version: Version, error: StatusError) -> None:
+        _logger.error("%s: version %d does not load: %s", self.name, version.number, error)
         with self._changed:
-            version = self._versions[number]
+            version.failure = error
+            if version.tries > self._retries.max_num:
+                version.state = ModelVersionStatus.END
+            else:
+                version.retry_at = time.monotonic() + self._retries.interval_s
+            self._changed.notify_all()
+
+    def _unload(self, version: Version) -> None:
+        with self._changed:
             # Taken out first, so that no new request gets it while the ones under way finish.
             session, version.session = version.session, None
             version.state = ModelVersionStatus.UNLOADING
+            self._changed.notify_all()
             self._changed.wait_for(lambda: version.in_use == 0)
         if session is not None:
             session.close()
         with self._changed:
             version.state = ModelVersionStatus.END
-        _logger.info("%s: version %d unloaded", self.name, number)
+            del self._managed[version.number]
+            self._changed.notify_all()
+        _logger.info("%s: version %d unloaded", self.name, version.number)
 
 
 def no_versions(name: str, base_path: str) -> str:
@@ -155,18 +235,3 @@ def not_found(name: str, number: int | None) -> StatusError:
     request = f"Latest({name})" if number is None else f"Specific({name}, {number})"
     message = f"Servable not found for request: {request}"
     return StatusError(grpc.StatusCode.NOT_FOUND, message)
-
-
-def _open(path: str) -> SavedModelSession:
-    if not tf.saved_model.contains_saved_model(path):
-        raise StatusError(
-            grpc.StatusCode.NOT_FOUND,
-            "Specified file path does not appear to contain a SavedModel bundle (should have a "
-            f"file called `saved_model.pb`)\nSpecified file path: {path}",
-        )
-    try:
-        return SavedModelSession(path)
-    except tf.errors.OpError as error:
-        raise from_number(error.error_code, error.message) from error
-    except Exception as error:  # the loader raises whatever it met; no model may end the server
-        raise StatusError(grpc.StatusCode.UNKNOWN, str(error)) from error

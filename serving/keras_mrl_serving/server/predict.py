@@ -1,18 +1,17 @@
 """Predict: the version asked for, the run, the response."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from tensorflow_serving.apis.predict_pb2 import PredictResponse
 
 from .lookup import check_model_spec, serving
-from .model import ServedModel
+from .manager import Models
 from .running import run_predict
 from .tensors import encode
 
 
 def predict(
-    models: Mapping[str, ServedModel],
+    models: Models,
     request: Any,
     timeout_s: float | None,
     *,
@@ -21,7 +20,7 @@ def predict(
     """Answers a PredictRequest.
 
     Args:
-        models: the served models by name.
+        models: the models of the server.
         request: the `PredictRequest`.
         timeout_s: what is left until the caller's deadline; None without one.
         as_tensor_content: answer in bytes, not in the field of each dtype.

@@ -18,13 +18,12 @@ from .inspection import get_model_metadata, get_model_status
 from .json_inputs import parse_body, read_inputs
 from .json_outputs import write_columns, write_rows
 from .lookup import serving
-from .model import ServedModel
+from .manager import Models
 from .predict import predict
 from .status import StatusError, invalid_argument
 from .tensors import decode, encode
 
 _logger = logging.getLogger("keras_mrl_serving.server")
-_TIMEOUT_S = 30.0  # the default of --rest_api_timeout_in_ms
 _MODEL = r"(?:/([^/:]+))"
 _VERSION = r"(?:/versions/(\d+)|/labels/([^/:]+))?"
 _FLAGS = re.IGNORECASE | re.ASCII
@@ -48,18 +47,19 @@ _HTTP_CODES = {
 
 
 def answer(
-    models: Mapping[str, ServedModel], method: str, path: str, body: bytes
+    models: Models, timeout_s: float | None, method: str, path: str, body: bytes
 ) -> tuple[int, bytes]:
     """The HTTP code and the JSON that answer a request, whatever it is.
 
     Args:
-        models: the served models by name.
+        models: the models of the server.
+        timeout_s: how long a model may compute; None means without limit.
         method: the HTTP method, in capitals.
         path: the path and query of the request, still quoted.
         body: the body, empty where there is none.
     """
     try:
-        return 200, _answer(models, method, path, body)
+        return 200, _answer(models, timeout_s, method, path, body)
     except StatusError as error:
         return _HTTP_CODES.get(error.code, 500), error_body(error.message)
     except Exception:  # no request may end the server, and the caller is owed an answer
@@ -76,14 +76,14 @@ def error_body(message: str) -> bytes:
     return json.dumps({"error": message}).encode()
 
 
-def _answer(models: Mapping[str, ServedModel], method: str, path: str, body: bytes) -> bytes:
+def _answer(models: Models, timeout_s: float | None, method: str, path: str, body: bytes) -> bytes:
     malformed = invalid_argument(f"Malformed request: {method} {path}")
     if not path.lower().startswith("/v1/"):  # no handler of TensorFlow Serving takes these
         raise StatusError(grpc.StatusCode.NOT_FOUND, malformed.message)
     if method == "POST" and (match := _POST.fullmatch(path)):
         spec = _model_spec(*match.group(1, 2, 3))
         if match[4] == "predict":
-            return _predict(models, spec, body)
+            return _predict(models, timeout_s, spec, body)
         if match[4] in ("classify", "regress"):
             raise StatusError(
                 grpc.StatusCode.UNIMPLEMENTED,
@@ -112,19 +112,19 @@ def _model_spec(name: str, version: str | None, label: str | None) -> Any:
     return spec
 
 
-def _predict(models: Mapping[str, ServedModel], spec: Any, body: bytes) -> bytes:
+def _predict(models: Models, timeout_s: float | None, spec: Any, body: bytes) -> bytes:
     document = parse_body(body)
     request = PredictRequest(model_spec=spec)
     request.model_spec.signature_name = document.get("signature_name", "")
     declared = _declared_inputs(models, request.model_spec)
     for name, array in read_inputs(document, declared).items():
         encode(array, request.inputs[name])
-    response = predict(models, request, _TIMEOUT_S)
+    response = predict(models, request, timeout_s)
     outputs = {name: decode(proto) for name, proto in response.outputs.items()}
     return write_rows(outputs) if "instances" in document else write_columns(outputs)
 
 
-def _declared_inputs(models: Mapping[str, ServedModel], spec: Any) -> Mapping[str, Any]:
+def _declared_inputs(models: Models, spec: Any) -> Mapping[str, Any]:
     name = spec.signature_name or "serving_default"
     with serving(models, spec) as (_, session):
         if name not in session.signatures:
@@ -136,12 +136,12 @@ def _declared_inputs(models: Mapping[str, ServedModel], spec: Any) -> Mapping[st
     return inputs
 
 
-def _status(models: Mapping[str, ServedModel], spec: Any) -> bytes:
+def _status(models: Models, spec: Any) -> bytes:
     response = get_model_status(models, GetModelStatusRequest(model_spec=spec))
     return _json(MessageToDict(response, always_print_fields_with_no_presence=True))
 
 
-def _metadata(models: Mapping[str, ServedModel], spec: Any) -> bytes:
+def _metadata(models: Models, spec: Any) -> bytes:
     request = GetModelMetadataRequest(model_spec=spec, metadata_field=["signature_def"])
     response = get_model_metadata(models, request)
     signatures = SignatureDefMap()

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 # absl::SimpleAtoi: ASCII white space around, a sign, ASCII digits. So "00000123" is version 123.
 _NUMBER = re.compile(r"[ \t\n\v\f\r]*([+-]?[0-9]+)[ \t\n\v\f\r]*", re.ASCII)
@@ -41,10 +42,27 @@ def list_versions(base_path: str) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def latest(versions: Mapping[int, str]) -> dict[int, str]:
-    """The default policy: the highest version, and nothing where there is none.
+def aspired_versions(found: Mapping[int, str], policy: Any) -> dict[int, str]:
+    """The versions a policy asks for, among those that were found.
 
     Args:
-        versions: paths by version.
+        found: paths by version.
+        policy: a `ServableVersionPolicy`; an empty one asks for the highest version.
     """
-    return {number: versions[number] for number in sorted(versions)[-1:]}
+    choice = policy.WhichOneof("policy_choice")
+    if choice == "all":
+        return dict(found)
+    if choice == "specific":
+        return {number: found[number] for number in policy.specific.versions if number in found}
+    count = max(policy.latest.num_versions, 1)
+    return {number: found[number] for number in sorted(found)[-count:]}
+
+
+def absent_versions(found: Mapping[int, str], policy: Any) -> list[int]:
+    """The versions a policy asks for by number that were not found, ascending.
+
+    Args:
+        found: paths by version.
+        policy: a `ServableVersionPolicy`.
+    """
+    return sorted(set(policy.specific.versions) - found.keys())

@@ -16,11 +16,13 @@ from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 from tensorflow_serving.apis.predict_pb2 import PredictRequest
 from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
 
-from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.server import DevServer
-from keras_mrl_serving.server import model as module
-from keras_mrl_serving.server.model import ServedModel
+from keras_mrl_serving.server.config import single_model
+from keras_mrl_serving.server.loading import LoadOptions, load
+from keras_mrl_serving.server.manager import Models
+from keras_mrl_serving.server.model import Retries
 from keras_mrl_serving.server.predict import predict
+from keras_mrl_serving.server.running import ServingSession
 from keras_mrl_serving.server.status import StatusError, truncated
 from keras_mrl_serving.server.versions import list_versions, version_number
 
@@ -34,21 +36,45 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def model(base: Path, publish: Publish) -> Iterator[ServedModel]:
+def loads() -> list[str]:
+    """The paths of all loads that were tried."""
+    return []
+
+
+@pytest.fixture
+def make(base: Path, loads: list[str]) -> Iterator[Callable[[], Models]]:
+    """Makes the models of a server: one, "m", whose versions are tried once."""
+    made = []
+
+    def loading(path: str) -> ServingSession:
+        loads.append(path)
+        return load(path, LoadOptions())
+
+    def make() -> Models:
+        models = Models(loading, Retries(max_num=0))
+        models.watch(single_model("m", str(base)).model_config_list.config)
+        models.poll()
+        made.append(models)
+        return models
+
+    yield make
+    for models in made:
+        models.close()
+
+
+@pytest.fixture
+def model(base: Path, publish: Publish, make: Callable[[], Models]) -> Models:
     publish(base, "1")
-    model = ServedModel("m", str(base))
-    model.poll()
-    yield model
-    model.close()
+    return make()
 
 
-def latest(model: ServedModel) -> int:
-    with model.serving(None) as (number, _):
+def latest(model: Models) -> int:
+    with model.serving("m", None) as (number, _):
         return number
 
 
-def states(model: ServedModel) -> list[tuple[int, str]]:
-    return [(v.number, ModelVersionStatus.State.Name(v.state)) for v in model.versions()]
+def states(model: Models) -> list[tuple[int, str]]:
+    return [(v.number, ModelVersionStatus.State.Name(v.state)) for v in model.versions("m")]
 
 
 @pytest.mark.parametrize(
@@ -87,51 +113,51 @@ def test_of_one_number_twice_the_later_name_counts_and_files_count_too(tmp_path:
 
 
 def test_the_highest_version_is_served_not_the_last_in_name_order(
-    base: Path, publish: Publish
+    base: Path, publish: Publish, make: Callable[[], Models]
 ) -> None:
     for name in ("9", "10"):
         publish(base, name)
-    model = ServedModel("m", str(base))
-    model.poll()
+    model = make()
     assert states(model) == [(10, "AVAILABLE")]
     model.close()
     assert states(model) == [(10, "END")]
 
 
-def test_a_swap_and_a_swap_back(model: ServedModel, base: Path, publish: Publish) -> None:
+def test_a_swap_and_a_swap_back(model: Models, base: Path, publish: Publish) -> None:
     publish(base, "2")
     model.poll()
     assert states(model) == [(2, "AVAILABLE"), (1, "END")]
     assert latest(model) == 2
     with pytest.raises(StatusError, match=r"^Servable not found for request: Specific\(m, 1\)$"):
-        model.serving(1).__enter__()
+        model.serving("m", 1).__enter__()
     shutil.rmtree(base / "2")
     model.poll()
     assert states(model) == [(2, "END"), (1, "AVAILABLE")]
     assert latest(model) == 1
 
 
-def test_the_old_version_serves_until_the_new_one_does(
-    model: ServedModel, base: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    load = module._open
+def test_the_old_version_serves_until_the_new_one_does(base: Path, publish: Publish) -> None:
+    seen: list[list[tuple[int, str]]] = []
 
-    def watched(path: str) -> SavedModelSession:
-        seen.append((latest(model), states(model)))
-        return load(path)
+    def watched(path: str) -> ServingSession:
+        seen.append(states(models))
+        return load(path, LoadOptions())
 
-    monkeypatch.setattr(module, "_open", watched)
+    models = Models(watched)
+    publish(base, "1")
+    models.watch(single_model("m", str(base)).model_config_list.config)
+    models.poll()
     publish(base, "2")
-    model.poll()
-    assert seen == [(1, [(2, "LOADING"), (1, "AVAILABLE")])]
+    models.poll()
+    assert seen == [[(1, "LOADING")], [(2, "LOADING"), (1, "AVAILABLE")]]
+    models.close()
 
 
 def test_an_unload_waits_for_the_requests_under_way(
-    model: ServedModel, base: Path, publish: Publish
+    model: Models, base: Path, publish: Publish
 ) -> None:
     publish(base, "2")
-    with model.serving(1) as (_, session):
+    with model.serving("m", 1) as (_, session):
         poller = threading.Thread(target=model.poll)
         poller.start()
         while states(model) != [(2, "AVAILABLE"), (1, "UNLOADING")]:
@@ -143,7 +169,7 @@ def test_an_unload_waits_for_the_requests_under_way(
     assert states(model) == [(2, "AVAILABLE"), (1, "END")]
 
 
-def test_a_folder_being_copied_is_no_version(model: ServedModel, base: Path) -> None:
+def test_a_folder_being_copied_is_no_version(model: Models, base: Path) -> None:
     for name in ("2.tmp", "copying-3", ".4"):
         (base / name).mkdir()
     model.poll()
@@ -151,21 +177,13 @@ def test_a_folder_being_copied_is_no_version(model: ServedModel, base: Path) -> 
 
 
 def test_a_version_that_does_not_load_leaves_the_old_one(
-    model: ServedModel, base: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
+    model: Models, base: Path, publish: Publish, loads: list[str]
 ) -> None:
-    loads = []
-    load = module._open
-
-    def counted(path: str) -> SavedModelSession:
-        loads.append(path)
-        return load(path)
-
-    monkeypatch.setattr(module, "_open", counted)
     (base / "2").mkdir()
     model.poll()
     assert states(model) == [(2, "END"), (1, "AVAILABLE")]
     assert latest(model) == 1
-    error = model.versions()[0].error
+    error = model.versions("m")[0].error
     assert error is not None
     assert (error.code, error.number) == (grpc.StatusCode.NOT_FOUND, 5)
     assert error.message == (
@@ -176,30 +194,45 @@ def test_a_version_that_does_not_load_leaves_the_old_one(
     shutil.rmtree(base / "2")
     publish(base, "2")
     model.poll()
-    assert len(loads) == 1
-    # Tried again once it was seen to be gone.
+    # Nor where it was away for a while: the wish for version 1, which stands in for it, waits.
     (base / "2").rename(base / "gone")
     model.poll()
     (base / "gone").rename(base / "2")
     model.poll()
-    assert len(loads) == 2
-    assert states(model) == [(2, "AVAILABLE"), (1, "END")]
-    assert model.versions()[0].error is None
+    assert loads == [str(base / "1"), str(base / "2")]
+    assert states(model) == [(2, "END"), (1, "AVAILABLE")]
+    publish(base, "3")
+    model.poll()
+    assert states(model) == [(3, "AVAILABLE"), (2, "END"), (1, "END")]
+
+
+def test_a_version_that_did_not_load_is_tried_again_once_it_was_away(
+    base: Path, publish: Publish, make: Callable[[], Models]
+) -> None:
+    (base / "2").mkdir(parents=True)
+    model = make()
+    assert states(model) == [(2, "END")]
+    shutil.rmtree(base / "2")
+    model.poll()
+    publish(base, "2")
+    model.poll()
+    assert states(model) == [(2, "AVAILABLE")]
+    assert model.versions("m")[0].error is None
 
 
 def test_a_model_that_cannot_be_read_is_an_error_not_an_end(
-    model: ServedModel, base: Path, publish: Publish
+    model: Models, base: Path, publish: Publish
 ) -> None:
     (publish(base, "2") / "saved_model.pb").write_bytes(b"garbage")
     model.poll()
-    error = model.versions()[0].error
+    error = model.versions("m")[0].error
     assert error is not None
     assert error.code is grpc.StatusCode.UNKNOWN
     assert latest(model) == 1
 
 
 def test_without_versions_nothing_is_served(
-    model: ServedModel, base: Path, caplog: pytest.LogCaptureFixture
+    model: Models, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.rmtree(base / "1")
     with caplog.at_level(logging.WARNING, LOGGER):
@@ -209,25 +242,28 @@ def test_without_versions_nothing_is_served(
     with pytest.raises(StatusError, match=r"^Servable not found for request: Latest\(m\)$"):
         latest(model)
     assert caplog.messages == [
-        f"No versions of servable m found under base path {base}. Did you forget to name your "
+        f"m: No versions of servable m found under base path {base}. Did you forget to name your "
         "leaf directory as a number (eg. '/1/')?"
     ]
 
 
-def test_without_its_folder_a_model_stays(model: ServedModel, base: Path) -> None:
+def test_without_its_folder_a_model_stays(
+    model: Models, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     base.rename(base.with_name("away"))
-    with pytest.raises(FileNotFoundError):
-        model.poll()
+    model.poll()
+    model.poll()
     assert states(model) == [(1, "AVAILABLE")]
+    assert caplog.messages == [f"m: base path {base} cannot be read: No such file or directory"]
 
 
-def test_the_deadline_is_the_runs_own(model: ServedModel) -> None:
+def test_the_deadline_is_the_runs_own(model: Models) -> None:
     request = PredictRequest()
     request.model_spec.name = "m"
     request.model_spec.signature_name = "count"
     request.inputs["steps"].CopyFrom(tf.make_tensor_proto(10**7, tf.int64))
     with pytest.raises(StatusError, match=r"^Timed out waiting for notification$") as caught:
-        predict({"m": model}, request, 0.1)
+        predict(model, request, 0.1)
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 

@@ -1,0 +1,112 @@
+"""The threads that look at base paths, and at the file of the model config, now and then."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from .config import read_config
+from .manager import Models
+from .reload import Configuration
+from .status import StatusError
+
+_logger = logging.getLogger("keras_mrl_serving.server")
+
+
+class Poller:
+    """Looks at the base paths of all models in one thread, which does all loading.
+
+    Args:
+        models: the models of the server.
+        wait_s: the time between two looks; 0 or less means no look, only due tries and unloads.
+    """
+
+    def __init__(self, models: Models, wait_s: float) -> None:
+        self._models = models
+        self._wait_s = wait_s
+        self._called = threading.Event()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
+
+    def start(self) -> None:
+        """Begins; the first look comes after the first wait."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Has it look now."""
+        self._called.set()
+
+    def stop(self) -> None:
+        """Ends it, once what it does is done."""
+        self._is_stopping = True
+        self.wake()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        next_look = time.monotonic() + self._wait_s if self._wait_s > 0 else None
+        while True:
+            times = [t for t in (next_look, self._models.next_try()) if t is not None]
+            timeout = max(min(times) - time.monotonic(), 0) if times else None
+            called = self._called.wait(timeout)
+            self._called.clear()
+            if self._is_stopping:
+                return
+            if next_look is not None and (called or time.monotonic() >= next_look):
+                self._models.poll()
+                next_look = time.monotonic() + self._wait_s
+            else:
+                self._models.settle()
+
+
+class ConfigPoller:
+    """Reads the file of the model config again and again, and reloads what it says.
+
+    Args:
+        configuration: what is reloaded.
+        path: the file.
+        wait_s: the time between two looks.
+    """
+
+    def __init__(self, configuration: Configuration, path: str, wait_s: float) -> None:
+        self._configuration = configuration
+        self._path = path
+        self._wait_s = wait_s
+        self._stopping = threading.Event()
+        self._problem = ""
+        self._thread = threading.Thread(target=self._run, name="config poller", daemon=True)
+
+    def start(self) -> None:
+        """Begins; the first look comes after the first wait."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def look(self) -> None:
+        """Reloads what the file says now; what is wrong with it is only logged."""
+        problem = _problem_of(self._reload)
+        if problem and problem != self._problem and not self._stopping.is_set():
+            _logger.error("%s: %s", self._path, problem)
+        self._problem = problem
+
+    def _reload(self) -> None:
+        config = read_config(self._path)
+        self._configuration.reload(config, lambda: not self._stopping.is_set())
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._wait_s):
+            self.look()
+
+
+def _problem_of(action: Callable[[], None]) -> str:
+    try:
+        action()
+    except StatusError as error:
+        return f"{error.code.name}: {error.message}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
