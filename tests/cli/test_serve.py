@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import grpc
@@ -48,7 +49,9 @@ def no_real_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @contextmanager
-def serving(*flags: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str, str | None]]:
+def serving(
+    *flags: str, cwd: Path, said: str = "'tiny'"
+) -> Iterator[tuple[subprocess.Popen[str], str, str | None]]:
     """The server in a process of its own, and the addresses it says it serves at."""
     process = subprocess.Popen(
         [*SERVE, "--port", "0", *flags],
@@ -60,13 +63,14 @@ def serving(*flags: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        said = re.fullmatch(
-            r"Serving 'tiny' at (127\.0\.0\.1:\d+)(?: and (http://127\.0\.0\.1:\d+))?\. "
+        match = re.fullmatch(
+            rf"Serving {re.escape(said)} at "
+            r"(127\.0\.0\.1:\d+)(?: and (http://127\.0\.0\.1:\d+))?\. "
             r"Stop with Ctrl-C\.\n",
             line,
         )
-        assert said, line or process.communicate()[1]
-        yield process, said[1], said[2]
+        assert match, line or process.communicate()[1]
+        yield process, match[1], match[2]
     finally:
         process.kill()
         process.communicate()
@@ -219,7 +223,9 @@ def test_the_real_server_takes_its_place_with_the_same_flags(fake_server: Path) 
         "--port=8501",
         "--rest_api_port=8502",
         "--enable_batching",
+        "--enable_model_warmup=false",
         "--ssl_config_file=tls.txt",
+        "--grpc_max_threads=1",
     )
     assert (status, err) == (7, "")  # its status, so it is the same process
     assert out == [
@@ -230,7 +236,9 @@ def test_the_real_server_takes_its_place_with_the_same_flags(fake_server: Path) 
         "--file_system_poll_wait_seconds=1",
         "--rest_api_port=8502",
         "--ssl_config_file=tls.txt",
-        "--enable_batching",
+        "--enable_batching=true",
+        "--enable_model_warmup=false",
+        "--grpc_max_threads=1",
     ]
 
 
@@ -255,12 +263,118 @@ def test_dev_asks_for_the_development_server_all_the_same(
     assert said.startswith("base_path must be a folder that can be read. ")
 
 
-def test_dev_knows_no_flags_of_the_real_server(
+def test_a_config_file_needs_no_base_path(fake_server: Path) -> None:
+    _, out, _ = start_with(fake_server, "--model_config_file=models.config", "--port=1")
+    assert out[1:] == [
+        "--model_name=default",
+        "--port=1",
+        "--file_system_poll_wait_seconds=1",
+        "--model_config_file=models.config",
+    ]
+
+
+def test_neither_a_base_path_nor_a_config_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port=1"]) == 2
+    assert capsys.readouterr().err == (
+        "keras-mrl: A server must have models. Received: neither --model_base_path nor "
+        "--model_config_file. Give one of them.\n"
+    )
+
+
+def test_a_boolean_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--model_base_path=x", "--enable_batching=maybe"])
+    assert capsys.readouterr().err.endswith(
+        "argument --enable_batching: must be true or false. Received: maybe\n"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--grpc_max_threads=1", "--flush_filesystem_caches"])
+def test_dev_refuses_flags_of_the_real_server_by_name(
+    fake_server: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+) -> None:
+    monkeypatch.setenv("PATH", str(fake_server.parent))
+    assert main(["serve", "--dev", "--model_base_path=x", flag, "--prot=1"]) == 2
+    assert capsys.readouterr().err == (
+        "keras-mrl: The development server must be started with flags it has. Received: "
+        f"{flag}, of tensorflow_model_server alone. Leave them out here, and give them to "
+        "tensorflow/serving.\n"
+    )
+
+
+def test_dev_refuses_flags_that_nobody_has(
     fake_server: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(fake_server.parent))
-    assert main(["serve", "--dev", "--model_base_path=x", "--grpc_max_threads=1"]) == 2
+    assert main(["serve", "--dev", "--model_base_path=x", "--prot=1"]) == 2
     assert capsys.readouterr().err == (
-        "keras-mrl: Only known flags are taken. Received: --grpc_max_threads=1. See the command's "
+        "keras-mrl: Only known flags are taken. Received: --prot=1. See the command's "
         "--help for those there are. tensorflow_model_server may know more.\n"
     )
+
+
+def test_every_flag_is_an_argument_of_the_development_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from keras_mrl_serving.server import DevServer
+
+    taken: dict[str, object] = {}
+
+    class Taking(DevServer):
+        def __init__(self, base_path: str | None = None, **flags: Any) -> None:
+            taken.update(flags, base_path=base_path)
+            super().__init__(base_path, **flags)
+
+        def start(self) -> str:
+            raise OSError("enough")
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("keras_mrl_serving.server.DevServer", Taking)
+    values: dict[str, object] = {
+        "model_name": "m",
+        "model_config_file": "models.config",
+        "model_config_file_poll_wait_seconds": 2,
+        "port": 1,
+        "rest_api_port": 2,
+        "rest_api_timeout_in_ms": 3,
+        "grpc_socket_path": "/tmp/s",
+        "grpc_channel_arguments": "a=1,b=2",
+        "file_system_poll_wait_seconds": 0,
+        "enable_batching": True,
+        "batching_parameters_file": "batching.config",
+        "ssl_config_file": "tls.txt",
+        "enable_model_warmup": False,
+        "enable_grpc_healthcheck_service": True,
+        "enable_serialization_as_tensor_content": True,
+        "allow_version_labels_for_unavailable_models": True,
+        "max_num_load_retries": 1,
+        "load_retry_interval_micros": -1,
+    }
+    texts = [f"--{name}={str(value).lower()}" for name, value in values.items()]
+    assert main(["serve", "--model_base_path=/models", *texts]) == 1
+    assert capsys.readouterr().err.endswith("keras-mrl: enough\n")
+    assert taken == {**values, "base_path": "/models"}
+
+
+@pytest.mark.usefixtures("no_real_server")
+def test_it_serves_the_models_of_a_config_file(base_path: Path, tmp_path: Path) -> None:
+    config = tmp_path / "models.config"
+    config.write_text(
+        f'''model_config_list {{ config {{
+            name: "tiny" base_path: "{base_path}" model_platform: "tensorflow"
+            version_labels {{ key: "stable" value: 1 }} }} }}'''
+    )
+    flags = (
+        f"--model_config_file={config}",
+        "--rest_api_port=0",
+        "--allow_version_labels_for_unavailable_models",
+    )
+    with serving(*flags, cwd=tmp_path, said=f"the models of '{config}'") as (process, _, http):
+        with urlopen(f"{http}/v1/models/tiny/labels/stable/metadata", timeout=30) as response:
+            assert json.load(response)["model_spec"]["version"] == "1"
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
