@@ -55,11 +55,13 @@ class Models:
         with self.changed:
             before = {config.name for config in self._watched}
             self._watched = tuple(configs)
-            names = {config.name for config in self._watched}
-            self._left_out |= before - names
-            for name in names - self._models.keys():
-                self._models[name] = ServedModel(name, self._load, self._retries, self.changed)
-            return {name: frozenset(self.versions(name)) for name in names - before}
+            names = [config.name for config in self._watched]
+            self._left_out |= before.difference(names)
+            for name in names:
+                if name not in self._models:
+                    model = ServedModel(name, self._load, self._retries, self.changed)
+                    self._models[name] = model
+            return {name: frozenset(self.versions(name)) for name in names if name not in before}
 
     def poll(self) -> None:
         """Brings what is served in line with what stands under the base paths.

@@ -1,0 +1,85 @@
+"""Base paths whose versions compute nothing, and what the models of a server make of them."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf import text_format
+from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
+from tensorflow_serving.config.model_server_config_pb2 import ModelConfig
+
+from keras_mrl_serving.server.manager import Models
+from keras_mrl_serving.server.running import ServingSession
+from keras_mrl_serving.server.status import StatusError
+
+
+class Disk:
+    """Base paths with versions, good and broken, and what was loaded and closed of them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.events: list[str] = []
+        self.broken: set[str] = set()
+
+    def put(self, *names: str) -> None:
+        for name in names:
+            (self.root / name).mkdir(parents=True)
+
+    def remove(self, *names: str) -> None:
+        for name in names:
+            (self.root / name).rmdir()
+
+    def load(self, path: str) -> ServingSession:
+        name = str(Path(path).relative_to(self.root))
+        self.events.append(f"load {name}")
+        if name in self.broken:
+            raise StatusError(grpc.StatusCode.DATA_LOSS, f"{name} is broken")
+        return Session(self, name)
+
+    def since(self) -> list[str]:
+        events, self.events = self.events, []
+        return events
+
+
+class Session:
+    """A session that computes nothing."""
+
+    def __init__(self, disk: Disk, name: str) -> None:
+        self.signatures: Mapping[str, Any] = {}
+        self._disk, self._name = disk, name
+
+    def run(
+        self,
+        signature_name: str,
+        inputs: Mapping[str, np.ndarray],
+        output_names: Sequence[str] = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._disk.events.append(f"close {self._name}")
+
+
+def config(disk: Disk, name: str, policy: str = "") -> Any:
+    model = ModelConfig(name=name, base_path=str(disk.root / name))
+    text_format.Parse(policy, model.model_version_policy)
+    return model
+
+
+def states(models: Models, name: str = "m") -> str:
+    return " ".join(
+        f"{version.number}:{ModelVersionStatus.State.Name(version.state)}"
+        for version in models.versions(name)
+    )
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
