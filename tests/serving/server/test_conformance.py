@@ -1,11 +1,13 @@
 """What a client sees, row by row of the reference: codes, whole texts, and the shape of answers.
 
 Against the development server, or against the tensorflow_model_server at KERAS_MRL_TFS_TARGET that
-watches the folder KERAS_MRL_TFS_BASE_PATH (which the test fills) for a model named "default".
+watches the folder KERAS_MRL_TFS_BASE_PATH (which the test fills, and which has the same path for
+the server) for a model named "default". Its config is reloaded, and left with that model alone.
 """
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from tensorflow.core.framework.tensor_pb2 import TensorProto
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from tensorflow_serving.apis.get_model_metadata_pb2 import GetModelMetadataRequest, SignatureDefMap
 from tensorflow_serving.apis.get_model_status_pb2 import GetModelStatusRequest
+from tensorflow_serving.apis.model_management_pb2 import ReloadConfigRequest, ReloadConfigResponse
 from tensorflow_serving.apis.model_service_pb2_grpc import ModelServiceStub
 from tensorflow_serving.apis.predict_pb2 import PredictRequest, PredictResponse
 from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
@@ -37,10 +40,11 @@ UNLIMITED = [
 
 
 class Served:
-    """The stubs of the server under test, and the version it serves."""
+    """The stubs of the server under test, the folder it watches, and the version it serves."""
 
-    def __init__(self, target: str, version: int) -> None:
+    def __init__(self, target: str, base: Path, version: int) -> None:
         self.channel = grpc.insecure_channel(target, options=UNLIMITED)
+        self.base = base
         self.version = version
         self._prediction = PredictionServiceStub(self.channel)
         self._model = ModelServiceStub(self.channel)
@@ -50,6 +54,7 @@ class Served:
             PredictRequest: self._prediction.Predict,
             GetModelMetadataRequest: self._prediction.GetModelMetadata,
             GetModelStatusRequest: self._model.GetModelStatus,
+            ReloadConfigRequest: self._model.HandleReloadConfigRequest,
         }[type(request)]
         return method(request, timeout=timeout_s, wait_for_ready=True)
 
@@ -68,30 +73,37 @@ def served(
         base = Path(os.environ["KERAS_MRL_TFS_BASE_PATH"])
         version = max(list_versions(str(base)), default=0) + 1
         publish(base, str(version))
-        served = Served(target, version)
-        _wait_until_available(served)
+        served = Served(target, base, version)
+        _wait_until_available(served, status(version=version))
         yield served
         served.channel.close()
         return
     base = tmp_path_factory.mktemp("base")
     publish(base, "00000123")
-    with DevServer(base) as address:
-        served = Served(address, 123)
+    with DevServer(base, max_num_load_retries=0) as address:
+        served = Served(address, base, 123)
         yield served
         served.channel.close()
 
 
-def _wait_until_available(served: Served) -> None:
-    request = status(version=served.version)
-    for _ in range(300):
+def _wait_until_available(served: Served, request: GetModelStatusRequest) -> None:
+    def is_available() -> bool:
         try:
-            if served(request).model_version_status[0].state == 30:
-                return
+            return bool(served(request).model_version_status[0].state == 30)
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise
-        time.sleep(0.1)
-    pytest.fail(f"version {served.version} did not become available")
+            return False
+
+    _wait_until(is_available, "the version did not become available")
+
+
+def _wait_until(condition: Callable[[], bool], problem: str) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    pytest.fail(problem)
 
 
 def spec(request: Any, name: str = "default", **fields: Any) -> Any:
@@ -121,11 +133,27 @@ def status(**fields: Any) -> Any:
     return spec(GetModelStatusRequest(), **fields)
 
 
+def reload(served: Served, default: str = "", **others: str) -> ReloadConfigRequest:
+    """A config of the model "default" and others, with more text for each."""
+    request = ReloadConfigRequest()
+    paths = {"default": served.base} | {name: served.base / f"of-{name}" for name in others}
+    for name, text in {"default": default, **others}.items():
+        model = request.config.model_config_list.config.add(name=name, base_path=str(paths[name]))
+        model.model_platform = "tensorflow"
+        text_format.Merge(text, model)
+    return request
+
+
 def tensor(text: str) -> TensorProto:
     return text_format.Parse(text, TensorProto())
 
 
 ROW_2 = ("INVALID_ARGUMENT", "ModelSpec has no name specified.")
+ROW_26 = (
+    "INVALID_ARGUMENT",
+    "ServerModelConfig type not supported by HandleReloadConfigRequest. Only ModelConfigList is "
+    "currently supported",
+)
 LABEL = ("INVALID_ARGUMENT", "Unrecognized servable version label: canary")
 A = np.ones(1, np.float32)
 
@@ -268,6 +296,11 @@ REFUSED = {
     "25 version 0": (status(version=0), "NOT_FOUND", "Could not find version 0 of model default"),
     "25 model": (status(name="none"), "NOT_FOUND", "Could not find any versions of model none"),
     "25 no name": (status(name=""), "NOT_FOUND", "Could not find any versions of model "),
+    "26 nothing": (ReloadConfigRequest(), *ROW_26),
+    "26 a custom config": (
+        text_format.Parse("config { custom_model_config {} }", ReloadConfigRequest()),
+        *ROW_26,
+    ),
 }
 
 
@@ -431,3 +464,154 @@ def test_a_method_that_is_not_there(served: Served) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         call(b"", timeout=TIMEOUT_S)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.fixture
+def reloaded(served: Served) -> Iterator[Served]:
+    """The server, which gets its first config again afterwards."""
+    yield served
+    served(reload(served))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param(
+            'base_path: "models/default"',
+            "Expected model default to have an absolute path or URI; "
+            "got base_path()=models/default",
+            id="28",
+        ),
+        pytest.param(
+            'model_platform: ""',
+            "Illegal setting neither ModelServerConfig::model_type (deprecated) nor "
+            "ModelServerConfig::model_platform, model name is default",
+            id="29 none",
+        ),
+        pytest.param(
+            'model_platform: "caffe"',
+            "Illegal to change a model's platform. For model default platform was tensorflow and "
+            "new platform requested is caffe",
+            id="29 changed",
+        ),
+    ],
+)
+def test_a_config_that_is_refused_changes_nothing(served: Served, text: str, said: str) -> None:
+    assert served.refuses(reload(served, text)) == ("INVALID_ARGUMENT", said)
+    assert served(predict(inputs={"x": X})).model_spec.version.value == served.version
+
+
+def test_27_a_name_twice(served: Served) -> None:
+    request = reload(served)
+    request.config.model_config_list.config.add(name="default", base_path="relative")
+    assert served.refuses(request) == (
+        "INVALID_ARGUMENT",
+        "Illegal to list model default multiple times in config list",
+    )
+
+
+def test_29_a_platform_nobody_has(reloaded: Served) -> None:
+    assert reloaded.refuses(reload(reloaded, caffeinated='model_platform: "caffe"')) == (
+        "INVALID_ARGUMENT",
+        "Model caffeinated requests unsupported platform caffe",
+    )
+
+
+def label(name: str, number: int) -> str:
+    return f'version_labels {{ key: "{name}" value: {number} }} '
+
+
+def test_30_a_label_on_a_version_that_is_not_available(reloaded: Served) -> None:
+    assert reloaded.refuses(reload(reloaded, label("stable", 9999))) == (
+        "FAILED_PRECONDITION",
+        "Request to assign label to version 9999 of model default, which is not currently "
+        "available for inference",
+    )
+    assert reloaded.refuses(predict(inputs={}, label="stable"))[0] == "INVALID_ARGUMENT"
+
+
+def test_31_a_new_model_that_does_not_load(reloaded: Served) -> None:
+    path = reloaded.base / "of-broken" / "1"
+    path.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(grpc.RpcError) as caught:
+        # It is tried again five times, a minute apart, where nobody has said otherwise.
+        reloaded(reload(reloaded, broken=""), timeout_s=600)
+    assert caught.value.code() is grpc.StatusCode.UNKNOWN
+    assert caught.value.details() == (
+        "1 model(s) did not become available: {{{name: broken version: 1} due to error: "
+        "NOT_FOUND: Specified file path does not appear to contain a SavedModel bundle (should "
+        f"have a file called `saved_model.pb`)\nSpecified file path: {path}}}, }}"
+    )
+    (only,) = reloaded(status(name="broken")).model_version_status
+    assert (only.state, only.status.error_code) == (50, 5)
+
+
+def test_a_reload_adds_models_with_policies_and_labels_and_leaves_them_out_again(
+    reloaded: Served, publish: Callable[[Path, str], Path]
+) -> None:
+    base = reloaded.base / "of-second"
+    shutil.rmtree(base, ignore_errors=True)
+    publish(base, "1")
+    publish(base, "2")
+
+    def by_label(name: str) -> int:
+        spec = reloaded(predict(inputs={"x": X}, name="second", label=name)).model_spec
+        assert spec.WhichOneof("version_choice") == "version"  # the label is not echoed
+        assert reloaded(metadata("signature_def", name="second", label=name)).model_spec == (
+            status(name="second", version=spec.version.value).model_spec
+        )
+        return int(spec.version.value)
+
+    answer = reloaded(reload(reloaded, second="model_version_policy { all {} }"))
+    assert answer == text_format.Parse("status {}", ReloadConfigResponse())
+    _wait_until_available(reloaded, status(name="second", version=1))
+    found = reloaded(status(name="second")).model_version_status
+    assert [(version.version, version.state) for version in found] == [(2, 30), (1, 30)]
+    both = "model_version_policy { all {} } " + label("stable", 1)
+    reloaded(reload(reloaded, label("mine", reloaded.version), second=both + label("new", 2)))
+    assert (by_label("stable"), by_label("new")) == (1, 2)
+    assert reloaded(predict(inputs={"x": X}, label="mine")).model_spec.version.value == (
+        reloaded.version
+    )
+    # Labels belong to one model, and a later config knows only its own.
+    assert reloaded.refuses(predict(inputs={"x": X}, label="new")) == (
+        "INVALID_ARGUMENT",
+        "Unrecognized servable version label: new",
+    )
+    reloaded(reload(reloaded, second="model_version_policy { all {} } " + label("stable", 2)))
+    assert by_label("stable") == 2
+    assert reloaded.refuses(predict(inputs={"x": X}, name="second", label="new"))[1] == (
+        "Unrecognized servable version label: new"
+    )
+    reloaded(reload(reloaded))
+    gone = predict(inputs={"x": X}, name="second")
+    _wait_until(lambda: _code(reloaded, gone) == "NOT_FOUND", "the model was not unloaded")
+    _wait_until(
+        lambda: [v.state for v in reloaded(status(name="second")).model_version_status] == [50, 50],
+        "its versions did not come to an end",
+    )
+    assert reloaded.refuses(gone)[1] == "Servable not found for request: Latest(second)"
+
+
+@pytest.mark.skipif(
+    "KERAS_MRL_TFS_TARGET" in os.environ, reason="needs a server that starts with an empty config"
+)
+def test_6_labels_before_any_config(tmp_path: Path) -> None:
+    config = tmp_path / "models.config"
+    config.touch()
+    with DevServer(model_config_file=config) as address:
+        served = Served(address, tmp_path, 0)
+        assert served.refuses(predict(inputs={}, label="stable")) == (
+            "UNAVAILABLE",
+            "Model labels does not init yet.stable",
+        )
+        assert served.refuses(predict(inputs={}))[0] == "NOT_FOUND"
+        served.channel.close()
+
+
+def _code(served: Served, request: Any) -> str:
+    try:
+        served(request)
+    except grpc.RpcError as error:
+        return str(error.code().name)
+    return "OK"
