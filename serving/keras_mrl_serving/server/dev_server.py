@@ -119,7 +119,8 @@ class DevServer:
         self._server: grpc.Server | None = None
         self._http: HttpServer | None = None
         self._configuration: Configuration | None = None
-        self._pollers: list[ConfigPoller | Poller] = []
+        self._poller: Poller | None = None
+        self._config_poller: ConfigPoller | None = None
 
     def start(self) -> str:
         """Loads the first versions, then opens the ports; returns the gRPC one's `host:port`.
@@ -176,25 +177,29 @@ class DevServer:
         self._models, self._configuration, self._server = models, configuration, server
         if self._http is not None:
             self._http.start()
+        self._poller = poller
         poller.start()
-        self._pollers = [poller]
         if self._config_file and self._config_wait_s > 0:
-            config_poller = ConfigPoller(configuration, self._config_file, self._config_wait_s)
-            config_poller.start()
-            self._pollers.insert(0, config_poller)
+            self._config_poller = ConfigPoller(
+                configuration, self._config_file, self._config_wait_s
+            )
+            self._config_poller.start()
         return self._say_where(config)
 
     def poll(self) -> None:
         """Looks at the base paths now, and loads and unloads what that means, in this thread."""
-        if self._models is not None:
+        if self._models is not None and self._poller is not None:
             self._models.poll()
+            self._poller.wake()  # for the tries that are due later
 
     def stop(self) -> None:
         """Closes the ports, gives requests under way five seconds, and unloads the models."""
         if self._configuration is not None:
             self._configuration.close()
-        for poller in self._pollers:
-            poller.stop()
+        if self._config_poller is not None:
+            self._config_poller.stop()
+        if self._poller is not None:
+            self._poller.stop()
         if self._server is not None:
             stopped = self._server.stop(_GRACE_S)
             if self._http is not None:
