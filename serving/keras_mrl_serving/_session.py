@@ -1,6 +1,7 @@
 """A SavedModel loaded and run by the very code of TensorFlow Serving: loader and Session::Run."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
@@ -17,6 +18,14 @@ try:
     RUNS_AS_TF_SERVING = hasattr(tf.compat.v1.Session, "_call_tf_sessionrun")
 except ImportError:
     RUNS_AS_TF_SERVING = False
+try:
+    from tensorflow.python.saved_model.loader_impl import SavedModelLoader
+
+    LOADS_AS_TF_SERVING = True
+except ImportError:
+    LOADS_AS_TF_SERVING = False
+
+_TAGS = ["serve"]
 
 
 class SavedModelSession:
@@ -36,10 +45,9 @@ class SavedModelSession:
     def __init__(self, path: str | PathLike[str]) -> None:
         self._session = tf.compat.v1.Session(graph=tf.Graph())
         try:
-            with self._session.graph.as_default(), _without_deprecation_of_the_loader():
-                meta_graph = tf.compat.v1.saved_model.loader.load(
-                    self._session, ["serve"], fspath(path)
-                )
+            load = _load_as_tf_serving if LOADS_AS_TF_SERVING else _load_publicly
+            with self._session.graph.as_default():
+                meta_graph = load(self._session, fspath(path))
             self.signatures: Mapping[str, Any] = dict(meta_graph.signature_def)
             # Plain dicts: asked for a missing key, a map of messages makes one instead of raising.
             self._feeds = {key: _names(s.inputs) for key, s in self.signatures.items()}
@@ -150,6 +158,24 @@ class SavedModelSession:
         output.oper = self._session.graph.get_operation_by_name(op)._c_op
         output.index = int(index or 0)
         return output
+
+
+def _load_as_tf_serving(session: Any, path: str) -> Any:
+    """As the C++ loader, which takes a SavedModel without variables for one that has none.
+
+    The loader of Python refuses it; under TensorFlow Serving each request is told what is missing.
+    """
+    loader = SavedModelLoader(path)
+    saver, _ = loader.load_graph(session.graph, _TAGS)
+    if tf.io.gfile.exists(os.path.join(path, "variables", "variables.index")):
+        loader.restore_variables(session, saver)
+    loader.run_init_ops(session, _TAGS)
+    return loader.get_meta_graph_def_from_tags(_TAGS)
+
+
+def _load_publicly(session: Any, path: str) -> Any:
+    with _without_deprecation_of_the_loader():
+        return tf.compat.v1.saved_model.loader.load(session, _TAGS, path)
 
 
 def as_array(value: Any) -> np.ndarray:

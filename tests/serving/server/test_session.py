@@ -1,6 +1,7 @@
 """SavedModelSession runs what TensorFlow Serving runs, and says what it says."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def session(saved_model: Path) -> Iterator[SavedModelSession]:
 
 def test_the_private_run_of_tensorflow_is_there() -> None:
     assert _session.RUNS_AS_TF_SERVING
+    assert _session.LOADS_AS_TF_SERVING
 
 
 def test_signatures_are_those_of_the_file(session: SavedModelSession) -> None:
@@ -88,6 +90,7 @@ def test_without_the_private_run_the_public_one_does(
     saved_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_session, "RUNS_AS_TF_SERVING", False)
+    monkeypatch.setattr(_session, "LOADS_AS_TF_SERVING", False)
     with SavedModelSession(saved_model) as session:
         outputs = session.run("serving_default", {"x": X}, ["y"], timeout_s=60.0)
     np.testing.assert_array_equal(outputs["y"], X @ WEIGHTS)
@@ -106,9 +109,27 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         SavedModelSession(tmp_path)
 
 
-def test_the_loaders_deprecation_is_not_the_users_concern(
-    saved_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_model_half_copied_loads_and_says_what_is_missing_when_asked(
+    saved_model: Path, tmp_path: Path
 ) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(saved_model, half)
+    shutil.rmtree(half / "variables")
+    with SavedModelSession(half) as session:
+        with pytest.raises(tf.errors.FailedPreconditionError, match=r"^Could not find variable "):
+            session.run("serving_default", {"x": X})
+        ones = np.ones(2, np.float32)
+        assert list(session.run("add", {"a": ones, "b": ones})["total"]) == [2, 2]
+
+
+@pytest.mark.parametrize("loads_as_tf_serving", [True, False])
+def test_the_loaders_deprecation_is_not_the_users_concern(
+    saved_model: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    loads_as_tf_serving: bool,
+) -> None:
+    monkeypatch.setattr(_session, "LOADS_AS_TF_SERVING", loads_as_tf_serving)
     monkeypatch.setattr(deprecation, "_PRINTED_WARNING", {})  # TensorFlow says each thing once
     tf.get_logger().addHandler(caplog.handler)
     try:
