@@ -24,6 +24,7 @@ from .service import add_services
 from .starting import apply_first, load_first_versions
 from .tls import server_credentials
 from .transport import add_health, server_options
+from .unreadable import RefusesUnreadable
 
 _logger = logging.getLogger("keras_mrl_serving.server")
 _GRACE_S = 5.0
@@ -160,7 +161,9 @@ class DevServer:
             models, allow_labels_for_unavailable=self._allow_labels, wake=poller.wake
         )
         apply_first(configuration, config, source)
-        server = grpc.server(ThreadPoolExecutor(_MAX_THREADS), options=options)
+        server = grpc.server(
+            ThreadPoolExecutor(_MAX_THREADS), interceptors=[RefusesUnreadable()], options=options
+        )
         try:
             if self._wait_s >= 0:
                 load_first_versions(models, config)

@@ -1,5 +1,6 @@
 """TensorProto to array and back, as C++ `Tensor::FromProto` and `Tensor::AsProto...` do it."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,10 @@ _LISTED = {
     tf.string: "string_val",
 }
 _HALVES = (tf.float16, tf.bfloat16)
+# Objects of the runtime's own: parsed from a client's bytes, some end the process.
+_HANDLES = (tf.variant, tf.resource)
+_MAX_MADE_UP_BYTES = 2**24
+_STRING_BYTES = 8  # of one in an array; its dtype says 0
 
 
 def decode(proto: Any) -> np.ndarray:
@@ -45,6 +50,9 @@ def decode(proto: Any) -> np.ndarray:
     try:
         # Given the bare number the op leaves its fast path, at twice the time.
         dtype = tf.as_dtype(proto.dtype)
+        if dtype in _HANDLES:
+            raise ValueError
+        _check_size(proto, dtype)
         parsed = tf.raw_ops.ParseTensor(serialized=proto.SerializeToString(), out_type=dtype)
         return as_array(parsed.numpy())
     except (tf.errors.OpError, TypeError) as error:
@@ -77,6 +85,18 @@ def encode(array: np.ndarray, proto: Any, *, as_tensor_content: bool = False) ->
         getattr(proto, _LISTED[dtype]).extend(array.ravel().tolist())
     else:
         proto.half_val.extend(array.view(np.uint16).ravel().tolist())
+
+
+def _check_size(proto: Any, dtype: tf.DType) -> None:
+    """Refuses a tensor that is mostly shape: ten bytes may ask for terabytes of repeated values.
+
+    So may one of none, which sums along its empty axis to terabytes of zeros. TensorFlow Serving
+    tries to make them, and ends where the memory does.
+    """
+    elements = math.prod(dim.size or 1 for dim in proto.tensor_shape.dim)
+    size = elements * (dtype.size or _STRING_BYTES)
+    if size > _MAX_MADE_UP_BYTES and size > _MAX_MADE_UP_BYTES + proto.ByteSize():
+        raise ValueError
 
 
 def _describe(proto: Any, dtype: tf.DType, shape: tuple[int, ...]) -> None:
