@@ -84,20 +84,20 @@ class ServedModel:
         """Says which versions are to be served from now on.
 
         Where an old version still stands in for new ones, a wish that names it again waits until
-        it is gone, as TensorFlow Serving lets it wait: the new ones are not given up for it.
+        it is gone, as TensorFlow Serving lets it wait: the new ones are not given up for it, and
+        tried again as before.
 
         Args:
             paths: paths by version.
         """
         with self._changed:
-            for version in self._managed.values():
-                if version.number not in paths and version.retry_at is not None:
-                    version.state, version.retry_at = ModelVersionStatus.END, None
             if any(v.number in paths for v in self._managed.values() if not v.is_aspired):
                 return
             for version in list(self._managed.values()):
                 if version.number not in paths:
                     version.is_aspired = False
+                    if version.retry_at is not None:
+                        version.state, version.retry_at = ModelVersionStatus.END, None
                     if version.session is None:
                         del self._managed[version.number]
             for number in paths.keys() - self._managed.keys():
@@ -170,11 +170,8 @@ class ServedModel:
 
     def _acquire(self, number: int | None) -> tuple[Version, ServingSession]:
         with self._changed:
-            if number is None:
-                number_ = max((n for n, v in self._met.items() if v.session), default=None)
-            else:
-                number_ = number
-            version = None if number_ is None else self._met.get(number_)
+            ready = {n: v for n, v in self._managed.items() if v.session}
+            version = ready.get(max(ready, default=0) if number is None else number)
             if version is None or version.session is None:
                 raise not_found(self.name, number)
             version.in_use += 1
@@ -189,6 +186,10 @@ class ServedModel:
             session = self._load_at(version.path)
         except StatusError as error:
             self._note_failure(version, error)
+            return
+        except Exception as error:  # whatever one model does, the others are served on
+            _logger.exception("%s: version %d", self.name, version.number)
+            self._note_failure(version, StatusError(grpc.StatusCode.UNKNOWN, str(error)))
             return
         with self._changed:
             version.state, version.session = ModelVersionStatus.AVAILABLE, session

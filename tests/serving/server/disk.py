@@ -78,8 +78,8 @@ def states(models: Models, name: str = "m") -> str:
     )
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+def wait_until(condition: Callable[[], bool], what: str = "what was waited for") -> None:
+    deadline = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"{what} did not come about"
         time.sleep(0.002)

@@ -13,6 +13,7 @@ import pytest
 from keras_mrl_serving.server.manager import Models
 from keras_mrl_serving.server.model import Retries
 from keras_mrl_serving.server.polling import Poller
+from keras_mrl_serving.server.running import ServingSession
 from keras_mrl_serving.server.status import StatusError
 from keras_mrl_serving.server.versions import absent_versions, aspired_versions
 from tests.serving.server.disk import Disk, config, states, wait_until
@@ -216,6 +217,41 @@ def test_a_version_no_longer_wanted_is_not_tried_again(
     assert states(models).split()[-1] == "1:END"
     assert models.versions("m")[-1].error is not None
     assert models.next_try() is None
+
+
+def test_tries_go_on_while_an_old_version_stands_in(disk: Disk, clock: SimpleNamespace) -> None:
+    disk.put("m/1")
+    models = serve(disk, "m", retries=Retries(max_num=3, interval_s=60))
+    disk.broken.add("m/2")
+    disk.put("m/2")
+    models.poll()
+    disk.remove("m/2")
+    models.poll()
+    clock.now = 60
+    models.poll()
+    assert states(models) == "2:LOADING 1:AVAILABLE"
+    disk.put("m/2")
+    disk.broken.clear()
+    clock.now = 120
+    models.poll()
+    assert states(models) == "2:AVAILABLE 1:END"
+    assert disk.since() == ["load m/1", *["load m/2"] * 3, "close m/1"]
+
+
+def test_what_is_raised_in_a_load_ends_that_load_alone(disk: Disk) -> None:
+    def load(path: str) -> ServingSession:
+        if path.endswith("m/1"):
+            raise KeyError("x")
+        return disk.load(path)
+
+    disk.put("m/1", "n/1")
+    models = Models(load, ONCE)
+    models.watch([config(disk, "m"), config(disk, "n")])
+    models.poll()
+    assert (states(models), states(models, "n")) == ("1:END", "1:AVAILABLE")
+    error = models.versions("m")[0].error
+    assert error is not None
+    assert (error.code, error.message) == (grpc.StatusCode.UNKNOWN, "'x'")
 
 
 def test_tries_go_on_while_a_base_path_is_bad(disk: Disk, clock: SimpleNamespace) -> None:
