@@ -20,6 +20,7 @@ from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.version import __version__
 
 from .index_graph import IndexGraph
+from .mapped import forget
 from .parity import check_described, same_neighbors
 from .tolerance import TOLERANCE
 from .tracing import describing
@@ -86,6 +87,8 @@ def _manifest(index: ExactIndex, name: str) -> Manifest:
 def _fingerprint(index: ExactIndex) -> str:
     """SHA-256 of the schedule, the metric, the encoder, the ids and every row."""
     digest = hashlib.sha256(json.dumps(index.facts.to_json()).encode())
-    for array in (index.ids, *index.blocks):
+    arrays: tuple[npt.NDArray[Any], ...] = (index.ids, *index.blocks)
+    for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
+        forget(array)
     return digest.hexdigest()

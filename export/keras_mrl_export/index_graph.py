@@ -13,6 +13,7 @@ from keras_mrl_serving import contract
 from keras_mrl_serving.embeddings import MIN_SQUARE
 from keras_mrl_serving.index import ExactIndex
 
+from .mapped import forget
 from .tracing import Tensors, traced
 
 _ROWS_AT_ONCE = 16_384  # copied into a variable
@@ -25,7 +26,7 @@ class IndexGraph:
     wide variable would copy it at every query. Rows lie in order of id, by which ties are broken.
 
     Args:
-        index: The gallery; memory-mapped, its rows are held once, in the variables.
+        index: The gallery; memory-mapped, its rows are held in the variables alone.
         dims: Those that can be searched alone, besides the stages of the funnel; none wider.
     """
 
@@ -152,4 +153,5 @@ def _block(index: ExactIndex, start: int, stop: int, order: Any) -> tuple[Any, A
         # In place: assigning to a slice would copy the whole variable first.
         variable.scatter_nd_update(np.arange(first, first + len(rows))[:, None], rows)
         squares[part] = np.einsum("rc,rc->r", rows, rows)
+        forget(held)
     return variable, squares

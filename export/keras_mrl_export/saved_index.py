@@ -17,7 +17,7 @@ def export_index(
     The funnel of the index runs inside the graph, its first stage over every row. The version is
     written under a name no server loads, asked for the neighbours of some of its rows, compared
     with `index`, and only then renamed to its number. A gallery of 2.1 GiB that was opened from its
-    folder took 2.2 times that in memory, its mapped rows among it.
+    folder took 1.4 times that in memory, its mapped rows among it.
 
     Args:
         index: The gallery, built in memory or opened from a folder: `open_index(path)`.
