@@ -24,7 +24,7 @@ FLAGS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "port": (int, "gRPC port; 0 lets the system choose (8500)"),
     "file_system_poll_wait_seconds": (
         int,
-        "seconds between looks for new versions; 0 means only at start (1)",
+        "seconds between looks for new versions; 0 means only at start, below 0 never (1)",
     ),
     "model_config_file": (
         str,

@@ -115,9 +115,14 @@ def test_versions_come_and_go_under_load(base: Path, put: Callable[[Path, int], 
         def states() -> dict[int, int]:
             return {v.version: v.state for v in status(asked).model_version_status}
 
+        def seen(number: int) -> int:
+            return len(clients.refusals) if number == 4 else clients.answers.get(number, 0)
+
         def comes(number: int) -> None:
+            before = seen(number)
             put(base, number)
             wait_until(lambda: states().get(number) == 30)
+            wait_until(lambda: seen(number) > before)
 
         def goes(number: int, instead: int) -> None:
             shutil.rmtree(base / str(number))
@@ -134,7 +139,6 @@ def test_versions_come_and_go_under_load(base: Path, put: Callable[[Path, int], 
             shutil.rmtree(base / "3")
             start = time.monotonic()
             comes(4)
-            time.sleep(0.02)
             goes(4, instead=2)
             bad.append((start, time.monotonic()))
             comes(5)
