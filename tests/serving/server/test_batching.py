@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from google.protobuf import text_format
 
 from keras_mrl_serving._session import SavedModelSession
@@ -20,6 +19,7 @@ from keras_mrl_serving.server.batching_threads import BatchThreads
 from keras_mrl_serving.server.loading import LoadOptions, load
 from keras_mrl_serving.server.running import ServingSession
 from keras_mrl_serving.server.status import StatusError
+from tests.serving.server.batchable import save
 
 Answers = list[Any]
 TOGETHER = "batch_timeout_micros {value: 10000000} num_batch_threads {value: 2}"
@@ -30,49 +30,9 @@ SHAPES = (
 )
 
 
-class Model(tf.Module):
-    """Tells of each row how many rows ran with it, and how wide they were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = tf.Variable(tf.reshape(tf.range(12.0), (4, 3)))
-
-    @tf.function(input_signature=[tf.TensorSpec((None, None), name="x")])
-    def rows(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
-        count, width = tf.unstack(tf.shape(x))
-        return {
-            "count": tf.fill([count], count),
-            "width": tf.fill([count], width),
-            "total": tf.reduce_sum(x, 1),
-            "sum": tf.reduce_sum(x),
-            "first": x[:1],
-        }
-
-    @tf.function(input_signature=[tf.TensorSpec((None, 4), name="x")])
-    def project(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"y": x @ self.weights}
-
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec((None,), name="a"),
-            tf.TensorSpec((None,), tf.string, name="b"),
-        ]
-    )
-    def pair(self, a: tf.Tensor, b: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"twice": a + a, "text": tf.identity(b)}
-
-    @tf.function(input_signature=[tf.TensorSpec((), name="x")])
-    def scalar(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"x": tf.identity(x)}
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = str(tmp_path_factory.mktemp("batching") / "1")
-    model = Model()
-    signatures = {name: getattr(model, name) for name in ("rows", "project", "pair", "scalar")}
-    tf.saved_model.save(model, path, signatures=signatures)
-    return path
+    return str(save(tmp_path_factory.mktemp("batching") / "1"))
 
 
 def parameters(text: str) -> Any:

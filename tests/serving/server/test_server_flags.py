@@ -66,56 +66,6 @@ def batching(publish: Publish, tmp_path_factory: pytest.TempPathFactory) -> Iter
     assert not [thread for thread in threading.enumerate() if thread.name == "batching"]
 
 
-@pytest.mark.parametrize(
-    ("request_", "code", "text"),
-    [
-        (
-            predict(("y",), x=np.ones((33, 4), np.float32)),
-            "INVALID_ARGUMENT",
-            "Task size 33 is larger than maximum input batch size 32",
-        ),
-        (
-            predict(signature="echo", text=b"a"),
-            "INVALID_ARGUMENT",
-            "Batching Run() input tensors must have at least one dimension",
-        ),
-        (
-            predict(signature="add", a=np.ones(2, np.float32), b=np.ones(3, np.float32)),
-            "INVALID_ARGUMENT",
-            "Batching Run() input tensors must have equal 0th-dimension size",
-        ),
-        (
-            predict(("scalar",), "kinds", x=np.ones(2, np.float32)),
-            "FAILED_PRECONDITION",
-            "Batched output tensor has 0 dimensions",
-        ),
-    ],
-)
-def test_what_batching_refuses(
-    batching: Batching, request_: PredictRequest, code: str, text: str
-) -> None:
-    assert refused(lambda: batching.predict(request_, timeout=30)) == (code, text)
-
-
-def test_37_over_the_wire(batching: Batching) -> None:
-    """Together they fail; alone each has an answer of its own, so they are asked until they met."""
-    narrow, wide = (predict(("y",), x=np.ones((1, n), np.float32)) for n in (4, 5))
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(200):
-            calls = [batching.predict.future(request, timeout=30) for request in (narrow, wide)]
-            codes = list(pool.map(lambda call: call.code().name, calls))
-            if codes == ["FAILED_PRECONDITION"] * 2:
-                break
-            assert codes == ["OK", "INVALID_ARGUMENT"]
-        else:
-            pytest.fail("they never met in a batch")
-    assert {call.details() for call in calls} == {
-        "Tensors with name 'serving_default_x:0' from different tasks have different shapes and "
-        "padding is turned off. Set pad_variable_length_inputs to true, or ensure that all tensors "
-        "with the same name have equal dimensions starting with the first dim."
-    }
-
-
 def test_batched_answers_are_those_of_one_by_one(
     batching: Batching,
 ) -> None:
