@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from keras_mrl_cli.deploying.work import FILES
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"keras_mrl", "keras_mrl_cli", "keras_mrl_export", "keras_mrl_serving"}
 
@@ -55,6 +57,7 @@ def test_every_module_is_shipped(wheel: zipfile.ZipFile) -> None:
     assert modules
     assert modules <= set(wheel.namelist())
     others = {"keras_mrl_serving/_wire.proto", "keras_mrl_serving/manifest.schema.json"}
+    others |= {f"keras_mrl_serving/deploy/{name}" for name in FILES}
     assert others <= set(wheel.namelist())
 
 

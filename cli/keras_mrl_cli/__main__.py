@@ -8,15 +8,18 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from types import ModuleType
 
-from . import classify, demo, embed, index, search, serve
+from . import classify, demo, deploy, embed, export, index, inspect, search, serve
 
 _COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
+    "export": export,
     "serve": serve,
+    "deploy": deploy,
     "classify": classify,
     "embed": embed,
     "index": index,
     "search": search,
+    "inspect": inspect,
 }
 
 

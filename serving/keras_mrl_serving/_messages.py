@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -83,9 +84,14 @@ def _version_status(status: wire.ModelVersionStatus) -> VersionStatus:
 def _signatures(response: wire.GetModelMetadataResponse) -> dict[str, Signature]:
     # The message calls itself tensorflow.serving.SignatureDefMap, so `Unpack` would refuse it.
     found = wire.SignatureDefMap.FromString(response.metadata[_SIGNATURES].value)
+    return signatures_of(found.signature_def)
+
+
+def signatures_of(definitions: Mapping[str, wire.SignatureDef]) -> dict[str, Signature]:
+    """Return what can be called of these definitions, by name."""
     return {
         name: Signature(_specs(signature.inputs), _specs(signature.outputs))
-        for name, signature in sorted(found.signature_def.items())
+        for name, signature in sorted(definitions.items())
         if name != _INIT_OP
     }
 

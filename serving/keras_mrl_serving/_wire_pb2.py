@@ -26,7 +26,7 @@ from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 from google.protobuf import wrappers_pb2 as google_dot_protobuf_dot_wrappers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkeras_mrl_serving/_wire.proto\x12\x0ekeras_mrl.wire\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/wrappers.proto\"~\n\x10TensorShapeProto\x12\x31\n\x03\x64im\x18\x02 \x03(\x0b\x32$.keras_mrl.wire.TensorShapeProto.Dim\x12\x14\n\x0cunknown_rank\x18\x03 \x01(\x08\x1a!\n\x03\x44im\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xe9\x02\n\x0bTensorProto\x12\'\n\x05\x64type\x18\x01 \x01(\x0e\x32\x18.keras_mrl.wire.DataType\x12\x36\n\x0ctensor_shape\x18\x02 \x01(\x0b\x32 .keras_mrl.wire.TensorShapeProto\x12\x16\n\x0eversion_number\x18\x03 \x01(\x05\x12\x16\n\x0etensor_content\x18\x04 \x01(\x0c\x12\x14\n\x08half_val\x18\r \x03(\x05\x42\x02\x10\x01\x12\x15\n\tfloat_val\x18\x05 \x03(\x02\x42\x02\x10\x01\x12\x16\n\ndouble_val\x18\x06 \x03(\x01\x42\x02\x10\x01\x12\x13\n\x07int_val\x18\x07 \x03(\x05\x42\x02\x10\x01\x12\x12\n\nstring_val\x18\x08 \x03(\x0c\x12\x15\n\tint64_val\x18\n \x03(\x03\x42\x02\x10\x01\x12\x14\n\x08\x62ool_val\x18\x0b \x03(\x08\x42\x02\x10\x01\x12\x16\n\nuint32_val\x18\x10 \x03(\rB\x02\x10\x01\x12\x16\n\nuint64_val\x18\x11 \x03(\x04\x42\x02\x10\x01\"\x89\x01\n\nTensorInfo\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\'\n\x05\x64type\x18\x02 \x01(\x0e\x32\x18.keras_mrl.wire.DataType\x12\x36\n\x0ctensor_shape\x18\x03 \x01(\x0b\x32 .keras_mrl.wire.TensorShapeProtoB\n\n\x08\x65ncoding\"\xbc\x03\n\x0cSignatureDef\x12\x38\n\x06inputs\x18\x01 \x03(\x0b\x32(.keras_mrl.wire.SignatureDef.InputsEntry\x12:\n\x07outputs\x18\x02 \x03(\x0b\x32).keras_mrl.wire.SignatureDef.OutputsEntry\x12\x13\n\x0bmethod_name\x18\x03 \x01(\t\x12<\n\x08\x64\x65\x66\x61ults\x18\x04 \x03(\x0b\x32*.keras_mrl.wire.SignatureDef.DefaultsEntry\x1aI\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0b\x32\x1a.keras_mrl.wire.TensorInfo:\x02\x38\x01\x1aJ\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0b\x32\x1a.keras_mrl.wire.TensorInfo:\x02\x38\x01\x1aL\n\rDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.keras_mrl.wire.TensorProto:\x02\x38\x01\"\x8c\x01\n\tModelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x07version\x18\x02 \x01(\x0b\x32\x1b.google.protobuf.Int64ValueH\x00\x12\x17\n\rversion_label\x18\x04 \x01(\tH\x00\x12\x16\n\x0esignature_name\x18\x03 \x01(\tB\x10\n\x0eversion_choice\"\xde\x01\n\x0ePredictRequest\x12-\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x19.keras_mrl.wire.ModelSpec\x12:\n\x06inputs\x18\x02 \x03(\x0b\x32*.keras_mrl.wire.PredictRequest.InputsEntry\x12\x15\n\routput_filter\x18\x03 \x03(\t\x1aJ\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.keras_mrl.wire.TensorProto:\x02\x38\x01\"\xcc\x01\n\x0fPredictResponse\x12-\n\nmodel_spec\x18\x02 \x01(\x0b\x32\x19.keras_mrl.wire.ModelSpec\x12=\n\x07outputs\x18\x01 \x03(\x0b\x32,.keras_mrl.wire.PredictResponse.OutputsEntry\x1aK\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.keras_mrl.wire.TensorProto:\x02\x38\x01\"`\n\x17GetModelMetadataRequest\x12-\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x19.keras_mrl.wire.ModelSpec\x12\x16\n\x0emetadata_field\x18\x02 \x03(\t\"\xda\x01\n\x18GetModelMetadataResponse\x12-\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x19.keras_mrl.wire.ModelSpec\x12H\n\x08metadata\x18\x02 \x03(\x0b\x32\x36.keras_mrl.wire.GetModelMetadataResponse.MetadataEntry\x1a\x45\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any:\x02\x38\x01\"\xae\x01\n\x0fSignatureDefMap\x12H\n\rsignature_def\x18\x01 \x03(\x0b\x32\x31.keras_mrl.wire.SignatureDefMap.SignatureDefEntry\x1aQ\n\x11SignatureDefEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.keras_mrl.wire.SignatureDef:\x02\x38\x01\"F\n\x15GetModelStatusRequest\x12-\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x19.keras_mrl.wire.ModelSpec\"\xe0\x01\n\x12ModelVersionStatus\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x37\n\x05state\x18\x02 \x01(\x0e\x32(.keras_mrl.wire.ModelVersionStatus.State\x12+\n\x06status\x18\x03 \x01(\x0b\x32\x1b.keras_mrl.wire.StatusProto\"S\n\x05State\x12\x0b\n\x07UNKNOWN\x10\x00\x12\t\n\x05START\x10\n\x12\x0b\n\x07LOADING\x10\x14\x12\r\n\tAVAILABLE\x10\x1e\x12\r\n\tUNLOADING\x10(\x12\x07\n\x03\x45ND\x10\x32\"p\n\x16GetModelStatusResponse\x12V\n\x14model_version_status\x18\x01 \x03(\x0b\x32\".keras_mrl.wire.ModelVersionStatusR\x14model_version_status\"\xaf\x03\n\x0bStatusProto\x12@\n\nerror_code\x18\x01 \x01(\x0e\x32 .keras_mrl.wire.StatusProto.CodeR\nerror_code\x12$\n\rerror_message\x18\x02 \x01(\tR\rerror_message\"\xb7\x02\n\x04\x43ode\x12\x06\n\x02OK\x10\x00\x12\r\n\tCANCELLED\x10\x01\x12\x0b\n\x07UNKNOWN\x10\x02\x12\x14\n\x10INVALID_ARGUMENT\x10\x03\x12\x15\n\x11\x44\x45\x41\x44LINE_EXCEEDED\x10\x04\x12\r\n\tNOT_FOUND\x10\x05\x12\x12\n\x0e\x41LREADY_EXISTS\x10\x06\x12\x15\n\x11PERMISSION_DENIED\x10\x07\x12\x16\n\x12RESOURCE_EXHAUSTED\x10\x08\x12\x17\n\x13\x46\x41ILED_PRECONDITION\x10\t\x12\x0b\n\x07\x41\x42ORTED\x10\n\x12\x10\n\x0cOUT_OF_RANGE\x10\x0b\x12\x11\n\rUNIMPLEMENTED\x10\x0c\x12\x0c\n\x08INTERNAL\x10\r\x12\x0f\n\x0bUNAVAILABLE\x10\x0e\x12\r\n\tDATA_LOSS\x10\x0f\x12\x13\n\x0fUNAUTHENTICATED\x10\x10*\xb5\x04\n\x08\x44\x61taType\x12\x0e\n\nDT_INVALID\x10\x00\x12\x0c\n\x08\x44T_FLOAT\x10\x01\x12\r\n\tDT_DOUBLE\x10\x02\x12\x0c\n\x08\x44T_INT32\x10\x03\x12\x0c\n\x08\x44T_UINT8\x10\x04\x12\x0c\n\x08\x44T_INT16\x10\x05\x12\x0b\n\x07\x44T_INT8\x10\x06\x12\r\n\tDT_STRING\x10\x07\x12\x10\n\x0c\x44T_COMPLEX64\x10\x08\x12\x0c\n\x08\x44T_INT64\x10\t\x12\x0b\n\x07\x44T_BOOL\x10\n\x12\x0c\n\x08\x44T_QINT8\x10\x0b\x12\r\n\tDT_QUINT8\x10\x0c\x12\r\n\tDT_QINT32\x10\r\x12\x0f\n\x0b\x44T_BFLOAT16\x10\x0e\x12\r\n\tDT_QINT16\x10\x0f\x12\x0e\n\nDT_QUINT16\x10\x10\x12\r\n\tDT_UINT16\x10\x11\x12\x11\n\rDT_COMPLEX128\x10\x12\x12\x0b\n\x07\x44T_HALF\x10\x13\x12\x0f\n\x0b\x44T_RESOURCE\x10\x14\x12\x0e\n\nDT_VARIANT\x10\x15\x12\r\n\tDT_UINT32\x10\x16\x12\r\n\tDT_UINT64\x10\x17\x12\x12\n\x0e\x44T_FLOAT8_E5M2\x10\x18\x12\x14\n\x10\x44T_FLOAT8_E4M3FN\x10\x19\x12\x16\n\x12\x44T_FLOAT8_E4M3FNUZ\x10\x1a\x12\x19\n\x15\x44T_FLOAT8_E4M3B11FNUZ\x10\x1b\x12\x16\n\x12\x44T_FLOAT8_E5M2FNUZ\x10\x1c\x12\x0b\n\x07\x44T_INT4\x10\x1d\x12\x0c\n\x08\x44T_UINT4\x10\x1e\x12\x0b\n\x07\x44T_INT2\x10\x1f\x12\x0c\n\x08\x44T_UINT2\x10 \x12\x14\n\x10\x44T_FLOAT4_E2M1FN\x10!b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkeras_mrl_serving/_wire.proto\x12\x0ekeras_mrl.wire\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/wrappers.proto\"~\n\x10TensorShapeProto\x12\x31\n\x03\x64im\x18\x02 \x03(\x0b\x32$.keras_mrl.wire.TensorShapeProto.Dim\x12\x14\n\x0cunknown_rank\x18\x03 \x01(\x08\x1a!\n\x03\x44im\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xe9\x02\n\x0bTensorProto\x12\'\n\x05\x64type\x18\x01 \x01(\x0e\x32\x18.keras_mrl.wire.DataType\x12\x36\n\x0ctensor_shape\x18\x02 \x01(\x0b\x32 .keras_mrl.wire.TensorShapeProto\x12\x16\n\x0eversion_number\x18\x03 \x01(\x05\x12\x16\n\x0etensor_content\x18\x04 \x01(\x0c\x12\x14\n\x08half_val\x18\r \x03(\x05\x42\x02\x10\x01\x12\x15\n\tfloat_val\x18\x05 \x03(\x02\x42\x02\x10\x01\x12\x16\n\ndouble_val\x18\x06 \x03(\x01\x42\x02\x10\x01\x12\x13\n\x07int_val\x18\x07 \x03(\x05\x42\x02\x10\x01\x12\x12\n\nstring_val\x18\x08 \x03(\x0c\x12\x15\n\tint64_val\x18\n \x03(\x03\x42\x02\x10\x01\x12\x14\n\x08\x62ool_val\x18\x0b \x03(\x08\x42\x02\x10\x01\x12\x16\n\nuint32_val\x18\x10 \x03(\rB\x02\x10\x01\x12\x16\n\nuint64_val\x18\x11 \x03(\x04\x42\x02\x10\x01\"\x89\x01\n\nTensorInfo\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\'\n\x05\x64type\x18\x02 \x01(\x0e\x32\x18.keras_mrl.wire.DataType\x12\x36\n\x0ctensor_shape\x18\x03 \x01(\x0b\x32 .keras_mrl.wire.TensorShapeProtoB\n\n\x08\x65ncoding\"\xbc\x03\n\x0cSignatureDef\x12\x38\n\x06inputs\x18\x01 \x03(\x0b\x32(.keras_mrl.wire.SignatureDef.InputsEntry\x12:\n\x07outputs\x18\x02 \x03(\x0b\x32).keras_mrl.wire.SignatureDef.OutputsEntry\x12\x13\n\x0bmethod_name\x18\x03 \x01(\t\x12<\n\x08\x64\x65\x66\x61ults\x18\x04 \x03(\x0b\x32*.keras_mrl.wire.SignatureDef.DefaultsEntry\x1aI\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0b\x32\x1a.keras_mrl.wire.TensorInfo:\x02\x38\x01\x1aJ\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0b\x32\x1a.keras_mrl.wire.TensorInfo:\x02\x38\x01\x1aL\n\rDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.keras_mrl.wire.TensorProto:\x02\x38\x01\"\xa8\x01\n\x0cMetaGraphDef\x12\x45\n\rsignature_def\x18\x05 \x03(\x0b\x32..keras_mrl.wire.MetaGraphDef.SignatureDefEntry\x1aQ\n\x11SignatureDefEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.keras_mrl.wire.SignatureDef:\x02\x38\x01\"c\n\nSavedModel\x12\"\n\x1asaved_model_schema_version\x18\x01 \x01(\x03\x12\x31\n\x0bmeta_graphs\x18\x02 \x03(\x0b\x32\x1c.keras_mrl.wire.MetaGraphDef\"\x8c\x01\n\tModelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x07version\x18\x02 \x01(\x0b\x32\x1b.google.protobuf.Int64ValueH\x00\x12\x17\n\rversion_label\x18\x04 \x01(\tH\x00\x12\x16\n\x0esignature_name\x18\x03 \x01(\tB\x10\n\x0eversion_choice\"\xde\x01\n\x0ePredictRequest\x12-\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x19.keras_mrl.wire.ModelSpec\x12:\n\x06inputs\x18\x02 \x03(\x0b\x32*.keras_mrl.wire.PredictRequest.InputsEntry\x12\x15\n\routput_filter\x18\x03 \x03(\t\x1aJ\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.keras_mrl.wire.TensorProto:\x02\x38\x01\"\xcc\x01\n\x0fPredictResponse\x12-\n\nmodel_spec\x18\x02 \x01(\x0b\x32\x19.keras_mrl.wire.ModelSpec\x12=\n\x07outputs\x18\x01 \x03(\x0b\x32,.keras_mrl.wire.PredictResponse.OutputsEntry\x1aK\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.keras_mrl.wire.TensorProto:\x02\x38\x01\"`\n\x17GetModelMetadataRequest\x12-\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x19.keras_mrl.wire.ModelSpec\x12\x16\n\x0emetadata_field\x18\x02 \x03(\t\"\xda\x01\n\x18GetModelMetadataResponse\x12-\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x19.keras_mrl.wire.ModelSpec\x12H\n\x08metadata\x18\x02 \x03(\x0b\x32\x36.keras_mrl.wire.GetModelMetadataResponse.MetadataEntry\x1a\x45\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any:\x02\x38\x01\"\xae\x01\n\x0fSignatureDefMap\x12H\n\rsignature_def\x18\x01 \x03(\x0b\x32\x31.keras_mrl.wire.SignatureDefMap.SignatureDefEntry\x1aQ\n\x11SignatureDefEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.keras_mrl.wire.SignatureDef:\x02\x38\x01\"F\n\x15GetModelStatusRequest\x12-\n\nmodel_spec\x18\x01 \x01(\x0b\x32\x19.keras_mrl.wire.ModelSpec\"\xe0\x01\n\x12ModelVersionStatus\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x37\n\x05state\x18\x02 \x01(\x0e\x32(.keras_mrl.wire.ModelVersionStatus.State\x12+\n\x06status\x18\x03 \x01(\x0b\x32\x1b.keras_mrl.wire.StatusProto\"S\n\x05State\x12\x0b\n\x07UNKNOWN\x10\x00\x12\t\n\x05START\x10\n\x12\x0b\n\x07LOADING\x10\x14\x12\r\n\tAVAILABLE\x10\x1e\x12\r\n\tUNLOADING\x10(\x12\x07\n\x03\x45ND\x10\x32\"p\n\x16GetModelStatusResponse\x12V\n\x14model_version_status\x18\x01 \x03(\x0b\x32\".keras_mrl.wire.ModelVersionStatusR\x14model_version_status\"\xaf\x03\n\x0bStatusProto\x12@\n\nerror_code\x18\x01 \x01(\x0e\x32 .keras_mrl.wire.StatusProto.CodeR\nerror_code\x12$\n\rerror_message\x18\x02 \x01(\tR\rerror_message\"\xb7\x02\n\x04\x43ode\x12\x06\n\x02OK\x10\x00\x12\r\n\tCANCELLED\x10\x01\x12\x0b\n\x07UNKNOWN\x10\x02\x12\x14\n\x10INVALID_ARGUMENT\x10\x03\x12\x15\n\x11\x44\x45\x41\x44LINE_EXCEEDED\x10\x04\x12\r\n\tNOT_FOUND\x10\x05\x12\x12\n\x0e\x41LREADY_EXISTS\x10\x06\x12\x15\n\x11PERMISSION_DENIED\x10\x07\x12\x16\n\x12RESOURCE_EXHAUSTED\x10\x08\x12\x17\n\x13\x46\x41ILED_PRECONDITION\x10\t\x12\x0b\n\x07\x41\x42ORTED\x10\n\x12\x10\n\x0cOUT_OF_RANGE\x10\x0b\x12\x11\n\rUNIMPLEMENTED\x10\x0c\x12\x0c\n\x08INTERNAL\x10\r\x12\x0f\n\x0bUNAVAILABLE\x10\x0e\x12\r\n\tDATA_LOSS\x10\x0f\x12\x13\n\x0fUNAUTHENTICATED\x10\x10*\xb5\x04\n\x08\x44\x61taType\x12\x0e\n\nDT_INVALID\x10\x00\x12\x0c\n\x08\x44T_FLOAT\x10\x01\x12\r\n\tDT_DOUBLE\x10\x02\x12\x0c\n\x08\x44T_INT32\x10\x03\x12\x0c\n\x08\x44T_UINT8\x10\x04\x12\x0c\n\x08\x44T_INT16\x10\x05\x12\x0b\n\x07\x44T_INT8\x10\x06\x12\r\n\tDT_STRING\x10\x07\x12\x10\n\x0c\x44T_COMPLEX64\x10\x08\x12\x0c\n\x08\x44T_INT64\x10\t\x12\x0b\n\x07\x44T_BOOL\x10\n\x12\x0c\n\x08\x44T_QINT8\x10\x0b\x12\r\n\tDT_QUINT8\x10\x0c\x12\r\n\tDT_QINT32\x10\r\x12\x0f\n\x0b\x44T_BFLOAT16\x10\x0e\x12\r\n\tDT_QINT16\x10\x0f\x12\x0e\n\nDT_QUINT16\x10\x10\x12\r\n\tDT_UINT16\x10\x11\x12\x11\n\rDT_COMPLEX128\x10\x12\x12\x0b\n\x07\x44T_HALF\x10\x13\x12\x0f\n\x0b\x44T_RESOURCE\x10\x14\x12\x0e\n\nDT_VARIANT\x10\x15\x12\r\n\tDT_UINT32\x10\x16\x12\r\n\tDT_UINT64\x10\x17\x12\x12\n\x0e\x44T_FLOAT8_E5M2\x10\x18\x12\x14\n\x10\x44T_FLOAT8_E4M3FN\x10\x19\x12\x16\n\x12\x44T_FLOAT8_E4M3FNUZ\x10\x1a\x12\x19\n\x15\x44T_FLOAT8_E4M3B11FNUZ\x10\x1b\x12\x16\n\x12\x44T_FLOAT8_E5M2FNUZ\x10\x1c\x12\x0b\n\x07\x44T_INT4\x10\x1d\x12\x0c\n\x08\x44T_UINT4\x10\x1e\x12\x0b\n\x07\x44T_INT2\x10\x1f\x12\x0c\n\x08\x44T_UINT2\x10 \x12\x14\n\x10\x44T_FLOAT4_E2M1FN\x10!b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,6 +55,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_options = b'8\001'
   _globals['_SIGNATUREDEF_DEFAULTSENTRY']._loaded_options = None
   _globals['_SIGNATUREDEF_DEFAULTSENTRY']._serialized_options = b'8\001'
+  _globals['_METAGRAPHDEF_SIGNATUREDEFENTRY']._loaded_options = None
+  _globals['_METAGRAPHDEF_SIGNATUREDEFENTRY']._serialized_options = b'8\001'
   _globals['_PREDICTREQUEST_INPUTSENTRY']._loaded_options = None
   _globals['_PREDICTREQUEST_INPUTSENTRY']._serialized_options = b'8\001'
   _globals['_PREDICTRESPONSE_OUTPUTSENTRY']._loaded_options = None
@@ -63,8 +65,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._loaded_options = None
   _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_options = b'8\001'
-  _globals['_DATATYPE']._serialized_start=3106
-  _globals['_DATATYPE']._serialized_end=3671
+  _globals['_DATATYPE']._serialized_start=3378
+  _globals['_DATATYPE']._serialized_end=3943
   _globals['_TENSORSHAPEPROTO']._serialized_start=108
   _globals['_TENSORSHAPEPROTO']._serialized_end=234
   _globals['_TENSORSHAPEPROTO_DIM']._serialized_start=201
@@ -81,36 +83,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNATUREDEF_OUTPUTSENTRY']._serialized_end=1107
   _globals['_SIGNATUREDEF_DEFAULTSENTRY']._serialized_start=1109
   _globals['_SIGNATUREDEF_DEFAULTSENTRY']._serialized_end=1185
-  _globals['_MODELSPEC']._serialized_start=1188
-  _globals['_MODELSPEC']._serialized_end=1328
-  _globals['_PREDICTREQUEST']._serialized_start=1331
-  _globals['_PREDICTREQUEST']._serialized_end=1553
-  _globals['_PREDICTREQUEST_INPUTSENTRY']._serialized_start=1479
-  _globals['_PREDICTREQUEST_INPUTSENTRY']._serialized_end=1553
-  _globals['_PREDICTRESPONSE']._serialized_start=1556
-  _globals['_PREDICTRESPONSE']._serialized_end=1760
-  _globals['_PREDICTRESPONSE_OUTPUTSENTRY']._serialized_start=1685
-  _globals['_PREDICTRESPONSE_OUTPUTSENTRY']._serialized_end=1760
-  _globals['_GETMODELMETADATAREQUEST']._serialized_start=1762
-  _globals['_GETMODELMETADATAREQUEST']._serialized_end=1858
-  _globals['_GETMODELMETADATARESPONSE']._serialized_start=1861
-  _globals['_GETMODELMETADATARESPONSE']._serialized_end=2079
-  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_start=2010
-  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_end=2079
-  _globals['_SIGNATUREDEFMAP']._serialized_start=2082
-  _globals['_SIGNATUREDEFMAP']._serialized_end=2256
-  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_start=2175
-  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_end=2256
-  _globals['_GETMODELSTATUSREQUEST']._serialized_start=2258
-  _globals['_GETMODELSTATUSREQUEST']._serialized_end=2328
-  _globals['_MODELVERSIONSTATUS']._serialized_start=2331
-  _globals['_MODELVERSIONSTATUS']._serialized_end=2555
-  _globals['_MODELVERSIONSTATUS_STATE']._serialized_start=2472
-  _globals['_MODELVERSIONSTATUS_STATE']._serialized_end=2555
-  _globals['_GETMODELSTATUSRESPONSE']._serialized_start=2557
-  _globals['_GETMODELSTATUSRESPONSE']._serialized_end=2669
-  _globals['_STATUSPROTO']._serialized_start=2672
-  _globals['_STATUSPROTO']._serialized_end=3103
-  _globals['_STATUSPROTO_CODE']._serialized_start=2792
-  _globals['_STATUSPROTO_CODE']._serialized_end=3103
+  _globals['_METAGRAPHDEF']._serialized_start=1188
+  _globals['_METAGRAPHDEF']._serialized_end=1356
+  _globals['_METAGRAPHDEF_SIGNATUREDEFENTRY']._serialized_start=1275
+  _globals['_METAGRAPHDEF_SIGNATUREDEFENTRY']._serialized_end=1356
+  _globals['_SAVEDMODEL']._serialized_start=1358
+  _globals['_SAVEDMODEL']._serialized_end=1457
+  _globals['_MODELSPEC']._serialized_start=1460
+  _globals['_MODELSPEC']._serialized_end=1600
+  _globals['_PREDICTREQUEST']._serialized_start=1603
+  _globals['_PREDICTREQUEST']._serialized_end=1825
+  _globals['_PREDICTREQUEST_INPUTSENTRY']._serialized_start=1751
+  _globals['_PREDICTREQUEST_INPUTSENTRY']._serialized_end=1825
+  _globals['_PREDICTRESPONSE']._serialized_start=1828
+  _globals['_PREDICTRESPONSE']._serialized_end=2032
+  _globals['_PREDICTRESPONSE_OUTPUTSENTRY']._serialized_start=1957
+  _globals['_PREDICTRESPONSE_OUTPUTSENTRY']._serialized_end=2032
+  _globals['_GETMODELMETADATAREQUEST']._serialized_start=2034
+  _globals['_GETMODELMETADATAREQUEST']._serialized_end=2130
+  _globals['_GETMODELMETADATARESPONSE']._serialized_start=2133
+  _globals['_GETMODELMETADATARESPONSE']._serialized_end=2351
+  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_start=2282
+  _globals['_GETMODELMETADATARESPONSE_METADATAENTRY']._serialized_end=2351
+  _globals['_SIGNATUREDEFMAP']._serialized_start=2354
+  _globals['_SIGNATUREDEFMAP']._serialized_end=2528
+  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_start=1275
+  _globals['_SIGNATUREDEFMAP_SIGNATUREDEFENTRY']._serialized_end=1356
+  _globals['_GETMODELSTATUSREQUEST']._serialized_start=2530
+  _globals['_GETMODELSTATUSREQUEST']._serialized_end=2600
+  _globals['_MODELVERSIONSTATUS']._serialized_start=2603
+  _globals['_MODELVERSIONSTATUS']._serialized_end=2827
+  _globals['_MODELVERSIONSTATUS_STATE']._serialized_start=2744
+  _globals['_MODELVERSIONSTATUS_STATE']._serialized_end=2827
+  _globals['_GETMODELSTATUSRESPONSE']._serialized_start=2829
+  _globals['_GETMODELSTATUSRESPONSE']._serialized_end=2941
+  _globals['_STATUSPROTO']._serialized_start=2944
+  _globals['_STATUSPROTO']._serialized_end=3375
+  _globals['_STATUSPROTO_CODE']._serialized_start=3064
+  _globals['_STATUSPROTO_CODE']._serialized_end=3375
 # @@protoc_insertion_point(module_scope)

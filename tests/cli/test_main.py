@@ -15,7 +15,8 @@ from keras_mrl_cli.__main__ import main, parser
 
 NOT_INSTALLED = ("keras", "tensorflow", "jax", "torch", "grpc", "numpy", "sklearn", "matplotlib")
 ROOMS = ("keras_mrl", "keras_mrl_export", "keras_mrl_serving")
-COMMANDS = ["demo", "serve", "classify", "embed", "index", "search"]
+COMMANDS = ["demo", "export", "serve", "deploy"]
+COMMANDS += ["classify", "embed", "index", "search", "inspect"]
 PARTS = ["build", "show"]  # of index
 WITH_FLAGS = [[command] for command in COMMANDS if command != "index"]
 WITH_FLAGS += [["index", part] for part in PARTS]
@@ -106,7 +107,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["fly"],
             "keras-mrl: error: argument COMMAND: invalid choice: 'fly' "
-            "(choose from 'demo', 'serve', 'classify', 'embed', 'index', 'search')",
+            "(choose from 'demo', 'export', 'serve', 'deploy', 'classify', 'embed', 'index', "
+            "'search', 'inspect')",
         ),
         (["index"], "keras-mrl index: error: the following arguments are required: COMMAND"),
         (
@@ -115,8 +117,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "(choose from 'build', 'show')",
         ),
         (
-            ["serve"],
-            "keras-mrl serve: error: the following arguments are required: --model_base_path",
+            ["inspect"],
+            "keras-mrl inspect: error: the following arguments are required: WHAT",
         ),
         (
             ["serve", "--model_base_path", "x", "--port", "http"],
@@ -214,6 +216,12 @@ def test_out_must_be_a_folder(clean_environment: Path, capsys: pytest.CaptureFix
             "sklearn",
             "The demo trains, exports, serves and draws. Received: sklearn is blocked. "
             "Install what it needs: pip install 'keras-mrl[jax,export,server,evaluate]'.",
+        ),
+        (
+            ["export", "model.keras", "--base-path", "models"],
+            "cloudpickle",
+            "An export loads the model with Keras and writes it with TensorFlow. Received: "
+            "cloudpickle is blocked. Install what it needs: pip install 'keras-mrl[export]'.",
         ),
         (
             ["serve", "--model_base_path", "models"],

@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import Int64Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
@@ -28,7 +29,7 @@ SHORT = settings(deadline=None, max_examples=50)
 GOLDEN = Path(__file__).with_name("golden")
 PROTO = Path(wire.__file__).with_name("_wire.proto")
 
-# What crosses the wire, and SignatureDefMap, which crosses it inside an Any.
+# What crosses the wire; SignatureDefMap, which crosses it inside an Any; and saved_model.pb.
 PAIRS: list[tuple[type[Message], Any]] = [
     (wire.PredictRequest, predict_pb2.PredictRequest),
     (wire.PredictResponse, predict_pb2.PredictResponse),
@@ -37,6 +38,7 @@ PAIRS: list[tuple[type[Message], Any]] = [
     (wire.SignatureDefMap, get_model_metadata_pb2.SignatureDefMap),
     (wire.GetModelStatusRequest, get_model_status_pb2.GetModelStatusRequest),
     (wire.GetModelStatusResponse, get_model_status_pb2.GetModelStatusResponse),
+    (wire.SavedModel, saved_model_pb2.SavedModel),
 ]
 # Names that the enums of ours may lack.
 LEFT_OUT_NAMES = re.compile(r".*_REF|DO_NOT_USE_.*")
@@ -228,6 +230,16 @@ EXAMPLES: dict[type[Message], st.SearchStrategy[Any]] = {
     wire.GetModelStatusRequest: st.builds(wire.GetModelStatusRequest, model_spec=SPECS),
     wire.GetModelStatusResponse: st.builds(
         wire.GetModelStatusResponse, model_version_status=st.lists(STATUSES, max_size=3)
+    ),
+    wire.SavedModel: st.builds(
+        wire.SavedModel,
+        saved_model_schema_version=st.integers(0, 9),
+        meta_graphs=st.lists(
+            st.builds(
+                wire.MetaGraphDef, signature_def=st.dictionaries(NAMES, SIGNATURES, max_size=2)
+            ),
+            max_size=2,
+        ),
     ),
 }
 

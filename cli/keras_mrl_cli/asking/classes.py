@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-from keras_mrl_serving import CascadePolicy, Classification, Client, Manifest, ManifestError
+from keras_mrl_serving import CascadePolicy, Classification, Client, Manifest
 
 from . import RefusalError
 from .files import Arrays
+from .policy import read_policy
 from .printing import Table, file_width, print_json
 from .server import asked
 from .walk import walk
@@ -19,7 +18,7 @@ from .walk import walk
 
 def classify(arguments: argparse.Namespace) -> int:
     """Print the classes of every row of every file."""
-    policy = None if arguments.policy is None else _policy(arguments.policy)
+    policy = None if arguments.policy is None else read_policy(arguments.policy)
     with asked(arguments) as (client, manifest):
         manifest.check_head()
         _check_top(arguments.top, manifest)
@@ -41,23 +40,6 @@ def _ask(
     if dim is None:
         return client.classify_adaptive(arrays, policy, progress=progress)
     return client.classify(arrays, dim, progress=progress)
-
-
-def _policy(file: str) -> CascadePolicy:
-    try:
-        return CascadePolicy.from_json(json.loads(Path(file).read_bytes()))
-    except OSError as error:
-        raise RefusalError(
-            "--policy must be a file that can be read. "
-            f"Received: {file} ({error.strerror}). Correct the path."
-        ) from error
-    except ManifestError as error:
-        raise RefusalError(f"{file}: {error}") from error
-    except ValueError as error:
-        raise RefusalError(
-            "--policy must be the JSON of a CascadePolicy. "
-            f"Received: {file} ({error}). Write it with json.dump(policy.to_json(), file)."
-        ) from error
 
 
 def _check_top(top: int, manifest: Manifest) -> None:

@@ -60,6 +60,18 @@ def load_array(file: str) -> npt.NDArray[Any]:
         raise _unreadable(file, error) from error
 
 
+def load_arrays(file: str) -> Arrays:
+    """Return the arrays of an .npz by name, or the one of an .npy under "".
+
+    Raises:
+        RefusalError: If the file does not read, or holds none.
+    """
+    try:
+        return _npz(file) if Path(file).suffix.lower() == ".npz" else {"": _npy(file)}
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
 def count(file: str) -> int:
     """Return how many rows a file has, 0 where it does not read; images are not opened."""
     try:

@@ -45,9 +45,20 @@ def described(arguments: argparse.Namespace) -> Manifest:
     Raises:
         RefusalError: If an argument does not fit, or for every `KerasMrlError`.
     """
+    with connected(arguments) as client:
+        return client.describe()
+
+
+@contextmanager
+def connected(arguments: argparse.Namespace) -> Iterator[Client]:
+    """Give a client of the target.
+
+    Raises:
+        RefusalError: If an argument does not fit, or for every `KerasMrlError` meanwhile.
+    """
     try:
         with _client(arguments, _options(arguments)) as client:
-            return client.describe()
+            yield client
     except KerasMrlError as error:
         raise RefusalError(one_line(error)) from error
 

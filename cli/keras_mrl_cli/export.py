@@ -1,0 +1,80 @@
+"""Write a .keras file as the next version that TensorFlow Serving serves.
+
+The model is loaded on the backend of KERAS_BACKEND, rebuilt on TensorFlow, and compared with
+itself signature by signature before the version gets its number. The last line on stdout is the
+folder of the version.
+
+  keras-mrl export digits.keras --base-path models/digits --sample few.npy --policy policy.json
+  keras-mrl export own.keras --base-path models/own --import my_layers --sample few.npz
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from . import asking
+from .refuse import refuse, unknown_flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", metavar="MODEL.keras", help="what model.save wrote")
+    parser.add_argument(
+        "--base-path", required=True, metavar="DIR", help="folder of the model's versions"
+    )
+    parser.add_argument(
+        "--sample",
+        metavar="FILE",
+        help="a few real rows to compare on, .npy, or .npz by input name (random floats)",
+    )
+    parser.add_argument("--policy", metavar="FILE", help="JSON of a CascadePolicy (no cascade)")
+    parser.add_argument("--labels", metavar="FILE", help="class names, one a line (no names)")
+    parser.add_argument(
+        "--dims", type=_dims, metavar="M,M", help="dims to export (those of the model's head)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="classes that are named (5)")
+    parser.add_argument("--name", help="name in the manifest (the model's own)")
+    parser.add_argument("--version", type=int, metavar="N", help="its number (the next)")
+    parser.add_argument(
+        "--no-normalize", action="store_true", help="do not scale embeddings to unit length"
+    )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="imported before the model is loaded, as it registers classes; may be given again",
+    )
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Export a model."""
+    if rest:
+        return refuse(unknown_flags(rest), status=2)
+    return asking.finished(lambda: _work(arguments))
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be integers with commas. Received: {text!r}. Give for example 8,16."
+        ) from None
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    import os
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        from .exporting.work import export
+
+        return export(arguments)
+    except ImportError as error:
+        raise asking.RefusalError(
+            "An export loads the model with Keras and writes it with TensorFlow. "
+            f"Received: {error}. Install what it needs: pip install 'keras-mrl[export]'."
+        ) from error

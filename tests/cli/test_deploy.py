@@ -1,0 +1,255 @@
+"""`keras-mrl deploy`: what it writes parses as what reads it, and says what the model says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
+
+from keras_mrl_cli.__main__ import main
+from keras_mrl_cli.deploying.work import FILES
+from keras_mrl_serving.server.batching_config import batching_options, read_batching_parameters
+from tests.cli.conftest import KERAS_MRL, Exported
+from tests.cli.test_main import refusal, run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def deployed(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    out = tmp_path / "a" / "deploy"
+    assert main(["deploy", str(out), "--model-base-path", str(exported.base_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(out / name) for name in FILES]
+    return out
+
+
+def flags(lines: list[str]) -> dict[str, str]:
+    return dict(line.removeprefix("--").split("=", 1) for line in lines)
+
+
+def documents(file: Path) -> dict[str, Any]:
+    return {document["kind"]: document for document in yaml.safe_load_all(file.read_text())}
+
+
+def test_every_file_is_written(deployed: Path) -> None:
+    assert {file.name for file in deployed.iterdir()} == set(FILES)
+    assert not [file for file in deployed.iterdir() if "${" in file.read_text()]
+
+
+def test_the_models_are_a_model_server_config(deployed: Path) -> None:
+    text = (deployed / "models.config").read_text()
+    (model,) = text_format.Parse(text, ModelServerConfig()).model_config_list.config
+    assert (model.name, model.base_path) == ("tiny_One", "/models/tiny_One")
+    assert model.model_platform == "tensorflow"
+
+
+def test_the_batching_is_one_the_server_takes(deployed: Path) -> None:
+    options = batching_options(read_batching_parameters(str(deployed / "batching.config")))
+    assert options.max_batch_size == 128
+    assert options.allowed_batch_sizes == (1, 2, 4, 8, 16, 32, 64, 128)
+    assert options.batch_timeout_s == 0.001
+
+
+@pytest.mark.parametrize(
+    ("rows", "allowed"), [("1", (1,)), ("2", (1, 2)), ("48", (1, 2, 4, 8, 16, 32, 48))]
+)
+def test_the_allowed_sizes_end_at_the_largest(
+    exported: Exported, tmp_path: Path, rows: str, allowed: tuple[int, ...]
+) -> None:
+    command = ["deploy", str(tmp_path), "--model-base-path", str(exported.base_path)]
+    assert main([*command, "--max-batch-size", rows]) == 0
+    options = batching_options(read_batching_parameters(str(tmp_path / "batching.config")))
+    assert options.allowed_batch_sizes == allowed
+    assert f"Options(max_batch_size={rows})" in (tmp_path / "README.md").read_text()
+
+
+def test_the_monitoring_is_a_monitoring_config(deployed: Path) -> None:
+    # tensorflow-serving-api ships without tensorflow_serving/config/monitoring_config.proto.
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="monitoring.proto", syntax="proto3")
+    prometheus = file.message_type.add(name="PrometheusConfig")
+    prometheus.field.add(name="enable", number=1, type=kinds.TYPE_BOOL, label=1)
+    prometheus.field.add(name="path", number=2, type=kinds.TYPE_STRING, label=1)
+    file.message_type.add(name="MonitoringConfig").field.add(
+        name="prometheus_config",
+        number=1,
+        type=kinds.TYPE_MESSAGE,
+        type_name=".PrometheusConfig",
+        label=1,
+    )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    message = message_factory.GetMessageClass(pool.FindMessageTypeByName("MonitoringConfig"))()
+    parsed: Any = text_format.Parse((deployed / "monitoring.config").read_text(), message)
+    assert parsed.prometheus_config.enable
+    assert parsed.prometheus_config.path == "/monitoring/prometheus/metrics"
+
+
+def test_compose_and_kubernetes_start_the_same_server(deployed: Path, exported: Exported) -> None:
+    compose = yaml.safe_load((deployed / "docker-compose.yml").read_text())
+    (service,) = compose["services"].values()
+    found = documents(deployed / "kubernetes.yaml")
+    pod = found["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert flags(service["command"]) == flags(container["args"])
+    assert service["entrypoint"] == container["command"] == ["tensorflow_model_server"]
+    assert service["image"] == container["image"] == "tensorflow/serving:2.20.0"
+    models, config = service["volumes"]
+    assert models["source"] == str(exported.base_path)
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts == {"models": models["target"], "config": config["target"]}
+    given = flags(container["args"])
+    named = {Path(path).name for path in given.values() if path.startswith(config["target"])}
+    kustomization = yaml.safe_load((deployed / "kustomization.yaml").read_text())
+    (made,) = kustomization["configMapGenerator"]
+    assert named == set(made["files"])
+    assert made["name"] == pod["volumes"][1]["configMap"]["name"]
+    assert kustomization["resources"] == ["kubernetes.yaml"]
+    assert given["grpc_channel_arguments"] == "grpc.max_connection_age_ms=60000"
+
+
+def test_the_flags_are_those_of_the_real_server(deployed: Path) -> None:
+    from keras_mrl_cli.server_flags import FLAGS
+
+    compose = yaml.safe_load((deployed / "docker-compose.yml").read_text())
+    (service,) = compose["services"].values()
+    # The one flag that the development server lacks.
+    assert set(flags(service["command"])) - set(FLAGS) == {"monitoring_config_file"}
+
+
+def test_the_service_is_headless_and_leads_to_the_pods(deployed: Path) -> None:
+    found = documents(deployed / "kubernetes.yaml")
+    assert set(found) == {"Service", "Deployment", "PodDisruptionBudget"}
+    service, deployment = found["Service"]["spec"], found["Deployment"]["spec"]
+    assert service["clusterIP"] == "None"
+    labels = deployment["template"]["metadata"]["labels"]
+    assert service["selector"] == labels == {"app": "tiny-one"}
+    assert deployment["selector"]["matchLabels"] == labels
+    assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    (container,) = deployment["template"]["spec"]["containers"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["grpc"] == {"port": 8500}  # the health service, without a name
+    assert flags(container["args"])["enable_grpc_healthcheck_service"] == "true"
+    assert found["Service"]["metadata"]["name"] == "tiny-one"
+    assert "dns:///tiny-one:8500" in (deployed / "README.md").read_text()
+
+
+def test_what_is_asked_for(exported: Exported, tmp_path: Path) -> None:
+    asked = "--name birds --image registry:5000/tfs@sha256:5e1f --replicas 5 --port 9000"
+    more = "--rest-port 9001 --memory 4096"
+    command = ["deploy", str(tmp_path), "--model-base-path", str(exported.base_path)]
+    assert main([*command, *asked.split(), *more.split()]) == 0
+    found = documents(tmp_path / "kubernetes.yaml")
+    deployment = found["Deployment"]["spec"]
+    assert deployment["replicas"] == 5
+    (container,) = deployment["template"]["spec"]["containers"]
+    assert container["image"] == "registry:5000/tfs@sha256:5e1f"
+    assert container["resources"]["limits"] == {"memory": "4096Mi"}
+    assert container["readinessProbe"]["grpc"]["port"] == 9000
+    given = flags(container["args"])
+    assert (given["port"], given["rest_api_port"]) == ("9000", "9001")
+    compose = yaml.safe_load((tmp_path / "docker-compose.yml").read_text())
+    assert compose["services"]["birds"]["ports"] == ["9000:9000", "9001:9001"]
+    assert compose["services"]["birds"]["mem_limit"] == "4096m"
+    assert 'name: "birds"' in (tmp_path / "models.config").read_text()
+
+
+def test_the_memory_grows_with_the_model(exported: Exported, tmp_path: Path) -> None:
+    version = tmp_path / "models" / "1"
+    (version / "assets.extra").mkdir(parents=True)
+    (version / "saved_model.pb").touch()
+    manifest = "assets.extra/keras_mrl.json"
+    (version / manifest).write_bytes((exported.base_path / "1" / manifest).read_bytes())
+    with open(version / "variables", "wb") as file:
+        file.truncate(100 * 2**20 - 5000)  # a hole: no disk is used
+    assert main(["deploy", str(tmp_path), "--model-base-path", str(version.parent)]) == 0
+    compose = yaml.safe_load((tmp_path / "docker-compose.yml").read_text())
+    assert compose["services"]["tiny-one"]["mem_limit"] == f"{1024 + 300}m"
+
+
+def test_a_path_is_a_string_to_yaml_and_to_compose(exported: Exported, tmp_path: Path) -> None:
+    base = tmp_path / 'a "b" $HOME: #c'
+    base.mkdir()
+    (base / "1").symlink_to(exported.base_path / "1")
+    out = tmp_path / "out"
+    assert main(["deploy", str(out), "--model-base-path", str(base)]) == 0
+    compose = yaml.safe_load((out / "docker-compose.yml").read_text())
+    source = compose["services"]["tiny-one"]["volumes"][0]["source"]
+    assert source.replace("$$", "$") == str(base)
+    assert "$$HOME" in source
+
+
+def test_nothing_is_replaced_without_force(
+    deployed: Path, exported: Exported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (deployed / "README.md").unlink()
+    mine = deployed / "models.config"
+    mine.write_text("mine")
+    command = ["deploy", str(deployed), "--model-base-path", str(exported.base_path)]
+    assert refusal(command, 1, capsys) == (
+        f"Files are replaced only with --force. Received: {deployed}, which holds "
+        "docker-compose.yml. Add --force, or name another folder."
+    )
+    assert mine.read_text() == "mine"
+    assert not (deployed / "README.md").exists()
+    assert main([*command, "--force"]) == 0
+    assert mine.read_text() != "mine"
+
+
+def test_what_cannot_be_deployed(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, base = str(tmp_path / "out"), str(exported.base_path)
+    version = exported.base_path / "1"
+    assert refusal(["deploy", out, "--model-base-path", str(version)], 1, capsys) == (
+        "--model-base-path must be the folder above the versions. "
+        f"Received: {version}, which is itself a version. Give {exported.base_path}."
+    )
+    foreign = tmp_path / "foreign" / "3"
+    foreign.mkdir(parents=True)
+    (foreign / "saved_model.pb").touch()
+    assert refusal(["deploy", out, "--model-base-path", str(foreign.parent)], 1, capsys) == (
+        "A deployment is made for a model that carries a manifest. "
+        f"Received: {foreign}, which has none. Export it with keras-mrl export."
+    )
+    assert refusal(["deploy", out, "--model-base-path", base, "--name", 'a"b'], 1, capsys) == (
+        "The name of a model that is served is of letters, digits, '_', '.' and '-', the first and "
+        "the last a letter or digit. Received: 'a\"b'. Give another: --name."
+    )
+    assert refusal(["deploy", out, "--model-base-path", base, "--image", "a b"], 2, capsys) == (
+        "--image must be the name of an image. "
+        "Received: 'a b'. Give for example tensorflow/serving:2.20.0."
+    )
+    assert refusal(["deploy", out, "--model-base-path", base, "--port", "8501"], 2, capsys) == (
+        "gRPC and HTTP need a port each. Received: --port and --rest-port 8501. Name another."
+    )
+    assert refusal(["deploy", out, "--model-base-path", base, "--replicas", "0"], 2, capsys) == (
+        "--replicas must lie in 1..1000. Received: 0. Leave it out for 2."
+    )
+    assert not (tmp_path / "out").exists()
+    file = tmp_path / "file"
+    file.touch()
+    assert refusal(["deploy", str(file), "--model-base-path", base], 1, capsys) == (
+        f"OUT_DIR must be a folder that can be written. Received: {file} (File exists). "
+        "Name another."
+    )
+
+
+def test_it_needs_the_client_alone(exported: Exported, tmp_path: Path) -> None:
+    blocked = ("keras", "tensorflow", "tensorflow_serving", "jax", "torch", "keras_mrl")
+    command = [*KERAS_MRL, "deploy", "out", "--model-base-path", str(exported.base_path)]
+    status, out, err = run(tmp_path, command, blocked)
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [f"out/{name}" for name in FILES]
+
+
+def test_the_dims_are_the_manifest_s(deployed: Path, exported: Exported) -> None:
+    manifest = json.loads((exported.base_path / "1/assets.extra/keras_mrl.json").read_text())
+    dims = ", ".join(map(str, manifest["dims"]))
+    assert (
+        f"version 1 of model `tiny_One` (classifier, dims {dims})"
+        in (deployed / "README.md").read_text()
+    )

@@ -1,0 +1,240 @@
+"""`keras-mrl export`: a .keras file becomes a version, or a sentence says why not."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_mrl_cli.__main__ import main
+from keras_mrl_serving import Manifest
+from keras_mrl_serving.contract import MANIFEST_FILE
+from tests.cli.conftest import CASCADE, LABELS, Exported
+from tests.cli.test_main import refusal
+from tests.export import models
+
+pytestmark = pytest.mark.backend
+BACKEND = keras.backend.backend()
+TWO_INPUTS = {"left": (7,), "right": (5,)}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models as Keras saved them."""
+    folder = tmp_path_factory.mktemp("keras")
+    for make in (models.untied, models.tied, models.of_tokens, models.encoder):
+        make().save(folder / f"{make.__name__}.keras")
+    inputs = keras.Input((None, 3), name="x")
+    pooled = keras.layers.GlobalAveragePooling1D()(inputs)
+    keras.Model(inputs, keras.layers.Dense(8)(pooled)).save(folder / "any_length.keras")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own; what the command changes of the process is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return tmp_path
+
+
+Export = Callable[..., tuple[Path, Manifest, str]]
+
+
+@pytest.fixture
+def export(files: Path, capsys: pytest.CaptureFixture[str]) -> Export:
+    """The version that a command wrote, its manifest, and what was said on stderr."""
+
+    def export(model: str, *arguments: str) -> tuple[Path, Manifest, str]:
+        capsys.readouterr()
+        command = ["export", str(files / f"{model}.keras"), "--base-path", "base", *arguments]
+        assert main(command) == 0
+        printed = capsys.readouterr()
+        version = Path(printed.out.splitlines()[-1])
+        return version, Manifest.from_json((version / MANIFEST_FILE).read_text()), printed.err
+
+    return export
+
+
+@pytest.fixture
+def refused(files: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The last line on stderr of an export that cannot be; it leaves nothing."""
+
+    def refused(model: str, *arguments: str) -> str:
+        capsys.readouterr()
+        command = ["export", str(files / f"{model}.keras"), "--base-path", "base", *arguments]
+        assert main(command) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert not list(Path().glob("base/*"))
+        return printed.err.splitlines()[-1].removeprefix("keras-mrl: ")
+
+    return refused
+
+
+def test_everything_that_can_be_said(export: Export) -> None:
+    policy = {"stages": CASCADE["stages"], "confidence": "max_probability"}
+    Path("policy.json").write_text(json.dumps(policy))
+    Path("labels.txt").write_text("\n".join(models.NAMES) + "\n", "utf-8")
+    np.save("sample.npy", models.images(4))
+    files = "--policy policy.json --labels labels.txt --sample sample.npy"
+    more = "--dims 16,2 --name other --version 7 --top-k 3 --no-normalize"
+    version, manifest, said = export("untied", *files.split(), *more.split())
+    assert version == Path("base/7")
+    assert manifest.dims == (2, 16)
+    assert (manifest.name, manifest.top_k, manifest.normalize) == ("other", 3, False)
+    assert manifest.cascade is not None
+    assert manifest.cascade["stages"] == CASCADE["stages"]
+    assert manifest.labels
+    assert manifest.made_with["trained_on"] == BACKEND
+    assert f"on {BACKEND} ..." in said
+    assert "random rows" not in said
+
+
+@models.only_tensorflow
+def test_random_rows_stand_in_for_floats(export: Export) -> None:
+    version, manifest, said = export("tied")
+    assert version == Path("base/1")
+    assert set(manifest.inputs) == set(TWO_INPUTS)
+    assert (
+        "The export is verified on random rows in [0, 1); real rows verify more: --sample."
+        in said.splitlines()
+    )
+
+
+@models.only_tensorflow
+def test_an_archive_holds_a_sample_by_input_name(export: Export) -> None:
+    rows = models.sides(3)
+    np.savez("sample.npz", left=rows["left"], right=rows["right"])
+    _, manifest, said = export("tied", "--sample", "sample.npz")
+    assert "random rows" not in said
+    assert set(manifest.inputs) == set(TWO_INPUTS)
+
+
+@models.only_tensorflow
+def test_an_encoder_has_an_input_of_no_name(export: Export) -> None:
+    version, manifest, _ = export("encoder", "--dims", "4")
+    assert (manifest.kind, manifest.dims, set(manifest.inputs)) == ("encoder", (4,), {"inputs"})
+    assert version.parent == Path("base")
+
+
+def test_integers_and_unknown_sizes_need_real_rows(refused: Callable[..., str]) -> None:
+    rule = "An export is verified on rows, and random ones stand only for floats of known shape. "
+    remedy = " Give a few real rows: --sample FILE.npy, or .npz by input name."
+    assert refused("of_tokens") == (rule + "Received: a model that declares no inputs." + remedy)
+    assert refused("any_length") == (rule + "Received: x float32 (None, None, 3)." + remedy)
+
+
+def test_what_does_not_fit_the_model(refused: Callable[..., str]) -> None:
+    np.save("sample.npy", np.zeros((2, 3), np.float32))
+    assert refused("untied", "--sample", "sample.npy") == (
+        "sample must have the shape of the model's input 'image': (any, 6, 6, 3), batch first. "
+        "Received: (2, 3). Prepare its rows as in training."
+    )
+    Path("labels.txt").write_text("one\n")
+    assert refused("untied", "--labels", "labels.txt").startswith("labels must name each of the 10")
+    assert refused("untied", "--dims", "3").startswith("dims must be dims of the model: (2, 4, 16)")
+
+
+def test_files_that_are_not_there(refused: Callable[..., str]) -> None:
+    assert refused("none").startswith("A model to export must be a .keras file. Received: /")
+    assert refused("untied", "--labels", "none.txt") == (
+        "--labels must be a file that can be read. "
+        "Received: none.txt (No such file or directory). Correct the path."
+    )
+    Path("latin.txt").write_bytes("grün".encode("latin-1"))
+    assert refused("untied", "--labels", "latin.txt") == (
+        "--labels must be a text in UTF-8. Received: latin.txt (invalid start byte). "
+        "Write one class name a line."
+    )
+    assert refused("untied", "--policy", "none.json") == (
+        "--policy must be a file that can be read. "
+        "Received: none.json (No such file or directory). Correct the path."
+    )
+    assert refused("untied", "--sample", "none.npy") == (
+        "Every file must be one that can be read. "
+        "Received: none.npy (No such file or directory). Correct the path."
+    )
+
+
+@models.only_tensorflow
+def test_a_version_is_never_overwritten(
+    export: Export, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export("encoder", "--version", "3", "--dims", "4")
+    command = ["export", str(files / "encoder.keras"), "--base-path", "base", "--version", "3"]
+    assert main(command) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("keras-mrl: A published version is never overwritten. ")
+
+
+def test_a_base_path_that_is_a_file(refused: Callable[..., str]) -> None:
+    Path("base").touch()
+    assert refused("encoder", "--dims", "4").startswith(
+        "--base-path must be a folder that can be written. "
+    )
+
+
+def test_dims_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "m.keras", "--base-path", "base", "--dims", "8;16"])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "keras-mrl export: error: argument --dims: must be integers with commas. "
+        "Received: '8;16'. Give for example 8,16."
+    )
+
+
+def test_a_module_that_cannot_be_imported(refused: Callable[..., str]) -> None:
+    Path("broken.py").write_text("1 / 0")
+    rule = "--import must name a module that can be imported, here or installed. "
+    remedy = " Name it as in an import statement, without .py."
+    assert refused("untied", "--import", "no_such_module") == (
+        f"{rule}Received: no_such_module (ModuleNotFoundError: No module named 'no_such_module')."
+        + remedy
+    )
+    assert refused("untied", "--import", "broken") == (
+        f"{rule}Received: broken (ZeroDivisionError: division by zero).{remedy}"
+    )
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="that export has a backend of its own")
+def test_a_layer_of_the_user_s_own_is_imported(
+    exported: Exported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exported.out == "models/1\n"
+    assert [line for line in exported.err.splitlines() if line.endswith(("...", "--sample."))] == [
+        "Loading tiny.keras on tensorflow ...",
+        "The export is verified on random rows in [0, 1); real rows verify more: --sample.",
+        "Exporting, and comparing every signature with the model ...",
+    ]
+    manifest = Manifest.from_json((exported.base_path / "1" / MANIFEST_FILE).read_text())
+    assert (manifest.name, manifest.num_classes) == ("tiny_One", len(LABELS))
+    model = exported.folder / "tiny.keras"
+    said = refusal_at_the_end(["export", str(model), "--base-path", "base"], capsys)
+    assert said.startswith(
+        f"keras-mrl: The .keras file must load on this backend. Received: {model} on tensorflow, "
+    )
+    assert said.endswith(
+        " Import the modules that register classes of your own with --import, and make Lambda "
+        "layers classes."
+    )
+
+
+def refusal_at_the_end(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line on stderr; a progress line comes before it."""
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err.splitlines()[-1]
+
+
+def test_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(["export", "m.keras", "--base-path", "b", "--lables", "x"], 2, capsys) == (
+        "Only known flags are taken. Received: --lables x. "
+        "See the command's --help for those there are."
+    )
