@@ -27,9 +27,10 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
         OSError: If it cannot be read.
 
     Examples:
-        ```
-        read_manifest("models/digits/1").dims  # (8, 16, 32, 64)
-        ```
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     print(read_manifest(folder))
+        None
     """
     file = Path(folder) / MANIFEST_FILE
     return Manifest.from_json(file.read_bytes()) if file.exists() else None
@@ -46,9 +47,11 @@ def read_signatures(folder: str | os.PathLike[str]) -> dict[str, Signature]:
         OSError: If it cannot be read.
 
     Examples:
-        ```
-        read_signatures("models/digits/1")["embed_8"].outputs
-        ```
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / GRAPH_FILE).write_bytes(b"")
+        ...     print(read_signatures(folder))
+        {}
     """
     file = Path(folder) / GRAPH_FILE
     try:
@@ -71,9 +74,11 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
         OSError: If it cannot be read.
 
     Examples:
-        ```
-        sizes("models/digits/1")  # {"assets": 48, "assets.extra": 1311, "saved_model.pb": ...}
-        ```
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / GRAPH_FILE).write_bytes(b"graph")
+        ...     print(sizes(folder))
+        {'saved_model.pb': 5}
     """
     return {child.name: _size(child) for child in sorted(Path(folder).iterdir())}
 
