@@ -60,7 +60,7 @@ PUBLIC = {
         "precision_at_k",
         "score_tokens",
     },
-    "keras_mrl_export": {"ExportError", "export_index", "export_saved_model"},
+    "keras_mrl_export": {"ExportError", "ImageDecoder", "export_index", "export_saved_model"},
     "keras_mrl_serving.server": {"DevServer"},
     "keras_mrl_serving.testing": {"InMemoryServer"},
     "keras_mrl_serving": {

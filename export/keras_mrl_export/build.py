@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.version import __version__
 
 from .errors import ExportError
+from .examples import examples
 from .inputs import declared_inputs
 from .job import Job
-from .parity import check_parity
+from .parity import PARITY_FILE, check_parity
 from .publish import publishing
 from .signatures import ServedModel
+from .warmup import write_warmup
 
 
 def build(saved: Path, objects: dict[str, Any], job: Job) -> Path:
@@ -59,7 +62,9 @@ def build(saved: Path, objects: dict[str, Any], job: Job) -> Path:
             ) from error
         (staged.folder / MANIFEST_FILE).parent.mkdir()
         (staged.folder / MANIFEST_FILE).write_text(manifest.to_json() + "\n")
-        check_parity(staged.folder, manifest, job)
+        report = check_parity(staged.folder, manifest, job)
+        (staged.folder / PARITY_FILE).write_text(json.dumps(report, indent=1) + "\n")
+        write_warmup(staged.folder, job.name, examples(manifest, job), job.warmup_batch_sizes)
     return staged.published
 
 
@@ -87,6 +92,7 @@ def _manifest(model: keras.Model, backbone: keras.Model, head: Any, job: Job) ->
         top_k=job.top_k,
         labels=job.labels is not None,
         cascade=None if job.policy is None else job.policy.to_json(),
+        decoder=None if job.decoder is None else job.decoder.to_json(),
         quality=job.quality,
         encoder_fingerprint=None if index is None else fingerprint,
         funnel=None if index is None else index.schedule.to_json(),
@@ -108,6 +114,8 @@ def _kind(head: Any, job: Job) -> str:
 
 def _input_specs(backbone: keras.Model, job: Job) -> dict[str, dict[str, Any]]:
     """Dtype and shape of every input: as the model declares them, else as the sample has them."""
+    if job.decoder is not None:
+        return {name: {"dtype": "string", "shape": [None]} for name in job.sample}
     declared = declared_inputs(backbone)
     if len(declared) == 1:
         declared = dict(zip(job.sample, declared.values(), strict=True))

@@ -22,8 +22,8 @@ from keras_mrl_serving.version import __version__
 from .index_graph import IndexGraph
 from .mapped import forget
 from .parity import check_described, same_neighbors
-from .tolerance import TOLERANCE
 from .tracing import describing
+from .warmup import write_warmup
 
 _QUERIES = 16  # gallery rows that both are asked
 
@@ -55,13 +55,19 @@ def _write(index: ExactIndex, manifest: Manifest, folder: Path) -> None:
 def _check(folder: Path, manifest: Manifest, index: ExactIndex) -> None:
     rows = np.unique(np.linspace(0, len(index) - 1, _QUERIES).astype(np.int64))
     queries = np.concatenate([block[rows] for block in index.blocks], axis=1)
+    inputs = {
+        contract.SEARCH: {"embedding": queries},
+        contract.SERVING_DEFAULT: {"embedding": queries},
+    }
+    inputs |= {contract.search(m): {"embedding": queries[:, :m]} for m in manifest.dims}
+    write_warmup(folder, manifest.name, inputs, (1,))
     with SavedModelSession(folder) as session:
 
         def run(signature: str, inputs: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
             return session.run(signature, inputs)
 
         found = run(contract.SEARCH, {"embedding": queries})
-        same_neighbors(contract.SEARCH, found, index, queries, TOLERANCE)
+        same_neighbors(contract.SEARCH, found, index, queries)
         check_described(run, manifest)
 
 

@@ -13,6 +13,8 @@ import numpy.typing as npt
 from keras_mrl_serving.cascade import CascadePolicy
 from keras_mrl_serving.index import ExactIndex
 
+from .decoder import ImageDecoder
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
@@ -23,6 +25,7 @@ class Job:
         version: Number to publish; None for the next.
         name: Name in the manifest.
         dims: Dims to export.
+        signatures: Names of the signatures to write, besides `describe` and `serving_default`.
         input_names: Key in the caller's sample ("" for a bare array) to served name.
         normalize: Whether embeddings are scaled to unit length.
         top_k: How many classes a classification names; None without a head.
@@ -31,17 +34,19 @@ class Job:
         quality: Dim (as a string) to measures.
         weights: The c_m.
         trained_on: Name of the backend that trained.
-        tolerance: By how much of a row's largest magnitude a signature may differ from the model.
         sample: The caller's sample by served name.
         features: What the trained model makes of it, `(rows, width)`.
         logits: Its logits at `dims`, `(rows, num_dims, num_classes)`; None without a head.
         index: A gallery of the model's embeddings, exported with it.
+        decoder: What turns encoded images, the sample then, into the model's input.
+        warmup_batch_sizes: Rows of the warm-up records of each signature.
     """
 
     base_path: Path
     version: int | None
     name: str
     dims: tuple[int, ...]
+    signatures: tuple[str, ...]
     input_names: Mapping[str, str]
     normalize: bool
     top_k: int | None
@@ -50,8 +55,9 @@ class Job:
     quality: Mapping[str, Mapping[str, float]] | None
     weights: tuple[float, ...] | None
     trained_on: str
-    tolerance: float
     sample: Mapping[str, npt.NDArray[Any]]
     features: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32] | None
     index: ExactIndex | None = None
+    decoder: ImageDecoder | None = None
+    warmup_batch_sizes: tuple[int, ...] = (1,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,66 +17,70 @@ from keras_mrl_serving.embeddings import truncate
 from keras_mrl_serving.index import ExactIndex
 
 from .errors import ExportError
+from .examples import Arrays, examples
 from .job import Job
 from .tolerance import TOLERANCE
 
+PARITY_FILE = "assets.extra/keras_mrl_parity.json"
+
 Array = npt.NDArray[Any]
-Arrays = Mapping[str, Array]
 Run = Callable[[str, Arrays], dict[str, Array]]
 
 
-def check_parity(folder: Path, manifest: Manifest, job: Job) -> None:
+def check_parity(folder: Path, manifest: Manifest, job: Job) -> dict[str, Any]:
     """Run every signature of the SavedModel in `folder` and compare it with the Keras model.
 
-    Embeddings, features and logits may differ by the job's tolerance of their row's largest. A
+    Embeddings, features and logits may differ by a share of their row's largest (`TOLERANCE`). A
     probability may differ by what such a difference of the logits can make of it; class ids and
     dims may differ only where a probability or a confidence lies that near its neighbour or
     threshold.
 
+    Returns:
+        How near it was: the number of rows, the tolerance, and by signature the largest difference,
+        as a share of its row's largest.
+
     Raises:
         ExportError: If a signature is missing, or differs by more.
     """
-    sample = {
-        name: np.asarray(array, dtype=object if spec["dtype"] == "string" else spec["dtype"])
-        for (name, spec), array in zip(
-            manifest.inputs.items(), (job.sample[n] for n in manifest.inputs), strict=True
-        )
-    }
-    tolerance = job.tolerance
+    inputs = examples(manifest, job)
+    shares: dict[str, float] = {}
     with SavedModelSession(folder) as session:
 
-        def run(signature: str, inputs: Arrays) -> dict[str, Array]:
+        def run(signature: str, given: Arrays | None = None) -> dict[str, Array]:
             if signature not in session.signatures:
                 raise _differs(signature, "it is missing")
-            return session.run(signature, inputs)
+            return session.run(signature, inputs[signature] if given is None else given)
 
-        _equal(
-            contract.FEATURES, run(contract.FEATURES, sample)["features"], job.features, tolerance
-        )
+        def chosen(name: str) -> bool:
+            return name in job.signatures
+
+        if chosen(contract.FEATURES):
+            served = run(contract.FEATURES)["features"]
+            shares[contract.FEATURES] = _equal(contract.FEATURES, served, job.features)
         for index, dim in enumerate(manifest.dims):
             prefix = job.features[:, :dim]
             expected = truncate(prefix, dim) if manifest.normalize else prefix
-            name = contract.embed(dim)
-            _equal(name, run(name, sample)["embedding"], expected, tolerance)
+            if chosen(name := contract.embed(dim)):
+                shares[name] = _equal(name, run(name)["embedding"], expected)
             if job.logits is not None:
                 logits = job.logits[:, index]
                 temperature = _temperature(job, dim)
-                name = contract.classify(dim)
-                _same_classes(name, run(name, sample), logits, temperature, job)
-                name = contract.head(dim)
-                answer = run(name, {"features": np.ascontiguousarray(prefix)})
-                _equal(name, answer["logits"], logits, tolerance)
-                _same_classes(name, answer, logits, temperature, job)
-        if job.policy is not None and job.logits is not None:
-            _same_cascade(run(contract.CLASSIFY_ADAPTIVE, sample), manifest, job)
-        default = run(contract.SERVING_DEFAULT, sample)
-        kind = contract.embed if job.logits is None else contract.classify
-        for output, values in run(kind(manifest.width), sample).items():
-            if not np.array_equal(default[output], values):
-                raise _differs(contract.SERVING_DEFAULT, f"its {output} are of another dim")
+                if chosen(name := contract.classify(dim)):
+                    shares[name] = _same_classes(name, run(name), logits, temperature, job)
+                if chosen(name := contract.head(dim)):
+                    answer = run(name)
+                    shares[name] = _equal(name, answer["logits"], logits)
+                    _same_classes(name, answer, logits, temperature, job)
+        if job.logits is not None and chosen(contract.CLASSIFY_ADAPTIVE):
+            name = contract.CLASSIFY_ADAPTIVE
+            shares[name] = _same_cascade(run(name), manifest, job)
+        shares[contract.SERVING_DEFAULT] = _same_default(run(contract.SERVING_DEFAULT), job)
         if job.index is not None:
-            _same_index(run, sample, job.index, manifest, job)
+            queries = np.ascontiguousarray(job.features[:, : manifest.width])
+            for name in filter(chosen, (contract.RETRIEVE, contract.SEARCH)):
+                shares[name] = same_neighbors(name, run(name), job.index, queries)
         check_described(run, manifest)
+    return {"rows": len(job.features), "tolerance": TOLERANCE, "largest_difference": shares}
 
 
 def check_described(run: Run, manifest: Manifest) -> None:
@@ -86,10 +90,8 @@ def check_described(run: Run, manifest: Manifest) -> None:
         raise _differs(contract.DESCRIBE, "it is not the manifest")
 
 
-def same_neighbors(
-    signature: str, answer: Arrays, index: ExactIndex, queries: Array, tolerance: float
-) -> None:
-    """Raise `ExportError` unless an answer has the neighbours and scores that `index` finds.
+def same_neighbors(signature: str, answer: Arrays, index: ExactIndex, queries: Array) -> float:
+    """Return the largest difference of the scores from those that `index` finds, as a share.
 
     Ids may change places where their scores are as near as the tolerance of the largest. A squared
     distance is a difference of squared lengths: its rounding is that of the query's own length.
@@ -98,22 +100,25 @@ def same_neighbors(
     largest = np.abs(expected.scores).max(axis=1, keepdims=True)
     if index.metric == "l2":
         largest = np.maximum(largest, np.square(queries).sum(axis=1, keepdims=True))
-    _equal(signature, answer["scores"], expected.scores, tolerance, largest)
+    share = _equal(signature, answer["scores"], expected.scores, largest)
     apart = np.diff(expected.scores, axis=1)
-    least = tolerance * largest
+    least = TOLERANCE * largest
     far = np.pad(np.abs(apart) > least, ((0, 0), (1, 1)), constant_values=True)
     alone = far[:, :-1] & far[:, 1:]
     alone[:, -1] = False  # a row that is as near may have been left out
     if (answer["ids"] != expected.ids)[alone].any():
         raise _differs(signature, "it finds other neighbours")
+    return share
 
 
-def _same_index(run: Run, sample: Arrays, index: ExactIndex, manifest: Manifest, job: Job) -> None:
-    queries = np.ascontiguousarray(job.features[:, : manifest.width])
-    found = run(contract.RETRIEVE, sample)
-    same_neighbors(contract.RETRIEVE, found, index, queries, job.tolerance)
-    found = run(contract.SEARCH, {"embedding": queries})
-    same_neighbors(contract.SEARCH, found, index, queries, TOLERANCE)
+def _same_default(answer: Arrays, job: Job) -> float:
+    """It is `classify_<d>`, or `embed_<d>` without a head, of the full dim."""
+    name = contract.SERVING_DEFAULT
+    if job.logits is not None:
+        temperature = _temperature(job, job.dims[-1])
+        return _same_classes(name, answer, job.logits[:, -1], temperature, job)
+    expected = truncate(job.features, job.dims[-1]) if job.normalize else job.features
+    return _equal(name, answer["embedding"], expected)
 
 
 def _temperature(job: Job, dim: int) -> float:
@@ -121,30 +126,25 @@ def _temperature(job: Job, dim: int) -> float:
     return next((stage.temperature for stage in stages if stage.dim == dim), 1.0)
 
 
-def _equal(
-    signature: str,
-    served: Array,
-    expected: Array,
-    tolerance: float,
-    largest: Array | None = None,
-) -> None:
+def _equal(signature: str, served: Array, expected: Array, largest: Array | None = None) -> float:
     if served.shape != expected.shape:
         raise _differs(signature, f"shape {served.shape} for {expected.shape}")
     if largest is None:
         largest = np.abs(expected).max(axis=-1, keepdims=True)
-    excess = np.abs(served - expected) - tolerance * largest
-    if not (excess <= 0).all():
-        worst = np.abs(served - expected).max()
+    difference = np.abs(served - expected)
+    if not (difference <= TOLERANCE * largest).all():
+        worst = difference.max()
         raise _differs(signature, f"by {worst:.3g} on rows of magnitude {largest.max():.3g}")
+    return float((difference / np.maximum(largest, np.finfo(np.float32).tiny)).max())
 
 
 def _same_classes(
     signature: str, answer: Arrays, logits: Array, temperature: float, job: Job
-) -> None:
+) -> float:
     expected = softmax(logits, temperature)
     # A logit off by the tolerance of the row's largest moves a probability by at most that much.
     scale = np.maximum(np.abs(logits).max(axis=-1, keepdims=True) / temperature, 1.0)
-    allowed = job.tolerance * scale
+    allowed = TOLERANCE * scale
     ids, served = answer["class_ids"], answer["probabilities"]
     best = -np.sort(-expected, axis=-1)[:, : served.shape[1]]
     named = np.take_along_axis(expected, ids, axis=-1)
@@ -158,12 +158,13 @@ def _same_classes(
         names = np.asarray([label.encode() for label in job.labels], dtype=object)[ids]
         if not np.array_equal(answer["labels"], names):
             raise _differs(signature, "its labels do not name its class ids")
+    return float(np.abs(served - best).max(initial=0.0))
 
 
-def _same_cascade(answer: Arrays, manifest: Manifest, job: Job) -> None:
+def _same_cascade(answer: Arrays, manifest: Manifest, job: Job) -> float:
     policy, logits = job.policy, job.logits
     if policy is None or logits is None:
-        return
+        return 0.0
     columns = [manifest.dims.index(stage.dim) for stage in policy.stages]
     logits = logits[:, columns]
     _, stage_of = policy.route(logits)
@@ -173,15 +174,18 @@ def _same_cascade(answer: Arrays, manifest: Manifest, job: Job) -> None:
         stage = policy.stages[min(served_stage, int(stage_of[row]))]
         scores = logits[row, policy.stages.index(stage)]
         margin = abs(softmax(scores, stage.temperature).max() - (stage.threshold or 0.0))
-        if margin > job.tolerance * max(1.0, float(np.abs(scores).max()) / stage.temperature):
+        if margin > TOLERANCE * max(1.0, float(np.abs(scores).max()) / stage.temperature):
             raise _differs(
                 contract.CLASSIFY_ADAPTIVE,
                 f"row {row} stops at dim {answer['dim'][row]} for {dims[stage_of[row]]}",
             )
+    worst, name = 0.0, contract.CLASSIFY_ADAPTIVE
     for index, stage in enumerate(policy.stages):
         rows = answer["dim"] == stage.dim
-        part = {name: column[rows] for name, column in answer.items()}
-        _same_classes(contract.CLASSIFY_ADAPTIVE, part, logits[rows, index], stage.temperature, job)
+        part = {output: column[rows] for output, column in answer.items()}
+        at = logits[rows, index]
+        worst = max(worst, _same_classes(name, part, at, stage.temperature, job))
+    return worst
 
 
 def _differs(signature: str, how: str) -> ExportError:

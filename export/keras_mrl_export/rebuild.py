@@ -17,6 +17,7 @@ from keras_mrl_serving.index import ExactIndex
 
 from .errors import ExportError
 from .job import Job
+from .travel import save
 from .user_objects import user_modules, user_objects
 
 _MODEL, _INDEX, _PACKED, _RESULT = "model.keras", "index", "job.pickle", "published"
@@ -32,7 +33,7 @@ def build_on_tensorflow(model: keras.Model, job: Job) -> Path:
     """
     with tempfile.TemporaryDirectory(prefix="keras-mrl-export-") as scratch:
         folder = Path(scratch)
-        _save(model, folder / _MODEL)
+        save(model, folder / _MODEL)
         objects = user_objects(model)
         if keras.backend.backend() == "tensorflow":
             from .build import build
@@ -43,17 +44,6 @@ def build_on_tensorflow(model: keras.Model, job: Job) -> Path:
             job = replace(job, index=None)
         _pack(folder, objects, job)
         return _build_elsewhere(folder)
-
-
-def _save(model: keras.Model, file: Path) -> None:
-    try:
-        model.save(file)
-    except Exception as error:
-        raise ExportError(
-            "A model travels in Keras' own .keras form, so every part of it must be saveable. "
-            f"Received: {type(error).__name__}: {error} "
-            "Give layers of your own a get_config(), and activations a name."
-        ) from error
 
 
 def _pack(folder: Path, objects: dict[str, object], job: Job) -> None:

@@ -28,7 +28,7 @@ class ServedModel:
         backbone: Inputs to features, on the TensorFlow backend.
         head: The nested head; None for an encoder.
         manifest: What the model says of itself.
-        job: Labels, policy and gallery.
+        job: Labels, policy, gallery, decoder, and which signatures.
         scratch: Folder for the class names, until the SavedModel holds a copy as an asset.
     """
 
@@ -38,7 +38,9 @@ class ServedModel:
         self.backbone = backbone
         self.head = head
         self._manifest = manifest
+        self._chosen = frozenset(job.signatures)
         self._policy = job.policy
+        self._decoder = job.decoder
         self._bare = "" in job.input_names
         self._labels = None if job.labels is None else _label_table(job.labels, scratch)
         self._temperatures = {s.dim: s.temperature for s in job.policy.stages} if job.policy else {}
@@ -65,7 +67,7 @@ class ServedModel:
         return held
 
     def signatures(self) -> dict[str, Any]:
-        """Return every signature, traced for any batch size."""
+        """Return the chosen signatures, traced for any batch size."""
         manifest = self._manifest
         inputs = {
             name: tf.TensorSpec(spec["shape"], spec["dtype"], name)
@@ -82,18 +84,26 @@ class ServedModel:
         if self._gallery is not None:
             functions[contract.RETRIEVE] = self._retrieve_from(self._gallery)
         default = contract.embed if self.head is None else contract.classify
-        functions[contract.SERVING_DEFAULT] = functions[default(manifest.width)]
-        signatures = {name: traced(function, inputs) for name, function in functions.items()}
+        default_function = functions[default(manifest.width)]
+        chosen = {name: f for name, f in functions.items() if name in self._chosen}
+        chosen[contract.SERVING_DEFAULT] = default_function
+        signatures = {name: traced(function, inputs) for name, function in chosen.items()}
         if self.head is not None:
             for dim in manifest.dims:
-                prefix = tf.TensorSpec([None, dim], tf.float32, "features")
-                signatures[contract.head(dim)] = traced(self._head_at(dim), {"features": prefix})
+                if contract.head(dim) in self._chosen:
+                    prefix = tf.TensorSpec([None, dim], tf.float32, "features")
+                    signatures[contract.head(dim)] = traced(
+                        self._head_at(dim), {"features": prefix}
+                    )
         if self._gallery is not None:
-            signatures |= self._gallery.signatures()
+            searches = self._gallery.signatures()
+            signatures |= {name: searches[name] for name in searches if name in self._chosen}
         signatures[contract.DESCRIBE] = describing(manifest)
         return signatures
 
     def _call_backbone(self, **inputs: Any) -> Any:
+        if self._decoder is not None:
+            inputs = {name: self._decoder.decode(encoded) for name, encoded in inputs.items()}
         features = self.backbone(self._arranged(inputs), training=False)
         return tf.cast(features, tf.float32)[:, : self._manifest.width]
 

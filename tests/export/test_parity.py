@@ -111,19 +111,25 @@ def test_a_difference_is_named(untied: Exported, wrong: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "signature", "how"),
+    ("changes", "of_job", "signature", "how"),
     [
-        ({"normalize": False}, "embed_8", rf"{SMALL} on rows of magnitude \d+\.?\d*"),
-        ({"name": "another"}, "describe", "it is not the manifest"),
-        ({"dims": (8, 12, 20)}, "embed_12", "it is missing"),
-        ({"width": 16}, "serving_default", "its embedding are of another dim"),
+        ({"normalize": False}, {}, "embed_8", rf"{SMALL} on rows of magnitude \d+\.?\d*"),
+        ({"name": "another"}, {}, "describe", "it is not the manifest"),
+        ({"dims": (8, 12, 20)}, {"signatures": ("embed_12",)}, "embed_12", "it is missing"),
+        (
+            {},
+            {"signatures": (), "dims": (8, 16)},
+            "serving_default",
+            r"shape \(16, 20\) for \(16, 16\)",
+        ),
     ],
 )
 def test_a_manifest_that_lies_is_found(
-    encoder: Exported, changes: Change, signature: str, how: str
+    encoder: Exported, changes: Change, of_job: Change, signature: str, how: str
 ) -> None:
+    manifest, job = replace(encoder.manifest, **changes), replace(encoder.job, **of_job)
     with pytest.raises(ExportError, match=rf"\A{differs(signature, how)}\Z"):
-        check_parity(encoder.path, replace(encoder.manifest, **changes), encoder.job)
+        check_parity(encoder.path, manifest, job)
 
 
 def test_what_was_published_is_equal(classifier: Exported, encoder: Exported) -> None:

@@ -124,6 +124,8 @@ def test_what_lies_in_a_version(untied: Exported) -> None:
         "variables/variables.data-00000-of-00001",
         "assets/labels.txt",
         "assets.extra/keras_mrl.json",
+        "assets.extra/keras_mrl_parity.json",
+        "assets.extra/tf_serving_warmup_requests",
     }
     assert (untied.path / "assets/labels.txt").read_text("utf-8").split("\n") == [*NAMES, ""]
     assert os.listdir(untied.path.parent) == ["1"]

@@ -1,0 +1,81 @@
+"""Which signatures are written: all of the model's, or those that were asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keras_mrl_export import export_saved_model
+from keras_mrl_export.choice import chosen_signatures
+from keras_mrl_serving import FunnelSchedule
+from keras_mrl_serving._session import SavedModelSession
+from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.index import ExactIndex
+from tests.export import models
+from tests.export.models import DIMS, Exported, only_tensorflow
+
+pytestmark = pytest.mark.backend
+
+POLICY = CascadePolicy((Stage(2, 0.5), Stage(4, None)))
+INDEX = ExactIndex.build(np.eye(8, 4, dtype=np.float32), FunnelSchedule((2, 4), (3,), 1))
+
+
+def chosen(asked: Any, policy: Any = POLICY, index: Any = None) -> tuple[str, ...]:
+    return chosen_signatures(asked, (2, 4), True, policy, index)
+
+
+def test_all_unless_some_are_asked_for() -> None:
+    assert chosen(None) == (
+        *("embed_2", "embed_4", "classify_2", "classify_4", "features", "head_2", "head_4"),
+        "classify_adaptive",
+    )
+    assert chosen(None, index=INDEX)[-4:] == ("retrieve", "search", "search_2", "search_4")
+    assert chosen_signatures(None, (8,), False, None, None) == ("embed_8", "features")
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        (["embed"], ("embed_2", "embed_4")),
+        ("embed", ("embed_2", "embed_4")),
+        (["head_4", "embed_2", "embed_2"], ("embed_2", "head_4")),
+        (["classify"], ("classify_2", "classify_4")),
+        (["classify_adaptive"], ("classify_adaptive",)),
+        (["describe", "serving_default"], ()),
+        ([], ()),
+    ],
+)
+def test_names_and_families(asked: Any, names: tuple[str, ...]) -> None:
+    assert chosen(asked) == names
+
+
+def test_search_is_the_funnel_and_its_family() -> None:
+    assert chosen(["search"], index=INDEX) == ("search", "search_2", "search_4")
+
+
+def test_what_the_model_cannot_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="signatures must be of those") as caught:
+        chosen_signatures(["embed", "classify", "embed_3"], (2, 4), False, None, None)
+    assert str(caught.value) == (
+        "signatures must be of those the model can have: embed_2, embed_4, features. "
+        "Received: 'classify', 'embed_3'. Give those names, or a family of them: \"embed\"."
+    )
+
+
+@only_tensorflow
+def test_nothing_else_is_written(untied: Exported, tmp_path: Path) -> None:
+    sample = models.given(untied.rows, slice(0, 4))
+    path = export_saved_model(
+        untied.model, tmp_path, sample, untied.policy, signatures=["classify_adaptive", "embed_4"]
+    )
+    with SavedModelSession(path) as session:
+        assert session.signatures.keys() - {"__saved_model_init_op"} == {
+            *("classify_adaptive", "embed_4", "serving_default", "describe")
+        }
+        default = session.run("serving_default", untied.inputs(slice(0, 4)))
+        np.testing.assert_allclose(
+            default["confidence"],
+            untied.ask(f"classify_{DIMS[-1]}", slice(0, 4))["confidence"],
+            rtol=1e-5,
+        )

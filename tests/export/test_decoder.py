@@ -1,0 +1,147 @@
+"""Encoded images go in as they are: the graph decodes them as they were decoded for the model."""
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_mrl import MatryoshkaHead
+from keras_mrl_export import ImageDecoder, export_saved_model
+from keras_mrl_serving import Client, KerasMrlError
+from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
+from keras_mrl_serving.server import DevServer
+
+pytestmark = pytest.mark.backend
+
+DECODER = ImageDecoder(height=6, width=5, scale=1 / 255)
+
+
+def encoded(pixels: Any, form: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form)
+    return file.getvalue()
+
+
+RNG = np.random.default_rng(0)
+EXACT = [RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8) for _ in range(4)]
+SMOOTH = np.add.outer(np.arange(60), np.arange(40))[..., None].repeat(3, -1).astype(np.uint8)
+
+
+def model() -> keras.Model:
+    inputs = keras.Input((6, 5, 3), name="image")
+    features = keras.layers.Dense(8)(keras.layers.Flatten()(inputs))
+    return keras.Model(inputs, MatryoshkaHead(3, dims=(2, 8))(features), name="eyes")
+
+
+@pytest.fixture(scope="module")
+def trained() -> keras.Model:
+    return model()
+
+
+@pytest.fixture(scope="module")
+def version(trained: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sample = [*map(encoded, EXACT), encoded(SMOOTH, "JPEG")]
+    return export_saved_model(trained, tmp_path_factory.mktemp("eyes"), sample, decoder=DECODER)
+
+
+@pytest.fixture(scope="module")
+def client(version: Path) -> Iterator[Client]:
+    with DevServer(version.parent, model_name="eyes") as target, Client(target, "eyes") as asking:
+        yield asking
+
+
+def test_an_image_of_the_models_size_is_its_pixels() -> None:
+    np.testing.assert_array_equal(
+        DECODER.pixels([encoded(image) for image in EXACT]),
+        np.stack(EXACT) * np.float32(1 / 255),
+    )
+
+
+def test_others_are_resized_and_a_grey_one_gets_colours() -> None:
+    grey = encoded(SMOOTH[..., 0])
+    found = DECODER.pixels([encoded(SMOOTH), encoded(SMOOTH, "JPEG"), grey])
+    rows = np.add.outer(np.arange(4.5, 60, 10), np.arange(3.5, 40, 8)) / 255
+    assert np.abs(found - rows[..., None]).max() < 0.01
+
+
+def test_channels_have_numbers_of_their_own() -> None:
+    decoder = ImageDecoder(height=6, width=5, scale=(1, 2, 3), offset=(0, 0.5, -1))
+    expected = EXACT[0] * np.array([1, 2, 3], np.float32) + np.array([0, 0.5, -1], np.float32)
+    np.testing.assert_array_equal(decoder.pixels([encoded(EXACT[0])])[0], expected)
+
+
+def test_what_is_served_is_the_model(client: Client, trained: keras.Model) -> None:
+    files = [encoded(image) for image in EXACT]
+    logits = trained.predict(np.stack(EXACT).astype(np.float32) / 255, verbose=0)
+    expected = np.exp(logits[:, 0]) / np.exp(logits[:, 0]).sum(-1, keepdims=True)
+    answer = client.classify(files, dim=2)
+    np.testing.assert_allclose(answer.probabilities, -np.sort(-expected, -1), rtol=1e-4)
+    assert client.embed(files[:1], dim=8).shape == (1, 8)
+
+
+def test_the_manifest_says_how(version: Path) -> None:
+    manifest = Manifest.from_json((version / MANIFEST_FILE).read_text())
+    assert manifest.inputs == {"inputs": {"dtype": "string", "shape": [None]}}
+    assert manifest.decoder == {
+        **{"height": 6, "width": 5, "channels": 3, "scale": 1 / 255, "offset": 0.0},
+        **{"formats": ["jpeg", "png", "gif", "bmp"], "resize": "bilinear"},
+    }
+
+
+def test_a_bad_image_fails_its_call_alone(client: Client) -> None:
+    with pytest.raises(KerasMrlError, match="Unknown image file format"):
+        client.classify([encoded(EXACT[0]), b"no image"], dim=2)
+    assert client.classify([encoded(EXACT[0])], dim=2).class_ids.shape == (1, 3)
+
+
+@pytest.mark.parametrize("sample", [[b"no image"], np.ones((2, 6, 5, 3)), [encoded(EXACT[0])[:40]]])
+def test_a_sample_that_is_no_list_of_images(trained: Any, tmp_path: Path, sample: Any) -> None:
+    with pytest.raises(ValueError, match=r"\AA sample for a model with a decoder is a list of"):
+        export_saved_model(trained, tmp_path, sample, decoder=DECODER)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_size_than_the_models(trained: keras.Model, tmp_path: Path) -> None:
+    other = ImageDecoder(height=5, width=5)
+    with pytest.raises(
+        ValueError, match=re.escape("'image': (any, 6, 5, 3), batch first. Receive")
+    ):
+        export_saved_model(trained, tmp_path, [encoded(EXACT[0])], decoder=other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"height": 0},
+            "An image has a height and a width in pixels, and 1, 3 or 4 channels. Received: "
+            "height=0, width=5, channels=3. "
+            "Give those of the model's input: ImageDecoder(height=32, width=32).",
+        ),
+        (
+            {"channels": 2},
+            "An image has a height and a width in pixels, and 1, 3 or 4 channels. Received: "
+            "height=6, width=5, channels=2. "
+            "Give those of the model's input: ImageDecoder(height=32, width=32).",
+        ),
+        (
+            {"scale": (1.0, 2.0)},
+            "scale must be one finite number, or one per channel. Received: scale=(1.0, 2.0) "
+            "for 3 channels. Give scale=1 / 255, or a tuple of 3.",
+        ),
+        (
+            {"offset": float("nan")},
+            "offset must be one finite number, or one per channel. Received: offset=nan "
+            "for 3 channels. Give offset=1 / 255, or a tuple of 3.",
+        ),
+    ],
+)
+def test_a_decoder_that_is_none(changes: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
+        ImageDecoder(**{"height": 6, "width": 5, **changes})
