@@ -28,6 +28,7 @@ class Served:
     """The stubs of the server under test, the folder it watches, and the version it serves."""
 
     def __init__(self, target: str, base: Path, version: int) -> None:
+        self.target = target
         self.channel = grpc.insecure_channel(target, options=UNLIMITED)
         self.base = base
         self.version = version
