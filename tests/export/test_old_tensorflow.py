@@ -1,0 +1,128 @@
+"""What is exported here loads and answers alike in the older TensorFlows that people serve with.
+
+Each version is installed into an environment of its own, which is thrown away. It needs a
+registry, a minute and 1.5 GB of disk: `make soak` runs it.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from keras_mrl import next_token
+from keras_mrl_export import export_saved_model
+from keras_mrl_serving._session import SavedModelSession
+from keras_mrl_serving.funnel import FunnelSchedule
+from keras_mrl_serving.index import ExactIndex
+from tests.export import models, old_tensorflow
+from tests.export.models import DIMS, assert_equal_rows, halving_policy, only_tensorflow
+from tests.export.test_decoder import DECODER, EXACT, encoded
+from tests.export.test_decoder import model as of_images
+from tests.keras_mrl.language import LENGTH, TOKENS, language_model
+
+pytestmark = [
+    only_tensorflow,
+    pytest.mark.soak,
+    pytest.mark.skipif(
+        not os.environ.get("KERAS_MRL_SOAK"), reason="installs TensorFlow; `make soak` runs it"
+    ),
+]
+ROWS = 5
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, Arrays]]:
+    """Each exported version with inputs for every signature: those of its warm-up records."""
+    folder = tmp_path_factory.mktemp("exported")
+    more: dict[str, Any] = {"warmup_batch_sizes": (ROWS,)}
+    images, classifier = models.images(), models.untied()
+    gallery = np.asarray(classifier.backbone.predict(images, verbose=0))
+    index = ExactIndex.build(gallery, FunnelSchedule(DIMS, (20, 10), 4), metric="cosine")
+    policy = halving_policy(classifier.predict(images, verbose=0))
+    files = [encoded(pixels) for pixels in (*EXACT, EXACT[0][::-1])]
+    words = next_token(language_model(tied=True, dims=(2, 8)))
+    texts = np.arange(3 * LENGTH, dtype=np.int32).reshape(3, LENGTH) % TOKENS
+    paths = [
+        export_saved_model(
+            classifier, folder / "all", images[:16], policy, models.NAMES, index=index, **more
+        ),
+        export_saved_model(models.of_tokens(), folder / "tokens", models.tokens(), **more),
+        export_saved_model(words, folder / "words", texts, **more),
+        export_saved_model(of_images(), folder / "bytes", files, decoder=DECODER, **more),
+    ]
+    return {path: recorded(path) for path in paths}
+
+
+def recorded(path: Path) -> dict[str, Arrays]:
+    import tensorflow as tf
+    from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
+
+    found = {}
+    file = path / "assets.extra" / "tf_serving_warmup_requests"
+    for record in tf.data.TFRecordDataset(str(file)):
+        request = PredictionLog.FromString(record.numpy()).predict_log.request
+        inputs = {name: tf.make_ndarray(proto) for name, proto in request.inputs.items()}
+        found[request.model_spec.signature_name] = inputs
+    return found
+
+
+@contextmanager
+def installed(version: str) -> Iterator[Path]:
+    """The Python of an environment with this TensorFlow."""
+    small = sys.platform == "linux" and platform.machine() == "x86_64"
+    package = "tensorflow-cpu" if small else "tensorflow"
+    with tempfile.TemporaryDirectory(prefix="keras-mrl-old-tensorflow-") as folder:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        python = Path(folder) / "bin" / "python"
+        install = [str(python), "-m", "pip", "install", "--quiet", f"{package}=={version}"]
+        subprocess.run(install, check=True)
+        yield python
+
+
+@pytest.mark.parametrize("version", ["2.16.2", "2.20.0"])
+def test_it_answers_as_the_present_tensorflow(
+    version: str, versions: dict[Path, dict[str, Arrays]], tmp_path: Path
+) -> None:
+    if version < "2.20" and sys.version_info >= (3, 13):
+        pytest.skip("there is no such TensorFlow for this Python")
+    asked = {
+        str(path): {
+            name: {key: old_tensorflow.to_json(value) for key, value in inputs.items()}
+            for name, inputs in signatures.items()
+        }
+        for path, signatures in versions.items()
+    }
+    files = [str(tmp_path / name) for name in ("asked.json", "answers.json")]
+    Path(files[0]).write_text(json.dumps(asked))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    with installed(version) as python:
+        done = subprocess.run(
+            [str(python), old_tensorflow.__file__, *files],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(Path(files[1]).read_text())
+    assert found["tensorflow"] == version
+    for path, signatures in versions.items():
+        with SavedModelSession(path) as session:
+            assert set(signatures) == {n for n in session.signatures if not n.startswith("__")}
+            for name, inputs in signatures.items():
+                wanted = session.run(name, inputs)
+                answers = found["answers"][str(path)][name]
+                assert set(answers) == set(wanted)
+                for key, value in wanted.items():
+                    assert_equal_rows(old_tensorflow.from_json(answers[key]), value)
