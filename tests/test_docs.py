@@ -23,7 +23,10 @@ DOCUMENTS = {
         f"docs/{page}.md" for page in ("train", "export", "serve", "other_languages", "retrieve")
     ],
 }
-ASKED = tuple(f"keras-mrl {command} " for command in ("classify", "embed", "index", "search"))
+ASKED = tuple(
+    f"keras-mrl {command} "
+    for command in ("classify", "deploy", "embed", "export", "index", "inspect", "search")
+)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAID = re.compile(r"^( *)(print\(.*\))  # (.+)$", re.MULTILINE)
 PRELUDE = """
@@ -101,7 +104,7 @@ def test_the_code_runs_and_prints_what_it_says(document: str, tmp_path: Path) ->
     assert promises
     for i in promises:
         pattern = re.sub(r"\[", "[[]", said[i][2:]).replace("...", "*")
-        assert fnmatch.fnmatchcase(said[i - 1], pattern)
+        assert fnmatch.fnmatchcase(said[i - 1], pattern), said[max(i - 9, 0) : i + 1]
 
 
 def test_links_inside_the_documentation_lead_somewhere() -> None:

@@ -4,13 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import grpc
+import numpy as np
 import pytest
 import yaml
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
 
 from keras_mrl_cli.__main__ import main
 from keras_mrl_cli.deploying.work import FILES
+from keras_mrl_serving import Client, InvalidInputError, Options
+from keras_mrl_serving.server import DevServer
 from keras_mrl_serving.server.batching_config import batching_options, read_batching_parameters
 from tests.cli.conftest import KERAS_MRL, Exported
 from tests.cli.test_main import refusal, run
@@ -118,6 +124,32 @@ def test_the_flags_are_those_of_the_real_server(deployed: Path) -> None:
     (service,) = compose["services"].values()
     # The one flag that the development server lacks.
     assert set(flags(service["command"])) - set(FLAGS) == {"monitoring_config_file"}
+
+
+def test_the_development_server_serves_by_them(deployed: Path, exported: Exported) -> None:
+    compose = yaml.safe_load((deployed / "docker-compose.yml").read_text())
+    (service,) = compose["services"].values()
+    given = flags(service["command"])
+    for name in ("port", "rest_api_port", "monitoring_config_file"):
+        del given[name]
+    config = deployed / "models.config"
+    config.write_text(config.read_text().replace("/models/tiny_One", str(exported.base_path)))
+    settings: dict[str, Any] = {
+        name: True if value == "true" else value.replace("/config", str(deployed))
+        for name, value in given.items()
+    }
+    rows = np.random.default_rng(0).random((200, 6), np.float32)
+    with (
+        DevServer(**settings) as target,
+        Client(target, "tiny_One", options=Options(max_batch_size=128)) as client,
+        grpc.insecure_channel(target) as channel,
+    ):
+        assert client.classify(rows, 4).class_ids.shape == (200, 3)
+        call = HealthStub(channel).Check(HealthCheckRequest(), timeout=30)
+        assert call.status == HealthCheckResponse.SERVING
+        with Client(target, "tiny_One") as unaware, pytest.raises(InvalidInputError) as caught:
+            unaware.classify(rows, 4)
+    assert "Task size 200 is larger than maximum input batch size 128" in str(caught.value)
 
 
 def test_the_service_is_headless_and_leads_to_the_pods(deployed: Path) -> None:
