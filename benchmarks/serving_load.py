@@ -1,0 +1,118 @@
+"""A development server in a process of its own, and callers who ask it, in turns or all at once."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from keras_mrl_serving import Options
+
+MAX_ROWS = Options(timeout_s=300, max_batch_size=64, max_in_flight=1)
+BATCHING = """
+max_batch_size { value: 64 }
+batch_timeout_micros { value: 1000 }
+max_enqueued_batches { value: 1000 }
+num_batch_threads { value: 2 }
+"""
+
+SERVER = """
+import sys, time
+import tensorflow as tf
+from keras_mrl_serving.server import DevServer
+
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+path, parameters = sys.argv[1:]
+batching = {"enable_batching": True, "batching_parameters_file": parameters} if parameters else {}
+tf.constant(1.0) + 1.0  # what TensorFlow itself takes is no model's
+before, began = resident(), time.perf_counter()
+server = DevServer(path, model_name="m", **batching)
+target = server.start()
+print(target, time.perf_counter() - began, resident() - before, flush=True)
+server.wait()
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where it is, what it serves, and what loading and warming up took."""
+
+    target: str
+    version: Path
+    load_s: float
+    mib: float
+
+
+@contextmanager
+def served(base_path: Path, enable_batching: bool = False) -> Iterator[Server]:
+    """Serve the only version under `base_path`."""
+    with tempfile.NamedTemporaryFile("w", suffix=".config") as parameters:
+        parameters.write(BATCHING)
+        parameters.flush()
+        file = parameters.name if enable_batching else ""
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(base_path), file],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        try:
+            words = process.stdout.readline().split() if process.stdout else []
+            if len(words) != 3:
+                raise RuntimeError(
+                    "The server must start. Received: its end. "
+                    f"Run keras-mrl serve --model_base_path {base_path} and see what it says."
+                )
+            (version,) = (p for p in base_path.iterdir() if p.name.isdecimal())
+            yield Server(words[0], version, float(words[1]), float(words[2]))
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each call, in order."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def ms(self) -> float:
+        """Median milliseconds."""
+        return 1e3 * statistics.median(self.seconds)
+
+    def ratio_to(self, other: Times) -> float:
+        """Median of the ratios of neighbouring calls: other work slows both alike."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(own / its for own, its in pairs)
+
+
+def in_turns(calls: int, *functions: Callable[[int], object]) -> list[Times]:
+    """Call each function in turn, `calls` times after one that does not count."""
+    took: list[list[float]] = [[] for _ in functions]
+    for turn in range(-1, calls):
+        for function, times in zip(functions, took, strict=True):
+            began = time.perf_counter()
+            function(turn)
+            if turn >= 0:
+                times.append(time.perf_counter() - began)
+    return [Times(tuple(times)) for times in took]
+
+
+def per_second(callers: int, calls: int, function: Callable[[int], object]) -> float:
+    """Calls a second of so many callers at once, `calls` in all."""
+    with ThreadPoolExecutor(callers) as pool:
+        list(pool.map(function, range(callers)))
+        began = time.perf_counter()
+        list(pool.map(function, range(calls)))
+        return calls / (time.perf_counter() - began)
