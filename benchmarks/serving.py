@@ -54,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         classes = (50, 100) if quick else (1_000, 100_000)
-        rows = 200 if quick else 2_000
+        rows = 200 if quick else 4_000
         for count in classes:
             facts |= cascades(folder / f"head_{count}", count, rows, quick)
         facts |= embeddings(folder, quick)
@@ -75,19 +75,19 @@ def cascades(folder: Path, classes: int, rows: int, quick: bool) -> dict[str, An
     data = Prototypes.of(classes)
     policy = data.policy(rows, seed=1)
     report = data.report(policy, rows, seed=2)
-    exits = ", ".join(f"{dim}: {x:.1%}" for dim, x in zip(DIMS, report.exit_fractions, strict=True))
+    at = dict(zip(policy.dims, report.exit_fractions, strict=True))
+    exits = ", ".join(f"{dim}: {share:.1%}" for dim, share in at.items())
     print(
         f"\n{classes} classes: accuracy {report.accuracy:.2%} adaptive, "
         f"{report.full_accuracy:.2%} at {DIMS[-1]} ({rows} rows); exits {exits}"
     )
-    dims, exit_fractions = np.array(DIMS), np.array(report.exit_fractions)
-    asked = 1 - np.concatenate([[0], np.cumsum(exit_fractions)[:-1]])  # share of rows at each stage
+    asked = 1 - np.cumsum([0, *report.exit_fractions[:-1]])  # share of rows, at each stage
     facts: dict[str, Any] = {
         f"accuracy_{classes}": round(report.accuracy, 4),
         f"full_accuracy_{classes}": round(report.full_accuracy, 4),
         f"expected_dim_{classes}": round(report.expected_dim, 1),
-        f"exits_{classes}": [round(x, 3) for x in report.exit_fractions],
-        "head_madds_adaptive": round(float(asked @ dims) * classes),
+        f"exits_{classes}": {dim: round(share, 3) for dim, share in at.items()},
+        "head_madds_adaptive": round(float(asked @ np.array(policy.dims)) * classes),
         "head_madds_full": DIMS[-1] * classes,
     }
     export(prototype_head(data), folder, data.rows(16, 3)[0], policy=policy)

@@ -21,6 +21,7 @@ FLOORS = (
         "calls",
         "contract",
         "cascade",
+        "cascade_search",
         "embeddings",
         "errors",
         "flows",

@@ -66,6 +66,7 @@ PUBLIC = {
     "keras_mrl_serving": {
         "AccessDeniedError",
         "AsyncClient",
+        "CascadeFront",
         "CascadePolicy",
         "CascadeReport",
         "Classification",
@@ -105,6 +106,7 @@ PUBLIC = {
         "VersionStatus",
         "open_index",
         "plan_funnel",
+        "search_cascades",
         "truncate",
     },
 }

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .cascade import CascadePolicy as CascadePolicy
     from .cascade import CascadeReport as CascadeReport
     from .cascade import Stage as Stage
+    from .cascade_search import CascadeFront as CascadeFront
+    from .cascade_search import search_cascades as search_cascades
     from .client import Client as Client
     from .contract import Manifest as Manifest
     from .embeddings import truncate as truncate
@@ -57,6 +59,7 @@ _HOMES = {
     "cascade": ("CascadePolicy", "CascadeReport", "Stage"),
     "client": ("Client",),
     "contract": ("Manifest",),
+    "cascade_search": ("CascadeFront", "search_cascades"),
     "embeddings": ("truncate",),
     "errors": (
         "AccessDeniedError",

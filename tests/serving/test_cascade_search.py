@@ -1,0 +1,158 @@
+"""Cascades searched as a whole, beside every threshold there is and beside the paper's."""
+
+import itertools
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_mrl_serving import CascadePolicy, search_cascades
+from keras_mrl_serving.cascade import Stage
+from tests.serving.test_cascade import holdouts
+
+DIMS = (8, 24, 40, 100)
+
+
+def cost_of(policy: CascadePolicy, costs: Any) -> float:
+    assert policy.holdout is not None
+    by_dim = dict(zip(DIMS, costs, strict=False))
+    return float(np.dot(policy.holdout.exit_fractions, [by_dim[dim] for dim in policy.dims]))
+
+
+@given(holdouts(), st.booleans())
+def test_it_is_never_worse_than_the_papers_at_its_cost(holdout: Any, cumulative: bool) -> None:
+    logits, labels = holdout
+    dims = DIMS[: logits.shape[1]]
+    costs = np.cumsum(dims) if cumulative else np.asarray(dims)
+    front = search_cascades(logits, labels, dims, costs)
+    paper = CascadePolicy.learn(logits, labels, dims)
+    cost = cost_of(paper, costs)
+    best = front.best_under(cost + 1e-9)
+    assert best.holdout is not None
+    assert paper.holdout is not None
+    assert best.holdout.accuracy >= paper.holdout.accuracy
+
+
+@given(holdouts())
+def test_a_front_rises_and_says_what_it_costs(holdout: Any) -> None:
+    logits, labels = holdout
+    dims = DIMS[: logits.shape[1]]
+    front = search_cascades(logits, labels, dims)
+    accuracies = [p.holdout.accuracy for p in front.policies if p.holdout]
+    assert len(accuracies) == len(front.policies)
+    assert accuracies == sorted(set(accuracies))
+    assert list(front.costs) == sorted(set(front.costs))
+    for policy, cost in zip(front.policies, front.costs, strict=True):
+        assert policy.holdout is not None
+        assert cost == pytest.approx(policy.holdout.expected_dim)
+        columns = [dims.index(dim) for dim in policy.dims]
+        assert policy.evaluate(logits[:, columns], labels) == policy.holdout
+    full = float(np.mean(logits[:, -1].argmax(-1) == labels))
+    assert accuracies[-1] >= full
+
+
+@given(holdouts())
+def test_of_two_stages_the_best_for_a_price_is_found(holdout: Any) -> None:
+    """Every point of the lower hull of all thresholds is on the front."""
+    logits, labels = holdout
+    if logits.shape[1] < 2:
+        return
+    logits, dims = logits[:, :2], DIMS[:2]
+    front = search_cascades(logits, labels, dims)
+    shares = np.exp(logits[:, 0] - logits[:, 0].max(-1, keepdims=True))
+    confidence = np.unique((1 / shares.sum(-1)).astype(np.float32))
+    every = [-1.0, *(float(c) for c in confidence)]
+    points = [
+        CascadePolicy((Stage(dims[0], t), Stage(dims[1], None))).evaluate(logits, labels)
+        for t in every
+    ]
+    found = [p.holdout for p in front.policies if p.holdout]
+    for price in (1e-3, 0.02, 0.3, 5.0):
+        price *= dims[1]
+        losses = [r.expected_dim - price * r.accuracy for r in points]
+        mine = [r.expected_dim - price * r.accuracy for r in found]
+        assert min(mine) <= min(losses) + 0.2 * price / len(labels) + 1e-6
+
+
+def well_behaved(rows: int = 4000) -> tuple[Any, Any]:
+    """Three dims, each less noisy than the one before."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, rows)
+    noise = np.array([0.8, 0.5, 0.35])[None, :, None] * rng.normal(size=(rows, 3, 5))
+    return 3 * (np.eye(5)[labels][:, None] + noise), labels
+
+
+def test_targets_on_rows_that_were_not_searched() -> None:
+    logits, labels = well_behaved()
+    front = search_cascades(logits[:2000], labels[:2000], DIMS[:3])
+    for share in (0.005, 0.05):
+        policy = front.cheapest_within(share)
+        columns = [DIMS.index(dim) for dim in policy.dims]
+        fresh = policy.evaluate(logits[2000:, columns], labels[2000:])
+        assert (
+            fresh.accuracy > fresh.full_accuracy - share - 0.025
+        )  # of 2,000 rows, searched and judged
+        assert fresh.expected_dim < 0.75 * DIMS[2]
+    assert front.cheapest_within(0.05).holdout != front.cheapest_within(0.005).holdout
+    under = front.best_under(30)
+    assert under.holdout is not None
+    assert under.holdout.expected_dim <= 30
+    cheaper = [p for p, c in zip(front.policies, front.costs, strict=True) if c <= 30]
+    assert under is cheaper[-1]
+
+
+def test_dear_stages_are_left_out() -> None:
+    logits, labels = well_behaved(500)
+    front = search_cascades(logits, labels, DIMS[:3], costs=(1, 1000, 1001))
+    asked = set(itertools.chain(*(policy.dims for policy in front.policies)))
+    assert DIMS[0] in asked
+    assert front.policies[0].dims != DIMS[:3]
+
+
+def test_one_dim_is_its_own_cascade() -> None:
+    logits, labels = well_behaved(50)
+    front = search_cascades(logits[:, :1], labels, (8,))
+    assert [policy.dims for policy in front.policies] == [(8,)]
+    assert front.costs == (8.0,)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda f: f.cheapest_within(-0.1),
+            "share must be a number of at least 0. "
+            "Received: share=-0.1. Give 0.005 for half a point.",
+        ),
+        (
+            lambda f: f.cheapest_within(float("nan")),
+            "share must be a number of at least 0. "
+            "Received: share=nan. Give 0.005 for half a point.",
+        ),
+        (
+            lambda f: f.best_under(7.9),
+            "The cheapest policy costs 8 a row. Received: cost=7.9. Give at least that.",
+        ),
+    ],
+)
+def test_targets_that_are_none(call: Any, text: str) -> None:
+    logits, labels = well_behaved(50)
+    front = search_cascades(logits[:, :1], labels, (8,))
+    with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
+        call(front)
+
+
+@pytest.mark.parametrize("costs", [(1,), (2, 1, 3), (0, 1, 2), (1, 1, 2), (1, 2, float("nan"))])
+def test_costs_that_are_none(costs: Any) -> None:
+    logits, labels = well_behaved(50)
+    given = tuple(float(c) for c in costs)
+    text = (
+        "costs must be one positive number per dim, increasing. "
+        f"Received: costs={given} for 3 dims. "
+        "Give what a row costs that is decided at each dim, for example numpy.cumsum(dims)."
+    )
+    with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
+        search_cascades(logits, labels, DIMS[:3], costs)
