@@ -34,7 +34,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
 from prototypes import DIMS, Prototypes
-from serving_load import MAX_ROWS, Times, in_turns, per_second, served
+from serving_load import MAX_ROWS, Times, echo, in_turns, per_second, served
 from serving_models import behind_resnet, export, heavy_layers, prototype_head, resnet_encoder
 
 from keras_mrl_serving import Client, truncate
@@ -147,7 +147,7 @@ def embeddings(folder: Path, quick: bool) -> dict[str, Any]:
     facts["embed_small_ms"], facts["embed_full_ms"] = (
         facts[f"embed_{dim}_1_ms"] for dim in (DIMS[0], DIMS[-1])
     )
-    facts["server_overhead_ms"] = overhead(folder / "embed", x[:1], calls)
+    facts |= overhead(folder / "embed", x[:1], calls)
     for enable in (False, True):
         with (
             served(folder / "embed", enable_batching=enable) as server,
@@ -171,7 +171,7 @@ def embed_and_cut(client: Client, x: Any, turn: int) -> Any:
     return truncate(client.embed(x, dim=DIMS[-1]), DIMS[turn % len(DIMS)])
 
 
-def overhead(folder: Path, x: Any, calls: int) -> float:
+def overhead(folder: Path, x: Any, calls: int) -> dict[str, float]:
     """An RPC of one row, less `Session::Run` of it: in turns, the latter in this process."""
     from keras_mrl_serving._session import SavedModelSession
 
@@ -179,21 +179,30 @@ def overhead(folder: Path, x: Any, calls: int) -> float:
         served(folder) as server,
         Client(server.target, MODEL) as client,
         SavedModelSession(server.version) as session,
+        echo() as bare,
     ):
         client.embed(x, dim=DIMS[-1])
         name = f"embed_{DIMS[-1]}"
-        rpc, run = in_turns(
+        rpc, run, floor = in_turns(
             calls,
             lambda _: client.embed(x, dim=DIMS[-1]),
             lambda _: session.run(name, {"inputs": x}),
+            lambda _: bare(x.tobytes()),
         )
-    print(f"  one row: {rpc.ms:.2f} ms over gRPC, {run.ms:.2f} ms in Session::Run")
-    return round(rpc.ms - run.ms, 3)
+    print(
+        f"  one row: {rpc.ms:.2f} ms over gRPC, {run.ms:.2f} ms in Session::Run; a call that does "
+        f"nothing, between two Python processes, takes {floor.ms:.2f} ms"
+    )
+    return {
+        "server_overhead_ms": round(rpc.ms - run.ms, 3),
+        "session_run_ms": round(run.ms, 3),
+        "empty_rpc_ms": round(floor.ms, 3),
+    }
 
 
 def batching(folder: Path, quick: bool) -> dict[str, Any]:
     """32 callers of one row: weights are read once a call, or once a batch."""
-    model, x = heavy_layers(width=256 if quick else 3072, layers=3)
+    model, x = heavy_layers(width=256 if quick else 4096, layers=3)
     export(model, folder / "heavy", x[:8], signatures=["serving_default"])
     rates = {}
     for enable in (False, True):

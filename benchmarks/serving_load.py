@@ -43,6 +43,23 @@ server.wait()
 """
 
 
+ECHO = """
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+
+class Echo(grpc.GenericRpcHandler):
+    def service(self, call):
+        return grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+
+server = grpc.server(ThreadPoolExecutor(64))
+server.add_generic_rpc_handlers([Echo()])
+port = server.add_insecure_port("127.0.0.1:0")
+server.start()
+print(f"127.0.0.1:{port}", flush=True)
+server.wait_for_termination()
+"""
+
+
 @dataclass(frozen=True)
 class Server:
     """Where it is, what it serves, and what loading and warming up took."""
@@ -78,6 +95,21 @@ def served(base_path: Path, enable_batching: bool = False) -> Iterator[Server]:
         finally:
             process.terminate()
             process.wait()
+
+
+@contextmanager
+def echo() -> Iterator[Callable[[bytes], bytes]]:
+    """What Python's gRPC itself takes: a server in a process of its own that answers as asked."""
+    import grpc
+
+    process = subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)
+    try:
+        target = process.stdout.readline().strip() if process.stdout else ""
+        with grpc.insecure_channel(target) as channel:
+            yield channel.unary_unary("/echo/Echo")
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @dataclass(frozen=True)

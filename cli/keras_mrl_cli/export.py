@@ -5,6 +5,7 @@ itself signature by signature before the version gets its number. The last line 
 folder of the version.
 
   keras-mrl export digits.keras --base-path models/digits --sample few.npy --policy policy.json
+  keras-mrl export birds.keras --base-path models/birds --images few/*.jpg --pixel-scale 0.00392157
   keras-mrl export own.keras --base-path models/own --import my_layers --sample few.npz
 """
 
@@ -32,6 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line (no names)")
     parser.add_argument(
         "--dims", type=_dims, metavar="M,M", help="dims to export (those of the model's head)"
+    )
+    parser.add_argument(
+        "--signatures",
+        type=_names,
+        metavar="S,S",
+        help="signatures to write, by name or family: embed,classify_64 (all)",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        metavar="FILE",
+        help="a few JPEG or PNG files: the version then takes the bytes of such files, decoded "
+        "in its graph to the size of the model's input (it takes pixels)",
+    )
+    parser.add_argument(
+        "--pixel-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="with --images: what pixels of 0..255 are multiplied by (1)",
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="classes that are named (5)")
     parser.add_argument("--name", help="name in the manifest (the model's own)")
@@ -63,6 +84,10 @@ def _dims(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(
             f"must be integers with commas. Received: {text!r}. Give for example 8,16."
         ) from None
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _work(arguments: argparse.Namespace) -> int:

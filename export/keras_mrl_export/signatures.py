@@ -18,6 +18,7 @@ from .cascade_graph import classify_adaptively
 from .index_graph import IndexGraph
 from .inputs import declared_inputs, input_structure
 from .job import Job
+from .likeliest import Likeliest
 from .tracing import Tensors, describing, traced
 
 
@@ -129,14 +130,14 @@ class ServedModel:
     def _classify_at(self, dim: int) -> Callable[..., Tensors]:
         def classify(**inputs: Any) -> Tensors:
             logits = self._logits(self._features(**inputs)[:, :dim], dim)
-            return self._classification(logits, dim)
+            return self._all_rows(logits, dim)
 
         return classify
 
     def _head_at(self, dim: int) -> Callable[..., Tensors]:
         def head(features: Any) -> Tensors:
             logits = self._logits(features, dim)
-            return {**self._classification(logits, dim), "logits": logits}
+            return {**self._all_rows(logits, dim), "logits": logits}
 
         return head
 
@@ -153,10 +154,13 @@ class ServedModel:
     def _logits(self, prefix: Any, dim: int) -> Any:
         return tf.cast(self.head.logits_at(prefix, dim), tf.float32)
 
-    def _classification(self, logits: Any, dim: int) -> Tensors:
-        """The best `top_k` classes of each row of `logits (batch, classes)`."""
-        probabilities = tf.nn.softmax(logits / self._temperatures.get(dim, 1.0))
-        best, class_ids = tf.math.top_k(probabilities, self._manifest.top_k)
+    def _all_rows(self, logits: Any, dim: int) -> Tensors:
+        likeliest = Likeliest(logits, self._temperatures.get(dim, 1.0))
+        return self._classification(likeliest, tf.range(tf.shape(logits)[0]))
+
+    def _classification(self, likeliest: Likeliest, rows: Any) -> Tensors:
+        """The best `top_k` classes of some rows."""
+        best, class_ids = likeliest.best(rows, self._manifest.top_k or 1)
         outputs = {
             "class_ids": tf.cast(class_ids, tf.int64),
             "probabilities": best,

@@ -9,9 +9,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from PIL import Image
 
 from keras_mrl_cli.__main__ import main
 from keras_mrl_serving import Manifest
+from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE
 from tests.cli.conftest import CASCADE, LABELS, Exported
 from tests.cli.test_main import refusal
@@ -94,6 +96,40 @@ def test_everything_that_can_be_said(export: Export) -> None:
     assert manifest.made_with["trained_on"] == BACKEND
     assert f"on {BACKEND} ..." in said
     assert "random rows" not in said
+
+
+@models.only_tensorflow
+def test_images_as_files(export: Export) -> None:
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(np.full((9, 12, 3), 128, np.uint8)).save(name)
+    chosen = "--images a.png b.jpg --pixel-scale 0.5 --signatures embed_2,head".split()
+    version, manifest, _ = export("untied", *chosen)
+    assert manifest.inputs == {"inputs": {"dtype": "string", "shape": [None]}}
+    assert manifest.decoder is not None
+    assert (manifest.decoder["height"], manifest.decoder["scale"]) == (6, 0.5)
+    with SavedModelSession(version) as session:
+        names = session.signatures.keys() - {"__saved_model_init_op", "describe", "serving_default"}
+        assert names == {"embed_2", "head_2", "head_4", "head_16"}
+        files = np.array([Path("a.png").read_bytes()], object)
+        assert session.run("embed_2", {"inputs": files})["embedding"].shape == (1, 2)
+
+
+def test_images_that_cannot_be(refused: Callable[..., str]) -> None:
+    assert refused("untied", "--images", "none.png") == (
+        "--images must name files that can be read. "
+        "Received: none.png (No such file or directory). Correct the path."
+    )
+    Path("text.png").write_text("no image")
+    assert refused("untied", "--images", "text.png").startswith(
+        "A sample for a model with a decoder is a list of the bytes of images. Received: at 0, "
+    )
+    assert refused("encoder", "--images", "text.png").startswith(
+        "Images are decoded to the one input of a model: height, width and channels. "
+        "Received: a model with inputs of shapes [(7,)]. "
+    )
+    assert refused("untied", "--images", "text.png", "--sample", "x.npy").startswith(
+        "An export is verified on rows or on images. Received: --sample and --images. "
+    )
 
 
 @models.only_tensorflow

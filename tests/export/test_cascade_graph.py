@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mrl_export.cascade_graph import classify_adaptively
+from keras_mrl_export.likeliest import Likeliest
 from keras_mrl_serving.cascade import CascadePolicy, Stage
 
 NUM_CLASSES, ROWS = 4, 20
@@ -31,8 +32,9 @@ class Heads:
         assert prefix.shape[1] == dim
         return prefix @ KERNEL[:dim]
 
-    def classification(self, logits: Any, dim: int) -> dict[str, Any]:
-        return {"class_id": tf.argmax(logits, -1), "of": tf.fill(tf.shape(logits)[:1], dim)}
+    def classification(self, likeliest: Likeliest, rows: Any) -> dict[str, Any]:
+        best, class_ids = likeliest.best(rows, 1)
+        return {"class_id": class_ids[:, 0], "probability": best[:, 0]}
 
 
 def run(policy: CascadePolicy, features: Any = FEATURES) -> tuple[dict[str, Any], Heads]:
@@ -43,23 +45,25 @@ def run(policy: CascadePolicy, features: Any = FEATURES) -> tuple[dict[str, Any]
     return {name: column.numpy() for name, column in answer.items()}, heads
 
 
-def expected(policy: CascadePolicy, row: Any) -> tuple[int, int]:
-    """Class and dim of one row, by the words of the contract."""
+def expected(policy: CascadePolicy, row: Any) -> tuple[int, int, float]:
+    """Class, dim and probability of one row, by the words of the contract."""
     for stage in policy.stages:
         logits = row[: stage.dim].astype(np.float64) @ KERNEL[: stage.dim]
         raised = np.exp(logits / stage.temperature)
-        if stage.threshold is None or (raised / raised.sum()).max() > stage.threshold:
+        share = float((raised / raised.sum()).max())
+        if stage.threshold is None or share > stage.threshold:
             break
-    return int(np.argmax(logits)), stage.dim
+    return int(np.argmax(logits)), stage.dim, share
 
 
 def test_each_row_stops_where_it_is_sure_in_the_order_of_the_rows() -> None:
     cascade = policy(0.40, 0.32)
     answer, _ = run(cascade)
     rows = [expected(cascade, row) for row in FEATURES]
-    assert list(zip(answer["class_id"].tolist(), answer["dim"].tolist(), strict=True)) == rows
+    found = zip(answer["class_id"].tolist(), answer["dim"].tolist(), strict=True)
+    assert list(found) == [row[:2] for row in rows]
     assert set(answer["dim"].tolist()) == {1, 3, 6}
-    np.testing.assert_array_equal(answer["of"], answer["dim"])
+    np.testing.assert_allclose(answer["probability"], [share for *_, share in rows], rtol=1e-5)
     assert answer["dim"].dtype == np.int32
 
 
@@ -111,7 +115,7 @@ def test_no_rows_have_no_answers() -> None:
     answer, _ = run(policy(0.3, 0.35), FEATURES[:0])
     assert {name: column.shape for name, column in answer.items()} == {
         "class_id": (0,),
-        "of": (0,),
+        "probability": (0,),
         "dim": (0,),
     }
 

@@ -78,3 +78,29 @@ def test_a_text_written_through_the_client_is_the_one_written_here(served: Serve
     np.testing.assert_array_equal(remote_dims, dims)
     assert len(np.unique(dims)) > 1
     assert len(np.unique(ids)) > 3
+
+
+def test_two_hundred_tokens_and_what_they_cost(served: Served) -> None:
+    """As the full dim alone would write them, at how many dims a token."""
+    with DevServer(served.path.parent) as target, Client(target) as client:
+
+        def at_full_width(tokens: Any) -> tuple[Any, Any]:
+            answer = client.classify(tokens, dim=DIMS[-1])
+            return answer.class_ids[:, 0], np.full(len(tokens), DIMS[-1])
+
+        def adaptively(tokens: Any) -> tuple[Any, Any]:
+            answer = client.classify_adaptive(tokens)
+            return answer.class_ids[:, 0], answer.dim
+
+        full, _ = generate(at_full_width, PROMPTS[:1], 200, LENGTH)
+        written, dims = generate(adaptively, PROMPTS[:1], 200, LENGTH)
+        # Token by token, given the same text: one early difference would change all that follows.
+        text = np.concatenate([PROMPTS[0], written[0]]).astype("int32")
+        known = range(LENGTH, len(text))
+        windows = np.stack([text[end - LENGTH : end] for end in known])
+        again = client.classify(windows, dim=DIMS[-1]).class_ids[:, 0]
+    assert written.shape == full.shape == (1, 200)
+    agreement = np.mean(again == text[LENGTH:])
+    print(f"agreement with the full dim {agreement:.3f}, expected dim {dims.mean():.2f}")
+    assert agreement > 0.7
+    assert DIMS[0] < dims.mean() < DIMS[-1]

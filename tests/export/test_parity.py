@@ -184,7 +184,7 @@ def broken_prefix(served: Any, patch: pytest.MonkeyPatch) -> None:
     """Heads that are right about the features they are given, and given the wrong ones."""
 
     def classify_at(self: Any, dim: int) -> Any:
-        return lambda **inputs: self._classification(
+        return lambda **inputs: self._all_rows(
             self._logits(self._features(**inputs)[:, -dim:], dim), dim
         )
 
@@ -194,8 +194,8 @@ def broken_prefix(served: Any, patch: pytest.MonkeyPatch) -> None:
 def broken_ids(served: Any, patch: pytest.MonkeyPatch) -> None:
     classification = served._classification
 
-    def reversed_ids(self: Any, logits: Any, dim: int) -> Any:
-        answer = classification(self, logits, dim)
+    def reversed_ids(self: Any, likeliest: Any, rows: Any) -> Any:
+        answer = classification(self, likeliest, rows)
         return {**answer, "class_ids": answer["class_ids"][:, ::-1]}
 
     patch.setattr(served, "_classification", reversed_ids)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keras_mrl import split
+from keras_mrl_export import ImageDecoder
 from keras_mrl_export.inputs import declared_inputs
 
 from ..asking import RefusalError
@@ -50,3 +53,28 @@ def random_sample(model: Any) -> Any:
         for name, tensor in declared.items()
     }
     return next(iter(rows.values())) if len(rows) == 1 else rows
+
+
+def image_files(model: Any, files: Sequence[str], scale: float) -> tuple[list[bytes], ImageDecoder]:
+    """Return the bytes of some files, and what decodes such to the model's input.
+
+    Raises:
+        RefusalError: If a file does not read, or the model takes no image of known size.
+    """
+    backbone, _ = split(model)
+    shapes = [tuple(tensor.shape[1:]) for tensor in declared_inputs(backbone).values()]
+    if len(shapes) != 1 or len(shapes[0]) != 3 or None in shapes[0]:
+        raise RefusalError(
+            "Images are decoded to the one input of a model: height, width and channels. "
+            f"Received: a model with inputs of shapes {shapes}. Put an input of known size before "
+            "it: x = keras.Input((224, 224, 3)); keras.Model(x, model(x))."
+        )
+    height, width, channels = shapes[0]
+    try:
+        encoded = [Path(file).read_bytes() for file in files]
+    except OSError as error:
+        raise RefusalError(
+            "--images must name files that can be read. "
+            f"Received: {error.filename} ({error.strerror}). Correct the path."
+        ) from error
+    return encoded, ImageDecoder(height=height, width=width, channels=channels, scale=scale)

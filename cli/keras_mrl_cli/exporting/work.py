@@ -17,23 +17,30 @@ from keras_mrl_serving import KerasMrlError
 
 from ..asking import RefusalError, one_line
 from ..asking.policy import read_policy
-from .sample import random_sample, read_sample
+from .sample import image_files, random_sample, read_sample
 
 
 def export(arguments: argparse.Namespace) -> int:
     """Load, export, and print the folder of the version."""
+    if arguments.images and arguments.sample:
+        raise RefusalError(
+            "An export is verified on rows or on images. Received: --sample and --images. "
+            "Give --images for a version that takes files, --sample for one that takes pixels."
+        )
     policy = None if arguments.policy is None else read_policy(arguments.policy)
     labels = None if arguments.labels is None else _labels(arguments.labels)
     given = None if arguments.sample is None else read_sample(arguments.sample)
     _import(arguments.modules)
     _say(f"Loading {arguments.model} on {keras.backend.backend()} ...")
     model = _load(arguments.model)
-    sample = given
-    if sample is None:
+    sample, decoder = given, None
+    if arguments.images:
+        sample, decoder = image_files(model, arguments.images, arguments.pixel_scale)
+    elif sample is None:
         sample = random_sample(model)
         _say("The export is verified on random rows in [0, 1); real rows verify more: --sample.")
     _say("Exporting, and comparing every signature with the model ...")
-    optional = {"dims": arguments.dims, "top_k": arguments.top_k, "name": arguments.name}
+    optional = {key: getattr(arguments, key) for key in ("dims", "signatures", "top_k", "name")}
     try:
         version = export_saved_model(
             model,
@@ -43,6 +50,7 @@ def export(arguments: argparse.Namespace) -> int:
             labels,
             version=arguments.version,
             normalize=not arguments.no_normalize,
+            decoder=decoder,
             **{name: value for name, value in optional.items() if value is not None},
         )
     except (ExportError, KerasMrlError, ValueError) as error:

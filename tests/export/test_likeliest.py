@@ -1,0 +1,66 @@
+"""The likeliest classes are those of `top_k`, at any number of classes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_mrl_export import likeliest
+from keras_mrl_export.likeliest import Likeliest
+
+RNG = np.random.default_rng(0)
+
+
+def softmax(logits: Any) -> Any:
+    raised = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return raised / raised.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("classes", [1, 7, 100, 4095, 4096, 4097, 5000, 10_000, 100_000])
+@pytest.mark.parametrize("ties", [False, True])
+def test_they_are_those_of_top_k(classes: int, ties: bool) -> None:
+    logits = RNG.normal(size=(9, classes), scale=2).astype(np.float32)
+    if ties:
+        logits = np.round(logits)
+    found = Likeliest(tf.constant(logits), 1.0)
+    rows = np.array([8, 0, 3, 3], np.int32)
+    probabilities = tf.nn.softmax(logits)
+    np.testing.assert_array_equal(found.confidence(), tf.reduce_max(probabilities, -1))
+    for k in (1, 5, 20):
+        if k > classes:
+            continue
+        best, ids = found.best(tf.constant(rows), k)
+        expected = tf.math.top_k(tf.gather(probabilities, rows), k)
+        np.testing.assert_array_equal(ids, expected.indices)
+        np.testing.assert_array_equal(best, expected.values)
+
+
+def test_a_temperature_divides_the_logits() -> None:
+    logits = RNG.normal(size=(3, 5000)).astype(np.float32)
+    found = Likeliest(tf.constant(logits), 0.25).confidence()
+    np.testing.assert_allclose(found, softmax(4 * logits).max(-1), rtol=1e-5)
+
+
+def test_of_no_rows_there_are_none() -> None:
+    found = Likeliest(tf.zeros((0, 5000)), 1.0)
+    best, ids = found.best(tf.zeros((0,), tf.int32), 3)
+    assert best.shape == ids.shape == (0, 3)
+    assert found.confidence().shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("classes", "run"),
+    [(1000, 1), (4095, 1), (4096, 64), (4099, 1), (10_000, 100), (100_000, 320)],
+)
+def test_runs_are_near_the_root(classes: int, run: int) -> None:
+    length = likeliest._run_length(classes)
+    assert classes % length == 0
+    assert length == run or abs(np.log(length / np.sqrt(classes))) < np.log(4)
+    assert (length == 1) == (run == 1)
+
+
+def test_as_many_as_there_are_runs() -> None:
+    logits = RNG.normal(size=(2, 4096)).astype(np.float32)
+    _, ids = Likeliest(tf.constant(logits), 1.0).best(tf.range(2), 64)
+    np.testing.assert_array_equal(ids, tf.math.top_k(logits, 64).indices)
