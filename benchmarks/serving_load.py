@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from keras_mrl_serving import Options
 
@@ -106,7 +107,8 @@ def echo() -> Iterator[Callable[[bytes], bytes]]:
     try:
         target = process.stdout.readline().strip() if process.stdout else ""
         with grpc.insecure_channel(target) as channel:
-            yield channel.unary_unary("/echo/Echo")
+            call: Any = channel.unary_unary("/echo/Echo")
+            yield call
     finally:
         process.terminate()
         process.wait()
