@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from keras_mrl import split
 from keras_mrl_serving import retrieval
+from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.version import __version__
 
@@ -23,6 +24,7 @@ from .job import Job
 from .parity import PARITY_FILE, check_parity
 from .publish import publishing
 from .signatures import ServedModel
+from .travel import load
 from .warmup import write_warmup
 
 
@@ -41,19 +43,14 @@ def build(saved: Path, objects: dict[str, Any], job: Job) -> Path:
         ExportError: If the model cannot be loaded or traced, or a signature differs from it.
         FileExistsError: If the version exists.
     """
-    try:
-        model = keras.models.load_model(saved, custom_objects=objects, compile=False)
-    except Exception as error:
-        raise ExportError(
-            "The model must load on the TensorFlow backend from its .keras form. "
-            f"Received: {type(error).__name__}: {error} "
-            "Give layers of your own a get_config() and keras.ops; replace Lambda layers by them."
-        ) from error
+    model = load(saved, objects)
     backbone, head = split(model)
     manifest = _manifest(model, backbone, head, job)
     with publishing(job.base_path, job.version) as staged:
         try:
             _write(ServedModel(backbone, head, manifest, job, staged.scratch), staged.folder)
+        except OSError:
+            raise
         except Exception as error:
             raise ExportError(
                 "Every layer must run inside a TensorFlow graph. "
@@ -64,7 +61,9 @@ def build(saved: Path, objects: dict[str, Any], job: Job) -> Path:
         (staged.folder / MANIFEST_FILE).write_text(manifest.to_json() + "\n")
         report = check_parity(staged.folder, manifest, job)
         (staged.folder / PARITY_FILE).write_text(json.dumps(report, indent=1) + "\n")
-        write_warmup(staged.folder, job.name, examples(manifest, job), job.warmup_batch_sizes)
+        with SavedModelSession(staged.folder) as session:
+            inputs = examples(manifest, job)
+            write_warmup(staged.folder, session, job.name, inputs, job.warmup_batch_sizes)
     return staged.published
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import keras
 
-from .travel import save
+from .travel import load, save
 from .user_objects import user_objects
 
 _HALVES = ("float16", "bfloat16")
@@ -20,14 +20,14 @@ def in_float32(model: keras.Model) -> keras.Model:
     and differs between backends by whole steps of the type.
 
     Raises:
-        ExportError: If the model cannot be saved.
+        ExportError: If the model cannot be saved, or does not load again.
     """
     if not any(_computes_in_half(layer) for layer in model._flatten_layers()):
         return model
     with tempfile.TemporaryDirectory(prefix="keras-mrl-float32-") as folder:
         file = Path(folder) / "model.keras"
         save(model, file)
-        copy = keras.models.load_model(file, custom_objects=user_objects(model), compile=False)
+        copy = load(file, user_objects(model))
     for layer in copy._flatten_layers():
         if _computes_in_half(layer):
             layer.dtype_policy = "float32"

@@ -60,7 +60,6 @@ def _check(folder: Path, manifest: Manifest, index: ExactIndex) -> None:
         contract.SERVING_DEFAULT: {"embedding": queries},
     }
     inputs |= {contract.search(m): {"embedding": queries[:, :m]} for m in manifest.dims}
-    write_warmup(folder, manifest.name, inputs, (1,))
     with SavedModelSession(folder) as session:
 
         def run(signature: str, inputs: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
@@ -69,6 +68,7 @@ def _check(folder: Path, manifest: Manifest, index: ExactIndex) -> None:
         found = run(contract.SEARCH, {"embedding": queries})
         same_neighbors(contract.SEARCH, found, index, queries)
         check_described(run, manifest)
+        write_warmup(folder, session, manifest.name, inputs, (1,))
 
 
 def _manifest(index: ExactIndex, name: str) -> Manifest:

@@ -37,7 +37,8 @@ def check_parity(folder: Path, manifest: Manifest, job: Job) -> dict[str, Any]:
 
     Returns:
         How near it was: the number of rows, the tolerance, and by signature the largest difference,
-        as a share of its row's largest.
+        as a share of what the tolerance is a share of: a row's largest, or for probabilities its
+        largest logit. `search_<m>` is run by the warm-up records, and compared with nothing.
 
     Raises:
         ExportError: If a signature is missing, or differs by more.
@@ -158,7 +159,7 @@ def _same_classes(
         names = np.asarray([label.encode() for label in job.labels], dtype=object)[ids]
         if not np.array_equal(answer["labels"], names):
             raise _differs(signature, "its labels do not name its class ids")
-    return float(np.abs(served - best).max(initial=0.0))
+    return float((np.abs(served - best) / scale).max(initial=0.0))
 
 
 def _same_cascade(answer: Arrays, manifest: Manifest, job: Job) -> float:

@@ -101,7 +101,7 @@ def _main(folder: Path) -> None:
         if (folder / _INDEX).exists():
             job = replace(job, index=ExactIndex.open(folder / _INDEX, verify=False))
         outcome: Path | Exception = build(folder / _MODEL, objects, job)
-    except (ExportError, FileExistsError, ValueError) as error:
+    except (ExportError, OSError, ValueError) as error:
         outcome = error
     (folder / _RESULT).write_bytes(pickle.dumps(outcome))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -22,4 +23,25 @@ def save(model: keras.Model, file: Path) -> None:
             "A model travels in Keras' own .keras form, so every part of it must be saveable. "
             f"Received: {type(error).__name__}: {error} "
             "Give layers of your own a get_config(), and activations a name."
+        ) from error
+
+
+def load(file: Path, objects: dict[str, Any]) -> keras.Model:
+    """Read a model back on the backend of this process.
+
+    Args:
+        file: What `save` wrote.
+        objects: The user's own classes and functions in it.
+
+    Raises:
+        ExportError: If it does not load.
+    """
+    try:
+        return keras.models.load_model(file, custom_objects=objects, compile=False)
+    except Exception as error:
+        backend = {"tensorflow": "TensorFlow", "jax": "JAX"}.get(keras.backend.backend(), "torch")
+        raise ExportError(
+            f"The model must load on the {backend} backend from its .keras form. "
+            f"Received: {type(error).__name__}: {error} "
+            "Give layers of your own a get_config() and keras.ops; replace Lambda layers by them."
         ) from error

@@ -22,7 +22,11 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def write_warmup(
-    folder: Path, model: str, inputs: Mapping[str, Arrays], batch_sizes: Sequence[int]
+    folder: Path,
+    session: SavedModelSession,
+    model: str,
+    inputs: Mapping[str, Arrays],
+    batch_sizes: Sequence[int],
 ) -> None:
     """Write one record per signature and batch size, and run each as a server will.
 
@@ -30,6 +34,7 @@ def write_warmup(
 
     Args:
         folder: The SavedModel.
+        session: The same, loaded.
         model: Name of the model.
         inputs: Rows for every signature, at least one.
         batch_sizes: How many rows a record has; rows repeat where there are fewer.
@@ -54,7 +59,7 @@ def write_warmup(
     with tf.io.TFRecordWriter(str(file)) as writer:
         for record in records:
             writer.write(record.SerializeToString())
-    _replay(folder, file)
+    _replay(session, file)
 
 
 def _record(model: str, signature: str, arrays: Arrays) -> Any:
@@ -71,17 +76,16 @@ def _rows(array: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
     return np.resize(array, (size, *array.shape[1:]))
 
 
-def _replay(folder: Path, file: Path) -> None:
-    with SavedModelSession(folder) as session:
-        for data in tf.data.TFRecordDataset(str(file)):
-            request = PredictionLog.FromString(data.numpy()).predict_log.request
-            signature = request.model_spec.signature_name
-            inputs = {name: tf.make_ndarray(tensor) for name, tensor in request.inputs.items()}
-            try:
-                session.run(signature, inputs)
-            except tf.errors.OpError as error:
-                raise ExportError(
-                    "Every warm-up record must run, or no server loads the version. "
-                    f"Received: {signature} fails: {error.message} "
-                    "Give a sample of rows that the model can take."
-                ) from error
+def _replay(session: SavedModelSession, file: Path) -> None:
+    for data in tf.data.TFRecordDataset(str(file)):
+        request = PredictionLog.FromString(data.numpy()).predict_log.request
+        signature = request.model_spec.signature_name
+        inputs = {name: tf.make_ndarray(tensor) for name, tensor in request.inputs.items()}
+        try:
+            session.run(signature, inputs)
+        except tf.errors.OpError as error:
+            raise ExportError(
+                "Every warm-up record must run, or no server loads the version. "
+                f"Received: {signature} fails: {error.message} "
+                "Give a sample of rows that the model can take."
+            ) from error

@@ -96,8 +96,9 @@ def search_cascades(
             with the data the cascade is judged on.
         dims: The dims of the head.
         costs: What a row costs that is decided at each dim, increasing: multiply-adds, or measured
-            milliseconds. None means the dims themselves, so that the cost is the expected dim; the
-            dims added up (`numpy.cumsum(dims)`) charge every dim that was asked.
+            milliseconds. None means the dims themselves, so that the cost is the expected dim. A
+            dim costs the same whichever dims are asked before it: where asking is what costs,
+            search from several first dims on, and compare `policy.holdout.cumulative_dim`.
 
     Shapes:
         logits: `(rows, num_dims, num_classes)`. labels: `(rows,)`.
@@ -147,7 +148,7 @@ def _check_costs(costs: npt.ArrayLike, stages: int) -> Floats:
         raise ValueError(
             "costs must be one positive number per dim, increasing. "
             f"Received: costs={tuple(np.ravel(checked).tolist())} for {stages} dims. "
-            "Give what a row costs that is decided at each dim, for example numpy.cumsum(dims)."
+            "Give what a row costs that is decided at each dim."
         )
     return checked
 

@@ -14,6 +14,7 @@ from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_export.parity import PARITY_FILE
 from keras_mrl_export.warmup import WARMUP_FILE, write_warmup
 from keras_mrl_serving import Client
+from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.server import DevServer
 from tests.export.models import TOP_K, Exported, only_tensorflow
 
@@ -101,8 +102,9 @@ def test_a_record_that_fails_keeps_the_version_back(tmp_path: Path) -> None:
     inputs = keras.Input((4,))
     model = keras.Model(inputs, keras.layers.Dense(8)(inputs))
     path = export_saved_model(model, tmp_path, np.ones((2, 4), np.float32))
-    with pytest.raises(ExportError) as caught:
-        write_warmup(path, "m", {"embed_8": {"inputs": np.ones((1, 3), np.float32)}}, (1,))
+    wrong = {"embed_8": {"inputs": np.ones((1, 3), np.float32)}}
+    with SavedModelSession(path) as session, pytest.raises(ExportError) as caught:
+        write_warmup(path, session, "m", wrong, (1,))
     assert str(caught.value).startswith(
         "Every warm-up record must run, or no server loads the version. Received: embed_8 fails: "
     )

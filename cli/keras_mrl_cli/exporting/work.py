@@ -19,6 +19,8 @@ from ..asking import RefusalError, one_line
 from ..asking.policy import read_policy
 from .sample import image_files, random_sample, read_sample
 
+_RANDOM_ROWS = "The export is verified on random rows in [0, 1); real rows verify more: --sample."
+
 
 def export(arguments: argparse.Namespace) -> int:
     """Load, export, and print the folder of the version."""
@@ -33,15 +35,17 @@ def export(arguments: argparse.Namespace) -> int:
     _import(arguments.modules)
     _say(f"Loading {arguments.model} on {keras.backend.backend()} ...")
     model = _load(arguments.model)
-    sample, decoder = given, None
-    if arguments.images:
-        sample, decoder = image_files(model, arguments.images, arguments.pixel_scale)
-    elif sample is None:
-        sample = random_sample(model)
-        _say("The export is verified on random rows in [0, 1); real rows verify more: --sample.")
-    _say("Exporting, and comparing every signature with the model ...")
     optional = {key: getattr(arguments, key) for key in ("dims", "signatures", "top_k", "name")}
     try:
+        sample, decoder = given, None
+        if arguments.images:
+            sample, decoder = image_files(model, arguments.images, arguments.pixel_scale)
+        elif sample is None:
+            sample = random_sample(model)
+            _say(
+                "The export is verified on random rows in [0, 1); real rows verify more: --sample."
+            )
+        _say("Exporting, and comparing every signature with the model ...")
         version = export_saved_model(
             model,
             arguments.base_path,

@@ -196,17 +196,21 @@ class DevServer:
             self._poller.wake()  # for the tries that are due later
 
     def stop(self) -> None:
-        """Closes the ports, gives requests under way five seconds, and unloads the models."""
+        """Closes the ports, gives requests under way five seconds, and unloads the models.
+
+        An unload waits for what still computes, and for a load under way.
+        """
         if self._configuration is not None:
             self._configuration.close()
+        stopped = None if self._server is None else self._server.stop(_GRACE_S)
+        if self._http is not None:
+            self._http.stop(_GRACE_S)
         if self._config_poller is not None:
             self._config_poller.stop()
         if self._poller is not None:
             self._poller.stop()
-        if self._server is not None:
-            stopped = self._server.stop(_GRACE_S)
-            if self._http is not None:
-                self._http.stop(_GRACE_S)
+            self._poller = None
+        if stopped is not None:
             stopped.wait()
         if self._models is not None:
             self._models.close()

@@ -37,7 +37,8 @@ class Models:
         self.changed = threading.Condition()
         self._load = load
         self._retries = retries
-        self._managing = threading.Lock()
+        # A signal's handler may close what the thread it interrupts is closing.
+        self._managing = threading.RLock()
         self._models: dict[str, ServedModel] = {}
         self._watched: tuple[Any, ...] = ()
         self._left_out: set[str] = set()
@@ -126,8 +127,9 @@ class Models:
         for config in watched:
             try:
                 found = list_versions(config.base_path)
-            except OSError as error:
-                problem = f"base path {config.base_path} cannot be read: {error.strerror}"
+            except (OSError, ValueError) as error:  # a path may hold what no path can
+                why = getattr(error, "strerror", None) or error
+                problem = f"base path {config.base_path} cannot be read: {why}"
                 self._say(config.name, problem)
                 return {}
             aspired[config.name] = aspired_versions(found, config.model_version_policy)

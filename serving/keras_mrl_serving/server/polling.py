@@ -52,11 +52,16 @@ class Poller:
             self._called.clear()
             if self._is_stopping:
                 return
-            if next_look is not None and (called or time.monotonic() >= next_look):
-                self._models.poll()
+            looks = next_look is not None and (called or time.monotonic() >= next_look)
+            try:
+                if looks:
+                    self._models.poll()
+                else:
+                    self._models.settle()
+            except Exception:  # nothing would be loaded or unloaded any more
+                _logger.exception("looking for versions failed")
+            if looks:
                 next_look = time.monotonic() + self._wait_s
-            else:
-                self._models.settle()
 
 
 class ConfigPoller:

@@ -415,3 +415,40 @@ def test_a_config_file_is_reloaded_and_what_is_wrong_with_it_is_logged_once(
     wait_until(lambda: states(models, "n") == "1:AVAILABLE" and states(models) == "2:END")
     config_poller.stop()
     poller.stop()
+
+
+def test_a_path_that_no_file_system_takes_ends_nothing(
+    models: Models, configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    models.watch(configure(m="base_path: '/tmp/\\000'").model_config_list.config)
+    models.poll()
+    assert "cannot be read: " in caplog.text
+    models.watch(configure(m="").model_config_list.config)
+    models.poll()
+    assert states(models) == "2:AVAILABLE"
+
+
+def test_what_goes_wrong_while_it_looks_does_not_end_a_poller(
+    models: Models, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks = []
+
+    def fail() -> None:
+        looks.append(1)
+        raise RuntimeError("no reason")
+
+    monkeypatch.setattr(models, "poll", fail)
+    poller = Poller(models, 0.01)
+    poller.start()
+    wait_until(lambda: len(looks) > 2)
+    poller.stop()
+    assert "looking for versions failed" in caplog.text
+
+
+def test_a_close_may_interrupt_a_close(models: Models, configure: Configure) -> None:
+    """As the handler of a second signal does, in the thread it interrupts."""
+    models.watch(configure(m="").model_config_list.config)
+    models.poll()
+    with models._managing:
+        models.close()
+    assert states(models) == "2:END"
