@@ -50,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pixel-scale",
         type=float,
-        default=1.0,
         metavar="X",
         help="with --images: what pixels of 0..255 are multiplied by (1)",
     )

@@ -127,6 +127,13 @@ def test_images_that_cannot_be(refused: Callable[..., str]) -> None:
         "Images are decoded to the one input of a model: height, width and channels. "
         "Received: a model with inputs of shapes [(7,)]. "
     )
+    assert refused("untied", "--pixel-scale", "2") == (
+        "--pixel-scale is of images that the version decodes. Received: no --images. "
+        "Give a few: --images FILE FILE."
+    )
+    assert refused("untied", "--images", "text.png", "--pixel-scale", "nan").startswith(
+        "scale must be one finite number, or one per channel. Received: scale=nan "
+    )
     assert refused("untied", "--images", "text.png", "--sample", "x.npy").startswith(
         "An export is verified on rows or on images. Received: --sample and --images. "
     )

@@ -195,6 +195,14 @@ def test_what_is_no_model(
     )
 
 
+def test_a_folder_has_no_server(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said = refusal(["inspect", str(tmp_path), "--model", "m", "--timeout", "3"], 1, capsys)
+    assert said == (
+        "A folder is read without a server. "
+        f"Received: --model, --timeout for {tmp_path}. Leave them out, or name HOST:PORT."
+    )
+
+
 def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(["inspect", "127.0.0.1:1", "--timeout", "0.3"], 1, capsys)
     assert "127.0.0.1:1" in said

@@ -29,6 +29,11 @@ def export(arguments: argparse.Namespace) -> int:
             "An export is verified on rows or on images. Received: --sample and --images. "
             "Give --images for a version that takes files, --sample for one that takes pixels."
         )
+    if arguments.pixel_scale is not None and not arguments.images:
+        raise RefusalError(
+            "--pixel-scale is of images that the version decodes. Received: no --images. "
+            "Give a few: --images FILE FILE."
+        )
     policy = None if arguments.policy is None else read_policy(arguments.policy)
     labels = None if arguments.labels is None else _labels(arguments.labels)
     given = None if arguments.sample is None else read_sample(arguments.sample)
@@ -39,7 +44,8 @@ def export(arguments: argparse.Namespace) -> int:
     try:
         sample, decoder = given, None
         if arguments.images:
-            sample, decoder = image_files(model, arguments.images, arguments.pixel_scale)
+            scale = 1.0 if arguments.pixel_scale is None else arguments.pixel_scale
+            sample, decoder = image_files(model, arguments.images, scale)
         elif sample is None:
             sample = random_sample(model)
             _say(

@@ -15,7 +15,7 @@ from keras_mrl_serving.calls import Signature
 from keras_mrl_serving.contract import DESCRIBE
 from keras_mrl_serving.saved_model import read_manifest, read_signatures, sizes
 
-from ..asking import RefusalError, one_line
+from ..asking import RefusalError, one_line, server_flags
 from ..asking.printing import print_json
 from ..asking.server import connected
 from . import text
@@ -29,6 +29,11 @@ def show(arguments: argparse.Namespace) -> int:
     """Print what the folder or the server says."""
     what = arguments.what
     if Path(what).exists() or not _TARGET.fullmatch(what):
+        if flags := server_flags(arguments):
+            raise RefusalError(
+                "A folder is read without a server. "
+                f"Received: {', '.join(flags)} for {what}. Leave them out, or name HOST:PORT."
+            )
         found = _of_folder(what)
     else:
         found = _of_server(arguments)

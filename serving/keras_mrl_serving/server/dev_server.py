@@ -30,7 +30,7 @@ _logger = logging.getLogger("keras_mrl_serving.server")
 _GRACE_S = 5.0
 # Most of them wait, for a batch or for a reload; those that compute leave the GIL.
 _MAX_THREADS = 64
-Path = str | PathLike[str]
+StrPath = str | PathLike[str]
 
 
 class DevServer:
@@ -73,24 +73,24 @@ class DevServer:
 
     def __init__(
         self,
-        base_path: Path | None = None,
+        base_path: StrPath | None = None,
         *,
         model_name: str = "default",
-        model_config_file: Path | None = None,
+        model_config_file: StrPath | None = None,
         model_config_file_poll_wait_seconds: float = 0.0,
         port: int = 0,
         host: str = "127.0.0.1",
-        grpc_socket_path: Path | None = None,
+        grpc_socket_path: StrPath | None = None,
         grpc_channel_arguments: str = "",
         rest_api_port: int | None = None,
         rest_api_timeout_in_ms: int = 30_000,
-        ssl_config_file: Path | None = None,
+        ssl_config_file: StrPath | None = None,
         file_system_poll_wait_seconds: float = 1.0,
         max_num_load_retries: int = 5,
         load_retry_interval_micros: int = 60_000_000,
         allow_version_labels_for_unavailable_models: bool = False,
         enable_batching: bool = False,
-        batching_parameters_file: Path | None = None,
+        batching_parameters_file: StrPath | None = None,
         enable_model_warmup: bool = True,
         enable_grpc_healthcheck_service: bool = False,
         enable_serialization_as_tensor_content: bool = False,
@@ -256,7 +256,7 @@ class DevServer:
         return target
 
 
-def _text(path: Path | None) -> str | None:
+def _text(path: StrPath | None) -> str | None:
     return fspath(path) if path else None
 
 

@@ -56,7 +56,7 @@ class Version:
 class ServedModel:
     """The versions of one model, under TensorFlow Serving's AvailabilityPreservingPolicy.
 
-    `aspire`, `next_action`, `retry` and `close` are called by one thread at a time and do all
+    `aspire`, `next_unload`, `next_load` and `close` are called by one thread at a time and do all
     loading and unloading; `serving` and `versions` by any.
 
     Args:
