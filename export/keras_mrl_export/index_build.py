@@ -21,11 +21,10 @@ from keras_mrl_serving.version import __version__
 
 from .index_graph import IndexGraph
 from .mapped import forget
-from .parity import check_described, same_neighbors
+from .neighbors import QUERIES, check_searches
+from .parity import check_described
 from .tracing import describing
 from .warmup import write_warmup
-
-_QUERIES = 16  # gallery rows that both are asked
 
 
 def build_index(index: ExactIndex, name: str, folder: Path) -> None:
@@ -53,17 +52,17 @@ def _write(index: ExactIndex, manifest: Manifest, folder: Path) -> None:
 
 
 def _check(folder: Path, manifest: Manifest, index: ExactIndex) -> None:
-    rows = np.unique(np.linspace(0, len(index) - 1, _QUERIES).astype(np.int64))
+    rows = np.unique(np.linspace(0, len(index) - 1, QUERIES).astype(np.int64))
     queries = np.concatenate([block[rows] for block in index.blocks], axis=1)
-    # Not search_<m>: where m is wide its product takes as much memory again as the gallery.
-    inputs = {name: {"embedding": queries} for name in (contract.SEARCH, contract.SERVING_DEFAULT)}
+    widths = {contract.SEARCH: index.width, contract.SERVING_DEFAULT: index.width}
+    widths |= {contract.search(dim): dim for dim in index.schedule.dims}
+    inputs = {name: {"embedding": queries[:, :width]} for name, width in widths.items()}
     with SavedModelSession(folder) as session:
 
         def run(signature: str, inputs: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
             return session.run(signature, inputs)
 
-        found = run(contract.SEARCH, {"embedding": queries})
-        same_neighbors(contract.SEARCH, found, index, queries)
+        check_searches(run, index, queries, widths)
         check_described(run, manifest)
         write_warmup(folder, session, manifest.name, inputs, (1,))
 

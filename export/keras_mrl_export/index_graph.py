@@ -14,6 +14,7 @@ from keras_mrl_serving.embeddings import MIN_SQUARE
 from keras_mrl_serving.index import ExactIndex
 
 from .mapped import forget
+from .neighbors import columns
 from .tracing import Tensors, traced
 
 _ROWS_AT_ONCE = 16_384  # copied into a variable
@@ -93,7 +94,7 @@ class IndexGraph:
     def _products(self, query: Any, block: int, rows: Any) -> Any:
         if rows is None:
             return tf.matmul(query, self._blocks[block], transpose_b=True)
-        return tf.einsum("qc,qnc->qn", query, tf.gather(self._blocks[block], rows))
+        return tf.einsum("qc,qnc->qn", query, _rows_of(self._blocks[block], rows))
 
     def _best(self, dots: Any, rows: Any, edge: int, size: int) -> tuple[Any, Any]:
         """Keep the best rows of each query, in order of id, with their products."""
@@ -107,7 +108,7 @@ class IndexGraph:
         if self.facts.metric == "dot":
             return dots
         squares = self._squares[edge]
-        squares = squares if rows is None else tf.gather(squares, rows)
+        squares = squares if rows is None else _rows_of(squares, rows)
         if self.facts.metric == "l2":
             return 2 * dots - squares
         return dots * _inverse_length(squares)
@@ -116,7 +117,7 @@ class IndexGraph:
         # Summed again, row by row: a matrix product gives equal rows values that differ in the
         # last bit, and values that depend on the other queries.
         products = [
-            tf.reduce_sum(tf.gather(block, rows) * query[:, None], axis=-1)
+            tf.reduce_sum(_rows_of(block, rows) * query[:, None], axis=-1)
             for query, block in zip(queries, self._blocks, strict=False)
         ]
         scores = self._ranking(tf.add_n(products), rows, len(queries) - 1)
@@ -127,11 +128,20 @@ class IndexGraph:
             scores = tf.minimum(scores - squares, 0)
         scores, order = tf.math.top_k(scores, self.facts.schedule.k)
         rows = tf.gather(rows, order, batch_dims=1)
-        return {"ids": tf.gather(self._ids, rows), "scores": scores}
+        return {"ids": _rows_of(self._ids, rows), "scores": scores}
 
 
 def _embedding(width: int) -> dict[str, Any]:
     return {"embedding": tf.TensorSpec([None, width], tf.float32, "embedding")}
+
+
+def _rows_of(variable: Any, rows: Any) -> Any:
+    """Gather rows of what is read, not of the variable.
+
+    A variable that was gathered from is copied whole by every later read: `search_<m>` would take
+    the memory of its block once more.
+    """
+    return tf.gather(variable.read_value(), rows)
 
 
 def _inverse_length(squares: Any) -> Any:
@@ -140,16 +150,13 @@ def _inverse_length(squares: Any) -> Any:
 
 def _block(index: ExactIndex, start: int, stop: int, order: Any) -> tuple[Any, Any]:
     """Return columns of the gallery as a variable, and the squared lengths of its rows."""
-    ends = index.schedule.dims
-    number = next(number for number, end in enumerate(ends) if stop <= end)
-    held = index.blocks[number]
-    columns = slice(*(edge - (0, *ends)[number] for edge in (start, stop)))
+    held = columns(index, start, stop)
     shape = (len(order), stop - start)
     variable = tf.Variable(tf.zeros(shape), trainable=False, name=f"columns_{start}_{stop}")
     squares = np.empty(len(order), np.float32)
     for first in range(0, len(order), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
-        rows = np.ascontiguousarray(held[order[part], columns])
+        rows = np.ascontiguousarray(held[order[part]])
         # In place: assigning to a slice would copy the whole variable first.
         variable.scatter_nd_update(np.arange(first, first + len(rows))[:, None], rows)
         squares[part] = np.einsum("rc,rc->r", rows, rows)

@@ -14,11 +14,11 @@ from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade import softmax
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.embeddings import truncate
-from keras_mrl_serving.index import ExactIndex
 
-from .errors import ExportError
+from .difference import differs, equal_rows
 from .examples import Arrays, examples
 from .job import Job
+from .neighbors import QUERIES, check_searches, same_neighbors
 from .tolerance import TOLERANCE
 
 PARITY_FILE = "assets.extra/keras_mrl_parity.json"
@@ -38,7 +38,7 @@ def check_parity(folder: Path, manifest: Manifest, job: Job) -> dict[str, Any]:
     Returns:
         How near it was: the number of rows, the tolerance, and by signature the largest difference,
         as a share of what the tolerance is a share of: a row's largest, or for probabilities its
-        largest logit. `search_<m>` is run by the warm-up records, and compared with nothing.
+        largest logit. A gallery is asked about no more than the first few rows.
 
     Raises:
         ExportError: If a signature is missing, or differs by more.
@@ -49,7 +49,7 @@ def check_parity(folder: Path, manifest: Manifest, job: Job) -> dict[str, Any]:
 
         def run(signature: str, given: Arrays | None = None) -> dict[str, Array]:
             if signature not in session.signatures:
-                raise _differs(signature, "it is missing")
+                raise differs(signature, "it is missing")
             return session.run(signature, inputs[signature] if given is None else given)
 
         def chosen(name: str) -> bool:
@@ -57,12 +57,12 @@ def check_parity(folder: Path, manifest: Manifest, job: Job) -> dict[str, Any]:
 
         if chosen(contract.FEATURES):
             served = run(contract.FEATURES)["features"]
-            shares[contract.FEATURES] = _equal(contract.FEATURES, served, job.features)
+            shares[contract.FEATURES] = equal_rows(contract.FEATURES, served, job.features)
         for index, dim in enumerate(manifest.dims):
             prefix = job.features[:, :dim]
             expected = truncate(prefix, dim) if manifest.normalize else prefix
             if chosen(name := contract.embed(dim)):
-                shares[name] = _equal(name, run(name)["embedding"], expected)
+                shares[name] = equal_rows(name, run(name)["embedding"], expected)
             if job.logits is not None:
                 logits = job.logits[:, index]
                 temperature = _temperature(job, dim)
@@ -70,16 +70,19 @@ def check_parity(folder: Path, manifest: Manifest, job: Job) -> dict[str, Any]:
                     shares[name] = _same_classes(name, run(name), logits, temperature, job)
                 if chosen(name := contract.head(dim)):
                     answer = run(name)
-                    shares[name] = _equal(name, answer["logits"], logits)
+                    shares[name] = equal_rows(name, answer["logits"], logits)
                     _same_classes(name, answer, logits, temperature, job)
         if job.logits is not None and chosen(contract.CLASSIFY_ADAPTIVE):
             name = contract.CLASSIFY_ADAPTIVE
             shares[name] = _same_cascade(run(name), manifest, job)
         shares[contract.SERVING_DEFAULT] = _same_default(run(contract.SERVING_DEFAULT), job)
         if job.index is not None:
-            queries = np.ascontiguousarray(job.features[:, : manifest.width])
-            for name in filter(chosen, (contract.RETRIEVE, contract.SEARCH)):
-                shares[name] = same_neighbors(name, run(name), job.index, queries)
+            queries = np.ascontiguousarray(job.features[:QUERIES, : manifest.width])
+            shares |= check_searches(run, job.index, queries, job.signatures)
+            if chosen(name := contract.RETRIEVE):
+                few = {key: array[:QUERIES] for key, array in inputs[name].items()}
+                near, metric = job.index.search(queries), job.index.metric
+                shares[name] = same_neighbors(name, run(name, few), near, queries, metric)
         check_described(run, manifest)
     return {"rows": len(job.features), "tolerance": TOLERANCE, "largest_difference": shares}
 
@@ -88,28 +91,7 @@ def check_described(run: Run, manifest: Manifest) -> None:
     """Raise `ExportError` unless `describe` answers with the manifest."""
     described = run(contract.DESCRIBE, {"key": np.array([b"", b""], dtype=object)})
     if described["manifest"].tolist() != [manifest.to_json().encode()] * 2:
-        raise _differs(contract.DESCRIBE, "it is not the manifest")
-
-
-def same_neighbors(signature: str, answer: Arrays, index: ExactIndex, queries: Array) -> float:
-    """Return the largest difference of the scores from those that `index` finds, as a share.
-
-    Ids may change places where their scores are as near as the tolerance of the largest. A squared
-    distance is a difference of squared lengths: its rounding is that of the query's own length.
-    """
-    expected = index.search(queries)
-    largest = np.abs(expected.scores).max(axis=1, keepdims=True)
-    if index.metric == "l2":
-        largest = np.maximum(largest, np.square(queries).sum(axis=1, keepdims=True))
-    share = _equal(signature, answer["scores"], expected.scores, largest)
-    apart = np.diff(expected.scores, axis=1)
-    least = TOLERANCE * largest
-    far = np.pad(np.abs(apart) > least, ((0, 0), (1, 1)), constant_values=True)
-    alone = far[:, :-1] & far[:, 1:]
-    alone[:, -1] = False  # a row that is as near may have been left out
-    if (answer["ids"] != expected.ids)[alone].any():
-        raise _differs(signature, "it finds other neighbours")
-    return share
+        raise differs(contract.DESCRIBE, "it is not the manifest")
 
 
 def _same_default(answer: Arrays, job: Job) -> float:
@@ -119,24 +101,12 @@ def _same_default(answer: Arrays, job: Job) -> float:
         temperature = _temperature(job, job.dims[-1])
         return _same_classes(name, answer, job.logits[:, -1], temperature, job)
     expected = truncate(job.features, job.dims[-1]) if job.normalize else job.features
-    return _equal(name, answer["embedding"], expected)
+    return equal_rows(name, answer["embedding"], expected)
 
 
 def _temperature(job: Job, dim: int) -> float:
     stages = job.policy.stages if job.policy else ()
     return next((stage.temperature for stage in stages if stage.dim == dim), 1.0)
-
-
-def _equal(signature: str, served: Array, expected: Array, largest: Array | None = None) -> float:
-    if served.shape != expected.shape:
-        raise _differs(signature, f"shape {served.shape} for {expected.shape}")
-    if largest is None:
-        largest = np.abs(expected).max(axis=-1, keepdims=True)
-    difference = np.abs(served - expected)
-    if not (difference <= TOLERANCE * largest).all():
-        worst = difference.max()
-        raise _differs(signature, f"by {worst:.3g} on rows of magnitude {largest.max():.3g}")
-    return float((difference / np.maximum(largest, np.finfo(np.float32).tiny)).max())
 
 
 def _same_classes(
@@ -152,13 +122,13 @@ def _same_classes(
     for wanted in (best, named):
         if not (np.abs(served - wanted) <= allowed).all():
             worst = np.abs(served - wanted).max()
-            raise _differs(signature, f"by {worst:.3g} in its probabilities")
+            raise differs(signature, f"by {worst:.3g} in its probabilities")
     if not np.array_equal(answer["confidence"], served[:, 0]):
-        raise _differs(signature, "its confidence is not its best probability")
+        raise differs(signature, "its confidence is not its best probability")
     if job.labels is not None:
         names = np.asarray([label.encode() for label in job.labels], dtype=object)[ids]
         if not np.array_equal(answer["labels"], names):
-            raise _differs(signature, "its labels do not name its class ids")
+            raise differs(signature, "its labels do not name its class ids")
     return float((np.abs(served - best) / scale).max(initial=0.0))
 
 
@@ -176,7 +146,7 @@ def _same_cascade(answer: Arrays, manifest: Manifest, job: Job) -> float:
         scores = logits[row, policy.stages.index(stage)]
         margin = abs(softmax(scores, stage.temperature).max() - (stage.threshold or 0.0))
         if margin > TOLERANCE * max(1.0, float(np.abs(scores).max()) / stage.temperature):
-            raise _differs(
+            raise differs(
                 contract.CLASSIFY_ADAPTIVE,
                 f"row {row} stops at dim {answer['dim'][row]} for {dims[stage_of[row]]}",
             )
@@ -187,11 +157,3 @@ def _same_cascade(answer: Arrays, manifest: Manifest, job: Job) -> float:
         at = logits[rows, index]
         worst = max(worst, _same_classes(name, part, at, stage.temperature, job))
     return worst
-
-
-def _differs(signature: str, how: str) -> ExportError:
-    return ExportError(
-        "Every signature must equal the Keras model on the sample. "
-        f"Received: {signature} differs: {how}. Nothing was published. "
-        "Look for layers that act differently on each backend or at random when training=False."
-    )

@@ -143,21 +143,77 @@ def test_rows_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         same(session.run("search", {"embedding": QUERIES}), index.search(QUERIES))
 
 
-@only_tensorflow
-@pytest.mark.parametrize("wrong", ["ids", "scores"])
-def test_a_graph_that_answers_otherwise_is_not_published(
-    wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    search = IndexGraph.search
-
-    def other(self: IndexGraph, embedding: Any) -> Any:
-        answer = search(self, embedding)
+def broken(search: Any, wrong: str) -> Any:
+    def other(self: IndexGraph, *args: Any, **kwargs: Any) -> Any:
+        answer = search(self, *args, **kwargs)
         return {**answer, wrong: answer[wrong] + 1}
 
-    monkeypatch.setattr(IndexGraph, "search", other)
-    with pytest.raises(ExportError, match="search differs: "):
-        export_index(index_of(), tmp_path)
-    assert os.listdir(tmp_path) == []
+    return other
+
+
+@only_tensorflow
+@pytest.mark.parametrize(
+    ("search", "named", "wrong"),
+    [("search", "search", "ids"), ("search", "search", "scores"), ("search_at", "search_4", "ids")],
+)
+def test_a_graph_that_answers_otherwise_is_not_published(
+    search: str, named: str, wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(IndexGraph, search, broken(getattr(IndexGraph, search), wrong))
+    with pytest.raises(ExportError, match=f"Received: {named} differs: "):
+        export_index(index_of(), tmp_path / "alone")
+    model, rows = models.encoder(), models.sides()["left"]
+    features = model.predict(rows, verbose=0)
+    index = ExactIndex.build(features, FunnelSchedule((4, DIMS[-1]), (20,), 5))
+    with pytest.raises(ExportError, match=f"Received: {named} differs: "):
+        export_saved_model(
+            model, tmp_path / "both", rows[:3], dims=(4, 16), index=index, signatures=["search"]
+        )
+    assert [os.listdir(tmp_path / base) for base in ("alone", "both")] == [[], []]
+
+
+@only_tensorflow
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_searches_at_one_dim_are_compared_with(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keras_mrl_export import neighbors
+
+    monkeypatch.setattr(neighbors, "_ROWS_AT_ONCE", 7)
+    index = index_of("three stages", metric)
+    found = neighbors.exact_neighbors(index, QUERIES, [3, 8, 12, WIDTH])
+    assert list(found) == [3, 8, 12, WIDTH]
+    for dim, near in found.items():
+        alone = ExactIndex.build(GALLERY, FunnelSchedule((dim,), (), 10), IDS, metric)
+        expected = alone.search(QUERIES[:, :dim])
+        np.testing.assert_allclose(near.scores, expected.scores, rtol=1e-4, atol=1e-5)
+        apart = np.abs(np.diff(near.scores, axis=1, prepend=np.inf, append=-np.inf)) > 1e-4
+        clear = (apart[:, :-1] & apart[:, 1:])[:, :-1]
+        np.testing.assert_array_equal(near.ids[:, :-1][clear], expected.ids[:, :-1][clear])
+        assert clear.mean() > 0.5
+    assert neighbors.exact_neighbors(index, QUERIES, []) == {}
+
+
+@only_tensorflow
+def test_no_block_is_gathered_from_and_every_search_is_warmed_up(tmp_path: Path) -> None:
+    """TensorFlow copies a variable at each read, once it was gathered from."""
+    import tensorflow as tf
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+    from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
+
+    version = export_index(index_of(), tmp_path)
+    saved = SavedModel.FromString((version / "saved_model.pb").read_bytes())
+    used = {op.name for op in saved.meta_graphs[0].meta_info_def.stripped_op_list.op}
+    assert "ReadVariableOp" in used
+    assert "ResourceGather" not in used
+    warmed = [
+        PredictionLog.FromString(data.numpy()).predict_log.request.model_spec.signature_name
+        for data in tf.data.TFRecordDataset(
+            str(version / "assets.extra/tf_serving_warmup_requests")
+        )
+    ]
+    searches = {"search", "serving_default", "search_4", "search_8", "search_16"}
+    assert set(warmed) == searches
 
 
 @only_tensorflow
