@@ -26,12 +26,20 @@ def in_float32(model: keras.Model) -> keras.Model:
         return model
     with tempfile.TemporaryDirectory(prefix="keras-mrl-float32-") as folder:
         file = Path(folder) / "model.keras"
-        save(model, file)
-        copy = load(file, user_objects(model))
-    for layer in copy._flatten_layers():
+        objects = user_objects(model)
+        # Twice: a policy that is set on a layer reaches neither its weights, if they are in half
+        # precision themselves, nor what it was made with in half precision.
+        for _ in range(2):
+            save(model, file)
+            model = load(file, objects)
+            _set_float32(model)
+    return model
+
+
+def _set_float32(model: keras.Model) -> None:
+    for layer in model._flatten_layers():
         if _computes_in_half(layer):
             layer.dtype_policy = "float32"
-    return copy
 
 
 def _computes_in_half(layer: keras.Layer) -> bool:

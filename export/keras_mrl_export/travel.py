@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ def save(model: keras.Model, file: Path) -> None:
 def load(file: Path, objects: dict[str, Any]) -> keras.Model:
     """Read a model back on the backend of this process.
 
+    Sublayers that a layer makes without naming a precision take the global one: float32, whatever
+    the caller trains in.
+
     Args:
         file: What `save` wrote.
         objects: The user's own classes and functions in it.
@@ -37,7 +42,8 @@ def load(file: Path, objects: dict[str, Any]) -> keras.Model:
         ExportError: If it does not load.
     """
     try:
-        return keras.models.load_model(file, custom_objects=objects, compile=False)
+        with _global_float32():
+            return keras.models.load_model(file, custom_objects=objects, compile=False)
     except Exception as error:
         backend = {"tensorflow": "TensorFlow", "jax": "JAX"}.get(keras.backend.backend(), "torch")
         raise ExportError(
@@ -45,3 +51,13 @@ def load(file: Path, objects: dict[str, Any]) -> keras.Model:
             f"Received: {type(error).__name__}: {error} "
             "Give layers of your own a get_config() and keras.ops; replace Lambda layers by them."
         ) from error
+
+
+@contextmanager
+def _global_float32() -> Iterator[None]:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
