@@ -3,31 +3,77 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from keras_mrl import log_spaced_dims
 from keras_mrl._dims import check_weights
+from keras_mrl_serving import contract
 from keras_mrl_serving.cascade import CascadePolicy
-from keras_mrl_serving.contract import check_dims
+from keras_mrl_serving.contract import as_int, check_dims
 from keras_mrl_serving.index import ExactIndex
 
+from .decoder import ImageDecoder
+from .integers import is_positive
 
-def check_top_k(top_k: int) -> None:
-    """Raise `ValueError` unless `top_k` is a positive integer."""
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+
+def checked_top_k(top_k: int) -> int:
+    """Return `top_k`, or raise `ValueError` unless it is a positive integer."""
+    if not is_positive(top_k):
         raise ValueError(
             f"top_k must be an integer of at least 1. Received: top_k={top_k!r}. "
             "Give for example 5."
         )
+    return as_int(top_k)
 
 
-def check_batch_sizes(batch_sizes: Sequence[int]) -> None:
-    """Raise `ValueError` unless warm-up batch sizes are positive integers."""
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in batch_sizes):
+def checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
+    """Return warm-up batch sizes, or raise `ValueError` unless they are positive integers."""
+    given: Any = tuple(batch_sizes) if isinstance(batch_sizes, Iterable) else batch_sizes
+    if not isinstance(given, tuple) or not all(map(is_positive, given)):
         raise ValueError(
             "warmup_batch_sizes must be positive integers. "
-            f"Received: {tuple(batch_sizes)}. Give for example (1, 32), or () for no warm-up."
+            f"Received: {given!r}. Give for example (1, 32), or () for no warm-up."
+        )
+    return tuple(map(as_int, given))
+
+
+def check_kinds(
+    policy: object, index: object, decoder: object, signatures: object, labels: object
+) -> None:
+    """Raise `TypeError` where an argument is of another kind altogether."""
+    if policy is not None and not isinstance(policy, CascadePolicy):
+        raise TypeError(
+            f"policy must be a CascadePolicy. Received: {type(policy).__name__}. Learn one with "
+            "CascadePolicy.learn, or read a manifest's with CascadePolicy.from_json."
+        )
+    if index is not None:
+        check_exact(index)
+    if decoder is not None and not isinstance(decoder, ImageDecoder):
+        raise TypeError(
+            f"decoder must be an ImageDecoder. Received: {type(decoder).__name__}. "
+            "Give one of the model's input: ImageDecoder(height=32, width=32)."
+        )
+    if signatures is not None and not isinstance(signatures, Iterable):
+        raise TypeError(
+            "signatures must be names or families of signatures. "
+            f"Received: signatures={signatures!r}. "
+            'Give for example ["embed", "classify_64"], or None for all.'
+        )
+    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Iterable)):
+        raise TypeError(
+            f"labels must be a list of class names. Received: labels={labels!r:.80}. "
+            "Give one string per class id."
+        )
+
+
+def check_exact(index: object) -> None:
+    """Raise `TypeError` unless `index` is a gallery that a graph can hold."""
+    if not isinstance(index, ExactIndex):
+        raise TypeError(
+            "A gallery in the graph has an exact first stage, as ExactIndex has. "
+            f"Received: {type(index).__name__}. "
+            "Build one of the same embeddings: ExactIndex.build(gallery, schedule, ids)."
         )
 
 
@@ -38,11 +84,14 @@ def served_dims(
     known = trained or log_spaced_dims(width)
     if asked is None:
         return known
+    if not isinstance(asked, Iterable):
+        check_dims(asked)  # which refuses it
+    asked = tuple(asked)
     chosen = check_dims(sorted(set(asked)))
     if any(d not in known if trained else d > width for d in chosen):
         raise ValueError(
             f"dims must be dims of the model: {known if trained else f'1..{width}'}. "
-            f"Received: dims={tuple(asked)}. Leave dims out to export all of them."
+            f"Received: dims={asked}. Leave dims out to export all of them."
         )
     return chosen
 
@@ -72,13 +121,7 @@ def weights_of(weights: Sequence[float], dims: tuple[int, ...], head: Any) -> tu
 
 
 def check_index(index: ExactIndex, dims: tuple[int, ...], normalize: bool) -> None:
-    """Raise unless `index` is a gallery of embeddings as the model's are served."""
-    if not isinstance(index, ExactIndex):
-        raise TypeError(
-            "A gallery in the graph has an exact first stage, as ExactIndex has. "
-            f"Received: {type(index).__name__}. "
-            "Build one of the same embeddings: ExactIndex.build(gallery, schedule, ids)."
-        )
+    """Raise `ValueError` unless `index` holds embeddings as the model's are served."""
     if index.width != dims[-1]:
         raise ValueError(
             "An index that is exported with a model is as wide as the model's last dim. "
@@ -118,6 +161,25 @@ def check_head_arguments(
             f"labels must name each of the {num_classes} classes on one line. "
             f"Received: {len(labels)} labels {list(labels[:5])}. "
             "Give one non-empty string per class id, without line breaks or outer blanks."
+        )
+
+
+def check_policy_is_used(
+    policy: CascadePolicy | None, signatures: Sequence[str], dims: tuple[int, ...]
+) -> None:
+    """Raise `ValueError` if no signature that is written answers by the policy.
+
+    Without `classify_adaptive` its temperatures may still be wanted.
+    """
+    if policy is None or contract.CLASSIFY_ADAPTIVE in signatures:
+        return
+    written = {dim for dim in dims if {contract.classify(dim), contract.head(dim)} & {*signatures}}
+    written.add(dims[-1])  # of serving_default
+    if all(stage.temperature == 1 for stage in policy.stages if stage.dim in written):
+        raise ValueError(
+            "policy is what classify_adaptive decides by, and its temperatures are those of "
+            "classify_<m>. Received: a policy, and signatures that use neither. "
+            "Add classify_adaptive to signatures, or leave policy out."
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mrl import split
-from keras_mrl_serving import retrieval
+from keras_mrl_serving import contract, retrieval
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.version import __version__
@@ -90,7 +90,7 @@ def _manifest(model: keras.Model, backbone: keras.Model, head: Any, job: Job) ->
         num_classes=None if head is None else head.num_classes,
         top_k=job.top_k,
         labels=job.labels is not None,
-        cascade=None if job.policy is None else job.policy.to_json(),
+        cascade=_cascade(job),
         decoder=None if job.decoder is None else job.decoder.to_json(),
         quality=job.quality,
         encoder_fingerprint=None if index is None else fingerprint,
@@ -103,6 +103,13 @@ def _manifest(model: keras.Model, backbone: keras.Model, head: Any, job: Job) ->
             "trained_on": job.trained_on,
         },
     )
+
+
+def _cascade(job: Job) -> dict[str, Any] | None:
+    """What the version decides by; temperatures alone decide nothing."""
+    if job.policy is None or contract.CLASSIFY_ADAPTIVE not in job.signatures:
+        return None
+    return job.policy.to_json()
 
 
 def _kind(head: Any, job: Job) -> str:

@@ -7,12 +7,51 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
+import numpy.typing as npt
 
 # Names Keras makes up for an input that was given none.
 _UNNAMED = re.compile(r"(keras_tensor|input_layer|input)(_\d+)?")
 SINGLE_INPUT = "inputs"
 # What TensorFlow keeps as it is when it names a signature's input.
 _SERVABLE = re.compile(r"(?!self\Z)[A-Za-z]\w*", re.ASCII)
+
+
+def as_arrays(sample: Any) -> Any:
+    """Return `sample`, an array of any library or a dict of such, as NumPy has it.
+
+    A bare list or tuple is left to `name_inputs`, which refuses it.
+
+    Raises:
+        ValueError: If something in it is no array.
+    """
+    if isinstance(sample, Mapping):
+        return {name: _as_array(f"{name}: ", array) for name, array in sample.items()}
+    return sample if isinstance(sample, (list, tuple)) else _as_array("", sample)
+
+
+def _as_array(name: str, given: Any) -> npt.NDArray[Any]:
+    try:
+        array = np.asarray(given)
+    except Exception:  # whatever the library of a tensor raises
+        array = np.array(None)
+    if array.dtype.kind == "O" and not all(isinstance(v, (str, bytes)) for v in array.flat):
+        raise ValueError(
+            "sample must hold numbers or strings, in arrays. "
+            f"Received: {name}a {type(given).__name__}. Give a few real rows, for example x[:8]."
+        )
+    return array
+
+
+def check_one_input(backbone: keras.Model) -> None:
+    """Raise a `ValueError` if a decoder would not know which input images are for."""
+    declared = list(declared_inputs(backbone))
+    if len(declared) > 1:
+        raise ValueError(
+            "A decoder makes the one input of a model out of images. "
+            f"Received: a decoder for a model with the inputs {', '.join(declared)}. "
+            "Export it without, for clients that send pixels."
+        )
 
 
 def name_inputs(backbone: keras.Model, sample: Any) -> dict[str, str]:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from keras_mrl_serving.contract import as_int
+
 
 @dataclass
 class Staged:
@@ -91,7 +93,10 @@ def _rename(folder: Path, base_path: Path, version: int | None) -> Path:
 
 
 def _is_version(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63
+    try:
+        return 0 <= as_int(number) < 2**63
+    except TypeError:
+        return False
 
 
 def _versions(base_path: Path) -> list[int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from keras_mrl_serving.index import ExactIndex
 
+from .arguments import check_exact
 from .publish import publishing
 
 
@@ -40,12 +41,7 @@ def export_index(
         Client("localhost:8500", "birds_index").search(embeddings)
         ```
     """
-    if not isinstance(index, ExactIndex):
-        raise TypeError(
-            "A gallery in the graph has an exact first stage, as ExactIndex has. "
-            f"Received: {type(index).__name__}. "
-            "Build one of the same embeddings: ExactIndex.build(gallery, schedule, ids)."
-        )
+    check_exact(index)
     from .index_build import build_index  # TensorFlow, which other backends need only for this
 
     with publishing(Path(base_path), version) as staged:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from keras_mrl_serving.cascade import CascadePolicy
 from keras_mrl_serving.index import ExactIndex
 
 from .arguments import (
-    check_batch_sizes,
     check_head_arguments,
     check_index,
-    check_top_k,
+    check_kinds,
+    check_policy_is_used,
+    checked_batch_sizes,
+    checked_top_k,
     quality_by_dim,
     served_dims,
     weights_of,
@@ -27,7 +29,14 @@ from .choice import chosen_signatures
 from .decoder import ImageDecoder
 from .errors import ExportError
 from .float32 import in_float32
-from .inputs import SINGLE_INPUT, as_declared, check_shapes, name_inputs
+from .inputs import (
+    SINGLE_INPUT,
+    as_arrays,
+    as_declared,
+    check_one_input,
+    check_shapes,
+    name_inputs,
+)
 from .job import Job
 from .publish import check_version
 from .rebuild import build_on_tensorflow
@@ -66,7 +75,8 @@ def export_saved_model(
         base_path: Folder of the model's versions; what `--model_base_path` names.
         sample: A few real rows, one array or a dict by input name.
         policy: A cascade learned on a holdout; it makes `classify_adaptive` and its temperatures
-            those of `classify_<m>`.
+            those of `classify_<m>`. Where `signatures` leaves `classify_adaptive` out, the
+            temperatures alone remain, and the manifest has no cascade.
         labels: Class names in the order of the class ids.
         quality: What the evaluation found per dim, e.g. `{8: {"top1": 0.93}}`.
         version: Number of the version; None takes the next. None is ever overwritten.
@@ -92,17 +102,23 @@ def export_saved_model(
         The folder of the new version.
 
     Raises:
-        ValueError: If an argument does not fit the model.
+        TypeError: If an argument is of another kind altogether.
+        ValueError: If an argument does not fit the model, or a policy no signature that is written.
         FileExistsError: If `version` exists.
         EncoderMismatchError: If `index` was built with embeddings of another model.
         ExportError: If the model cannot be rebuilt on TensorFlow, or a signature differs from it.
     """
     check_version(Path(base_path), version)
-    check_batch_sizes(warmup_batch_sizes)
-    given = sample
-    if decoder is not None:
-        sample = decoder.pixels(given)
+    check_kinds(policy, index, decoder, signatures, labels)
+    labels = None if labels is None else tuple(labels)
+    batch_sizes = checked_batch_sizes(warmup_batch_sizes)
     backbone, head = split(model)
+    if decoder is None:
+        given = sample = as_arrays(sample)
+    else:
+        check_one_input(backbone)
+        given = list(sample) if isinstance(sample, Iterable) else [sample]
+        sample = decoder.pixels(given)
     names = name_inputs(backbone, sample)
     _check_rows(sample)
     check_shapes(backbone, sample)
@@ -120,20 +136,22 @@ def export_saved_model(
     served = served_dims(dims, None if head is None else head.dims, features.shape[1])
     num_classes = None if head is None else head.num_classes
     check_head_arguments(num_classes, served, policy, labels)
-    check_top_k(top_k)
+    top_k = checked_top_k(top_k)
     if index is not None:
         check_index(index, served, normalize)
+    chosen = chosen_signatures(signatures, served, head is not None, policy, index)
+    check_policy_is_used(policy, chosen, served)
     job = Job(
         base_path=Path(base_path).absolute(),
         version=version,
         name=name or model.name,
         dims=served,
-        signatures=chosen_signatures(signatures, served, head is not None, policy, index),
+        signatures=chosen,
         input_names={"": SINGLE_INPUT} if decoder else names,
         normalize=normalize,
         top_k=None if num_classes is None else min(top_k, num_classes),
         policy=policy,
-        labels=None if labels is None else tuple(labels),
+        labels=labels,
         quality=None if quality is None else quality_by_dim(quality, served),
         weights=None if weights is None else weights_of(weights, served, head),
         trained_on=keras.backend.backend(),
@@ -142,7 +160,7 @@ def export_saved_model(
         logits=logits if head is None or logits is None else _logits_of(logits, head, served),
         index=index,
         decoder=decoder,
-        warmup_batch_sizes=tuple(warmup_batch_sizes),
+        warmup_batch_sizes=batch_sizes,
     )
     return build_on_tensorflow(model, job)
 

@@ -1,6 +1,7 @@
 """Encoded images go in as they are: the graph decodes them as they were decoded for the model."""
 
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,11 +101,81 @@ def test_a_bad_image_fails_its_call_alone(client: Client) -> None:
     assert client.classify([encoded(EXACT[0])], dim=2).class_ids.shape == (1, 3)
 
 
-@pytest.mark.parametrize("sample", [[b"no image"], np.ones((2, 6, 5, 3)), [encoded(EXACT[0])[:40]]])
-def test_a_sample_that_is_no_list_of_images(trained: Any, tmp_path: Path, sample: Any) -> None:
-    with pytest.raises(ValueError, match=r"\AA sample for a model with a decoder is a list of"):
+@pytest.mark.parametrize(
+    ("sample", "received"),
+    [
+        ([b"no image"], r"at 0, bytes b'no image': Unknown image file format\..*"),
+        ([encoded(EXACT[0]), b""], r"at 1, bytes b'': Input is empty\."),
+        (np.ones((2, 6, 5, 3)), r"at 0, ndarray: not bytes\."),
+        (encoded(EXACT[0]), r"at 0, int: not bytes\."),
+        (["a.png"], r"at 0, str: not bytes\."),
+        (5, r"at 0, int: not bytes\."),
+        ([encoded(EXACT[0])[:40]], r"at 0, bytes b'.PNG.*': Invalid PNG.*\."),
+    ],
+)
+def test_a_sample_that_is_no_list_of_images(
+    trained: Any, tmp_path: Path, sample: Any, received: str
+) -> None:
+    with pytest.raises(ValueError, match="decoder") as caught:
         export_saved_model(trained, tmp_path, sample, decoder=DECODER)
+    rule = re.escape("A sample for a model with a decoder is a list of the bytes of images. ")
+    remedy = re.escape(" Give [path.read_bytes() for path in a_few_images].")
+    assert re.fullmatch(f"{rule}Received: {received}{remedy}", str(caught.value))
+    assert "{{" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_two_inputs_has_no_use_for_a_decoder(tmp_path: Path) -> None:
+    inputs = [keras.Input((6, 5, 3), name=name) for name in ("left", "right")]
+    model = keras.Model(inputs, keras.layers.Flatten()(keras.layers.Add()(inputs)))
+    with pytest.raises(ValueError, match="decoder") as caught:
+        export_saved_model(model, tmp_path, [encoded(EXACT[0])], decoder=DECODER)
+    assert str(caught.value) == (
+        "A decoder makes the one input of a model out of images. "
+        "Received: a decoder for a model with the inputs left, right. "
+        "Export it without, for clients that send pixels."
+    )
+
+
+DECODED = {1: {"JPEG", "PNG"}, 3: {"JPEG", "PNG", "GIF", "BMP"}, 4: {"PNG", "BMP"}}
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP"])
+@pytest.mark.parametrize("channels", DECODED)
+def test_a_format_is_decoded_to_the_channels_it_is_promised_for(channels: int, form: str) -> None:
+    decoder = ImageDecoder(height=60, width=40, channels=channels)
+    assert decoder.to_json()["formats"] == [
+        name for name in ("jpeg", "png", "gif", "bmp") if name.upper() in DECODED[channels]
+    ]
+    if form not in DECODED[channels]:
+        with pytest.raises(ValueError, match=rf"channels.*{form}|{form}.*channels"):
+            decoder.pixels([encoded(SMOOTH, form)])
+        return
+    found = decoder.pixels([encoded(SMOOTH, form)])[0]
+    assert found.shape == (60, 40, channels)
+    assert np.abs(found[..., 0] - SMOOTH[..., 0]).max() <= 2
+    assert channels < 4 or (found[..., 3] == 255).all()
+
+
+def test_numbers_of_numpy_are_taken_and_written_down() -> None:
+    decoder = ImageDecoder(
+        height=np.int64(6),  # type: ignore[arg-type]
+        width=5,
+        scale=np.float32(0.5),  # type: ignore[arg-type]
+        offset=np.array([0, 1, 2]),  # type: ignore[arg-type]
+    )
+    assert decoder == ImageDecoder(height=6, width=5, scale=0.5, offset=(0.0, 1.0, 2.0))
+    assert json.loads(json.dumps(decoder.to_json()))["offset"] == [0.0, 1.0, 2.0]
+    assert hash(decoder) == hash(ImageDecoder(height=6, width=5, scale=0.5, offset=(0, 1, 2)))
+
+
+def test_what_is_no_decoder(trained: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError) as caught:
+        export_saved_model(trained, tmp_path, [b""], decoder={})  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "decoder must be an ImageDecoder. Received: dict. "
+        "Give one of the model's input: ImageDecoder(height=32, width=32)."
+    )
 
 
 def test_another_size_than_the_models(trained: keras.Model, tmp_path: Path) -> None:
@@ -139,6 +210,31 @@ def test_another_size_than_the_models(trained: keras.Model, tmp_path: Path) -> N
             {"offset": float("nan")},
             "offset must be one finite number, or one per channel. Received: offset=nan "
             "for 3 channels. Give offset=1 / 255, or a tuple of 3.",
+        ),
+        *(
+            (
+                {"scale": given},
+                f"scale must be one finite number, or one per channel. Received: scale={given!r} "
+                "for 3 channels. Give scale=1 / 255, or a tuple of 3.",
+            )
+            for given in ("x", "1", 1e300, None, True, (1, (2, 3)))
+        ),
+        *(
+            (
+                {"scale": given},
+                "scale must not be 0, which makes every image the same. "
+                f"Received: scale={given!r}. Give scale=1 / 255, or leave it out.",
+            )
+            for given in (0, 1e-50, (1.0, 0.0, 1.0))
+        ),
+        *(
+            (
+                {"channels": given},
+                "An image has a height and a width in pixels, and 1, 3 or 4 channels. Received: "
+                f"height=6, width=5, channels={given!r}. "
+                "Give those of the model's input: ImageDecoder(height=32, width=32).",
+            )
+            for given in (True, 3.0)
         ),
     ],
 )

@@ -206,6 +206,7 @@ CHECKED_DIMS = "dims must be strictly increasing positive integers. "
 LABELS = "labels must name each of the 3 classes on one line. "
 ONE_EACH = "Give one non-empty string per class id, without line breaks or outer blanks."
 QUALITY = "quality must give finite numbers for exported dims: (2, 4, 8). "
+SAMPLE = "sample must hold numbers or strings, in arrays. "
 WEIGHTS = "weights must hold one number per dim. "
 ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown dim": (
@@ -285,6 +286,27 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "sample must hold at least one row, batch first. "
         "Received: sample of shape (0, 5). Give a few real rows, for example x[:8].",
     ),
+    "a sample that is a generator": (
+        {"sample": (row for row in X)},
+        SAMPLE + "Received: a generator. Give a few real rows, for example x[:8].",
+    ),
+    "a sample of objects": (
+        {"sample": {"x": [object()]}},
+        SAMPLE + "Received: x: a list. Give a few real rows, for example x[:8].",
+    ),
+    "no sample": (
+        {"sample": None},
+        SAMPLE + "Received: a NoneType. Give a few real rows, for example x[:8].",
+    ),
+    "dims that are a number": (
+        {"dims": 5},
+        CHECKED_DIMS + "Received: dims=5. Give prefix lengths, for example dims=(8, 16, 32).",
+    ),
+    "batch sizes that are a number": (
+        {"warmup_batch_sizes": 5},
+        "warmup_batch_sizes must be positive integers. Received: 5. "
+        "Give for example (1, 32), or () for no warm-up.",
+    ),
     "a sample of none": (
         {"sample": np.float32(1)},
         "sample must hold at least one row, batch first. "
@@ -297,6 +319,47 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_arguments_that_do_not_fit(tmp_path: Path, wrong: str) -> None:
     arguments, text = ARGUMENTS[wrong]
     assert refusal(tmp_path / "m", ValueError, **arguments) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"signatures": 5},
+            "signatures must be names or families of signatures. Received: signatures=5. "
+            'Give for example ["embed", "classify_64"], or None for all.',
+        ),
+        (
+            {"policy": {}},
+            "policy must be a CascadePolicy. Received: dict. Learn one with "
+            "CascadePolicy.learn, or read a manifest's with CascadePolicy.from_json.",
+        ),
+        (
+            {"labels": "abc"},
+            "labels must be a list of class names. Received: labels='abc'. "
+            "Give one string per class id.",
+        ),
+    ],
+)
+def test_arguments_of_another_kind(tmp_path: Path, arguments: Any, text: str) -> None:
+    assert refusal(tmp_path / "m", TypeError, **arguments) == text
+
+
+@only_tensorflow
+def test_tensors_generators_and_numbers_of_numpy_are_taken(tmp_path: Path) -> None:
+    path = export_saved_model(
+        classifier(),
+        tmp_path,
+        tf.constant(X),
+        dims=(dim for dim in (2, 8)),  # type: ignore[arg-type]
+        labels=(name for name in "abc"),  # type: ignore[arg-type]
+        signatures=(name for name in ("embed",)),  # type: ignore[arg-type]
+        version=np.int64(3),  # type: ignore[arg-type]
+        top_k=np.int64(2),  # type: ignore[arg-type]
+    )
+    assert path == tmp_path / "3"
+    manifest = Manifest.from_json((path / MANIFEST_FILE).read_bytes())
+    assert (manifest.top_k, manifest.dims, manifest.labels) == (2, (2, 8), True)
 
 
 def test_an_encoder_has_no_use_for_what_belongs_to_a_head(tmp_path: Path) -> None:

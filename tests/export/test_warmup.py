@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -55,15 +56,16 @@ def test_how_near_it_was_lies_beside(untied: Exported) -> None:
 @only_tensorflow
 def test_sizes_are_the_users_to_choose(encoder: Exported, tmp_path: Path) -> None:
     sample = encoder.rows[""][:2]
-    for sizes in ((1, 5), ()):
+    given: list[Any] = [(1, 5), np.array([1, 5]), (size for size in (1, 5)), ()]
+    for sizes in given:
         path = export_saved_model(
             encoder.model, tmp_path, sample, signatures=["embed_8"], warmup_batch_sizes=sizes
         )
-        if sizes:
+        if sizes is given[-1]:
+            assert not (path / WARMUP_FILE).exists()
+        else:
             expected = ("embed_8", "serving_default", "describe")
             assert records(path) == {name: [1, 5] for name in expected}
-        else:
-            assert not (path / WARMUP_FILE).exists()
 
 
 @only_tensorflow
