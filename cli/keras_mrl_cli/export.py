@@ -12,6 +12,8 @@ folder of the version.
 from __future__ import annotations
 
 import argparse
+import math
+import struct
 from collections.abc import Sequence
 
 from . import asking
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pixel-scale",
-        type=float,
+        type=_scale,
         metavar="X",
         help="with --images: what pixels of 0..255 are multiplied by (1)",
     )
@@ -86,7 +88,27 @@ def _dims(text: str) -> tuple[int, ...]:
 
 
 def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(
+            f"must be names with commas. Received: {text!r}. Give for example embed,classify_64."
+        )
+    return names
+
+
+def _scale(text: str) -> float:
+    """A number that float32 has, for that is what the graph computes in."""
+    try:
+        scale = float(text)
+        served = struct.unpack("f", struct.pack("f", scale))[0]
+    except (ValueError, OverflowError):
+        served = math.nan
+    if not math.isfinite(served) or served == 0:
+        raise argparse.ArgumentTypeError(
+            f"must be a finite number other than 0. Received: {text!r}. "
+            "Give for example 0.00392157, which is 1 / 255."
+        )
+    return scale
 
 
 def _work(arguments: argparse.Namespace) -> int:

@@ -82,7 +82,7 @@ def refused(files: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., st
 def test_everything_that_can_be_said(export: Export) -> None:
     policy = {"stages": CASCADE["stages"], "confidence": "max_probability"}
     Path("policy.json").write_text(json.dumps(policy))
-    Path("labels.txt").write_text("\n".join(models.NAMES) + "\n", "utf-8")
+    Path("labels.txt").write_text("\n".join(models.NAMES) + "\n", "utf-8-sig")
     np.save("sample.npy", models.images(4))
     files = "--policy policy.json --labels labels.txt --sample sample.npy"
     more = "--dims 16,2 --name other --version 7 --top-k 3 --no-normalize"
@@ -93,6 +93,8 @@ def test_everything_that_can_be_said(export: Export) -> None:
     assert manifest.cascade is not None
     assert manifest.cascade["stages"] == CASCADE["stages"]
     assert manifest.labels
+    names = (version / "assets" / "labels.txt").read_bytes()
+    assert names == "".join(f"{name}\n" for name in models.NAMES).encode()
     assert manifest.made_with["trained_on"] == BACKEND
     assert f"on {BACKEND} ..." in said
     assert "random rows" not in said
@@ -130,9 +132,6 @@ def test_images_that_cannot_be(refused: Callable[..., str]) -> None:
     assert refused("untied", "--pixel-scale", "2") == (
         "--pixel-scale is of images that the version decodes. Received: no --images. "
         "Give a few: --images FILE FILE."
-    )
-    assert refused("untied", "--images", "text.png", "--pixel-scale", "nan").startswith(
-        "scale must be one finite number, or one per channel. Received: scale=nan "
     )
     assert refused("untied", "--images", "text.png", "--sample", "x.npy").startswith(
         "An export is verified on rows or on images. Received: --sample and --images. "
@@ -229,6 +228,27 @@ def test_dims_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.splitlines()[-1] == (
         "keras-mrl export: error: argument --dims: must be integers with commas. "
         "Received: '8;16'. Give for example 8,16."
+    )
+
+
+@pytest.mark.parametrize("scale", ["0", "1e300", "1e-60", "nan", "inf", "1/255"])
+def test_a_pixel_scale_that_is_none(scale: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "export m.keras --base-path base --images a.png --pixel-scale".split()
+    with pytest.raises(SystemExit):
+        main([*command, scale])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "keras-mrl export: error: argument --pixel-scale: must be a finite number other than 0. "
+        f"Received: {scale!r}. Give for example 0.00392157, which is 1 / 255."
+    )
+
+
+@pytest.mark.parametrize("names", ["", ",", " "])
+def test_signatures_that_are_none(names: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "m.keras", "--base-path", "base", "--signatures", names])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "keras-mrl export: error: argument --signatures: must be names with commas. "
+        f"Received: {names!r}. Give for example embed,classify_64."
     )
 
 

@@ -48,9 +48,7 @@ def export(arguments: argparse.Namespace) -> int:
             sample, decoder = image_files(model, arguments.images, scale)
         elif sample is None:
             sample = random_sample(model)
-            _say(
-                "The export is verified on random rows in [0, 1); real rows verify more: --sample."
-            )
+            _say(_RANDOM_ROWS)
         _say("Exporting, and comparing every signature with the model ...")
         version = export_saved_model(
             model,
@@ -118,7 +116,7 @@ def _load(file: str) -> Any:
 
 def _labels(file: str) -> list[str]:
     try:
-        return Path(file).read_text("utf-8").removesuffix("\n").split("\n")
+        return Path(file).read_text("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise RefusalError(
             f"--labels must be a text in UTF-8. Received: {file} ({error.reason}). "
