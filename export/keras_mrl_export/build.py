@@ -21,6 +21,7 @@ from .errors import ExportError
 from .examples import examples
 from .inputs import declared_inputs
 from .job import Job
+from .operations import check_operations
 from .parity import PARITY_FILE, check_parity
 from .publish import publishing
 from .signatures import ServedModel
@@ -57,6 +58,7 @@ def build(saved: Path, objects: dict[str, Any], job: Job) -> Path:
                 f"Received: {type(error).__name__}: {error} "
                 "Use keras.ops in layers of your own, not the training backend's functions."
             ) from error
+        check_operations(staged.folder)
         (staged.folder / MANIFEST_FILE).parent.mkdir()
         (staged.folder / MANIFEST_FILE).write_text(manifest.to_json() + "\n")
         report = check_parity(staged.folder, manifest, job)

@@ -1,5 +1,7 @@
 """What the inputs of a served model are called, and of what type they are."""
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_mrl import MatryoshkaHead
-from keras_mrl_export import export_saved_model
+from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_export.inputs import as_declared, name_inputs
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
@@ -203,6 +205,67 @@ def test_text_is_served_with_its_vocabulary(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         features(path, {"text": sample}), model.predict(sample, verbose=0)
     )
+
+
+def refused_operations(model: keras.Model, base_path: Path, sample: Any) -> list[str]:
+    with pytest.raises(ExportError) as caught:
+        export_saved_model(model, base_path, sample)
+    assert list(base_path.iterdir()) == []
+    found = re.fullmatch(
+        r"A served graph may hold only operations of TensorFlow itself\. "
+        r"Received: a model that needs (.*)\. Do this before the model, in the client, or by "
+        r"layers of Keras: TextVectorization for a tokenizer of tensorflow-text, keras\.ops for "
+        r"tf\.py_function\.",
+        str(caught.value),
+    )
+    assert found
+    return found[1].split(", ")
+
+
+@only_tensorflow
+def test_a_tokenizer_that_no_server_has_is_refused(tmp_path: Path) -> None:
+    """It runs in this process, where tensorflow-text is imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizers = pytest.importorskip("keras_hub").tokenizers
+    words = tokenizers.WordPieceTokenizer(
+        vocabulary=["[PAD]", "[UNK]", "a", "cat", "##s"], sequence_length=4
+    )
+    inputs = keras.Input((), dtype="string", name="text")
+    vectors = keras.layers.Embedding(5, 4)(words(inputs))
+    model = keras.Model(inputs, keras.layers.Flatten()(vectors))
+    needed = refused_operations(model, tmp_path, np.array(["a cat", "cats"], dtype=object))
+    assert "WordpieceTokenizeWithOffsets" in "".join(needed)
+
+
+class Python(keras.layers.Layer):
+    """A layer that calls Python from the graph."""
+
+    def call(self, x: Any) -> Any:
+        import tensorflow as tf
+
+        twice = tf.py_function(lambda array: 2 * array, [x], tf.float32)
+        twice.set_shape(x.shape)
+        return twice
+
+
+@only_tensorflow
+def test_python_inside_the_graph_is_refused(tmp_path: Path) -> None:
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, keras.layers.Dense(8)(Python()(inputs)))
+    assert refused_operations(model, tmp_path, X) == ["EagerPyFunc"]
+
+
+@only_tensorflow
+def test_operations_that_keras_uses_beside_the_public_ones_are_taken(tmp_path: Path) -> None:
+    class Updated(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            return keras.ops.slice_update(x, [0, 0], x[:1, :1] * 2)
+
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, keras.layers.Dense(8)(Updated()(inputs)))
+    path = export_saved_model(model, tmp_path, X, signatures=["features"])
+    assert b"XlaDynamicUpdateSlice" in (path / "saved_model.pb").read_bytes()
 
 
 def test_a_sample_of_another_width_is_refused_and_the_model_lives(tmp_path: Path) -> None:
