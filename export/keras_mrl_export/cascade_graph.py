@@ -41,7 +41,7 @@ def classify_adaptively(
         if stage.threshold is None:
             sure = tf.ones_like(unsure, tf.bool)
         else:
-            sure = likeliest.confidence() > stage.threshold
+            sure = likeliest.confidence(policy.confidence) > stage.threshold
         accepted = tf.boolean_mask(unsure, sure)
         outputs = classification(likeliest, tf.cast(tf.where(sure)[:, 0], tf.int32))
         decided.append({**outputs, "dim": tf.fill(tf.shape(accepted), stage.dim), "row": accepted})

@@ -7,6 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_mrl_serving.confidence import check_confidence
+
 _MANY = 4096  # classes; below, TensorFlow's own top_k is as fast
 
 
@@ -32,9 +34,21 @@ class Likeliest:
             by_run = tf.reshape(self._probabilities, [-1, self._runs, self._run])
             self._largest = tf.reduce_max(by_run, axis=-1)
 
-    def confidence(self) -> Any:
-        """Return the largest probability of each row, `(rows,)`."""
-        return tf.reduce_max(self._largest, axis=-1)
+    def confidence(self, measure: str) -> Any:
+        """Return how sure each row is, `(rows,)`, as `keras_mrl_serving.confidence` counts it.
+
+        Args:
+            measure: One of its `CONFIDENCES`.
+        """
+        if check_confidence(measure) == "max_probability":
+            return tf.reduce_max(self._largest, axis=-1)
+        if measure == "entropy":
+            shares = self._probabilities
+            return tf.reduce_sum(tf.math.xlogy(shares, shares), axis=-1)
+        if self._probabilities.shape[-1] == 1:
+            return self._probabilities[:, 0]
+        first, second = tf.unstack(self.best(tf.range(tf.shape(self._largest)[0]), 2)[0], axis=1)
+        return first - second
 
     def best(self, rows: Any, k: int) -> tuple[Any, Any]:
         """Return the `k` largest probabilities of some rows, and their classes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from keras_mrl_serving import contract
 from keras_mrl_serving._session import SavedModelSession
-from keras_mrl_serving.cascade import softmax
+from keras_mrl_serving.confidence import confidence_of, softmax
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.embeddings import truncate
 
@@ -123,8 +124,14 @@ def _same_classes(
         if not (np.abs(served - wanted) <= allowed).all():
             worst = np.abs(served - wanted).max()
             raise differs(signature, f"by {worst:.3g} in its probabilities")
-    if not np.array_equal(answer["confidence"], served[:, 0]):
-        raise differs(signature, "its confidence is not its best probability")
+    measure = job.policy.confidence if job.policy else "max_probability"
+    if measure == "max_probability":
+        sure, off = served[:, 0], 0.0
+    else:  # a sum over all classes, or a difference of two
+        sure = confidence_of(measure, logits, temperature)
+        off = 2 * (1 + math.log(logits.shape[-1])) * allowed[:, 0]
+    if not (np.abs(answer["confidence"] - sure) <= off).all():
+        raise differs(signature, f"its confidence is not its {measure}")
     if job.labels is not None:
         names = np.asarray([label.encode() for label in job.labels], dtype=object)[ids]
         if not np.array_equal(answer["labels"], names):
@@ -144,8 +151,11 @@ def _same_cascade(answer: Arrays, manifest: Manifest, job: Job) -> float:
         served_stage = int(np.flatnonzero(dims == answer["dim"][row])[0])
         stage = policy.stages[min(served_stage, int(stage_of[row]))]
         scores = logits[row, policy.stages.index(stage)]
-        margin = abs(softmax(scores, stage.temperature).max() - (stage.threshold or 0.0))
-        if margin > TOLERANCE * max(1.0, float(np.abs(scores).max()) / stage.temperature):
+        sure = float(confidence_of(policy.confidence, scores, stage.temperature))
+        near = TOLERANCE * max(1.0, float(np.abs(scores).max()) / stage.temperature)
+        if policy.confidence != "max_probability":
+            near *= 2 * (1 + math.log(len(scores)))
+        if abs(sure - (stage.threshold or 0.0)) > near:
             raise differs(
                 contract.CLASSIFY_ADAPTIVE,
                 f"row {row} stops at dim {answer['dim'][row]} for {dims[stage_of[row]]}",

@@ -44,6 +44,7 @@ class ServedModel:
         self._decoder = job.decoder
         self._bare = "" in job.input_names
         self._labels = None if job.labels is None else _label_table(job.labels, scratch)
+        self._measure = job.policy.confidence if job.policy else "max_probability"
         self._temperatures = {s.dim: s.temperature for s in job.policy.stages} if job.policy else {}
         self._features = tf.function(self._call_backbone)
         self._gallery = None if job.index is None else IndexGraph(job.index, manifest.dims)
@@ -166,6 +167,8 @@ class ServedModel:
             "probabilities": best,
             "confidence": best[:, 0],
         }
+        if self._measure != "max_probability":
+            outputs["confidence"] = tf.gather(likeliest.confidence(self._measure), rows)
         if self._labels is not None:
             outputs["labels"] = self._labels.lookup(outputs["class_ids"])
         return outputs

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving.cascade import CascadePolicy, Stage, midway
+from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.thresholds import midway
 
 from .tokens import TokenScores
 

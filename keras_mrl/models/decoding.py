@@ -9,7 +9,8 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving.cascade import CascadePolicy, max_probability, softmax
+from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.confidence import softmax
 
 from .cut import split
 
@@ -124,11 +125,10 @@ class AdaptiveDecoder:
         ids = np.zeros(len(features), np.int64)
         dims = np.zeros(len(features), np.int64)
         unsure = np.arange(len(features))
-        for stage, (kernel, bias) in zip(self.policy.stages, self._heads, strict=True):
+        stages = zip(self.policy.stages, self._heads, strict=True)
+        for index, (stage, (kernel, bias)) in enumerate(stages):
             logits = features[unsure, : stage.dim] @ kernel + bias
-            sure = np.ones(len(unsure), bool)
-            if stage.threshold is not None:
-                sure = max_probability(logits, stage.temperature) > np.float32(stage.threshold)
+            sure = self.policy.is_sure(index, logits)
             decided = unsure[sure]
             if len(decided):
                 ids[decided], dims[decided] = self.choose(logits[sure]), stage.dim

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from .cascade import CascadePolicy as CascadePolicy
     from .cascade import CascadeReport as CascadeReport
     from .cascade import Stage as Stage
+    from .cascade_certify import certify_cascade as certify_cascade
     from .cascade_search import CascadeFront as CascadeFront
     from .cascade_search import search_cascades as search_cascades
     from .client import Client as Client
     from .contract import Manifest as Manifest
+    from .drift import Drift as Drift
+    from .drift import exit_drift as exit_drift
     from .embeddings import truncate as truncate
     from .errors import AccessDeniedError as AccessDeniedError
     from .errors import DamagedIndexError as DamagedIndexError
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from .errors import VersionChangedError as VersionChangedError
     from .errors import VersionNotFoundError as VersionNotFoundError
     from .funnel import FunnelSchedule as FunnelSchedule
+    from .guarantee import Guarantee as Guarantee
     from .index import ExactIndex as ExactIndex
     from .index import FaissIndex as FaissIndex
     from .index import FirstStage as FirstStage
@@ -47,10 +51,12 @@ if TYPE_CHECKING:
     from .index import plan_funnel as plan_funnel
     from .options import Options as Options
     from .options import Tls as Tls
+    from .oracle import oracle_report as oracle_report
     from .results import Classification as Classification
     from .results import ClassifiedRow as ClassifiedRow
     from .results import Neighbors as Neighbors
     from .results import Partial as Partial
+    from .temperatures import fit_temperatures as fit_temperatures
     from .version import __version__ as __version__
 
 _HOMES = {
@@ -59,7 +65,9 @@ _HOMES = {
     "cascade": ("CascadePolicy", "CascadeReport", "Stage"),
     "client": ("Client",),
     "contract": ("Manifest",),
+    "cascade_certify": ("certify_cascade",),
     "cascade_search": ("CascadeFront", "search_cascades"),
+    "drift": ("Drift", "exit_drift"),
     "embeddings": ("truncate",),
     "errors": (
         "AccessDeniedError",
@@ -83,6 +91,7 @@ _HOMES = {
         "VersionNotFoundError",
     ),
     "funnel": ("FunnelSchedule",),
+    "guarantee": ("Guarantee",),
     "index": (
         "ExactIndex",
         "FaissIndex",
@@ -93,7 +102,9 @@ _HOMES = {
         "plan_funnel",
     ),
     "options": ("Options", "Tls"),
+    "oracle": ("oracle_report",),
     "results": ("Classification", "ClassifiedRow", "Neighbors", "Partial"),
+    "temperatures": ("fit_temperatures",),
     "version": ("__version__",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

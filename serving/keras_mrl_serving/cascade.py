@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .confidence import check_confidence, confidence_of
 from .contract import check_dims
 from .errors import ManifestError
+from .guarantee import Guarantee
 from .inputs import check_holdout, check_logits
-
-# How sure a row is. The manifest and the exported graph know the same names.
-CONFIDENCES = ("max_probability",)
+from .temperatures import check_temperatures
+from .thresholds import paper_grid, smallest_best
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ class CascadePolicy:
 
     Args:
         stages: Dims increasing; every stage but the last has a threshold.
-        confidence: The measure, one of `CONFIDENCES`.
+        confidence: How sure a row is: `max_probability`, `margin` (the best minus the second) or
+            `entropy` (its negative).
         holdout: How it fared on the holdout it was learned on; None for a policy made by hand.
         method: How the thresholds were found.
+        guarantee: What was certified of it; None where nothing was.
 
     Raises:
         ValueError: If the stages are not a cascade.
@@ -95,6 +98,7 @@ class CascadePolicy:
     confidence: str = "max_probability"
     holdout: CascadeReport | None = None
     method: str = "by hand"
+    guarantee: Guarantee | None = None
 
     def __post_init__(self) -> None:
         """Check the stages."""
@@ -112,11 +116,7 @@ class CascadePolicy:
                 "Thresholds must be finite and temperatures positive. "
                 f"Received: {self.stages}. A threshold of 1 accepts no row, one of 0 every row."
             )
-        if self.confidence not in CONFIDENCES:
-            raise ValueError(
-                f"confidence must be one of {', '.join(CONFIDENCES)}. "
-                f"Received: confidence={self.confidence!r}. Choose one of those."
-            )
+        check_confidence(self.confidence)
         limits = [None if t is None else float(t) for t in thresholds]  # no longer NumPy's own
         stages = map(Stage, dims, limits, map(float, temperatures))
         object.__setattr__(self, "stages", tuple(stages))
@@ -128,7 +128,12 @@ class CascadePolicy:
 
     @classmethod
     def learn(
-        cls, logits: npt.ArrayLike, labels: npt.ArrayLike, dims: Sequence[int]
+        cls,
+        logits: npt.ArrayLike,
+        labels: npt.ArrayLike,
+        dims: Sequence[int],
+        temperatures: Sequence[float] | None = None,
+        confidence: str = "max_probability",
     ) -> CascadePolicy:
         """Learn the thresholds on a holdout, by the paper's procedure.
 
@@ -142,24 +147,34 @@ class CascadePolicy:
             labels: Class ids of the holdout, from 0. It must share no row with the training data
                 nor with the data the cascade is judged on.
             dims: The dims of the head.
+            temperatures: One per dim, as `fit_temperatures` returns; None means ones.
+            confidence: How sure a row is, as in `CascadePolicy`.
 
         Shapes:
             logits: `(rows, num_dims, num_classes)`. labels: `(rows,)`.
 
         Raises:
-            ValueError: If shapes do not fit, rows are none, or probabilities were given.
+            ValueError: If shapes do not fit, rows are none, probabilities were given, or a
+                temperature is not above 0.
         """
         dims = check_dims(dims)
         scores, truth = check_holdout(logits, labels, len(dims))
-        confidence = max_probability(scores)
+        scales = check_temperatures(temperatures, len(dims))
         right = np.argmax(scores, axis=-1) == truth[:, None]
+        grid = paper_grid(check_confidence(confidence), scores.shape[-1])
         thresholds: list[float | None] = [
-            _learn_threshold(confidence[:, i], right[:, i], right[:, i + 1])
+            smallest_best(
+                confidence_of(confidence, scores[:, i], scales[i]),
+                right[:, i],
+                right[:, i + 1],
+                grid,
+            )
             for i in range(len(dims) - 1)
         ]
-        stages = tuple(Stage(dim, t) for dim, t in zip(dims, [*thresholds, None], strict=True))
-        policy = cls(stages, method="paper: adjacent pairs, grid of 100, smallest best threshold")
-        return replace(policy, holdout=policy.evaluate(scores, truth))
+        stages = tuple(map(Stage, dims, [*thresholds, None], scales))
+        method = "paper: adjacent pairs, grid of 100, smallest best threshold"
+        policy = cls(stages, confidence, method=method)
+        return replace(policy, holdout=judge(policy, scores, truth))
 
     def route(self, logits: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the class of each row and the index of the stage that decided it.
@@ -171,12 +186,28 @@ class CascadePolicy:
             ValueError: If they are not, or are not finite.
         """
         scores = check_logits(logits, len(self.stages))
-        accepted = np.ones(scores.shape[:2], dtype=bool)
-        for index, stage in enumerate(self.stages[:-1]):
-            confidence = max_probability(scores[:, index], stage.temperature)
-            accepted[:, index] = confidence > np.float32(stage.threshold)
-        stage_of = np.argmax(accepted, axis=1)
+        stage_of = np.argmax(
+            [self.is_sure(index, scores[:, index]) for index in range(len(self.stages))], axis=0
+        )
         return np.argmax(scores[np.arange(len(scores)), stage_of], axis=-1), stage_of
+
+    def is_sure(self, index: int, logits: npt.NDArray[Any]) -> npt.NDArray[np.bool]:
+        """Return which rows of logits `(rows, num_classes)` stop at a stage.
+
+        Args:
+            index: Of the stage.
+            logits: Those of its dim.
+
+        Examples:
+            >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
+            >>> policy.is_sure(0, np.array([[4.0, 0.0], [0.1, 0.0]])).tolist()
+            [True, False]
+        """
+        stage = self.stages[index]
+        if stage.threshold is None:
+            return np.ones(len(logits), bool)
+        confidence = confidence_of(self.confidence, logits, stage.temperature)
+        return np.asarray(confidence > np.float32(stage.threshold))
 
     def evaluate(self, logits: npt.ArrayLike, labels: npt.ArrayLike) -> CascadeReport:
         """Count how the policy fares on `logits` with known `labels`.
@@ -189,17 +220,7 @@ class CascadePolicy:
             ValueError: As `learn`.
         """
         scores, truth = check_holdout(logits, labels, len(self.stages))
-        class_ids, stage_of = self.route(scores)
-        dims = np.asarray(self.dims)
-        exits = np.bincount(stage_of, minlength=len(dims)) / len(truth)
-        return CascadeReport(
-            accuracy=float(np.mean(class_ids == truth)),
-            full_accuracy=float(np.mean(np.argmax(scores[:, -1], axis=-1) == truth)),
-            expected_dim=float(exits @ dims),
-            cumulative_dim=float(exits @ np.cumsum(dims)),
-            exit_fractions=tuple(float(share) for share in exits),
-            size=len(truth),
-        )
+        return judge(self, scores, truth)
 
     def to_json(self) -> dict[str, Any]:
         """Return the `cascade` object of the manifest."""
@@ -210,7 +231,7 @@ class CascadePolicy:
             "stages": [asdict(stage) for stage in self.stages],
             "confidence": self.confidence,
             "method": self.method,
-            "guarantee": None,
+            "guarantee": None if self.guarantee is None else asdict(self.guarantee),
             "holdout_size": seen.pop("size", None),
             **seen,
         }
@@ -232,7 +253,10 @@ class CascadePolicy:
             if len(seen) == len(_REPORTED):
                 seen["exit_fractions"] = tuple(seen["exit_fractions"])
                 holdout = CascadeReport(**seen, size=cascade["holdout_size"])
-            return cls(stages, cascade["confidence"], holdout, cascade.get("method", "unknown"))
+            said = cascade.get("guarantee")
+            promise = None if said is None else Guarantee(*(said[name] for name in _PROMISED))
+            method = cascade.get("method", "unknown")
+            return cls(stages, cascade["confidence"], holdout, method, promise)
         except (KeyError, TypeError, ValueError) as error:
             raise ManifestError(
                 "A cascade names its stages and its confidence. "
@@ -242,59 +266,21 @@ class CascadePolicy:
 
 
 _REPORTED = ("accuracy", "full_accuracy", "expected_dim", "cumulative_dim", "exit_fractions")
+_PROMISED = ("risk", "delta", "size", "errors")
 
 
-def softmax(logits: npt.NDArray[Any], temperature: float = 1.0) -> npt.NDArray[np.float32]:
-    """Return the probabilities of `logits (..., classes)`, in float32.
-
-    Examples:
-        >>> softmax(np.log([1.0, 3.0])).tolist()
-        [0.25, 0.75]
-    """
-    scores = np.asarray(logits, dtype=np.float32)
-    # Divided last: the difference of two large quotients keeps fewer digits.
-    raised = np.exp((scores - scores.max(axis=-1, keepdims=True)) / np.float32(temperature))
-    return raised / raised.sum(axis=-1, keepdims=True)
-
-
-def max_probability(logits: npt.NDArray[Any], temperature: float = 1.0) -> npt.NDArray[Any]:
-    """Return the largest probability of each row of `logits (..., classes)`.
-
-    Examples:
-        >>> max_probability(np.log([[1.0, 3.0]])).tolist()
-        [0.75]
-    """
-    return softmax(logits, temperature).max(axis=-1)
-
-
-def _learn_threshold(
-    confidence: npt.NDArray[np.float32],
-    right: npt.NDArray[np.bool],
-    right_next: npt.NDArray[np.bool],
-) -> float:
-    """The smallest best threshold of one adjacent pair, over the paper's grid.
-
-    With rows in order of confidence, a threshold accepts a tail of them, so the accuracies of all
-    thresholds are two cumulative sums.
-    """
-    order = np.argsort(confidence, kind="stable")
-    ascending = confidence[order]
-    grid = np.linspace(0.1, 1.0, 100, dtype=np.float32)
-    first_accepted = np.searchsorted(ascending, grid, side="right")
-    below = np.concatenate([[0], np.cumsum(right_next[order])])
-    above = np.concatenate([np.cumsum(right[order][::-1])[::-1], [0]])
-    best = int(np.argmax(below[first_accepted] + above[first_accepted]))
-    return midway(ascending, int(first_accepted[best]))
-
-
-def midway(ascending: npt.NDArray[np.float32], first: int) -> float:
-    """Return the threshold that accepts exactly `ascending[first:]`, far from both neighbours.
-
-    Examples:
-        >>> midway(np.float32([0.25, 0.5, 0.75]), first=1)
-        0.375
-    """
-    below = ascending[first - 1] if first > 0 else np.float32(0)
-    above = ascending[first] if first < len(ascending) else np.float32(1)
-    middle = np.float32(below + (above - below) / 2)
-    return float(middle if below <= middle < above else below)
+def judge(
+    policy: CascadePolicy, scores: npt.NDArray[np.float32], truth: npt.NDArray[np.int64]
+) -> CascadeReport:
+    """Count how a policy fares on logits and labels that are checked already."""
+    class_ids, stage_of = policy.route(scores)
+    dims = np.asarray(policy.dims)
+    exits = np.bincount(stage_of, minlength=len(dims)) / len(truth)
+    return CascadeReport(
+        accuracy=float(np.mean(class_ids == truth)),
+        full_accuracy=float(np.mean(np.argmax(scores[:, -1], axis=-1) == truth)),
+        expected_dim=float(exits @ dims),
+        cumulative_dim=float(exits @ np.cumsum(dims)),
+        exit_fractions=tuple(float(share) for share in exits),
+        size=len(truth),
+    )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .cascade import CascadePolicy, Stage, max_probability, midway
+from .cascade import CascadePolicy, Stage, judge
+from .cascade_cuts import Cuts, search_cuts
+from .confidence import check_confidence, confidence_of
 from .contract import check_dims
-from .inputs import check_holdout
+from .inputs import as_float32, check_holdout
+from .temperatures import check_temperatures
+from .thresholds import midway
 
-_PRICES = 60
-_LOWEST_PRICE = 1e-3  # of a wrong answer, in rows that are decided at the last dim
-_SWEEPS = 20
 _METHOD = "joint search: thresholds in turns, for many prices of a wrong answer"
 
 Floats = npt.NDArray[np.float64]
@@ -51,7 +54,7 @@ class CascadeFront:
         Raises:
             ValueError: If `share` is negative or no number.
         """
-        if not share >= 0:
+        if not isinstance(share, Real) or not share >= 0:
             raise ValueError(
                 "share must be a number of at least 0. "
                 f"Received: share={share!r}. Give 0.005 for half a point."
@@ -66,8 +69,13 @@ class CascadeFront:
         """Return the most accurate policy that costs at most `cost` a row.
 
         Raises:
-            ValueError: If none is as cheap.
+            ValueError: If none is as cheap, or `cost` is no number.
         """
+        if not isinstance(cost, Real) or not isfinite(cost):
+            raise ValueError(
+                "cost must be a finite number. "
+                f"Received: cost={cost!r}. Give what a row may cost, in the unit of the search."
+            )
         affordable = [p for p, c in zip(self.policies, self.costs, strict=True) if c <= cost]
         if not affordable:
             raise ValueError(
@@ -82,6 +90,9 @@ def search_cascades(
     labels: npt.ArrayLike,
     dims: Sequence[int],
     costs: npt.ArrayLike | None = None,
+    cumulative: bool = False,
+    temperatures: Sequence[float] | None = None,
+    confidence: str = "max_probability",
 ) -> CascadeFront:
     """Search the thresholds of all dims together, for every price of a wrong answer.
 
@@ -95,10 +106,12 @@ def search_cascades(
         labels: Class ids of the holdout, from 0. It must share no row with the training data nor
             with the data the cascade is judged on.
         dims: The dims of the head.
-        costs: What a row costs that is decided at each dim, increasing: multiply-adds, or measured
-            milliseconds. None means the dims themselves, so that the cost is the expected dim. A
-            dim costs the same whichever dims are asked before it: where asking is what costs,
-            search from several first dims on, and compare `policy.holdout.cumulative_dim`.
+        costs: What each dim costs, increasing: multiply-adds, or measured milliseconds. None means
+            the dims themselves.
+        cumulative: Whether a row pays for every dim it is asked at, or for the last alone, as in
+            the paper's expected dim.
+        temperatures: One per dim, as `fit_temperatures` returns; None means ones.
+        confidence: How sure a row is, as in `CascadePolicy`.
 
     Shapes:
         logits: `(rows, num_dims, num_classes)`. labels: `(rows,)`.
@@ -107,8 +120,8 @@ def search_cascades(
         The front, from the cheapest policy to the most accurate.
 
     Raises:
-        ValueError: If shapes do not fit, rows are none, probabilities were given, or the costs do
-            not increase.
+        ValueError: If shapes do not fit, rows are none, probabilities were given, or costs or
+            temperatures are not one finite number above 0 per dim.
 
     Examples:
         >>> rng = np.random.default_rng(0)
@@ -121,105 +134,99 @@ def search_cascades(
     """
     dims = check_dims(dims)
     scores, truth = check_holdout(logits, labels, len(dims))
-    prices = _check_costs(dims if costs is None else costs, len(dims))
-    confidence = max_probability(scores)
+    prices = check_costs(dims if costs is None else costs, len(dims))
+    scales = check_temperatures(temperatures, len(dims))
+    sure = confidences(check_confidence(confidence), scores, scales)
     right = np.argmax(scores, axis=-1) == truth[:, None]
-    holdout = _Holdout(confidence, right, prices)
-    found = {holdout.never()}
-    start = holdout.never()
-    # From mistakes that cost next to nothing to one that outweighs all rows, each search from where
-    # the last one ended and from the start.
-    for price in np.geomspace(_LOWEST_PRICE, 2 * len(truth), _PRICES):
-        start = holdout.descend(start, price * prices[-1])
-        found |= {start, holdout.descend(holdout.never(), price * prices[-1])}
-    policies = [_policy(confidence, cut, dims) for cut in found]
-    policies.append(CascadePolicy.learn(scores, truth, dims))
+    stages = tuple(map(Stage, dims, [None] * len(dims), scales))
+    policies = candidates(sure, right, prices, stages, confidence, cumulative)
+    policies.add(CascadePolicy.learn(scores, truth, dims, scales, confidence))
     columns = {dim: at for at, dim in enumerate(dims)}
     judged = [
-        replace(p, holdout=p.evaluate(scores[:, [columns[dim] for dim in p.dims]], truth))
+        replace(p, holdout=judge(p, scores[:, [columns[dim] for dim in p.dims]], truth))
         for p in policies
     ]
-    return _front(judged, dict(zip(dims, prices.tolist(), strict=True)))
+    by_dim = dict(zip(dims, prices.tolist(), strict=True))
+    return _front((mean_cost(policy, by_dim, cumulative), policy) for policy in judged)
 
 
-def _check_costs(costs: npt.ArrayLike, stages: int) -> Floats:
-    checked = np.asarray(costs, dtype=np.float64)
-    if checked.shape != (stages,) or not (np.diff(checked, prepend=0) > 0).all():
+def confidences(
+    measure: str, scores: npt.NDArray[np.float32], scales: Sequence[float]
+) -> npt.NDArray[np.float32]:
+    """Return how sure each row is at each dim, `(rows, num_dims)`."""
+    sure = [confidence_of(measure, scores[:, i], scale) for i, scale in enumerate(scales)]
+    return np.stack(sure, axis=1)
+
+
+def candidates(
+    confidence: Any,
+    right: Any,
+    costs: Floats,
+    stages: tuple[Stage, ...],
+    measure: str,
+    cumulative: bool,
+) -> set[CascadePolicy]:
+    """Return the policies worth comparing: the best for many prices of a mistake.
+
+    Where every dim asked is paid for, those that begin further up are searched by themselves: they
+    do not pay for the dims below.
+
+    Args:
+        confidence: `(rows, num_dims)`.
+        right: Whether deciding a row at a dim is no mistake, `(rows, num_dims)`.
+        costs: Of each dim.
+        stages: Dims and temperatures.
+        measure: The name of the confidence.
+        cumulative: Whether all dims asked are paid for.
+    """
+    found = set()
+    for first in range(len(stages) if cumulative else 1):
+        paid = np.cumsum(costs[first:]) if cumulative else costs
+        for cuts in search_cuts(confidence[:, first:], right[:, first:], paid):
+            found.add(_policy(confidence[:, first:], cuts, stages[first:], measure))
+    return found
+
+
+def mean_cost(policy: CascadePolicy, costs: dict[int, float], cumulative: bool) -> float:
+    """Return what a row of the policy's holdout costs in the mean."""
+    prices = np.array([costs[dim] for dim in policy.dims])
+    exits = (0.0,) if policy.holdout is None else policy.holdout.exit_fractions
+    return float(np.dot(exits, np.cumsum(prices) if cumulative else prices))
+
+
+def check_costs(costs: npt.ArrayLike, num_dims: int) -> Floats:
+    """Return one cost per dim.
+
+    Raises:
+        ValueError: If they are not finite, positive and increasing, or differ by more than 1e12.
+    """
+    as_float32("costs", costs)
+    checked = np.asarray(costs, np.float64)
+    rising = checked.shape == (num_dims,) and (np.diff(checked, prepend=0) > 0).all()
+    if not rising or not checked[-1] < checked[0] * 1e12:
         raise ValueError(
-            "costs must be one positive number per dim, increasing. "
-            f"Received: costs={tuple(np.ravel(checked).tolist())} for {stages} dims. "
-            "Give what a row costs that is decided at each dim."
+            "costs must be one positive number per dim, finite and increasing. "
+            f"Received: costs={tuple(np.ravel(checked).tolist())} for {num_dims} dims. "
+            "Give what each dim costs."
         )
     return checked
 
 
-class _Holdout:
-    """Rows with their confidence at each stage; a cut says how many rows a stage leaves below it.
-
-    Args:
-        confidence: `(rows, stages)`.
-        right: Whether each stage's class is right, `(rows, stages)`.
-        costs: `(stages,)`.
-    """
-
-    def __init__(self, confidence: Any, right: Any, costs: Floats) -> None:
-        self._wrong = (~right).astype(np.float64)
-        self._costs = costs
-        self._order = np.argsort(confidence, axis=0, kind="stable")
-        self._rank = np.argsort(self._order, axis=0)
-        ascending = np.take_along_axis(confidence, self._order, axis=0)
-        # A threshold goes between two confidences that differ: rows that tie go the same way.
-        self._between = np.ones((len(confidence) + 1, confidence.shape[1]), bool)
-        self._between[1:-1] = ascending[1:] > ascending[:-1]
-
-    def never(self) -> tuple[int, ...]:
-        """The cuts that accept no row before the last stage."""
-        return (len(self._rank),) * (self._rank.shape[1] - 1)
-
-    def descend(self, cuts: tuple[int, ...], price: float) -> tuple[int, ...]:
-        """Move the cuts in turns until none makes `cost + price * wrong` smaller."""
-        losses = self._costs + price * self._wrong
-        for _ in range(_SWEEPS):
-            before = cuts
-            for stage in reversed(range(len(cuts))):
-                cuts = (*cuts[:stage], self._best(cuts, stage, losses), *cuts[stage + 1 :])
-            if cuts == before:
-                break
-        return cuts
-
-    def _best(self, cuts: tuple[int, ...], stage: int, losses: Floats) -> int:
-        """The cut of one stage that is best given those of the others."""
-        accepted = self._rank[:, : len(cuts)] >= np.asarray(cuts)
-        reaches = ~accepted[:, :stage].any(axis=1)
-        later = losses[:, -1].copy()
-        for after in reversed(range(stage + 1, len(cuts))):
-            later = np.where(accepted[:, after], losses[:, after], later)
-        saved = np.where(reaches, later - losses[:, stage], 0.0)[self._order[:, stage]]
-        gain = np.concatenate([np.cumsum(saved[::-1])[::-1], [0.0]])  # of accepting rows from here
-        gain[~self._between[:, stage]] = -np.inf
-        return int(len(gain) - 1 - np.argmax(gain[::-1]))  # of equal ones that which accepts least
-
-
-def _policy(confidence: Any, cuts: tuple[int, ...], dims: tuple[int, ...]) -> CascadePolicy:
+def _policy(confidence: Any, cuts: Cuts, stages: tuple[Stage, ...], measure: str) -> CascadePolicy:
     """The policy of some cuts, without the stages that accept no row."""
-    stages = [
-        Stage(dim, midway(np.sort(confidence[:, at]), cut))
-        for at, (dim, cut) in enumerate(zip(dims, cuts, strict=False))
+    kept = [
+        replace(stage, threshold=midway(np.sort(confidence[:, at]), cut))
+        for at, (stage, cut) in enumerate(zip(stages, cuts, strict=False))
         if cut < len(confidence)
     ]
-    return CascadePolicy((*stages, Stage(dims[-1], None)), method=_METHOD)
+    return CascadePolicy((*kept, stages[-1]), measure, method=_METHOD)
 
 
-def _front(policies: Sequence[CascadePolicy], costs: dict[int, float]) -> CascadeFront:
+def _front(judged: Iterable[tuple[float, CascadePolicy]]) -> CascadeFront:
     """Of policies that know their holdout, those of which none is cheaper and as accurate."""
-    judged = []
-    for policy in policies:
-        report = policy.holdout
-        if report is not None:
-            prices = [costs[dim] for dim in policy.dims]
-            judged.append((float(np.dot(report.exit_fractions, prices)), report.accuracy, policy))
     kept: list[tuple[float, float, CascadePolicy]] = []
-    for cost, accuracy, policy in sorted(judged, key=lambda one: (one[0], -one[1])):
+    known = [(cost, p.holdout.accuracy, p) for cost, p in judged if p.holdout is not None]
+    for cost, accuracy, policy in sorted(known, key=lambda one: (one[0], -one[1])):
         if not kept or accuracy > kept[-1][1]:
             kept.append((cost, accuracy, policy))
     return CascadeFront(tuple(p for *_, p in kept), tuple(c for c, *_ in kept))

@@ -16,7 +16,8 @@ from . import contract
 from .calls import Arrays as Arrays
 from .calls import AskManifest, AskSignatures, AskStatus, Output, Signature, VersionStatus
 from .calls import Call as Call
-from .cascade import CascadePolicy, softmax
+from .cascade import CascadePolicy
+from .confidence import confidence_of, softmax
 from .contract import Manifest
 from .errors import InvalidInputError, ManifestError, ServerError, SignatureNotFoundError
 from .inputs import Inputs, as_arrays, check_inputs
@@ -171,7 +172,7 @@ def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Fl
         prefix = {"features": features[unsure, : stage.dim]}
         answer = yield from ask(contract.head(stage.dim), prefix, wanted, only=True)
         probabilities = softmax(answer["logits"], stage.temperature)
-        confidence = probabilities.max(axis=-1)
+        confidence = confidence_of(policy.confidence, answer["logits"], stage.temperature)
         if not np.isfinite(confidence).all():
             raise ServerError(
                 "Classes are decided by finite logits. Received: NaN or infinity from signature "

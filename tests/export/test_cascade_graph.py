@@ -1,5 +1,6 @@
 """The cascade in the graph: each row as if it were alone, where it stops, and in whose order."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import tensorflow as tf
 from keras_mrl_export.cascade_graph import classify_adaptively
 from keras_mrl_export.likeliest import Likeliest
 from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.confidence import CONFIDENCES, confidence_of
+from keras_mrl_serving.thresholds import midway
 
 NUM_CLASSES, ROWS = 4, 20
 ALL, NOBODY = -1.0, 1.0  # a confidence is above the one and never above the other
@@ -65,6 +68,22 @@ def test_each_row_stops_where_it_is_sure_in_the_order_of_the_rows() -> None:
     assert set(answer["dim"].tolist()) == {1, 3, 6}
     np.testing.assert_allclose(answer["probability"], [share for *_, share in rows], rtol=1e-5)
     assert answer["dim"].dtype == np.int32
+
+
+@pytest.mark.parametrize("measure", CONFIDENCES)
+def test_rows_stop_by_any_measure_as_the_policy_routes_them(measure: str) -> None:
+    dims = (1, 3, 6)
+    logits = np.stack([FEATURES[:, :dim] @ KERNEL[:dim] for dim in dims], axis=1)
+    stages = [Stage(dim, 0.0, 0.5 + dim) for dim in dims[:-1]]
+    sure = [confidence_of(measure, logits[:, i], s.temperature) for i, s in enumerate(stages)]
+    middle = [midway(np.sort(column), ROWS // 2) for column in sure]
+    stages = [replace(s, threshold=t) for s, t in zip(stages, middle, strict=True)]
+    cascade = CascadePolicy((*stages, Stage(6, None)), measure)
+    answer, _ = run(cascade)
+    class_ids, stage_of = cascade.route(logits)
+    np.testing.assert_array_equal(answer["class_id"], class_ids)
+    np.testing.assert_array_equal(answer["dim"], np.array(dims)[stage_of])
+    assert len(set(answer["dim"].tolist())) == 3
 
 
 def test_a_row_alone_is_answered_as_among_others() -> None:

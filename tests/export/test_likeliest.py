@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_mrl_export import likeliest
 from keras_mrl_export.likeliest import Likeliest
+from keras_mrl_serving.confidence import CONFIDENCES, confidence_of
 
 RNG = np.random.default_rng(0)
 
@@ -26,7 +27,9 @@ def test_they_are_those_of_top_k(classes: int, ties: bool) -> None:
     found = Likeliest(tf.constant(logits), 1.0)
     rows = np.array([8, 0, 3, 3], np.int32)
     probabilities = tf.nn.softmax(logits)
-    np.testing.assert_array_equal(found.confidence(), tf.reduce_max(probabilities, -1))
+    np.testing.assert_array_equal(
+        found.confidence("max_probability"), tf.reduce_max(probabilities, -1)
+    )
     for k in (1, 5, 20):
         if k > classes:
             continue
@@ -38,15 +41,24 @@ def test_they_are_those_of_top_k(classes: int, ties: bool) -> None:
 
 def test_a_temperature_divides_the_logits() -> None:
     logits = RNG.normal(size=(3, 5000)).astype(np.float32)
-    found = Likeliest(tf.constant(logits), 0.25).confidence()
+    found = Likeliest(tf.constant(logits), 0.25).confidence("max_probability")
     np.testing.assert_allclose(found, softmax(4 * logits).max(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 100, 10_000])
+@pytest.mark.parametrize("measure", CONFIDENCES)
+def test_confidences_are_those_of_numpy(classes: int, measure: str) -> None:
+    logits = RNG.normal(size=(6, classes), scale=3).astype(np.float32)
+    logits[0, 0] = 500  # as sure as can be: 0 log 0 is 0
+    found = Likeliest(tf.constant(logits), 0.5).confidence(measure)
+    np.testing.assert_allclose(found, confidence_of(measure, logits, 0.5), rtol=1e-5, atol=1e-6)
 
 
 def test_of_no_rows_there_are_none() -> None:
     found = Likeliest(tf.zeros((0, 5000)), 1.0)
     best, ids = found.best(tf.zeros((0,), tf.int32), 3)
     assert best.shape == ids.shape == (0, 3)
-    assert found.confidence().shape == (0,)
+    assert found.confidence("max_probability").shape == (0,)
 
 
 @pytest.mark.parametrize(

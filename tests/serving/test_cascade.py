@@ -12,14 +12,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from keras_mrl_serving import cascade
+from keras_mrl_serving import thresholds as thresholds_module
 from keras_mrl_serving.cascade import (
     CascadePolicy,
     CascadeReport,
     Stage,
-    max_probability,
-    softmax,
 )
+from keras_mrl_serving.confidence import max_probability, softmax
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.errors import ManifestError
 
@@ -152,7 +151,7 @@ def test_neighbouring_confidences_are_told_apart() -> None:
 def test_a_threshold_never_rounds_up_to_what_it_accepts(confidence: float) -> None:
     low = np.float32(confidence)
     ascending = np.array([low, np.nextafter(low, np.float32(2))])
-    thresholds = [np.float32(cascade.midway(ascending, first)) for first in range(3)]
+    thresholds = [np.float32(thresholds_module.midway(ascending, first)) for first in range(3)]
     assert [(ascending > threshold).sum() for threshold in thresholds] == [2, 1, 0]
 
 
@@ -346,11 +345,11 @@ def test_stages_need_increasing_dims(dims: tuple[int, ...], refuses: Refuses) ->
 
 def test_an_unknown_confidence_is_refused(refuses: Refuses) -> None:
     text = (
-        "confidence must be one of max_probability. Received: confidence='margin'. "
-        "Choose one of those."
+        "confidence must be one of max_probability, margin, entropy. "
+        "Received: confidence='surprise'. Choose one of those."
     )
     with refuses(ValueError, text):
-        CascadePolicy((Stage(8, None),), confidence="margin")
+        CascadePolicy((Stage(8, None),), confidence="surprise")
 
 
 @pytest.mark.parametrize(
@@ -367,10 +366,10 @@ def test_an_unknown_confidence_is_refused(refuses: Refuses) -> None:
             "dims=(8, 16, 32).)",
         ),
         (
-            {"stages": [{"dim": 8, "threshold": None}], "confidence": "margin"},
-            "{'stages': [{'dim': 8, 'threshold': None}], 'confidence': 'margin'} (ValueError: "
-            "confidence must be one of max_probability. Received: confidence='margin'. "
-            "Choose one of those.)",
+            {"stages": [{"dim": 8, "threshold": None}], "confidence": "surprise"},
+            "{'stages': [{'dim': 8, 'threshold': None}], 'confidence': 'surprise'} (ValueError: "
+            "confidence must be one of max_probability, margin, entropy. "
+            "Received: confidence='surprise'. Choose one of those.)",
         ),
     ],
 )

@@ -29,7 +29,7 @@ def test_it_is_never_worse_than_the_papers_at_its_cost(holdout: Any, cumulative:
     logits, labels = holdout
     dims = DIMS[: logits.shape[1]]
     costs = np.cumsum(dims) if cumulative else np.asarray(dims)
-    front = search_cascades(logits, labels, dims, costs)
+    front = search_cascades(logits, labels, dims, cumulative=cumulative)
     paper = CascadePolicy.learn(logits, labels, dims)
     cost = cost_of(paper, costs)
     best = front.best_under(cost + 1e-9)
@@ -116,6 +116,30 @@ def test_dear_stages_are_left_out() -> None:
     assert front.policies[0].dims != DIMS[:3]
 
 
+def test_where_every_dim_asked_is_paid_for_some_are_not_asked() -> None:
+    """Each policy's cost is that of its own stages, and those that begin higher are searched."""
+    logits, labels = well_behaved(1000)
+    front = search_cascades(logits, labels, DIMS[:3], cumulative=True)
+    assert len({policy.dims[0] for policy in front.policies}) > 1
+    for policy, cost in zip(front.policies, front.costs, strict=True):
+        assert policy.holdout is not None
+        assert cost == pytest.approx(policy.holdout.cumulative_dim)
+
+
+@pytest.mark.parametrize("costs", [("a", "b", "c"), {"a": 1}, [[1], [2, 3]]])
+def test_costs_that_are_no_numbers(costs: Any) -> None:
+    logits, labels = well_behaved(50)
+    with pytest.raises(ValueError, match=r"\Acosts must be an array of real numbers. Received: "):
+        search_cascades(logits, labels, DIMS[:3], costs)
+
+
+def test_sure_logits_of_some_dims_are_no_probabilities() -> None:
+    """A part of what was given whole is not looked at again."""
+    labels = np.array([0, 1] * 20)
+    logits = np.stack([np.eye(2)[labels], 9 * np.eye(2)[labels] - 4], axis=1)
+    assert search_cascades(logits, labels, (8, 64)).policies[0].dims[0] == 8
+
+
 def test_one_dim_is_its_own_cascade() -> None:
     logits, labels = well_behaved(50)
     front = search_cascades(logits[:, :1], labels, (8,))
@@ -137,6 +161,16 @@ def test_one_dim_is_its_own_cascade() -> None:
             "Received: share=nan. Give 0.005 for half a point.",
         ),
         (
+            lambda f: f.cheapest_within(None),
+            "share must be a number of at least 0. "
+            "Received: share=None. Give 0.005 for half a point.",
+        ),
+        (
+            lambda f: f.best_under("x"),
+            "cost must be a finite number. "
+            "Received: cost='x'. Give what a row may cost, in the unit of the search.",
+        ),
+        (
             lambda f: f.best_under(7.9),
             "The cheapest policy costs 8 a row. Received: cost=7.9. Give at least that.",
         ),
@@ -149,14 +183,24 @@ def test_targets_that_are_none(call: Any, text: str) -> None:
         call(front)
 
 
-@pytest.mark.parametrize("costs", [(1,), (2, 1, 3), (0, 1, 2), (1, 1, 2), (1, 2, float("nan"))])
+@pytest.mark.parametrize(
+    "costs",
+    [
+        (1,),
+        (2, 1, 3),
+        (0, 1, 2),
+        (1, 1, 2),
+        (1, 2, float("nan")),
+        (1, 2, float("inf")),
+        (1, 2, 1e13),
+    ],
+)
 def test_costs_that_are_none(costs: Any) -> None:
     logits, labels = well_behaved(50)
     given = tuple(float(c) for c in costs)
     text = (
-        "costs must be one positive number per dim, increasing. "
-        f"Received: costs={given} for 3 dims. "
-        "Give what a row costs that is decided at each dim."
+        "costs must be one positive number per dim, finite and increasing. "
+        f"Received: costs={given} for 3 dims. Give what each dim costs."
     )
     with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
         search_cascades(logits, labels, DIMS[:3], costs)

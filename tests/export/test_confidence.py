@@ -1,0 +1,35 @@
+"""A version whose cascade stops by another measure than the largest probability."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.confidence import confidence_of
+from keras_mrl_serving.thresholds import midway
+from tests.export.models import DIMS, TEMPERATURES, Exported, assert_equal_rows, exported
+
+pytestmark = pytest.mark.backend
+
+
+@pytest.mark.parametrize("measure", ["margin", "entropy"])
+def test_every_class_signature_tells_it(untied: Exported, tmp_path: Path, measure: str) -> None:
+    logits = untied.logits
+    stages = []
+    for index, dim in enumerate(DIMS[:-1]):
+        sure = np.sort(confidence_of(measure, logits[:, index], TEMPERATURES[dim]))
+        stages.append(Stage(dim, midway(sure, len(sure) // 2), TEMPERATURES[dim]))
+    policy = CascadePolicy((*stages, Stage(DIMS[-1], None)), measure)
+    with exported(untied.model, untied.backbone, untied.rows, tmp_path / "m", policy) as version:
+        assert version.manifest.cascade == policy.to_json()
+        everything = slice(0, None)
+        for index, stage in enumerate(policy.stages):
+            answer = version.ask(f"classify_{stage.dim}", everything)
+            expected = confidence_of(measure, logits[:, index], stage.temperature)
+            np.testing.assert_allclose(answer["confidence"], expected, rtol=2e-5, atol=2e-6)
+        answer = version.ask("classify_adaptive", everything)
+        class_ids, stage_of = policy.route(logits)
+        assert_equal_rows(answer["dim"], np.array(DIMS)[stage_of])
+        assert_equal_rows(answer["class_ids"][:, 0], class_ids)
+        assert len(set(answer["dim"].tolist())) == len(DIMS)

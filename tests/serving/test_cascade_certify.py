@@ -1,0 +1,116 @@
+"""The promise kept: over many holdouts of a population that is known."""
+
+import math
+import os
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keras_mrl_serving import CascadePolicy, certify_cascade
+from keras_mrl_serving.guarantee import chance_of_so_few, least_rows
+
+DIMS = (8, 32, 128)
+RISK, DELTA = 0.02, 0.1
+SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
+HOLDOUTS = 1000 if SOAK else 60
+
+
+def population(rows: int = 20_000) -> tuple[Any, Any]:
+    """Rows of which many are easy and some hard, and logits too sure of themselves."""
+    rng = np.random.default_rng(7)
+    labels = rng.integers(0, 10, rows)
+    hardness = rng.choice([0.5, 1.5], rows, p=[0.7, 0.3])[:, None, None]
+    noise = np.array([1.0, 0.75, 0.6])[None, :, None] * hardness * rng.normal(size=(rows, 3, 10))
+    return 4 * (2 * np.eye(10)[labels][:, None] + noise).astype(np.float32), labels
+
+
+def true_risk(policy: CascadePolicy, logits: Any, labels: Any) -> float:
+    columns = [DIMS.index(dim) for dim in policy.dims]
+    class_ids, _ = policy.route(logits[:, columns])
+    return float(np.mean((logits[:, -1].argmax(-1) == labels) & (class_ids != labels)))
+
+
+@pytest.mark.soak
+def test_the_promise_fails_in_at_most_delta_of_the_holdouts() -> None:
+    logits, labels = population()
+    rng = np.random.default_rng(1)
+    broken, dims, risks = 0, [], []
+    for draw in range(HOLDOUTS):
+        rows = rng.integers(0, len(labels), 1200)
+        policy = certify_cascade(logits[rows], labels[rows], DIMS, RISK, DELTA, seed=draw)
+        risks.append(true_risk(policy, logits, labels))
+        broken += risks[-1] > RISK
+        assert policy.holdout is not None
+        dims.append(policy.holdout.expected_dim)
+    # A binomial at the promised rate lies above this once in a thousand.
+    limit = DELTA * HOLDOUTS + 3.1 * math.sqrt(HOLDOUTS * DELTA * (1 - DELTA))
+    print(f"{broken} of {HOLDOUTS} broken, mean risk {np.mean(risks):.4f}, dim {np.mean(dims):.1f}")
+    assert broken <= limit
+    assert np.mean(risks) > RISK / 10  # it does use what it may
+    assert np.mean(dims) < 0.75 * DIMS[-1]
+
+
+def test_it_names_the_rows_it_stands_on() -> None:
+    logits, labels = population(2001)
+    policy = certify_cascade(logits, labels, DIMS, RISK, DELTA)
+    assert policy.guarantee is not None
+    assert policy.guarantee.size == 1001
+    assert chance_of_so_few(policy.guarantee.errors, 1001, RISK) <= DELTA
+    assert CascadePolicy.from_json(policy.to_json()) == policy
+    assert policy.holdout is not None
+    assert policy.holdout.size == 2001
+
+
+def test_the_order_of_the_rows_does_not_matter_beyond_the_halves() -> None:
+    logits, labels = population(1500)
+    found = [certify_cascade(logits, labels, DIMS, RISK, DELTA, seed=s) for s in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+
+
+def test_where_nothing_may_be_saved_the_full_dim_decides() -> None:
+    """Small dims that guess: the search finds nothing to test but the last."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 900)
+    logits = rng.normal(size=(900, 3, 10))
+    logits[:, -1] += 9 * np.eye(10)[labels]
+    policy = certify_cascade(logits, labels, DIMS, RISK, DELTA)
+    assert true_risk(policy, logits, labels) <= RISK
+    assert policy.holdout is not None
+    assert policy.holdout.expected_dim > 0.9 * DIMS[-1]
+
+
+@pytest.mark.parametrize(("errors", "size", "risk"), [(0, 10, 0.1), (3, 40, 0.2), (40, 40, 0.3)])
+def test_the_tail_is_the_sum_of_its_terms(errors: int, size: int, risk: float) -> None:
+    terms = [math.comb(size, k) * risk**k * (1 - risk) ** (size - k) for k in range(errors + 1)]
+    assert chance_of_so_few(errors, size, risk) == pytest.approx(sum(terms))
+
+
+@pytest.mark.parametrize(("risk", "delta"), [(0.01, 0.05), (0.2, 0.5), (0.001, 0.001)])
+def test_the_least_rows_are_the_least(risk: float, delta: float) -> None:
+    least = least_rows(risk, delta)
+    assert chance_of_so_few(0, least, risk) <= delta < chance_of_so_few(0, least - 1, risk)
+
+
+def test_too_small_a_holdout_hears_how_many_would_do() -> None:
+    logits, labels = population(400)
+    text = (
+        "To promise a risk of 0.01 with delta=0.05, the half of the holdout that tests must hold "
+        "299 rows even if none is an error. Received: 200 of 400 rows. "
+        "Give 598 rows or more, or promise less."
+    )
+    with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
+        certify_cascade(logits, labels, DIMS)
+    assert certify_cascade(*population(598), DIMS).guarantee is not None
+
+
+@pytest.mark.parametrize("name", ["risk", "delta"])
+@pytest.mark.parametrize("value", [0, 1, -0.1, float("nan"), "x", None])
+def test_promises_that_are_none(name: str, value: Any) -> None:
+    text = (
+        f"{name} must lie between 0 and 1, both excluded. "
+        f"Received: {name}={value!r}. Give for example 0.01."
+    )
+    with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
+        certify_cascade(*population(50), DIMS, **{name: value})
