@@ -1,5 +1,6 @@
 """Evaluation: what the dims are worth on one's own data, in numbers and pictures."""
 
+from .calibration import expected_calibration_error as expected_calibration_error
 from .decoding import learn_decoding_policy as learn_decoding_policy
 from .plots import plot_accuracy as plot_accuracy
 from .plots import plot_retrieval as plot_retrieval
@@ -7,5 +8,8 @@ from .probe import LinearProbe as LinearProbe
 from .probe import linear_probe as linear_probe
 from .retrieval import mean_average_precision_at_k as mean_average_precision_at_k
 from .retrieval import precision_at_k as precision_at_k
+from .scores import evaluate as evaluate
+from .scores import score_embeddings as score_embeddings
+from .scores import score_head as score_head
 from .tokens import TokenScores as TokenScores
 from .tokens import score_tokens as score_tokens
