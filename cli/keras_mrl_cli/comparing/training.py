@@ -1,0 +1,139 @@
+"""Training one net of a comparison, an epoch at a time, so that it can go on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from .batches import SIZE, Batches
+from .images import Images
+from .nets import Net, features_of
+
+_EMBEDDED_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all nets of a comparison share.
+
+    Args:
+        epochs: Passes over the training images.
+        filters: Of the first convolution.
+        flip: Whether half of the images are mirrored.
+    """
+
+    epochs: int
+    filters: int
+    flip: bool
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether this net's folder is complete."""
+    return (folder / "net.json").exists()
+
+
+def train(
+    net: Net,
+    folder: Path,
+    parts: tuple[Images, Images],
+    recipe: Recipe,
+    say: Callable[[str], None],
+) -> None:
+    """Train a net and write its features and logits; goes on from the last finished epoch.
+
+    Writes `train_<dim>.npy` and `test_<dim>.npy`, features `(rows, width)` for every dim that has
+    features of its own, `test_logits.npy` `(rows, num_dims, num_classes)`, `model.keras`, and last
+    `net.json`.
+
+    Args:
+        net: Which.
+        folder: Its own.
+        parts: Training and test images, of the classes that it may see.
+        recipe: How.
+        say: Takes a line after every epoch.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    training, test = parts
+    path, model, history = _resume(net, folder)
+    if model is None:
+        model = net.make(training.pixels.shape[1:], len(training.names), recipe.filters)
+        _compile(model, net, recipe, len(training.labels))
+    for epoch in range(len(history), recipe.epochs):
+        started = time.perf_counter()
+        batches = Batches(training, net.seed, epoch, recipe.flip)
+        logs = model.fit(batches, initial_epoch=epoch, epochs=epoch + 1, verbose=0).history
+        history.append({"loss": logs["loss"][0], "seconds": time.perf_counter() - started})
+        path = _keep(model, folder, history, path)
+        shown = f"epoch {epoch + 1}/{recipe.epochs}, loss {logs['loss'][0]:.3f}"
+        say(f"{net.name}: {shown}, {history[-1]['seconds']:.0f} s")
+    _write_answers(net, model, folder, training, test)
+    if path is not None:
+        path.replace(folder / "model.keras")
+    about = {"history": history, "parameters": int(model.count_params())}
+    with replacing(folder / "net.json") as partial:
+        partial.write_text(json.dumps(about))
+    (folder / "history.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write to; it takes the place of `path` once all is written."""
+    partial = path.with_name(f".partial-{path.name}")
+    yield partial
+    os.replace(partial, path)
+
+
+def _compile(model: keras.Model, net: Net, recipe: Recipe, rows: int) -> None:
+    steps = recipe.epochs * -(-rows // SIZE)
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, steps, warmup_target=2e-3, warmup_steps=max(1, steps // 10)
+    )
+    model.compile(optimizer=keras.optimizers.AdamW(rate, weight_decay=0.02), loss=net.loss())
+
+
+def _resume(net: Net, folder: Path) -> tuple[Path | None, Any, list[dict[str, float]]]:
+    """The model after the last epoch that is whole, and what the epochs before it showed."""
+    try:
+        history = json.loads((folder / "history.json").read_text())
+        path = folder / f"epoch-{len(history)}.keras"
+        keras.utils.set_random_seed(net.seed)
+        return path, keras.saving.load_model(path), history
+    except FileNotFoundError:
+        return None, None, []
+    except ValueError as error:
+        if "File not found" in str(error):  # Keras's own
+            return None, None, []
+        raise
+
+
+def _keep(
+    model: keras.Model, folder: Path, history: list[dict[str, float]], before: Path | None
+) -> Path:
+    """Save the epoch; the one before goes only when the new one is what would be loaded."""
+    path = folder / f"epoch-{len(history)}.keras"
+    model.save(path)
+    with replacing(folder / "history.json") as partial:
+        partial.write_text(json.dumps(history))
+    if before is not None:
+        before.unlink(missing_ok=True)
+    return path
+
+
+def _write_answers(net: Net, model: Any, folder: Path, training: Images, test: Images) -> None:
+    own = net.dims if net.method == "slimmable" else net.dims[-1:]
+    for dim in own:
+        features = features_of(net, model, dim)
+        for name, part in (("train", training), ("test", test)):
+            found = features.predict(part.pixels, batch_size=_EMBEDDED_AT_ONCE, verbose=0)
+            np.save(folder / f"{name}_{dim}.npy", np.asarray(found, np.float32))
+    logits = model.predict(test.pixels, batch_size=_EMBEDDED_AT_ONCE, verbose=0)
+    np.save(folder / "test_logits.npy", np.asarray(logits, np.float32))
