@@ -272,7 +272,13 @@ _PROMISED = ("risk", "delta", "size", "errors")
 def judge(
     policy: CascadePolicy, scores: npt.NDArray[np.float32], truth: npt.NDArray[np.int64]
 ) -> CascadeReport:
-    """Count how a policy fares on logits and labels that are checked already."""
+    """Count how a policy fares on logits and labels that are checked already.
+
+    Examples:
+        >>> policy = CascadePolicy((Stage(8, None),))
+        >>> judge(policy, np.float32([[[4, 0]], [[1, 0]]]), np.array([0, 1])).accuracy
+        0.5
+    """
     class_ids, stage_of = policy.route(scores)
     dims = np.asarray(policy.dims)
     exits = np.bincount(stage_of, minlength=len(dims)) / len(truth)

@@ -153,7 +153,12 @@ def search_cascades(
 def confidences(
     measure: str, scores: npt.NDArray[np.float32], scales: Sequence[float]
 ) -> npt.NDArray[np.float32]:
-    """Return how sure each row is at each dim, `(rows, num_dims)`."""
+    """Return how sure each row is at each dim, `(rows, num_dims)`.
+
+    Examples:
+        >>> confidences("max_probability", np.zeros((1, 2, 4), np.float32), (1.0, 1.0)).tolist()
+        [[0.25, 0.25]]
+    """
     sure = [confidence_of(measure, scores[:, i], scale) for i, scale in enumerate(scales)]
     return np.stack(sure, axis=1)
 
@@ -178,6 +183,15 @@ def candidates(
         stages: Dims and temperatures.
         measure: The name of the confidence.
         cumulative: Whether all dims asked are paid for.
+
+    Examples:
+        >>> sure, right = np.float32([[0.9, 1], [0.2, 1]]), [[True, True], [False, True]]
+        >>> stages = (Stage(8, None), Stage(64, None))
+        >>> found = candidates(
+        ...     sure, np.array(right), np.array([8.0, 64.0]), stages, "max_probability", False
+        ... )
+        >>> sorted(policy.dims for policy in found)
+        [(8, 64), (8, 64), (64,)]
     """
     found = set()
     for first in range(len(stages) if cumulative else 1):
@@ -188,7 +202,14 @@ def candidates(
 
 
 def mean_cost(policy: CascadePolicy, costs: dict[int, float], cumulative: bool) -> float:
-    """Return what a row of the policy's holdout costs in the mean."""
+    """Return what a row of the policy's holdout costs in the mean.
+
+    Examples:
+        >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
+        >>> seen = replace(policy, holdout=policy.evaluate([[[9, 0], [9, 0]]], [0]))
+        >>> mean_cost(seen, {8: 2.0, 64: 5.0}, cumulative=True)
+        2.0
+    """
     prices = np.array([costs[dim] for dim in policy.dims])
     exits = (0.0,) if policy.holdout is None else policy.holdout.exit_fractions
     return float(np.dot(exits, np.cumsum(prices) if cumulative else prices))
@@ -199,6 +220,10 @@ def check_costs(costs: npt.ArrayLike, num_dims: int) -> Floats:
 
     Raises:
         ValueError: If they are not finite, positive and increasing, or differ by more than 1e12.
+
+    Examples:
+        >>> check_costs((8, 64), 2).tolist()
+        [8.0, 64.0]
     """
     as_float32("costs", costs)
     checked = np.asarray(costs, np.float64)

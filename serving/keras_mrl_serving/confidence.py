@@ -55,8 +55,8 @@ def entropy(logits: npt.NDArray[Any], temperature: float = 1.0) -> Floats:
     """Return the negative entropy of each row in nats: 0 is certain.
 
     Examples:
-        >>> entropy(np.array([[0.0, 0.0]])).round(4).tolist()
-        [-0.6931]
+        >>> round(float(entropy(np.array([0.0, 0.0]))), 4)
+        -0.6931
     """
     shares = softmax(logits, temperature)
     logs = np.log(np.where(shares > 0, shares, 1))
@@ -72,6 +72,10 @@ def check_confidence(measure: str) -> str:
 
     Raises:
         ValueError: If it is none of `CONFIDENCES`.
+
+    Examples:
+        >>> check_confidence("margin")
+        'margin'
     """
     if measure not in CONFIDENCES:
         raise ValueError(

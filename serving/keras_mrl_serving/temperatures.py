@@ -60,7 +60,8 @@ def check_temperatures(temperatures: Sequence[float] | None, num_dims: int) -> t
     """
     if temperatures is None:
         return (1.0,) * num_dims
-    checked = as_float32("temperatures", temperatures).astype(np.float64)
+    as_float32("temperatures", temperatures)
+    checked = np.asarray(temperatures, np.float64)
     if checked.shape != (num_dims,) or not (np.isfinite(checked) & (checked > 0)).all():
         raise ValueError(
             "temperatures must be one finite number above 0 per dim. "
