@@ -17,7 +17,9 @@ from .contract import check_dims
 from .guarantee import Guarantee, chance_of_so_few, least_rows
 from .inputs import check_holdout
 from .temperatures import fit_temperatures
+from .thresholds import midway
 
+_SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 _METHOD = "certified: searched on one half of the holdout, tested on the other"
 
 
@@ -125,18 +127,31 @@ def _searched(
     stages = tuple(map(Stage, dims, [None] * len(dims), scales))
     sure = confidences(measure, scores, scales)
     by_dim = dict(zip(dims, prices.tolist(), strict=True))
+    found = candidates(sure, harmless, prices, stages, measure, cumulative)
+    columns = {dim: sure[:, at] for at, dim in enumerate(dims)}
+    found |= {_stricter(policy, columns, share) for policy in found for share in _SHARES}
     judged = [
         (int(_harmed(p, scores, truth, dims).sum()), mean_cost(p, by_dim, cumulative), p)
-        for p in (
-            _judged(p, scores, truth, dims)
-            for p in candidates(sure, harmless, prices, stages, measure, cumulative)
-        )
+        for p in (_judged(policy, scores, truth, dims) for policy in found)
     ]
+    # Of those as harmless here the dearest first: the cheapest is so by luck, and the first to
+    # fail ends the tests.
     kept: list[tuple[int, float, CascadePolicy]] = []
-    for harm, cost, policy in sorted(judged, key=lambda one: one[:2]):
+    for harm, cost, policy in sorted(judged, key=lambda one: (one[0], -one[1])):
         if not kept or cost < kept[-1][1]:
             kept.append((harm, cost, policy))
     return [policy for *_, policy in kept]
+
+
+def _stricter(policy: CascadePolicy, columns: dict[int, Any], share: float) -> CascadePolicy:
+    """The policy that accepts at each stage the surest of the rows which this one accepts."""
+    stages = []
+    for stage in policy.stages[:-1]:
+        ascending = np.sort(columns[stage.dim])
+        accepted = int((ascending > np.float32(stage.threshold)).sum())
+        threshold = midway(ascending, len(ascending) - int(share * accepted))
+        stages.append(replace(stage, threshold=threshold))
+    return replace(policy, stages=(*stages, policy.stages[-1]))
 
 
 def _judged(policy: CascadePolicy, scores: Any, truth: Any, dims: tuple[int, ...]) -> CascadePolicy:
