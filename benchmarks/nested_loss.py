@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from float64_gradients import float64_gradients
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -265,7 +266,9 @@ def _errors(arguments: argparse.Namespace) -> dict[str, float]:
     problem = Problem(arguments)
     worst = {}
     for kind in ("", "_tied"):
-        exact = _float64(problem, tied=bool(kind))
+        exact = float64_gradients(
+            problem.x, problem.y, problem.tied if kind else problem.untied, problem.dims
+        )
         for way in ("naive", "fused"):
             gradient = _step(problem, way + kind)[0]()[1]
             worst[way + kind] = max(
@@ -284,28 +287,6 @@ def _array(tensor: Any) -> Any:
     from keras import ops
 
     return ops.convert_to_numpy(tensor)
-
-
-def _float64(problem: Problem, tied: bool) -> list[Any]:
-    """The gradient by features, kernels and biases."""
-    x, rows = problem.x.astype(float), np.arange(len(problem.x))
-    kernels = [problem.tied[0][:dim] for dim in problem.dims] if tied else problem.untied
-    d_x = np.zeros_like(x)
-    d_kernels = [np.zeros(k.shape) for k in (problem.tied if tied else kernels)]
-    d_biases = [np.zeros(problem.given.classes) for _ in d_kernels]
-    for index, dim in enumerate(problem.dims):
-        kernel = kernels[index].astype(float)
-        logits = x[:, :dim] @ kernel
-        logits -= logits.max(axis=1, keepdims=True)
-        np.exp(logits, out=logits)
-        logits /= logits.sum(axis=1, keepdims=True)
-        logits[rows, problem.y] -= 1
-        logits /= len(x)
-        owner = 0 if tied else index
-        d_x[:, :dim] += logits @ kernel.T
-        d_kernels[owner][:dim] += x[:, :dim].T @ logits
-        d_biases[owner] += logits.sum(axis=0)
-    return [d_x, *d_kernels, *d_biases]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ _QUERIES, _ROWS = 512, 8192  # at a time: their scores are one matrix
 
 def check_gallery(rows: int, k: int = 10) -> None:
     """Raise a `ValueError` where a gallery has fewer rows than neighbours are looked for."""
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k must be a positive integer. Received: k={k!r}. Give for example 10.")
     if rows < k:
         raise ValueError(
             f"A gallery must hold at least the {k} nearest that are looked for. "

@@ -54,8 +54,9 @@ def evaluate(
         verbose: 1 shows progress, 0 does not.
 
     Raises:
-        ValueError: If inputs and labels do not fit, there is nothing to measure, or the gallery has
+        ValueError: If inputs and labels do not fit, a dim cannot be measured, or the gallery has
             fewer than k rows.
+        ImportError: If `probe` is asked for and scikit-learn is not installed.
 
     Examples:
         >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
@@ -89,6 +90,12 @@ def evaluate(
         head.build(features.shape)
     known = () if head is None else head.dims or ()
     chosen = check_dims(known if dims is None else dims)
+    bare = [dim for dim in chosen if dim not in known]
+    if bare and gallery is None:
+        raise ValueError(
+            f"Without a gallery dims are judged by the head, which has {known}. "
+            f"Received: dims={chosen}. Give those of the head, or gallery=(x, y)."
+        )
     quality: Quality = {dim: {} for dim in chosen}
     if head is not None:
         for dim in [dim for dim in chosen if dim in known]:
@@ -105,6 +112,18 @@ def evaluate(
     return quality
 
 
+def _check_classes(labels: Array, num_classes: int) -> Array:
+    """Refuse labels that name no logit of a head."""
+    integers = labels.dtype.kind in "iu"
+    if not integers or labels.min() < 0 or labels.max() >= num_classes:
+        seen = f" from {labels.min()} to {labels.max()}" if integers else ""
+        raise ValueError(
+            f"labels must be class ids in 0..{num_classes - 1}. "
+            f"Received: {labels.dtype} labels{seen}. Number the classes from 0, as in training."
+        )
+    return labels
+
+
 def score_head(features: Any, labels: Any, kernel: Any, bias: Any) -> dict[str, float]:
     """Return `top1`, `top5` and `ece` of a linear head on the first coordinates of features.
 
@@ -114,6 +133,9 @@ def score_head(features: Any, labels: Any, kernel: Any, bias: Any) -> dict[str, 
         kernel: `(dim, num_classes)`.
         bias: `(num_classes,)`, or None.
 
+    Raises:
+        ValueError: If features and labels do not fit, or a label names no class.
+
     Examples:
         >>> features, kernel = [[9.0, 0.0, 5.0], [0.0, 9.0, 5.0]], np.eye(2)
         >>> score_head(features, [0, 0], kernel, None)["top1"]
@@ -121,7 +143,7 @@ def score_head(features: Any, labels: Any, kernel: Any, bias: Any) -> dict[str, 
     """
     weights = np.asarray(kernel, np.float32)
     table = check_features(features, len(weights))
-    truth = check_labels_of(table, labels)
+    truth = _check_classes(check_labels_of(table, labels), weights.shape[1])
     right, ahead, sure = [], [], []
     for start in range(0, len(table), _ROWS):
         part = slice(start, start + _ROWS)

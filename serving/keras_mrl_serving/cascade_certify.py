@@ -129,7 +129,7 @@ def _searched(
     by_dim = dict(zip(dims, prices.tolist(), strict=True))
     found = candidates(sure, harmless, prices, stages, measure, cumulative)
     columns = {dim: sure[:, at] for at, dim in enumerate(dims)}
-    found |= {_stricter(policy, columns, share) for policy in found for share in _SHARES}
+    found += [_stricter(policy, columns, share) for policy in found for share in _SHARES]
     judged = [
         (int(_harmed(p, scores, truth, dims).sum()), mean_cost(p, by_dim, cumulative), p)
         for p in (_judged(policy, scores, truth, dims) for policy in found)

@@ -15,7 +15,7 @@ from .cascade import CascadePolicy, Stage, judge
 from .cascade_cuts import Cuts, search_cuts
 from .confidence import check_confidence, confidence_of
 from .contract import check_dims
-from .inputs import as_float32, check_holdout
+from .inputs import as_float64, check_holdout
 from .temperatures import check_temperatures
 from .thresholds import midway
 
@@ -140,7 +140,7 @@ def search_cascades(
     right = np.argmax(scores, axis=-1) == truth[:, None]
     stages = tuple(map(Stage, dims, [None] * len(dims), scales))
     policies = candidates(sure, right, prices, stages, confidence, cumulative)
-    policies.add(CascadePolicy.learn(scores, truth, dims, scales, confidence))
+    policies.append(CascadePolicy.learn(scores, truth, dims, scales, confidence))
     columns = {dim: at for at, dim in enumerate(dims)}
     judged = [
         replace(p, holdout=judge(p, scores[:, [columns[dim] for dim in p.dims]], truth))
@@ -170,7 +170,7 @@ def candidates(
     stages: tuple[Stage, ...],
     measure: str,
     cumulative: bool,
-) -> set[CascadePolicy]:
+) -> list[CascadePolicy]:
     """Return the policies worth comparing: the best for many prices of a mistake.
 
     Where every dim asked is paid for, those that begin further up are searched by themselves: they
@@ -193,12 +193,12 @@ def candidates(
         >>> sorted(policy.dims for policy in found)
         [(8, 64), (8, 64), (64,)]
     """
-    found = set()
+    found: dict[CascadePolicy, None] = {}  # in an order that every process has
     for first in range(len(stages) if cumulative else 1):
         paid = np.cumsum(costs[first:]) if cumulative else costs
-        for cuts in search_cuts(confidence[:, first:], right[:, first:], paid):
-            found.add(_policy(confidence[:, first:], cuts, stages[first:], measure))
-    return found
+        for cuts in sorted(search_cuts(confidence[:, first:], right[:, first:], paid)):
+            found[_policy(confidence[:, first:], cuts, stages[first:], measure)] = None
+    return list(found)
 
 
 def mean_cost(policy: CascadePolicy, costs: dict[int, float], cumulative: bool) -> float:
@@ -225,8 +225,7 @@ def check_costs(costs: npt.ArrayLike, num_dims: int) -> Floats:
         >>> check_costs((8, 64), 2).tolist()
         [8.0, 64.0]
     """
-    as_float32("costs", costs)
-    checked = np.asarray(costs, np.float64)
+    checked = as_float64("costs", costs)
     rising = checked.shape == (num_dims,) and (np.diff(checked, prepend=0) > 0).all()
     if not rising or not checked[-1] < checked[0] * 1e12:
         raise ValueError(

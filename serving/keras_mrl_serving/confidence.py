@@ -6,6 +6,7 @@ The manifest and the exported graph know the same names.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,33 +38,25 @@ def max_probability(logits: npt.NDArray[Any], temperature: float = 1.0) -> Float
     return np.asarray(softmax(logits, temperature).max(axis=-1))
 
 
-def margin(logits: npt.NDArray[Any], temperature: float = 1.0) -> Floats:
-    """Return by how much the largest probability exceeds the second; of one class, 1.
-
-    Examples:
-        >>> margin(np.log([[1.0, 3.0]])).tolist()
-        [0.5]
-    """
-    shares = softmax(logits, temperature)
+def _margin(shares: Floats) -> Floats:
+    """By how much the largest probability exceeds the second; of one class, 1."""
     if shares.shape[-1] == 1:
         return shares[..., 0]
     second, first = np.moveaxis(np.partition(shares, -2, axis=-1)[..., -2:], -1, 0)
     return np.asarray(first - second)
 
 
-def entropy(logits: npt.NDArray[Any], temperature: float = 1.0) -> Floats:
-    """Return the negative entropy of each row in nats: 0 is certain.
-
-    Examples:
-        >>> round(float(entropy(np.array([0.0, 0.0]))), 4)
-        -0.6931
-    """
-    shares = softmax(logits, temperature)
+def _entropy(shares: Floats) -> Floats:
+    """The negative entropy in nats: 0 is certain."""
     logs = np.log(np.where(shares > 0, shares, 1))
     return np.asarray((shares * logs).sum(axis=-1))
 
 
-_MEASURES = {"max_probability": max_probability, "margin": margin, "entropy": entropy}
+_MEASURES: dict[str, Callable[[Floats], Floats]] = {
+    "max_probability": lambda shares: np.asarray(shares.max(axis=-1)),
+    "margin": _margin,
+    "entropy": _entropy,
+}
 CONFIDENCES = tuple(_MEASURES)
 
 
@@ -85,8 +78,24 @@ def check_confidence(measure: str) -> str:
     return measure
 
 
+def confidence_in(measure: str, shares: Floats) -> Floats:
+    """Return how sure each row of probabilities `(..., classes)` is; higher is surer.
+
+    Args:
+        measure: `max_probability`, `margin` (the best minus the second) or `entropy` (the negative
+            entropy in nats).
+        shares: What `softmax` returns.
+
+    Examples:
+        >>> shares = np.float32([0.25, 0.75])
+        >>> [round(float(confidence_in(name, shares)), 3) for name in CONFIDENCES]
+        [0.75, 0.5, -0.562]
+    """
+    return _MEASURES[check_confidence(measure)](shares)
+
+
 def confidence_of(measure: str, logits: npt.NDArray[Any], temperature: float = 1.0) -> Floats:
-    """Return how sure each row of `logits (..., classes)` is; higher is surer.
+    """Return how sure each row of `logits (..., classes)` is: `confidence_in` of their softmax.
 
     Args:
         measure: One of `CONFIDENCES`.
@@ -97,7 +106,7 @@ def confidence_of(measure: str, logits: npt.NDArray[Any], temperature: float = 1
         >>> confidence_of("margin", np.log([[1.0, 3.0]])).tolist()
         [0.5]
     """
-    return _MEASURES[check_confidence(measure)](logits, temperature)
+    return confidence_in(measure, softmax(logits, temperature))
 
 
 def lowest(measure: str, num_classes: int) -> float:

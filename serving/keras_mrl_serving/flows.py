@@ -17,7 +17,7 @@ from .calls import Arrays as Arrays
 from .calls import AskManifest, AskSignatures, AskStatus, Output, Signature, VersionStatus
 from .calls import Call as Call
 from .cascade import CascadePolicy
-from .confidence import confidence_of, softmax
+from .confidence import confidence_in, softmax
 from .contract import Manifest
 from .errors import InvalidInputError, ManifestError, ServerError, SignatureNotFoundError
 from .inputs import Inputs, as_arrays, check_inputs
@@ -172,7 +172,7 @@ def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Fl
         prefix = {"features": features[unsure, : stage.dim]}
         answer = yield from ask(contract.head(stage.dim), prefix, wanted, only=True)
         probabilities = softmax(answer["logits"], stage.temperature)
-        confidence = confidence_of(policy.confidence, answer["logits"], stage.temperature)
+        confidence = confidence_in(policy.confidence, probabilities)
         if not np.isfinite(confidence).all():
             raise ServerError(
                 "Classes are decided by finite logits. Received: NaN or infinity from signature "

@@ -79,10 +79,24 @@ def as_float32(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float32]:
         >>> as_float32("Embeddings", [[1, 2]])
         array([[1., 2.]], dtype=float32)
     """
+    return _as_reals(name, values, np.float32)
+
+
+def as_float64(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return real numbers as float64: see `as_float32`.
+
+    Examples:
+        >>> as_float64("costs", (8, 1e300))
+        array([8.e+000, 1.e+300])
+    """
+    return _as_reals(name, values, np.float64)
+
+
+def _as_reals(name: str, values: npt.ArrayLike, dtype: type[Any]) -> npt.NDArray[Any]:
     try:
         array = np.asarray(values)
         if array.dtype.kind not in "SUTcmM":  # all of which NumPy would convert
-            return array.astype(np.float32, copy=False)
+            return array.astype(dtype, copy=False)
         received = f"{array.dtype} of shape {_shape(array.shape)}"
     except (TypeError, ValueError) as error:
         received = f"{type(values).__name__} ({str(error).rstrip('.')})"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .inputs import as_float32, check_holdout
+from .inputs import as_float32, as_float64, check_holdout
 
 _SHARPEST, _FLATTEST = 1e3, 1e-3  # what logits may be multiplied by
 _STEPS = 100
@@ -60,8 +60,7 @@ def check_temperatures(temperatures: Sequence[float] | None, num_dims: int) -> t
     """
     if temperatures is None:
         return (1.0,) * num_dims
-    as_float32("temperatures", temperatures)
-    checked = np.asarray(temperatures, np.float64)
+    checked = as_float64("temperatures", temperatures)
     if checked.shape != (num_dims,) or not (np.isfinite(checked) & (checked > 0)).all():
         raise ValueError(
             "temperatures must be one finite number above 0 per dim. "

@@ -64,6 +64,13 @@ def test_places_without_images_are_refused(tmp_path: Path) -> None:
             read([str(place)], None)
 
 
+def test_an_image_in_no_folder_has_no_class(tmp_path: Path) -> None:
+    file = zip_of(tmp_path / "pictures")
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.write(next((tmp_path / "pictures").glob("*/*")), "cover.png")
+    assert read([str(file)], None).names == PART.names
+
+
 def test_unseen_classes_stand_apart() -> None:
     seen, unseen = split_classes(PART, [1])
     assert seen.names == ("ant", "cat")

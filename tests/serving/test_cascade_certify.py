@@ -3,6 +3,8 @@
 import math
 import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,32 @@ def test_the_order_of_the_rows_does_not_matter_beyond_the_halves() -> None:
     logits, labels = population(1500)
     found = [certify_cascade(logits, labels, DIMS, RISK, DELTA, seed=s) for s in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
+
+
+def test_every_process_finds_the_same() -> None:
+    """Whatever order its hashes give to a set."""
+    code = """if True:
+        import json, numpy as np
+        from keras_mrl_serving import certify_cascade, search_cascades
+        rng, dims, found = np.random.default_rng(0), (8, 16, 32, 64, 128), []
+        for _ in range(6):  # few rows and whole numbers, so that policies tie
+            labels = rng.integers(0, 4, 80)
+            noise = np.array([1.5, 1.4, 1.2, 1.1, 1])[:, None] * rng.normal(size=(80, 5, 4))
+            scores = np.round(2 * np.eye(4)[labels][:, None] + noise) - 9
+            found += search_cascades(scores, labels, dims).policies
+            found.append(certify_cascade(scores, labels, dims, 0.2))
+        print(json.dumps([policy.to_json() for policy in found]))
+    """
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in range(4)
+    }
+    assert len(said) == 1
 
 
 def test_where_nothing_may_be_saved_the_full_dim_decides() -> None:

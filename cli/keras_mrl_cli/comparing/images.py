@@ -101,7 +101,8 @@ def _entries(place: Path) -> Iterator[tuple[str, bytes]]:
     elif zipfile.is_zipfile(place):
         with zipfile.ZipFile(place) as archive:
             for name in sorted(archive.namelist()):
-                if PurePosixPath(name).suffix.lower() in _SUFFIXES:
+                path = PurePosixPath(name)  # one that lies in no folder has no class
+                if path.parent.name and path.suffix.lower() in _SUFFIXES:
                     yield name, archive.read(name)
     else:
         raise RefusalError(

@@ -102,17 +102,13 @@ def _compile(model: keras.Model, net: Net, recipe: Recipe, rows: int) -> None:
 
 def _resume(net: Net, folder: Path) -> tuple[Path | None, Any, list[dict[str, float]]]:
     """The model after the last epoch that is whole, and what the epochs before it showed."""
-    try:
-        history = json.loads((folder / "history.json").read_text())
-        path = folder / f"epoch-{len(history)}.keras"
-        keras.utils.set_random_seed(net.seed)
-        return path, keras.saving.load_model(path), history
-    except FileNotFoundError:
+    noted = folder / "history.json"
+    history = json.loads(noted.read_text()) if noted.exists() else []
+    path = folder / f"epoch-{len(history)}.keras"
+    if not path.exists():
         return None, None, []
-    except ValueError as error:
-        if "File not found" in str(error):  # Keras's own
-            return None, None, []
-        raise
+    keras.utils.set_random_seed(net.seed)
+    return path, keras.saving.load_model(path), history
 
 
 def _keep(

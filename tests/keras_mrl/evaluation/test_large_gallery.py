@@ -12,6 +12,17 @@ from keras_mrl.evaluation import score_embeddings
 RNG = np.random.default_rng(0)
 
 
+def test_a_gallery_is_not_copied() -> None:
+    gallery = RNG.normal(size=(200_000, 64)).astype(np.float32)
+    labels = np.arange(len(gallery)) % 10
+    queries = RNG.normal(size=(20, 64)).astype(np.float32)
+    tracemalloc.start()
+    score_embeddings(queries, labels[:20], gallery, labels, (8, 64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < gallery.nbytes / 3
+
+
 @pytest.mark.soak
 def test_a_large_gallery_takes_minutes_and_no_copy() -> None:
     """50,000 x 512 and 10,000 queries at 7 dims where soak is asked for; a tenth of it else."""

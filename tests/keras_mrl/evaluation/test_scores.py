@@ -159,5 +159,26 @@ def test_what_cannot_be_judged_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=exactly(text)):
         evaluate(encoder, x, y, dims=(4, 8))
+    model, x, y = model_and_rows()
+    text = (
+        "Without a gallery dims are judged by the head, which has (4, 16, 64). "
+        "Received: dims=(10, 16). Give those of the head, or gallery=(x, y)."
+    )
+    with pytest.raises(ValueError, match=exactly(text)):
+        evaluate(model, x[:9], y[:9], dims=(10, 16), verbose=0)
+    for labels, received in (
+        (y[:9] + 2, "int64 labels from 2 to 10"),
+        (y[:9] / 2, "float64 labels"),
+    ):
+        text = (
+            f"labels must be class ids in 0..9. Received: {received}. "
+            "Number the classes from 0, as in training."
+        )
+        with pytest.raises(ValueError, match=exactly(text)):
+            evaluate(model, x[:9], labels, verbose=0)
+    for k in (0, 2.0, True):
+        text = f"k must be a positive integer. Received: k={k!r}. Give for example 10."
+        with pytest.raises(ValueError, match=exactly(text)):
+            score_embeddings(x, y, x, y, (4,), k=k)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\Abins must be a positive integer. Received: bins=0. "):
         expected_calibration_error(np.zeros((2, 2)), [0, 1], bins=0)
