@@ -110,6 +110,13 @@ def test_training_goes_on_after_the_last_whole_epoch(
 ) -> None:
     net, recipe = Net(method, (4, 8)), Recipe(epochs=2, filters=8, flip=True)
     lines: list[str] = []
+    epochs: list[int] = []
+
+    def noted(part: Images, seed: int, epoch: int, flip: bool) -> Batches:
+        epochs.append(epoch)
+        return Batches(part, seed, epoch, flip)
+
+    monkeypatch.setattr(training, "Batches", noted)
     train(net, tmp_path / "whole", (PART, PART), recipe, lines.append)
     assert len(lines) == 2
     keep = training._keep
@@ -125,6 +132,7 @@ def test_training_goes_on_after_the_last_whole_epoch(
     assert not is_trained(tmp_path / "cut")
     train(net, tmp_path / "cut", (PART, PART), recipe, lines.append)
     assert len(lines) == 3
+    assert epochs == [0, 1] * 2  # without and with an interruption
     for name in ("whole", "cut"):
         assert is_trained(tmp_path / name)
     files = {file.name for file in (tmp_path / "whole").iterdir()}

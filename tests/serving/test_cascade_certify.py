@@ -59,6 +59,10 @@ def test_it_names_the_rows_it_stands_on() -> None:
     policy = certify_cascade(logits, labels, DIMS, RISK, DELTA)
     assert policy.guarantee is not None
     assert policy.guarantee.size == 1001
+    # Those that were not searched: the second half of the seed's order.
+    tested = np.random.default_rng(0).permutation(2001)[1000:]
+    errors = true_risk(policy, logits[tested], labels[tested]) * 1001
+    assert policy.guarantee.errors == round(errors) > 0
     assert chance_of_so_few(policy.guarantee.errors, 1001, RISK) <= DELTA
     assert CascadePolicy.from_json(policy.to_json()) == policy
     assert policy.holdout is not None
