@@ -32,6 +32,7 @@ FLOORS = (
         "funnel",
         "guarantee",
         "inputs",
+        "manifest_json",
         "options",
         "oracle",
         "quality",

@@ -10,8 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 from .errors import ManifestError, NoCascadeError, NoHeadError, NoIndexError, UnknownDimError
+from .manifest_json import SCHEMA, parse_manifest
 
-SCHEMA = 1
 DEFAULT_MODEL_NAME = "default"  # what tensorflow_model_server calls a model without --model_name
 MANIFEST_FILE = "assets.extra/keras_mrl.json"
 
@@ -189,38 +189,25 @@ class Manifest:
         """Read a manifest; keys it does not know are kept, an unknown schema is refused.
 
         Raises:
-            ManifestError: If `text` is no manifest, or one of another schema.
+            ManifestError: If `text` is no manifest, one of another schema, or one with a value of
+                another type.
         """
-        try:
-            fields = json.loads(text)
-            schema = fields["schema"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ManifestError(
-                "A manifest is a JSON object with a schema. "
-                f"Received: {text!r:.80} ({type(error).__name__}: {error}). "
-                "Export the model again with keras_mrl_export.export_saved_model."
-            ) from error
-        if schema != SCHEMA:
-            raise ManifestError(
-                f"This client reads manifests of schema {SCHEMA}. Received: schema {schema!r}. "
-                "Install the version of keras-mrl that exported the model, or a later one."
-            )
+        fields = parse_manifest(text)
         ours = [name for name in cls.__dataclass_fields__ if name != "extra"]
         known = {name: fields.pop(name) for name in ours if name in fields}
+        manifest = cls(**known, extra=fields)
+        weights = None if manifest.weights is None else tuple(manifest.weights)
         try:
-            manifest = cls(**known, extra=fields)
-            weights = None if manifest.weights is None else tuple(manifest.weights)
-            manifest = replace(manifest, dims=check_dims(manifest.dims), weights=weights)
-            _check_shapes(manifest)
-        except ManifestError:
-            raise
-        except (TypeError, ValueError) as error:
+            dims = check_dims(manifest.dims)
+            if manifest.width != dims[-1]:
+                raise ValueError(f"width={manifest.width} with dims={dims}")
+        except ValueError as error:
             raise ManifestError(
-                "A manifest names a model's dims, width and inputs. "
+                "A manifest names a model's dims and width. "
                 f"Received: {str(error).rstrip('.')}. "
                 "Export the model again with keras_mrl_export.export_saved_model."
             ) from error
-        return manifest
+        return replace(manifest, dims=dims, weights=weights)
 
     def check_dim(self, dim: int) -> int:
         """Return `dim` as an int; raise `UnknownDimError`, naming those there are."""
@@ -264,19 +251,6 @@ class Manifest:
                 "with CascadePolicy.learn, then give it as classify_adaptive(x, policy=policy), "
                 "or export again with export_saved_model(..., policy=policy)."
             )
-
-
-def _check_shapes(manifest: Manifest) -> None:
-    if manifest.width != manifest.dims[-1]:
-        raise ValueError(f"width={manifest.width!r} with dims={manifest.dims}")
-    inputs: Any = manifest.inputs
-    if not isinstance(inputs, dict) or any(
-        not isinstance(spec, dict)
-        or not isinstance(spec.get("dtype"), str)
-        or not isinstance(spec.get("shape"), list)
-        for spec in inputs.values()
-    ):
-        raise ValueError(f"inputs={inputs!r}")
 
 
 def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:

@@ -134,7 +134,7 @@ def test_keys_of_a_later_writer_are_kept(manifest: Manifest) -> None:
     assert json.loads(read.to_json()) == later
 
 
-@pytest.mark.parametrize("schema", [0, 2, "1", None])
+@pytest.mark.parametrize("schema", [0, 2, "1", None, True, 1.0, [1]])
 def test_another_schema_is_refused(schema: object, manifest: Manifest, refuses: Refuses) -> None:
     text = json.dumps({**json.loads(manifest.to_json()), "schema": schema})
     rule = "This client reads manifests of schema 1."
@@ -170,36 +170,114 @@ def test_what_is_no_manifest_is_refused(text: Any, received: str, refuses: Refus
 @pytest.mark.parametrize(
     ("key", "value", "received"),
     [
-        ("dims", 8, "dims must be strictly increasing positive integers. Received: dims=8. "
-         "Give prefix lengths, for example dims=(8, 16, 32)"),
         ("dims", [4, 2], "dims must be strictly increasing positive integers. "
          "Received: dims=(4, 2). Sort them and drop repeats: dims=(2, 4)"),
+        ("dims", [], "dims must be strictly increasing positive integers. Received: dims=(). "
+         "Give prefix lengths, for example dims=(8, 16, 32)"),
         ("width", 4, "width=4 with dims=(2, 4, 8)"),
-        ("weights", 1, "'int' object is not iterable"),
-        ("inputs", None, "inputs=None"),
-        ("inputs", {"x": 4}, "inputs={'x': 4}"),
-        ("inputs", {"x": {"dtype": "float32"}}, "inputs={'x': {'dtype': 'float32'}}"),
-        ("inputs", {"x": {"shape": [None]}}, "inputs={'x': {'shape': [None]}}"),
     ],
 )  # fmt: skip
 def test_a_manifest_that_cannot_be_relied_on_is_refused(
     key: str, value: object, received: str, manifest: Manifest, refuses: Refuses
 ) -> None:
     text = json.dumps({**json.loads(manifest.to_json()), key: value})
-    rule = "A manifest names a model's dims, width and inputs."
+    rule = "A manifest names a model's dims and width."
     with refuses(ManifestError, f"{rule} Received: {received}. {AGAIN}"):
         Manifest.from_json(text)
 
 
-def test_a_manifest_without_a_field_is_refused(manifest: Manifest, refuses: Refuses) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "place", "kind", "received"),
+    [
+        ("dims", "8", "dims", "an array", "'8'"),
+        ("dims", 8, "dims", "an array", "8"),
+        ("dims", [2, 4.0], "dims[1]", "an integer of 64 bits", "4.0"),
+        ("dims", [2, True], "dims[1]", "an integer of 64 bits", "True"),
+        ("width", 2**63, "width", "an integer of 64 bits", str(2**63)),
+        ("weights", 1, "weights", "an array or null", "1"),
+        ("weights", [1, 10**400], "weights[1]", "a number", "1" + "0" * 79),
+        ("num_classes", "5", "num_classes", "an integer of 64 bits or null", "'5'"),
+        ("labels", 1, "labels", "true or false", "1"),
+        ("inputs", None, "inputs", "an object", "None"),
+        ("inputs", {"x": 4}, "inputs.x", "an object", "4"),
+        ("inputs", {"x": {"dtype": 1, "shape": []}}, "inputs.x.dtype", "a string", "1"),
+        ("inputs", {"x": {"dtype": "int8", "shape": ["any"]}}, "inputs.x.shape[0]",
+         "an integer of 64 bits or null", "'any'"),
+        ("quality", ["8"], "quality", "an object or null", "['8']"),
+        ("quality", {"8": {"top1": "high"}}, "quality.8.top1", "a number", "'high'"),
+        ("cascade", {"stages": 3, "confidence": "margin"}, "cascade.stages", "an array", "3"),
+        ("funnel", {"dims": [2], "shortlists": [], "k": None}, "funnel.k",
+         "an integer of 64 bits", "None"),
+        ("made_with", {"keras": 3}, "made_with.keras", "a string", "3"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused_by_its_place(
+    key: str,
+    value: object,
+    place: str,
+    kind: str,
+    received: str,
+    manifest: Manifest,
+    refuses: Refuses,
+) -> None:
+    text = json.dumps({**json.loads(manifest.to_json()), key: value})
+    with refuses(
+        ManifestError, f"{place} of a manifest must be {kind}. Received: {received}. {AGAIN}"
+    ):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("inputs", {"x": {"dtype": "float32"}}, "inputs.x.shape"),
+        ("cascade", {"stages": [], "method": "by hand"}, "cascade.confidence"),
+        ("cascade", {"stages": [{"dim": 8}], "confidence": "margin"},
+         "cascade.stages[0].threshold"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_left_out_is_asked_for_by_its_place(
+    key: str, value: object, place: str, manifest: Manifest, refuses: Refuses
+) -> None:
+    text = json.dumps({**json.loads(manifest.to_json()), key: value})
+    with refuses(ManifestError, f"{place} of a manifest must be given. Received: none. {AGAIN}"):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Manifest)[:7]])
+def test_a_manifest_without_a_field_is_refused(
+    name: str, manifest: Manifest, refuses: Refuses
+) -> None:
     written = json.loads(manifest.to_json())
-    del written["name"]
-    text = (
-        "A manifest names a model's dims, width and inputs. Received: Manifest.__init__() missing "
-        f"1 required keyword-only argument: 'name'. {AGAIN}"
-    )
-    with refuses(ManifestError, text):
+    del written[name]
+    with refuses(ManifestError, f"{name} of a manifest must be given. Received: none. {AGAIN}"):
         Manifest.from_json(json.dumps(written))
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400"])
+def test_numbers_that_json_has_not_are_refused(
+    number: str, manifest: Manifest, refuses: Refuses
+) -> None:
+    text = manifest.to_json().replace("{", f'{{"ours": [{number}], ', 1)
+    why = f"(ValueError: {number} is no number of JSON, or too large a one)"
+    rule = "A manifest is a JSON object with a schema."
+    with refuses(ManifestError, f"{rule} Received: {text!r:.80} {why}. {AGAIN}"):
+        Manifest.from_json(text)
+
+
+def test_a_manifest_is_nested_as_deep_as_it_can_be_written_again(
+    manifest: Manifest, refuses: Refuses
+) -> None:
+    def nested(depth: int) -> str:
+        return manifest.to_json().replace("{", f'{{"ours": {"[" * depth}{"]" * depth}, ', 1)
+
+    assert json.loads(Manifest.from_json(nested(31)).to_json()) == json.loads(nested(31))
+    rule = "A manifest is a JSON object with a schema."
+    why = "(ValueError: it is nested more than 32 levels deep)"
+    with refuses(ManifestError, f"{rule} Received: {nested(32)!r:.80} {why}. {AGAIN}"):
+        Manifest.from_json(nested(32))
+    with pytest.raises(ManifestError, match=r"\(RecursionError: .*\)\. Export the model again"):
+        Manifest.from_json(nested(100_000))
 
 
 @pytest.mark.parametrize(

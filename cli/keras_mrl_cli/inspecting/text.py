@@ -9,6 +9,7 @@ from ..asking.printing import Table, printable
 from ..indexing.places import in_bytes
 
 _FOREIGN = "none: another tool exported it, and only `predict` of a client can ask it"
+_REPORTED = ("holdout_size", "accuracy", "full_accuracy", "expected_dim", "cumulative_dim")
 
 
 def show(found: Mapping[str, Any]) -> None:
@@ -82,9 +83,12 @@ def _manifest(manifest: Mapping[str, Any]) -> None:
 def _tables(manifest: Mapping[str, Any]) -> None:
     cascade = manifest["cascade"]
     if cascade is not None:
-        print(f"\ncascade by {cascade['confidence']}")
+        print()
+        print(printable(f"cascade by {cascade['confidence']}"))
         table = Table({"  DIM": -5, "ABOVE": -9, "TEMPERATURE": -9, "ROWS": -6})
-        exits = cascade.get("exit_fractions") or [None] * len(cascade["stages"])
+        exits = cascade.get("exit_fractions", [])  # as many as stages, or nobody knows
+        if len(exits) != len(cascade["stages"]):
+            exits = [None] * len(cascade["stages"])
         for stage, share in zip(cascade["stages"], exits, strict=True):
             last = stage["threshold"] is None
             table.row(
@@ -93,7 +97,7 @@ def _tables(manifest: Mapping[str, Any]) -> None:
                 f"{stage.get('temperature', 1.0):g}",
                 "-" if share is None else f"{share:.1%}",
             )
-        if cascade.get("expected_dim") is not None:
+        if all(cascade.get(name) is not None for name in _REPORTED):
             print(
                 f"  on {cascade['holdout_size']} rows: accuracy {cascade['accuracy']:.4f}, "
                 f"{cascade['full_accuracy']:.4f} at the full dim; "
