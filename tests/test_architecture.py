@@ -41,6 +41,7 @@ FLOORS = (
         "temperatures",
         "thresholds",
         "version",
+        "version_folders",
     },
     {
         "index",

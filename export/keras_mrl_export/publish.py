@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keras_mrl_serving.contract import as_int
+from keras_mrl_serving.version_folders import list_versions
 
 
 @dataclass
@@ -59,7 +60,7 @@ def check_version(base_path: Path, version: int | None) -> None:
 
     Raises:
         FileExistsError: If `version` exists.
-        ValueError: If `version` is not a non-negative integer.
+        ValueError: If `version` is not a non-negative integer, or none is left to take.
     """
     if (base_path / "saved_model.pb").exists():
         raise ValueError(
@@ -67,13 +68,18 @@ def check_version(base_path: Path, version: int | None) -> None:
             f"Received: {base_path}, which is itself a version. Give {base_path.parent}."
         )
     if version is None:
+        if base_path.is_dir() and not _is_version(_next_version(base_path)):
+            raise ValueError(
+                "The next version must be a number of 64 bits. "
+                f"Received: {base_path}, which holds {2**63 - 1}. Give one that is free: version=1."
+            )
         return
     if not _is_version(version):
         raise ValueError(
             f"version must be a non-negative integer. Received: version={version!r}. "
             "Leave it out to take the next number."
         )
-    if base_path.exists() and version in _versions(base_path):
+    if base_path.exists() and version in list_versions(base_path):
         raise _taken(base_path, version)
 
 
@@ -99,15 +105,8 @@ def _is_version(number: object) -> bool:
         return False
 
 
-def _versions(base_path: Path) -> list[int]:
-    """The numbers taken: names a server reads as a number of 64 bits, "007" for one."""
-    names = [child.name for child in base_path.iterdir()]
-    numbers = [int(name) for name in names if name.isascii() and name.isdecimal()]
-    return [number for number in numbers if _is_version(number)]
-
-
 def _next_version(base_path: Path) -> int:
-    return max(_versions(base_path), default=0) + 1
+    return max([0, *list_versions(base_path)]) + 1
 
 
 def _taken(base_path: Path, version: int) -> FileExistsError:

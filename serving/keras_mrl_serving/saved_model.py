@@ -43,25 +43,28 @@ def read_signatures(folder: str | os.PathLike[str]) -> dict[str, Signature]:
         folder: The version's folder, the one with `saved_model.pb`.
 
     Raises:
-        ManifestError: If `saved_model.pb` is none.
+        ManifestError: If `saved_model.pb` is none, or holds no graph.
         OSError: If it cannot be read.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
+        >>> saved = wire.SavedModel(meta_graphs=[wire.MetaGraphDef()])
         >>> with TemporaryDirectory() as folder:
-        ...     _ = (Path(folder) / GRAPH_FILE).write_bytes(b"")
+        ...     _ = (Path(folder) / GRAPH_FILE).write_bytes(saved.SerializeToString())
         ...     print(read_signatures(folder))
         {}
     """
     file = Path(folder) / GRAPH_FILE
     try:
         graphs = wire.SavedModel.FromString(file.read_bytes()).meta_graphs
-    except DecodeError as error:
+        if not graphs:
+            raise ValueError("it holds no graph")
+        return signatures_of(graphs[0].signature_def)
+    except (DecodeError, ValueError) as error:  # a ValueError for a dtype that nobody knows
         raise ManifestError(
             f"{GRAPH_FILE} must be a SavedModel as TensorFlow writes it. "
             f"Received: {file} ({error}). Copy the version again, or export it again."
         ) from error
-    return {} if not graphs else signatures_of(graphs[0].signature_def)
 
 
 def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:

@@ -10,8 +10,8 @@ import pytest
 from keras_mrl_cli.inspecting import text
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.errors import ManifestError
-from tests.cli.conftest import Exported
-from tests.cli.test_main import refusal
+from tests.cli.conftest import KERAS_MRL, Exported
+from tests.cli.test_main import refusal, run
 from tests.serving.test_manifest_damaged import VALUES, changed, places
 
 AGAIN = "Export the model again with keras_mrl_export.export_saved_model."
@@ -72,6 +72,34 @@ def test_what_is_no_manifest(
         assert said.startswith("A manifest is a JSON object with a schema. Received: b")
         assert f" ({why}: " in said
         assert said.endswith(AGAIN)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [(b"", "it holds no graph"), (b"no model", "Error parsing message"), (b"\x08\x01", "no graph")],
+)
+def test_what_is_no_saved_model(
+    data: bytes, why: str, version: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = version / "saved_model.pb"
+    file.write_bytes(data)
+    for command in commands(version):
+        said = refusal(command, 1, capsys)
+        rule = "saved_model.pb must be a SavedModel as TensorFlow writes it."
+        assert said.startswith(f"{rule} Received: {file} (")
+        assert why in said
+        assert said.endswith("). Copy the version again, or export it again.")
+    assert not (version.parents[1] / "out").exists()
+
+
+def test_serve_refuses_it_too(version: Path) -> None:
+    (version / "saved_model.pb").write_bytes(b"")
+    status, out, err = run(
+        version, [*KERAS_MRL, "serve", "--dev", f"--model_base_path={version.parent}"]
+    )
+    assert (status, out) == (1, "")
+    assert "keras-mrl: The highest version must load. Received: version 1 of model default, " in err
+    assert "Traceback" not in err
 
 
 def test_what_is_read_is_shown(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:

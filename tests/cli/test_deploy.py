@@ -16,12 +16,14 @@ from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
 from keras_mrl_cli.__main__ import main
 from keras_mrl_cli.deploying.work import FILES
 from keras_mrl_serving import Client, InvalidInputError, Options
+from keras_mrl_serving import _wire_pb2 as wire
 from keras_mrl_serving.server import DevServer
 from keras_mrl_serving.server.batching_config import batching_options, read_batching_parameters
 from tests.cli.conftest import KERAS_MRL, Exported
 from tests.cli.test_main import refusal, run
 
 ROOT = Path(__file__).parents[2]
+GRAPH = wire.SavedModel(meta_graphs=[wire.MetaGraphDef()]).SerializeToString()
 
 
 @pytest.fixture
@@ -192,7 +194,7 @@ def test_what_is_asked_for(exported: Exported, tmp_path: Path) -> None:
 def test_the_memory_grows_with_the_model(exported: Exported, tmp_path: Path) -> None:
     version = tmp_path / "models" / "1"
     (version / "assets.extra").mkdir(parents=True)
-    (version / "saved_model.pb").touch()
+    (version / "saved_model.pb").write_bytes(GRAPH)
     manifest = "assets.extra/keras_mrl.json"
     (version / manifest).write_bytes((exported.base_path / "1" / manifest).read_bytes())
     with open(version / "variables", "wb") as file:
@@ -242,7 +244,7 @@ def test_what_cannot_be_deployed(
     )
     foreign = tmp_path / "foreign" / "3"
     foreign.mkdir(parents=True)
-    (foreign / "saved_model.pb").touch()
+    (foreign / "saved_model.pb").write_bytes(GRAPH)
     assert refusal(["deploy", out, "--model-base-path", str(foreign.parent)], 1, capsys) == (
         "A deployment is made for a model that carries a manifest. "
         f"Received: {foreign}, which has none. Export it with keras-mrl export."

@@ -86,6 +86,26 @@ def test_the_highest_version_is_shown(
     assert [version["version"] for version in found["versions"]] == [9, 10]
 
 
+@pytest.mark.parametrize("name", ["0", "7"])
+def test_a_file_by_a_number_is_no_version(
+    name: str, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "1").symlink_to(exported.base_path / "1")
+    plain = inspected(capsys, str(tmp_path))
+    assert plain["strays"] == []
+    assert len(plain["versions"]) == 1
+    (tmp_path / name).write_text("a stray file")
+    assert inspected(capsys, str(tmp_path)) == {**plain, "strays": [name]}
+    lines = said(capsys, str(tmp_path)).splitlines()
+    told = f"  no version   {name}, a file: a server takes it for a version and cannot load it"
+    assert lines.count(told) == 1
+    out = str(tmp_path / "out")
+    assert main(["deploy", out, "--model-base-path", str(tmp_path)]) == 0
+    capsys.readouterr()
+    (tmp_path / "1").unlink()
+    assert refusal(["inspect", str(tmp_path)], 1, capsys).startswith("A model is a folder with ")
+
+
 def test_a_folder_in_words(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys, str(exported.base_path)).splitlines()
     assert lines[0] == f"{exported.base_path / '1'}: tiny_One, classifier"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keras_mrl_export.publish import Staged, check_version, publishing
-from keras_mrl_serving.server.versions import list_versions
+from keras_mrl_serving.version_folders import list_versions
 
 
 def publish(base_path: Path, version: int | None = None, text: str = "a model") -> Path:
@@ -82,6 +82,31 @@ def test_a_number_written_with_zeros_is_taken_too(tmp_path: Path) -> None:
         "A published version is never overwritten. "
         f"Received: version=7, which exists under {tmp_path}. Leave version out to take 9."
     )
+
+
+def test_a_number_with_a_sign_or_blanks_is_taken_too(tmp_path: Path) -> None:
+    for name in ("+5", " 6", "-1"):
+        (tmp_path / name).mkdir()
+    for version in (5, 6):
+        assert refusal(tmp_path, FileExistsError, version) == (
+            "A published version is never overwritten. Received: "
+            f"version={version}, which exists under {tmp_path}. Leave version out to take 7."
+        )
+    assert publish(tmp_path) == tmp_path / "7"
+
+
+def test_below_0_is_no_reason_for_a_version_0(tmp_path: Path) -> None:
+    (tmp_path / "-1").mkdir()
+    assert publish(tmp_path) == tmp_path / "1"
+
+
+def test_after_the_highest_number_there_is_no_next(tmp_path: Path) -> None:
+    (tmp_path / str(2**63 - 1)).mkdir()
+    assert refusal(tmp_path, ValueError, None) == (
+        "The next version must be a number of 64 bits. "
+        f"Received: {tmp_path}, which holds {2**63 - 1}. Give one that is free: version=1."
+    )
+    assert publish(tmp_path, 1) == tmp_path / "1"
 
 
 def test_siblings_that_are_no_versions_do_not_count(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is read of a SavedModel without TensorFlow; tests/cli/test_inspect.py reads a real one."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,17 +38,33 @@ def test_signatures_that_can_be_called(tmp_path: Path) -> None:
     assert signature.outputs["embedding"]["shape"] is None
 
 
-def test_an_empty_model_has_none(tmp_path: Path) -> None:
-    (tmp_path / "saved_model.pb").touch()
+def test_a_graph_without_signatures_has_none(tmp_path: Path) -> None:
+    saved = wire.SavedModel(meta_graphs=[wire.MetaGraphDef()])
+    (tmp_path / "saved_model.pb").write_bytes(saved.SerializeToString())
     assert read_signatures(tmp_path) == {}
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_signatures(tmp_path)
-    (tmp_path / "saved_model.pb").write_bytes(b"\xff\xff\xff")
-    with pytest.raises(ManifestError, match="must be a SavedModel as TensorFlow writes it"):
-        read_signatures(tmp_path)
+    graph = wire.MetaGraphDef()
+    graph.signature_def["serving_default"].inputs["x"].dtype = 101  # type: ignore[assignment]
+    odd = wire.SavedModel(meta_graphs=[graph]).SerializeToString()
+    unknown = wire.SavedModel(saved_model_schema_version=1).SerializeToString()
+    for data, why in (
+        (b"\xff\xff\xff", r"Error parsing message .*"),
+        (b"", "it holds no graph"),
+        (unknown, "it holds no graph"),
+        (odd, r".* 101"),
+    ):
+        file = tmp_path / "saved_model.pb"
+        file.write_bytes(data)
+        rule = "saved_model.pb must be a SavedModel as TensorFlow writes it."
+        remedy = "Copy the version again, or export it again."
+        told = rf"{re.escape(rule)} Received: {re.escape(str(file))} \({why}\)\. {remedy}"
+        with pytest.raises(ManifestError) as caught:
+            read_signatures(tmp_path)
+        assert re.fullmatch(told, str(caught.value))
 
 
 def test_sizes_are_those_of_all_files_below(tmp_path: Path) -> None:

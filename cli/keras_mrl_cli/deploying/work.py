@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from keras_mrl_serving import Manifest, ManifestError
-from keras_mrl_serving.saved_model import read_manifest
+from keras_mrl_serving.saved_model import read_manifest, read_signatures
 
 from ..asking import RefusalError, one_line
 from ..indexing.places import in_bytes
@@ -104,6 +104,7 @@ def _model(base_path: str) -> tuple[Path, Manifest]:
     try:
         folder, known = find_version(base_path)
         manifest = read_manifest(folder)
+        read_signatures(folder)  # a version that cannot be read is not deployed
     except ManifestError as error:
         raise RefusalError(one_line(error)) from error
     except OSError as error:

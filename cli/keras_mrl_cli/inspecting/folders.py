@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from keras_mrl_serving.saved_model import GRAPH_FILE, sizes
+from keras_mrl_serving.version_folders import list_versions
 
 from ..asking import RefusalError
 
-_MOST = 2**63 - 1
-
 
 def versions(base_path: Path) -> dict[int, Path]:
-    """Return the versions under a folder, the lowest first."""
-    found = {
-        int(child.name): child
-        for child in sorted(base_path.iterdir())
-        if child.name.isascii() and child.name.isdecimal() and int(child.name) <= _MOST
-    }
-    return dict(sorted(found.items()))
+    """Return the versions under a folder, the lowest first; files by a number are none."""
+    found = {number: Path(path) for number, path in list_versions(base_path).items()}
+    return {number: path for number, path in found.items() if path.is_dir()}
+
+
+def strays(base_path: Path) -> list[str]:
+    """Return the names of files that a server takes for versions, and cannot load."""
+    return [
+        os.path.basename(path)
+        for path in list_versions(base_path).values()
+        if not os.path.isdir(path)
+    ]
 
 
 def find_version(path: str) -> tuple[Path, dict[int, Path]]:

@@ -19,7 +19,7 @@ from ..asking import RefusalError, one_line, server_flags
 from ..asking.printing import print_json
 from ..asking.server import connected
 from . import text
-from .folders import disk_bytes, find_version
+from .folders import disk_bytes, find_version, strays
 
 # What is no path: a scheme, several addresses, or a host and its port.
 _TARGET = re.compile(r"\w+:(//)?/.*|[^/]*,[^/]*|[^/]*:\d+")
@@ -51,6 +51,7 @@ def _of_folder(path: str) -> dict[str, Any]:
         return {
             "path": str(folder),
             "versions": [{"version": n, "bytes": disk_bytes(p)} for n, p in known.items()],
+            "strays": strays(Path(path)) if known else [],
             "sizes": sizes(folder),
             **_described(manifest, signatures),
         }

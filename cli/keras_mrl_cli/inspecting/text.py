@@ -27,6 +27,8 @@ def show(found: Mapping[str, Any]) -> None:
         _line("on disk", f"{in_bytes(sum(found['sizes'].values()))}: {', '.join(parts)}")
     for version in found["versions"]:
         _line("version", _version(version))
+    for name in found.get("strays", ()):
+        _line("no version", f"{name}, a file: a server takes it for a version and cannot load it")
     if manifest is not None:
         _tables(manifest)
     print("\nsignatures")

@@ -1,5 +1,6 @@
 """A version opened as TensorFlow Serving opens one: the session, batched if asked, warmed up."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,19 @@ def load(path: str, options: LoadOptions) -> ServingSession:
     return session
 
 
+def _as_in_cpp(error: Exception, path: str) -> StatusError:
+    if str(error).startswith("MetaGraphDef associated with tags"):
+        return StatusError(
+            grpc.StatusCode.NOT_FOUND,
+            "Could not find meta graph def matching supplied tags: { serve }. To inspect available "
+            "tag-sets in the SavedModel, please use the SavedModel CLI: `saved_model_cli`",
+        )
+    file = os.path.join(path, tf.saved_model.SAVED_MODEL_FILENAME_PB)
+    if str(error).startswith("Cannot parse file") and os.path.exists(file):
+        return StatusError(grpc.StatusCode.DATA_LOSS, f"Can't parse {file} as binary proto")
+    return StatusError(grpc.StatusCode.UNKNOWN, str(error))
+
+
 def _open(path: str) -> SavedModelSession:
     if not tf.saved_model.contains_saved_model(path):
         raise StatusError(
@@ -69,5 +83,7 @@ def _open(path: str) -> SavedModelSession:
         return SavedModelSession(path)
     except tf.errors.OpError as error:
         raise from_number(error.error_code, error.message) from error
+    except (OSError, RuntimeError) as error:  # as Python's loader words it: C++ has other words
+        raise _as_in_cpp(error, path) from error
     except Exception as error:  # the loader raises whatever it met; no model may end the server
         raise StatusError(grpc.StatusCode.UNKNOWN, str(error)) from error

@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from ..version_folders import list_versions
 from .labels import Labels
 from .model import Retries, ServedModel, Version, no_versions, not_found
 from .running import ServingSession
-from .versions import absent_versions, aspired_versions, list_versions
+from .versions import absent_versions, aspired_versions
 
 _logger = logging.getLogger("keras_mrl_serving.server")
 _DEFAULT_RETRIES = Retries()

@@ -4,12 +4,13 @@ from typing import Any
 
 import grpc
 
+from ..version_folders import list_versions
 from .config import check_logging
 from .manager import Models
 from .model import no_versions
 from .reload import Configuration
 from .status import StatusError
-from .versions import aspired_versions, list_versions
+from .versions import aspired_versions
 
 
 def apply_first(configuration: Configuration, config: Any, path: str) -> None:
@@ -61,8 +62,8 @@ def load_first_versions(models: Models, config: Any) -> None:
         if newest.failure is not None:
             raise RuntimeError(
                 f"The highest version must load. Received: version {newest.number} of model "
-                f"{model.name}, {newest.failure.code.name}: {newest.failure.message}. Export it "
-                "again, or remove it so that a lower one is served."
+                f"{model.name}, {newest.failure.code.name}: {newest.failure.message.rstrip('.')}. "
+                "Export it again, or remove it so that a lower one is served."
             )
 
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from keras_mrl_serving.server import DevServer
-from keras_mrl_serving.server.versions import list_versions
+from keras_mrl_serving.version_folders import list_versions
 from tests.serving.server.target import Served, reload
 
 Publish = Callable[[Path, str], Path]

@@ -24,7 +24,6 @@ from keras_mrl_serving.server.model import Retries
 from keras_mrl_serving.server.predict import predict
 from keras_mrl_serving.server.running import ServingSession
 from keras_mrl_serving.server.status import StatusError, truncated
-from keras_mrl_serving.server.versions import list_versions, version_number
 
 Publish = Callable[[Path, str], Path]
 LOGGER = "keras_mrl_serving.server"
@@ -75,41 +74,6 @@ def latest(model: Models) -> int:
 
 def states(model: Models) -> list[tuple[int, str]]:
     return [(v.number, ModelVersionStatus.State.Name(v.state)) for v in model.versions("m")]
-
-
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [
-        ("1", 1),
-        ("00000123", 123),
-        ("+7", 7),
-        ("-7", -7),
-        (" 7\t", 7),
-        ("9223372036854775807", 2**63 - 1),
-        ("9223372036854775808", None),
-        ("-9223372036854775809", None),
-        ("", None),
-        ("1.0", None),
-        ("1_000", None),
-        ("0x10", None),
-        ("1 2", None),
-        ("- 1", None),
-        ("v1", None),
-        ("1.tmp", None),
-        ("٣", None),
-    ],
-)
-def test_which_names_are_versions(name: str, number: int | None) -> None:
-    assert version_number(name) == number
-
-
-def test_of_one_number_twice_the_later_name_counts_and_files_count_too(tmp_path: Path) -> None:
-    for name in ("7", "007", "10", "copying-11"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "9").touch()
-    found = {7: str(tmp_path / "7"), 9: str(tmp_path / "9"), 10: str(tmp_path / "10")}
-    assert list_versions(str(tmp_path)) == found
-    assert list(list_versions(str(tmp_path))) == [7, 9, 10]
 
 
 def test_the_highest_version_is_served_not_the_last_in_name_order(
@@ -227,7 +191,7 @@ def test_a_model_that_cannot_be_read_is_an_error_not_an_end(
     model.poll()
     error = model.versions("m")[0].error
     assert error is not None
-    assert error.code is grpc.StatusCode.UNKNOWN
+    assert error.code is grpc.StatusCode.DATA_LOSS
     assert latest(model) == 1
 
 
@@ -379,6 +343,28 @@ def test_a_first_version_that_does_not_load(base: Path) -> None:
         "path does not appear to contain a SavedModel bundle (should have a file called "
         f"`saved_model.pb`)\nSpecified file path: {base / '3'}. Export it again, or remove it so "
         "that a lower one is served."
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            b"",
+            "NOT_FOUND: Could not find meta graph def matching supplied tags: { serve }. To "
+            "inspect available tag-sets in the SavedModel, please use the SavedModel CLI: "
+            "`saved_model_cli`",
+        ),
+        (b"garbage", "DATA_LOSS: Can't parse BASE/3/saved_model.pb as binary proto"),
+    ],
+)
+def test_a_first_version_that_is_no_model(data: bytes, said: str, base: Path) -> None:
+    (base / "3").mkdir(parents=True)
+    (base / "3" / "saved_model.pb").write_bytes(data)
+    assert start_error(base, RuntimeError) == (
+        "The highest version must load. Received: version 3 of model m, "
+        f"{said.replace('BASE', str(base))}. Export it again, or remove it so that a lower one is "
+        "served."
     )
 
 
