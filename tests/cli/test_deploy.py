@@ -172,7 +172,8 @@ def test_the_service_is_headless_and_leads_to_the_pods(deployed: Path) -> None:
 
 
 def test_what_is_asked_for(exported: Exported, tmp_path: Path) -> None:
-    asked = "--name birds --image registry:5000/tfs@sha256:5e1f --replicas 5 --port 9000"
+    image = f"registry:5000/tfs@sha256:{'5e1f' * 16}"
+    asked = f"--name birds --image {image} --replicas 5 --port 9000"
     more = "--rest-port 9001 --memory 4096"
     command = ["deploy", str(tmp_path), "--model-base-path", str(exported.base_path)]
     assert main([*command, *asked.split(), *more.split()]) == 0
@@ -180,7 +181,7 @@ def test_what_is_asked_for(exported: Exported, tmp_path: Path) -> None:
     deployment = found["Deployment"]["spec"]
     assert deployment["replicas"] == 5
     (container,) = deployment["template"]["spec"]["containers"]
-    assert container["image"] == "registry:5000/tfs@sha256:5e1f"
+    assert container["image"] == image
     assert container["resources"]["limits"] == {"memory": "4096Mi"}
     assert container["readinessProbe"]["grpc"]["port"] == 9000
     given = flags(container["args"])
@@ -214,6 +215,60 @@ def test_a_path_is_a_string_to_yaml_and_to_compose(exported: Exported, tmp_path:
     source = compose["services"]["tiny-one"]["volumes"][0]["source"]
     assert source.replace("$$", "$") == str(base)
     assert "$$HOME" in source
+
+
+@pytest.mark.parametrize(
+    "name", ["on", "No", "y", "null", "true", "1e3", "0x1F", "0o7", "12", "1.5", "2026-11-25"]
+)
+def test_a_name_is_a_string_to_yaml(name: str, exported: Exported, tmp_path: Path) -> None:
+    command = ["deploy", str(tmp_path), "--model-base-path", str(exported.base_path)]
+    assert main([*command, "--name", name]) == 0
+    (service,) = yaml.safe_load((tmp_path / "docker-compose.yml").read_text())["services"]
+    found = documents(tmp_path / "kubernetes.yaml")
+    slug = found["Service"]["metadata"]["name"]
+    assert isinstance(slug, str)
+    assert service == slug
+    kustomization = yaml.safe_load((tmp_path / "kustomization.yaml").read_text())
+    everything = [*strings([*found.values(), kustomization])]
+    assert everything.count(slug) == 9  # 3 names, the labels and selectors that repeat them
+    assert {f"{slug}-models", f"{slug}-config", f"/models/{name}"} <= set(everything)
+
+
+def strings(value: Any) -> list[str]:
+    """Every string of a document, but the keys."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in strings(part)]
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["", "-", "~", "a b", "/tfs", "tfs/", "tfs:", "tfs@", "Tfs", "a//b", "tfs:-1",
+     "tfs@sha256:5e1f", "a: b", "tfs:1:2", "http://a/b", "tfs\n", "täs"],
+)  # fmt: skip
+def test_what_is_no_image_is_refused(
+    image: str, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["deploy", str(tmp_path / "out"), "--model-base-path", str(exported.base_path)]
+    assert refusal([*command, "--image", image], 2, capsys) == (
+        "--image must be the name of an image. "
+        f"Received: {image!r}. Give for example tensorflow/serving:2.20.0."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["on", "null", "tensorflow/serving:2.20.0-gpu", "localhost:5000/a/b_c__d-e.f:V1_2",
+     "a.b-c.io/x"],
+)  # fmt: skip
+def test_an_image_is_a_string_to_yaml(image: str, exported: Exported, tmp_path: Path) -> None:
+    command = ["deploy", str(tmp_path), "--model-base-path", str(exported.base_path)]
+    assert main([*command, "--image", image]) == 0
+    (service,) = yaml.safe_load((tmp_path / "docker-compose.yml").read_text())["services"].values()
+    pod = documents(tmp_path / "kubernetes.yaml")["Deployment"]["spec"]["template"]["spec"]
+    assert service["image"] == pod["containers"][0]["image"] == image
 
 
 def test_nothing_is_replaced_without_force(
@@ -253,9 +308,9 @@ def test_what_cannot_be_deployed(
         "The name of a model that is served is of letters, digits, '_', '.' and '-', the first and "
         "the last a letter or digit. Received: 'a\"b'. Give another: --name."
     )
-    assert refusal(["deploy", out, "--model-base-path", base, "--image", "a b"], 2, capsys) == (
-        "--image must be the name of an image. "
-        "Received: 'a b'. Give for example tensorflow/serving:2.20.0."
+    assert refusal(["deploy", out, "--model-base-path", base, "--name", ""], 1, capsys) == (
+        "The name of a model that is served is of letters, digits, '_', '.' and '-', the first and "
+        "the last a letter or digit. Received: ''. Give another: --name."
     )
     assert refusal(["deploy", out, "--model-base-path", base, "--port", "8501"], 2, capsys) == (
         "gRPC and HTTP need a port each. Received: --port and --rest-port 8501. Name another."

@@ -27,7 +27,13 @@ FILES = (
 )
 _CONNECTION_AGE_S = 60
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
-_IMAGE = re.compile(r"[\w./:@-]+", re.ASCII)
+# An image as containers name one: host and port, a path in lower case, a tag, a digest.
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
+_PART = "[a-z0-9]+((\\.|_{1,2}|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(
+    f"({_LABEL}(\\.{_LABEL})*(:[0-9]+)?/)?{_PART}(/{_PART})*"
+    "(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@[A-Za-z][A-Za-z0-9]*:[0-9a-fA-F]{32,})?"
+)
 _MOST_SLUG = 40  # Kubernetes allows 63, and names of ours are longer by a suffix
 
 
@@ -64,7 +70,7 @@ def render(name: str, values: dict[str, str]) -> str:
 
 def _values(arguments: argparse.Namespace) -> dict[str, str]:
     folder, manifest = _model(arguments.model_base_path)
-    name = _checked(arguments.name or manifest.name)
+    name = _checked(manifest.name if arguments.name is None else arguments.name)
     if not _IMAGE.fullmatch(arguments.image):
         raise RefusalError(
             "--image must be the name of an image. "
