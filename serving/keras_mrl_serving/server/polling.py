@@ -1,9 +1,11 @@
 """The threads that look at base paths, and at the file of the model config, now and then."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from .config import read_config
 from .manager import Models
@@ -11,6 +13,7 @@ from .reload import Configuration
 from .status import StatusError
 
 _logger = logging.getLogger("keras_mrl_serving.server")
+_Stamp = tuple[int, int, int]
 
 
 class Poller:
@@ -67,6 +70,9 @@ class Poller:
 class ConfigPoller:
     """Reads the file of the model config again and again, and reloads what it says.
 
+    Where a model that it adds does not become available, for want of its base path say, the wait
+    for it ends once the file changes: what it says then is taken at the next look.
+
     Args:
         configuration: what is reloaded.
         path: the file.
@@ -93,18 +99,36 @@ class ConfigPoller:
 
     def look(self) -> None:
         """Reloads what the file says now; what is wrong with it is only logged."""
-        problem = _problem_of(self._reload)
+        read = _stamp(self._path)  # before it is read: what is written meanwhile is read next
+        problem = _problem_of(partial(self._reload, read))
+        if self._is_replaced(read):
+            problem = ""
         if problem and problem != self._problem and not self._stopping.is_set():
             _logger.error("%s: %s", self._path, problem)
         self._problem = problem
 
-    def _reload(self) -> None:
+    def _reload(self, read: _Stamp | None) -> None:
         config = read_config(self._path)
-        self._configuration.reload(config, lambda: not self._stopping.is_set())
+        self._configuration.reload(
+            config, lambda: not self._stopping.is_set() and not self._is_replaced(read)
+        )
+
+    def _is_replaced(self, read: _Stamp | None) -> bool:
+        now = _stamp(self._path)
+        return now is not None and now != read
 
     def _run(self) -> None:
         while not self._stopping.wait(self._wait_s):
             self.look()
+
+
+def _stamp(path: str) -> _Stamp | None:
+    """What changes with a file; None while there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _problem_of(action: Callable[[], None]) -> str:

@@ -417,6 +417,37 @@ def test_a_config_file_is_reloaded_and_what_is_wrong_with_it_is_logged_once(
     poller.stop()
 
 
+def test_a_wait_for_a_model_that_is_not_there_ends_once_the_file_changes(
+    tmp_path: Path, models: Models, configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    poller = Poller(models, 0.01)
+    poller.start()
+    file = tmp_path / "models.config"
+    waits = 'base_path: "/nothing/here"'
+    file.write_text(text_format.MessageToString(configure(m="", late=waits)))
+    configuration = Configuration(models, wake=poller.wake)
+    config_poller = ConfigPoller(configuration, str(file), 0.01)
+    looked = threading.Thread(target=config_poller.look, daemon=True)
+    looked.start()
+    looked.join(0.3)
+    assert looked.is_alive()
+    again = tmp_path / "again.config"
+    again.write_text(text_format.MessageToString(configure(n="")))
+    file.unlink()  # a file that is away for a moment is not one that says something else
+    looked.join(0.3)
+    assert looked.is_alive()
+    again.rename(file)
+    looked.join(2)
+    if looked.is_alive():
+        configuration.close()
+        pytest.fail("the look still waits for what the file no longer says")
+    config_poller.look()
+    assert states(models, "n") == "1:AVAILABLE"
+    assert states(models, "late") == ""
+    poller.stop()
+    assert [m for m in caplog.messages if m.startswith(str(file))] == []
+
+
 def test_a_path_that_no_file_system_takes_ends_nothing(
     models: Models, configure: Configure, caplog: pytest.LogCaptureFixture
 ) -> None:
