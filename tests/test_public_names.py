@@ -56,6 +56,8 @@ PUBLIC = {
         "linear_probe",
         "mean_average_precision_at_k",
         "plot_accuracy",
+        "plot_by_cost",
+        "plot_by_dim",
         "plot_retrieval",
         "precision_at_k",
         "score_tokens",

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from types import ModuleType
 
-from . import classify, demo, deploy, embed, export, index, inspect, search, serve
+from . import classify, compare, demo, deploy, embed, export, index, inspect, search, serve
 
 _COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
+    "compare": compare,
     "export": export,
     "serve": serve,
     "deploy": deploy,

@@ -3,6 +3,8 @@
 from .calibration import expected_calibration_error as expected_calibration_error
 from .decoding import learn_decoding_policy as learn_decoding_policy
 from .plots import plot_accuracy as plot_accuracy
+from .plots import plot_by_cost as plot_by_cost
+from .plots import plot_by_dim as plot_by_dim
 from .plots import plot_retrieval as plot_retrieval
 from .probe import LinearProbe as LinearProbe
 from .probe import linear_probe as linear_probe

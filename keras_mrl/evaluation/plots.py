@@ -1,12 +1,20 @@
-"""The paper's two pictures: what a dim is worth, and what a search costs."""
+"""The paper's pictures: what a dim is worth, and what a cost buys."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _BLUE, _ORANGE, _GREY = "#1f6feb", "#d9730d", "#8b949e"
+_COLOURS = (_BLUE, "#cf222e", "#1a7f37", "#8250df", "#9a6700", "#0a7a8f", "#57606a", "#bf3989")
+_MARKERS = "osD^vPXh"
+_STARS = (_ORANGE, "#6639ba", "#116329", "#a40e26", "#4d2d00")
+
+Spread = float | Sequence[float]
 
 
 def plot_accuracy(
@@ -22,28 +30,59 @@ def plot_accuracy(
     Examples:
         >>> plot_accuracy({8: 0.66, 16: 0.73, 32: 0.75}, (12.5, 0.75), "accuracy.svg")
     """
-    dims = sorted(accuracy_by_dim)
-    figure, axes = _figure("Accuracy by dim", "dim (log scale)", "top-1 accuracy, %")
+    stars = {} if adaptive is None else {f"adaptive: {adaptive[0]:.1f} dims on average": adaptive}
+    plot_by_dim(
+        {"one dim for every row": accuracy_by_dim},
+        path,
+        stars,
+        title="Accuracy by dim",
+        measure="top-1 accuracy",
+    )
+
+
+def plot_by_dim(
+    lines: Mapping[str, Mapping[int, Spread]],
+    path: str | Path,
+    stars: Mapping[str, tuple[float, float]] | None = None,
+    title: str = "",
+    measure: str = "top-1 accuracy",
+) -> None:
+    """Draw a measure over dims, one line per method.
+
+    Args:
+        lines: Method to dim to a fraction, or to one per seed: their mean is drawn, with a bar of
+            one standard deviation to each side. A method without dims is not drawn and keeps its
+            colour, so that pictures side by side can agree.
+        path: File to write; its suffix chooses the format (.png, .svg).
+        stars: Name to an expected dim and a fraction, for what is no single dim.
+        title: Of the picture.
+        measure: What the fractions are.
+
+    Examples:
+        >>> plot_by_dim({"MRL": {8: [0.65, 0.67], 16: 0.73}, "FF": {8: 0.6, 16: 0.7}}, "top1.svg")
+    """
+    figure, axes = _figure(title, "dim (log scale)", f"{measure}, %")
+    dims = sorted({dim for by_dim in lines.values() for dim in by_dim})
     axes.set_xscale("log", base=2)
     axes.set_xticks(dims, [str(dim) for dim in dims])
-    axes.plot(
-        dims,
-        [100 * accuracy_by_dim[dim] for dim in dims],
-        color=_BLUE,
-        marker="o",
-        label="one dim for every row",
-    )
-    if adaptive is not None:
-        expected_dim, accuracy = adaptive
-        axes.plot(
-            [expected_dim],
-            [100 * accuracy],
-            color=_ORANGE,
-            marker="*",
-            markersize=16,
-            linestyle="",
-            label=f"adaptive: {expected_dim:.1f} dims on average",
+    for (name, by_dim), colour, marker in zip(
+        lines.items(), cycle(_COLOURS), cycle(_MARKERS), strict=False
+    ):
+        own = sorted(by_dim)
+        if not own:
+            continue
+        values = [100 * np.atleast_1d(by_dim[dim]) for dim in own]
+        axes.errorbar(
+            own,
+            [float(value.mean()) for value in values],
+            yerr=[float(value.std(ddof=1)) if len(value) > 1 else 0.0 for value in values],
+            color=colour,
+            marker=marker,
+            markersize=5,
+            capsize=2 if any(len(value) > 1 for value in values) else 0,
+            label=name,
         )
+    _add_stars(axes, stars or {})
     _save(figure, axes, path)
 
 
@@ -62,20 +101,48 @@ def plot_retrieval(
     Examples:
         >>> plot_retrieval({8: (8e3, 0.57), 16: (16e3, 0.63)}, (9e3, 0.63), "retrieval.svg")
     """
-    figure, axes = _figure("Retrieval", "multiply-adds per query (log scale)", "map10, %")
+    name = "exhaustive search at one dim"
+    plot_by_cost({name: exhaustive}, path, {} if funnel is None else {"funnel": funnel})
+
+
+def plot_by_cost(
+    lines: Mapping[str, Mapping[int, tuple[float, float]]],
+    path: str | Path,
+    stars: Mapping[str, tuple[float, float]] | None = None,
+    title: str = "Retrieval",
+    measure: str = "map10",
+) -> None:
+    """Draw a measure over multiply-adds per query, one line per method.
+
+    Args:
+        lines: Method to dim to multiply-adds and a fraction.
+        path: File to write; its suffix chooses the format (.png, .svg).
+        stars: Name to multiply-adds and a fraction, for what is no single dim.
+        title: Of the picture.
+        measure: What the fractions are.
+
+    Examples:
+        >>> plot_by_cost({"MRL": {8: (8e3, 0.57), 16: (16e3, 0.63)}}, "map10.png")
+    """
+    figure, axes = _figure(title, "multiply-adds per query (log scale)", f"{measure}, %")
     axes.set_xscale("log")
-    points = [(dim, *exhaustive[dim]) for dim in sorted(exhaustive)]
-    axes.set_xticks([cost for _, cost, _ in points], [_short(cost) for _, cost, _ in points])
+    costs = sorted({cost for by_dim in lines.values() for cost, _ in by_dim.values()})
+    axes.set_xticks(costs, [_short(cost) for cost in costs])
     axes.minorticks_off()
     axes.margins(y=0.12)
-    axes.plot(
-        [cost for _, cost, _ in points],
-        [100 * quality for _, _, quality in points],
-        color=_BLUE,
-        marker="o",
-        label="exhaustive search at one dim",
-    )
-    for dim, cost, quality in points:
+    for (name, by_dim), colour, marker in zip(
+        lines.items(), cycle(_COLOURS), cycle(_MARKERS), strict=False
+    ):
+        points = [(dim, *by_dim[dim]) for dim in sorted(by_dim)]
+        axes.plot(
+            [cost for _, cost, _ in points],
+            [100 * quality for _, _, quality in points],
+            color=colour,
+            marker=marker,
+            label=name,
+        )
+    # One line has the dims written to it; the others have them at the same costs.
+    for dim, (cost, quality) in next(iter(lines.values())).items():
         axes.annotate(
             str(dim),
             (cost, 100 * quality),
@@ -84,17 +151,13 @@ def plot_retrieval(
             ha="center",
             color=_GREY,
         )
-    if funnel is not None:
-        axes.plot(
-            [funnel[0]],
-            [100 * funnel[1]],
-            color=_ORANGE,
-            marker="*",
-            markersize=16,
-            linestyle="",
-            label="funnel",
-        )
+    _add_stars(axes, stars or {})
     _save(figure, axes, path)
+
+
+def _add_stars(axes: Any, stars: Mapping[str, tuple[float, float]]) -> None:
+    for (name, (x, y)), colour in zip(stars.items(), cycle(_STARS), strict=False):
+        axes.plot([x], [100 * y], color=colour, marker="*", markersize=16, linestyle="", label=name)
 
 
 def _short(count: float) -> str:

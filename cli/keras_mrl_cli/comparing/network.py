@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import keras
@@ -45,3 +46,18 @@ def _convolution(x: Any, filters: int, strides: int = 1) -> Any:
 def _normal(x: Any, filters: int, strides: int = 1) -> Any:
     x = layers.Conv2D(filters, 3, strides=strides, padding="same", use_bias=False)(x)
     return layers.BatchNormalization(momentum=0.9)(x)
+
+
+def madds(model: keras.Model) -> int:
+    """Return the multiply-adds of an image in the convolutions and dense layers of a model.
+
+    Examples:
+        >>> madds(backbone((8, 8, 1), width=4, filters=8))
+        127232
+    """
+    total = 0
+    for layer in model.layers:
+        if isinstance(layer, (layers.Conv2D, layers.Dense)):
+            # Every weight of a kernel is used once at each place of the output.
+            total += prod(layer.output.shape[1:-1]) * prod(layer.kernel.shape)
+    return total

@@ -41,6 +41,12 @@ def is_trained(folder: Path) -> bool:
     return (folder / "net.json").exists()
 
 
+def epochs_done(folder: Path) -> int:
+    """How many whole epochs of this net are kept."""
+    noted = folder / "history.json"
+    return len(json.loads(noted.read_text())) if noted.exists() else 0
+
+
 def train(
     net: Net,
     folder: Path,
@@ -66,7 +72,7 @@ def train(
     path, model, history = _resume(net, folder)
     if model is None:
         model = net.make(training.pixels.shape[1:], len(training.names), recipe.filters)
-        _compile(model, net, recipe, len(training.labels))
+        compile_net(model, net, recipe.epochs, len(training.labels))
     for epoch in range(len(history), recipe.epochs):
         started = time.perf_counter()
         batches = Batches(training, net.seed, epoch, recipe.flip)
@@ -92,8 +98,9 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(partial, path)
 
 
-def _compile(model: keras.Model, net: Net, recipe: Recipe, rows: int) -> None:
-    steps = recipe.epochs * -(-rows // SIZE)
+def compile_net(model: keras.Model, net: Net, epochs: int, rows: int) -> None:
+    """Give a net its loss, and an optimizer whose rate ends with the last epoch."""
+    steps = epochs * -(-rows // SIZE)
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, steps, warmup_target=2e-3, warmup_steps=max(1, steps // 10)
     )

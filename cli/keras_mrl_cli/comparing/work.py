@@ -1,0 +1,152 @@
+"""The work of `compare`: train what is missing, evaluate, write."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from ..asking import RefusalError
+from . import adaptive, measures
+from .answers import Answers
+from .figures import draw
+from .findings import findings
+from .images import split_classes
+from .network import madds
+from .parts import load_parts, note_parts, unseen_classes
+from .plan import Plan, choose, subset, taken_up
+from .report import html
+from .tables import as_csv, tables
+from .training import epochs_done, is_trained, replacing, train
+
+
+def compare(
+    data: list[str],
+    test: list[str] | None,
+    out: Path,
+    asked: Plan,
+    budget: float | None = None,
+    size: int | None = None,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> dict[str, Any]:
+    """Train, evaluate and write a comparison; what is there already is not made again.
+
+    Args:
+        data: Places of the images, as `images.read` takes them.
+        test: Places of the test images; None draws them.
+        out: Folder of everything.
+        asked: What is trained; its epochs, filters and rows count where there is no budget.
+        budget: Minutes there are; None means no end.
+        size: Height and width of the images; None keeps the first one's.
+        say: Takes lines about how far it is.
+
+    Returns:
+        The results, as `results.json` has them.
+
+    Raises:
+        RefusalError: If images cannot be read, or `out` holds another comparison.
+    """
+    training, judging, left_out = load_parts(data, test, size)
+    if asked.unseen and len(training.names) < 10:
+        raise RefusalError(
+            "A fifth of the classes must be two or more to look for neighbours among. "
+            f"Received: --unseen with {len(training.names)} classes. Leave --unseen out."
+        )
+    note_parts(out / "splits.npz", training, judging)
+    plan = taken_up(
+        out / "plan.json",
+        {**asdict(asked), "dims": list(asked.dims), "budget": budget}
+        | {"backend": keras.backend.backend()},
+        lambda: choose(asked, training, budget, say),
+    )
+    answers = Answers(out / "nets", plan, subset(training, plan.rows), judging)
+    _train(answers, say)
+    say("evaluating (minutes for tens of thousands of images)")
+    results = _measure(answers, left_out, data, say)
+    _write(results, out)
+    return results
+
+
+def _train(answers: Answers, say: Callable[[str], None]) -> None:
+    nets, epochs = answers.plan.nets, answers.plan.epochs
+    whole = answers.training, answers.test
+    hidden = unseen_classes(len(answers.training.names))
+    missing = [net for net in nets if not is_trained(answers.folder / net.name)]
+    left = sum(epochs - epochs_done(answers.folder / net.name) for net in missing)
+    started, done = time.monotonic(), 0
+
+    def tell(line: str) -> None:
+        nonlocal done
+        done += 1
+        minutes = (left - done) * (time.monotonic() - started) / done / 60
+        say(f"{line}, about {minutes:.0f} min left")
+
+    for at, net in enumerate(missing):
+        say(f"[{len(nets) - len(missing) + at + 1}/{len(nets)}] {net.name}")
+        parts = whole if net.all_classes else _seen(whole, hidden)
+        train(net, answers.folder / net.name, parts, answers.plan.recipe, tell)
+
+
+def _seen(parts: Any, hidden: list[int]) -> Any:
+    return tuple(split_classes(part, hidden)[0] for part in parts)
+
+
+def _measure(
+    answers: Answers, left_out: int, data: list[str], say: Callable[[str], None]
+) -> dict[str, Any]:
+    plan, full = answers.plan, answers.model(f"{answers.full}-0")
+    results: dict[str, Any] = {
+        "about": {
+            "command": " ".join(["keras-mrl", *sys.argv[1:]]),
+            "data": data,
+            "images": [len(answers.training.labels), len(answers.test.labels)],
+            "classes": len(answers.training.names),
+            "left_out": left_out,
+            "machine": f"Python {platform.python_version()}, Keras {keras.__version__} on "
+            f"{keras.backend.backend()}, keras-mrl {version('keras-mrl')}, "
+            f"{os.cpu_count()} CPU cores, {time.strftime('%Y-%m-%d')}",
+        },
+        "plan": {**asdict(plan), "dims": list(plan.dims)},
+        "minutes": {net.name: answers.minutes(net.name) for net in plan.nets},
+        "madds": {
+            "backbone": madds(full.backbone),
+            "head": answers.width * len(answers.training.names),
+        },
+    }
+    steps: dict[str, Callable[[Answers], Any]] = {
+        "top1": measures.top1,
+        "neighbors": measures.neighbors,
+        "cascades": adaptive.cascades,
+        "retrieval": adaptive.retrieval,
+    }
+    if plan.unseen:
+        steps["unseen"] = measures.unseen
+    for at, (name, step) in enumerate(steps.items()):
+        started = time.monotonic()
+        results[name] = step(answers)
+        say(f"[{at + 1}/{len(steps)}] {name}: {time.monotonic() - started:.0f} s")
+    return results
+
+
+def _write(results: dict[str, Any], out: Path) -> None:
+    draw(results, out)
+    said = "".join(f"- {sentence}\n" for sentence in findings(results))
+    shown = "\n".join(table.markdown() for table in tables(results))
+    texts = {
+        "results.json": json.dumps(results, indent=1) + "\n",
+        "results.csv": as_csv(results),
+        "results.md": f"{said}\n{shown}",
+        "report.html": html(results, out),
+    }
+    for name, text in texts.items():
+        with replacing(out / name) as partial:
+            partial.write_text(text, "utf-8")
