@@ -84,9 +84,10 @@ def failed(
     """
     rule, usual = _RULES_AND_REMEDIES[leaf]
     version, signature = envelope.version, envelope.signature
+    label = "" if envelope.label is None else f" label {envelope.label!r}"
     error = leaf(
         f"{rule} Received: {received} from {target} for model {envelope.model!r}"
-        + (f" version {version}" if version is not None else "")
+        + (f" version {version}" if version is not None else label)
         + (f", signature {signature!r}" if signature else "")
         + f", timeout {envelope.timeout_s:g} s"
         + (f": {details.rstrip('.')}" if details else "")

@@ -45,6 +45,8 @@ def encode(envelope: Envelope) -> tuple[str, Any]:
     spec = wire.ModelSpec(name=envelope.model, signature_name=envelope.signature)
     if envelope.version is not None:
         spec.version.value = envelope.version
+    elif envelope.label is not None:
+        spec.version_label = envelope.label
     if isinstance(request, Call):
         message = wire.PredictRequest(model_spec=spec, output_filter=request.outputs)
         for name, array in request.inputs.items():

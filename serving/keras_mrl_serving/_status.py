@@ -23,6 +23,7 @@ from .errors import (
 )
 from .options import Options
 
+_NO_LABEL = "Unrecognized servable version label"
 _BATCH_TOO_LARGE = re.compile(r"is larger than maximum input batch size (\d+)")
 
 
@@ -34,6 +35,8 @@ def leaf_of(code: grpc.StatusCode, details: str) -> type[KerasMrlError]:
         <class 'keras_mrl_serving.errors.VersionNotFoundError'>
     """
     if code is grpc.StatusCode.NOT_FOUND and "Specific(" in details:
+        return VersionNotFoundError
+    if code is grpc.StatusCode.INVALID_ARGUMENT and details.startswith(_NO_LABEL):
         return VersionNotFoundError
     if code is grpc.StatusCode.FAILED_PRECONDITION and "Serving signature key" in details:
         return SignatureNotFoundError
@@ -67,6 +70,8 @@ def translate(
     leaf = leaf_of(code, details)
     batch = _BATCH_TOO_LARGE.search(details)
     remedy = f"Set Options(max_batch_size={batch[1]})." if batch else None
+    if leaf is VersionNotFoundError and envelope.version is None:
+        remedy = "Give a label that the server's model config sets, or none for the newest version."
     attempts = _attempts(options, took_s) if leaf is ServerUnavailableError else None
     sent = f" after {attempts} attempts" if attempts and attempts > 1 else ""
     received = f"{code.name}{sent}"

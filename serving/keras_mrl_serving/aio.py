@@ -39,6 +39,7 @@ class AsyncClient:
         target: As for `Client`; or an `AsyncTransport`, such as
             `keras_mrl_serving.testing.InMemoryServer`.
         model: Name the server gives the model.
+        label: Label of the version that answers; None asks the newest version.
         options: Timeouts, retries, sizes, certificates.
 
     Raises:
@@ -56,9 +57,11 @@ class AsyncClient:
         target: str | Sequence[str] | AsyncTransport,
         model: str = DEFAULT_MODEL_NAME,
         *,
+        label: str | None = None,
         options: Options | None = None,
     ) -> None:
         self.model = model
+        self.label = label
         self.options = options or Options()
         self._transport: AsyncTransport = (
             AioTransport(target, self.options)
@@ -66,7 +69,7 @@ class AsyncClient:
             else _channel.checked_transport(target, "send_async")
         )
         replicas = _channel.replicas(target)
-        self._conversation = Conversation(self.target, model, self.options, replicas)
+        self._conversation = Conversation(self.target, model, self.options, replicas, label=label)
 
     @property
     def target(self) -> str:

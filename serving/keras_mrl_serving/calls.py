@@ -137,10 +137,11 @@ class Envelope:
 
     Args:
         model: Name of the model.
-        version: The version that must answer; None for the newest.
+        version: The version that must answer; None for the newest, or the labelled one.
         request: What is asked.
         remaining_s: Seconds the answer may still take, retries included.
         timeout_s: Seconds the whole was given, for what an error says.
+        label: The label of the version that must answer, where `version` names none.
 
     Examples:
         >>> Envelope("birds", None, AskStatus(), 10.0, 10.0).signature
@@ -152,11 +153,30 @@ class Envelope:
     request: Call | AskSignatures | AskStatus
     remaining_s: float
     timeout_s: float
+    label: str | None = None
 
     @property
     def signature(self) -> str:
         """The signature that is called; empty for what is none."""
         return self.request.signature if isinstance(self.request, Call) else ""
+
+
+def checked_label(label: str | None) -> str | None:
+    """Return the label of a version, or None for none.
+
+    Raises:
+        ValueError: If it is no name.
+
+    Examples:
+        >>> checked_label("stable")
+        'stable'
+    """
+    if label is not None and (not isinstance(label, str) or not label):
+        raise ValueError(
+            "label must be the name that a model config gives a version. "
+            f"Received: label={label!r}. Leave it out for the newest version."
+        )
+    return label
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,15 +32,15 @@ T = TypeVar("T")
 class Client:
     """Asks one model of a TensorFlow Serving server, or of `keras-mrl serve`.
 
-    It needs neither TensorFlow nor Keras. What the model serves is read from the model itself,
-    once, and again when its version changes. Any number of rows may be asked for at once: they
-    are split into calls as `options` says. One client may be used by many threads.
+    It needs neither TensorFlow nor Keras. What the model serves is read from the model, once and
+    when its version changes. Rows are split into calls as `options` says. Threads may share it.
 
     Args:
         target: Address of the server's gRPC port, "host:port"; a list of them, whose servers
             take turns; "dns:///name:port", looked up again when servers come and go; or a
             `Transport`, such as `keras_mrl_serving.testing.InMemoryServer`.
         model: Name the server gives the model.
+        label: Label that the server's config gives a version; None asks the newest version.
         options: Timeouts, retries, sizes, certificates.
 
     Raises:
@@ -60,9 +60,11 @@ class Client:
         target: str | Sequence[str] | Transport,
         model: str = DEFAULT_MODEL_NAME,
         *,
+        label: str | None = None,
         options: Options | None = None,
     ) -> None:
         self.model = model
+        self.label = label
         self.options = options or Options()
         self._transport: Transport = (
             GrpcTransport(target, self.options)
@@ -70,7 +72,7 @@ class Client:
             else _channel.checked_transport(target, "send")
         )
         replicas = _channel.replicas(target)
-        self._conversation = Conversation(self.target, model, self.options, replicas)
+        self._conversation = Conversation(self.target, model, self.options, replicas, label=label)
 
     @property
     def target(self) -> str:
@@ -133,8 +135,8 @@ class Client:
 
         Args:
             inputs: One array, batch first, or a dict of them by input name.
-            policy: None asks the model's own policy, in one call. A policy of the caller's asks
-                for features once, then for each wider head with the rows still unsure.
+            policy: None asks the model's own policy, in one call. The caller's asks for features
+                once, then for each wider head with the rows still unsure.
             progress: Called with the rows answered so far and all rows.
         """
         question = questions.classify_adaptive(inputs, policy)
@@ -148,8 +150,7 @@ class Client:
         Args:
             embeddings: `(batch, width)`, or `(batch, dim)` where a dim is given.
             dim: None runs the funnel of the index; a dim searches exactly at that dim.
-            encoder: Fingerprint of the model the embeddings are of; an index built with another
-                refuses them. None: nobody checks.
+            encoder: Fingerprint of their model, which an index of another refuses; None: unchecked.
         """
         return self._run(self._conversation.ask(questions.search(embeddings, dim, encoder)))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import flows
 from ._failures import failed
-from .calls import AskManifest, AskSignatures, Call, Envelope, Reply
+from .calls import AskManifest, AskSignatures, Call, Envelope, Reply, checked_label
 from .contract import Manifest
 from .errors import (
     DeadlineError,
@@ -63,9 +63,9 @@ class Conversation:
         target: Where the server is, as errors name it.
         model: Name of the model.
         options: Budget, batch and message sizes.
-        replicas: How many servers take turns; a version that one of them has not got yet, or has
-            no longer, is asked of the others.
+        replicas: How many servers take turns; a version one has not got is asked of the others.
         clock: Seconds since some moment.
+        label: The label of the version that answers; None for the newest.
 
     Examples:
         >>> from keras_mrl_serving import questions
@@ -82,7 +82,9 @@ class Conversation:
         options: Options,
         replicas: int = 1,
         clock: Callable[[], float] = time.monotonic,
+        label: str | None = None,
     ) -> None:
+        self._label = checked_label(label)
         self._replicas = replicas
         self._target = target
         self._model = model
@@ -123,6 +125,8 @@ class Conversation:
             return (yield from self._ask(question, progress, deadline))
         except VersionNotFoundError as error:
             self._knowledge.version = None
+            if error.version is None:  # no version had begun: it is the label that has none
+                raise
             raise self._changed(error) from error
 
     def _ask(
@@ -252,8 +256,7 @@ class Conversation:
 
     def _send(self, request: Any, version: int | None, deadline: float) -> Talk[Reply[Any]]:
         """Send one call; one that names a version, in turn to replicas until one has it."""
-        others = self._replicas - 1 if version is not None else 0
-        for _ in range(others * _TURNS):
+        for _ in range(_TURNS * (self._replicas - 1) if version is not None else 0):
             with suppress(VersionNotFoundError):
                 return (yield self._envelope(request, version, deadline))
         return (yield self._envelope(request, version, deadline))
@@ -268,11 +271,10 @@ class Conversation:
 
     def _envelope(self, request: Any, version: int | None, deadline: float) -> Envelope:
         remaining_s = deadline - self._clock()
-        timeout_s = self._options.timeout_s
-        envelope = Envelope(self._model, version, request, remaining_s, timeout_s)
+        budget = remaining_s, self._options.timeout_s
+        envelope = Envelope(self._model, version, request, *budget, self._label)
         if remaining_s <= 0:
-            received = "no time left for the next call"
-            raise failed(DeadlineError, envelope, self._target, received)
+            raise failed(DeadlineError, envelope, self._target, "no time left for the next call")
         return envelope
 
     def _deadline(self) -> float:

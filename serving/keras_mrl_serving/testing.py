@@ -24,6 +24,7 @@ class InMemoryServer:
             `KerasMrlError` a server should seem to have sent.
         model: Name of the model.
         version: The version that answers.
+        label: The label it has; None for none.
 
     Examples:
         >>> image = {"dtype": "float32", "shape": [None, 3]}
@@ -48,12 +49,14 @@ class InMemoryServer:
         answer: Callable[[calls.Call], calls.Arrays | None],
         model: str = "default",
         version: int = 1,
+        label: str | None = None,
     ) -> None:
         self.manifest = manifest
         self.version = version
         self.calls: list[calls.Call] = []
         self._answer = answer
         self._model = model
+        self._label = label
 
     def send(self, envelope: calls.Envelope) -> calls.Reply[Any]:
         """Return the reply; raise a `KerasMrlError`."""
@@ -61,6 +64,8 @@ class InMemoryServer:
             raise failed(errors.ModelNotFoundError, envelope, self.target, "no such model")
         if envelope.version not in (None, self.version):
             raise failed(errors.VersionNotFoundError, envelope, self.target, "no such version")
+        if envelope.version is None and envelope.label not in (None, self._label):
+            raise failed(errors.VersionNotFoundError, envelope, self.target, "no such label")
         request = envelope.request
         if isinstance(request, calls.AskStatus):
             return calls.Reply((calls.VersionStatus(self.version, "AVAILABLE"),), None)

@@ -1,5 +1,6 @@
 """Versions that change while a client asks: one answer comes from one version, and says which."""
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving import _wire_pb2 as wire
+from keras_mrl_serving._rpc import GrpcTransport
 from keras_mrl_serving._status import leaf_of
 from keras_mrl_serving._tensors import from_proto, to_proto
+from keras_mrl_serving.aio import AsyncClient
+from keras_mrl_serving.calls import Envelope, Reply
 from keras_mrl_serving.cascade import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
@@ -25,9 +29,11 @@ from keras_mrl_serving.errors import (
     NoCascadeError,
     UnknownDimError,
     VersionChangedError,
+    VersionNotFoundError,
 )
 from keras_mrl_serving.flows import Arrays, Call
 from keras_mrl_serving.options import Options
+from keras_mrl_serving.testing import InMemoryServer
 
 Model = Callable[[Call], Arrays]
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
@@ -315,6 +321,112 @@ def test_every_status_of_a_server_becomes_an_error_of_ours(serve: Serve, name: s
     assert type(caught.value) is leaf_of(code, "")
     call = f"{name} from {script.target} for model 'm', signature 'describe', timeout 10 s"
     assert f" Received: {call}: no, not now. " in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def labelled(saved: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose newest version is not the one it calls stable."""
+    from keras_mrl_serving.server import DevServer
+
+    base = tmp_path_factory.mktemp("labelled")
+    copytree(saved["classifier"] / "1", base / "1")
+    copytree(saved["successor"] / "1", base / "2")
+    file = base / "models.config"
+    file.write_text(
+        f"""model_config_list {{ config {{
+            name: "m" base_path: "{base}" model_platform: "tensorflow"
+            model_version_policy {{ all {{}} }}
+            version_labels {{ key: "stable" value: 1 }} version_labels {{ key: "canary" value: 2 }}
+        }} }}"""
+    )
+    server = DevServer(model_config_file=file, allow_version_labels_for_unavailable_models=True)
+    with server as target:
+        yield target
+
+
+class Noting:
+    """A transport that notes which versions and labels were asked for."""
+
+    def __init__(self, target: str) -> None:
+        self._below = GrpcTransport(target, Options())
+        self.target = target
+        self.asked: list[tuple[int | None, str | None]] = []
+
+    def send(self, envelope: Envelope) -> Reply[Any]:
+        self.asked.append((envelope.version, envelope.label))
+        return self._below.send(envelope)
+
+    def close(self) -> None:
+        self._below.close()
+
+
+@pytest.mark.parametrize(
+    ("label", "which"), [("stable", "classifier"), ("canary", "successor"), (None, "successor")]
+)
+def test_a_label_is_asked_in_every_call(
+    label: str | None, which: str, labelled: str, manifests: Mapping[str, Manifest]
+) -> None:
+    noting = Noting(labelled)
+    many = Options(max_batch_size=2)
+    with Client(noting, "m", label=label, options=many) as client:
+        assert client.label == label
+        assert client.describe() == manifests[which]
+        width = manifests[which].width
+        assert client.embed(ROWS, width).shape == (9, width)
+        assert (client.classify_adaptive(ROWS, BOTH).labels is None) is (which == "successor")
+        assert client.predict(ROWS, f"embed_{width}")["embedding"].shape == (9, width)
+        assert f"embed_{width}" in client.signatures()
+        assert [version.version for version in client.status()] == [2, 1]
+    number = 1 if which == "classifier" else 2
+    assert set(noting.asked) == {(None, label), (number, label)}
+
+
+def test_a_label_is_asked_from_an_event_loop_too(
+    labelled: str, manifests: Mapping[str, Manifest]
+) -> None:
+    async def ask() -> tuple[Manifest, Any]:
+        async with AsyncClient(labelled, "m", label="stable") as client:
+            assert client.label == "stable"
+            return await client.describe(), await client.classify_adaptive(ROWS, BOTH)
+
+    manifest, answer = asyncio.run(ask())
+    assert manifest == manifests["classifier"]
+    assert answer.labels is not None
+
+
+def test_a_label_that_no_version_has_is_named(labelled: str, refuses: Refuses) -> None:
+    with Client(labelled, "m", label="beta") as client:
+        for call, signature in (
+            (client.describe, ", signature 'describe'"),
+            (lambda: client.embed(ROWS, 2), ", signature 'describe'"),
+            (client.signatures, ""),
+        ):
+            with refuses(
+                VersionNotFoundError,
+                "The server must have the version. Received: INVALID_ARGUMENT from "
+                f"{labelled} for model 'm' label 'beta'{signature}, timeout 10 s: Unrecognized "
+                "servable version label: beta. Give a label that the server's model config sets, "
+                "or none for the newest version.",
+            ):
+                call()
+
+
+@pytest.mark.parametrize("label", ["", 3, b"stable"])
+def test_what_is_no_label(label: Any, refuses: Refuses) -> None:
+    text = (
+        "label must be the name that a model config gives a version. "
+        f"Received: label={label!r}. Leave it out for the newest version."
+    )
+    for kind in (Client, AsyncClient):
+        with refuses(ValueError, text):
+            kind("127.0.0.1:1", label=label)
+
+
+def test_a_server_in_memory_has_one_label_or_none(manifests: Mapping[str, Manifest]) -> None:
+    server = InMemoryServer(manifests["classifier"], lambda _: None, label="stable")
+    assert Client(server).describe() == Client(server, label="stable").describe()
+    with pytest.raises(VersionNotFoundError, match=r"no such label .* label 'beta'"):
+        Client(server, label="beta").describe()
 
 
 def test_a_swap_under_the_development_server(
