@@ -1,0 +1,383 @@
+"""`keras-mrl compare`: its parts, its plan, one small run, and every number of it counted again."""
+
+import base64
+import csv
+import json
+import re
+import xml.etree.ElementTree
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import pytest
+from matplotlib.image import imread
+from sklearn.datasets import load_digits
+from sklearn.neighbors import NearestNeighbors
+
+from keras_mrl_cli.__main__ import main
+from keras_mrl_cli.asking import RefusalError
+from keras_mrl_cli.comparing import work
+from keras_mrl_cli.comparing.images import Images
+from keras_mrl_cli.comparing.network import backbone, madds
+from keras_mrl_cli.comparing.parts import digests, holdouts, load_parts, note_parts
+from keras_mrl_cli.comparing.plan import Plan, Speed, fitted, subset, taken_up
+
+Array = npt.NDArray[Any]
+PLAN = Plan(dims=(4, 8), seeds=1, epochs=3, filters=8, flip=False, unseen=False, rows=60)
+
+
+def pictures(rows: int = 60, classes: int = 3, seed: int = 0) -> Images:
+    pixels = np.random.default_rng(seed).integers(0, 256, (rows, 8, 8, 1)).astype(np.uint8)
+    return Images(pixels, np.arange(rows) % classes, tuple(map(str, range(classes))))
+
+
+def write(path: Path, training: Images, test: Images | None = None) -> list[str]:
+    arrays: dict[str, Array] = {"x_train": training.pixels, "y_train": training.labels}
+    if test is not None:
+        arrays |= {"x_test": test.pixels, "y_test": test.labels}
+    np.savez(path, allow_pickle=False, **arrays)
+    return [str(path)]
+
+
+def test_without_test_images_a_fifth_of_every_class_is_drawn(tmp_path: Path) -> None:
+    places = write(tmp_path / "a.npz", pictures())
+    training, test, left_out = load_parts(places, None, None)
+    assert np.bincount(test.labels).tolist() == [4, 4, 4]
+    assert np.bincount(training.labels).tolist() == [16, 16, 16]
+    assert left_out == 0
+    assert sorted(digests(training) + digests(test)) == sorted(digests(pictures()))
+    again, _, _ = load_parts(places, None, None)
+    np.testing.assert_array_equal(again.pixels, training.pixels)
+
+
+def test_the_second_part_of_an_npz_is_the_test(tmp_path: Path) -> None:
+    second = pictures(seed=1)
+    places = write(tmp_path / "a.npz", pictures(), second)
+    training, test, _ = load_parts(places, None, None)
+    assert digests(test) == digests(second)
+    assert digests(training) == digests(pictures())
+
+
+def test_a_test_image_that_training_has_is_left_out(tmp_path: Path) -> None:
+    second = pictures(seed=1)
+    second.pixels[7] = pictures().pixels[3]
+    places = write(tmp_path / "a.npz", pictures(), second)
+    training, test, left_out = load_parts(places, None, None)
+    assert left_out == 1
+    assert len(test.labels) == 59
+    assert not set(digests(training)) & set(digests(test))
+    np.testing.assert_array_equal(test.labels, np.delete(second.labels, 7))
+
+
+def test_classes_of_the_test_images_are_numbered_as_in_training(tmp_path: Path) -> None:
+    second = pictures(seed=1)
+    kept = second.labels > 0
+    write(tmp_path / "b.npz", second.take(kept))
+    training = write(tmp_path / "a.npz", pictures())
+    _, test, _ = load_parts(training, [str(tmp_path / "b.npz")], None)
+    np.testing.assert_array_equal(test.labels, second.labels[kept])
+
+
+def test_images_that_make_no_comparison_are_refused(tmp_path: Path) -> None:
+    places = write(tmp_path / "a.npz", pictures())
+    strange = write(tmp_path / "b.npz", pictures(classes=4, seed=1))
+    with pytest.raises(RefusalError, match=r"Received: 3, which --data has not\."):
+        load_parts(places, strange, None)
+    few = write(tmp_path / "c.npz", pictures(rows=9, seed=1))
+    with pytest.raises(RefusalError, match=r"Received: 3 classes, 9 test images\."):
+        load_parts(places, few, None)
+
+
+def test_a_comparison_goes_on_with_its_own_images(tmp_path: Path) -> None:
+    training, test = pictures(), pictures(seed=1)
+    note = tmp_path / "splits.npz"
+    note_parts(note, training, test)
+    note_parts(note, training, test)
+    with np.load(note) as parts:
+        assert parts["train"].tolist() == digests(training)
+        for split, (taught, judged) in enumerate(holdouts(60)):
+            np.testing.assert_array_equal(parts[f"holdout_{split}"], taught)
+            assert sorted([*taught, *judged]) == list(range(60))
+    with pytest.raises(RefusalError, match="Received: other images than those"):
+        note_parts(note, pictures(seed=2), test)
+    with pytest.raises(ValueError, match=r"Received: 60 images in both\."):
+        note_parts(tmp_path / "other.npz", training, training)
+    assert not (tmp_path / "other.npz").exists()
+
+
+def test_a_comparison_goes_on_as_it_was_asked_for(tmp_path: Path) -> None:
+    note = tmp_path / "plan.json"
+    assert taken_up(note, {"epochs": 3, "dims": [4, 8]}, lambda: PLAN) == PLAN
+
+    def never() -> Plan:
+        raise AssertionError
+
+    assert taken_up(note, {"epochs": 3, "dims": [4, 8]}, never) == PLAN
+    with pytest.raises(RefusalError, match=r"Received: epochs=4 after 3\. "):
+        taken_up(note, {"epochs": 4, "dims": [4, 8]}, never)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "filters", "epochs", "rows"),
+    [(10_000, 64, 30, 600), (60, 32, 10, 600), (2, 8, 6, 148)],
+)
+def test_a_budget_takes_the_largest_net_that_has_time(
+    seconds: float, filters: int, epochs: int, rows: int
+) -> None:
+    found = fitted(PLAN, pictures(600, 2), seconds, lambda size: Speed(32 * 1_000 / size, 0.0))
+    assert found.filters == filters
+    assert found.epochs == pytest.approx(epochs, abs=1)
+    assert found.rows == pytest.approx(rows, abs=2)
+    costs = len(PLAN.nets) - 1 + 2.2
+    needed = costs * found.epochs * found.rows / (32_000 / found.filters)
+    assert needed <= 0.8 * seconds
+
+
+def test_a_budget_without_room_leaves_some_images_of_every_class() -> None:
+    found = fitted(PLAN, pictures(600, 2), 0.1, lambda _: Speed(1000, 1.0))
+    assert (found.filters, found.epochs, found.rows) == (8, 6, 20)
+
+
+def test_time_to_start_a_net_is_not_time_to_train_it() -> None:
+    images = pictures(600, 2)
+    quick = fitted(PLAN, images, 60, lambda _: Speed(500, 0.0))
+    slow = fitted(PLAN, images, 60, lambda _: Speed(500, 3.0))
+    assert slow.epochs * slow.rows < 0.8 * quick.epochs * quick.rows
+
+
+def test_fewer_images_are_a_share_of_every_class() -> None:
+    images = pictures(90)
+    some = subset(images, 30)
+    assert np.bincount(some.labels).tolist() == [10, 10, 10]
+    assert set(digests(some)) <= set(digests(images))
+    assert subset(images, 90) is images
+
+
+@pytest.mark.backend
+def test_multiply_adds_are_those_of_every_kernel() -> None:
+    # Convolutions of a net of 8 filters on 16 x 16: input channels x output channels x 9 x places.
+    places = {8: 8 * 8, 4: 4 * 4, 2: 2 * 2}
+    by_hand = 9 * 3 * 8 * places[8]
+    by_hand += 9 * (8 * 16 + 2 * 16 * 16) * places[4]
+    by_hand += 9 * (16 * 32 + 2 * 32 * 32) * places[2]
+    by_hand += 9 * 32 * 64 * places[2] + 64 * 5
+    assert madds(backbone((16, 16, 3), width=5, filters=8)) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--dims", "8,4"], "must be two or more rising integers"),
+        (["--dims", "8"], "must be two or more rising integers"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--budget", "nan"], "--budget must be at least 0.1"),
+        (["--budget", "5", "--epochs", "3"], "Received: --budget with --epochs."),
+        (["--nets", "3"], "--nets"),
+    ],
+)
+def test_what_no_comparison_can_mean_is_refused(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *flags]
+    try:
+        status = main(command)
+    except SystemExit as stopped:
+        status = int(str(stopped.code))
+    assert status == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which digits were compared, once: `test_comparing` trains on every backend."""
+    folder = tmp_path_factory.mktemp("compared")
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(1200)
+    pixels = (digits.images[order] * 255 / 16).astype(np.uint8)
+    np.savez(folder / "digits.npz", x_train=pixels, y_train=digits.target[order])
+    assert main(command(folder)) == 0
+    return folder
+
+
+def command(folder: Path) -> list[str]:
+    given = {"data": folder / "digits.npz", "out": folder / "out", "dims": "4,12", "epochs": 6}
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    return ["compare", *flags, "--filters=8", "--no-flip", "--unseen"]
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
+    return found
+
+
+def test_the_numbers_are_those_of_the_saved_answers(compared: Path) -> None:
+    results, nets = results_of(compared), compared / "out" / "nets"
+    training, test, _ = load_parts([str(compared / "digits.npz")], None, None)
+    for method, folder in (("mrl", "mrl-0"), ("slimmable", "slimmable-0"), ("mrl_e", "mrl_e-0")):
+        right = np.load(nets / folder / "test_logits.npy").argmax(-1) == test.labels[:, None]
+        assert results["top1"][method] == {"4": [right[:, 0].mean()], "12": [right[:, 1].mean()]}
+    full = keras.saving.load_model(nets / "ff_12-0" / "model.keras")
+    features = np.load(nets / "ff_12-0" / "test_12.npy")
+    kernel, bias = map(keras.ops.convert_to_numpy, full.head.weights_at(12))
+    left, sizes, right = np.linalg.svd(kernel.astype(np.float64), full_matrices=False)
+    logits = features @ ((left[:, :4] * sizes[:4]) @ right[:4]) + bias
+    assert results["top1"]["svd"]["4"] == [(logits.argmax(-1) == test.labels).mean()]
+    shown = np.load(nets / "ff_12-0" / "train_12.npy")
+    mean = shown.mean(axis=0, dtype=np.float64)
+    _, _, axes = np.linalg.svd(shown - mean, full_matrices=False)
+    for name, (gallery, queries) in {
+        "mrl": (np.load(nets / "mrl-0" / "train_12.npy"), np.load(nets / "mrl-0" / "test_12.npy")),
+        "first_coordinates": (shown, features),
+        "pca": ((shown - mean) @ axes.T, (features - mean) @ axes.T),
+    }.items():
+        nearest = NearestNeighbors(n_neighbors=10, metric="cosine").fit(gallery[:, :4])
+        ids = nearest.kneighbors(queries[:, :4], return_distance=False)
+        hits = training.labels[ids] == test.labels[:, None]
+        scores = results["neighbors"][name]["4"]
+        assert scores["nn1"] == pytest.approx(hits[:, 0].mean(), abs=0.005)
+        assert scores["p10"] == pytest.approx(hits.mean(), abs=0.002)
+
+
+def test_the_trained_nets_learned_something(compared: Path) -> None:
+    results = results_of(compared)
+    assert results["top1"]["mrl"]["12"][0] > 0.3  # a tenth by chance
+    assert results["neighbors"]["ff"]["12"]["nn1"] > 0.5
+    assert results["unseen"]["mrl"]["12"]["nn1"] > 0.6  # two classes
+    for found in results["retrieval"].values():
+        whole = found["rows"][1]
+        assert whole["dims"] == [12]
+        assert all(row["madds"] <= 1.2 * whole["madds"] for row in found["rows"])
+        assert found["rows"][found["chosen"]]["holdout_map10"] >= whole["holdout_map10"] - 0.005
+    for splits in results["cascades"]["splits"].values():
+        assert len(splits) == 10
+        assert all(4 <= split["expected_dim"] <= 12 for split in splits)
+    oracle = results["cascades"]["oracle"]["accuracy"]
+    assert oracle >= max(results["top1"]["mrl"][dim][0] for dim in ("4", "12"))
+
+
+def test_again_nothing_is_trained_and_the_results_are_the_same(
+    compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = results_of(compared)
+
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(work, "train", never)
+    assert main([*command(compared), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    del before["about"]["command"], printed["about"]["command"]
+    assert printed == before
+    assert main([*command(compared), "--seeds=2"]) == 1
+    assert "Received: seeds=2 after 1." in capsys.readouterr().err
+
+
+class Addresses(HTMLParser):
+    """Collects what a page would load, and checks that every element is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        assert tag not in ("script", "link", "iframe", "base", "object", "embed")
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_report_needs_nothing_but_itself(compared: Path) -> None:
+    page = (compared / "out" / "report.html").read_text()
+    reader = Addresses()
+    reader.feed(page)
+    assert not reader.open
+    assert len(reader.found) == 4
+    assert "@import" not in page
+    assert "url(" not in page
+    for address in reader.found:
+        kind, _, data = address.partition(",")
+        assert kind == "data:image/svg+xml;base64"
+        svg = base64.b64decode(data).decode()
+        for element in xml.etree.ElementTree.fromstring(svg).iter():
+            for name, value in element.items():
+                if name.endswith(("href", "src")):
+                    assert value.startswith("#")
+        assert all(inner.startswith("#") for inner in re.findall(r"url\(([^)]*)\)", svg))
+
+
+def test_tables_and_figures_say_the_same_numbers(compared: Path) -> None:
+    out, results = compared / "out", results_of(compared)
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    head = {(r["method"], r["dim"]): float(r["value"]) for r in rows if r["part"] == "head"}
+    for method, by_dim in results["top1"].items():
+        for dim, values in by_dim.items():
+            assert head[method, dim] == values[0]
+    markdown = (out / "results.md").read_text()
+    page = (out / "report.html").read_text()
+    for dim in ("4", "12"):
+        shown = f"{100 * results['top1']['mrl'][dim][0]:.2f}"
+        assert f" {shown} |" in markdown
+        assert f"<td>{shown}</td>" in page
+    for name in ("accuracy", "neighbors", "adaptive", "retrieval"):
+        assert imread(out / f"{name}.png").std() > 0.05
+    assert [line.count("|") for line in markdown.splitlines() if line.startswith("| MRL |")]
+
+
+def test_every_sentence_of_the_findings_carries_its_number(
+    compared_text: Callable[[float], list[str]],
+) -> None:
+    better, worse = compared_text(0.02), compared_text(-0.02)
+    assert "costs no more than a point here: one net replaces 2." in better[0]
+    assert "MRL is 2.0 points above FF" in better[0]
+    assert "costs more than a point here." in worse[0]
+    assert "MRL is 2.0 points below FF" in worse[0]
+    assert all(re.search(r"\d", sentence) for sentence in better)
+
+
+@pytest.fixture
+def compared_text() -> Callable[[float], list[str]]:
+    """The findings of results in which MRL is ahead of the separate nets by so much."""
+    from keras_mrl_cli.comparing.findings import findings
+
+    def text(ahead: float) -> list[str]:
+        separate = {"4": [0.5], "8": [0.6]}
+        mrl = {dim: [values[0] + ahead] for dim, values in separate.items()}
+        scores = {dim: {"nn1": values[0]} for dim, values in separate.items()}
+        split = {
+            "accuracy": 0.6,
+            "full_accuracy": 0.6,
+            "ff_accuracy": 0.6,
+            "expected_dim": 5.0,
+            "holdout_accuracy": 0.6,
+        }
+        return findings(
+            {
+                "plan": {"dims": [4, 8]},
+                "madds": {"backbone": 900, "head": 100},
+                "top1": {"mrl": mrl, "ff": separate, "svd": separate, "rand_lp": separate},
+                "neighbors": {"mrl": scores, "pca": scores, "first_coordinates": scores},
+                "cascades": {
+                    "refused": "",
+                    "splits": {"greedy": [split], "search at greedy's cost": [split]},
+                },
+                "retrieval": {},
+            }
+        )
+
+    return text
+
+
+def test_a_cascade_saves_a_share_of_the_head(compared_text: Callable[[float], list[str]]) -> None:
+    (sentence,) = (line for line in compared_text(0.0) if line.startswith("The cascade 'greedy'"))
+    assert "5.0 of 8 dims (1.6 times fewer)" in sentence
+    assert "saves 3.75% of the model's multiply-adds" in sentence  # 100 / 1000 x 3 / 8
