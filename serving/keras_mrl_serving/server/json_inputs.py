@@ -35,8 +35,11 @@ def parse_body(body: bytes) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         reason = "JSON Parse error: The surrogate pair in string is invalid."
         raise invalid_argument(reason) from error
-    except ValueError as error:  # no UTF-8, or more digits than Python reads
+    except UnicodeDecodeError as error:
         raise invalid_argument(f"JSON Parse error: {error}.") from error
+    except ValueError as error:  # more digits than Python reads
+        reason = "JSON Parse error: Number too big to be stored in double."
+        raise invalid_argument(reason) from error
     except RecursionError as error:
         raise invalid_argument(_TOO_DEEP) from error
     if not isinstance(document, dict):

@@ -482,6 +482,11 @@ def test_no_utf8(rest: Rest) -> None:
     assert text.startswith("JSON Parse error: 'utf-8' codec can't decode byte 0xff in position 12")
 
 
+def test_more_digits_than_python_reads(rest: Rest) -> None:
+    said = "JSON Parse error: Number too big to be stored in double."
+    assert rest.refuses(b'{"inputs": [[' + b"9" * 5000 + b"]]}") == (400, said)
+
+
 def test_a_wrong_shape_is_the_kernels_to_refuse(rest: Rest) -> None:
     status, text = rest.refuses({"inputs": [[1, 2, 3, 4, 5]]})
     assert status == 400
@@ -624,6 +629,12 @@ HEAD = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\n".encode()
             400,
             "A body must have a length or come in chunks. Received: Transfer-Encoding='identity', "
             "Content-Length='-1'. Send Content-Length.",
+        ),
+        (
+            HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+            400,
+            "A body must have a length or come in chunks. Received: Transfer-Encoding='identity', "
+            "Content-Length='2, 3'. Send Content-Length.",
         ),
         (
             HEAD + b"Transfer-Encoding: gzip\r\n\r\n",
