@@ -84,12 +84,29 @@ class SavedModelSession:
             KeyError: no such signature, input or output.
             tf.errors.OpError: what the TensorFlow runtime raised, with its text.
         """
-        aliases, outputs = self._feeds[signature_name], self._fetches[signature_name]
-        names = tuple(output_names) or tuple(outputs)
-        feeds = {aliases[name]: value for name, value in inputs.items()}
-        fetches = [outputs[name] for name in names]
-        values = self.run_tensors(feeds, fetches, timeout_s=timeout_s)
-        return dict(zip(names, values, strict=True))
+        feeds, fetches = self.tensors_of(signature_name, inputs, output_names)
+        values = self.run_tensors(feeds, list(fetches.values()), timeout_s=timeout_s)
+        return dict(zip(fetches, values, strict=True))
+
+    def tensors_of(
+        self, signature_name: str, inputs: Mapping[str, np.ndarray], output_names: Sequence[str]
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """What a run of a signature feeds and fetches.
+
+        Args:
+            signature_name: a key of `signatures`.
+            inputs: arrays by the signature's input names.
+            output_names: the outputs to fetch; empty means all of them.
+
+        Returns:
+            the arrays by the name of their tensor, and the tensor of each output.
+
+        Raises:
+            KeyError: no such signature, input or output.
+        """
+        tensors, outputs = self._feeds[signature_name], self._fetches[signature_name]
+        feeds = {tensors[name]: value for name, value in inputs.items()}
+        return feeds, {name: outputs[name] for name in tuple(output_names) or tuple(outputs)}
 
     def run_tensors(
         self,

@@ -40,14 +40,6 @@ class BatchingSession:
         self._threads = threads
         self._lock = threading.Lock()
         self._queues: dict[_Key, BatchQueue] = {}
-        # Plain dicts: asked for a missing key, a map of messages makes one instead of raising.
-        self._inputs, self._outputs = (
-            {
-                key: {alias: info.name for alias, info in getattr(signature, kind).items()}
-                for key, signature in session.signatures.items()
-            }
-            for kind in ("inputs", "outputs")
-        )
 
     def run(
         self,
@@ -69,9 +61,7 @@ class BatchingSession:
             KeyError: no such signature, input or output.
             StatusError: the code and the text TensorFlow Serving would send.
         """
-        tensors, outputs = self._inputs[signature_name], self._outputs[signature_name]
-        feeds = {tensors[name]: value for name, value in inputs.items()}
-        fetches = {name: outputs[name] for name in tuple(output_names) or tuple(outputs)}
+        feeds, fetches = self._session.tensors_of(signature_name, inputs, output_names)
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         task = Task(feeds, batch_size(feeds), deadline)
         queue = self._queue((frozenset(feeds), frozenset(fetches.values())))
