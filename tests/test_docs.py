@@ -19,13 +19,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {
     "README.md": ["README.md"],
+    "compare": ["docs/compare.md"],
     "guide": [
         f"docs/{page}.md" for page in ("train", "export", "serve", "other_languages", "retrieve")
     ],
 }
 ASKED = tuple(
     f"keras-mrl {command} "
-    for command in ("classify", "deploy", "embed", "export", "index", "inspect", "search")
+    for command in ("classify", "compare", "deploy", "embed", "export", "index", "inspect", "search")
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAID = re.compile(r"^( *)(print\(.*\))  # (.+)$", re.MULTILINE)

@@ -99,6 +99,7 @@ def test_a_comparison_goes_on_with_its_own_images(tmp_path: Path) -> None:
     note_parts(note, training, test)
     with np.load(note) as parts:
         assert parts["train"].tolist() == digests(training)
+        np.testing.assert_array_equal(parts["test_labels"], test.labels)
         for split, (taught, judged) in enumerate(holdouts(60)):
             np.testing.assert_array_equal(parts[f"holdout_{split}"], taught)
             assert sorted([*taught, *judged]) == list(range(60))

@@ -64,8 +64,8 @@ def holdouts(rows: int) -> list[tuple[Rows, Rows]]:
 def note_parts(path: Path, training: Images, test: Images) -> None:
     """Write which image is in which part, or refuse where other images are noted there.
 
-    The file holds `train` and `test`, digests of the images' pixels, and `holdout_<i>`, the rows of
-    the test images whose labels the i-th cascade learned from.
+    The file holds `train` and `test`, digests of the images' pixels, `train_labels` and
+    `test_labels`, and `holdout_<i>`, the rows of the test images that the i-th cascade learned from.
 
     Raises:
         RefusalError: If the folder holds a comparison of other images.
@@ -88,6 +88,7 @@ def note_parts(path: Path, training: Images, test: Images) -> None:
                 "Name another folder with --out."
             )
         return
+    found |= {"train_labels": training.labels, "test_labels": test.labels}
     found |= {f"holdout_{i}": rows for i, (rows, _) in enumerate(holdouts(len(test.labels)))}
     partial = path.with_name(f".partial-{path.name}")
     np.savez_compressed(partial, **found)
