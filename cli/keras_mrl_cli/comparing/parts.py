@@ -65,7 +65,7 @@ def note_parts(path: Path, training: Images, test: Images) -> None:
     """Write which image is in which part, or refuse where other images are noted there.
 
     The file holds `train` and `test`, digests of the images' pixels, `train_labels` and
-    `test_labels`, and `holdout_<i>`, the rows of the test images that the i-th cascade learned from.
+    `test_labels`, and `holdout_<i>`, the test rows that the i-th cascade learned from.
 
     Raises:
         RefusalError: If the folder holds a comparison of other images.
