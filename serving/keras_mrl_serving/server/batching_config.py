@@ -4,15 +4,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf import (
-    descriptor_pb2,
-    descriptor_pool,
-    message_factory,
-    text_format,
-    wrappers_pb2,
-)
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, wrappers_pb2
 
 from .status import invalid_argument
+from .text_protos import read_text_proto
 
 _NAME = "tensorflow.serving.BatchingParameters"
 _INT64, _BOOL, _STRING = (f".google.protobuf.{kind}Value" for kind in ("Int64", "Bool", "String"))
@@ -83,22 +78,8 @@ def read_batching_parameters(path: str) -> Any:
         OSError: the file cannot be read.
         ValueError: it is no such text.
     """
-    parameters = _empty_parameters()
-    try:
-        with open(path, encoding="utf-8") as file:
-            text_format.Parse(file.read(), parameters)
-    except OSError as error:
-        raise OSError(
-            "batching_parameters_file must be a file that can be read. Received: "
-            f"batching_parameters_file={path!r} ({error.strerror}). Correct the path."
-        ) from error
-    except (UnicodeDecodeError, text_format.ParseError) as error:
-        raise ValueError(
-            f"batching_parameters_file must be a text proto of {_NAME}. Received: "
-            f"batching_parameters_file={path!r}, {str(error).rstrip('.')}. "
-            "Correct the file: max_batch_size { value: 128 } and the like."
-        ) from error
-    return parameters
+    example = "max_batch_size { value: 128 } and the like"
+    return read_text_proto(path, _empty_parameters(), "batching_parameters_file", example)
 
 
 def batching_options(parameters: Any) -> BatchingOptions:

@@ -3,10 +3,10 @@
 import re
 from typing import Any
 
-from google.protobuf import text_format
 from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig, ModelType
 
 from .status import StatusError, invalid_argument
+from .text_protos import read_text_proto
 
 _PLATFORM = "tensorflow"
 _ABSOLUTE = re.compile(r"/|[a-zA-Z][0-9a-zA-Z.]*://")
@@ -22,21 +22,11 @@ def read_config(path: str) -> Any:
         OSError: the file cannot be read.
         ValueError: it is no such text.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            return text_format.Parse(file.read(), ModelServerConfig())
-    except OSError as error:
-        raise OSError(
-            "model_config_file must be a file that can be read. Received: "
-            f"model_config_file={path!r} ({error.strerror}). Correct the path."
-        ) from error
-    except (UnicodeDecodeError, text_format.ParseError) as error:
-        raise ValueError(
-            "model_config_file must be a text proto of tensorflow.serving.ModelServerConfig. "
-            f"Received: model_config_file={path!r}, {str(error).rstrip('.')}. Correct the file: "
-            'model_config_list { config { name: "m" base_path: "/models/m" '
-            'model_platform: "tensorflow" } }.'
-        ) from error
+    example = (
+        'model_config_list { config { name: "m" base_path: "/models/m" '
+        'model_platform: "tensorflow" } }'
+    )
+    return read_text_proto(path, ModelServerConfig(), "model_config_file", example)
 
 
 def single_model(name: str, base_path: str) -> Any:
