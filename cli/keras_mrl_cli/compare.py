@@ -26,6 +26,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from . import asking
@@ -110,9 +111,8 @@ def _work(arguments: argparse.Namespace) -> int:
     _check(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        import matplotlib  # noqa: F401  now, and not when all nets are trained
-        import sklearn  # noqa: F401
-
+        for name in ("matplotlib", "sklearn"):  # now, and not when all nets are trained
+            import_module(name)
         from .comparing.plan import Plan
         from .comparing.work import compare
     except ImportError as error:

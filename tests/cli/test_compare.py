@@ -257,6 +257,9 @@ def test_the_trained_nets_learned_something(compared: Path) -> None:
     for splits in results["cascades"]["splits"].values():
         assert len(splits) == 10
         assert all(4 <= split["expected_dim"] <= 12 for split in splits)
+    for split in results["cascades"]["search_over_greedy"]:
+        assert split["taught"]["expected_dim"] <= 1e-6
+        assert split["taught"]["accuracy"] >= -1e-9
     oracle = results["cascades"]["oracle"]["accuracy"]
     assert oracle >= max(results["top1"]["mrl"][dim][0] for dim in ("4", "12"))
 
@@ -359,8 +362,8 @@ def compared_text() -> Callable[[float], list[str]]:
             "full_accuracy": 0.6,
             "ff_accuracy": 0.6,
             "expected_dim": 5.0,
-            "holdout_accuracy": 0.6,
         }
+        level = {part: {"accuracy": 0.0, "expected_dim": 0.0} for part in ("taught", "judged")}
         return findings(
             {
                 "plan": {"dims": [4, 8]},
@@ -370,6 +373,7 @@ def compared_text() -> Callable[[float], list[str]]:
                 "cascades": {
                     "refused": "",
                     "splits": {"greedy": [split], "search at greedy's cost": [split]},
+                    "search_over_greedy": [level],
                 },
                 "retrieval": {},
             }

@@ -86,16 +86,16 @@ def _cascades(results: Mapping[str, Any]) -> Iterator[str]:
         )
     if cascades["refused"]:
         yield f"No cascade could be certified: {cascades['refused']}"
-    splits = cascades["splits"]
-    pairs = list(zip(splits["search at greedy's cost"], splits["greedy"], strict=True))
-    taught = [a["holdout_accuracy"] - b["holdout_accuracy"] for a, b in pairs]
-    judged = [a["accuracy"] - b["accuracy"] for a, b in pairs]
-    cheaper = [b["expected_dim"] - a["expected_dim"] for a, b in pairs]
+    taught, judged = (
+        [100 * split[part]["accuracy"] for split in cascades["search_over_greedy"]]
+        for part in ("taught", "judged")
+    )
+    dims = [split["judged"]["expected_dim"] for split in cascades["search_over_greedy"]]
     yield (
-        "The joint search at no more than greedy's expected dim is "
-        f"{100 * np.mean(taught):+.2f} points from it on the rows that taught both (worst split "
-        f"{100 * min(taught):+.2f}) and {100 * np.mean(judged):+.2f} on the others, where its "
-        f"expected dim differs by {-np.mean(cheaper):+.1f}."
+        "At no more than greedy's expected dim on the rows that taught both, the joint search is "
+        f"{np.mean(taught):+.2f} points from it there (worst split {min(taught):+.2f}) and "
+        f"{np.mean(judged):+.2f} on the others (worst {min(judged):+.2f}), where its expected dim "
+        f"differs by {np.mean(dims):+.1f}."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from typing import Any
 import keras
 
 from ..asking import RefusalError
-from . import adaptive, measures
+from . import measures
 from .answers import Answers
+from .cascades import cascades
 from .figures import draw
 from .findings import findings
 from .images import split_classes
@@ -25,6 +27,7 @@ from .network import madds
 from .parts import load_parts, note_parts, unseen_classes
 from .plan import Plan, choose, subset, taken_up
 from .report import html
+from .retrieval import retrieval
 from .tables import as_csv, tables
 from .training import epochs_done, is_trained, replacing, train
 
@@ -106,7 +109,7 @@ def _measure(
     plan, full = answers.plan, answers.model(f"{answers.full}-0")
     results: dict[str, Any] = {
         "about": {
-            "command": " ".join(["keras-mrl", *sys.argv[1:]]),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "data": data,
             "images": [len(answers.training.labels), len(answers.test.labels)],
             "classes": len(answers.training.names),
@@ -125,8 +128,8 @@ def _measure(
     steps: dict[str, Callable[[Answers], Any]] = {
         "top1": measures.top1,
         "neighbors": measures.neighbors,
-        "cascades": adaptive.cascades,
-        "retrieval": adaptive.retrieval,
+        "cascades": cascades,
+        "retrieval": retrieval,
     }
     if plan.unseen:
         steps["unseen"] = measures.unseen

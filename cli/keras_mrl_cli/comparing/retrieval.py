@@ -1,4 +1,4 @@
-"""Adaptive classification and retrieval: learned on a part of the test images, judged on others."""
+"""Retrieval by few dims first: chosen by a part of the queries, judged by the others."""
 
 from __future__ import annotations
 
@@ -6,71 +6,16 @@ from typing import Any
 
 from keras_mrl.baselines import principal_components
 from keras_mrl.evaluation import mean_average_precision_at_k
-from keras_mrl_serving import (
-    CascadePolicy,
-    ExactIndex,
-    FunnelSchedule,
-    certify_cascade,
-    fit_temperatures,
-    oracle_report,
-    search_cascades,
-)
+from keras_mrl_serving import ExactIndex, FunnelSchedule
 
 from .answers import Answers
 from .parts import holdouts
 
-RISK, DELTA = 0.02, 0.1  # of the certified cascade
-WITHIN = 0.005  # of the full dim: half a point
+WITHIN = 0.005  # of the map10 of exhaustive search: half a point
 
 _K = 10
 _SHORTLIST = 200  # the paper's
 _LEAST_SHARE = 50  # a shortlist is this part of the gallery at most
-
-
-def cascades(answers: Answers) -> dict[str, Any]:
-    """Return policies of the first Matryoshka net: per split a fifth of the test images teaches."""
-    logits, labels = answers.logits("mrl-0"), answers.test.labels
-    full = answers.logits(f"{answers.full}-0")[:, -1].argmax(-1) == labels
-    dims = answers.plan.dims
-    splits: dict[str, list[dict[str, float]]] = {}
-    refused = ""
-    for split, (taught, judged) in enumerate(holdouts(len(labels))):
-        given = logits[taught], labels[taught], dims
-        greedy = CascadePolicy.learn(*given)
-        spent = greedy.evaluate(logits[taught], labels[taught]).expected_dim
-        scaled = search_cascades(*given, temperatures=fit_temperatures(*given[:2]))
-        policies = {
-            "greedy": greedy,
-            "search at greedy's cost": search_cascades(*given).best_under(spent),
-            "search within half a point": scaled.cheapest_within(WITHIN),
-        }
-        try:
-            policies["certified"] = certify_cascade(*given, risk=RISK, delta=DELTA, seed=split)
-        except ValueError as error:  # too few rows for the promise; it says how many would do
-            refused = str(error)
-        for name, policy in policies.items():
-            columns = logits[:, [dims.index(dim) for dim in policy.dims]]
-            report = policy.evaluate(columns[judged], labels[judged])
-            taught_report = policy.evaluate(columns[taught], labels[taught])
-            splits.setdefault(name, []).append(
-                {
-                    "accuracy": report.accuracy,
-                    "full_accuracy": report.full_accuracy,
-                    "ff_accuracy": float(full[judged].mean()),
-                    "expected_dim": report.expected_dim,
-                    "cumulative_dim": report.cumulative_dim,
-                    "holdout_accuracy": taught_report.accuracy,
-                    "holdout_dim": taught_report.expected_dim,
-                }
-            )
-    oracle = oracle_report(logits, labels, dims)
-    return {
-        "risk": RISK,
-        "delta": DELTA,
-        "splits": splits,
-        "refused": refused,
-        "oracle": {"accuracy": oracle.accuracy, "expected_dim": oracle.expected_dim},
-    }
 
 
 def retrieval(answers: Answers) -> dict[str, Any]:
