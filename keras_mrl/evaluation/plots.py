@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 _BLUE, _ORANGE, _GREY = "#1f6feb", "#d9730d", "#8b949e"
-_COLOURS = (_BLUE, "#cf222e", "#1a7f37", "#8250df", "#9a6700", "#0a7a8f", "#57606a", "#bf3989")
-_MARKERS = "osD^vPXh"
+_COLOURS = (
+    *(_BLUE, "#cf222e", "#1a7f37", "#8250df", "#9a6700"),
+    *("#0a7a8f", "#57606a", "#bf3989", "#24292f", "#54aeff"),
+)
+_MARKERS = "osD^vPXh<>"
 _STARS = (_ORANGE, "#6639ba", "#116329", "#a40e26", "#4d2d00")
 
 Spread = float | Sequence[float]
@@ -115,7 +118,7 @@ def plot_by_cost(
     """Draw a measure over multiply-adds per query, one line per method.
 
     Args:
-        lines: Method to dim to multiply-adds and a fraction.
+        lines: Method to dim to multiply-adds and a fraction; one without dims keeps its colour.
         path: File to write; its suffix chooses the format (.png, .svg).
         stars: Name to multiply-adds and a fraction, for what is no single dim.
         title: Of the picture.
@@ -134,6 +137,8 @@ def plot_by_cost(
         lines.items(), cycle(_COLOURS), cycle(_MARKERS), strict=False
     ):
         points = [(dim, *by_dim[dim]) for dim in sorted(by_dim)]
+        if not points:
+            continue
         axes.plot(
             [cost for _, cost, _ in points],
             [100 * quality for _, _, quality in points],

@@ -68,12 +68,12 @@ def _stars(cascades: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 def _costs(retrieval: Mapping[str, Any], path: Path) -> tuple[Any, Path, Any]:
     lines = {
-        f"{NAMES[name]}, exhaustive": {
+        f"{shown}, exhaustive": {
             row["dims"][-1]: (row["madds"], row["map10"])
-            for row in found["rows"]
+            for row in retrieval.get(name, {"rows": ()})["rows"]
             if row["kind"] == "exhaustive"
         }
-        for name, found in retrieval.items()
+        for name, shown in NAMES.items()
     }
     stars = {}
     for name, found in retrieval.items():

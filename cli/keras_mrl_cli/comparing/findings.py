@@ -73,16 +73,18 @@ def _cascades(results: Mapping[str, Any]) -> Iterator[str]:
     width = results["plan"]["dims"][-1]
     head = results["madds"]["head"]
     share = head / (head + results["madds"]["backbone"])
+    fixed = {int(dim): values[0] for dim, values in results["top1"]["mrl"].items()}
     for name, splits in cascades["splits"].items():
         accuracy, full, ff, dim = (
             float(np.mean([split[key] for split in splits]))
             for key in ("accuracy", "full_accuracy", "ff_accuracy", "expected_dim")
         )
+        near = min(d for d in fixed if d >= dim - 1e-9)
         yield (
             f"The cascade '{name}' asks {dim:.1f} of {width} dims ({width / dim:.1f} times fewer) "
             f"and is {100 * accuracy:.2f}% right, the full dim {100 * full:.2f}%, FF of full width "
-            f"{100 * ff:.2f}%. It saves {100 * share * (1 - dim / width):.2f}% of the model's "
-            "multiply-adds."
+            f"{100 * ff:.2f}%, the same net at {near} dims for every row {100 * fixed[near]:.2f}%. "
+            f"It saves {100 * share * (1 - dim / width):.2f}% of the model's multiply-adds."
         )
     if cascades["refused"]:
         yield f"No cascade could be certified: {cascades['refused']}"
