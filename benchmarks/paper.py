@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--filters", type=int, default=32, help="of the first layer (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
     training, test = ["cifar100"], None
     if arguments.data is not None:
         training = sorted(str(path) for path in arguments.data.glob("train*.zip"))

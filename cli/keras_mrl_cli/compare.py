@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Sequence
 from importlib import import_module
@@ -58,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="times that MRL and three FF nets are trained, for a standard deviation (1)",
+        help="times that MRL and FF at the first, a middle and the last dim are trained, for a "
+        "standard deviation (1)",
     )
     parser.add_argument(
         "--budget",
@@ -72,7 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--filters", type=int, metavar="N", help=f"of the first convolution ({FILTERS})"
     )
     parser.add_argument(
-        "--size", type=int, metavar="PIXELS", help="side that images are resized to (the first's)"
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="height and width that images are resized to (files: the first's height, 64 at most)",
     )
     parser.add_argument(
         "--unseen",
@@ -121,13 +126,8 @@ def _work(arguments: argparse.Namespace) -> int:
             f"Received: {error}. Install what it needs: pip install 'keras-mrl[tensorflow,evaluate,"
             "images]'."
         ) from error
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise asking.RefusalError(
-            "--out must be a folder that can be written. "
-            f"Received: {arguments.out} ({error.strerror}). Name another."
-        ) from error
+    # A net that is new is traced anew: nothing to be warned of at each of a dozen.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     asked = Plan(
         dims=arguments.dims,
         seeds=arguments.seeds,
@@ -137,9 +137,15 @@ def _work(arguments: argparse.Namespace) -> int:
         unseen=arguments.unseen,
         rows=0,
     )
-    results = compare(
-        arguments.data, arguments.test, arguments.out, asked, arguments.budget, arguments.size
-    )
+    try:
+        results = compare(
+            arguments.data, arguments.test, arguments.out, asked, arguments.budget, arguments.size
+        )
+    except OSError as error:
+        raise asking.RefusalError(
+            "Images must be readable, and --out writable with room for the nets. "
+            f"Received: {error}. Mend that; the same command goes on where this one stopped."
+        ) from error
     _show(arguments.out)
     if arguments.json:
         print(json.dumps(results))

@@ -1,5 +1,6 @@
 """Nets of a comparison: the images they see, and training that goes on where it stopped."""
 
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,103 @@ def test_an_image_in_no_folder_has_no_class(tmp_path: Path) -> None:
     with zipfile.ZipFile(file, "a") as archive:
         archive.write(next((tmp_path / "pictures").glob("*/*")), "cover.png")
     assert read([str(file)], None).names == PART.names
+
+
+def test_files_that_no_person_made_are_passed_over(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "pictures")
+    (folder / "ant" / "._00.png").write_bytes(b"not an image")
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "00.png").write_bytes(b"not an image")
+    assert read([str(folder)], None).names == PART.names
+    file = zip_of(tmp_path / "packed")
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("__MACOSX/ant/._00.png", b"not an image")
+    assert len(read([str(file)], None).labels) == 12
+
+
+def test_a_zip_may_have_a_folder_around_and_another_systems_separators(tmp_path: Path) -> None:
+    around = tmp_path / "around.zip"
+    with zipfile.ZipFile(around, "w") as archive:
+        for image in sorted(folder_of(tmp_path / "pictures").glob("*/*")):
+            archive.write(image, f"birds/{image.parent.name}/{image.name}")
+    assert read([str(around)], None).names == PART.names
+    with zipfile.ZipFile(around, "a") as archive:
+        archive.write(image, "birds/test/ant/00.png")
+    with pytest.raises(RefusalError, match=r"with classes in birds, birds/test\. "):
+        read([str(around)], None)
+    windows = tmp_path / "windows.zip"
+    with zipfile.ZipFile(windows, "w") as archive:
+        for image in sorted((tmp_path / "pictures").glob("*/*")):
+            info = zipfile.ZipInfo("x")
+            info.filename = f"{image.parent.name}\\{image.name}"
+            archive.writestr(info, image.read_bytes())
+    assert read([str(windows)], None).names == PART.names
+
+
+def one_image(where: Path, image: Image.Image) -> Any:
+    (where / "ant").mkdir(parents=True)
+    image.save(where / "ant" / "a.png")
+    return read([str(where)], None).pixels[0]
+
+
+def test_sixteen_bits_become_eight_and_transparency_white(tmp_path: Path) -> None:
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    sixteen = one_image(tmp_path / "sixteen", Image.fromarray(ramp * 256 + 17))
+    np.testing.assert_array_equal(sixteen, np.repeat(ramp[..., None], 3, axis=-1))
+    drawn = np.zeros((16, 16, 4), np.uint8)
+    drawn[:8, :, 3] = 255
+    seen = one_image(tmp_path / "clear", Image.fromarray(drawn))
+    assert (seen[:8] == 0).all()
+    assert (seen[8:] == 255).all()
+
+
+def test_large_images_are_read_small_unless_asked_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "a" / "ant").mkdir(parents=True)
+    Image.fromarray(np.zeros((300, 400, 3), np.uint8)).save(tmp_path / "a" / "ant" / "0.png")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a" / "ant" / "1.png")
+    assert read([str(tmp_path / "a")], None).pixels.shape == (2, 64, 64, 3)
+    assert read([str(tmp_path / "a")], 100).pixels.shape == (2, 100, 100, 3)
+
+
+def test_arrays_are_resized_where_a_size_is_asked_for(tmp_path: Path) -> None:
+    file = str(arrays_of(tmp_path / "pictures"))
+    assert read([file], None).pixels.shape == (12, 16, 16, 3)
+    found = read([file], 8).pixels
+    assert found.shape == (12, 8, 8, 3)
+    whole = read([file], None).pixels
+    np.testing.assert_allclose(found.mean(axis=(1, 2)), whole.mean(axis=(1, 2)), atol=12)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (np.array([1.0, 2.0, 10.0]), ("1", "2", "10")),
+        (np.array([b"bee", b"ant", b"cat"]), ("ant", "bee", "cat")),
+        (np.array([[3], [4], [5]]), ("3", "4", "5")),
+    ],
+)
+def test_labels_name_classes(labels: Any, names: tuple[str, ...], tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x_train=PIXELS[:3], y_train=labels)
+    assert read([str(tmp_path / "a.npz")], None).names == names
+
+
+@pytest.mark.parametrize(
+    "labels", [np.array([1.0, np.nan, 2.0]), np.array([0.5, 1, 2]), np.array(3), np.eye(3)]
+)
+def test_labels_that_name_no_class_are_refused(labels: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x_train=PIXELS[:3], y_train=labels)
+    with pytest.raises(RefusalError, match=r"Received: .*a\.npz\. "):
+        read([str(tmp_path / "a.npz")], None)
+
+
+def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "plain.npy", PIXELS)
+    (tmp_path / "plain.npy").rename(tmp_path / "plain.npz")
+    np.savez(tmp_path / "none.npz", x_train=PIXELS[:0], y_train=np.arange(0))
+    np.savez(tmp_path / "named.npz", x=PIXELS, y=np.arange(12))
+    for name in ("plain.npz", "none.npz", "named.npz"):
+        with pytest.raises(RefusalError, match=rf"Received: .*{name}.*\. "):
+            read([str(tmp_path / name)], None)
 
 
 def test_unseen_classes_stand_apart() -> None:
@@ -141,3 +239,23 @@ def test_training_goes_on_after_the_last_whole_epoch(
     assert whole.shape == (12, 2, 3)
     np.testing.assert_allclose(cut, whole, rtol=2e-3, atol=2e-3)
     keras.saving.load_model(tmp_path / "cut" / "model.keras")
+    # Stopped between its last name and the note that it is whole: nothing is trained again.
+    (tmp_path / "cut" / "net.json").rename(tmp_path / "cut" / "history.json")
+    noted = json.loads((tmp_path / "whole" / "net.json").read_text())["history"]
+    (tmp_path / "cut" / "history.json").write_text(json.dumps(noted))
+    train(net, tmp_path / "cut", (PART, PART), recipe, lines.append)
+    assert is_trained(tmp_path / "cut")
+    assert len(lines) == 3
+
+
+@pytest.mark.backend
+def test_a_damaged_net_is_trained_anew(tmp_path: Path) -> None:
+    net, recipe = Net("ff", (4,)), Recipe(epochs=1, filters=8, flip=False)
+    (tmp_path / "epoch-1.keras").write_bytes(b"PK cut")
+    (tmp_path / "history.json").write_text('[{"loss": 1.0, "seconds": 1.0}]')
+    lines: list[str] = []
+    train(net, tmp_path, (PART, PART), recipe, lines.append)
+    assert "epoch-1.keras is damaged" in lines[0]
+    assert is_trained(tmp_path)
+    (tmp_path / "net.json").write_text('{"history": [')
+    assert not is_trained(tmp_path)

@@ -56,14 +56,13 @@ def _named(by_method: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
 
 
 def _stars(cascades: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    found = {
-        f"cascade, {name}": (
+    return {
+        name if name == "oracle" else f"cascade, {name}": (
             float(np.mean([split["expected_dim"] for split in splits])),
             float(np.mean([split["accuracy"] for split in splits])),
         )
         for name, splits in cascades["splits"].items()
     }
-    return found | {"oracle": (cascades["oracle"]["expected_dim"], cascades["oracle"]["accuracy"])}
 
 
 def _costs(retrieval: Mapping[str, Any], path: Path) -> tuple[Any, Path, Any]:

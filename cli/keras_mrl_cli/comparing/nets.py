@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 
@@ -37,6 +36,11 @@ class Net:
         dim = f"_{self.dims[-1]}" if self.method == "ff" else ""
         seen = "" if self.all_classes else "_seen"
         return f"{self.method}{dim}{seen}-{self.seed}"
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether neighbours are looked for among its features."""
+        return self.seed == 0 and self.method in ("mrl", "mrl_e", "ff")
 
     def make(self, shape: tuple[int, ...], num_classes: int, filters: int) -> keras.Model:
         """Return the net, newly initialised."""
@@ -73,11 +77,3 @@ def nets_for(
     for seed in range(1, seeds):
         first += [Net("mrl", ladder, seed), *(Net("ff", (dim,), seed) for dim in seeded)]
     return tuple(first)
-
-
-def features_of(net: Net, model: Any, dim: int) -> keras.Model:
-    """Return the model from images to the features that `dim` is read from."""
-    if net.method == "slimmable":
-        return keras.Model(model.input, model.get_layer(f"features_{dim}").output)
-    found: keras.Model = model.backbone
-    return found

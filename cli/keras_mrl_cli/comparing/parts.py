@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..asking import RefusalError
+from .arrays import has_test
+from .files import replacing
 from .images import Images, read
 
+LEAST = 10  # images to search among: as many neighbours are looked at
 SPLITS = 10  # of the test images: a fifth learns the thresholds, the rest judges
 _TEST_SHARE = _HOLDOUT_SHARE = 0.2
 
@@ -35,18 +39,26 @@ def load_parts(
             images that training has not.
     """
     training = read(data, size)
+    own_test = [place for place in data if has_test(place)]
     if test is not None:
         judged = read(test, size or training.pixels.shape[1])
-    elif all(_has_test(place) for place in data):
+    elif len(own_test) == len(data):
         judged = read(data, size, test=True)
+    elif own_test:
+        raise RefusalError(
+            "Test images come from --test, from all places of --data, or from none. "
+            f"Received: some in {', '.join(own_test)} alone. Give --test."
+        )
     else:
         rows = _drawn(training.labels)
         training, judged = training.take(~rows), training.take(rows)
     judged = _as_named(judged, training)
-    _check(training, judged)
     known = set(digests(training))
     fresh = np.array([digest not in known for digest in digests(judged)], bool)
-    return training, judged.take(fresh), int((~fresh).sum())
+    left_out = int((~fresh).sum())
+    judged = judged.take(fresh)
+    _check(training, judged, left_out)
+    return training, judged, left_out
 
 
 def digests(images: Images) -> list[str]:
@@ -64,14 +76,17 @@ def holdouts(rows: int) -> list[tuple[Rows, Rows]]:
 def note_parts(path: Path, training: Images, test: Images) -> None:
     """Write which image is in which part, or refuse where other images are noted there.
 
-    The file holds `train` and `test`, digests of the images' pixels, `train_labels` and
-    `test_labels`, and `holdout_<i>`, the test rows that the i-th cascade learned from.
+    The file holds `train` and `test`, digests of the images' pixels, `train_labels`,
+    `test_labels`, the `names` of the classes, and `holdout_<i>`, the test rows that the i-th
+    cascade learned from.
 
     Raises:
         RefusalError: If the folder holds a comparison of other images.
         ValueError: If an image is in both parts.
     """
     found: dict[str, Any] = {"train": digests(training), "test": digests(test)}
+    found |= {"train_labels": training.labels.tolist(), "test_labels": test.labels.tolist()}
+    found["names"] = list(training.names)
     shared = set(found["train"]) & set(found["test"])
     if shared:
         raise ValueError(
@@ -79,20 +94,22 @@ def note_parts(path: Path, training: Images, test: Images) -> None:
             f"Received: {len(shared)} images in both. Take the parts that load_parts returns."
         )
     if path.exists():
-        with np.load(path, allow_pickle=False) as noted:
-            same = all(noted[name].tolist() == ids for name, ids in found.items())
+        try:
+            with path.open("rb") as file:
+                noted = np.load(file, allow_pickle=False)
+                same = all(noted[name].tolist() == ids for name, ids in found.items())
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise damaged(path, error) from error
         if not same:
             raise RefusalError(
-                "A comparison goes on with the images it began with. "
-                f"Received: other images than those of {path.parent}. "
+                "A comparison goes on with the images and classes it began with. "
+                f"Received: others than those of {path.parent}. "
                 "Name another folder with --out."
             )
         return
-    found |= {"train_labels": training.labels, "test_labels": test.labels}
     found |= {f"holdout_{i}": rows for i, (rows, _) in enumerate(holdouts(len(test.labels)))}
-    partial = path.with_name(f".partial-{path.name}")
-    np.savez_compressed(partial, **found)
-    partial.replace(path)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **found)
 
 
 def unseen_classes(count: int) -> list[int]:
@@ -101,13 +118,13 @@ def unseen_classes(count: int) -> list[int]:
     return sorted(order[: count // 5].tolist())
 
 
-def _has_test(place: str) -> bool:
-    from .images import KERAS_DATASETS
-
-    if place.endswith(".npz") and Path(place).exists():
-        with np.load(place, allow_pickle=False) as stored:
-            return "x_test" in stored
-    return place in KERAS_DATASETS and not Path(place).exists()
+def damaged(path: Path, error: Exception) -> RefusalError:
+    """Return the refusal of a file that is not as a comparison writes it."""
+    return RefusalError(
+        "A comparison goes on from the files it wrote. "
+        f"Received: {path}, which is damaged ({type(error).__name__}). "
+        "Remove the folder and begin anew, or name another with --out."
+    )
 
 
 def _drawn(labels: Rows) -> npt.NDArray[np.bool]:
@@ -131,15 +148,30 @@ def _as_named(images: Images, like: Images) -> Images:
     return Images(images.pixels, numbers[images.labels], like.names)
 
 
-def _check(training: Images, test: Images) -> None:
-    if len(training.names) < 2 or len(test.labels) < 10:
+def _check(training: Images, test: Images, left_out: int) -> None:
+    if len(training.names) < 2 or min(len(test.labels), len(training.labels)) < LEAST:
+        also = f", {left_out} more that training has too" if left_out else ""
         raise RefusalError(
-            "A comparison needs two classes and ten test images, better some hundreds. "
-            f"Received: {len(training.names)} classes, {len(test.labels)} test images. "
+            f"A comparison needs two classes, {LEAST} images to search among and {LEAST} test "
+            f"images, better some hundreds. Received: {len(training.names)} classes, "
+            f"{len(training.labels)} training images, {len(test.labels)} test images{also}. "
             "Give more images."
         )
     if training.pixels.shape[1:] != test.pixels.shape[1:]:
         raise RefusalError(
-            "Test images must have the size of the training images. "
-            f"Received: {test.pixels.shape[1:]} and {training.pixels.shape[1:]}. Give --size."
+            "Test images must have as many channels as the training images. "
+            f"Received: {test.pixels.shape[-1]} and {training.pixels.shape[-1]} of them. "
+            "Convert one of them."
+        )
+
+
+def check_unseen(training: Images, test: Images) -> None:
+    """Raise `RefusalError` where too little is left to look for neighbours of unseen classes."""
+    hidden = unseen_classes(len(training.names))
+    among, asked = (int(np.isin(part.labels, hidden).sum()) for part in (training, test))
+    if len(hidden) < 2 or among < LEAST or not asked:
+        raise RefusalError(
+            f"--unseen hides a fifth of the classes: two or more, with {LEAST} training images "
+            f"and one test image. Received: {len(hidden)} classes with {among} and {asked}. "
+            "Leave --unseen out."
         )

@@ -13,11 +13,13 @@ import numpy as np
 
 from ..asking import RefusalError
 from .batches import SIZE, Batches
+from .files import replacing
 from .images import Images
 from .nets import Net, nets_for
-from .training import Recipe, compile_net, replacing
+from .parts import damaged
+from .training import Recipe, compile_net
 
-_FILTERS = (64, 32, 16, 8)  # of the first convolution; what a budget chooses among
+_FILTERS = (8, 16, 32, 64)  # of the first convolution; what a budget chooses among
 _LEAST_EPOCHS, _MOST_EPOCHS = 6, 30
 _TRAINING_SHARE = 0.8  # of a budget; the rest evaluates
 _LEAST_PER_CLASS = 10
@@ -32,7 +34,7 @@ class Plan:
 
     Args:
         dims: Of the nested heads, and of the separate nets.
-        seeds: How many times the Matryoshka net and three of the separate nets are trained.
+        seeds: How many times the Matryoshka net and the separate nets of `seeded` are trained.
         epochs: Of every net.
         filters: Of the first convolution.
         flip: Whether half of the images are mirrored in training.
@@ -56,8 +58,12 @@ class Plan:
     @property
     def nets(self) -> tuple[Net, ...]:
         """What is trained, in order."""
-        seeded = sorted({self.dims[0], self.dims[(len(self.dims) - 1) // 2], self.dims[-1]})
-        return nets_for(self.dims, self.seeds, seeded, self.unseen)
+        return nets_for(self.dims, self.seeds, self.seeded, self.unseen)
+
+    @property
+    def seeded(self) -> list[int]:
+        """The dims of the separate nets that are trained with every seed."""
+        return sorted({self.dims[0], self.dims[(len(self.dims) - 1) // 2], self.dims[-1]})
 
 
 def taken_up(path: Path, asked: Mapping[str, Any], make: Callable[[], Plan]) -> Plan:
@@ -76,10 +82,15 @@ def taken_up(path: Path, asked: Mapping[str, Any], make: Callable[[], Plan]) -> 
         with replacing(path) as partial:
             partial.write_text(json.dumps({"asked": asked, "plan": asdict(plan)}, indent=1) + "\n")
         return plan
-    noted = json.loads(path.read_text())
+    try:
+        noted = json.loads(path.read_text())
+        plan = Plan(**{**noted["plan"], "dims": tuple(noted["plan"]["dims"])})
+        before = dict(noted["asked"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(path, error) from error
     other = [
         f"{name}={asked.get(name)} after {value}"
-        for name, value in noted["asked"].items()
+        for name, value in before.items()
         if asked.get(name) != value
     ]
     if other:
@@ -87,7 +98,7 @@ def taken_up(path: Path, asked: Mapping[str, Any], make: Callable[[], Plan]) -> 
             f"A comparison goes on as it began; {path.parent} holds one. "
             f"Received: {', '.join(other)}. Ask as before, or name another folder with --out."
         )
-    return Plan(**{**noted["plan"], "dims": tuple(noted["plan"]["dims"])})
+    return plan
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,9 @@ class Speed:
 def fitted(plan: Plan, training: Images, seconds: float, measure: Callable[[int], Speed]) -> Plan:
     """Return the plan with the filters, epochs and images that a budget has room for.
 
-    The most filters are taken that leave six epochs of all images; where none do, fewer images.
+    The most filters are taken that leave six epochs of all images; where none do, fewer images,
+    though ten of each class, which may then take longer than there is. Measuring begins with the
+    smallest net and ends where the next would find no time.
 
     Args:
         plan: What is asked for; its epochs, filters and rows are replaced.
@@ -122,14 +135,21 @@ def fitted(plan: Plan, training: Images, seconds: float, measure: Callable[[int]
         (16, 15, 600)
     """
     ends = time.monotonic() + _TRAINING_SHARE * seconds
+    found: Plan | None = None
     for filters in _FILTERS:
         speed = measure(filters)
         left = ends - time.monotonic() - speed.start_s * len(plan.nets)
         passes = max(0.0, left * speed.rate / sum(map(_cost, plan.nets)))
         epochs = int(passes / len(training.labels))
-        if epochs >= _LEAST_EPOCHS:
-            epochs, rows = min(epochs, _MOST_EPOCHS), len(training.labels)
-            return replace(plan, filters=filters, epochs=epochs, rows=rows)
+        if epochs < _LEAST_EPOCHS:
+            break
+        found = replace(
+            plan, filters=filters, epochs=min(epochs, _MOST_EPOCHS), rows=len(training.labels)
+        )
+        if epochs < 2 * _LEAST_EPOCHS:  # twice the filters take two to four times as long
+            break
+    if found is not None:
+        return found
     least = _LEAST_PER_CLASS * len(training.names)
     rows = min(len(training.labels), max(least, int(passes / _LEAST_EPOCHS)))
     return replace(plan, filters=filters, epochs=_LEAST_EPOCHS, rows=rows)
@@ -178,9 +198,10 @@ def choose(asked: Plan, training: Images, budget: float | None, say: Callable[[s
     """Return what is asked for, or what fits into `budget` minutes, measured here and now."""
     if budget is None:
         return replace(asked, rows=len(training.labels))
+    say("measuring how fast a net trains here")
     plan = fitted(asked, training, 60 * budget, measured_speed(asked, training))
     say(
-        f"{budget:g} minutes have room for {plan.epochs} epochs of {plan.rows:,} images "
-        f"with {plan.filters} filters"
+        f"for {budget:g} minutes: {plan.epochs} epochs of {plan.rows:,} images, {plan.filters} "
+        f"filters, {len(plan.nets)} nets"
     )
     return plan

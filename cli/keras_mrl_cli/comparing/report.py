@@ -10,7 +10,7 @@ from typing import Any
 
 from .figures import FIGURES
 from .findings import findings
-from .tables import Table, tables
+from .tables import SPREAD, Table, tables
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; }
@@ -38,9 +38,10 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
         "Images": f"{about['images'][0]:,} for training, {about['images'][1]:,} for judging, "
         f"{about['classes']} classes; {about['left_out']} test images that training has too "
         "were left out",
-        "Recipe": f"{plan['epochs']} epochs, {plan['filters']} filters in the first of eight "
-        f"convolutions, {plan['seeds']} seed{'s' if plan['seeds'] > 1 else ''} of MRL and of "
-        "three FF nets, one of the rest",
+        "Recipe": f"{plan['epochs']} epochs of {plan['rows']:,} images, {plan['filters']} filters "
+        f"in the first of eight convolutions; {plan['seeds']} "
+        f"seed{'s' if plan['seeds'] > 1 else ''} of MRL and of FF at "
+        f"{', '.join(map(str, about['seeded']))} dims, one of the rest",
         "Command": about["command"],
         "Software and machine": about["machine"],
         "Minutes of training": ", ".join(f"{name} {m:g}" for name, m in results["minutes"].items()),
@@ -51,7 +52,7 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
         "<title>Did Matryoshka pay off?</title>\n"
         f"<style>{_STYLE}</style></head><body>\n<h1>Did Matryoshka pay off?</h1>\n"
         f"<h2>What the numbers say</h2>\n<ul>\n{said}</ul>\n<h2>Figures</h2>\n{figures}\n"
-        f"<h2>Tables</h2>\n{''.join(map(_table, tables(results)))}"
+        f"<h2>Tables</h2>\n<p>{escape(SPREAD)}</p>\n{''.join(map(_table, tables(results)))}"
         f"<h2>How it was measured</h2>\n<dl>\n{rows}</dl>\n</body></html>\n"
     )
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ import keras
 import numpy as np
 
 from .batches import SIZE, Batches
+from .files import replacing
 from .images import Images
-from .nets import Net, features_of
+from .nets import Net
 
 _EMBEDDED_AT_ONCE = 500
 
@@ -38,13 +37,20 @@ class Recipe:
 
 def is_trained(folder: Path) -> bool:
     """Whether this net's folder is complete."""
-    return (folder / "net.json").exists()
+    return bool(_read(folder / "net.json")) and (folder / "model.keras").exists()
 
 
 def epochs_done(folder: Path) -> int:
     """How many whole epochs of this net are kept."""
-    noted = folder / "history.json"
-    return len(json.loads(noted.read_text())) if noted.exists() else 0
+    return len(_read(folder / "history.json") or [])
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None where there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def train(
@@ -56,9 +62,9 @@ def train(
 ) -> None:
     """Train a net and write its features and logits; goes on from the last finished epoch.
 
-    Writes `train_<dim>.npy` and `test_<dim>.npy`, features `(rows, width)` for every dim that has
-    features of its own, `test_logits.npy` `(rows, num_dims, num_classes)`, `model.keras`, and last
-    `net.json`.
+    Writes `train_<width>.npy` and `test_<width>.npy`, features `(rows, width)`, where neighbours
+    are looked for among them, `test_logits.npy` `(rows, num_dims, num_classes)`, `model.keras`,
+    and last `net.json`.
 
     Args:
         net: Which.
@@ -69,7 +75,7 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     training, test = parts
-    path, model, history = _resume(net, folder)
+    path, model, history = _resume(net, folder, recipe, say)
     if model is None:
         model = net.make(training.pixels.shape[1:], len(training.names), recipe.filters)
         compile_net(model, net, recipe.epochs, len(training.labels))
@@ -90,14 +96,6 @@ def train(
     (folder / "history.json").unlink(missing_ok=True)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` to write to; it takes the place of `path` once all is written."""
-    partial = path.with_name(f".partial-{path.name}")
-    yield partial
-    os.replace(partial, path)
-
-
 def compile_net(model: keras.Model, net: Net, epochs: int, rows: int) -> None:
     """Give a net its loss, and an optimizer whose rate ends with the last epoch."""
     steps = epochs * -(-rows // SIZE)
@@ -107,15 +105,22 @@ def compile_net(model: keras.Model, net: Net, epochs: int, rows: int) -> None:
     model.compile(optimizer=keras.optimizers.AdamW(rate, weight_decay=0.02), loss=net.loss())
 
 
-def _resume(net: Net, folder: Path) -> tuple[Path | None, Any, list[dict[str, float]]]:
+def _resume(
+    net: Net, folder: Path, recipe: Recipe, say: Callable[[str], None]
+) -> tuple[Path | None, Any, list[dict[str, float]]]:
     """The model after the last epoch that is whole, and what the epochs before it showed."""
-    noted = folder / "history.json"
-    history = json.loads(noted.read_text()) if noted.exists() else []
+    history = _read(folder / "history.json") or []
     path = folder / f"epoch-{len(history)}.keras"
+    if not path.exists() and len(history) == recipe.epochs:  # stopped after it got its last name
+        path = folder / "model.keras"
     if not path.exists():
         return None, None, []
     keras.utils.set_random_seed(net.seed)
-    return path, keras.saving.load_model(path), history
+    try:
+        return path, keras.saving.load_model(path), history
+    except Exception as error:  # whatever a damaged file raises; nothing else is lost
+        say(f"{net.name}: {path.name} is damaged ({type(error).__name__}); it begins anew")
+        return None, None, []
 
 
 def _keep(
@@ -132,11 +137,9 @@ def _keep(
 
 
 def _write_answers(net: Net, model: Any, folder: Path, training: Images, test: Images) -> None:
-    own = net.dims if net.method == "slimmable" else net.dims[-1:]
-    for dim in own:
-        features = features_of(net, model, dim)
-        for name, part in (("train", training), ("test", test)):
-            found = features.predict(part.pixels, batch_size=_EMBEDDED_AT_ONCE, verbose=0)
-            np.save(folder / f"{name}_{dim}.npy", np.asarray(found, np.float32))
+    parts = (("train", training), ("test", test)) if net.is_searched else ()
+    for name, part in parts:
+        found = model.backbone.predict(part.pixels, batch_size=_EMBEDDED_AT_ONCE, verbose=0)
+        np.save(folder / f"{name}_{net.dims[-1]}.npy", np.asarray(found, np.float32))
     logits = model.predict(test.pixels, batch_size=_EMBEDDED_AT_ONCE, verbose=0)
     np.save(folder / "test_logits.npy", np.asarray(logits, np.float32))

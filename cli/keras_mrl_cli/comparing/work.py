@@ -16,20 +16,20 @@ from typing import Any
 
 import keras
 
-from ..asking import RefusalError
 from . import measures
 from .answers import Answers
 from .cascades import cascades
 from .figures import draw
+from .files import held, replacing
 from .findings import findings
 from .images import split_classes
 from .network import madds
-from .parts import load_parts, note_parts, unseen_classes
+from .parts import check_unseen, load_parts, note_parts, unseen_classes
 from .plan import Plan, choose, subset, taken_up
 from .report import html
 from .retrieval import retrieval
-from .tables import as_csv, tables
-from .training import epochs_done, is_trained, replacing, train
+from .tables import SPREAD, as_csv, tables
+from .training import epochs_done, is_trained, train
 
 
 def compare(
@@ -56,26 +56,32 @@ def compare(
         The results, as `results.json` has them.
 
     Raises:
-        RefusalError: If images cannot be read, or `out` holds another comparison.
+        RefusalError: If images cannot be read or are too few, or `out` holds something else.
+        OSError: If `out` cannot be written.
     """
-    training, judging, left_out = load_parts(data, test, size)
-    if asked.unseen and len(training.names) < 10:
-        raise RefusalError(
-            "A fifth of the classes must be two or more to look for neighbours among. "
-            f"Received: --unseen with {len(training.names)} classes. Leave --unseen out."
+    with held(out, data):
+        say("reading images")
+        training, judging, left_out = load_parts(data, test, size)
+        rows, height, width, channels = training.pixels.shape
+        say(
+            f"{rows:,} training and {len(judging.labels):,} test images of {height} x {width} x "
+            f"{channels}, {len(training.names)} classes; {left_out} test images that training has "
+            "too are left out"
         )
-    note_parts(out / "splits.npz", training, judging)
-    plan = taken_up(
-        out / "plan.json",
-        {**asdict(asked), "dims": list(asked.dims), "budget": budget}
-        | {"backend": keras.backend.backend()},
-        lambda: choose(asked, training, budget, say),
-    )
-    answers = Answers(out / "nets", plan, subset(training, plan.rows), judging)
-    _train(answers, say)
-    say("evaluating (minutes for tens of thousands of images)")
-    results = _measure(answers, left_out, data, say)
-    _write(results, out)
+        if asked.unseen:
+            check_unseen(training, judging)
+        note_parts(out / "splits.npz", training, judging)
+        plan = taken_up(
+            out / "plan.json",
+            {**asdict(asked), "dims": list(asked.dims), "budget": budget}
+            | {"backend": keras.backend.backend()},
+            lambda: choose(asked, training, budget, say),
+        )
+        answers = Answers(out / "nets", plan, subset(training, plan.rows), judging)
+        _train(answers, say)
+        say("evaluating (minutes for tens of thousands of images)")
+        results = _measure(answers, left_out, data, say)
+        _write(results, out)
     return results
 
 
@@ -114,6 +120,7 @@ def _measure(
             "images": [len(answers.training.labels), len(answers.test.labels)],
             "classes": len(answers.training.names),
             "left_out": left_out,
+            "seeded": plan.seeded,
             "machine": f"Python {platform.python_version()}, Keras {keras.__version__} on "
             f"{keras.backend.backend()}, keras-mrl {version('keras-mrl')}, "
             f"{os.cpu_count()} CPU cores, {time.strftime('%Y-%m-%d')}",
@@ -142,7 +149,7 @@ def _measure(
 
 def _write(results: dict[str, Any], out: Path) -> None:
     draw(results, out)
-    said = "".join(f"- {sentence}\n" for sentence in findings(results))
+    said = "".join(f"- {sentence}\n" for sentence in findings(results)) + f"\n{SPREAD}\n"
     shown = "\n".join(table.markdown() for table in tables(results))
     texts = {
         "results.json": json.dumps(results, indent=1) + "\n",
