@@ -15,7 +15,7 @@ from keras_mrl_cli.__main__ import main, parser
 
 NOT_INSTALLED = ("keras", "tensorflow", "jax", "torch", "grpc", "numpy", "sklearn", "matplotlib")
 ROOMS = ("keras_mrl", "keras_mrl_export", "keras_mrl_serving")
-COMMANDS = ["demo", "export", "serve", "deploy"]
+COMMANDS = ["demo", "compare", "export", "serve", "deploy"]
 COMMANDS += ["classify", "embed", "index", "search", "inspect"]
 PARTS = ["build", "show"]  # of index
 WITH_FLAGS = [[command] for command in COMMANDS if command != "index"]
@@ -107,8 +107,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["fly"],
             "keras-mrl: error: argument COMMAND: invalid choice: 'fly' "
-            "(choose from 'demo', 'export', 'serve', 'deploy', 'classify', 'embed', 'index', "
-            "'search', 'inspect')",
+            "(choose from 'demo', 'compare', 'export', 'serve', 'deploy', 'classify', 'embed', "
+            "'index', 'search', 'inspect')",
         ),
         (["index"], "keras-mrl index: error: the following arguments are required: COMMAND"),
         (
