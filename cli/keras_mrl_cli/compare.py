@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dims",
-        type=_dims,
+        type=asking.dims,
         default=DIMS,
         metavar="M,...",
         help=f"two or more ({','.join(map(str, DIMS))})",
@@ -99,19 +99,6 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     return asking.finished(lambda: _work(arguments))
 
 
-def _dims(text: str) -> tuple[int, ...]:
-    try:
-        dims = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        dims = ()
-    if len(dims) < 2 or dims[0] < 1 or list(dims) != sorted(set(dims)):
-        raise argparse.ArgumentTypeError(
-            f"must be two or more rising integers with commas. Received: {text!r}. "
-            "Give for example 8,16,32."
-        )
-    return dims
-
-
 def _work(arguments: argparse.Namespace) -> int:
     _check(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -158,6 +145,13 @@ def _show(out: Path) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    dims = arguments.dims
+    if len(dims) < 2 or dims[0] < 1 or list(dims) != sorted(set(dims)):
+        raise asking.RefusalError(
+            "--dims must be two or more rising integers. "
+            f"Received: {','.join(map(str, dims))}. Give for example 8,16,32.",
+            status=2,
+        )
     least = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
     for name, smallest in least.items():
         value = getattr(arguments, name)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", metavar="FILE", help="JSON of a CascadePolicy (no cascade)")
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line (no names)")
     parser.add_argument(
-        "--dims", type=_dims, metavar="M,M", help="dims to export (those of the model's head)"
+        "--dims", type=asking.dims, metavar="M,M", help="dims to export (those of the model's head)"
     )
     parser.add_argument(
         "--signatures",
@@ -76,15 +76,6 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if rest:
         return refuse(unknown_flags(rest), status=2)
     return asking.finished(lambda: _work(arguments))
-
-
-def _dims(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be integers with commas. Received: {text!r}. Give for example 8,16."
-        ) from None
 
 
 def _names(text: str) -> list[str]:

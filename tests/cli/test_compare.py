@@ -172,6 +172,11 @@ def test_a_folder_is_of_one_comparison_and_one_process(tmp_path: Path) -> None:
     with pytest.raises(RefusalError, match="--out must not lie in the images"):
         with held(out, [str(tmp_path)]):
             pass
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".partial-splits.npz").touch()
+    with held(killed, []):
+        pass
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "report.html").touch()
@@ -242,6 +247,7 @@ def test_multiply_adds_are_those_of_every_kernel() -> None:
     [
         (["--dims", "8,4"], "must be two or more rising integers"),
         (["--dims", "8"], "must be two or more rising integers"),
+        (["--dims", "8,x"], "must be integers with commas"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--budget", "nan"], "--budget must be at least 0.1"),
         (["--budget", "5", "--epochs", "3"], "Received: --budget with --epochs."),

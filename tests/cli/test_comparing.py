@@ -1,8 +1,10 @@
 """Nets of a comparison: the images they see, and training that goes on where it stopped."""
 
+import doctest
 import json
 import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import keras
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from keras_mrl_cli.asking import RefusalError
-from keras_mrl_cli.comparing import training
+from keras_mrl_cli.comparing import network, plan, tables, training
 from keras_mrl_cli.comparing.batches import Batches, moved
 from keras_mrl_cli.comparing.images import Images, read, split_classes
 from keras_mrl_cli.comparing.nets import Net, nets_for
@@ -20,6 +22,13 @@ from keras_mrl_cli.comparing.training import Recipe, is_trained, train
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
 PART = Images(PIXELS, np.arange(12) % 3, ("ant", "bee", "cat"))
+
+
+@pytest.mark.parametrize("module", [network, plan, tables])
+def test_the_examples_run(module: ModuleType) -> None:
+    failed, tried = doctest.testmod(module)
+    assert tried
+    assert not failed
 
 
 def folder_of(where: Path) -> Path:

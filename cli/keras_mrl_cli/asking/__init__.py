@@ -134,6 +134,16 @@ def finished(work: Callable[[], int]) -> int:
         return 1
 
 
+def dims(text: str) -> tuple[int, ...]:
+    """Return the integers of an argument, for argparse."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be integers with commas. Received: {text!r}. Give for example 8,16."
+        ) from None
+
+
 def one_line(error: Exception) -> str:
     """Return what an error says, in one line, though it quotes a server that used many."""
     return " ".join(str(error).split())

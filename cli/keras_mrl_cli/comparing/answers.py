@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import numpy.typing as npt
 
@@ -54,8 +55,6 @@ class Answers:
 
     def model(self, name: str) -> Any:
         """Return a net itself."""
-        import keras
-
         return keras.saving.load_model(self.folder / name / "model.keras")
 
     def minutes(self, name: str) -> float:

@@ -54,7 +54,9 @@ def _check_place(out: Path, data: list[str]) -> None:
                 "--out must not lie in the images, where its figures would be a class. "
                 f"Received: {out} in {place}. Name a folder elsewhere."
             )
-    others = out.is_dir() and {path.name for path in out.iterdir()} - {".lock", "splits.npz"}
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    # Hidden ones are the lock, and what was being written when a process was killed.
+    others = {name for name in names if not name.startswith(".")} - {"splits.npz"}
     if others and _NOTE not in others:
         raise RefusalError(
             "--out must be a new folder, an empty one, or one of a comparison. "

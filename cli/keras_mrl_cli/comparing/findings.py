@@ -44,7 +44,7 @@ def _verdict(gaps: list[float], separate: list[float], about: Mapping[str, Any])
     """Whether nesting costs accuracy, where so many test images can tell."""
     images, chance = about["images"][1], 1 / about["classes"]
     best = max(separate)
-    # Two nets that are equally good differ by more than this once in twenty times.
+    # Two nets equally good, judged on images of their own, differ by more once in twenty times.
     noise = 100 * 2 * sqrt(2 * best * (1 - best) / images)
     told = f"Differences below {noise:.1f} points are noise among {images:,} test images. "
     if best < 2 * chance:

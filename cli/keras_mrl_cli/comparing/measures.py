@@ -12,9 +12,9 @@ from keras_mrl.evaluation import score_embeddings
 from .answers import Answers
 from .images import split_classes
 from .parts import unseen_classes
+from .training import AT_ONCE
 
 _PROBED = 20_000  # rows at most that a linear probe is trained on
-_EMBEDDED_AT_ONCE = 500
 
 ByDim = dict[str, dict[str, list[float]]]
 
@@ -66,8 +66,7 @@ def unseen(answers: Answers) -> dict[str, dict[str, dict[str, float]]]:
     for name in ("mrl", answers.full):
         body = answers.model(f"{name}_seen-0").backbone
         gallery, queries = (
-            body.predict(part.pixels, batch_size=_EMBEDDED_AT_ONCE, verbose=0)
-            for part in (shown, asked)
+            body.predict(part.pixels, batch_size=AT_ONCE, verbose=0) for part in (shown, asked)
         )
         scores = score_embeddings(queries, asked.labels, gallery, shown.labels, answers.plan.dims)
         found["mrl" if name == "mrl" else "first_coordinates"] = _as_json(scores)

@@ -53,7 +53,7 @@ def madds(model: keras.Model) -> int:
 
     Examples:
         >>> madds(backbone((8, 8, 1), width=4, filters=8))
-        127232
+        65920
     """
     total = 0
     for layer in model.layers:

@@ -130,9 +130,9 @@ def fitted(plan: Plan, training: Images, seconds: float, measure: Callable[[int]
     Examples:
         >>> images = Images(np.zeros((600, 8, 8, 1), np.uint8), np.arange(600) % 2, ("a", "b"))
         >>> plan = Plan((4, 8), 1, 0, 0, flip=True, unseen=False, rows=600)
-        >>> found = fitted(plan, images, 60, measure=lambda filters: Speed(40_000 / filters, 1.0))
+        >>> found = fitted(plan, images, 60, measure=lambda filters: Speed(30_000 / filters, 1.0))
         >>> found.filters, found.epochs, found.rows
-        (16, 15, 600)
+        (32, 9, 600)
     """
     ends = time.monotonic() + _TRAINING_SHARE * seconds
     found: Plan | None = None

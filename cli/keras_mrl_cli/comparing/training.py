@@ -17,7 +17,7 @@ from .files import replacing
 from .images import Images
 from .nets import Net
 
-_EMBEDDED_AT_ONCE = 500
+AT_ONCE = 500  # rows that a net is asked about
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _keep(
 def _write_answers(net: Net, model: Any, folder: Path, training: Images, test: Images) -> None:
     parts = (("train", training), ("test", test)) if net.is_searched else ()
     for name, part in parts:
-        found = model.backbone.predict(part.pixels, batch_size=_EMBEDDED_AT_ONCE, verbose=0)
+        found = model.backbone.predict(part.pixels, batch_size=AT_ONCE, verbose=0)
         np.save(folder / f"{name}_{net.dims[-1]}.npy", np.asarray(found, np.float32))
-    logits = model.predict(test.pixels, batch_size=_EMBEDDED_AT_ONCE, verbose=0)
+    logits = model.predict(test.pixels, batch_size=AT_ONCE, verbose=0)
     np.save(folder / "test_logits.npy", np.asarray(logits, np.float32))
