@@ -1,11 +1,14 @@
 """Answers as bytes: what Tensor::AsProtoTensorContent writes, read back by TensorFlow itself."""
 
+import math
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tensorflow.core.framework.tensor_pb2 import TensorProto
 
 from keras_mrl_serving import _wire_pb2
@@ -70,3 +73,42 @@ def test_without_it_values_stand_in_their_field() -> None:
 def test_a_dtype_of_half_a_byte_takes_one() -> None:
     proto = content(np.array([1, 7], ml_dtypes.int4))
     assert (proto.dtype, proto.tensor_content) == (tf.as_dtype("int4").as_datatype_enum, b"\1\7")
+
+
+NUMBERS = (1, 2, 3, 4, 6, 9, 10, 14, 17, 19, 23)  # DataType of most of DTYPES, and of others
+SIZES = st.one_of(st.integers(-2, 4), st.sampled_from([2**31, 2**62]))
+
+
+@given(
+    number=st.sampled_from(NUMBERS),
+    sizes=st.lists(SIZES, max_size=4) | st.lists(st.just(1), min_size=8, max_size=12),
+    surplus=st.sampled_from([0, 0, 0, -1, 1, 8]),
+    unknown=st.sampled_from([False, False, False, True]),
+    listed=st.booleans(),
+)
+@example(number=1, sizes=[-1, -2], surplus=0, unknown=False, listed=False)
+def test_bytes_are_what_the_runtime_makes_of_them(
+    number: int, sizes: list[int], surplus: int, unknown: bool, listed: bool
+) -> None:
+    """`decode` reads plain bytes by itself; of all others it asks the runtime, as we do here."""
+    itemsize = tf.as_dtype(number).size
+    length = max(0, min(math.prod(sizes), 300) * itemsize + surplus)
+    proto = TensorProto(dtype=number, tensor_content=bytes(i % 251 for i in range(length)))
+    proto.tensor_shape.unknown_rank = unknown
+    for size in sizes:
+        proto.tensor_shape.dim.add(size=size)
+    if listed:  # which the bytes take precedence over
+        proto.float_val.append(7)
+        proto.int_val.append(7)
+    data, dtype = proto.SerializeToString(), tf.as_dtype(number)
+    try:
+        if math.prod(abs(size) or 1 for size in sizes) > 2**20:  # refused: too many to make up
+            raise tf.errors.InvalidArgumentError(None, None, "")
+        expected = tf.raw_ops.ParseTensor(serialized=data, out_type=dtype).numpy()
+    except tf.errors.OpError:
+        with pytest.raises(ValueError, match=r"^$"):
+            decode(proto)
+        return
+    found = decode(proto)
+    assert (found.dtype, found.shape) == (np.asarray(expected).dtype, np.shape(expected))
+    assert found.tobytes() == np.asarray(expected).tobytes()
