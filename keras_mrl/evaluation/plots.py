@@ -15,6 +15,7 @@ _COLOURS = (
     *("#0a7a8f", "#57606a", "#bf3989", "#24292f", "#54aeff"),
 )
 _MARKERS = "osD^vPXh<>"
+_LEGEND_COLUMNS, _LEGEND_ROW = 2, 0.21  # inches
 _STARS = (_ORANGE, "#6639ba", "#116329", "#a40e26", "#4d2d00")
 
 Spread = float | Sequence[float]
@@ -178,7 +179,7 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     # Figure itself, not pyplot: no global state, no display, nothing to close.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title)
     axes.set_xlabel(x)
@@ -188,5 +189,9 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, axes: Any, path: str | Path) -> None:
-    axes.legend(loc="lower right", frameon=False)
+    # Beneath the axes: inside there is no place that lines and stars leave free for sure.
+    handles, _ = axes.get_legend_handles_labels()
+    rows = -(-len(handles) // _LEGEND_COLUMNS)
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * rows)
+    figure.legend(loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False)
     figure.savefig(path, dpi=150)
