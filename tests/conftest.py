@@ -1,12 +1,17 @@
 """What every test of the project shares."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
 
 # TensorFlow's greetings drown what a failing test says; read by TensorFlow when it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# A shell without job control has its background jobs ignore interrupts, and they their children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # `make soak` runs the property tests alone, with many more examples.
 hypothesis.settings.register_profile("test", deadline=None)

@@ -10,9 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mrl_serving import contract
-from keras_mrl_serving.embeddings import MIN_SQUARE
+from keras_mrl_serving.embeddings import inverse_length
 from keras_mrl_serving.index import ExactIndex
 
+from .lengths import lengths
 from .mapped import forget
 from .neighbors import columns
 from .tracing import Tensors, traced
@@ -37,14 +38,16 @@ class IndexGraph:
         order = np.argsort(index.ids)
         self._rows = len(order)
         self._ids = tf.Variable(index.ids[order], trainable=False, name="ids")
-        self._squares = []
         self._blocks = []
+        self._scales = []  # by edge: one over the lengths of rows, or their squares, or nothing
         squares = np.zeros(self._rows, np.float32)
         for start, stop in zip((0, *self.edges), self.edges, strict=False):
             block, added = _block(index, start, stop, order)
             squares = squares + added
             self._blocks.append(block)
-            self._squares.append(tf.Variable(squares, trainable=False, name=f"squares_{stop}"))
+            if self.facts.metric != "dot":
+                scales = squares if self.facts.metric == "l2" else inverse_length(squares)
+                self._scales.append(tf.Variable(scales, trainable=False, name=f"scales_{stop}"))
 
     def signatures(self) -> dict[str, Any]:
         """Return `search`, and `search_<m>` for every dim."""
@@ -57,7 +60,7 @@ class IndexGraph:
 
     def variables(self) -> list[Any]:
         """Return what a SavedModel must hold."""
-        return [self._ids, *self._blocks, *self._squares]
+        return [self._ids, *self._blocks, *self._scales]
 
     def search(self, embedding: Any) -> Tensors:
         """Return the neighbours that the funnel finds.
@@ -107,11 +110,9 @@ class IndexGraph:
         """What ranks rows as the metric does, and lacks only what is of the query alone."""
         if self.facts.metric == "dot":
             return dots
-        squares = self._squares[edge]
-        squares = squares if rows is None else _rows_of(squares, rows)
-        if self.facts.metric == "l2":
-            return 2 * dots - squares
-        return dots * _inverse_length(squares)
+        scales = self._scales[edge]
+        scales = scales if rows is None else _rows_of(scales, rows)
+        return 2 * dots - scales if self.facts.metric == "l2" else dots * scales
 
     def _answer(self, queries: Sequence[Any], rows: Any) -> Tensors:
         # Summed again, row by row: a matrix product gives equal rows values that differ in the
@@ -121,10 +122,10 @@ class IndexGraph:
             for query, block in zip(queries, self._blocks, strict=False)
         ]
         scores = self._ranking(tf.add_n(products), rows, len(queries) - 1)
-        squares = tf.add_n([tf.reduce_sum(tf.square(q), -1, keepdims=True) for q in queries])
         if self.facts.metric == "cosine":
-            scores = scores * _inverse_length(squares)
+            scores = scores / lengths(tf.concat(queries, axis=-1))
         elif self.facts.metric == "l2":
+            squares = tf.add_n([tf.reduce_sum(tf.square(q), -1, keepdims=True) for q in queries])
             scores = tf.minimum(scores - squares, 0)
         scores, order = tf.math.top_k(scores, self.facts.schedule.k)
         rows = tf.gather(rows, order, batch_dims=1)
@@ -142,10 +143,6 @@ def _rows_of(variable: Any, rows: Any) -> Any:
     the memory of its block once more.
     """
     return tf.gather(variable.read_value(), rows)
-
-
-def _inverse_length(squares: Any) -> Any:
-    return 1 / tf.sqrt(tf.maximum(squares, MIN_SQUARE))
 
 
 def _block(index: ExactIndex, start: int, stop: int, order: Any) -> tuple[Any, Any]:

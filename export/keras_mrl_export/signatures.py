@@ -12,12 +12,12 @@ import tensorflow as tf
 from keras_mrl_serving import contract
 from keras_mrl_serving.cascade import CascadePolicy
 from keras_mrl_serving.contract import Manifest
-from keras_mrl_serving.embeddings import MIN_SQUARE
 
 from .cascade_graph import classify_adaptively
 from .index_graph import IndexGraph
 from .inputs import declared_inputs, input_structure
 from .job import Job
+from .lengths import lengths
 from .likeliest import Likeliest
 from .tracing import Tensors, describing, traced
 
@@ -122,8 +122,7 @@ class ServedModel:
         def embed(**inputs: Any) -> Tensors:
             prefix = self._features(**inputs)[:, :dim]
             if self._manifest.normalize:
-                square = tf.reduce_sum(tf.square(prefix), axis=-1, keepdims=True)
-                prefix = prefix * tf.math.rsqrt(tf.maximum(square, MIN_SQUARE))
+                prefix = prefix / lengths(prefix)
             return {"embedding": prefix}
 
         return embed
