@@ -1,8 +1,9 @@
 """JSON to arrays: the body of a REST predict call, checked in TensorFlow Serving's words."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
-from math import prod
+from math import isinf, prod
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from .status import StatusError, invalid_argument
 
 _MAX_RANK = 64  # NumPy's
 _TOO_DEEP = "JSON Parse error: The document is nested too deeply."
+_MAYBE_TOO_BIG = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{309}")  # for a double
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
@@ -27,7 +29,8 @@ def parse_body(body: bytes) -> dict[str, Any]:
     if not body:
         raise invalid_argument("JSON Parse error: The document is empty")
     try:
-        document = json.loads(body.decode("utf-8-sig"))
+        numbers = _FINITE if _MAYBE_TOO_BIG.search(body) else {}
+        document = json.loads(body.decode("utf-8-sig"), **numbers)
         if b"\\u" in body:  # half a surrogate pair parses, and no tensor or message can hold it
             json.dumps(document, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -37,7 +40,7 @@ def parse_body(body: bytes) -> dict[str, Any]:
         raise invalid_argument(reason) from error
     except UnicodeDecodeError as error:
         raise invalid_argument(f"JSON Parse error: {error}.") from error
-    except ValueError as error:  # more digits than Python reads
+    except (ValueError, OverflowError) as error:  # more digits than Python reads, among others
         reason = "JSON Parse error: Number too big to be stored in double."
         raise invalid_argument(reason) from error
     except RecursionError as error:
@@ -49,6 +52,22 @@ def parse_body(body: bytes) -> dict[str, Any]:
             document, "not formatted correctly. 'signature_name' key must be a string value."
         )
     return document
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if isinf(value):
+        raise OverflowError
+    return value
+
+
+def _finite_int(text: str) -> int:
+    value = int(text)
+    float(value)  # raises OverflowError
+    return value
+
+
+_FINITE: dict[str, Any] = {"parse_float": _finite_float, "parse_int": _finite_int}
 
 
 def read_inputs(document: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -100,11 +100,8 @@ def _check_types(values: list[Any], types: tuple[type, ...], dtype: tf.DType) ->
 
 def _check_lossless(values: list[Any], dtype: tf.DType) -> None:
     exact = 2 ** _SIGNIFICAND_BITS[dtype] - 1
-    try:
-        if (np.abs(np.array(values, np.float64)) <= exact).all():
-            return
-    except OverflowError:  # an integer no float64 holds; it is found below
-        pass
+    if (np.abs(np.array(values, np.float64)) <= exact).all():
+        return
     largest = float(np.finfo(dtype.as_numpy_dtype).max)
     for value in values:
         is_integer = isinstance(value, int) and value in _INTEGER_TOKENS
