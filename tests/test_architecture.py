@@ -23,6 +23,8 @@ FLOORS = (
         "cascade",
         "cascade_certify",
         "cascade_cuts",
+        "cascade_fill",
+        "cascade_report",
         "cascade_search",
         "confidence",
         "drift",

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_mrl_serving.cascade import CascadePolicy, CascadeReport
+from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.cascade_report import CascadeReport, report_exits
 
 from ..models import split
 
@@ -62,16 +63,7 @@ class TokenScores:
     def evaluate(self, policy: CascadePolicy) -> CascadeReport:
         """Return how `policy` fares on these tokens."""
         columns, stage_of = self._route(policy)
-        asked = np.asarray(policy.dims)
-        exits = np.bincount(stage_of, minlength=len(asked)) / len(self)
-        return CascadeReport(
-            accuracy=float(self.right[np.arange(len(self)), columns[stage_of]].mean()),
-            full_accuracy=float(self.right[:, columns[-1]].mean()),
-            expected_dim=float(exits @ asked),
-            cumulative_dim=float(exits @ np.cumsum(asked)),
-            exit_fractions=tuple(float(share) for share in exits),
-            size=len(self),
-        )
+        return report_exits(policy.dims, stage_of, self.right[:, columns])
 
     def _route(self, policy: CascadePolicy) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The column of each stage, and the stage each token stops at."""

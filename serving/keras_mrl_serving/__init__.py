@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from .calls import Signature as Signature
     from .calls import VersionStatus as VersionStatus
     from .cascade import CascadePolicy as CascadePolicy
-    from .cascade import CascadeReport as CascadeReport
     from .cascade import Stage as Stage
     from .cascade_certify import certify_cascade as certify_cascade
     from .cascade_search import CascadeFront as CascadeFront
@@ -62,7 +61,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "aio": ("AsyncClient",),
     "calls": ("Signature", "VersionStatus"),
-    "cascade": ("CascadePolicy", "CascadeReport", "Stage"),
+    "cascade": ("CascadePolicy", "Stage"),
+    "cascade_report": ("CascadeReport",),
     "client": ("Client",),
     "contract": ("Manifest",),
     "cascade_certify": ("certify_cascade",),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .cascade_report import CascadeReport, report_exits
 from .confidence import check_confidence, confidence_of
 from .contract import check_dims
 from .errors import ManifestError
@@ -38,34 +39,6 @@ class Stage:
     dim: int
     threshold: float | None
     temperature: float = 1.0
-
-
-@dataclass(frozen=True)
-class CascadeReport:
-    """How a policy fared on rows whose labels are known.
-
-    Args:
-        accuracy: Share of rows the cascade classifies right.
-        full_accuracy: The same at the last dim alone.
-        expected_dim: Mean of the dim that decided.
-        cumulative_dim: Mean of the sum of all dims asked: what the heads together cost.
-        exit_fractions: Share of the rows that stopped at each stage.
-        size: Number of rows.
-
-    Examples:
-        >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
-        >>> sure, unsure = [[4.0, 0.0], [0.0, 1.0]], [[0.1, 0.0], [0.0, 1.0]]
-        >>> policy.evaluate([sure, unsure], labels=[0, 1])  # doctest: +NORMALIZE_WHITESPACE
-        CascadeReport(accuracy=1.0, full_accuracy=0.5, expected_dim=36.0, cumulative_dim=40.0,
-                      exit_fractions=(0.5, 0.5), size=2)
-    """
-
-    accuracy: float
-    full_accuracy: float
-    expected_dim: float
-    cumulative_dim: float
-    exit_fractions: tuple[float, ...]
-    size: int
 
 
 @dataclass(frozen=True)
@@ -279,14 +252,6 @@ def judge(
         >>> judge(policy, np.float32([[[4, 0]], [[1, 0]]]), np.array([0, 1])).accuracy
         0.5
     """
-    class_ids, stage_of = policy.route(scores)
-    dims = np.asarray(policy.dims)
-    exits = np.bincount(stage_of, minlength=len(dims)) / len(truth)
-    return CascadeReport(
-        accuracy=float(np.mean(class_ids == truth)),
-        full_accuracy=float(np.mean(np.argmax(scores[:, -1], axis=-1) == truth)),
-        expected_dim=float(exits @ dims),
-        cumulative_dim=float(exits @ np.cumsum(dims)),
-        exit_fractions=tuple(float(share) for share in exits),
-        size=len(truth),
-    )
+    _, stage_of = policy.route(scores)
+    right = np.argmax(scores, axis=-1) == truth[:, None]
+    return report_exits(policy.dims, stage_of, right)

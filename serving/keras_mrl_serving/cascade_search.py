@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .cascade import CascadePolicy, Stage, judge
-from .cascade_cuts import Cuts, search_cuts
+from .cascade import CascadePolicy, Stage
+from .cascade_cuts import CutRows, Cuts, search_cuts
+from .cascade_fill import fill_front
+from .cascade_report import first_sure, report_exits
 from .confidence import check_confidence, confidence_of
 from .contract import check_dims
 from .inputs import as_float64, check_holdout
@@ -94,7 +96,7 @@ def search_cascades(
     temperatures: Sequence[float] | None = None,
     confidence: str = "max_probability",
 ) -> CascadeFront:
-    """Search the thresholds of all dims together, for every price of a wrong answer.
+    """Search the thresholds of all dims together, for every price of a wrong answer and every cost.
 
     The paper's procedure (`CascadePolicy.learn`) looks at each pair of dims alone, and accepts at
     the first only where that costs no row of the holdout. Here the thresholds are moved in turns,
@@ -106,8 +108,8 @@ def search_cascades(
         labels: Class ids of the holdout, from 0. It must share no row with the training data nor
             with the data the cascade is judged on.
         dims: The dims of the head.
-        costs: What each dim costs, increasing: multiply-adds, or measured milliseconds. None means
-            the dims themselves.
+        costs: What each dim costs: multiply-adds, or measured milliseconds. None means the dims
+            themselves.
         cumulative: Whether a row pays for every dim it is asked at, or for the last alone, as in
             the paper's expected dim.
         temperatures: One per dim, as `fit_temperatures` returns; None means ones.
@@ -139,13 +141,9 @@ def search_cascades(
     sure = confidences(check_confidence(confidence), scores, scales)
     right = np.argmax(scores, axis=-1) == truth[:, None]
     stages = tuple(map(Stage, dims, [None] * len(dims), scales))
-    policies = candidates(sure, right, prices, stages, confidence, cumulative)
+    policies = candidates(sure, right, prices, stages, confidence, cumulative, fill=True)
     policies.append(CascadePolicy.learn(scores, truth, dims, scales, confidence))
-    columns = {dim: at for at, dim in enumerate(dims)}
-    judged = [
-        replace(p, holdout=judge(p, scores[:, [columns[dim] for dim in p.dims]], truth))
-        for p in policies
-    ]
+    judged = [judged_by(policy, dims, sure, right) for policy in policies]
     by_dim = dict(zip(dims, prices.tolist(), strict=True))
     return _front((mean_cost(policy, by_dim, cumulative), policy) for policy in judged)
 
@@ -163,6 +161,28 @@ def confidences(
     return np.stack(sure, axis=1)
 
 
+def judged_by(
+    policy: CascadePolicy, dims: tuple[int, ...], confidence: Any, right: Any
+) -> CascadePolicy:
+    """Return the policy with the report of rows whose confidences are known already.
+
+    Args:
+        policy: It asks some of the dims.
+        dims: All of them.
+        confidence: `(rows, num_dims)`, measured as the policy measures.
+        right: Whether each dim's class is right, `(rows, num_dims)`.
+
+    Examples:
+        >>> policy = CascadePolicy((Stage(8, 0.5), Stage(64, None)))
+        >>> sure, right = np.float32([[0.9, 1], [0.2, 1]]), np.array([[True, True], [False, True]])
+        >>> judged_by(policy, (8, 64), sure, right).holdout.exit_fractions
+        (0.5, 0.5)
+    """
+    columns = [dims.index(dim) for dim in policy.dims]
+    stage_of = first_sure(confidence[:, columns], [stage.threshold for stage in policy.stages])
+    return replace(policy, holdout=report_exits(policy.dims, stage_of, right[:, columns]))
+
+
 def candidates(
     confidence: Any,
     right: Any,
@@ -170,6 +190,7 @@ def candidates(
     stages: tuple[Stage, ...],
     measure: str,
     cumulative: bool,
+    fill: bool = False,
 ) -> list[CascadePolicy]:
     """Return the policies worth comparing: the best for many prices of a mistake.
 
@@ -183,6 +204,7 @@ def candidates(
         stages: Dims and temperatures.
         measure: The name of the confidence.
         cumulative: Whether all dims asked are paid for.
+        fill: Whether those between them are searched, too: best for no price, but for a budget.
 
     Examples:
         >>> sure, right = np.float32([[0.9, 1], [0.2, 1]]), [[True, True], [False, True]]
@@ -196,7 +218,9 @@ def candidates(
     found: dict[CascadePolicy, None] = {}  # in an order that every process has
     for first in range(len(stages) if cumulative else 1):
         paid = np.cumsum(costs[first:]) if cumulative else costs
-        for cuts in sorted(search_cuts(confidence[:, first:], right[:, first:], paid)):
+        holdout = CutRows(confidence[:, first:], right[:, first:], paid)
+        cuts_found = search_cuts(holdout)
+        for cuts in sorted(fill_front(holdout, cuts_found) if fill else cuts_found):
             found[_policy(confidence[:, first:], cuts, stages[first:], measure)] = None
     return list(found)
 
@@ -219,17 +243,17 @@ def check_costs(costs: npt.ArrayLike, num_dims: int) -> Floats:
     """Return one cost per dim.
 
     Raises:
-        ValueError: If they are not finite, positive and increasing, or differ by more than 1e12.
+        ValueError: If they are not finite and positive, or differ by more than 1e12.
 
     Examples:
         >>> check_costs((8, 64), 2).tolist()
         [8.0, 64.0]
     """
     checked = as_float64("costs", costs)
-    rising = checked.shape == (num_dims,) and (np.diff(checked, prepend=0) > 0).all()
-    if not rising or not checked[-1] < checked[0] * 1e12:
+    positive = checked.shape == (num_dims,) and (checked > 0).all()
+    if not positive or not checked.max() < checked.min() * 1e12:
         raise ValueError(
-            "costs must be one positive number per dim, finite and increasing. "
+            "costs must be one positive number per dim, finite and of one scale. "
             f"Received: costs={tuple(np.ravel(checked).tolist())} for {num_dims} dims. "
             "Give what each dim costs."
         )

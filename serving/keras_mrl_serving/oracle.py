@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .cascade import CascadeReport
+from .cascade_report import CascadeReport, report_exits
 from .contract import check_dims
 from .inputs import check_holdout
 
@@ -43,12 +43,4 @@ def oracle_report(
     dims = check_dims(dims)
     scores, truth = check_holdout(logits, labels, len(dims))
     right = np.argmax(scores, axis=-1) == truth[:, None]
-    exits = np.bincount(np.argmax(right, axis=1), minlength=len(dims)) / len(truth)
-    return CascadeReport(
-        accuracy=float(right.any(axis=1).mean()),
-        full_accuracy=float(right[:, -1].mean()),
-        expected_dim=float(exits @ dims),
-        cumulative_dim=float(exits @ np.cumsum(dims)),
-        exit_fractions=tuple(exits.tolist()),
-        size=len(truth),
-    )
+    return report_exits(dims, np.argmax(right, axis=1), right)

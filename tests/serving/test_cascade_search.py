@@ -1,6 +1,5 @@
 """Cascades searched as a whole, beside every threshold there is and beside the paper's."""
 
-import itertools
 import re
 from typing import Any
 
@@ -96,9 +95,8 @@ def test_targets_on_rows_that_were_not_searched() -> None:
         policy = front.cheapest_within(share)
         columns = [DIMS.index(dim) for dim in policy.dims]
         fresh = policy.evaluate(logits[2000:, columns], labels[2000:])
-        assert (
-            fresh.accuracy > fresh.full_accuracy - share - 0.025
-        )  # of 2,000 rows, searched and judged
+        # of 2,000 rows, searched and judged
+        assert fresh.accuracy > fresh.full_accuracy - share - 0.04
         assert fresh.expected_dim < 0.75 * DIMS[2]
     assert front.cheapest_within(0.05).holdout != front.cheapest_within(0.005).holdout
     under = front.best_under(30)
@@ -108,12 +106,12 @@ def test_targets_on_rows_that_were_not_searched() -> None:
     assert under is cheaper[-1]
 
 
-def test_dear_stages_are_left_out() -> None:
+def test_a_stage_that_is_dearer_and_no_better_is_left_out() -> None:
     logits, labels = well_behaved(500)
-    front = search_cascades(logits, labels, DIMS[:3], costs=(1, 1000, 1001))
-    asked = set(itertools.chain(*(policy.dims for policy in front.policies)))
-    assert DIMS[0] in asked
-    assert front.policies[0].dims != DIMS[:3]
+    logits[:, 1] = logits[:, 2]
+    front = search_cascades(logits, labels, DIMS[:3], costs=(1, 1001, 1000))
+    some_go_on = [p.dims for p, cost in zip(front.policies, front.costs, strict=True) if cost > 1]
+    assert set(some_go_on) == {(DIMS[0], DIMS[2])}
 
 
 def test_where_every_dim_asked_is_paid_for_some_are_not_asked() -> None:
@@ -124,6 +122,49 @@ def test_where_every_dim_asked_is_paid_for_some_are_not_asked() -> None:
     for policy, cost in zip(front.policies, front.costs, strict=True):
         assert policy.holdout is not None
         assert cost == pytest.approx(policy.holdout.cumulative_dim)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_two_dims_what_any_threshold_reaches_within_a_budget(seed: int) -> None:
+    """The best for a budget need not be the best for any price of a mistake."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, 1000)
+    logits = rng.normal(size=(1000, 2, 3))
+    logits[:, 0] *= 0.5 + rng.random((1000, 1))
+    logits[np.arange(1000), 0, labels] += rng.choice([0.0, 1.0, 2.0], 1000)
+    logits[np.arange(1000), 1, labels] += 2
+    dims = (8, 128)
+    front = search_cascades(logits, labels, dims)
+    weights = np.exp(logits[:, 0] - logits[:, 0].max(-1, keepdims=True))
+    order = np.argsort(-(1 / weights.sum(-1)))
+    right = (np.argmax(logits, axis=-1) == labels[:, None])[order]
+    accepted = np.arange(1001)
+    accuracy = (
+        np.append(0, np.cumsum(right[:, 0])) + np.append(np.cumsum(right[::-1, 1])[::-1], 0)
+    ) / 1000
+    cost = (8 * accepted + 128 * (1000 - accepted)) / 1000
+    for budget in (20, 32, 48, 64, 96):
+        policy = front.best_under(budget)
+        assert policy.holdout is not None
+        # A step of cost is 200th of the way from 8 to 128.
+        assert policy.holdout.accuracy >= accuracy[cost <= budget - 0.6].max() - 1e-9
+    for share in (0.0, 0.01, 0.05):
+        policy = front.cheapest_within(share)
+        assert policy.holdout is not None
+        enough = cost[accuracy >= accuracy[0] - share - 1e-12]
+        assert policy.holdout.expected_dim <= enough.min() + 0.6
+
+
+def test_costs_need_not_rise() -> None:
+    """Measured ones may not: the head of a dim is the same to a clock, the backbone comes first."""
+    logits, labels = well_behaved(300)
+    for costs, cumulative in (((1.57, 1.56, 1.57), False), ((50.0, 0.1, 0.4), True)):
+        front = search_cascades(logits, labels, DIMS[:3], costs, cumulative=cumulative)
+        for policy, cost in zip(front.policies, front.costs, strict=True):
+            assert policy.holdout is not None
+            paid = [costs[DIMS.index(dim)] for dim in policy.dims]
+            paid = np.cumsum(paid).tolist() if cumulative else paid
+            assert cost == pytest.approx(np.dot(policy.holdout.exit_fractions, paid))
 
 
 @pytest.mark.parametrize("costs", [("a", "b", "c"), {"a": 1}, [[1], [2, 3]]])
@@ -187,9 +228,8 @@ def test_targets_that_are_none(call: Any, text: str) -> None:
     "costs",
     [
         (1,),
-        (2, 1, 3),
         (0, 1, 2),
-        (1, 1, 2),
+        (1, -1, 2),
         (1, 2, float("nan")),
         (1, 2, float("inf")),
         (1, 2, 1e13),
@@ -199,7 +239,7 @@ def test_costs_that_are_none(costs: Any) -> None:
     logits, labels = well_behaved(50)
     given = tuple(float(c) for c in costs)
     text = (
-        "costs must be one positive number per dim, finite and increasing. "
+        "costs must be one positive number per dim, finite and of one scale. "
         f"Received: costs={given} for 3 dims. Give what each dim costs."
     )
     with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
