@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
@@ -14,7 +15,7 @@ from .cascade import CascadePolicy, Stage, judge
 from .cascade_search import candidates, check_costs, confidences, mean_cost
 from .confidence import check_confidence
 from .contract import check_dims
-from .guarantee import Guarantee, chance_of_so_few, least_rows
+from .guarantee import Guarantee, chance_of_so_few, least_rows, rows_for
 from .inputs import check_holdout
 from .temperatures import fit_temperatures
 from .thresholds import midway
@@ -92,6 +93,8 @@ def certify_cascade(
     for policy in found:
         wrong = int(_harmed(policy, scores[tested], truth[tested], dims).sum())
         if chance_of_so_few(wrong, len(tested), risk) > delta:
+            if len(best.stages) == 1:
+                _warn_that_none_passed(wrong, len(tested), risk, delta)
             break
         # Cost is counted where the search was: the promise is about errors alone.
         cost = mean_cost(policy, by_dim, cumulative)
@@ -115,6 +118,17 @@ def _check_promise(risk: float, delta: float, rows: int) -> None:
             f"must hold {needed} rows even if none is an error. Received: {tested} of {rows} rows. "
             f"Give {2 * needed} rows or more, or promise less."
         )
+
+
+def _warn_that_none_passed(wrong: int, tested: int, risk: float, delta: float) -> None:
+    needed = rows_for(wrong / tested, risk, delta)
+    enough = f"Give about {2 * needed} rows, or promise less" if needed else "Promise less"
+    warnings.warn(
+        f"To promise a risk of {risk} with delta={delta}, the safest cascade must err on few of "
+        f"the rows that test it. Received: {wrong} errors on {tested} rows, too many: the full dim "
+        f"alone is returned. {enough}.",
+        stacklevel=3,
+    )
 
 
 def _searched(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_MOST_ROWS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Guarantee:
@@ -40,6 +42,30 @@ def least_rows(risk: float, delta: float) -> int:
         299
     """
     return math.ceil(math.log(delta) / math.log1p(-risk))
+
+
+def rows_for(rate: float, risk: float, delta: float) -> int | None:
+    """Return about how many rows it takes to promise `risk` where a share `rate` are errors.
+
+    Args:
+        rate: What is expected of them.
+        risk: As in `Guarantee`.
+        delta: As in `Guarantee`.
+
+    Returns:
+        None where errors are as frequent as the risk, or nearly: no number would do.
+
+    Examples:
+        >>> rows_for(0.0, risk=0.01, delta=0.05), rows_for(0.005, risk=0.01, delta=0.05)
+        (299, 1326)
+        >>> rows_for(0.02, risk=0.01, delta=0.05)
+    """
+    rows = least_rows(risk, delta)
+    while rows < _MOST_ROWS and rate < risk:
+        if chance_of_so_few(math.ceil(rate * rows), rows, risk) <= delta:
+            return rows
+        rows += rows // 20 + 1
+    return None
 
 
 def chance_of_so_few(errors: int, size: int, risk: float) -> float:

@@ -145,6 +145,8 @@ def check_holdout(
     """
     scores = as_float32("logits", logits)
     truth = np.asarray(labels)
+    if truth.ndim == 2 and truth.shape[1] == 1:  # as the datasets of Keras have them
+        truth = truth[:, 0]
     if scores.ndim != 3 or scores.shape[1] != num_dims or truth.shape != scores.shape[:1]:
         raise ValueError(
             "logits must be (rows, num_dims, num_classes) with one label per row. "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .contract import Manifest
 
+_FALLING = ("ece", "perplexity", "loss")  # less is better: a share of them keeps nothing
+
 
 def cheapest_dim(manifest: Manifest, quality: float = 0.98, measure: str | None = None) -> int:
     """Return the smallest dim that keeps a share of the full dim's quality.
@@ -11,7 +13,8 @@ def cheapest_dim(manifest: Manifest, quality: float = 0.98, measure: str | None 
     Args:
         manifest: That of a model exported with `quality`.
         quality: The share, in (0, 1].
-        measure: Which of the measures in the manifest; None where there is but one.
+        measure: Which of the measures in the manifest, one of which more is better. None takes the
+            only one, or else `top1`.
 
     Raises:
         ValueError: If the manifest holds no quality, not this measure, or the share is none.
@@ -37,9 +40,11 @@ def cheapest_dim(manifest: Manifest, quality: float = 0.98, measure: str | None 
             f"Received: model {manifest.name!r}, exported without it. Export it again with "
             "export_saved_model(..., quality={dim: {'top1': ...}}), or name a dim."
         )
-    names = ", ".join(full)
-    chosen = next(iter(full)) if measure is None and len(full) == 1 else measure
-    if chosen is None or chosen not in full:
+    rising = [name for name in full if name not in _FALLING]
+    names = ", ".join(rising)
+    default = rising[0] if len(rising) == 1 else "top1"
+    chosen = default if measure is None else measure
+    if chosen not in rising:
         raise ValueError(
             f"measure must be one of {names}. Received: measure={measure!r}. Choose one of them."
         )

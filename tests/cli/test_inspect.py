@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from keras_mrl_cli.__main__ import main
+from keras_mrl_serving.contract import MANIFEST_FILE
 from keras_mrl_serving.saved_model import read_signatures
 from tests.cli.conftest import CASCADE, KERAS_MRL, Exported
 from tests.cli.test_main import refusal, run
@@ -126,6 +127,20 @@ def test_a_folder_in_words(exported: Exported, capsys: pytest.CaptureFixture[str
     assert names == ["embed_2", "embed_4", "embed_16"]
     after = lines.index("  embed_16: x float32 (any, 6)") + 1
     assert lines[after] == "    -> embedding float32 (any, 16)"
+
+
+def test_a_promise_is_shown(
+    exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(exported.base_path / "1", tmp_path / "1")
+    manifest = json.loads((copy / MANIFEST_FILE).read_text())
+    manifest["cascade"]["guarantee"] = {"risk": 0.01, "delta": 0.05, "size": 1500, "errors": 1}
+    (copy / MANIFEST_FILE).write_text(json.dumps(manifest))
+    promise = (
+        "  promised with delta 0.05: right at the full dim and wrong here in at most 0.01 of rows; "
+        "certified on 1500 rows, 1 of them so"
+    )
+    assert promise in said(capsys, str(tmp_path)).splitlines()
 
 
 def test_a_server_says_what_the_folder_says(

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ def true_risk(policy: CascadePolicy, logits: Any, labels: Any) -> float:
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:To promise a risk of")
 def test_the_promise_fails_in_at_most_delta_of_the_holdouts() -> None:
     logits, labels = population()
     rng = np.random.default_rng(1)
@@ -134,7 +136,28 @@ def test_too_small_a_holdout_hears_how_many_would_do() -> None:
     )
     with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
         certify_cascade(logits, labels, DIMS)
-    assert certify_cascade(*population(598), DIMS).guarantee is not None
+
+
+def test_where_the_safest_fails_one_hears_how_many_rows_would_do() -> None:
+    logits, labels = population(5980)
+    halves = [slice(start, start + 598) for start in range(0, 5980, 598)]  # room for no error
+    with pytest.warns(
+        UserWarning, match=r"\ATo promise a risk of 0.01 with delta=0.05, the "
+    ) as said:
+        policies = [certify_cascade(logits[rows], labels[rows], DIMS) for rows in halves]
+    text = (
+        r".* the safest cascade must err on few of the rows that test it. "
+        r"Received: (\d) errors on 299 rows, too many: the full dim alone is returned. "
+        r"Give about (\d+) rows, or promise less."
+    )
+    found = re.fullmatch(text, str(said[0].message))
+    assert found
+    assert [policy.dims for policy in policies].count(DIMS[-1:]) == len(said) < 10
+    errors, rows = map(int, found.groups())
+    assert chance_of_so_few(math.ceil(errors / 299 * rows / 2), rows // 2, 0.01) <= 0.05
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(certify_cascade(*population(20 * rows), DIMS).dims) > 1
 
 
 @pytest.mark.parametrize("name", ["risk", "delta"])

@@ -106,6 +106,13 @@ def _tables(manifest: Mapping[str, Any]) -> None:
                 f"expected dim {cascade['expected_dim']:.1f}, "
                 f"cumulative {cascade['cumulative_dim']:.1f}"
             )
+        promise = cascade.get("guarantee")
+        if promise is not None:
+            print(
+                f"  promised with delta {promise['delta']:g}: right at the full dim and wrong here "
+                f"in at most {promise['risk']:g} of rows; certified on {promise['size']} rows, "
+                f"{promise['errors']} of them so"
+            )
     quality = manifest["quality"]
     if quality:
         print("\nquality")
