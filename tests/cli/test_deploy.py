@@ -1,6 +1,7 @@
 """`keras-mrl deploy`: what it writes parses as what reads it, and says what the model says."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,27 @@ def test_the_memory_grows_with_the_model(exported: Exported, tmp_path: Path) -> 
     assert compose["services"]["tiny-one"]["mem_limit"] == f"{1024 + 300}m"
 
 
+def test_what_differs_in_shape_is_not_batched(exported: Exported, tmp_path: Path) -> None:
+    """Prompts, say: TensorFlow Serving would refuse those that meet others of another length."""
+    version = shutil.copytree(exported.base_path / "1", tmp_path / "models" / "1")
+    manifest = version / "assets.extra" / "keras_mrl.json"
+    said = json.loads(manifest.read_text())
+    said["inputs"] = {"x": {"dtype": "float32", "shape": [None, None]}}
+    manifest.write_text(json.dumps(said))
+    out = tmp_path / "out"
+    assert main(["deploy", str(out), "--model-base-path", str(version.parent)]) == 0
+    compose = yaml.safe_load((out / "docker-compose.yml").read_text())
+    pods = documents(out / "kubernetes.yaml")["Deployment"]["spec"]["template"]["spec"]
+    for lines in (compose["services"]["tiny-one"]["command"], pods["containers"][0]["args"]):
+        assert flags(lines)["enable_batching"] == "false"
+        assert "batching_parameters_file" not in flags(lines)  # the server refuses it alone
+    why = "# Not in use: requests differ in the shape of x, and only equal shapes are batched."
+    assert why in (out / "batching.config").read_text()
+    assert why in (out / "docker-compose.yml").read_text()
+
+
 def test_a_path_is_a_string_to_yaml_and_to_compose(exported: Exported, tmp_path: Path) -> None:
-    base = tmp_path / 'a "b" $HOME: #c'
+    base = tmp_path / 'a "b" $HOME: #c 😀'
     base.mkdir()
     (base / "1").symlink_to(exported.base_path / "1")
     out = tmp_path / "out"

@@ -8,6 +8,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from textwrap import indent
 
 from keras_mrl_serving import Manifest, ManifestError
 from keras_mrl_serving.saved_model import read_manifest, read_signatures
@@ -34,6 +35,7 @@ _IMAGE = re.compile(
     f"({_LABEL}(\\.{_LABEL})*(:[0-9]+)?/)?{_PART}(/{_PART})*"
     "(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@[A-Za-z][A-Za-z0-9]*:[0-9a-fA-F]{32,})?"
 )
+_ALONE = re.compile(r"^(?P<margin> *)\$(?P<key>[a-z_]+)$", re.MULTILINE)
 _MOST_SLUG = 40  # Kubernetes allows 63, and names of ours are longer by a suffix
 
 
@@ -63,9 +65,10 @@ def deploy(arguments: argparse.Namespace) -> int:
 
 
 def render(name: str, values: dict[str, str]) -> str:
-    """Return the file `name` with these values in it."""
+    """Return the file `name` with these values in it; one alone on its line keeps its margin."""
     text = (files("keras_mrl_serving") / "deploy" / name).read_text("utf-8")
-    return Template(text).substitute(values)
+    spread = _ALONE.sub(lambda line: indent(values[line["key"]], line["margin"]), text)
+    return Template(spread).substitute(values)
 
 
 def _values(arguments: argparse.Namespace) -> dict[str, str]:
@@ -85,7 +88,9 @@ def _values(arguments: argparse.Namespace) -> dict[str, str]:
         why = f"1024 MiB and three times the {in_bytes(size)} of version {folder.name} on disk"
     batch = arguments.max_batch_size
     allowed = [2**power for power in range(batch.bit_length()) if 2**power < batch]
-    base_path = json.dumps(str(folder.parent.absolute())).replace("$", "$$")  # compose's escape
+    path = json.dumps(str(folder.parent.absolute()), ensure_ascii=False)
+    base_path = path.replace("$", "$$")  # compose's escape
+    flags, why_batching = _batching(manifest)
     return {
         "name": name,
         "slug": _slug(name),
@@ -93,6 +98,8 @@ def _values(arguments: argparse.Namespace) -> dict[str, str]:
         "version": folder.name,
         "dims": ", ".join(map(str, manifest.dims)),
         "base_path": base_path,
+        "batching_flags": flags,
+        "batching_why": why_batching,
         "image": arguments.image,
         "replicas": str(arguments.replicas),
         "port": str(arguments.port),
@@ -104,6 +111,21 @@ def _values(arguments: argparse.Namespace) -> dict[str, str]:
         "connection_age_s": str(_CONNECTION_AGE_S),
         "connection_age_ms": str(_CONNECTION_AGE_S * 1000),
     }
+
+
+def _batching(manifest: Manifest) -> tuple[str, str]:
+    """The flags of batching, and why: rows are put together only where their shapes are equal."""
+    open_ended = [name for name, spec in manifest.inputs.items() if None in spec["shape"][1:]]
+    if not open_ended:
+        return (
+            "- --enable_batching=true\n- --batching_parameters_file=/config/batching.config",
+            "In use: every row of the model's inputs has one shape.",
+        )
+    why = (
+        f"Not in use: requests differ in the shape of {', '.join(open_ended)}, and only equal "
+        "shapes are batched."
+    )
+    return f"# {why}\n- --enable_batching=false", why
 
 
 def _model(base_path: str) -> tuple[Path, Manifest]:

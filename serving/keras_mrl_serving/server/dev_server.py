@@ -50,7 +50,7 @@ class DevServer:
         grpc_socket_path: a Unix domain socket to listen on as well; None means without.
         grpc_channel_arguments: options of the gRPC server, `key=value,key=value`.
         rest_api_port: the port of the REST surface; 0 takes a free one, None means without.
-        rest_api_timeout_in_ms: how long a REST call may compute; 0 means without limit.
+        rest_api_timeout_in_ms: how long a REST call may compute; 0 or less means without limit.
         ssl_config_file: text proto of `tensorflow.serving.SSLConfig`; with it the gRPC port
             speaks TLS. REST stays plain HTTP, as TensorFlow Serving's does.
         file_system_poll_wait_seconds: how often base paths are looked at; 0 means only at start,
@@ -104,7 +104,7 @@ class DevServer:
         self._config_wait_s = model_config_file_poll_wait_seconds
         self._socket_path = _text(grpc_socket_path)
         self._channel_arguments = grpc_channel_arguments
-        self._rest_timeout_s = rest_api_timeout_in_ms / 1000 or None
+        self._rest_timeout_s = max(rest_api_timeout_in_ms, 0) / 1000 or None
         self._ssl_config_file = _text(ssl_config_file)
         self._wait_s = file_system_poll_wait_seconds
         self._retries = Retries(

@@ -4,6 +4,7 @@ import logging
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from .rest import error_body
 _logger = logging.getLogger("keras_mrl_serving.server")
 _PIECE_BYTES = 2**20
 _LINE_BYTES = 2**16
+_MOST_UNPACKED_BYTES = 2**28  # a body of kilobytes may unpack to gigabytes
 Answer = Callable[[str, str, bytes], tuple[int, bytes]]
 
 
@@ -120,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         coding = self.headers.get("Transfer-Encoding", "identity").strip().lower()
         if coding == "chunked":
-            return _read_chunks(self.rfile)
+            return self._plain(_read_chunks(self.rfile))
         # Of two lengths that differ one is wrong, and what is left would pass for a request.
         text = ", ".join(dict.fromkeys(self.headers.get_all("Content-Length", ["0"]))).strip()
         if coding != "identity" or not (text.isascii() and text.isdigit() and len(text) < 20):
@@ -128,7 +130,18 @@ class _Handler(BaseHTTPRequestHandler):
                 "A body must have a length or come in chunks. Received: "
                 f"Transfer-Encoding={coding!r}, Content-Length={text!r}. Send Content-Length."
             )
-        return _read(self.rfile, int(text))
+        return self._plain(_read(self.rfile, int(text)))
+
+    def _plain(self, body: bytes) -> bytes:
+        """The body, unpacked if it says that it is packed; what does not unpack counts as empty."""
+        if self.headers.get("Content-Encoding", "").strip().lower() != "gzip":
+            return body
+        unpacking = zlib.decompressobj(wbits=31)  # gzip's own frame
+        try:
+            unpacked = unpacking.decompress(body, _MOST_UNPACKED_BYTES)
+        except zlib.error:
+            return b""
+        return unpacked if unpacking.eof else b""
 
 
 def _read_chunks(file: BufferedIOBase) -> bytes:

@@ -82,7 +82,8 @@ def _open(path: str) -> SavedModelSession:
     try:
         return SavedModelSession(path)
     except tf.errors.OpError as error:
-        raise from_number(error.error_code, error.message) from error
+        message = error.message.removeprefix("Graph execution error:\n\n")  # Python's own
+        raise from_number(error.error_code, message) from error
     except (OSError, RuntimeError) as error:  # as Python's loader words it: C++ has other words
         raise _as_in_cpp(error, path) from error
     except Exception as error:  # the loader raises whatever it met; no model may end the server

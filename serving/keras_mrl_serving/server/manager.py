@@ -8,7 +8,7 @@ from typing import Any
 
 from ..version_folders import list_versions
 from .labels import Labels
-from .model import Retries, ServedModel, Version, no_versions, not_found
+from .model import Retries, ServedModel, Version, absent_version, no_versions, not_found
 from .running import ServingSession
 from .versions import absent_versions, aspired_versions
 
@@ -163,8 +163,4 @@ def _shortage(config: Any, found: Mapping[int, str], aspired: Collection[int]) -
     if not aspired:
         return no_versions(config.name, config.base_path)
     absent = absent_versions(found, config.model_version_policy)
-    return " ".join(
-        f"Version {number} of servable {config.name}, which was requested to be served as a "
-        "'specific' version in the servable's version policy, was not found in the file system."
-        for number in absent
-    )
+    return " ".join(absent_version(config.name, number) for number in absent)

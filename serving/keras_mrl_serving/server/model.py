@@ -231,6 +231,14 @@ def no_versions(name: str, base_path: str) -> str:
     )
 
 
+def absent_version(name: str, number: int) -> str:
+    """What TensorFlow Serving says of a version that a policy names and nobody put there."""
+    return (
+        f"Version {number} of servable {name}, which was requested to be served as a 'specific' "
+        "version in the servable's version policy, was not found in the file system."
+    )
+
+
 def not_found(name: str, number: int | None) -> StatusError:
     """The error for a model, or a version of one, that nothing available answers to."""
     request = f"Latest({name})" if number is None else f"Specific({name}, {number})"

@@ -7,10 +7,10 @@ import grpc
 from ..version_folders import list_versions
 from .config import check_logging
 from .manager import Models
-from .model import no_versions
+from .model import absent_version, no_versions
 from .reload import Configuration
 from .status import StatusError
-from .versions import aspired_versions
+from .versions import absent_versions, aspired_versions
 
 
 def apply_first(configuration: Configuration, config: Any, path: str) -> None:
@@ -71,14 +71,22 @@ def _check_has_versions(model: Any) -> None:
     path = model.base_path
     try:
         found = list_versions(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a path may hold what no path can
+        why = getattr(error, "strerror", None) or error
         raise FileNotFoundError(
             f"base_path must be a folder that can be read. Received: base_path={path!r} "
-            f"({error.strerror}). Export a model to {path}/1 first, or correct the path."
+            f"({why}). Export a model to {path}/1 first, or correct the path."
         ) from error
-    if not aspired_versions(found, model.model_version_policy):
+    if aspired_versions(found, model.model_version_policy):
+        return
+    if found:
+        absent = absent_version(model.name, absent_versions(found, model.model_version_policy)[0])
         raise FileNotFoundError(
-            f"base_path must hold a version of the model. Received: "
-            f"{no_versions(model.name, path)} Put the SavedModel at {path}/1, or give the folder "
-            "above the numbered one."
+            f"A specific version must stand under base_path. Received: {absent} "
+            f"Name one of {', '.join(map(str, sorted(found)))}, or leave the policy out."
         )
+    raise FileNotFoundError(
+        f"base_path must hold a version of the model. Received: "
+        f"{no_versions(model.name, path)} Put the SavedModel at {path}/1, or give the folder "
+        "above the numbered one."
+    )

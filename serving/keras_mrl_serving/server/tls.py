@@ -3,6 +3,8 @@
 import re
 import ssl
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -74,10 +76,10 @@ def _check_pem(path: str, config: Any) -> None:
         raise _unusable(path, "client_verify without a custom_ca to verify clients with")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:  # only its owner reads it
-            file.write(f"{config.server_key}\n{config.server_cert}\n")
-            file.flush()
-            context.load_cert_chain(file.name, password="")  # an encrypted key fails, unasked
+        with _in_file(config.server_cert) as certificate, _in_file(config.server_key) as key:
+            context.load_cert_chain(
+                certificate, key, password=""
+            )  # an encrypted key fails, unasked
     except (ssl.SSLError, ValueError) as error:
         reason = f"server_key and server_cert are no PEM pair: {error}"
         raise _unusable(path, reason) from error
@@ -86,6 +88,15 @@ def _check_pem(path: str, config: Any) -> None:
             context.load_verify_locations(cadata=config.custom_ca)
     except (ssl.SSLError, ValueError) as error:
         raise _unusable(path, f"custom_ca is no PEM certificate: {error}") from error
+
+
+@contextmanager
+def _in_file(text: str) -> Iterator[str]:
+    """The path of a file, which only its owner reads, for as long as the context lasts."""
+    with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:
+        file.write(text)
+        file.flush()
+        yield file.name
 
 
 def _unusable(path: str, reason: str) -> ValueError:

@@ -169,8 +169,19 @@ def test_one_model_without_its_folder(setting: Setting, caplog: pytest.LogCaptur
 def test_a_version_asked_for_that_is_absent(setting: Setting) -> None:
     setting.put("a", 1)
     file = setting.configure(a="model_version_policy { specific { versions: 9 } }")
+    assert refusal(FileNotFoundError, model_config_file=file) == (
+        "A specific version must stand under base_path. Received: Version 9 of servable a, which "
+        "was requested to be served as a 'specific' version in the servable's version policy, was "
+        "not found in the file system. Name one of 1, or leave the policy out."
+    )
+
+
+def test_a_base_path_that_no_path_can_be(setting: Setting) -> None:
+    file = setting.root / "models.config"
+    model = 'name: "a" base_path: "/a\\000b" model_platform: "tensorflow"'
+    file.write_text(f"model_config_list {{ config {{ {model} }} }}")
     assert refusal(FileNotFoundError, model_config_file=file).startswith(
-        "base_path must hold a version of the model. Received: No versions of servable a found "
+        "base_path must be a folder that can be read. Received: base_path='/a\\x00b' (embedded "
     )
 
 

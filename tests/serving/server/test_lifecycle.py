@@ -368,6 +368,17 @@ def test_a_first_version_that_is_no_model(data: bytes, said: str, base: Path) ->
     )
 
 
+def test_a_first_version_whose_variables_are_cut_short(base: Path, publish: Publish) -> None:
+    """In TensorFlow's words alone: Python puts some of its own before them."""
+    publish(base, "3")
+    (data,) = (base / "3" / "variables").glob("variables.data-*")
+    data.write_bytes(data.read_bytes()[:-1])
+    said = start_error(base, RuntimeError)
+    assert said.startswith("The highest version must load. Received: version 3 of model m, ")
+    assert ": Read less bytes than requested" in said
+    assert "Graph execution error" not in said
+
+
 def test_a_port_that_is_taken(base: Path, publish: Publish) -> None:
     publish(base, "1")
     server = DevServer(base)

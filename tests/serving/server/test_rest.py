@@ -1,6 +1,7 @@
 """The REST surface over real sockets: routes, bodies, numbers, and every way to be refused."""
 
 import base64
+import gzip
 import http.client
 import json
 import math
@@ -469,6 +470,31 @@ def test_refused(rest: Rest, body: Any, status: int, text: str) -> None:
     assert rest.predict({"signature_name": "add", "inputs": {"a": [1], "b": [2]}}) == {
         "outputs": [3.0]
     }
+
+
+def test_a_packed_body_is_unpacked(rest: Rest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or counts as empty where it is damaged, cut off, or unpacks to more than can be meant."""
+    body = json.dumps({"signature_name": "add", "inputs": {"a": [1], "b": [2]}}).encode()
+    packed = gzip.compress(body)
+    empty = b'{"error": "JSON Parse error: The document is empty"}'
+    connection = http.client.HTTPConnection("127.0.0.1", rest.port, timeout=TIMEOUT_S)
+
+    def answer(sent: bytes) -> tuple[int, bytes]:
+        connection.request("POST", PREDICT, sent, {"Content-Encoding": "gzip"})
+        response = connection.getresponse()
+        return response.status, response.read()
+
+    assert answer(packed) == (200, b'{"outputs": [3.0]}')
+    for broken in (body, packed[:-9], packed[:5] + b"x" + packed[6:-20] + bytes(20)):
+        assert answer(broken) == (400, empty)
+    monkeypatch.setattr("keras_mrl_serving.server.http_server._MOST_UNPACKED_BYTES", len(body) - 1)
+    assert answer(packed) == (400, empty)
+    connection.close()
+
+
+@pytest.mark.parametrize(("given_ms", "limit_s"), [(250, 0.25), (0, None), (-1, None)])
+def test_how_long_a_call_may_compute(given_ms: int, limit_s: float | None) -> None:
+    assert DevServer("models", rest_api_timeout_in_ms=given_ms)._rest_timeout_s == limit_s
 
 
 def test_no_utf8(rest: Rest) -> None:
