@@ -96,7 +96,7 @@ class Client:
 
         Args:
             quality: A share, 1.0 for no loss.
-            measure: Which of the manifest's measures; None where it has but one.
+            measure: Which of the manifest's measures; None means the only one, or `top1`.
         """
         return cheapest_dim(self.describe(), quality, measure)
 
