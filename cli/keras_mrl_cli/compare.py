@@ -2,14 +2,14 @@
 
 With one recipe for all, trains a Matryoshka net (MRL, and MRL-E with a tied head), a separate net
 per dim (FF) and a slimmable net; cuts the widest FF net by SVD, PCA and coordinates; and judges
-all of them on test images, dim by dim: accuracy of the head, nearest neighbours, adaptive
-classification, funnel retrieval. The net is small, eight convolutions: what is compared is the
-methods, not how far a large net would get.
+all of them on test images, dim by dim: accuracy and calibration of the head, a linear probe,
+nearest neighbours, adaptive classification, funnel retrieval. The net is small, eight
+convolutions: what is compared is the methods, not how far a large net would get.
 
 Images are a folder with one sub-folder per class, a zip of it, an .npz with x_train and y_train
-(and x_test and y_test), or a dataset of Keras: cifar10, cifar100, fashion_mnist, mnist. Without
---test, test images are the second part of an .npz or a dataset, else a fifth of every class. A
-test image that training has too is left out.
+(and x_test and y_test), or a dataset of Keras: cifar10, cifar100, fashion_mnist, mnist. Files are
+turned upright as their EXIF orientation says. Without --test, test images are the second part of
+an .npz or a dataset, else a fifth of every class. A test image that training has too is left out.
 
 Writes report.html (one file, opens offline), results.json, .md and .csv, figures as SVG and PNG,
 the nets, and splits.npz, which says by digest which image was in which part. Interrupted, it goes
@@ -82,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unseen",
         action="store_true",
-        help="also train without a fifth of the classes, and look for neighbours among those",
+        help="also train MRL and the separate nets without a fifth of the classes, and look for "
+        "neighbours among those",
     )
     parser.add_argument(
         "--no-flip", action="store_true", help="do not mirror images in training: digits, text"

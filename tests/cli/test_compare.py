@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,24 @@ import numpy.typing as npt
 import pytest
 from matplotlib.image import imread
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import StandardScaler
 
 from keras_mrl.baselines import random_probe
-from keras_mrl.evaluation import mean_average_precision_at_k
+from keras_mrl.evaluation import LinearProbe, linear_probe, mean_average_precision_at_k
 from keras_mrl_cli.__main__ import main
 from keras_mrl_cli.asking import RefusalError
-from keras_mrl_cli.comparing import work
+from keras_mrl_cli.comparing import heads, work
+from keras_mrl_cli.comparing.answers import Answers
 from keras_mrl_cli.comparing.files import held
 from keras_mrl_cli.comparing.images import Images, split_classes
 from keras_mrl_cli.comparing.nets import Net
 from keras_mrl_cli.comparing.network import backbone, madds
-from keras_mrl_cli.comparing.parts import (
-    check_unseen,
-    digests,
-    holdouts,
-    load_parts,
-    note_parts,
-    unseen_classes,
-)
+from keras_mrl_cli.comparing.parts import check_unseen, load_parts, unseen_classes
 from keras_mrl_cli.comparing.plan import Plan, Speed, fitted, subset, taken_up
+from keras_mrl_cli.comparing.splits import digests
+from keras_mrl_cli.comparing.tables import NAMES
 from keras_mrl_serving import CascadePolicy
 
 Array = npt.NDArray[Any]
@@ -104,8 +103,13 @@ def test_images_that_make_no_comparison_are_refused(tmp_path: Path) -> None:
         load_parts(places, few, None)
     with pytest.raises(RefusalError, match=r"0 test images, 60 more that training has too\."):
         load_parts(places, places, None)
+    same = pictures(seed=1)
+    same.pixels[8:] = same.pixels[8]
+    with pytest.raises(RefusalError, match=r"10 different test im.* 60 test images \(9 differ"):
+        load_parts(places, write(tmp_path / "same.npz", same), None)
     coloured = str(tmp_path / "d.npz")
-    np.savez(coloured, x_train=np.zeros((12, 9, 9, 3), np.uint8), y_train=np.arange(12) % 3)
+    in_colour = np.repeat(pictures(rows=12, seed=1).pixels, 3, axis=-1)
+    np.savez(coloured, x_train=in_colour, y_train=np.arange(12) % 3)
     with pytest.raises(RefusalError, match=r"Received: 3 and 1 of them\."):
         load_parts(places, [coloured], None)
     both = write(tmp_path / "e.npz", pictures(seed=2), pictures(seed=3))
@@ -119,30 +123,6 @@ def test_unseen_classes_need_images_to_search_among() -> None:
         check_unseen(pictures(48, 12), pictures(24, 12, seed=1))
     with pytest.raises(RefusalError, match=r"Received: 1 classes with 12 and 4\."):
         check_unseen(pictures(60, 5), pictures(20, 5, seed=1))
-
-
-def test_a_comparison_goes_on_with_its_own_images(tmp_path: Path) -> None:
-    training, test = pictures(), pictures(seed=1)
-    note = tmp_path / "splits.npz"
-    note_parts(note, training, test)
-    note_parts(note, training, test)
-    with np.load(note) as parts:
-        assert parts["train"].tolist() == digests(training)
-        np.testing.assert_array_equal(parts["test_labels"], test.labels)
-        for split, (taught, judged) in enumerate(holdouts(60)):
-            np.testing.assert_array_equal(parts[f"holdout_{split}"], taught)
-            assert sorted([*taught, *judged]) == list(range(60))
-    moved = Images(test.pixels, (test.labels + 1) % 3, test.names)
-    renamed = Images(training.pixels, training.labels, ("0", "1", "other"))
-    for parts_of_another in ((pictures(seed=2), test), (training, moved), (renamed, test)):
-        with pytest.raises(RefusalError, match="Received: others than those of"):
-            note_parts(note, *parts_of_another)
-    note.write_bytes(note.read_bytes()[:100])
-    with pytest.raises(RefusalError, match="which is damaged"):
-        note_parts(note, training, test)
-    with pytest.raises(ValueError, match=r"Received: 60 images in both\."):
-        note_parts(tmp_path / "other.npz", training, training)
-    assert not (tmp_path / "other.npz").exists()
 
 
 def test_a_comparison_goes_on_as_it_was_asked_for(tmp_path: Path) -> None:
@@ -221,6 +201,14 @@ def test_time_to_start_a_net_is_not_time_to_train_it() -> None:
     quick = fitted(PLAN, images, 60, lambda _: Speed(500, 0.0))
     slow = fitted(PLAN, images, 60, lambda _: Speed(500, 3.0))
     assert slow.epochs * slow.rows < 0.8 * quick.epochs * quick.rows
+
+
+def test_a_budget_counts_the_nets_that_do_not_see_all() -> None:
+    plan, images = replace(PLAN, unseen=True), pictures(600, 2)
+    assert len(plan.nets) == len(PLAN.nets) + 1 + len(PLAN.dims)
+    found = fitted(plan, images, 10, lambda _: Speed(1_000, 0.0))
+    costs = len(PLAN.nets) - 1 + 2.2 + 0.8 * (1 + len(PLAN.dims))
+    assert found.rows == pytest.approx(0.8 * 10 * 1_000 / costs / found.epochs, abs=2)
 
 
 def test_fewer_images_are_a_share_of_every_class() -> None:
@@ -318,6 +306,61 @@ def test_the_numbers_are_those_of_the_saved_answers(compared: Path) -> None:
         assert scores["p10"] == pytest.approx(hits.mean(), abs=0.002)
 
 
+def test_heads_are_judged_beyond_the_best_answer(compared: Path) -> None:
+    results, nets = results_of(compared), compared / "out" / "nets"
+    _, test, _ = load_parts([str(compared / "digits.npz")], None, None)
+    for method, net, at in (("mrl", "mrl-0", 1), ("ff", "ff_12-0", 0), ("mrl_e", "mrl_e-0", 1)):
+        logits = np.load(nets / net / "test_logits.npy")[:, at].astype(np.float64)
+        best = np.argsort(-logits, axis=-1)
+        right = best[:, 0] == test.labels
+        found = {name: results[name][method]["12"] for name in ("top5", "ece")}
+        assert found["top5"] == [(best[:, :5] == test.labels[:, None]).any(axis=1).mean()]
+        shares = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+        sure, missed = shares.max(axis=-1), 0.0
+        for low in np.arange(15) / 15:
+            among = (sure >= low) & (sure < low + 1 / 15)
+            missed += abs((right[among] - sure[among]).sum()) / len(sure)
+        assert found["ece"] == [pytest.approx(missed, abs=1e-4)]
+    methods = results["top1"].keys()
+    for measure in ("top1", "top5", "ece"):
+        assert results[measure].keys() == methods
+        assert all(by_dim.keys() == {"4", "12"} for by_dim in results[measure].values())
+
+
+def test_a_linear_probe_is_trained_on_the_features(compared: Path) -> None:
+    results, nets = results_of(compared), compared / "out" / "nets"
+    training, test, _ = load_parts([str(compared / "digits.npz")], None, None)
+    shown, asked = (np.load(nets / "mrl-0" / f"{part}_12.npy") for part in ("train", "test"))
+    scaler = StandardScaler().fit(shown[:, :4])
+    fitted = LogisticRegression(max_iter=1000).fit(scaler.transform(shown[:, :4]), training.labels)
+    right = fitted.score(scaler.transform(asked[:, :4]), test.labels)
+    assert results["probe"]["mrl"]["4"] == [pytest.approx(right, abs=0.01)]
+    assert results["about"]["probed"] == len(training.labels)
+
+
+def test_a_probe_sees_so_many_rows_and_no_more(
+    compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, test, _ = load_parts([str(compared / "digits.npz")], None, None)
+    answers = Answers(compared / "out" / "nets", replace(PLAN, dims=(4, 12)), training, test)
+    seen: list[int] = []
+
+    def noted(features: Array, labels: Array) -> LinearProbe:
+        seen.append(len(features))
+        return linear_probe(features, labels)
+
+    monkeypatch.setattr(heads, "PROBED", 200)
+    monkeypatch.setattr(heads, "linear_probe", noted)
+    assert heads.probes(answers)["mrl"]["12"][0] > 0.3
+    assert seen == [200, 200]
+
+
+def test_classes_that_taught_a_probe_nothing_are_its_last_answer() -> None:
+    probe = LinearProbe(kernel=-np.eye(2), bias=np.zeros(2), classes=np.array([0, 2]))
+    logits = heads.of_all(probe, np.array([[5.0, 1.0]]), 4)
+    assert np.argsort(-logits, kind="stable").tolist() == [[2, 0, 1, 3]]
+
+
 def neighbors(gallery: Array, queries: Array, k: int = 10) -> Array:
     found = NearestNeighbors(n_neighbors=k, metric="cosine").fit(gallery)
     return np.asarray(found.kneighbors(queries, return_distance=False))
@@ -364,12 +407,25 @@ def test_classes_never_seen_were_not_seen(compared: Path) -> None:
     hidden = unseen_classes(10)
     shown, asked = (split_classes(part, hidden)[1] for part in (training, test))
     scores = results_of(compared)["unseen"]
-    for method, name in (("mrl", "mrl_seen-0"), ("first_coordinates", "ff_12_seen-0")):
+    assert list(scores["ff"]) == ["4", "12"]
+    for method, name in (
+        ("mrl", "mrl_seen-0"),
+        ("ff", "ff_4_seen-0"),
+        ("first_coordinates", "ff_12_seen-0"),
+    ):
         model = keras.saving.load_model(compared / "out" / "nets" / name / "model.keras")
         assert model.head.num_classes == 8
         sides = [model.backbone.predict(part.pixels, verbose=0) for part in (shown, asked)]
         hits = shown.labels[neighbors(sides[0][:, :4], sides[1][:, :4])] == asked.labels[:, None]
         assert scores[method]["4"]["p10"] == pytest.approx(hits.mean(), abs=0.003)
+    assert scores["ff"]["12"] == pytest.approx(
+        {name: scores["first_coordinates"]["12"][name] for name in scores["ff"]["12"]}
+    )
+    named = [training.names[number] for number in hidden]
+    assert results_of(compared)["about"]["unseen"] == named
+    with np.load(compared / "out" / "splits.npz") as parts:
+        assert parts["unseen"].tolist() == named
+    assert f"<dd>{', '.join(named)}</dd>" in (compared / "out" / "report.html").read_text()
     known = np.load(compared / "out" / "nets" / "ff_12_seen-0" / "train_12.npy")
     assert len(known) == len(training.labels) - len(shown.labels)
     mean = known.mean(axis=0, dtype=np.float64)
@@ -479,7 +535,7 @@ def test_tables_and_figures_say_the_same_numbers(compared: Path) -> None:
     out, results = compared / "out", results_of(compared)
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    head = {(r["method"], r["dim"]): float(r["value"]) for r in rows if r["part"] == "head"}
+    head = {(r["method"], r["dim"]): float(r["value"]) for r in rows if r["measure"] == "top1"}
     for method, by_dim in results["top1"].items():
         for dim, values in by_dim.items():
             assert head[method, dim] == values[0]
@@ -492,6 +548,43 @@ def test_tables_and_figures_say_the_same_numbers(compared: Path) -> None:
     for name in ("accuracy", "neighbors", "adaptive", "retrieval"):
         assert imread(out / f"{name}.png").std() > 0.05
     assert [line.count("|") for line in markdown.splitlines() if line.startswith("| MRL |")]
+    values = {(r["part"], r["method"], r["dim"], r["measure"]): float(r["value"]) for r in rows}
+    for title, part, measure, found in (
+        ("Top-5 accuracy of the head, %", "head", "top5", results["top5"]),
+        ("Expected calibration error of the head, points", "head", "ece", results["ece"]),
+        (
+            "Accuracy of a linear probe of the features, trained on 964 training images, %",
+            "probe",
+            "probe",
+            results["probe"],
+        ),
+        *(
+            (
+                f"k-NN accuracy (the vote of the 10 nearest), {where}, %",
+                part,
+                "knn",
+                {
+                    method: {dim: [scores["knn"]] for dim, scores in by_dim.items()}
+                    for method, by_dim in results[part].items()
+                },
+            )
+            for part, where in (("neighbors", "all classes"), ("unseen", "classes never seen"))
+        ),
+    ):
+        table = markdown.partition(f"{title}\n\n")[2].partition("\n\n")[0]
+        shown = page.partition(f"<caption>{title}</caption>")[2].partition("</table>")[0]
+        for method, by_dim in found.items():
+            cells = [f"{100 * by_dim[dim][0]:.2f}" for dim in ("4", "12")]
+            assert f"| {NAMES[method]} | {' | '.join(cells)} |" in table
+            assert f"<td>{NAMES[method]}</td>" + "".join(f"<td>{c}</td>" for c in cells) in shown
+            for dim, (value,) in by_dim.items():
+                assert values[part, method, dim, measure] == value
+    assert (
+        "| FF (a net per dim) |"
+        in markdown.partition("k-NN accuracy (the vote")[2]
+        .partition("classes never seen, %\n\n")[2]
+        .partition("\n\n")[0]
+    )
 
 
 def test_every_sentence_of_the_findings_carries_its_number(

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -112,6 +113,62 @@ def test_a_zip_may_have_a_folder_around_and_another_systems_separators(tmp_path:
     assert read([str(windows)], None).names == PART.names
 
 
+def packed(folder: Path) -> Path:
+    file = folder.with_suffix(".zip")
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(folder.rglob("*")):  # folders, too, as other programs pack them
+            archive.write(path, path.relative_to(folder).as_posix())
+    return file
+
+
+@pytest.mark.parametrize("as_given", [Path, packed])
+def test_a_folder_is_read_as_the_zip_of_it(as_given: Any, tmp_path: Path) -> None:
+    deep = tmp_path / "deep"
+    folder_of(deep / "one" / "birds")
+    (deep / "one" / "birds" / "ant.png").mkdir()
+    found = read([str(as_given(deep))], None)
+    assert (found.names, len(found.labels)) == (PART.names, 12)
+    mixed = tmp_path / "mixed"
+    folder_of(mixed)
+    folder_of(mixed / "more")
+    with pytest.raises(RefusalError, match=r"side by side\..* with classes in \., more\. Give one"):
+        read([str(as_given(mixed))], None)
+    below = tmp_path / "below"
+    for name in PART.names:  # a folder more between a class and its images
+        folder_of(below / "x")
+        (below / name).mkdir()
+        (below / "x" / name).rename(below / name / "first")
+    shutil.rmtree(below / "x")
+    with pytest.raises(RefusalError, match=r"with classes in ant, bee, cat\. "):
+        read([str(as_given(below))], None)
+
+
+def test_links_lead_to_classes_and_not_in_circles(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "pictures")
+    (folder / "ant").rename(tmp_path / "elsewhere")
+    (folder / "ant").symlink_to(tmp_path / "elsewhere")
+    (folder / "bee" / "up").symlink_to(folder)
+    found = read([str(folder)], None)
+    assert (found.names, len(found.labels)) == (PART.names, 12)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_images_stand_upright_as_their_exif_says(suffix: str, tmp_path: Path) -> None:
+    seen = np.zeros((16, 16, 3), np.uint8)
+    seen[:8] = 255  # white above
+    stored = Image.fromarray(np.rot90(seen).copy())  # white on the left, as a turned camera has it
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    (tmp_path / "ant").mkdir()
+    stored.save(tmp_path / "ant" / f"0.{suffix}", exif=exif)
+    stored.save(tmp_path / "ant" / f"1.{suffix}")
+    stored.save(tmp_path / "ant" / f"2.{suffix}", exif=b"Exif\0\0no tags")
+    turned, plain, damaged = read([str(tmp_path)], None).pixels.astype(int)
+    np.testing.assert_allclose(turned, seen, atol=2)
+    np.testing.assert_allclose(plain, np.rot90(seen), atol=2)
+    np.testing.assert_array_equal(damaged, plain)
+
+
 def one_image(where: Path, image: Image.Image) -> Any:
     (where / "ant").mkdir(parents=True)
     image.save(where / "ant" / "a.png")
@@ -206,8 +263,11 @@ def test_images_move_by_an_eighth_at_most() -> None:
 def test_nets_have_names_of_their_own() -> None:
     nets = nets_for((8, 16, 32), seeds=3, seeded=(8, 32), unseen=True)
     names = [net.name for net in nets]
-    assert len(set(names)) == len(names) == 15
+    assert len(set(names)) == len(names) == 17
     assert names[:3] == ["mrl-0", "ff_32-0", "mrl_e-0"]
+    assert names[7:9] == ["mrl_seen-0", "ff_32_seen-0"]
+    # Last, so that comparisons begun before these were trained keep their order.
+    assert names[-2:] == ["ff_8_seen-0", "ff_16_seen-0"]
 
 
 @pytest.mark.backend

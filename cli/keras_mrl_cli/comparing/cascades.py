@@ -19,7 +19,7 @@ from keras_mrl_serving import (
 from keras_mrl_serving.guarantee import least_rows
 
 from .answers import Answers
-from .parts import Rows, holdouts
+from .splits import Rows, holdouts
 
 RISK, DELTA = 0.02, 0.1  # of the certified cascade
 WITHIN = 0.005  # of the full dim: half a point
@@ -52,8 +52,9 @@ def cascades(answers: Answers) -> dict[str, Any]:
     scores = _Scores(answers.logits("mrl-0"), answers.test.labels, answers.plan.dims)
     full = answers.logits(f"{answers.full}-0")[:, -1].argmax(-1) == scores.labels
     splits: dict[str, list[dict[str, float]]] = {}
-    equal, refused = [], _refusal(len(holdouts(len(scores.labels))[0][0]))
-    for split, (taught, judged) in enumerate(holdouts(len(scores.labels))):
+    parts = holdouts(answers.test)
+    equal, refused = [], _refusal(min(len(taught) for taught, _ in parts))
+    for split, (taught, judged) in enumerate(parts):
         given = scores.given(taught)
         greedy, front = CascadePolicy.learn(*given), search_cascades(*given)
         spent = scores.report(greedy, taught).expected_dim + _EQUAL

@@ -25,6 +25,15 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(partial, path)
 
 
+def damaged(path: Path, error: Exception) -> RefusalError:
+    """Return the refusal of a file that is not as a comparison writes it."""
+    return RefusalError(
+        "A comparison goes on from the files it wrote. "
+        f"Received: {path}, which is damaged ({type(error).__name__}). "
+        "Remove the folder and begin anew, or name another with --out."
+    )
+
+
 @contextmanager
 def held(out: Path, data: list[str]) -> Iterator[None]:
     """Make the folder of a comparison and keep it to this process.

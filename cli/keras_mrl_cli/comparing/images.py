@@ -84,11 +84,14 @@ def _in_order(name: str) -> tuple[bool, int, str]:
 
 def split_classes(images: Images, unseen: Sequence[int]) -> tuple[Images, Images]:
     """Return the images of the other classes, numbered anew, and those of the `unseen`."""
-    apart = np.isin(images.labels, unseen)
-    return _of(images, ~apart), _of(images, apart)
+    classes = np.arange(len(images.names))
+    hidden = np.isin(classes, unseen)
+    return _of(images, classes[~hidden]), _of(images, classes[hidden])
 
 
-def _of(images: Images, rows: npt.NDArray[np.bool]) -> Images:
-    numbers, labels = np.unique(images.labels[rows], return_inverse=True)
+def _of(images: Images, numbers: npt.NDArray[np.int64]) -> Images:
+    """Those of some classes, numbered in their order, whether all of them have images or not."""
+    rows = np.isin(images.labels, numbers)
     names = tuple(images.names[number] for number in numbers)
-    return Images(images.pixels[rows], labels.astype(np.int64), names)
+    labels = np.searchsorted(numbers, images.labels[rows]).astype(np.int64)
+    return Images(images.pixels[rows], labels, names)

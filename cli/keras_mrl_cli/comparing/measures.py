@@ -1,44 +1,21 @@
-"""What every method is worth at every dim: heads, and neighbours among seen and unseen classes."""
+"""What neighbours are worth for every method and dim, among seen and unseen classes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 
-from keras_mrl.baselines import low_rank_head, principal_components, random_probe
+from keras_mrl.baselines import low_rank_head, principal_components
 from keras_mrl.evaluation import score_embeddings
 
 from .answers import Answers
+from .heads import full_head
 from .images import split_classes
 from .parts import unseen_classes
 from .training import AT_ONCE
 
-_PROBED = 20_000  # rows at most that a linear probe is trained on
-
-ByDim = dict[str, dict[str, list[float]]]
-
-
-def top1(answers: Answers) -> ByDim:
-    """Return the accuracy of the head by method and dim, one number per seed."""
-    found: ByDim = {}
-    labels = answers.test.labels
-    for net in answers.plan.nets:
-        if net.all_classes:
-            logits = answers.logits(net.name)
-            for at, dim in enumerate(net.dims):
-                right = float((logits[:, at].argmax(-1) == labels).mean())
-                found.setdefault(net.method, {}).setdefault(str(dim), []).append(right)
-    cut, probed = found.setdefault("svd", {}), found.setdefault("rand_lp", {})
-    kernel, bias = _head(answers)
-    shown, asked = answers.features(f"{answers.full}-0", answers.width)
-    rows = np.random.default_rng(0).permutation(len(shown))[:_PROBED]
-    for dim in answers.plan.dims:
-        logits = low_rank_head(kernel, bias, dim).logits(asked)
-        cut[str(dim)] = [float((logits.argmax(-1) == labels).mean())]
-        probe = random_probe(shown[rows], answers.training.labels[rows], dim)
-        probed[str(dim)] = [float((probe.predict(asked) == labels).mean())]
-    return found
+Array = npt.NDArray[Any]
 
 
 def neighbors(answers: Answers) -> dict[str, dict[str, dict[str, float]]]:
@@ -52,9 +29,7 @@ def neighbors(answers: Answers) -> dict[str, dict[str, dict[str, float]]]:
     found["ff"] = {}
     for dim in dims:
         own = answers.features(f"ff_{dim}-0", dim)
-        scores = _scores(answers, *own, dims=(dim,))[str(dim)]
-        del scores["recall10"]  # of itself
-        found["ff"][str(dim)] = scores
+        found["ff"] |= _of_its_own(_scores(answers, *own, dims=(dim,)))
     return found
 
 
@@ -62,26 +37,37 @@ def unseen(answers: Answers) -> dict[str, dict[str, dict[str, float]]]:
     """Return the same for images of classes that neither the nets nor the baselines saw."""
     classes = unseen_classes(len(answers.training.names))
     shown, asked = (split_classes(part, classes)[1] for part in (answers.training, answers.test))
-    found: dict[str, Any] = {}
-    for name in ("mrl", answers.full):
+
+    def scored(sides: tuple[Array, Array], *dims: int) -> dict[str, dict[str, float]]:
+        gallery, queries = sides
+        return _as_json(score_embeddings(queries, asked.labels, gallery, shown.labels, dims))
+
+    def embedded(name: str) -> tuple[Array, Array]:
         body = answers.model(f"{name}_seen-0").backbone
         gallery, queries = (
             body.predict(part.pixels, batch_size=AT_ONCE, verbose=0) for part in (shown, asked)
         )
-        scores = score_embeddings(queries, asked.labels, gallery, shown.labels, answers.plan.dims)
-        found["mrl" if name == "mrl" else "first_coordinates"] = _as_json(scores)
-        if name != "mrl":
-            trained, _ = answers.features(f"{name}_seen-0", answers.width)
-            pca = principal_components(trained, answers.width)
-            sides = pca.embed(queries), asked.labels, pca.embed(gallery), shown.labels
-            found["pca"] = _as_json(score_embeddings(*sides, answers.plan.dims))
+        return gallery, queries
+
+    dims, width, full = answers.plan.dims, answers.width, embedded(answers.full)
+    trained, _ = answers.features(f"{answers.full}_seen-0", width)
+    pca = principal_components(trained, width)
+    found: dict[str, Any] = {
+        "mrl": scored(embedded("mrl"), *dims),
+        "first_coordinates": scored(full, *dims),
+        "pca": scored((pca.embed(full[0]), pca.embed(full[1])), *dims),
+        "ff": {},
+    }
+    for dim in dims:
+        own = full if dim == width else embedded(f"ff_{dim}")
+        found["ff"] |= _of_its_own(scored(own, dim))
     return found
 
 
 def _cut(answers: Answers, shown: Any, asked: Any) -> dict[str, Any]:
     """What is cut from the net of full width: its first coordinates, its PCA, its head's SVD."""
     pca = principal_components(shown, answers.width)
-    svd = low_rank_head(*_head(answers), answers.width)
+    svd = low_rank_head(*full_head(answers), answers.width)
     return {
         "first_coordinates": _scores(answers, shown, asked),
         "pca": _scores(answers, pca.embed(shown), pca.embed(asked)),
@@ -89,16 +75,19 @@ def _cut(answers: Answers, shown: Any, asked: Any) -> dict[str, Any]:
     }
 
 
-def _head(answers: Answers) -> tuple[Any, Any]:
-    kernel, bias = answers.model(f"{answers.full}-0").head.weights_at(answers.width)
-    return kernel, bias
-
-
 def _scores(
     answers: Answers, shown: Any, asked: Any, dims: tuple[int, ...] | None = None
 ) -> dict[str, dict[str, float]]:
     labels = answers.test.labels, answers.training.labels
     return _as_json(score_embeddings(asked, labels[0], shown, labels[1], dims or answers.plan.dims))
+
+
+def _of_its_own(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Those of a net of one dim, whose recall would be that of itself."""
+    return {
+        dim: {name: value for name, value in measures.items() if name != "recall10"}
+        for dim, measures in scores.items()
+    }
 
 
 def _as_json(scores: dict[int, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -66,7 +66,8 @@ def nets_for(
         dims: Of the nested heads.
         seeds: How many times the Matryoshka net and some fixed-feature nets are trained.
         seeded: The dims of those fixed-feature nets.
-        unseen: Whether the two are also trained without the unseen classes.
+        unseen: Whether the Matryoshka net and a fixed-feature net per dim are also trained without
+            the unseen classes.
     """
     ladder, width = tuple(dims), dims[-1]
     first = [Net("mrl", ladder), Net("ff", (width,)), Net("mrl_e", ladder)]
@@ -76,4 +77,6 @@ def nets_for(
         first += [Net("mrl", ladder, all_classes=False), Net("ff", (width,), all_classes=False)]
     for seed in range(1, seeds):
         first += [Net("mrl", ladder, seed), *(Net("ff", (dim,), seed) for dim in seeded)]
+    if unseen:
+        first += [Net("ff", (dim,), all_classes=False) for dim in ladder[:-1]]
     return tuple(first)

@@ -1,24 +1,19 @@
-"""The parts of the images: training, test and holdouts, noted by content and disjoint."""
+"""The parts of the images: training and test, disjoint, and the classes that some nets miss."""
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..asking import RefusalError
 from .arrays import has_test
-from .files import replacing
 from .images import Images, read
+from .splits import digests
 
 LEAST = 10  # images to search among: as many neighbours are looked at
-SPLITS = 10  # of the test images: a fifth learns the thresholds, the rest judges
-_TEST_SHARE = _HOLDOUT_SHARE = 0.2
+_TEST_SHARE = 0.2
 
 Rows = npt.NDArray[np.int64]
 
@@ -61,70 +56,10 @@ def load_parts(
     return training, judged, left_out
 
 
-def digests(images: Images) -> list[str]:
-    """Return what tells the pixels of an image from those of another, for each."""
-    return [hashlib.sha256(pixels.tobytes()).hexdigest()[:32] for pixels in images.pixels]
-
-
-def holdouts(rows: int) -> list[tuple[Rows, Rows]]:
-    """Return `SPLITS` splits of test rows: those that learn thresholds, those that judge."""
-    orders = [np.random.default_rng(split).permutation(rows) for split in range(SPLITS)]
-    cut = max(1, int(rows * _HOLDOUT_SHARE))
-    return [(order[:cut], order[cut:]) for order in orders]
-
-
-def note_parts(path: Path, training: Images, test: Images) -> None:
-    """Write which image is in which part, or refuse where other images are noted there.
-
-    The file holds `train` and `test`, digests of the images' pixels, `train_labels`,
-    `test_labels`, the `names` of the classes, and `holdout_<i>`, the test rows that the i-th
-    cascade learned from.
-
-    Raises:
-        RefusalError: If the folder holds a comparison of other images.
-        ValueError: If an image is in both parts.
-    """
-    found: dict[str, Any] = {"train": digests(training), "test": digests(test)}
-    found |= {"train_labels": training.labels.tolist(), "test_labels": test.labels.tolist()}
-    found["names"] = list(training.names)
-    shared = set(found["train"]) & set(found["test"])
-    if shared:
-        raise ValueError(
-            "An image must not be in two parts. "
-            f"Received: {len(shared)} images in both. Take the parts that load_parts returns."
-        )
-    if path.exists():
-        try:
-            with path.open("rb") as file:
-                noted = np.load(file, allow_pickle=False)
-                same = all(noted[name].tolist() == ids for name, ids in found.items())
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise damaged(path, error) from error
-        if not same:
-            raise RefusalError(
-                "A comparison goes on with the images and classes it began with. "
-                f"Received: others than those of {path.parent}. "
-                "Name another folder with --out."
-            )
-        return
-    found |= {f"holdout_{i}": rows for i, (rows, _) in enumerate(holdouts(len(test.labels)))}
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **found)
-
-
 def unseen_classes(count: int) -> list[int]:
     """Return the fifth of the classes that some nets do not see."""
     order = np.random.default_rng(0).permutation(count)
     return sorted(order[: count // 5].tolist())
-
-
-def damaged(path: Path, error: Exception) -> RefusalError:
-    """Return the refusal of a file that is not as a comparison writes it."""
-    return RefusalError(
-        "A comparison goes on from the files it wrote. "
-        f"Received: {path}, which is damaged ({type(error).__name__}). "
-        "Remove the folder and begin anew, or name another with --out."
-    )
 
 
 def _drawn(labels: Rows) -> npt.NDArray[np.bool]:
@@ -149,11 +84,13 @@ def _as_named(images: Images, like: Images) -> Images:
 
 
 def _check(training: Images, test: Images, left_out: int) -> None:
-    if len(training.names) < 2 or min(len(test.labels), len(training.labels)) < LEAST:
-        also = f", {left_out} more that training has too" if left_out else ""
+    different = len(set(digests(test)))
+    if len(training.names) < 2 or min(different, len(training.labels)) < LEAST:
+        also = f" ({different} different)" if different < len(test.labels) else ""
+        also += f", {left_out} more that training has too" if left_out else ""
         raise RefusalError(
-            f"A comparison needs two classes, {LEAST} images to search among and {LEAST} test "
-            f"images, better some hundreds. Received: {len(training.names)} classes, "
+            f"A comparison needs two classes, {LEAST} images to search among and {LEAST} different "
+            f"test images, better some hundreds. Received: {len(training.names)} classes, "
             f"{len(training.labels)} training images, {len(test.labels)} test images{also}. "
             "Give more images."
         )

@@ -1,9 +1,9 @@
-"""Images that are files, in a folder or a zip with one sub-folder per class."""
+"""Images that are files: decoded, turned upright, RGB and square."""
 
 from __future__ import annotations
 
 import io
-import zipfile
+import struct
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..asking import RefusalError
+from .entries import entries
 
 MOST = 64  # height and width where none was asked for: the net is small
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+_DAMAGED = (SyntaxError, struct.error)  # what Pillow raises where tags do not read
 
 Array = npt.NDArray[Any]
 
@@ -23,14 +24,18 @@ Array = npt.NDArray[Any]
 def from_files(place: str, size: int | None) -> Iterator[tuple[Array, str]]:
     """Give the images of a folder or a zip, RGB and square, each with the name of its class.
 
+    A folder and the zip of it give the same. The class is the folder an image lies in; those of
+    the classes lie side by side, maybe with others around them all.
+
     Args:
-        place: Of the folder above those of the classes, or of the zip of it.
+        place: Of a folder, or of a zip.
         size: Height and width; None means the height of the first, but `MOST` at most.
 
     Raises:
-        RefusalError: If the place is neither, or an image is damaged.
+        RefusalError: If the place is neither, an image is damaged, or classes lie at several
+            depths.
     """
-    for name, data in _entries(Path(place)):
+    for name, data in entries(Path(place)):
         pixels = _decoded(name, data, size)
         size = pixels.shape[0]
         yield pixels, PurePosixPath(name).parent.name
@@ -48,50 +53,12 @@ def resized(pixels: Array, size: int) -> Array:
     return np.stack(planes, axis=-1)
 
 
-def _entries(place: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of every image file, in the order of the names."""
-    if place.is_dir():
-        names = [f"{file.parent.name}/{file.name}" for file in place.glob("*/*") if file.is_file()]
-        for name in sorted(filter(_is_image, names)):
-            yield name, (place / name).read_bytes()
-    elif zipfile.is_zipfile(place):
-        with zipfile.ZipFile(place) as archive:
-            # Some programs write the separators of their system, and files of their own.
-            names = [name for name in archive.namelist() if _is_image(name.replace("\\", "/"))]
-            _check_depth(place, {PurePosixPath(name.replace("\\", "/")) for name in names})
-            for name in sorted(names):
-                yield name.replace("\\", "/"), archive.read(name)
-    else:
-        raise RefusalError(
-            "Images come from a folder, a zip, an .npz or a Keras dataset. "
-            f"Received: {place}, which is none of them. "
-            "Correct the path, or name cifar10, cifar100, fashion_mnist or mnist."
-        )
-
-
-def _is_image(name: str) -> bool:
-    """Whether a file of a class is meant: hidden ones and those of no folder are not."""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return bool(path.parent.name) and path.suffix.lower() in _SUFFIXES and not hidden
-
-
-def _check_depth(place: Path, paths: set[PurePosixPath]) -> None:
-    above = sorted({str(path.parent.parent) for path in paths})
-    if len(above) > 1:
-        raise RefusalError(
-            "The folders of the classes must lie side by side. "
-            f"Received: {place} with classes in {', '.join(above[:3])}. "
-            "Pack one of them, the test images as --test for example."
-        )
-
-
 def _decoded(name: str, data: bytes, size: int | None) -> Array:
     image = _pillow()
     try:
         with image.open(io.BytesIO(data)) as opened:
-            pixels = _as_rgb(opened)
-    except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
+            pixels = _as_rgb(_upright(opened))
+    except (*_DAMAGED, OSError, ValueError, image.DecompressionBombError) as error:
         raise RefusalError(
             "An image must be one that Pillow decodes. "
             f"Received: {name} ({error}). Save it anew as PNG, or leave it out."
@@ -100,6 +67,17 @@ def _decoded(name: str, data: bytes, size: int | None) -> Array:
     if pixels.size != (side, side):
         pixels = pixels.resize((side, side), image.Resampling.BILINEAR)
     return np.asarray(pixels)
+
+
+def _upright(opened: Any) -> Any:
+    """As a viewer shows it: turned as its EXIF orientation says, if that reads."""
+    from PIL import ImageOps
+
+    try:
+        opened.getexif()
+    except _DAMAGED:
+        return opened
+    return ImageOps.exif_transpose(opened)
 
 
 def _as_rgb(opened: Any) -> Any:

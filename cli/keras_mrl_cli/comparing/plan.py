@@ -13,10 +13,9 @@ import numpy as np
 
 from ..asking import RefusalError
 from .batches import SIZE, Batches
-from .files import replacing
+from .files import damaged, replacing
 from .images import Images
 from .nets import Net, nets_for
-from .parts import damaged
 from .training import Recipe, compile_net
 
 _FILTERS = (8, 16, 32, 64)  # of the first convolution; what a budget chooses among
@@ -38,7 +37,8 @@ class Plan:
         epochs: Of every net.
         filters: Of the first convolution.
         flip: Whether half of the images are mirrored in training.
-        unseen: Whether two nets are trained without a fifth of the classes.
+        unseen: Whether MRL and a separate net per dim are also trained without a fifth of the
+            classes.
         rows: How many of the training images are used.
     """
 

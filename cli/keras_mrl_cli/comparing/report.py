@@ -46,6 +46,8 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
         "Software and machine": about["machine"],
         "Minutes of training": ", ".join(f"{name} {m:g}" for name, m in results["minutes"].items()),
     }
+    if about["unseen"]:
+        facts["Classes never seen"] = ", ".join(about["unseen"])
     rows = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>\n" for name, text in facts.items())
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'

@@ -9,7 +9,7 @@ from keras_mrl.evaluation import mean_average_precision_at_k
 from keras_mrl_serving import ExactIndex, FunnelSchedule
 
 from .answers import Answers
-from .parts import holdouts
+from .splits import holdouts
 
 WITHIN = 0.005  # of the map10 of exhaustive search: half a point
 
@@ -24,7 +24,7 @@ def retrieval(answers: Answers) -> dict[str, Any]:
     The cheapest schedule whose map10 is within half a point of exhaustive search is chosen by a
     fifth of the queries; all numbers are those of the rest.
     """
-    taught, judged = holdouts(len(answers.test.labels))[0]
+    taught, judged = holdouts(answers.test)[0]
     mrl = answers.features("mrl-0", answers.width)
     shown, asked = answers.features(f"{answers.full}-0", answers.width)
     pca = principal_components(shown, answers.width)

@@ -21,8 +21,14 @@ NAMES = {
     "first_coordinates": "Rand. FS (first coordinates of FF)",
     "pca": "PCA of FF",
 }
+HEADS = {
+    "top1": "Top-1 accuracy of the head, %",
+    "top5": "Top-5 accuracy of the head, %",
+    "ece": "Expected calibration error of the head, points",
+}
 MEASURES = {
     "nn1": "1-NN accuracy",
+    "knn": "k-NN accuracy (the vote of the 10 nearest)",
     "p10": "precision of the 10 nearest (p10)",
     "map10": "map10",
     "recall10": "share of the full dim's 10 nearest (recall10)",
@@ -58,7 +64,10 @@ class Table:
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """Return all tables: percents, `+-` one standard deviation over seeds or splits."""
     dims = [str(dim) for dim in results["plan"]["dims"]]
-    found = [_by_dim("Top-1 accuracy of the head, %", dims, results["top1"])]
+    found = [_by_dim(title, dims, results[measure]) for measure, title in HEADS.items()]
+    probed = f"trained on {results['about']['probed']:,} training images"
+    title = f"Accuracy of a linear probe of the features, {probed}, %"
+    found.append(_by_dim(title, dims, results["probe"]))
     for measure, title in MEASURES.items():
         for part, where in (("neighbors", "all classes"), ("unseen", "classes never seen")):
             rows = {
@@ -149,10 +158,12 @@ def _retrieval(retrieval: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _long(results: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-    for method, by_dim in results["top1"].items():
-        for dim, values in by_dim.items():
-            for seed, value in enumerate(values):
-                yield "head", method, dim, "top1", seed, value
+    for measure in (*HEADS, "probe"):
+        part = "probe" if measure == "probe" else "head"
+        for method, by_dim in results[measure].items():
+            for dim, values in by_dim.items():
+                for seed, value in enumerate(values):
+                    yield part, method, dim, measure, seed, value
     for part in ("neighbors", "unseen"):
         for method, by_dim in results.get(part, {}).items():
             for dim, scores in by_dim.items():

@@ -16,18 +16,19 @@ from typing import Any
 
 import keras
 
-from . import measures
+from . import heads, measures
 from .answers import Answers
 from .cascades import cascades
 from .figures import draw
 from .files import held, replacing
 from .findings import findings
-from .images import split_classes
+from .images import Images, split_classes
 from .network import madds
-from .parts import check_unseen, load_parts, note_parts, unseen_classes
+from .parts import check_unseen, load_parts, unseen_classes
 from .plan import Plan, choose, subset, taken_up
 from .report import html
 from .retrieval import retrieval
+from .splits import note_parts
 from .tables import SPREAD, as_csv, tables
 from .training import epochs_done, is_trained, train
 
@@ -70,19 +71,48 @@ def compare(
         )
         if asked.unseen:
             check_unseen(training, judging)
-        note_parts(out / "splits.npz", training, judging)
-        plan = taken_up(
-            out / "plan.json",
-            {**asdict(asked), "dims": list(asked.dims), "budget": budget}
-            | {"backend": keras.backend.backend()},
-            lambda: choose(asked, training, budget, say),
-        )
-        answers = Answers(out / "nets", plan, subset(training, plan.rows), judging)
+        answers = _begun(out, (training, judging), asked, budget, say)
         _train(answers, say)
         say("evaluating (minutes for tens of thousands of images)")
         results = _measure(answers, left_out, data, say)
         _write(results, out)
     return results
+
+
+def _begun(
+    out: Path,
+    parts: tuple[Images, Images],
+    asked: Plan,
+    budget: float | None,
+    say: Callable[[str], None],
+) -> Answers:
+    """Make the plan or take it up, and note which images it uses before anything is trained."""
+    training, test = parts
+    splits = out / "splits.npz"
+
+    def noted(plan: Plan) -> Answers:
+        used = subset(training, plan.rows)
+        note_parts(splits, used, test, _unseen(plan, training.names))
+        return Answers(out / "nets", plan, used, test)
+
+    def begin() -> Plan:
+        plan = choose(asked, training, budget, say)
+        if plan.unseen:
+            check_unseen(subset(training, plan.rows), test)
+        # Before the plan is kept, so that no plan goes on with images it was not made for. What
+        # may be there is of one that was stopped here.
+        splits.unlink(missing_ok=True)
+        noted(plan)
+        return plan
+
+    given = {**asdict(asked), "dims": list(asked.dims), "budget": budget}
+    given["backend"] = keras.backend.backend()
+    return noted(taken_up(out / "plan.json", given, begin))
+
+
+def _unseen(plan: Plan, names: tuple[str, ...]) -> list[str]:
+    """The classes that some nets are trained without."""
+    return [names[number] for number in unseen_classes(len(names))] if plan.unseen else []
 
 
 def _train(answers: Answers, say: Callable[[str], None]) -> None:
@@ -120,7 +150,9 @@ def _measure(
             "images": [len(answers.training.labels), len(answers.test.labels)],
             "classes": len(answers.training.names),
             "left_out": left_out,
+            "probed": min(heads.PROBED, len(answers.training.labels)),
             "seeded": plan.seeded,
+            "unseen": _unseen(plan, answers.training.names),
             "machine": f"Python {platform.python_version()}, Keras {keras.__version__} on "
             f"{keras.backend.backend()}, keras-mrl {version('keras-mrl')}, "
             f"{os.cpu_count()} CPU cores, {time.strftime('%Y-%m-%d')}",
@@ -133,7 +165,8 @@ def _measure(
         },
     }
     steps: dict[str, Callable[[Answers], Any]] = {
-        "top1": measures.top1,
+        "heads": heads.scores,
+        "probe": heads.probes,
         "neighbors": measures.neighbors,
         "cascades": cascades,
         "retrieval": retrieval,
@@ -142,7 +175,8 @@ def _measure(
         steps["unseen"] = measures.unseen
     for at, (name, step) in enumerate(steps.items()):
         started = time.monotonic()
-        results[name] = step(answers)
+        found = step(answers)
+        results |= found if name == "heads" else {name: found}
         say(f"[{at + 1}/{len(steps)}] {name}: {time.monotonic() - started:.0f} s")
     return results
 
