@@ -13,8 +13,7 @@ def backbone(shape: tuple[int, ...], width: int, filters: int = 32) -> keras.Mod
     """Return a net from uint8 images to features: eight convolutions, pooling, one dense layer.
 
     Nets of different `width` differ in the dense layer alone, so a comparison of widths compares
-    features and not depth. The features are normalised over the batch: nested losses, which pull at
-    the first coordinates from every dim, learn much faster so.
+    features and not depth.
 
     Args:
         shape: Of an image, `(height, width, channels)`.
@@ -37,8 +36,7 @@ def backbone(shape: tuple[int, ...], width: int, filters: int = 32) -> keras.Mod
         x = layers.ReLU()(layers.Add()([x, _normal(inner, factor * filters)]))
     x = _convolution(x, 8 * filters)
     pooled = layers.GlobalAveragePooling2D()(x)
-    features = layers.BatchNormalization(momentum=0.9)(layers.Dense(width, use_bias=False)(pooled))
-    return keras.Model(image, features, name="backbone")
+    return keras.Model(image, layers.Dense(width)(pooled), name="backbone")
 
 
 def _convolution(x: Any, filters: int, strides: int = 1) -> Any:
