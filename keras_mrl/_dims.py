@@ -1,11 +1,13 @@
-"""What valid `dims` and `weights` are, said once for every layer, loss and metric of this room."""
+"""What valid `dims`, counts and `weights` are, said once for all of this room."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
+from keras_mrl_serving.contract import as_int
 from keras_mrl_serving.contract import check_dims as check_dims
 
 
@@ -38,6 +40,29 @@ def log_spaced_dims(width: int, smallest: int = 8) -> tuple[int, ...]:
         rungs.append(dim)
         dim *= 2
     return (*rungs, width)
+
+
+def check_count(name: str, value: Any, example: int) -> int:
+    """Return a positive integer of any library as Python's own.
+
+    Raises:
+        ValueError: If it is none; True and 8.0 are none.
+
+    Examples:
+        >>> from keras_mrl._dims import check_count
+        >>> check_count("k", np.int64(5), example=10)
+        5
+    """
+    try:
+        count = as_int(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(
+            f"{name} must be a positive integer. "
+            f"Received: {name}={value!r}. Give for example {example}."
+        )
+    return count
 
 
 def check_width(dims: tuple[int, ...], width: int) -> None:

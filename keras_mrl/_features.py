@@ -1,4 +1,4 @@
-"""What features and labels held in memory must be, said once for baselines and evaluation."""
+"""What features held in memory must be, said once for baselines and evaluation."""
 
 from __future__ import annotations
 
@@ -52,19 +52,3 @@ def check_fitted(features: Any, width: int) -> Array:
             f"Received: width {table.shape[1]}, fitted on {width}. Embed with the same backbone."
         )
     return table
-
-
-def check_labels_of(features: Array, labels: Any) -> Array:
-    """Return labels as an array, one per row of `features`.
-
-    Raises:
-        ValueError: If they are not one per row.
-    """
-    given = keras.ops.convert_to_numpy(labels)
-    if given.shape != features.shape[:1]:
-        raise ValueError(
-            "labels must hold one label per row of the features. "
-            f"Received: labels of shape {given.shape} for features of shape {features.shape}. "
-            "Give integer labels, not one-hot rows."
-        )
-    return given

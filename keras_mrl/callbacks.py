@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from ._dims import check_dims, check_weights
+from ._labels import as_labels, check_kinds
 from .evaluation.neighbors import check_gallery, nearest_hits
 from .evaluation.retrieval import mean_average_precision_at_k
 from .models.cut import split
@@ -34,8 +35,8 @@ class NeighborMetrics(keras.callbacks.Callback):
         batch_size: Of the embedding.
 
     Raises:
-        ValueError: If inputs and labels do not fit, a side has no row, the gallery has fewer than
-            10 rows, or there are no dims.
+        ValueError: If inputs and labels do not fit, a side has no row, the labels of both are of
+            different kinds, the gallery has fewer than 10 rows, or there are no dims.
 
     Reference:
         Kusupati et al., Matryoshka Representation Learning, section 4.2 (1-NN) and 4.3 (mAP@10).
@@ -63,6 +64,7 @@ class NeighborMetrics(keras.callbacks.Callback):
         super().__init__()
         self.gallery = _check_pair("gallery", gallery)
         self.queries = _check_pair("queries", queries)
+        check_kinds(self.queries[1], self.gallery[1])
         check_gallery(len(self.gallery[1]))
         self.dims = None if dims is None else check_dims(dims)
         self.batch_size = batch_size
@@ -105,11 +107,9 @@ def _check_pair(name: str, pair: Any) -> tuple[Any, Any]:
     received = f"a {type(pair).__name__}"
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
         x, y = pair
-        labels = keras.ops.convert_to_numpy(y)
+        labels = as_labels(y)
         shapes = [tuple(np.shape(part)) for part in keras.tree.flatten(x)]
         received = f"inputs of shapes {shapes}, labels of shape {labels.shape}"
-        if labels.shape[1:] == (1,):
-            labels = labels.ravel()
         if labels.size and {shape[:1] for shape in shapes} == {labels.shape}:
             return x, labels
     raise ValueError(

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from keras_mrl_serving.confidence import softmax
-from keras_mrl_serving.inputs import check_holdout
+from keras_mrl_serving.inputs import as_float32, check_holdout
+
+from .._dims import check_count
+from .._labels import as_labels
 
 
 def expected_calibration_error(logits: Any, labels: Any, bins: int = 15) -> float:
@@ -34,11 +37,17 @@ def expected_calibration_error(logits: Any, labels: Any, bins: int = 15) -> floa
         >>> round(expected_calibration_error(sure, [0, 1]), 3)  # sure of both, right once
         0.5
     """
-    if not isinstance(bins, int) or bins < 1:
-        raise ValueError(f"bins must be a positive integer. Received: bins={bins!r}. Give 15.")
-    scores, truth = check_holdout(np.asarray(logits)[:, None], labels, 1)
-    shares = softmax(scores[:, 0])
-    return calibration_error(shares.max(axis=-1), shares.argmax(axis=-1) == truth, bins)
+    count = check_count("bins", bins, 15)
+    scores, truth = as_float32("logits", logits), as_labels(labels)
+    if scores.ndim != 2 or truth.shape != scores.shape[:1]:
+        raise ValueError(
+            "logits must be (rows, num_classes) with one label per row. "
+            f"Received: logits of shape {scores.shape} and labels of shape {truth.shape}. "
+            "Give what predict() returns at one dim, and class ids."
+        )
+    nested, truth = check_holdout(scores[:, None], truth, 1)
+    shares = softmax(nested[:, 0])
+    return calibration_error(shares.max(axis=-1), shares.argmax(axis=-1) == truth, count)
 
 
 def calibration_error(confidence: Any, right: Any, bins: int = 15) -> float:

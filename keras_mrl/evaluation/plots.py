@@ -31,6 +31,9 @@ def plot_accuracy(
         adaptive: Expected dim and accuracy of the cascade; None leaves it out.
         path: File to write; its suffix chooses the format (.png, .svg).
 
+    Raises:
+        ValueError: If no method has a dim.
+
     Examples:
         >>> plot_accuracy({8: 0.66, 16: 0.73, 32: 0.75}, (12.5, 0.75), "accuracy.svg")
     """
@@ -62,9 +65,13 @@ def plot_by_dim(
         title: Of the picture.
         measure: What the fractions are.
 
+    Raises:
+        ValueError: If no method has a dim.
+
     Examples:
         >>> plot_by_dim({"MRL": {8: [0.65, 0.67], 16: 0.73}, "FF": {8: 0.6, 16: 0.7}}, "top1.svg")
     """
+    _check_lines(lines)
     figure, axes = _figure(title, "dim (log scale)", f"{measure}, %")
     dims = sorted({dim for by_dim in lines.values() for dim in by_dim})
     axes.set_xscale("log", base=2)
@@ -102,6 +109,9 @@ def plot_retrieval(
         funnel: The same two numbers of the funnel; None leaves it out.
         path: File to write; its suffix chooses the format (.png, .svg).
 
+    Raises:
+        ValueError: If no method has a dim.
+
     Examples:
         >>> plot_retrieval({8: (8e3, 0.57), 16: (16e3, 0.63)}, (9e3, 0.63), "retrieval.svg")
     """
@@ -125,9 +135,13 @@ def plot_by_cost(
         title: Of the picture.
         measure: What the fractions are.
 
+    Raises:
+        ValueError: If no method has a dim.
+
     Examples:
         >>> plot_by_cost({"MRL": {8: (8e3, 0.57), 16: (16e3, 0.63)}}, "map10.png")
     """
+    _check_lines(lines)
     figure, axes = _figure(title, "multiply-adds per query (log scale)", f"{measure}, %")
     axes.set_xscale("log")
     costs = sorted({cost for by_dim in lines.values() for cost, _ in by_dim.values()})
@@ -148,7 +162,7 @@ def plot_by_cost(
             label=name,
         )
     # One line has the dims written to it; the others have them at the same costs.
-    for dim, (cost, quality) in next(iter(lines.values())).items():
+    for dim, (cost, quality) in next(filter(None, lines.values())).items():
         axes.annotate(
             str(dim),
             (cost, 100 * quality),
@@ -159,6 +173,15 @@ def plot_by_cost(
         )
     _add_stars(axes, stars or {})
     _save(figure, axes, path)
+
+
+def _check_lines(lines: Mapping[str, Mapping[int, Any]]) -> None:
+    if not any(lines.values()):
+        raise ValueError(
+            "A picture needs a method with at least one dim. "
+            f"Received: {dict(lines)}. "
+            "Measure one, and give its numbers by dim."
+        )
 
 
 def _add_stars(axes: Any, stars: Mapping[str, tuple[float, float]]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from .._features import Array, check_features, check_fitted, check_labels_of
+from .._features import Array, check_features, check_fitted
+from .._labels import check_labels_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,30 +66,20 @@ def linear_probe(features: Any, labels: Any, regularization: float = 1.0) -> Lin
         >>> linear_probe(features, labels).predict([[0.5, 1.0], [4.5, 1.0]]).tolist()
         [7, 9]
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise ImportError(
-            f"A linear probe is trained by scikit-learn. Received: {error}. "
-            "Install it: pip install 'keras-mrl[evaluate]'."
-        ) from error
-    if not 0 < regularization < np.inf:
+    if not isinstance(regularization, Real) or not 0 < regularization < np.inf:
         raise ValueError(
             "regularization must be a finite number above 0. "
-            f"Received: regularization={regularization}. "
+            f"Received: regularization={regularization!r}. "
             "Give a small one, 1e-6, to have next to none."
         )
     table = check_features(features).astype(np.float64)
     given = check_labels_of(table, labels)
-    if len(np.unique(given)) < 2:
-        raise ValueError(
-            "A linear probe tells classes apart. "
-            f"Received: {len(given)} labels, all of them {given[0]}. "
-            "Give rows of two classes or more."
-        )
+    check_probe(given)
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(table)
-    fitted = LogisticRegression(C=1 / regularization, max_iter=1000).fit(
+    fitted = LogisticRegression(C=1 / float(regularization), max_iter=1000).fit(
         scaler.transform(table), given
     )
     weights, biases = fitted.coef_, fitted.intercept_
@@ -96,3 +88,25 @@ def linear_probe(features: Any, labels: Any, regularization: float = 1.0) -> Lin
         biases = np.concatenate([np.zeros_like(biases), biases])
     kernel = weights.T / scaler.scale_[:, None]
     return LinearProbe(kernel, biases - scaler.mean_ @ kernel, fitted.classes_)
+
+
+def check_probe(labels: Array) -> None:
+    """Raise where no probe can be trained on rows of these labels.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+        ValueError: If they are of one class alone.
+    """
+    try:
+        import sklearn.linear_model  # noqa: F401 - whether it is there
+    except ImportError as error:
+        raise ImportError(
+            f"A linear probe is trained by scikit-learn. Received: {error}. "
+            "Install it: pip install 'keras-mrl[evaluate]'."
+        ) from error
+    if len(np.unique(labels)) < 2:
+        raise ValueError(
+            "A linear probe tells classes apart. "
+            f"Received: {len(labels)} labels, all of them {labels[0]}. "
+            "Give rows of two classes or more."
+        )

@@ -145,6 +145,16 @@ def test_inputs_and_labels_that_do_not_fit_are_refused_at_once(pair: Any, receiv
             NeighborMetrics(*sides)
 
 
+def test_labels_of_two_kinds_are_refused_at_once() -> None:
+    sentence = (
+        "Labels of queries and gallery must be of one kind. "
+        "Received: numbers for the queries, strings for the gallery. "
+        "Name the classes alike on both sides, best by integers."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        NeighborMetrics((GALLERY[0], GALLERY[1].astype(str)), QUERIES)
+
+
 def test_a_column_of_labels_is_one_per_row() -> None:
     """As Keras's own data sets give them."""
     columns = [(x, y[:, None]) for x, y in (GALLERY, QUERIES)]

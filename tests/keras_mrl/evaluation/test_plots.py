@@ -1,12 +1,14 @@
 import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
 import pytest
 
-from keras_mrl.evaluation import plot_accuracy, plot_retrieval
+from keras_mrl.evaluation import plot_accuracy, plot_by_cost, plot_by_dim, plot_retrieval
+from tests.laws import exactly
 
 BLUE, ORANGE = "#1f6feb", "#d9730d"
 ACCURACY = {8: 0.66, 16: 0.73, 32: 0.75, 64: 0.76}
@@ -80,3 +82,24 @@ def test_one_dim_is_enough(tmp_path: Path) -> None:
     plot_accuracy({8: 0.66}, None, tmp_path / "one.png")
     plot_retrieval({8: (8e3, 0.57)}, None, tmp_path / "two.png")
     assert all(count(path, BLUE) > 20 for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lines", [{}, {"MRL": {}, "FF": {}}])
+@pytest.mark.parametrize("draw", [plot_by_dim, plot_by_cost])
+def test_a_picture_of_nothing_is_refused(
+    draw: Callable[..., None], lines: Any, tmp_path: Path
+) -> None:
+    sentence = (
+        f"A picture needs a method with at least one dim. Received: {lines}. "
+        "Measure one, and give its numbers by dim."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        draw(lines, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_dims_are_written_to_the_first_method_that_has_some(tmp_path: Path) -> None:
+    plain, empty = tmp_path / "plain.png", tmp_path / "empty.png"
+    plot_by_cost({"A": {8: (8e3, 0.57), 16: (16e3, 0.63)}, "B": {}}, plain)
+    plot_by_cost({"B": {}, "A": {8: (8e3, 0.57), 16: (16e3, 0.63)}}, empty)
+    assert count(empty, "#8b949e") >= count(plain, "#8b949e") > 0

@@ -89,14 +89,27 @@ def test_a_probe_prints_no_arrays() -> None:
     assert repr(linear_probe(PIXELS[:100], DIGITS[:100])) == "LinearProbe()"
 
 
-@pytest.mark.parametrize("regularization", [0, -1.0, float("inf"), float("nan")])
-def test_a_regularization_is_above_zero(regularization: float) -> None:
+@pytest.mark.parametrize("regularization", [0, -1.0, float("inf"), float("nan"), "1", None, [1.0]])
+def test_a_regularization_is_above_zero(regularization: Any) -> None:
     sentence = (
         "regularization must be a finite number above 0. "
-        f"Received: regularization={regularization}. Give a small one, 1e-6, to have next to none."
+        f"Received: regularization={regularization!r}. "
+        "Give a small one, 1e-6, to have next to none."
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         linear_probe(PIXELS[:100], DIGITS[:100], regularization)
+
+
+def test_a_regularization_may_be_a_number_of_any_library() -> None:
+    expected = linear_probe(PIXELS[:100], DIGITS[:100], 2.0).kernel
+    for regularization in (2, np.float32(2), np.int64(2)):
+        found = linear_probe(PIXELS[:100], DIGITS[:100], regularization)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(found.kernel, expected)
+
+
+def test_a_column_of_labels_is_one_per_row() -> None:
+    column = linear_probe(PIXELS[:100], DIGITS[:100, None])
+    np.testing.assert_array_equal(column.kernel, linear_probe(PIXELS[:100], DIGITS[:100]).kernel)
 
 
 def test_one_class_is_refused() -> None:

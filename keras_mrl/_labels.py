@@ -1,0 +1,99 @@
+"""What labels held in memory must be, said once for baselines, callbacks and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from ._features import Array
+
+_KINDS = dict.fromkeys("biuf", "numbers") | {"U": "strings", "T": "strings", "S": "bytes"}
+
+
+def as_labels(labels: Any) -> Array:
+    """Return labels as an array; a column `(rows, 1)`, as Keras's data sets give it, as `(rows,)`.
+
+    Examples:
+        >>> from keras_mrl._labels import as_labels
+        >>> as_labels([[7], [9]]).tolist()
+        [7, 9]
+    """
+    given: Array = keras.ops.convert_to_numpy(labels)
+    return given[:, 0] if given.shape[1:] == (1,) else given
+
+
+def check_labels_of(features: Array, labels: Any) -> Array:
+    """Return labels as an array, one per row of `features`.
+
+    Raises:
+        ValueError: If they are not one per row.
+    """
+    given = as_labels(labels)
+    if given.shape != features.shape[:1]:
+        raise ValueError(
+            "labels must hold one label per row of the features. "
+            f"Received: labels of shape {given.shape} for features of shape {features.shape}. "
+            "Give integer labels, not one-hot rows."
+        )
+    return given
+
+
+def check_labels_for(inputs: Any, labels: Any) -> Array:
+    """Return labels as an array, one per row of what a model reads.
+
+    Arrays say how many rows they have; a data set does not, and is not asked.
+
+    Raises:
+        ValueError: If they are not one per row, or none.
+    """
+    given = as_labels(labels)
+    shapes = [tuple(getattr(part, "shape", ())) for part in keras.tree.flatten(inputs)]
+    rows = {shape[0] for shape in shapes if shape}
+    if given.ndim != 1 or not len(given) or not rows <= {len(given)}:
+        raise ValueError(
+            "labels must hold one label per row of the inputs, at least one. "
+            f"Received: labels of shape {given.shape} for inputs of shapes {shapes}. "
+            "Give integer labels, not one-hot rows."
+        )
+    return given
+
+
+def check_class_ids(labels: Array, num_classes: int) -> Array:
+    """Return labels that each name a logit of a head.
+
+    Raises:
+        ValueError: If one does not.
+    """
+    integers = labels.dtype.kind in "iu"
+    if not integers or labels.min() < 0 or labels.max() >= num_classes:
+        seen = f" from {labels.min()} to {labels.max()}" if integers else ""
+        raise ValueError(
+            f"labels must be class ids in 0..{num_classes - 1}. "
+            f"Received: {labels.dtype} labels{seen}. Number the classes from 0, as in training."
+        )
+    return labels
+
+
+def check_kinds(queries: Array, gallery: Array) -> None:
+    """Raise a `ValueError` where labels of queries can equal none of a gallery's.
+
+    Examples:
+        >>> from keras_mrl._labels import check_kinds
+        >>> check_kinds(np.array([1, 2]), np.array([1.0, 2.0]))
+    """
+    asked, shown = _kind(queries), _kind(gallery)
+    if asked != shown:
+        raise ValueError(
+            "Labels of queries and gallery must be of one kind. "
+            f"Received: {asked} for the queries, {shown} for the gallery. "
+            "Name the classes alike on both sides, best by integers."
+        )
+
+
+def _kind(labels: Array) -> str:
+    codes = {labels.dtype.kind}
+    if codes == {"O"}:  # what the entries are, then
+        codes = {np.dtype(entry).kind for entry in set(map(type, labels.tolist()))}
+    return " and ".join(sorted({_KINDS.get(code, "objects") for code in codes}))
