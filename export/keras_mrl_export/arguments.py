@@ -87,7 +87,10 @@ def served_dims(
     if not isinstance(asked, Iterable):
         check_dims(asked)  # which refuses it
     asked = tuple(asked)
-    chosen = check_dims(sorted(set(asked)))
+    try:
+        chosen = check_dims(sorted(set(asked)))
+    except TypeError:  # of several types, which have no order
+        chosen = check_dims(asked)
     if any(d not in known if trained else d > width for d in chosen):
         raise ValueError(
             f"dims must be dims of the model: {known if trained else f'1..{width}'}. "
@@ -99,11 +102,21 @@ def served_dims(
 def quality_by_dim(
     quality: Mapping[int, Mapping[str, float]], dims: tuple[int, ...]
 ) -> dict[str, dict[str, float]]:
-    """Quality as JSON: measures come as NumPy scalars, or as a backend's own."""
-    known = {
-        int(dim): {measure: float(value) for measure, value in measures.items()}
-        for dim, measures in quality.items()
-    }
+    """Quality as JSON: measures come as NumPy scalars, or as a backend's own.
+
+    Raises:
+        ValueError: If it is no measures by dim, one is not finite, or a dim is not exported.
+    """
+    try:
+        known = {
+            int(dim): {measure: float(value) for measure, value in measures.items()}
+            for dim, measures in quality.items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            "quality must give measures by dim, and a number by measure. "
+            f"Received: quality={quality!r:.200}. Give for example {{8: {{'top1': 0.93}}}}."
+        ) from error
     finite = all(math.isfinite(value) for measures in known.values() for value in measures.values())
     if not finite or not set(known) <= set(dims):
         raise ValueError(
@@ -160,7 +173,7 @@ def check_head_arguments(
         raise ValueError(
             f"labels must name each of the {num_classes} classes on one line. "
             f"Received: {len(labels)} labels {list(labels[:5])}. "
-            "Give one non-empty string per class id, without line breaks or outer blanks."
+            "Give one non-empty string of UTF-8 per class id, without line breaks or outer blanks."
         )
 
 
@@ -184,4 +197,10 @@ def check_policy_is_used(
 
 
 def _is_class_name(label: object) -> bool:
-    return isinstance(label, str) and label == label.strip() != "" and "\n" not in label
+    if not isinstance(label, str) or label != label.strip() or not label:
+        return False
+    try:
+        encoded = label.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return not {*b"\r\n"} & {*encoded}

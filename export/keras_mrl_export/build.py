@@ -1,8 +1,7 @@
-"""On TensorFlow: load the model, write its SavedModel aside, compare, publish."""
+"""On TensorFlow: load the model, write its SavedModel aside, and compare the two."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,62 +18,61 @@ from keras_mrl_serving.version import __version__
 
 from .errors import ExportError
 from .examples import examples
+from .fingerprint import fingerprint_of
 from .inputs import declared_inputs
 from .job import Job
 from .operations import check_operations
 from .parity import PARITY_FILE, check_parity
-from .publish import publishing
+from .publish import Staged
 from .signatures import ServedModel
 from .travel import load
 from .warmup import write_warmup
 
 
-def build(saved: Path, objects: dict[str, Any], job: Job) -> Path:
-    """Build the SavedModel of `job` from the `.keras` file `saved`, and publish it.
+def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> None:
+    """Build the SavedModel of `job` from the `.keras` file `saved`, to be published.
 
     Args:
         saved: The model as Keras saved it.
         objects: The user's own classes and functions in it.
         job: What to export.
-
-    Returns:
-        The folder of the published version.
+        staged: Where to write it.
 
     Raises:
         ExportError: If the model cannot be loaded or traced, or a signature differs from it.
-        FileExistsError: If the version exists.
     """
     model = load(saved, objects)
     backbone, head = split(model)
-    manifest = _manifest(model, backbone, head, job)
-    with publishing(job.base_path, job.version) as staged:
-        try:
-            _write(ServedModel(backbone, head, manifest, job, staged.scratch), staged.folder)
-        except OSError:
-            raise
-        except Exception as error:
-            raise ExportError(
-                "Every layer must run inside a TensorFlow graph. "
-                f"Received: {type(error).__name__}: {error} "
-                "Use keras.ops in layers of your own, not the training backend's functions."
-            ) from error
-        check_operations(staged.folder)
-        (staged.folder / MANIFEST_FILE).parent.mkdir()
-        (staged.folder / MANIFEST_FILE).write_text(manifest.to_json() + "\n")
-        report = check_parity(staged.folder, manifest, job)
-        (staged.folder / PARITY_FILE).write_text(json.dumps(report, indent=1) + "\n")
-        with SavedModelSession(staged.folder) as session:
-            inputs = examples(manifest, job)
-            write_warmup(staged.folder, session, job.name, inputs, job.warmup_batch_sizes)
-    return staged.published
+    manifest = _manifest(model, saved, backbone, head, job)
+    try:
+        _write(ServedModel(backbone, head, manifest, job, staged.scratch), staged.folder)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            "Every layer must run inside a TensorFlow graph. "
+            f"Received: {type(error).__name__}: {error} "
+            "Use keras.ops in layers of your own, not the training backend's functions."
+        ) from error
+    check_operations(staged.folder)
+    (staged.folder / MANIFEST_FILE).parent.mkdir()
+    (staged.folder / MANIFEST_FILE).write_text(manifest.to_json() + "\n")
+    report = check_parity(staged.folder, manifest, job)
+    (staged.folder / PARITY_FILE).write_text(json.dumps(report, indent=1) + "\n")
+    with SavedModelSession(staged.folder) as session:
+        inputs = examples(manifest, job)
+        write_warmup(staged.folder, session, job.name, inputs, job.warmup_batch_sizes)
 
 
 def _write(served: ServedModel, folder: Path) -> None:
     tf.saved_model.save(served.resources(), str(folder), signatures=served.signatures())
 
 
-def _manifest(model: keras.Model, backbone: keras.Model, head: Any, job: Job) -> Manifest:
-    index, fingerprint = job.index, _fingerprint(model)
+def _manifest(
+    model: keras.Model, saved: Path, backbone: keras.Model, head: Any, job: Job
+) -> Manifest:
+    index, inputs = job.index, _input_specs(backbone, job)
+    fingerprint = fingerprint_of(model, saved, inputs, job)
     if index is not None:
         retrieval.check_encoder(index.encoder_fingerprint, fingerprint)
     return Manifest(
@@ -83,7 +81,7 @@ def _manifest(model: keras.Model, backbone: keras.Model, head: Any, job: Job) ->
         fingerprint=fingerprint,
         dims=job.dims,
         width=job.dims[-1],
-        inputs=_input_specs(backbone, job),
+        inputs=inputs,
         weights=job.weights,
         tied=bool(head is not None and head.tied),
         normalize=job.normalize,
@@ -140,13 +138,3 @@ def _served_dtype(dtype: Any) -> str:
         return "string"
     halves = {"bfloat16", "float16", *(["float64"] if isinstance(dtype, np.dtype) else [])}
     return "float32" if str(dtype) in halves else str(dtype)
-
-
-def _fingerprint(model: keras.Model) -> str:
-    """SHA-256 of the configuration and every weight, in the model's own order."""
-    digest = hashlib.sha256(model.to_json(sort_keys=True).encode())
-    for variable in model.variables:
-        value = keras.ops.convert_to_numpy(variable)
-        digest.update(f"{value.dtype}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()

@@ -36,16 +36,16 @@ def chosen_signatures(
         return offered
     if isinstance(asked, str):
         asked = [asked]
-    by_family = {name: [n for n in offered if n == name or _family(n) == name] for name in asked}
-    unknown = [name for name, found in by_family.items() if not found and name not in _ALWAYS]
+    names = tuple(asked)
+    known = {*offered, *map(_family, offered), *_ALWAYS}
+    unknown = [name for name in names if not isinstance(name, str) or name not in known]
     if unknown:
         raise ValueError(
             f"signatures must be of those the model can have: {', '.join(offered)}. "
             f"Received: {', '.join(map(repr, unknown))}. "
             'Give those names, or a family of them: "embed".'
         )
-    wanted = {name for found in by_family.values() for name in found}
-    return tuple(name for name in offered if name in wanted)
+    return tuple(name for name in offered if name in names or _family(name) in names)
 
 
 def _offered(

@@ -7,40 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-import numpy as np
-import numpy.typing as npt
 
 # Names Keras makes up for an input that was given none.
 _UNNAMED = re.compile(r"(keras_tensor|input_layer|input)(_\d+)?")
 SINGLE_INPUT = "inputs"
 # What TensorFlow keeps as it is when it names a signature's input.
 _SERVABLE = re.compile(r"(?!self\Z)[A-Za-z]\w*", re.ASCII)
-
-
-def as_arrays(sample: Any) -> Any:
-    """Return `sample`, an array of any library or a dict of such, as NumPy has it.
-
-    A bare list or tuple is left to `name_inputs`, which refuses it.
-
-    Raises:
-        ValueError: If something in it is no array.
-    """
-    if isinstance(sample, Mapping):
-        return {name: _as_array(f"{name}: ", array) for name, array in sample.items()}
-    return sample if isinstance(sample, (list, tuple)) else _as_array("", sample)
-
-
-def _as_array(name: str, given: Any) -> npt.NDArray[Any]:
-    try:
-        array = np.asarray(given)
-    except Exception:  # whatever the library of a tensor raises
-        array = np.array(None)
-    if array.dtype.kind == "O" and not all(isinstance(v, (str, bytes)) for v in array.flat):
-        raise ValueError(
-            "sample must hold numbers or strings, in arrays. "
-            f"Received: {name}a {type(given).__name__}. Give a few real rows, for example x[:8]."
-        )
-    return array
 
 
 def check_one_input(backbone: keras.Model) -> None:
@@ -69,11 +41,11 @@ def name_inputs(backbone: keras.Model, sample: Any) -> dict[str, str]:
             f"Received: a {type(sample).__name__}. Write {{name: array}}."
         )
     keys = list(sample) if isinstance(sample, Mapping) else [""]
-    known = list(declared_inputs(backbone)) or keys
+    known = list(declared_inputs(backbone)) or keys or [SINGLE_INPUT]
     if len(known) != len(keys) or (keys != [""] and set(keys) != set(known)):
         raise ValueError(
             f"sample must hold the inputs of the model: {', '.join(known)}. "
-            f"Received: {', '.join(keys) if keys != [''] else 'one array'}. "
+            f"Received: {', '.join(keys) or 'none' if keys != [''] else 'one array'}. "
             "Write {name: array} with those names."
         )
     if len(keys) > 1:
@@ -89,30 +61,6 @@ def name_inputs(backbone: keras.Model, sample: Any) -> dict[str, str]:
             "before the model: x = keras.Input(..., name='image'); keras.Model(x, model(x))."
         )
     return names
-
-
-def check_shapes(backbone: keras.Model, sample: Any) -> None:
-    """Raise a `ValueError` where `sample` has not the shapes the model declares.
-
-    Keras would refuse it too, but under JAX a refused `predict` leaves the model without its
-    weights.
-    """
-    declared = list(declared_inputs(backbone).items())
-    for name, tensor in declared:
-        array = sample if not isinstance(sample, Mapping) else sample.get(name)
-        if array is None:  # one declared input under another key
-            array = next(iter(sample.values()))
-        shape = tuple(getattr(array, "shape", ()))
-        wanted = ("any", *("any" if size is None else size for size in tensor.shape[1:]))
-        fits = len(shape) == len(wanted) and all(
-            w in ("any", n) for w, n in zip(wanted, shape, strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                f"sample must have the shape of the model's input {name!r}: "
-                f"({', '.join(map(str, wanted))}), batch first. Received: {shape}. "
-                "Prepare its rows as in training."
-            )
 
 
 def as_declared(backbone: keras.Model, sample: Any) -> Any:

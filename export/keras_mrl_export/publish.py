@@ -6,12 +6,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from keras_mrl_serving.contract import as_int
 from keras_mrl_serving.version_folders import list_versions
+
+UNFINISHED = ".unfinished-"  # a name that is no number, so that no server loads what is in it
 
 
 @dataclass
@@ -36,7 +38,8 @@ def publishing(base_path: Path, version: int | None) -> Iterator[Staged]:
     The folder lies beside its final place, on the same file system, so the rename is atomic.
 
     Args:
-        base_path: Folder of the versions; made if there is none.
+        base_path: Folder of the versions; made if there is none, and removed again if it was made
+            for a version that failed.
         version: The number; None takes the one after the highest there is.
 
     Raises:
@@ -44,15 +47,17 @@ def publishing(base_path: Path, version: int | None) -> Iterator[Staged]:
         ValueError: If `version` is not a non-negative integer, or `base_path` is itself a version.
     """
     check_version(base_path, version)
-    base_path.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=base_path))
+    room, made = _room(base_path)
+    staged = Staged(room / "model", room / "scratch", base_path)
     try:
-        staged = Staged(room / "model", room / "scratch", base_path)
         staged.scratch.mkdir()
         yield staged
         staged.published = _rename(staged.folder, base_path, version)
-    finally:
+    except BaseException:
         shutil.rmtree(room, ignore_errors=True)
+        _remove(made)
+        raise
+    shutil.rmtree(room, ignore_errors=True)
 
 
 def check_version(base_path: Path, version: int | None) -> None:
@@ -96,6 +101,26 @@ def _rename(folder: Path, base_path: Path, version: int | None) -> Path:
                 raise _taken(base_path, number) from error
         else:  # another export took the number meanwhile where this is not reached: try the next
             return place
+
+
+def _room(base_path: Path, tries: int = 10) -> tuple[Path, list[Path]]:
+    """A new folder under `base_path`, and the folders above it that had to be made."""
+    made = [folder for folder in (base_path, *base_path.parents) if not folder.exists()]
+    try:
+        base_path.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=base_path)), made
+    except OSError as error:
+        _remove(made)
+        if tries and isinstance(error, FileNotFoundError):  # another export removed what it made
+            return _room(base_path, tries - 1)
+        raise
+
+
+def _remove(folders: list[Path]) -> None:
+    """Remove those that are empty, the lowest first."""
+    for folder in folders:
+        with suppress(OSError):  # another export writes there
+            folder.rmdir()
 
 
 def _is_version(number: object) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from keras_mrl_serving.index import ExactIndex
 
 from .arguments import check_exact
+from .place import checked_base_path, checked_name
 from .publish import publishing
 
 
@@ -22,16 +23,17 @@ def export_index(
 
     Args:
         index: The gallery, built in memory or opened from a folder: `open_index(path)`.
-        base_path: Folder of the index's versions; what `--model_base_path` names.
-        name: Name in the manifest.
+        base_path: Folder of the index's versions; what `--model_base_path` names. No URL.
+        name: Name in the manifest, of letters, digits, `_`, `.` and `-`.
         version: Number of the version; None takes the next. None is ever overwritten.
 
     Returns:
         The folder of the new version.
 
     Raises:
-        TypeError: If `index` is no `ExactIndex`.
-        ValueError: If `version` is no number.
+        TypeError: If `index` is no `ExactIndex`, or `name` no `str`.
+        ValueError: If `version` is no number, or no model can be served as `name` or from
+            `base_path`.
         FileExistsError: If `version` exists.
         ExportError: If what was written answers otherwise.
 
@@ -41,9 +43,10 @@ def export_index(
         Client("localhost:8500", "birds_index").search(embeddings)
         ```
     """
+    folder, name = checked_base_path(base_path), checked_name(name)
     check_exact(index)
     from .index_build import build_index  # TensorFlow, which other backends need only for this
 
-    with publishing(Path(base_path), version) as staged:
+    with publishing(folder, version) as staged:
         build_index(index, name, staged.folder)
     return staged.published

@@ -14,6 +14,7 @@ from keras_mrl import split
 from keras_mrl_serving.cascade import CascadePolicy
 from keras_mrl_serving.index import ExactIndex
 
+from .answers import answers
 from .arguments import (
     check_head_arguments,
     check_index,
@@ -27,19 +28,13 @@ from .arguments import (
 )
 from .choice import chosen_signatures
 from .decoder import ImageDecoder
-from .errors import ExportError
 from .float32 import in_float32
-from .inputs import (
-    SINGLE_INPUT,
-    as_arrays,
-    as_declared,
-    check_one_input,
-    check_shapes,
-    name_inputs,
-)
+from .inputs import SINGLE_INPUT, as_declared, check_one_input, name_inputs
 from .job import Job
+from .place import checked_base_path, checked_name
 from .publish import check_version
 from .rebuild import build_on_tensorflow
+from .sample import as_arrays, as_dict, check_rows, check_shapes, shaped_texts
 
 
 def export_saved_model(
@@ -72,8 +67,8 @@ def export_saved_model(
     Args:
         model: A `MatryoshkaClassifier`, a functional model that ends in a `MatryoshkaHead`, or
             any model without a head, which is exported as an encoder.
-        base_path: Folder of the model's versions; what `--model_base_path` names.
-        sample: A few real rows, one array or a dict by input name.
+        base_path: Folder of the model's versions; what `--model_base_path` names. No URL.
+        sample: A few real rows, one array or a dict by input name; texts may be a list.
         policy: A cascade learned on a holdout; it makes `classify_adaptive` and its temperatures
             those of `classify_<m>`. Where `signatures` leaves `classify_adaptive` out, the
             temperatures alone remain, and the manifest has no cascade.
@@ -86,7 +81,7 @@ def export_saved_model(
         top_k: How many classes a classification names.
         weights: The c_m the model was trained with, one per dim of the head, for the manifest;
             None leaves them out.
-        name: Name in the manifest; None means the model's.
+        name: Name in the manifest, of letters, digits, `_`, `.` and `-`; None means the model's.
         index: A gallery of the model's embeddings, as wide as the last dim: the version then also
             has `search`, `search_<m>`, and `retrieve`, which answers inputs with neighbours.
         signatures: Which signatures to write, by name or by family: `["embed", "classify_64"]`.
@@ -108,7 +103,9 @@ def export_saved_model(
         EncoderMismatchError: If `index` was built with embeddings of another model.
         ExportError: If the model cannot be rebuilt on TensorFlow, or a signature differs from it.
     """
-    check_version(Path(base_path), version)
+    folder = checked_base_path(base_path)
+    name = model.name if name is None else checked_name(name)
+    check_version(folder, version)
     check_kinds(policy, index, decoder, signatures, labels)
     labels = None if labels is None else tuple(labels)
     batch_sizes = checked_batch_sizes(warmup_batch_sizes)
@@ -120,13 +117,14 @@ def export_saved_model(
         given = list(sample) if isinstance(sample, Iterable) else [sample]
         sample = decoder.pixels(given)
     names = name_inputs(backbone, sample)
-    _check_rows(sample)
+    sample = shaped_texts(backbone, sample)
+    check_rows(sample)
     check_shapes(backbone, sample)
     model = in_float32(model)
     backbone, head = split(model)
     rows = as_declared(backbone, sample)
-    features = _predict(backbone, rows)
-    logits = None if head is None else _predict(model, rows)
+    features = answers(backbone, rows)
+    logits = None if head is None else answers(model, rows)
     if features.ndim != 2:
         raise ValueError(
             "A model is exported with features of shape (batch, width). "
@@ -142,9 +140,9 @@ def export_saved_model(
     chosen = chosen_signatures(signatures, served, head is not None, policy, index)
     check_policy_is_used(policy, chosen, served)
     job = Job(
-        base_path=Path(base_path).absolute(),
+        base_path=folder.absolute(),
         version=version,
-        name=name or model.name,
+        name=name,
         dims=served,
         signatures=chosen,
         input_names={"": SINGLE_INPUT} if decoder else names,
@@ -155,7 +153,7 @@ def export_saved_model(
         quality=None if quality is None else quality_by_dim(quality, served),
         weights=None if weights is None else weights_of(weights, served, head),
         trained_on=keras.backend.backend(),
-        sample=_encoded(given) if decoder else {names[k]: a for k, a in _as_dict(sample).items()},
+        sample=_encoded(given) if decoder else {names[k]: a for k, a in as_dict(sample).items()},
         features=features[:, : served[-1]],
         logits=logits if head is None or logits is None else _logits_of(logits, head, served),
         index=index,
@@ -163,39 +161,6 @@ def export_saved_model(
         warmup_batch_sizes=batch_sizes,
     )
     return build_on_tensorflow(model, job)
-
-
-def _predict(model: keras.Model, sample: Any) -> npt.NDArray[np.float32]:
-    predicted = model.predict(sample, verbose=0)
-    if isinstance(predicted, (list, tuple, Mapping)):
-        raise ValueError(
-            "A model is exported with one output. "
-            f"Received: {len(predicted)} outputs from {model.name!r}. "
-            "Name the one that is served: keras.Model(model.input, features)."
-        )
-    outputs = np.asarray(predicted, dtype=np.float32)
-    if not np.isfinite(outputs).all():
-        raise ExportError(
-            "A model must give finite values to be exported. "
-            f"Received: NaN or infinity from {model.name!r} on the sample. "
-            "Train it to a finite loss, and look for bad rows in the sample."
-        )
-    return outputs
-
-
-def _check_rows(sample: Any) -> None:
-    shapes = {name or "sample": array.shape for name, array in _as_dict(sample).items()}
-    if any(not shape or not shape[0] for shape in shapes.values()):
-        raise ValueError(
-            "sample must hold at least one row, batch first. "
-            f"Received: {', '.join(f'{name} of shape {s}' for name, s in shapes.items())}. "
-            "Give a few real rows, for example x[:8]."
-        )
-
-
-def _as_dict(sample: Any) -> dict[str, npt.NDArray[Any]]:
-    given = sample if isinstance(sample, Mapping) else {"": sample}
-    return {key: np.asarray(array) for key, array in given.items()}
 
 
 def _logits_of(logits: Any, head: Any, dims: tuple[int, ...]) -> npt.NDArray[np.float32]:

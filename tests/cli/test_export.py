@@ -222,6 +222,34 @@ def test_a_base_path_that_is_a_file(refused: Callable[..., str]) -> None:
     )
 
 
+def test_a_base_path_that_is_a_url_and_a_name_that_is_none(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(files / "encoder.keras"), "--base-path"]
+    assert refusal_at_the_end([*command, "gs://bucket/birds"], capsys) == (
+        "keras-mrl: base_path must be a folder of a file system. "
+        "Received: base_path='gs://bucket/birds'. "
+        "Export to a folder, then copy the version's folder to where servers read."
+    )
+    assert refusal_at_the_end([*command, "base", "--name", ""], capsys) == (
+        "keras-mrl: name must be of letters, digits, '_', '.' and '-', the first and the last a "
+        "letter or digit. Received: name=''. Give for example 'birds'."
+    )
+    assert os.listdir() == []
+
+
+@models.only_tensorflow
+@pytest.mark.parametrize("kind", [str, bytes])
+def test_a_sample_of_texts(export: Export, files: Path, kind: type) -> None:
+    words = keras.layers.TextVectorization(output_sequence_length=3, vocabulary=["a", "cat"])
+    inputs = keras.Input((1,), dtype="string", name="text")
+    vectors = keras.layers.Embedding(4, 4)(words(inputs))
+    keras.Model(inputs, keras.layers.Flatten()(vectors)).save(files / "texts.keras")
+    np.save("text.npy", np.array(["a cat", "a"]).astype(kind))
+    _, manifest, _ = export("texts", "--sample", "text.npy", "--signatures", "embed_8")
+    assert manifest.inputs == {"text": {"dtype": "string", "shape": [None, 1]}}
+
+
 def test_dims_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["export", "m.keras", "--base-path", "base", "--dims", "8;16"])
@@ -263,6 +291,11 @@ def test_a_module_that_cannot_be_imported(refused: Callable[..., str]) -> None:
     assert refused("untied", "--import", "broken") == (
         f"{rule}Received: broken (ZeroDivisionError: division by zero).{remedy}"
     )
+    for argument, code in (("", "None"), ("0", "0"), ("'so'", "'so'")):
+        Path(f"ends_{len(argument)}.py").write_text(f"import sys; sys.exit({argument})")
+        assert refused("untied", "--import", f"ends_{len(argument)}") == (
+            f"{rule}Received: ends_{len(argument)} (it ends by sys.exit({code})).{remedy}"
+        )
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="that export has a backend of its own")

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ def write(staged: Staged, text: str = "a model") -> None:
 def files(base_path: Path) -> dict[str, str]:
     found = (path for path in sorted(base_path.rglob("*")) if path.is_file())
     return {str(path.relative_to(base_path)): path.read_text() for path in found}
+
+
+def files_and_folders(base_path: Path) -> list[str]:
+    return sorted(str(path.relative_to(base_path)) for path in base_path.rglob("*"))
 
 
 def refusal(base_path: Path, kind: type[Exception], version: Any) -> str:
@@ -144,6 +149,45 @@ def test_a_failure_leaves_nothing(tmp_path: Path, failure: type[BaseException]) 
         failing()
     assert files(tmp_path) == {"1/saved_model.pb": "before"}
     assert os.listdir(tmp_path) == ["1"]
+
+
+def test_a_failure_takes_the_folders_along_that_were_made_for_it(tmp_path: Path) -> None:
+    def failing(meanwhile: str = "") -> None:
+        with publishing(tmp_path / "not" / "yet", None):
+            if meanwhile:
+                (tmp_path / meanwhile).mkdir()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(KeyError):
+        failing("not/another")
+    assert os.listdir(tmp_path / "not") == ["another"]
+    with pytest.raises(KeyError):
+        failing("not/yet/1")
+    assert files_and_folders(tmp_path) == ["not", "not/another", "not/yet", "not/yet/1"]
+
+
+def test_folders_that_another_failure_removes_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base_path, mkdtemp = tmp_path / "not" / "yet", tempfile.mkdtemp
+
+    def removed_before(**arguments: Any) -> str:
+        monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+        base_path.rmdir()
+        return mkdtemp(**arguments)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", removed_before)
+    assert publish(base_path) == base_path / "1"
+    assert files(base_path) == {"1/saved_model.pb": "a model"}
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "file" in refusal(tmp_path / "file" / "new" / "models", NotADirectoryError, None)
+    assert files_and_folders(tmp_path) == ["file"]
 
 
 def test_others_may_read_what_was_published(tmp_path: Path) -> None:

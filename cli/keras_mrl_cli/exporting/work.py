@@ -17,6 +17,7 @@ from keras_mrl_serving import KerasMrlError
 
 from ..asking import RefusalError, one_line
 from ..asking.policy import read_policy
+from .ending import ended_by_signals
 from .sample import image_files, random_sample, read_sample
 
 _RANDOM_ROWS = "The export is verified on random rows in [0, 1); real rows verify more: --sample."
@@ -50,17 +51,18 @@ def export(arguments: argparse.Namespace) -> int:
             sample = random_sample(model)
             _say(_RANDOM_ROWS)
         _say("Exporting, and comparing every signature with the model ...")
-        version = export_saved_model(
-            model,
-            arguments.base_path,
-            sample,
-            policy,
-            labels,
-            version=arguments.version,
-            normalize=not arguments.no_normalize,
-            decoder=decoder,
-            **{name: value for name, value in optional.items() if value is not None},
-        )
+        with ended_by_signals():
+            version = export_saved_model(
+                model,
+                arguments.base_path,
+                sample,
+                policy,
+                labels,
+                version=arguments.version,
+                normalize=not arguments.no_normalize,
+                decoder=decoder,
+                **{name: value for name, value in optional.items() if value is not None},
+            )
     except (ExportError, KerasMrlError, ValueError) as error:
         raise RefusalError(one_line(error)) from error
     except OSError as error:
@@ -89,12 +91,17 @@ def _import(modules: Sequence[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
+        except SystemExit as error:  # a script that is no module
+            raise _not_imported(module, f"it ends by sys.exit({error.code!r})") from error
         except Exception as error:  # whatever a module of the user's raises
-            raise RefusalError(
-                "--import must name a module that can be imported, here or installed. "
-                f"Received: {module} ({type(error).__name__}: {one_line(error)}). "
-                "Name it as in an import statement, without .py."
-            ) from error
+            raise _not_imported(module, f"{type(error).__name__}: {one_line(error)}") from error
+
+
+def _not_imported(module: str, why: str) -> RefusalError:
+    return RefusalError(
+        "--import must name a module that can be imported, here or installed. "
+        f"Received: {module} ({why}). Name it as in an import statement, without .py."
+    )
 
 
 def _load(file: str) -> Any:
