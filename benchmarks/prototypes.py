@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving.cascade import CascadePolicy, CascadeReport
+from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.cascade_report import CascadeReport
 from keras_mrl_serving.cascade_search import search_cascades
 
 DIMS = (8, 16, 32, 64, 128, 256, 512)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from keras_mrl_serving import thresholds as thresholds_module
 from keras_mrl_serving.cascade import (
     CascadePolicy,
-    CascadeReport,
     Stage,
 )
+from keras_mrl_serving.cascade_report import CascadeReport
 from keras_mrl_serving.confidence import max_probability, softmax
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.errors import ManifestError
