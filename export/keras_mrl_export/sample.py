@@ -20,8 +20,8 @@ _TEXTS = "SUT"
 def as_arrays(sample: Any) -> Any:
     """Return `sample`, an array of any library or a dict of such, as NumPy has it.
 
-    Texts come as an array of objects, whatever they were an array or a list of. Another bare list
-    or tuple is left to `name_inputs`, which refuses it.
+    A list of texts is an array of them; another bare list or tuple is left to `name_inputs`, which
+    refuses it.
 
     Raises:
         ValueError: If something in it is no array.
@@ -89,9 +89,7 @@ def _as_array(name: str, given: Any) -> Array:
         array = np.asarray(given, dtype=object if texts else None)
     except Exception:  # whatever the library of a tensor raises
         array = np.array(None)
-    if _is_text(array):
-        return array.astype(object)
-    if array.dtype.kind not in _NUMBERS and array.size:
+    if not _is_text(array) and array.dtype.kind not in _NUMBERS and array.size:
         kind = "" if array.dtype == object else f" of {array.dtype}"
         raise ValueError(
             "sample must hold numbers or strings, in arrays. "
