@@ -419,11 +419,19 @@ def test_labels_are_class_ids_from_0(labels: Any, received: str, refuses: Refuse
         TWO.evaluate(LOGITS_5, labels)
 
 
+def test_labels_may_be_a_column() -> None:
+    """As the datasets of Keras have them."""
+    column = LABELS_5[:, None]
+    assert TWO.evaluate(LOGITS_5, column) == TWO.evaluate(LOGITS_5, LABELS_5)
+    learned = CascadePolicy.learn(LOGITS_5, column, (8, 16))
+    assert learned == CascadePolicy.learn(LOGITS_5, LABELS_5, (8, 16))
+
+
 @pytest.mark.parametrize(
     ("logits", "labels", "dims"),
     [
         (LOGITS_5, LABELS_5[:3], (8, 16)),
-        (LOGITS_5, LABELS_5[:, None], (8, 16)),
+        (LOGITS_5, np.stack([LABELS_5, LABELS_5], 1), (8, 16)),
         (LOGITS_5, None, (8, 16)),
         (LOGITS_5, LABELS_5, (8, 16, 32)),
         (LOGITS_5, LABELS_5, (8,)),
