@@ -116,7 +116,8 @@ class Manifest:
     Args:
         name: Name of the model that was exported.
         kind: "classifier", "encoder" or "index".
-        fingerprint: SHA-256 of the weights and the configuration.
+        fingerprint: SHA-256 of all that makes an embedding: weights, configuration, decoder,
+            scaling.
         dims: The dims that can be asked for, increasing.
         width: Width d of the full representation, the last of `dims`.
         inputs: Input name to `{"dtype": ..., "shape": [null, ...]}`.
