@@ -23,7 +23,9 @@ def test_an_export_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: in
     keras.Sequential([keras.Input((5,)), keras.layers.Dense(64)]).save(file)
     np.save(tmp_path / "rows.npy", np.ones((4, 5), np.float32))
     arguments = [str(file), "--base-path", str(base_path), "--sample", str(tmp_path / "rows.npy")]
-    with subprocess.Popen(
+    # Under nohup a child would ignore what we ignore; what we handle it does not.
+    before = signal.signal(number, lambda *_: None)
+    process = subprocess.Popen(
         [sys.executable, "-m", "keras_mrl_cli", "export", *arguments],
         env={
             **os.environ,
@@ -32,7 +34,9 @@ def test_an_export_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: in
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-    ) as process:
+    )
+    signal.signal(number, before)
+    with process:
         deadline = time.monotonic() + _DEADLINE_S
         while process.poll() is None and not list(base_path.glob(".unfinished-*/model/variables")):
             assert time.monotonic() < deadline
