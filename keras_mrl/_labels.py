@@ -60,22 +60,6 @@ def check_labels_for(inputs: Any, labels: Any) -> Array:
     return given
 
 
-def check_class_ids(labels: Array, num_classes: int) -> Array:
-    """Return labels that each name a logit of a head.
-
-    Raises:
-        ValueError: If one does not.
-    """
-    integers = labels.dtype.kind in "iu"
-    if not integers or labels.min() < 0 or labels.max() >= num_classes:
-        seen = f" from {labels.min()} to {labels.max()}" if integers else ""
-        raise ValueError(
-            f"labels must be class ids in 0..{num_classes - 1}. "
-            f"Received: {labels.dtype} labels{seen}. Number the classes from 0, as in training."
-        )
-    return labels
-
-
 def check_kinds(queries: Array, gallery: Array) -> None:
     """Raise a `ValueError` where labels of queries can equal none of a gallery's.
 

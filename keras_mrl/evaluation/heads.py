@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from keras_mrl_serving.confidence import max_probability
-from keras_mrl_serving.inputs import as_float32
+from keras_mrl_serving.inputs import as_float32, check_class_ids
 
 from .._features import Array, check_features
-from .._labels import check_class_ids, check_labels_of
+from .._labels import check_labels_of
 from .calibration import calibration_error
 
 _ROWS = 4096  # whose logits are made at a time
@@ -39,7 +39,8 @@ def score_head(features: Any, labels: Any, kernel: Any, bias: Any) -> dict[str, 
     weights, offsets = _check_head(kernel, bias)
     dim, num_classes = weights.shape
     table = check_features(features, dim)
-    truth = check_class_ids(check_labels_of(table, labels), num_classes)
+    truth = check_labels_of(table, labels)
+    check_class_ids(truth, num_classes)
     classes = np.arange(num_classes)
     ranks, sure = [], []
     with np.errstate(over="ignore", invalid="ignore"):  # refused below, by its name

@@ -8,9 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_mrl_serving.inputs import check_class_ids
+
 from .._dims import check_dims
 from .._features import Array
-from .._labels import check_class_ids, check_kinds, check_labels_for
+from .._labels import check_kinds, check_labels_for
 from ..models.cut import split
 from .heads import score_head
 from .neighbors import check_gallery

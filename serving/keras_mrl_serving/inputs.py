@@ -130,6 +130,21 @@ def check_logits(logits: npt.ArrayLike, num_stages: int) -> npt.NDArray[np.float
     return scores
 
 
+def check_class_ids(labels: npt.NDArray[Any], num_classes: int) -> None:
+    """Raise a `ValueError` unless every label names one of the logits of a head.
+
+    Examples:
+        >>> check_class_ids(np.array([0, 2]), num_classes=3)
+    """
+    integers = labels.dtype.kind in "iu"
+    if not integers or labels.min() < 0 or labels.max() >= num_classes:
+        seen = f" from {labels.min()} to {labels.max()}" if integers else ""
+        raise ValueError(
+            f"labels must be class ids in 0..{num_classes - 1}. "
+            f"Received: {labels.dtype} labels{seen}. Number the classes from 0, as in training."
+        )
+
+
 def check_holdout(
     logits: npt.ArrayLike, labels: npt.ArrayLike, num_dims: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
@@ -158,13 +173,7 @@ def check_holdout(
             "A holdout needs rows. Received: none. Keep some labelled rows out of training."
         )
     check_logits(scores, num_dims)
-    integers = truth.dtype.kind in "iu"
-    if not integers or truth.min() < 0 or truth.max() >= scores.shape[2]:
-        seen = f" from {truth.min()} to {truth.max()}" if integers else ""
-        raise ValueError(
-            f"labels must be class ids in 0..{scores.shape[2] - 1}. "
-            f"Received: {truth.dtype} labels{seen}. Number the classes from 0, as in training."
-        )
+    check_class_ids(truth, scores.shape[2])
     if scores.min() >= 0 and np.allclose(scores.sum(axis=-1), 1, atol=1e-3):
         raise ValueError(
             "logits must be logits, not probabilities. Received: rows that sum to 1. "

@@ -201,8 +201,7 @@ def test_dims_differ_and_small_ones_pay_with_accuracy(demo: Run) -> None:
 
 def test_adaptive_classification_keeps_the_accuracy_at_half_the_dims(demo: Run) -> None:
     report = demo.report
-    # Of 450 rows: half a point would be two, and processors differ by more.
-    assert report["adaptive_accuracy"] >= report["full_accuracy"] - POINT
+    assert report["adaptive_accuracy"] >= report["full_accuracy"] - 0.5 * POINT
     assert report["expected_dim"] <= 0.5 * DIMS[-1]
 
 
@@ -220,8 +219,7 @@ def test_the_report_is_also_a_file(demo: Run) -> None:
 @pytest.mark.parametrize("name", ["accuracy.png", "retrieval.png"])
 def test_the_plots_are_pictures(demo: Run, name: str) -> None:
     pixels = imread(demo.out / name)[..., :3]
-    assert pixels.shape[1:] == (960, 3)
-    assert 600 <= len(pixels) <= 700  # as many rows of legend as there are lines
+    assert pixels.shape == (631, 960, 3)  # 4 inches, and a row of legend
     assert 0.01 < (pixels != 1).any(axis=-1).mean() < 0.3  # lines on white, neither empty nor full
 
 

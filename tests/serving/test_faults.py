@@ -401,7 +401,7 @@ def test_a_black_hole_is_left_in_time(
             client.embed(rows(3), 2)
         took_s = time.monotonic() - start
         print(f"{kind.__name__} {hole.__name__}: {took_s:.3f} of {timeout_s} s")
-        assert 0.9 * timeout_s < took_s < 1.1 * timeout_s + 0.3  # a machine busy elsewhere
+        assert 0.9 * timeout_s < took_s < 1.1 * timeout_s
         assert facts(caught.value) == {
             "target": target,
             "model": "default",
@@ -466,19 +466,19 @@ def test_the_waits_are_those_promised(kind: type[Any]) -> None:
     print([round(wait, 3) for wait in waits])
     for wait, promised_s in zip(waits, (0.2, 0.4, 0.8, 0.9), strict=True):
         assert 0.8 * promised_s <= wait + 0.01  # what the network took of the wait before it
-        assert wait < 1.2 * promised_s + 0.12  # a machine busy elsewhere
+        assert wait < 1.2 * promised_s + 0.06  # a machine busy elsewhere
 
 
 @BOTH
 def test_attempts_share_one_timeout(kind: type[Any]) -> None:
-    slow = fails(100, slow_s=0.4)
-    short = Options(timeout_s=1.0, max_attempts=5, first_backoff_s=0.01)
+    slow = fails(100, slow_s=0.3)
+    short = Options(timeout_s=1.0, first_backoff_s=0.01)
     with Faulty(before=slow) as server, opened(kind, server.target, short) as client:
         start = time.monotonic()
         with pytest.raises((DeadlineError, ServerUnavailableError)):
             client.describe()
         took_s = time.monotonic() - start
-        assert 0.9 < took_s < 1.9  # five attempts take two
+        assert 0.9 < took_s < 1.1
         assert 2 <= len(server.asked) <= 4
 
 
@@ -493,7 +493,7 @@ def test_all_calls_of_an_answer_share_one_timeout(kind: type[Any]) -> None:
         start = time.monotonic()
         with pytest.raises(DeadlineError) as caught:
             client.classify_adaptive(rows(2), POLICY)
-        assert time.monotonic() - start > 1.9
+        assert 1.9 < time.monotonic() - start < 2.1
         asked = [asked.signature for asked in server.asked]
         assert asked == ["describe", "features", "head_2", "head_4"]
     assert facts(caught.value) == {

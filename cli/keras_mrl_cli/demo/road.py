@@ -71,7 +71,7 @@ def _step(title: str) -> Iterator[None]:
 
 
 def _calibrate(model: keras.Model, holdout: Part) -> CascadePolicy:
-    """A cascade that begins at the first dim within half a point of the full one.
+    """A cascade that begins at the first dim within a fifth of a point of the full one.
 
     The paper's procedure compares a dim with the next one only; begun far below the full dim's
     accuracy, the cascade would inherit the losses of every step between them. The holdout is
@@ -80,7 +80,7 @@ def _calibrate(model: keras.Model, holdout: Part) -> CascadePolicy:
     seen = with_shifts(holdout)
     logits, labels = model.predict(seen.images, verbose=0), seen.labels
     accuracy = (logits.argmax(axis=-1) == labels[:, None]).mean(axis=0)
-    first = int(np.argmax(accuracy >= accuracy[-1] - 0.005))
+    first = int(np.argmax(accuracy >= accuracy[-1] - 0.002))
     policy = CascadePolicy.learn(logits[:, first:], labels, DIMS[first:])
     # What the manifest tells of the holdout is counted on its images alone, not on the copies.
     own = model.predict(holdout.images, verbose=0)[:, first:]
