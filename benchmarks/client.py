@@ -128,7 +128,7 @@ def in_turns(calls: int, *functions: Callable[[], object]) -> list[float]:
 def decode_ms() -> float:
     """Median milliseconds of reading a million floats as TensorFlow Serving sends them."""
     from keras_mrl_serving import _wire_pb2 as wire
-    from keras_mrl_serving._tensors import from_proto, to_proto
+    from keras_mrl_serving._wire import from_proto, to_proto
 
     proto = to_proto(np.random.default_rng(0).normal(size=(1000, 1000)).astype(np.float32))
     size = len(proto.tensor_content)

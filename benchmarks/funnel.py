@@ -43,7 +43,7 @@ from rivals import Ids, Rival, over_prefixes, rivals
 from keras_mrl_serving import FaissIndex, FirstStage, open_index
 from keras_mrl_serving.index import plan_funnel
 from keras_mrl_serving.index.first_stage import lists_for
-from keras_mrl_serving.index.measures import precision_by_label
+from keras_mrl_serving.index.plan import precision_by_label
 
 K = 10
 ROUNDS = 3

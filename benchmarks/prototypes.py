@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving.cascade import CascadePolicy
-from keras_mrl_serving.cascade_report import CascadeReport
-from keras_mrl_serving.cascade_search import search_cascades
+from keras_mrl_serving.cascade.policy import CascadePolicy, CascadeReport
+from keras_mrl_serving.cascade.search import search_cascades
 
 DIMS = (8, 16, 32, 64, 128, 256, 512)
 # Squared length of each block, in units of the noise: wide blocks add less per coordinate.

@@ -9,7 +9,7 @@ from typing import Any
 from keras_mrl import log_spaced_dims
 from keras_mrl._dims import check_weights
 from keras_mrl_serving import contract
-from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import as_int, check_dims
 from keras_mrl_serving.index import ExactIndex
 

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mrl import split
-from keras_mrl_serving import contract, retrieval
+from keras_mrl_serving import contract, flows
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.version import __version__
@@ -74,7 +74,7 @@ def _manifest(
     index, inputs = job.index, _input_specs(backbone, job)
     fingerprint = fingerprint_of(model, saved, inputs, job)
     if index is not None:
-        retrieval.check_encoder(index.encoder_fingerprint, fingerprint)
+        flows.check_encoder(index.encoder_fingerprint, fingerprint)
     return Manifest(
         name=job.name,
         kind=_kind(head, job),

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.cascade.policy import CascadePolicy
 
 from .likeliest import Likeliest
 

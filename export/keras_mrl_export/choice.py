@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from keras_mrl_serving import contract
-from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.index import ExactIndex
 
 _ALWAYS = (contract.DESCRIBE, contract.SERVING_DEFAULT)

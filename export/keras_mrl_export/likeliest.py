@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_mrl_serving.confidence import check_confidence
+from keras_mrl_serving.cascade.confidence import check_confidence
 
 _MANY = 4096  # classes; below, TensorFlow's own top_k is as fast
 
@@ -35,7 +35,7 @@ class Likeliest:
             self._largest = tf.reduce_max(by_run, axis=-1)
 
     def confidence(self, measure: str) -> Any:
-        """Return how sure each row is, `(rows,)`, as `keras_mrl_serving.confidence` counts it.
+        """Return how sure each row is, `(rows,)`: `keras_mrl_serving.cascade.confidence` in a graph.
 
         Args:
             measure: One of its `CONFIDENCES`.

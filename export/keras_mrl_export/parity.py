@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from keras_mrl_serving import contract
 from keras_mrl_serving._session import SavedModelSession
-from keras_mrl_serving.confidence import confidence_of, softmax
+from keras_mrl_serving.cascade.confidence import confidence_of, softmax
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.embeddings import truncate
 

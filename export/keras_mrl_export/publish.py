@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keras_mrl_serving.contract import as_int
-from keras_mrl_serving.version_folders import list_versions
+from keras_mrl_serving.saved_model import list_versions
 
 UNFINISHED = ".unfinished-"  # a name that is no number, so that no server loads what is in it
 

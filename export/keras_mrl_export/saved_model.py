@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mrl import split
-from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.index import ExactIndex
 
 from .answers import answers

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_mrl_serving import contract
-from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import Manifest
 
 from .cascade_graph import classify_adaptively

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_mrl_serving.confidence import softmax
+from keras_mrl_serving.cascade.confidence import softmax
 from keras_mrl_serving.inputs import as_float32, check_holdout
 
 from .._dims import check_count

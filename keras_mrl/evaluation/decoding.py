@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving.cascade import CascadePolicy, Stage
-from keras_mrl_serving.thresholds import midway
+from keras_mrl_serving.cascade.confidence import midway
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 
 from .tokens import TokenScores
 

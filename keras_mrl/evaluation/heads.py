@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_mrl_serving.confidence import max_probability
+from keras_mrl_serving.cascade.confidence import max_probability
 from keras_mrl_serving.inputs import as_float32, check_class_ids
 
 from .._features import Array, check_features

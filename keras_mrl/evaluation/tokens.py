@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_mrl_serving.cascade import CascadePolicy
-from keras_mrl_serving.cascade_report import CascadeReport, report_exits
+from keras_mrl_serving.cascade.policy import CascadePolicy, CascadeReport, report_exits
 
 from ..models import split
 

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving.cascade import CascadePolicy
-from keras_mrl_serving.confidence import softmax
+from keras_mrl_serving.cascade.confidence import softmax
+from keras_mrl_serving.cascade.policy import CascadePolicy
 
 from .cut import split
 

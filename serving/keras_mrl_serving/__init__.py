@@ -10,15 +10,18 @@ if TYPE_CHECKING:
     from .aio import AsyncClient as AsyncClient
     from .calls import Signature as Signature
     from .calls import VersionStatus as VersionStatus
-    from .cascade import CascadePolicy as CascadePolicy
-    from .cascade import Stage as Stage
-    from .cascade_certify import certify_cascade as certify_cascade
-    from .cascade_search import CascadeFront as CascadeFront
-    from .cascade_search import search_cascades as search_cascades
+    from .cascade.certify import certify_cascade as certify_cascade
+    from .cascade.confidence import fit_temperatures as fit_temperatures
+    from .cascade.monitor import Drift as Drift
+    from .cascade.monitor import exit_drift as exit_drift
+    from .cascade.monitor import oracle_report as oracle_report
+    from .cascade.policy import CascadePolicy as CascadePolicy
+    from .cascade.policy import Guarantee as Guarantee
+    from .cascade.policy import Stage as Stage
+    from .cascade.search import CascadeFront as CascadeFront
+    from .cascade.search import search_cascades as search_cascades
     from .client import Client as Client
     from .contract import Manifest as Manifest
-    from .drift import Drift as Drift
-    from .drift import exit_drift as exit_drift
     from .embeddings import truncate as truncate
     from .errors import AccessDeniedError as AccessDeniedError
     from .errors import DamagedIndexError as DamagedIndexError
@@ -40,7 +43,6 @@ if TYPE_CHECKING:
     from .errors import VersionChangedError as VersionChangedError
     from .errors import VersionNotFoundError as VersionNotFoundError
     from .funnel import FunnelSchedule as FunnelSchedule
-    from .guarantee import Guarantee as Guarantee
     from .index import ExactIndex as ExactIndex
     from .index import FaissIndex as FaissIndex
     from .index import FirstStage as FirstStage
@@ -50,12 +52,10 @@ if TYPE_CHECKING:
     from .index import plan_funnel as plan_funnel
     from .options import Options as Options
     from .options import Tls as Tls
-    from .oracle import oracle_report as oracle_report
     from .results import Classification as Classification
     from .results import ClassifiedRow as ClassifiedRow
     from .results import Neighbors as Neighbors
     from .results import Partial as Partial
-    from .temperatures import fit_temperatures as fit_temperatures
     from .version import __version__ as __version__
 
 _HOMES = {

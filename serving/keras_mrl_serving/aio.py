@@ -11,20 +11,18 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import _channel, contract, corpus, flows, questions, retrieval
-from ._rpc_aio import AioTransport
+from . import _transport, contract, corpus, flows, questions
+from ._transport import AioTransport
 from .calls import AsyncTransport, Signature, VersionStatus
-from .cascade import CascadePolicy
-from .contract import DEFAULT_MODEL_NAME, Manifest
-from .conversation import Conversation, Progress
-from .embedding_file import EmbeddingFile
+from .cascade.policy import CascadePolicy
+from .contract import DEFAULT_MODEL_NAME, Manifest, cheapest_dim
+from .conversation import Conversation, Progress, Round, Rounds, Talk
+from .corpus import EmbeddingFile
 from .errors import KerasMrlError
 from .index import Index
 from .inputs import Inputs
 from .options import Options
-from .quality import cheapest_dim
 from .results import Classification, Neighbors
-from .rounds import Round, Rounds, Talk
 
 T = TypeVar("T")
 
@@ -66,9 +64,9 @@ class AsyncClient:
         self._transport: AsyncTransport = (
             AioTransport(target, self.options)
             if isinstance(target, str | Sequence)
-            else _channel.checked_transport(target, "send_async")
+            else _transport.checked_transport(target, "send_async")
         )
-        replicas = _channel.replicas(target)
+        replicas = _transport.replicas(target)
         self._conversation = Conversation(self.target, model, self.options, replicas, label=label)
 
     @property
@@ -131,7 +129,7 @@ class AsyncClient:
     ) -> Neighbors:
         """Return the nearest gallery rows of inputs; an index in this process has a thread."""
         ask = self._conversation.ask
-        retrieval.check_search(index is None or isinstance(index, AsyncClient), k, among)
+        flows.check_search(index is None or isinstance(index, AsyncClient), k, among)
         if index is None:
             return await self._run(ask(questions.retrieve(inputs)))
         if isinstance(index, AsyncClient):
@@ -139,7 +137,7 @@ class AsyncClient:
             found = await self._run(ask(questions.embed_knowingly(inputs, width)))
             return await index.search(found.embeddings, encoder=found.fingerprint)
         found = await self._run(ask(questions.embed_knowingly(inputs, index.width)))
-        retrieval.check_encoder(index.encoder_fingerprint, found.fingerprint)
+        flows.check_encoder(index.encoder_fingerprint, found.fingerprint)
         return await asyncio.to_thread(index.search, found.embeddings, k, among)
 
     async def predict(

@@ -11,20 +11,18 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import _channel, contract, corpus, flows, questions, retrieval
-from ._rpc import GrpcTransport
+from . import _transport, contract, corpus, flows, questions
+from ._transport import GrpcTransport
 from .calls import Signature, Transport, VersionStatus
-from .cascade import CascadePolicy
-from .contract import DEFAULT_MODEL_NAME, Manifest
-from .conversation import Conversation, Progress
-from .embedding_file import EmbeddingFile
+from .cascade.policy import CascadePolicy
+from .contract import DEFAULT_MODEL_NAME, Manifest, cheapest_dim
+from .conversation import Conversation, Progress, Round, Rounds, Talk
+from .corpus import EmbeddingFile
 from .errors import KerasMrlError
 from .index import Index
 from .inputs import Inputs
 from .options import Options
-from .quality import cheapest_dim
 from .results import Classification, Neighbors
-from .rounds import Round, Rounds, Talk
 
 T = TypeVar("T")
 
@@ -69,9 +67,9 @@ class Client:
         self._transport: Transport = (
             GrpcTransport(target, self.options)
             if isinstance(target, str | Sequence)
-            else _channel.checked_transport(target, "send")
+            else _transport.checked_transport(target, "send")
         )
-        replicas = _channel.replicas(target)
+        replicas = _transport.replicas(target)
         self._conversation = Conversation(self.target, model, self.options, replicas, label=label)
 
     @property
@@ -173,14 +171,14 @@ class Client:
             among: The only ids that may be returned, of an index in this process.
         """
         ask = self._conversation.ask
-        retrieval.check_search(index is None or isinstance(index, Client), k, among)
+        flows.check_search(index is None or isinstance(index, Client), k, among)
         if index is None:
             return self._run(ask(questions.retrieve(inputs)))
         if isinstance(index, Client):
             found = self._run(ask(questions.embed_knowingly(inputs, index.describe().width)))
             return index.search(found.embeddings, encoder=found.fingerprint)
         found = self._run(ask(questions.embed_knowingly(inputs, index.width)))
-        retrieval.check_encoder(index.encoder_fingerprint, found.fingerprint)
+        flows.check_encoder(index.encoder_fingerprint, found.fingerprint)
         return index.search(found.embeddings, k, among)
 
     def predict(

@@ -7,14 +7,13 @@ talks, which may go on side by side; `Client` and `AsyncClient` are the two ways
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
 
 from . import flows
-from ._failures import failed
 from .calls import AskManifest, AskSignatures, Call, Envelope, Reply, checked_label
 from .contract import Manifest
 from .errors import (
@@ -30,15 +29,109 @@ from .errors import (
     UnknownDimError,
     VersionChangedError,
     VersionNotFoundError,
+    failed,
 )
 from .flows import Flow
-from .knowledge import Knowledge
 from .options import Options
 from .questions import Question, asked_alike
 from .results import Partial, joined
-from .rounds import Round, Rounds, Talk
+
+# What a client has learned of the versions of its model.
+
+_MOST_KEPT = 8  # more than two versions at once are rare
+
+
+class Knowledge:
+    """Manifests and signatures by version; any number of threads may share one.
+
+    Attributes:
+        version: The last that answered a call to the newest; None before the first answer.
+
+    Examples:
+        >>> from keras_mrl_serving.calls import AskSignatures
+        >>> knowledge = Knowledge()
+        >>> knowledge.keep(AskSignatures(), 3, {"embed_8": ...})
+        >>> knowledge.of(AskSignatures(), 3)
+        {'embed_8': Ellipsis}
+        >>> knowledge.of(AskSignatures()) is None  # nothing has answered yet
+        True
+    """
+
+    def __init__(self) -> None:
+        self.version: int | None = None
+        self._kept: dict[tuple[type, int], Any] = {}
+
+    def of(self, about: AskManifest | AskSignatures, version: int | None = None) -> Any:
+        """Return what is kept about a version, or about the last that answered; None if nothing."""
+        version = self.version if version is None else version
+        return None if version is None else self._kept.get((type(about), version))
+
+    def keep(self, about: AskManifest | AskSignatures, version: int | None, known: object) -> None:
+        """Remember what a version said of itself."""
+        if version is None:
+            return
+        if len(self._kept) >= _MOST_KEPT:
+            self._kept = {}
+        self._kept[type(about), version] = known
+
+
+# Talks that may go on side by side: what a conversation hands to whoever can carry envelopes.
 
 T = TypeVar("T")
+# Yields what is to be sent, is sent what came back or thrown the error, and returns its result.
+Talk = Generator[Envelope, Reply[Any], T]
+Rounds = Generator["Round", None, T]
+
+
+class Round:
+    """Talks that may go on side by side, and what came of each.
+
+    Whoever runs a round runs every talk to its end and hands the outcome to `receive`; once one
+    has failed, talks that were not begun may be left out.
+
+    Args:
+        talks: What is to be run, each under a number.
+        received: Called with each result, after the number of its talk.
+
+    Examples:
+        >>> def talk():
+        ...     return (yield Envelope("birds", None, AskStatus(), 1.0, 1.0)).answer
+        >>> from keras_mrl_serving.calls import AskStatus, Envelope, Reply
+        >>> round = Round({0: talk()})
+        >>> next(round.talks[0]).model
+        'birds'
+        >>> round.receive(0, "ready")
+        >>> round.answers
+        {0: 'ready'}
+    """
+
+    def __init__(
+        self, talks: dict[int, Talk[Any]], received: Callable[[int, Any], object] = lambda *_: None
+    ) -> None:
+        self.talks = talks
+        self.answers: dict[int, Any] = {}
+        self.errors: dict[int, KerasMrlError] = {}
+        self.stopped = False
+        self._received = received
+
+    @property
+    def failed(self) -> bool:
+        """Whether a talk has failed, so that none needs to be begun."""
+        return bool(self.errors)
+
+    def stop(self) -> None:
+        """Let no talk send anything more: nobody waits for the answer."""
+        self.stopped = True
+
+    def receive(self, number: int, outcome: object) -> None:
+        """Take what came of a talk: its result, or the error it raised."""
+        if isinstance(outcome, KerasMrlError):
+            self.errors[number] = outcome
+        else:
+            self.answers[number] = outcome
+            self._received(number, outcome)
+
+
 Progress = Callable[[int, int], object]  # rows answered, rows asked
 
 # What may be wrong only because the manifest that is kept is no longer the model's.

@@ -9,9 +9,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import flows, retrieval
+from . import flows
 from .calls import AskManifest, AskSignatures, Signature
-from .cascade import CascadePolicy
+from .cascade.policy import CascadePolicy
 from .contract import Manifest
 from .flows import Flow
 from .inputs import Inputs, check_inputs
@@ -89,7 +89,7 @@ def embed_knowingly(inputs: Inputs, dim: int) -> Question[Manifest, Embedded]:
     """
     return _of_model(
         inputs,
-        lambda m, x: retrieval.embed_knowingly(m, x, dim),
+        lambda m, x: flows.embed_knowingly(m, x, dim),
         lambda m: _vector_bytes(m, dim),
     )
 
@@ -135,9 +135,9 @@ def search(
     """
     return Question(
         embeddings,
-        lambda m, x: retrieval.search(m, x, dim, encoder),
+        lambda m, x: flows.search(m, x, dim, encoder),
         AskManifest(),
-        lambda m: retrieval.embedding_spec(m, dim),
+        lambda m: flows.embedding_spec(m, dim),
         _neighbors_bytes,
     )
 
@@ -149,7 +149,7 @@ def retrieve(inputs: Inputs) -> Question[Manifest, Neighbors]:
         >>> retrieve([[0, 127, 255]]).inputs
         [[0, 127, 255]]
     """
-    return _of_model(inputs, retrieval.retrieve, _neighbors_bytes)
+    return _of_model(inputs, flows.retrieve, _neighbors_bytes)
 
 
 def predict(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import calls, contract, errors
-from ._failures import failed
+from .errors import failed
 
 __all__ = ["InMemoryServer"]
 

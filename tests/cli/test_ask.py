@@ -17,7 +17,7 @@ from PIL import Image
 
 from keras_mrl_cli.__main__ import main
 from keras_mrl_serving import CascadePolicy, Client, Manifest, Options, contract
-from keras_mrl_serving.cascade import Stage
+from keras_mrl_serving.cascade.policy import Stage
 from keras_mrl_serving.errors import ServerUnavailableError
 
 Array = npt.NDArray[Any]

@@ -17,7 +17,7 @@ import pytest
 
 from keras_mrl_cli.__main__ import main
 from keras_mrl_serving import ExactIndex, FaissIndex, FunnelSchedule, open_index
-from keras_mrl_serving.index.measures import average_precision_by_label
+from keras_mrl_serving.index.plan import average_precision_by_label
 from tests.cli.test_ask import BLOCK, save
 
 Run = Callable[..., tuple[int, str, str]]

@@ -18,7 +18,7 @@ from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
 from keras_mrl_export import export_saved_model, rebuild, saved_model
 from keras_mrl_export.job import Job
 from keras_mrl_serving._session import SavedModelSession
-from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 
 Array = npt.NDArray[Any]

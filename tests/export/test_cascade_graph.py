@@ -9,9 +9,8 @@ import tensorflow as tf
 
 from keras_mrl_export.cascade_graph import classify_adaptively
 from keras_mrl_export.likeliest import Likeliest
-from keras_mrl_serving.cascade import CascadePolicy, Stage
-from keras_mrl_serving.confidence import CONFIDENCES, confidence_of
-from keras_mrl_serving.thresholds import midway
+from keras_mrl_serving.cascade.confidence import CONFIDENCES, confidence_of, midway
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 
 NUM_CLASSES, ROWS = 4, 20
 ALL, NOBODY = -1.0, 1.0  # a confidence is above the one and never above the other

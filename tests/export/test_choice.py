@@ -11,7 +11,7 @@ from keras_mrl_export.arguments import check_policy_is_used
 from keras_mrl_export.choice import chosen_signatures
 from keras_mrl_serving import Client, FunnelSchedule, NoCascadeError
 from keras_mrl_serving._session import SavedModelSession
-from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.server import DevServer
 from tests.export import models

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keras_mrl_serving.cascade import CascadePolicy, Stage
-from keras_mrl_serving.confidence import confidence_of
-from keras_mrl_serving.thresholds import midway
+from keras_mrl_serving.cascade.confidence import confidence_of, midway
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from tests.export.models import DIMS, TEMPERATURES, Exported, assert_equal_rows, exported
 
 pytestmark = pytest.mark.backend

@@ -11,7 +11,7 @@ import pytest
 from keras_mrl import AdaptiveDecoder, MatryoshkaLoss, generate, next_token
 from keras_mrl_export import export_saved_model
 from keras_mrl_serving import CascadePolicy, Client
-from keras_mrl_serving.cascade import Stage
+from keras_mrl_serving.cascade.policy import Stage
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.server import DevServer
 from tests.keras_mrl.language import LENGTH, TOKENS, WIDTH, language_model

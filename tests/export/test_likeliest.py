@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_mrl_export import likeliest
 from keras_mrl_export.likeliest import Likeliest
-from keras_mrl_serving.confidence import CONFIDENCES, confidence_of
+from keras_mrl_serving.cascade.confidence import CONFIDENCES, confidence_of
 
 RNG = np.random.default_rng(0)
 

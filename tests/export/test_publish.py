@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from keras_mrl_export.publish import Staged, check_version, publishing
-from keras_mrl_serving.version_folders import list_versions
+from keras_mrl_serving.saved_model import list_versions
 
 
 def publish(base_path: Path, version: int | None = None, text: str = "a model") -> Path:

@@ -18,7 +18,7 @@ import keras_mrl_export
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
 from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_serving import __version__
-from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from tests.export.models import DIMS, NAMES, TEMPERATURES, Exported, only_tensorflow
 

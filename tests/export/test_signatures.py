@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import MANIFEST_FILE
 from tests.export import models
 from tests.export.models import (

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from keras_mrl_serving import contract
-from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.flows import Arrays, Call
 

@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from keras_mrl_serving import _wire_pb2 as wire
 from keras_mrl_serving import contract
-from keras_mrl_serving._tensors import from_proto, to_proto
+from keras_mrl_serving._wire import from_proto, to_proto
 from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.calls import Arrays, Call
-from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.options import Options

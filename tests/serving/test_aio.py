@@ -17,7 +17,7 @@ import pytest
 from keras_mrl_serving import contract
 from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.calls import Call
-from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.errors import (

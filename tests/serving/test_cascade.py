@@ -12,13 +12,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from keras_mrl_serving import thresholds as thresholds_module
-from keras_mrl_serving.cascade import (
-    CascadePolicy,
-    Stage,
-)
-from keras_mrl_serving.cascade_report import CascadeReport
-from keras_mrl_serving.confidence import max_probability, softmax
+from keras_mrl_serving.cascade import confidence as thresholds_module
+from keras_mrl_serving.cascade.confidence import max_probability, softmax
+from keras_mrl_serving.cascade.policy import CascadePolicy, CascadeReport, Stage
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.errors import ManifestError
 

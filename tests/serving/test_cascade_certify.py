@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving import CascadePolicy, certify_cascade
-from keras_mrl_serving.guarantee import chance_of_so_few, least_rows
+from keras_mrl_serving.cascade.policy import chance_of_so_few, least_rows
 
 DIMS = (8, 32, 128)
 RISK, DELTA = 0.02, 0.1

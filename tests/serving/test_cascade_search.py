@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_mrl_serving import CascadePolicy, search_cascades
-from keras_mrl_serving.cascade import Stage
+from keras_mrl_serving.cascade.policy import Stage
 from tests.serving.test_cascade import holdouts
 
 DIMS = (8, 24, 40, 100)

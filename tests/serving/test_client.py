@@ -18,9 +18,9 @@ import numpy.typing as npt
 import pytest
 
 from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._messages import decode
+from keras_mrl_serving._wire import decode
 from keras_mrl_serving.calls import Envelope
-from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.errors import (

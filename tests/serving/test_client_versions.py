@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._rpc import GrpcTransport
-from keras_mrl_serving._status import leaf_of
-from keras_mrl_serving._tensors import from_proto, to_proto
+from keras_mrl_serving._transport import GrpcTransport, leaf_of
+from keras_mrl_serving._wire import from_proto, to_proto
 from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.calls import Envelope, Reply
-from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.errors import (

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving import CascadePolicy, Stage, search_cascades
-from keras_mrl_serving.confidence import CONFIDENCES, confidence_of, lowest
-from keras_mrl_serving.thresholds import midway
+from keras_mrl_serving.cascade.confidence import CONFIDENCES, confidence_of, lowest, midway
 
 RNG = np.random.default_rng(0)
 

@@ -20,8 +20,7 @@ from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.calls import Call
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
-from keras_mrl_serving.corpus import windows
-from keras_mrl_serving.embedding_file import EmbeddingFile
+from keras_mrl_serving.corpus import EmbeddingFile, windows
 from keras_mrl_serving.errors import (
     EncoderMismatchError,
     InvalidInputError,

@@ -19,7 +19,7 @@ import tensorflow as tf
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
 from keras_mrl_export import export_saved_model
 from keras_mrl_serving import CascadePolicy, Client
-from keras_mrl_serving.cascade import Stage
+from keras_mrl_serving.cascade.policy import Stage
 from keras_mrl_serving.server import DevServer
 
 pytestmark = [

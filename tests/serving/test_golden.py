@@ -16,8 +16,8 @@ from tensorflow_serving.apis import get_model_status_pb2, predict_pb2
 
 import keras_mrl_serving
 from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._tensors import from_proto, to_proto
-from keras_mrl_serving.cascade import CascadePolicy
+from keras_mrl_serving._wire import from_proto, to_proto
+from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import Manifest
 
 GOLDEN = Path(__file__).with_name("golden") / "contract"

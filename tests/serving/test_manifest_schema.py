@@ -15,7 +15,7 @@ import pytest
 import keras_mrl_serving
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
 from keras_mrl_export import export_saved_model
-from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.errors import ManifestError
 from keras_mrl_serving.funnel import FunnelSchedule

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keras_mrl_serving import _channel
+from keras_mrl_serving import _transport
 from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.errors import InvalidInputError
@@ -149,7 +149,7 @@ def test_half_a_certificate_is_refused(tmp_path: Path, refuses: Refuses) -> None
     ],
 )
 def test_targets_are_one_address(targets: Any, address: str) -> None:
-    assert _channel.address(targets) == address
+    assert _transport.address(targets) == address
 
 
 @pytest.mark.parametrize(

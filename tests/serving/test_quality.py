@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from keras_mrl_serving.contract import Manifest
-from keras_mrl_serving.quality import cheapest_dim
+from keras_mrl_serving.contract import Manifest, cheapest_dim
 
 EVALUATED = {  # what `keras_mrl.evaluation.evaluate` returns, as a manifest holds it
     "8": {"top1": 0.6, "ece": 0.02, "nn1": 0.78},

@@ -4,8 +4,8 @@ import grpc
 import numpy as np
 import pytest
 
-from keras_mrl_serving import _channel, _failures, errors
-from keras_mrl_serving._status import leaf_of, translate
+from keras_mrl_serving import _transport, errors
+from keras_mrl_serving._transport import leaf_of, translate
 from keras_mrl_serving.calls import AskStatus, Call, Envelope
 from keras_mrl_serving.options import Options
 
@@ -58,7 +58,7 @@ def test_every_class_of_the_table_has_its_rule_and_its_remedy() -> None:
         *(errors.VersionNotFoundError, errors.SignatureNotFoundError),
         *(errors.MessageTooLargeError, errors.VersionChangedError),
     }
-    assert set(_failures._RULES_AND_REMEDIES) == {*TABLE.values(), *by_text}
+    assert set(errors._RULES_AND_REMEDIES) == {*TABLE.values(), *by_text}
 
 
 class Failure(grpc.RpcError):
@@ -218,4 +218,4 @@ def test_attempts_are_known_where_there_was_time_for_all(
 @pytest.mark.parametrize(("asked", "given"), [(0.5, 0.5), (1e9, 1e9), (1e10, 1e9), (1e300, 1e9)])
 def test_a_timeout_past_what_grpc_can_count_is_a_long_one(asked: float, given: float) -> None:
     """gRPC counts deadlines in nanoseconds since 1970: a later one than 2262 is over at once."""
-    assert _channel.deadline(asked) == given
+    assert _transport.deadline(asked) == given

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from tensorflow.core.framework import tensor_pb2
 
 from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._tensors import from_proto, to_proto
+from keras_mrl_serving._wire import from_proto, to_proto
 
 # The first call into TensorFlow takes longer than Hypothesis allows an example.
 SHORT = settings(deadline=None, max_examples=30)
@@ -412,5 +412,5 @@ def is_read(dtype: str) -> bool:
 
 
 def test_tensorflow_is_never_imported() -> None:
-    code = "import sys, keras_mrl_serving._tensors as t; sys.exit('tensorflow' in sys.modules)"
+    code = "import sys, keras_mrl_serving._wire as t; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

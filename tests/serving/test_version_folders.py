@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from keras_mrl_serving.version_folders import list_versions, version_number
+from keras_mrl_serving.saved_model import list_versions, version_number
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tensorflow_serving.apis import (
 )
 
 from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._tensors import from_proto, to_proto
+from keras_mrl_serving._wire import from_proto, to_proto
 
 SHORT = settings(deadline=None, max_examples=50)
 GOLDEN = Path(__file__).with_name("golden")

@@ -17,7 +17,7 @@ from keras_mrl_serving import (
     oracle_report,
     search_cascades,
 )
-from keras_mrl_serving.guarantee import least_rows
+from keras_mrl_serving.cascade.policy import least_rows
 
 from .answers import Answers
 from .splits import Rows, holdouts

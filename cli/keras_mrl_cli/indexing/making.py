@@ -10,8 +10,8 @@ from typing import Any
 import numpy.typing as npt
 
 from keras_mrl_serving import ExactIndex, FaissIndex, FirstStage, FunnelSchedule, Manifest
-from keras_mrl_serving.index.arrays import check_ids
-from keras_mrl_serving.index.shortlister import import_faiss
+from keras_mrl_serving.index.base import check_ids
+from keras_mrl_serving.index.first_stage import import_faiss
 
 from ..asking import RefusalError
 from ..asking.files import load_array

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from keras_mrl_serving.index.saved import CARD, is_ours
+from keras_mrl_serving.index.storage import CARD, is_ours
 
 from ..asking import RefusalError
 

@@ -12,12 +12,14 @@ import numpy.typing as npt
 
 from keras_mrl_serving import FirstStage
 from keras_mrl_serving.errors import TargetNotReachedError
-from keras_mrl_serving.index.measures import (
+from keras_mrl_serving.index.plan import (
+    Choice,
     Measure,
+    Plan,
     average_precision_by_label,
     precision_by_label,
+    table,
 )
-from keras_mrl_serving.index.plan import Choice, Plan, table
 from keras_mrl_serving.index.planner import LEAST_SAMPLE, plan_funnel
 
 from ..asking.printing import printable

@@ -18,10 +18,10 @@ from keras_mrl_serving import (
     Partial,
     open_index,
 )
+from keras_mrl_serving.flows import check_encoder
 from keras_mrl_serving.index import Index
-from keras_mrl_serving.index.arrays import check_among
+from keras_mrl_serving.index.base import check_among
 from keras_mrl_serving.results import Embedded
-from keras_mrl_serving.retrieval import check_encoder
 
 from ..asking.files import Arrays, load_array
 from ..asking.printing import Table, file_width, print_json

@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from keras_mrl_serving import FunnelSchedule
-from keras_mrl_serving.index.facts import IndexFacts
+from keras_mrl_serving.index.base import IndexFacts
 from keras_mrl_serving.index.plan import Plan
-from keras_mrl_serving.index.saved import read
+from keras_mrl_serving.index.storage import read
 
 from ..asking.printing import print_json, printable
 from .places import in_bytes

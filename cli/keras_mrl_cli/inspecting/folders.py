@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from keras_mrl_serving.saved_model import GRAPH_FILE, sizes
-from keras_mrl_serving.version_folders import list_versions
+from keras_mrl_serving.saved_model import GRAPH_FILE, list_versions, sizes
 
 from ..asking import RefusalError
 

@@ -12,11 +12,8 @@ import numpy.typing as npt
 from ..embeddings import inverse_length
 from ..funnel import FunnelSchedule
 from ..results import Neighbors
-from .arrays import Ids, Vectors, best_first, check_embeddings, check_ids
-from .facts import IndexFacts
-from .local import LocalIndex
-from .saved import Saved, check_engine, opened
-from .writing import Writing
+from .base import Ids, IndexFacts, LocalIndex, Vectors, best_first, check_embeddings, check_ids
+from .storage import Saved, Writing, check_engine, opened
 
 ENGINE = "exact"
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+
+from ..errors import DamagedIndexError
+from .base import Ids, Vectors
 
 EFFORTS = ("efSearch", "nprobe")
 
@@ -105,3 +113,222 @@ def _settings(factory: str, graph: int, lists: int) -> str:
     if "IVF" in factory:
         return f"nprobe={lists}"
     return f"efSearch={graph}" if "HNSW" in factory else ""
+
+
+# The first stage of a funnel: any FAISS index over short prefixes.
+
+Progress = Callable[[int, int], object]  # rows done, all rows
+
+_ADDED_AT_ONCE = 50_000
+_PER_CENTROID = 64  # rows one is learned from at most: FAISS's 256 take four times as long
+
+
+class Shortlister:
+    """A FAISS index over the prefixes of the first dim.
+
+    Args:
+        index: The FAISS index, trained and filled.
+        spec: What it was made as.
+
+    Examples:
+        >>> rows = np.eye(4, dtype=np.float32)
+        >>> first = Shortlister.build(rows, FirstStage("Flat", ""), "dot", lambda done, rows: None)
+        >>> first.search(rows[2:3], 1).tolist()
+        [[2]]
+    """
+
+    def __init__(self, index: Any, spec: FirstStage) -> None:
+        self.index = index
+        self.spec = spec
+        self.dim = int(index.d)
+        self.set(spec.settings)
+
+    @classmethod
+    def build(
+        cls, prefixes: Vectors, spec: FirstStage, metric: str, progress: Progress
+    ) -> Shortlister:
+        """Train and fill the index.
+
+        Args:
+            prefixes: `(rows, dim)`, as the metric compares them.
+            spec: Which index.
+            metric: "cosine", "dot" or "l2".
+            progress: Told of the rows added.
+
+        Raises:
+            ValueError: If FAISS does not make such an index.
+        """
+        faiss = import_faiss()
+        rows, dim = prefixes.shape
+        kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+        vectors = _signs(prefixes) if spec.is_binary else prefixes
+        with _making(spec, prefixes, metric):
+            if spec.is_binary:
+                index = faiss.index_binary_factory(dim, spec.factory)
+            else:
+                index = faiss.index_factory(dim, spec.factory, kind)
+                lists = faiss.try_extract_index_ivf(index)
+                if lists is not None:
+                    lists.cp.max_points_per_centroid = _PER_CENTROID
+            index.train(vectors)
+        made = cls(index, spec)
+        for start in range(0, rows, _ADDED_AT_ONCE):
+            with _making(spec, prefixes, metric):
+                index.add(vectors[start : start + _ADDED_AT_ONCE])
+            progress(min(start + _ADDED_AT_ONCE, rows), rows)
+        return made
+
+    def set(self, settings: str) -> None:
+        """Set what FAISS is set to when it searches.
+
+        Raises:
+            ValueError: If the index has no such setting.
+        """
+        faiss = import_faiss()
+        try:
+            if self.spec.is_binary:
+                _set_binary(faiss.downcast_IndexBinary(self.index), settings)
+            elif settings:
+                faiss.ParameterSpace().set_index_parameters(self.index, settings)
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                "settings must be those the first stage has: 'efSearch=64' of a graph, 'nprobe=8' "
+                f"of inverted lists, none of flat ones. Received: {settings!r} for "
+                f"{self.spec.factory!r} ({_reason(error)}). Leave them out: settings=''."
+            ) from error
+
+    def search(self, prefixes: Vectors, n: int, among: Ids | None = None) -> Ids:
+        """Return the `n` gallery rows that look nearest to each prefix, in no promised order.
+
+        Args:
+            prefixes: `(batch, dim)`, as the metric compares them.
+            n: How many.
+            among: The only rows that may be returned, of an index that `can_choose`.
+
+        Shapes:
+            Returns int64 `(batch, n)`, -1 where fewer were found.
+        """
+        faiss = import_faiss()
+        parameters = None
+        if among is not None:
+            parameters = _parameters(faiss, self.index, faiss.IDSelectorBatch(among))
+        if self.spec.is_binary:
+            near: Ids = self.index.search(_signs(prefixes), n, params=parameters)[1]
+            return near
+        # Past FAISS's wrapper, whose checks of one query take half as long as reranking it.
+        found = np.empty((len(prefixes), n), np.int64)
+        scores = np.empty((len(prefixes), n), np.float32)
+        x, values, ids = map(faiss.swig_ptr, (prefixes, scores, found))
+        self.index.search_c(len(prefixes), x, n, values, ids, parameters)
+        return found
+
+    @cached_property
+    def can_choose(self) -> bool:
+        """Whether FAISS can leave rows out of this kind of index; tried with one query."""
+        faiss = import_faiss()
+        nowhere = np.zeros((1, self.dim), np.float32)
+        vectors = _signs(nowhere) if self.spec.is_binary else nowhere
+        try:
+            selector = faiss.IDSelectorBatch(np.zeros(1, np.int64))
+            self.index.search(vectors, 1, params=_parameters(faiss, self.index, selector))
+        except (RuntimeError, TypeError, AssertionError):
+            return False
+        return True
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the FAISS index to a file.
+
+        Raises:
+            OSError: If it cannot be written there.
+        """
+        faiss = import_faiss()
+        write = faiss.write_index_binary if self.spec.is_binary else faiss.write_index
+        try:
+            write(self.index, os.fspath(path))
+        except RuntimeError as error:
+            raise OSError(
+                "A first stage must be written whole. "
+                f"Received: {os.fspath(path)!r} ({_reason(error)}). "
+                "Make room on the disk, or choose another folder."
+            ) from error
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], spec: FirstStage) -> Shortlister:
+        """Read what `write` wrote.
+
+        Raises:
+            DamagedIndexError: If FAISS does not read it.
+        """
+        faiss = import_faiss()
+        read = faiss.read_index_binary if spec.is_binary else faiss.read_index
+        try:
+            return cls(read(os.fspath(path)), spec)
+        except RuntimeError as error:
+            raise DamagedIndexError(
+                "A first stage is read as FAISS wrote it. "
+                f"Received: {os.fspath(path)!r} ({_reason(error)}). "
+                "Copy it again from where it is whole, or build the index anew."
+            ) from error
+
+
+def import_faiss() -> Any:
+    """Return the module.
+
+    Raises:
+        ImportError: If FAISS is not installed.
+
+    Examples:
+        >>> import_faiss().__name__
+        'faiss'
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "FaissIndex needs FAISS. "
+            f"Received: {error}. Install it: pip install 'keras-mrl[faiss]'."
+        ) from error
+    return faiss
+
+
+@contextmanager
+def _making(spec: FirstStage, prefixes: Vectors, metric: str) -> Iterator[None]:
+    rows, dim = prefixes.shape
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            "The first stage must be an index FAISS can make of the gallery's prefixes. "
+            f"Received: {spec.factory!r} for {rows} rows of dim {dim} and metric {metric!r} "
+            f"({_reason(error)}). Take for example FirstStage('HNSW32')."
+        ) from error
+
+
+def _parameters(faiss: Any, index: Any, selector: Any) -> Any:
+    """Return search parameters that choose rows and else repeat what the index is set to."""
+    kind = faiss.downcast_index(index) if isinstance(index, faiss.Index) else index
+    if isinstance(kind, faiss.IndexPreTransform):
+        inner = _parameters(faiss, kind.index, selector)
+        return faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(kind, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(sel=selector, efSearch=kind.hnsw.efSearch)
+    if isinstance(kind, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=kind.nprobe)
+    return faiss.SearchParameters(sel=selector)
+
+
+def _set_binary(index: Any, settings: str) -> None:
+    for setting in filter(None, settings.split(",")):
+        name, _, value = setting.partition("=")
+        owner = index.hnsw if name == "efSearch" else index
+        if name not in EFFORTS or not hasattr(owner, name):
+            raise AttributeError(f"no {name}")
+        setattr(owner, name, int(value))
+
+
+def _signs(prefixes: Vectors) -> Any:
+    return np.packbits(prefixes > 0, axis=1)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[-200:] or type(error).__name__

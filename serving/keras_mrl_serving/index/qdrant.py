@@ -11,10 +11,8 @@ import numpy.typing as npt
 
 from ..funnel import FunnelSchedule
 from ..results import Neighbors
-from .arrays import Ids, Vectors, check_among, check_embeddings, check_ids
-from .facts import Described, IndexFacts
-from .qdrant_collection import Collection
-from .qdrant_queries import Narrowing, as_neighbors
+from .base import Described, Ids, IndexFacts, Vectors, check_among, check_embeddings, check_ids
+from .qdrant_collection import Collection, Narrowing, as_neighbors
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient

@@ -5,20 +5,215 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ManifestError
-from .arrays import Ids, Vectors
-from .facts import IndexFacts
-from .qdrant_failures import translated
-from .qdrant_queries import Narrowing, nested, only
+from ..errors import (
+    AccessDeniedError,
+    DeadlineError,
+    InvalidInputError,
+    KerasMrlError,
+    ManifestError,
+    MessageTooLargeError,
+    ServerError,
+    ServerUnavailableError,
+)
+from ..results import Neighbors
+from .base import Ids, IndexFacts, Vectors, best_first
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
-    from qdrant_client.models import ScoredPoint
+    from qdrant_client.models import Filter, QueryRequest, ScoredPoint, SearchParams
+
+# The one table from what Qdrant's client raises to this package's errors.
+
+_RULES_AND_REMEDIES: dict[type[KerasMrlError], tuple[str, str]] = {
+    ServerUnavailableError: (
+        "Qdrant must be there and ready.",
+        "Start it, wait until it is less busy, or give a client with another URL.",
+    ),
+    DeadlineError: (
+        "Qdrant must answer within the client's timeout.",
+        "Raise it: QdrantClient(..., timeout=...).",
+    ),
+    AccessDeniedError: (
+        "Qdrant must let the caller in.",
+        "Give its key: QdrantClient(..., api_key=...).",
+    ),
+    MessageTooLargeError: (
+        "A request must be no larger than Qdrant takes.",
+        "Give fewer ids in `among`, or raise the server's max_request_size_mb.",
+    ),
+    InvalidInputError: (
+        "Qdrant must take the request.",
+        "See that the collection is still there, and that Qdrant knows the options given.",
+    ),
+    ServerError: ("Qdrant must answer without an error.", "See the server's log."),
+}
+_LEAVES: dict[Any, type[KerasMrlError]] = {
+    400: InvalidInputError,
+    401: AccessDeniedError,
+    403: AccessDeniedError,
+    404: InvalidInputError,
+    408: DeadlineError,
+    413: MessageTooLargeError,
+    422: InvalidInputError,
+    429: ServerUnavailableError,
+    502: ServerUnavailableError,
+    503: ServerUnavailableError,
+    504: DeadlineError,
+    "INVALID_ARGUMENT": InvalidInputError,
+    "NOT_FOUND": InvalidInputError,
+    "UNAUTHENTICATED": AccessDeniedError,
+    "PERMISSION_DENIED": AccessDeniedError,
+    "DEADLINE_EXCEEDED": DeadlineError,
+    "RESOURCE_EXHAUSTED": ServerUnavailableError,
+    "UNAVAILABLE": ServerUnavailableError,
+}
+
+
+def translated(error: Any, collection: str) -> KerasMrlError:
+    """Return our error for one that Qdrant's client raised about a collection.
+
+    Examples:
+        >>> translated(TimeoutError(), "pets").__class__.__mro__[1].__name__
+        'ServerError'
+    """
+    leaf = leaf_of(error)
+    rule, remedy = _RULES_AND_REMEDIES[leaf]
+    given = str(error.details() if _is_of_grpc(error) else error)
+    received = " ".join((given or type(error).__name__).split()).rstrip(".")
+    return leaf(f"{rule} Received: {received}, for collection {collection!r}. {remedy}")
+
+
+def leaf_of(error: Any) -> type[KerasMrlError]:
+    """The table: which of our errors one of the client's stands for.
+
+    Examples:
+        >>> leaf_of(RuntimeError("QdrantLocal instance is closed."))
+        <class 'keras_mrl_serving.errors.ServerUnavailableError'>
+    """
+    if _is_of_grpc(error):
+        return _LEAVES.get(error.code().name, ServerError)
+    if hasattr(error, "status_code"):  # an answer over HTTP
+        return _LEAVES.get(error.status_code, ServerError)
+    if hasattr(error, "source"):  # no answer; httpx is not ours to import, so its errors are named
+        late = type(error.source).__name__.endswith("Timeout")
+        return DeadlineError if late else ServerUnavailableError
+    if isinstance(error, ValueError | AssertionError):
+        return InvalidInputError
+    return ServerUnavailableError  # too many requests, or a client that is closed
+
+
+def _is_of_grpc(error: Any) -> bool:
+    import grpc  # not with the module: an index of another engine needs no gRPC
+
+    return isinstance(error, grpc.RpcError)
+
+
+# A funnel as Qdrant is asked for it, and what it answers as neighbours.
+
+
+class Narrowing(NamedTuple):
+    """What one stage of a funnel asks.
+
+    Args:
+        dim: Of its vectors.
+        limit: How many rows it keeps.
+        exact: Compare every row that it may keep.
+        params: How to search instead; None for Qdrant's own ways.
+        queries: As the metric compares them.
+
+    Shapes:
+        queries: `(batch, dim)`.
+
+    Examples:
+        >>> Narrowing(2, 1, False, None, np.zeros((1, 2), np.float32)).exact
+        False
+    """
+
+    dim: int
+    limit: int
+    exact: bool
+    params: SearchParams | None
+    queries: Vectors
+
+
+def nested(
+    models: Any, stages: Sequence[Narrowing], wanted: Filter | None, exact: SearchParams | None
+) -> list[QueryRequest]:
+    """Return one query per row of the stages: each stage prefetches for the next.
+
+    Args:
+        models: `qdrant_client.models`.
+        stages: Of the funnel, first stage first.
+        wanted: What the first stage keeps; the later ones see nothing else.
+        exact: Parameters of exact stages.
+
+    Examples:
+        >>> from qdrant_client import models
+        >>> wide = Narrowing(2, 1, True, None, np.float32([[1, 2]]))
+        >>> (query,) = nested(models, [wide._replace(dim=1, limit=5), wide], None, None)
+        >>> query.using, query.limit, query.prefetch.using, query.prefetch.limit
+        ('2', 1, '1', 5)
+    """
+    requests = []
+    for vectors in zip(*(stage.queries.tolist() for stage in stages), strict=True):
+        asked: Any = None
+        for number, (stage, vector) in enumerate(zip(stages, vectors, strict=True), 1):
+            make = models.Prefetch if number < len(stages) else models.QueryRequest
+            asked = make(
+                prefetch=asked,
+                query=vector,
+                using=str(stage.dim),
+                limit=stage.limit,
+                params=exact if stage.exact else stage.params,
+                filter=wanted if number == 1 else None,
+            )
+        requests.append(asked)
+    return requests
+
+
+def only(models: Any, allowed: Ids | None) -> Filter | None:
+    """Return the filter that lets these ids through; None for all.
+
+    Examples:
+        >>> from qdrant_client import models
+        >>> only(models, np.array([3, 7])).must[0].has_id
+        [3, 7]
+    """
+    if allowed is None:
+        return None
+    return models.Filter(must=[models.HasIdCondition(has_id=allowed.tolist())])
+
+
+def as_neighbors(found: Sequence[Sequence[ScoredPoint]], k: int, metric: str) -> Neighbors:
+    """Return what queries found; where one found fewer, ids of -1 with scores of -inf at its end.
+
+    Args:
+        found: Per query, at most `k` points.
+        k: Columns.
+        metric: "cosine", "dot" or "l2".
+
+    Examples:
+        >>> from qdrant_client.models import ScoredPoint
+        >>> as_neighbors([[ScoredPoint(id=7, version=0, score=3.0)]], 2, "l2")[0]
+        [(7, -9.0), (-1, -inf)]
+    """
+    ids = np.full((len(found), k), -1, np.int64)
+    scores = np.full(ids.shape, -np.inf)
+    for row, points in enumerate(found):
+        ids[row, : len(points)] = [point.id for point in points]
+        scores[row, : len(points)] = [point.score for point in points]
+    if metric == "l2":
+        scores = 0 - np.square(scores)  # Qdrant gives the distance
+    with np.errstate(over="ignore"):
+        rounded = scores.astype(np.float32)
+    order = best_first(np.where(ids < 0, np.iinfo(np.int64).max, ids), rounded)
+    return Neighbors(np.take_along_axis(ids, order, 1), np.take_along_axis(rounded, order, 1))
+
 
 _IDS = 1000  # looked up at once
 _KEY = "keras_mrl"  # in the collection's metadata, which no search can return

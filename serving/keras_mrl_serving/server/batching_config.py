@@ -6,8 +6,7 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, wrappers_pb2
 
-from .status import invalid_argument
-from .text_protos import read_text_proto
+from .status import invalid_argument, read_text_proto
 
 _NAME = "tensorflow.serving.BatchingParameters"
 _INT64, _BOOL, _STRING = (f".google.protobuf.{kind}Value" for kind in ("Int64", "Bool", "String"))

@@ -8,10 +8,9 @@ import grpc
 import tensorflow as tf
 
 from .._session import SavedModelSession
-from .batching import BatchingSession
+from .batching import BatchingSession, BatchThreads
 from .batching_config import batching_options
-from .batching_threads import BatchThreads
-from .running import ServingSession
+from .run import ServingSession
 from .status import StatusError, from_number
 from .warmup import warm_up
 

@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import Int64Value
 
 from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._tensors import to_proto
+from keras_mrl_serving._wire import to_proto
 
 
 def messages() -> dict[str, Message]:

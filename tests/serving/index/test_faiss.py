@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_mrl_serving.funnel import FunnelSchedule
-from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, shortlister
+from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, first_stage
 from keras_mrl_serving.index import faiss as module
-from keras_mrl_serving.index.shortlister import Shortlister
+from keras_mrl_serving.index.first_stage import Shortlister
 from keras_mrl_serving.results import Neighbors
 from tests.serving.index.truth import (
     FLAT,
@@ -279,13 +279,13 @@ def test_a_first_stage_is_asked_once_whether_it_can_select(
 ) -> None:
     monkeypatch.setattr(module, "_FEW", 0)
     asked = []
-    choosing = shortlister._parameters
+    choosing = first_stage._parameters
 
     def counted(faiss: Any, index: Any, selector: Any) -> Any:
         asked.append(index.d)
         return choosing(faiss, index, selector)
 
-    monkeypatch.setattr(shortlister, "_parameters", counted)
+    monkeypatch.setattr(first_stage, "_parameters", counted)
     prepared_, search = prepared(metric, kind)
     index = copy.copy(prepared_)
     index._first = Shortlister(prepared_._first.index, kind)
@@ -390,7 +390,7 @@ def test_chunks_do_not_show(
 
 def test_progress_is_told_of_every_row_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 150)
-    monkeypatch.setattr(shortlister, "_ADDED_AT_ONCE", 300)
+    monkeypatch.setattr(first_stage, "_ADDED_AT_ONCE", 300)
     told: list[tuple[int, int]] = []
     FaissIndex.build(
         GALLERY, SHORT, first_stage=FLAT, progress=lambda done, rows: told.append((done, rows))
@@ -438,9 +438,9 @@ def test_lists_are_learned_from_some_of_the_rows(
     rows_each: int, are_rows: bool, factory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one row each, the centroids are those rows themselves."""
-    monkeypatch.setattr(shortlister, "_PER_CENTROID", rows_each)
+    monkeypatch.setattr(first_stage, "_PER_CENTROID", rows_each)
     index = FaissIndex.build(GALLERY, SHORT, metric="l2", first_stage=FirstStage(factory, ""))
-    faiss = shortlister.import_faiss()
+    faiss = first_stage.import_faiss()
     first = faiss.downcast_index(index._first.index)
     rows = np.ascontiguousarray(GALLERY[:, :16])
     if factory.startswith("PCA"):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_mrl_serving.index.measures import (
+from keras_mrl_serving.index.plan import (
     average_precision_by_label,
     precision_by_label,
     recall_against,

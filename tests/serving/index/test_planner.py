@@ -10,10 +10,9 @@ import pytest
 
 from keras_mrl_serving.errors import TargetNotReachedError
 from keras_mrl_serving.funnel import FunnelSchedule
-from keras_mrl_serving.index import FaissIndex, FirstStage, Plan, plan_funnel, planner, trials
-from keras_mrl_serving.index.measures import Measure, precision_by_label
-from keras_mrl_serving.index.plan import Choice, cheapest, front
-from keras_mrl_serving.index.shortlister import Shortlister, import_faiss
+from keras_mrl_serving.index import FaissIndex, FirstStage, Plan, plan_funnel, planner
+from keras_mrl_serving.index.first_stage import Shortlister, import_faiss
+from keras_mrl_serving.index.plan import Choice, Measure, cheapest, front, precision_by_label
 from tests.serving.index.truth import FLAT, METRICS, Array, Refuses, clusters, true_scores
 
 SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
@@ -38,7 +37,7 @@ def little_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if SOAK:
         yield
         return
-    monkeypatch.setattr(trials, "_TIMED", 10)  # searches that a choice is timed by
+    monkeypatch.setattr(planner, "_TIMED", 10)  # searches that a choice is timed by
     faiss = import_faiss()
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)  # more wait for one another, where other work has the cores
@@ -51,19 +50,19 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
     """Every choice that is measured, its time as the work it is: the same on every machine."""
     seen: list[Choice] = []
 
-    def seconds(_: trials.Trials, index: FaissIndex) -> float:
+    def seconds(_: planner.Trials, index: FaissIndex) -> float:
         schedule, first = index.schedule, index.first_stage
         looked_at = 4 * schedule.dims[0] * (400 if first == FLAT else 60)
         return 1e-9 * (looked_at + sum(map(int, np.multiply(schedule.shortlists, 32))))
 
-    measure = trials.Trials.measured
+    measure = planner.Trials.measured
 
-    def remembered(self: trials.Trials, *args: Any) -> Choice:
+    def remembered(self: planner.Trials, *args: Any) -> Choice:
         seen.append(measure(self, *args))
         return seen[-1]
 
-    monkeypatch.setattr(trials.Trials, "_seconds", seconds)
-    monkeypatch.setattr(trials.Trials, "measured", remembered)
+    monkeypatch.setattr(planner.Trials, "_seconds", seconds)
+    monkeypatch.setattr(planner.Trials, "measured", remembered)
     return seen
 
 
@@ -339,8 +338,8 @@ class Told:
         self.error = 0.0
         self.asked: list[Asked] = []
         self.targets: set[float] = set()
-        monkeypatch.setattr(trials.Trials, "shortest_shortlist", self._shortest)
-        monkeypatch.setattr(trials.Trials, "measured", self._measured)
+        monkeypatch.setattr(planner.Trials, "shortest_shortlist", self._shortest)
+        monkeypatch.setattr(planner.Trials, "measured", self._measured)
 
     def _shortest(self, dim: int, target: float) -> int | None:
         self.targets.add(target)
@@ -503,7 +502,7 @@ def test_dims_that_read_far_more_than_another_are_left_out(
 @metrics
 @pytest.mark.parametrize("dim", [4, 8, 16])
 def test_the_shortest_shortlist_is_found_by_lengthening_it(dim: int, metric: str) -> None:
-    lab = trials.Trials(GALLERY, QUERIES, 32, K, metric, None, None, 1, str)
+    lab = planner.Trials(GALLERY, QUERIES, 32, K, metric, None, None, 1, str)
     truth, order = (nearest(QUERIES[:, :d], GALLERY[:, :d], metric) for d in (32, dim))
     sizes = (5, 8, 10, 15, 20, 30, 40, 60, 80, 120, 160, 320)  # 5 times 1, 1.5, 2, 3, ...
     reached = [recalls(order[:, :size], truth[:, :K]) for size in sizes]  # the rest is exact
@@ -522,7 +521,7 @@ def test_a_shortlist_is_no_longer_than_the_gallery() -> None:
         seen.append(found)
         return np.full(120, 0.5)
 
-    lab = trials.Trials(GALLERY[:50], QUERIES, 32, K, "l2", measure, np.arange(3), 1, str)
+    lab = planner.Trials(GALLERY[:50], QUERIES, 32, K, "l2", measure, np.arange(3), 1, str)
     assert lab.shortest_shortlist(8, 0.9) is None
     assert len(seen) == 1 + 8  # the exact answer; and of 5, 8, 10, 15, 20, 30, 40 and 47
     np.testing.assert_array_equal(seen[-1], 3 + nearest(QUERIES, GALLERY[3:50], "l2")[:, :K])
@@ -636,8 +635,8 @@ def test_time_is_taken_of_batches(batch: int, monkeypatch: pytest.MonkeyPatch) -
 def test_time_is_per_query_and_of_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each search takes 7 ms on the clock, but every fifth 900."""
     ticks = clock()
-    monkeypatch.setattr("keras_mrl_serving.index.trials.time.perf_counter", lambda: next(ticks))
-    monkeypatch.setattr(trials, "_LONGEST_S", 1e9)
+    monkeypatch.setattr("keras_mrl_serving.index.planner.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(planner, "_LONGEST_S", 1e9)
     found = plan(0.9, batch=10, first_stages=[FLAT], dims=(32,))
     assert found.choice.seconds == pytest.approx(7e-4)
 

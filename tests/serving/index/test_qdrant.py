@@ -28,7 +28,7 @@ from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, Index
 from keras_mrl_serving.index import qdrant as module
 from keras_mrl_serving.index.qdrant import QdrantIndex
-from keras_mrl_serving.index.qdrant_failures import leaf_of
+from keras_mrl_serving.index.qdrant_collection import leaf_of
 
 Array = npt.NDArray[Any]
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]

@@ -18,8 +18,8 @@ from hypothesis import given
 
 from keras_mrl_serving.errors import DamagedIndexError, ManifestError
 from keras_mrl_serving.funnel import FunnelSchedule
-from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, open_index, saved, writing
-from keras_mrl_serving.index.shortlister import Shortlister
+from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, open_index, storage
+from keras_mrl_serving.index.first_stage import Shortlister
 from tests.serving.index.truth import (
     ENGINES,
     FLAT,
@@ -165,7 +165,7 @@ class Damage:
     def may_be_of_another_format(self) -> bool:
         """Whether the damage is to the number in the second line of the card, and no other."""
         lines, before = (text.splitlines() for text in (self.bytes, self.whole))
-        return self.file.name == saved.CARD and lines[:1] + lines[2:] == before[:1] + before[2:]
+        return self.file.name == storage.CARD and lines[:1] + lines[2:] == before[:1] + before[2:]
 
 
 @pytest.mark.soak
@@ -448,9 +448,9 @@ def test_what_fails_while_it_saves_leaves_the_old_index_or_the_new(
     step: str, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = build(GALLERY, SCHEDULE), build(OTHER, SCHEDULE)
-    target = f"keras_mrl_serving.index.writing.{step}"
+    target = f"keras_mrl_serving.index.storage.{step}"
     owner, _, name = step.rpartition(".")
-    works = getattr({"os": os, "json": json, "": writing}[owner], name)
+    works = getattr({"os": os, "json": json, "": storage}[owner], name)
     failed = 0
     for calls in range(50):
         left = iter(range(calls))
@@ -536,7 +536,7 @@ def test_it_is_written_in_an_order_that_a_power_cut_does_not_undo(
     assert first == ([("flush", name) for name in arrays], [("fsync", name) for name in data])
     rest = iter(steps[len(arrays) + len(data) :])
     kind, aside = next(rest)
-    assert (kind, saved.is_ours(aside), aside in data) == ("fsync", True, False)
+    assert (kind, storage.is_ours(aside), aside in data) == ("fsync", True, False)
     assert [next(rest) for _ in range(3)] == [
         ("fsync", tmp_path.name),
         ("replace", f"{aside} index.json"),
@@ -575,7 +575,7 @@ def test_one_saves_at_a_time(build: Build, tmp_path: Path, refuses: Refuses) -> 
         f"One writer at a time saves an index. Received: {str(tmp_path)!r}, which another is "
         "writing. Wait for it, or choose another folder."
     )
-    with writing.Writing(tmp_path):
+    with storage.Writing(tmp_path):
         before = contents(tmp_path)
         with refuses(BlockingIOError, text):
             other.save(tmp_path)
@@ -644,5 +644,5 @@ def test_files_are_named_as_the_next_save_expects(folder: Path) -> None:
     """Or what a killed one leaves would lie there for ever."""
     names = ids_and(folder) - {"index.json"}
     assert names
-    assert all(map(saved.is_ours, names))
-    assert not any(saved.is_ours(f"{name}.bak") for name in names)
+    assert all(map(storage.is_ours, names))
+    assert not any(storage.is_ours(f"{name}.bak") for name in names)

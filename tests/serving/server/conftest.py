@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
+from keras_mrl_serving.saved_model import list_versions
 from keras_mrl_serving.server import DevServer
-from keras_mrl_serving.version_folders import list_versions
 from tests.serving.server.target import Served, reload
 
 Publish = Callable[[Path, str], Path]

@@ -11,8 +11,8 @@ from google.protobuf import text_format
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 from tensorflow_serving.config.model_server_config_pb2 import ModelConfig
 
-from keras_mrl_serving.server.manager import Models
-from keras_mrl_serving.server.running import ServingSession
+from keras_mrl_serving.server.models import Models
+from keras_mrl_serving.server.run import ServingSession
 from keras_mrl_serving.server.status import StatusError
 
 

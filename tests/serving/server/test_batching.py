@@ -12,12 +12,10 @@ import pytest
 from google.protobuf import text_format
 
 from keras_mrl_serving._session import SavedModelSession
-from keras_mrl_serving.server.batching import BatchingSession
+from keras_mrl_serving.server.batching import BatchingSession, BatchThreads, merge
 from keras_mrl_serving.server.batching_config import batching_options, batching_parameters
-from keras_mrl_serving.server.batching_merge import merge
-from keras_mrl_serving.server.batching_threads import BatchThreads
 from keras_mrl_serving.server.loading import LoadOptions, load
-from keras_mrl_serving.server.running import ServingSession
+from keras_mrl_serving.server.run import ServingSession
 from keras_mrl_serving.server.status import StatusError
 from tests.serving.server.batchable import save
 

@@ -19,9 +19,9 @@ import pytest
 from tensorflow_serving.apis.predict_pb2 import PredictRequest
 from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
 
-from keras_mrl_serving._tensors import from_proto
+from keras_mrl_serving._wire import from_proto
+from keras_mrl_serving.saved_model import list_versions
 from keras_mrl_serving.server import DevServer
-from keras_mrl_serving.version_folders import list_versions
 from tests.serving.server.batchable import save
 from tests.serving.server.target import TIMEOUT_S, Served, predict
 

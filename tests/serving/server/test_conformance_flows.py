@@ -15,7 +15,7 @@ import pytest
 
 from keras_mrl_serving import AsyncClient, Client, Options
 from keras_mrl_serving.calls import Call
-from keras_mrl_serving.cascade import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.errors import ModelNotFoundError, UnknownDimError
 from keras_mrl_serving.results import Classification
 from tests.serving.server.target import Served, reload

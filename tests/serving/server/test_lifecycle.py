@@ -19,10 +19,9 @@ from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServic
 from keras_mrl_serving.server import DevServer
 from keras_mrl_serving.server.config import single_model
 from keras_mrl_serving.server.loading import LoadOptions, load
-from keras_mrl_serving.server.manager import Models
-from keras_mrl_serving.server.model import Retries
-from keras_mrl_serving.server.predict import predict
-from keras_mrl_serving.server.running import ServingSession
+from keras_mrl_serving.server.models import Models, Retries
+from keras_mrl_serving.server.requests import predict
+from keras_mrl_serving.server.run import ServingSession
 from keras_mrl_serving.server.status import StatusError, truncated
 
 Publish = Callable[[Path, str], Path]

@@ -10,12 +10,10 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
-from keras_mrl_serving.server.manager import Models
-from keras_mrl_serving.server.model import Retries
-from keras_mrl_serving.server.polling import Poller
-from keras_mrl_serving.server.running import ServingSession
+from keras_mrl_serving.server.config import Poller
+from keras_mrl_serving.server.models import Models, Retries, absent_versions, aspired_versions
+from keras_mrl_serving.server.run import ServingSession
 from keras_mrl_serving.server.status import StatusError
-from keras_mrl_serving.server.versions import absent_versions, aspired_versions
 from tests.serving.server.disk import Disk, config, states, wait_until
 
 LOGGER = "keras_mrl_serving.server"
@@ -33,7 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The time the models see."""
     clock = SimpleNamespace(now=0.0)
     clock.monotonic = lambda: clock.now
-    monkeypatch.setattr("keras_mrl_serving.server.model.time", clock)
+    monkeypatch.setattr("keras_mrl_serving.server.models.time", clock)
     return clock
 
 

@@ -9,11 +9,14 @@ import pytest
 from google.protobuf import text_format
 from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
 
-from keras_mrl_serving.server.config import read_config, single_model
-from keras_mrl_serving.server.manager import Models
-from keras_mrl_serving.server.model import Retries
-from keras_mrl_serving.server.polling import ConfigPoller, Poller
-from keras_mrl_serving.server.reload import Configuration
+from keras_mrl_serving.server.config import (
+    ConfigPoller,
+    Configuration,
+    Poller,
+    read_config,
+    single_model,
+)
+from keras_mrl_serving.server.models import Models, Retries
 from keras_mrl_serving.server.status import StatusError
 from tests.serving.server.disk import Disk, states, wait_until
 

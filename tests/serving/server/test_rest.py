@@ -487,7 +487,7 @@ def test_a_packed_body_is_unpacked(rest: Rest, monkeypatch: pytest.MonkeyPatch) 
     assert answer(packed) == (200, b'{"outputs": [3.0]}')
     for broken in (body, packed[:-9], packed[:5] + b"x" + packed[6:-20] + bytes(20)):
         assert answer(broken) == (400, empty)
-    monkeypatch.setattr("keras_mrl_serving.server.http_server._MOST_UNPACKED_BYTES", len(body) - 1)
+    monkeypatch.setattr("keras_mrl_serving.server.rest._MOST_UNPACKED_BYTES", len(body) - 1)
     assert answer(packed) == (400, empty)
     connection.close()
 

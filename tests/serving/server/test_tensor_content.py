@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tensorflow.core.framework.tensor_pb2 import TensorProto
 
 from keras_mrl_serving import _wire_pb2
-from keras_mrl_serving._tensors import from_proto
+from keras_mrl_serving._wire import from_proto
 from keras_mrl_serving.server.tensors import decode, encode
 
 DTYPES = (

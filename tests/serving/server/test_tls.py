@@ -10,7 +10,7 @@ from tensorflow_serving.apis.get_model_status_pb2 import GetModelStatusRequest
 from tensorflow_serving.apis.model_service_pb2_grpc import ModelServiceStub
 
 from keras_mrl_serving.server import DevServer
-from keras_mrl_serving.server.tls import server_credentials
+from keras_mrl_serving.server.grpc_options import server_credentials
 
 RULE = "ssl_config_file must be a text proto of tensorflow.serving.SSLConfig."
 REMEDY = "Correct the file: server_key, server_cert and custom_ca hold PEM text."

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from keras_mrl_serving.server.transport import add_health, server_options, socket_address
+from keras_mrl_serving.server.grpc_options import add_health, server_options, socket_address
 
 DEFAULTS = (
     ("grpc.max_receive_message_length", -1),

@@ -1,0 +1,301 @@
+"""Arrays to TensorFlow's `TensorProto` and back, without TensorFlow."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+
+from . import _wire_pb2 as wire
+from .calls import AskSignatures, AskStatus, Call, Envelope, Reply, Signature, VersionStatus
+from .errors import ServerError, failed
+
+
+class _Encoding(NamedTuple):
+    """How the elements of one TensorFlow dtype travel."""
+
+    bits: str  # the dtype of one element in `tensor_content`
+    field: str  # the repeated field that holds the elements otherwise
+    # The dtype of that field: narrow integers travel as int32 and keep their low bits.
+    # On protobuf 6, a 300 read as uint8 at once raises.
+    field_dtype: str
+
+
+_HALF_BITS = _Encoding("uint16", "half_val", "int32")
+_ENCODINGS = {
+    wire.DT_FLOAT: _Encoding("float32", "float_val", "float32"),
+    wire.DT_DOUBLE: _Encoding("float64", "double_val", "float64"),
+    wire.DT_HALF: _HALF_BITS,
+    wire.DT_BFLOAT16: _HALF_BITS,
+    wire.DT_INT8: _Encoding("int8", "int_val", "int32"),
+    wire.DT_INT16: _Encoding("int16", "int_val", "int32"),
+    wire.DT_INT32: _Encoding("int32", "int_val", "int32"),
+    wire.DT_INT64: _Encoding("int64", "int64_val", "int64"),
+    wire.DT_UINT8: _Encoding("uint8", "int_val", "int32"),
+    wire.DT_UINT16: _Encoding("uint16", "int_val", "int32"),
+    wire.DT_UINT32: _Encoding("uint32", "uint32_val", "uint32"),
+    wire.DT_UINT64: _Encoding("uint64", "uint64_val", "uint64"),
+    wire.DT_BOOL: _Encoding("bool", "bool_val", "bool"),
+}
+# What half and bfloat16 share is their bits, not their dtype.
+_DTYPES = {
+    encoding.bits: dtype for dtype, encoding in _ENCODINGS.items() if encoding is not _HALF_BITS
+} | {"float16": wire.DT_HALF}
+
+
+def to_proto(array: npt.NDArray[Any]) -> wire.TensorProto:
+    r"""Write an array as TensorFlow Serving reads it fastest: numbers as `tensor_content`.
+
+    Args:
+        array: Numbers or booleans of any layout and byte order, or strings: bytes, str (sent as
+            UTF-8), or an object array of both. NumPy's own bytes arrays drop trailing zero bytes;
+            an object array keeps them.
+
+    Raises:
+        ValueError: If TensorFlow has no such dtype, or an object array holds anything but strings.
+
+    Examples:
+        >>> proto = to_proto(np.array([[1.0, 2.0]], "float32"))
+        >>> proto.tensor_content
+        b'\x00\x00\x80?\x00\x00\x00@'
+        >>> list(to_proto(np.array(["blue", "grün"])).string_val)
+        [b'blue', b'gr\xc3\xbcn']
+    """
+    shape = wire.TensorShapeProto(
+        dim=[wire.TensorShapeProto.Dim(size=size) for size in array.shape]
+    )
+    if array.dtype.kind in "OSUT":
+        strings = [_encoded(element) for element in array.ravel().tolist()]
+        return wire.TensorProto(dtype=wire.DT_STRING, tensor_shape=shape, string_val=strings)
+    dtype = _DTYPES.get(array.dtype.name)
+    if dtype is None:
+        raise ValueError(
+            "dtype must be float16 to float64, int8 to int64, uint8 to uint64, bool, bytes or str. "
+            f"Received: dtype={array.dtype}. Convert the array first: array.astype('float32')."
+        )
+    little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return wire.TensorProto(dtype=dtype, tensor_shape=shape, tensor_content=little_endian.tobytes())
+
+
+def from_proto(proto: wire.TensorProto) -> npt.NDArray[Any]:
+    """Read a tensor in either of TensorFlow Serving's encodings into an array of its own.
+
+    As in TensorFlow itself, a repeated field may hold fewer elements than the shape asks for (the
+    last one repeats; none at all means zeros or empty strings) or more (the surplus is ignored).
+
+    Args:
+        proto: The tensor. bfloat16 comes back as float32, which holds every bfloat16 exactly and
+            which NumPy has; strings come back as an object array of bytes.
+
+    Raises:
+        ValueError: If the dtype is not one of `to_proto`'s or bfloat16, the shape is not fully
+            known, or `tensor_content` does not fit the shape.
+
+    Examples:
+        >>> shape = wire.TensorShapeProto(dim=[wire.TensorShapeProto.Dim(size=4)])
+        >>> from_proto(wire.TensorProto(dtype=wire.DT_HALF, tensor_shape=shape, half_val=[15360]))
+        array([1., 1., 1., 1.], dtype=float16)
+    """
+    shape = _shape(proto.tensor_shape)
+    count = math.prod(shape)
+    if proto.dtype == wire.DT_STRING:
+        content = proto.tensor_content
+        strings = _split(content, shape) if content else list(proto.string_val)
+        values = np.empty(len(strings), object)
+        values[:] = strings
+        return _fitted(values, count, b"").reshape(shape)
+    if proto.dtype not in _ENCODINGS:
+        known = proto.dtype in wire.DataType.values()
+        name = wire.DataType.Name(proto.dtype) if known else proto.dtype
+        raise ValueError(
+            "a tensor's dtype must be a float, integer, bool or string dtype that NumPy has, or "
+            f"bfloat16. Received: dtype={name}. Cast the output in the exported signature: "
+            "tf.cast(output, tf.float32)."
+        )
+    bits, field, field_dtype = _ENCODINGS[proto.dtype]
+    if proto.tensor_content:
+        element = np.dtype(bits).newbyteorder("<")
+        if len(proto.tensor_content) != count * element.itemsize:
+            raise ValueError(
+                f"tensor_content must hold {count * element.itemsize} bytes: {element.itemsize} "
+                f"for each element of shape {shape}. Received: {len(proto.tensor_content)} bytes. "
+                "The tensor is damaged: ask again, and if it stays so look at what the server runs."
+            )
+        values = np.frombuffer(proto.tensor_content, element).astype(bits)
+    else:
+        # One copy through the container's __array__: a loop over a million floats takes 60 ms.
+        field_values = np.array(getattr(proto, field), field_dtype)
+        values = _fitted(field_values, count, 0).astype(bits, copy=False)
+    if proto.dtype == wire.DT_HALF:
+        values = values.view("float16")
+    elif proto.dtype == wire.DT_BFLOAT16:
+        values = (values.astype("uint32") << 16).view("float32")
+    return values.reshape(shape)
+
+
+def _encoded(element: object) -> bytes:
+    if isinstance(element, bytes):
+        return element
+    if isinstance(element, str):
+        return element.encode()
+    raise ValueError(
+        "an object array must hold bytes and str only. "
+        f"Received: an element of type {type(element).__name__}. "
+        "Give numbers a dtype of their own: array.astype('float32')."
+    )
+
+
+def _shape(shape: wire.TensorShapeProto) -> tuple[int, ...]:
+    sizes = tuple(dim.size for dim in shape.dim)
+    if shape.unknown_rank or any(size < 0 for size in sizes):
+        received = "an unknown rank" if shape.unknown_rank else f"sizes {sizes}"
+        raise ValueError(
+            f"a tensor's shape must be fully known. Received: {received}. "
+            "The tensor is damaged: ask again, and if it stays so look at what the server runs."
+        )
+    return sizes
+
+
+def _fitted(values: npt.NDArray[Any], count: int, nothing: object) -> npt.NDArray[Any]:
+    """Repeat the last value, or `nothing` where there is none, or drop the surplus."""
+    missing = count - len(values)
+    if missing > 0:
+        # Not np.full: it drops the trailing zero bytes of a string.
+        last = values[-1:] if len(values) else np.array([nothing], values.dtype)
+        values = np.concatenate([values, last.repeat(missing)])
+    return values[:count]
+
+
+def _split(content: bytes, shape: tuple[int, ...]) -> list[bytes]:
+    """Read strings from `tensor_content`: every length as a varint, then the bytes end to end.
+
+    A server started with `--enable_serialization_as_tensor_content` writes them so.
+    """
+    count = math.prod(shape)
+    sizes: list[int] = []
+    size = shift = position = 0
+    while len(sizes) < count and position < len(content):
+        size |= (content[position] & 0x7F) << shift
+        shift += 7
+        if content[position] < 0x80:
+            sizes.append(size)
+            size = shift = 0
+        position += 1
+    ends = list(itertools.accumulate(sizes, initial=position))
+    if len(sizes) < count or ends[-1] != len(content):
+        raise ValueError(
+            f"tensor_content must hold the lengths and the bytes of {count} strings, one for each "
+            f"element of shape {shape}. Received: {len(content)} bytes that are not that. "
+            "The tensor is damaged: ask again, and if it stays so look at what the server runs."
+        )
+    return [content[start:end] for start, end in itertools.pairwise(ends)]
+
+
+# Requests as TensorFlow Serving's messages, and its responses as replies.
+
+PREDICT = "/tensorflow.serving.PredictionService/Predict"
+METADATA = "/tensorflow.serving.PredictionService/GetModelMetadata"
+STATUS = "/tensorflow.serving.ModelService/GetModelStatus"
+
+# Each method with how it is written and read.
+METHODS: dict[str, tuple[Any, Any]] = {
+    PREDICT: (wire.PredictRequest, wire.PredictResponse),
+    METADATA: (wire.GetModelMetadataRequest, wire.GetModelMetadataResponse),
+    STATUS: (wire.GetModelStatusRequest, wire.GetModelStatusResponse),
+}
+_SIGNATURES = "signature_def"
+_INIT_OP = "__saved_model_init_op"  # Keras's exports list it; it is not there to be called
+
+
+def stubs(channel: grpc.Channel | grpc.aio.Channel) -> dict[str, Any]:
+    """Return the calls of a channel, blocking or not, by method."""
+    return {
+        method: channel.unary_unary(
+            method,
+            request_serializer=asked.SerializeToString,
+            response_deserializer=answered.FromString,
+        )
+        for method, (asked, answered) in METHODS.items()
+    }
+
+
+def encode(envelope: Envelope) -> tuple[str, Any]:
+    """Return the method an envelope goes to, and its message."""
+    request = envelope.request
+    spec = wire.ModelSpec(name=envelope.model, signature_name=envelope.signature)
+    if envelope.version is not None:
+        spec.version.value = envelope.version
+    elif envelope.label is not None:
+        spec.version_label = envelope.label
+    if isinstance(request, Call):
+        message = wire.PredictRequest(model_spec=spec, output_filter=request.outputs)
+        for name, array in request.inputs.items():
+            message.inputs[name].CopyFrom(to_proto(array))
+        return PREDICT, message
+    if isinstance(request, AskSignatures):
+        return METADATA, wire.GetModelMetadataRequest(model_spec=spec, metadata_field=[_SIGNATURES])
+    return STATUS, wire.GetModelStatusRequest(model_spec=spec)
+
+
+def decode(envelope: Envelope, response: Any, target: str) -> Reply[Any]:
+    """Return what a response says.
+
+    Raises:
+        ServerError: If it holds what this client cannot read.
+    """
+    try:
+        if isinstance(envelope.request, AskStatus):
+            return Reply(tuple(map(_version_status, response.model_version_status)), None)
+        answered = response.model_spec.version.value
+        if isinstance(envelope.request, AskSignatures):
+            return Reply(_signatures(response), answered)
+        return Reply({n: from_proto(proto) for n, proto in response.outputs.items()}, answered)
+    except ValueError as error:
+        remedy = "Ask a model exported by keras_mrl_export.export_saved_model."
+        received, details = "what this client cannot read", str(error)
+        raise failed(
+            ServerError, envelope, target, received, details=details, remedy=remedy
+        ) from error
+
+
+def _version_status(status: wire.ModelVersionStatus) -> VersionStatus:
+    state = wire.ModelVersionStatus.State.Name(status.state)
+    return VersionStatus(status.version, state, status.status.error_message)
+
+
+def _signatures(response: wire.GetModelMetadataResponse) -> dict[str, Signature]:
+    # The message calls itself tensorflow.serving.SignatureDefMap, so `Unpack` would refuse it.
+    found = wire.SignatureDefMap.FromString(response.metadata[_SIGNATURES].value)
+    return signatures_of(found.signature_def)
+
+
+def signatures_of(definitions: Mapping[str, wire.SignatureDef]) -> dict[str, Signature]:
+    """Return what can be called of these definitions, by name."""
+    return {
+        name: Signature(_specs(signature.inputs), _specs(signature.outputs))
+        for name, signature in sorted(definitions.items())
+        if name != _INIT_OP
+    }
+
+
+def _specs(infos: Any) -> dict[str, dict[str, object]]:
+    return {
+        name: {"dtype": _dtype(info), "shape": _shape_proto(info)} for name, info in infos.items()
+    }
+
+
+def _dtype(info: wire.TensorInfo) -> str:
+    name = wire.DataType.Name(info.dtype).removeprefix("DT_").lower()
+    return {"float": "float32", "double": "float64", "half": "float16"}.get(name, name)
+
+
+def _shape_proto(info: wire.TensorInfo) -> list[int | None] | None:
+    if info.tensor_shape.unknown_rank:
+        return None
+    return [None if dim.size < 0 else dim.size for dim in info.tensor_shape.dim]

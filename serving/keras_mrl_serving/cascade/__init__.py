@@ -1,0 +1,1 @@
+"""Cascades: which rows a cheap dim answers, how thresholds are learned, certified and watched."""

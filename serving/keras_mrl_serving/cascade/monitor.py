@@ -1,0 +1,142 @@
+"""Whether rows in production stop where those of the holdout stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..contract import check_dims
+from ..inputs import check_holdout
+from .policy import CascadePolicy, CascadeReport, report_exits
+
+_DRAWS = 9999
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How two exit histograms differ.
+
+    Args:
+        p_value: Chance of a difference as large between two draws of the same rows; at least 1 in
+            10,000.
+        moved: Size of the effect: the share of rows that stop at another stage (the total
+            variation distance), from 0 to 1.
+        expected: Share of the holdout that stopped at each stage.
+        seen: The same of the rows in production.
+        size: Number of rows in production.
+
+    Examples:
+        >>> Drift(0.4, 0.02, expected=(0.7, 0.3), seen=(0.72, 0.28), size=100).moved
+        0.02
+    """
+
+    p_value: float
+    moved: float
+    expected: tuple[float, ...]
+    seen: tuple[float, ...]
+    size: int
+
+
+def exit_drift(policy: CascadePolicy, dims: npt.ArrayLike, seed: int = 0) -> Drift:
+    """Compare where rows stop in production with where the policy's holdout stopped.
+
+    Inputs that differ from those of the holdout shift the confidences, and with them the exits,
+    long before labels are there to measure accuracy by. With very many rows the smallest of
+    differences is no chance; look at `moved`, too.
+
+    Args:
+        policy: With the holdout it was learned on, as a manifest carries it.
+        dims: The dim that decided each row: the `dim` of what `classify_adaptive` returned.
+        seed: Of the draws.
+
+    Shapes:
+        dims: `(rows,)`.
+
+    Formula:
+        chi-squared of the two rows of counts; its p-value among 9,999 draws of the production's
+        count from all rows pooled, so that small counts need no care
+
+    Raises:
+        ValueError: If the policy has no holdout, or `dims` are not rows of its dims.
+
+    Examples:
+        >>> from keras_mrl_serving import CascadeReport, Stage
+        >>> holdout = CascadeReport(0.8, 0.8, 36.0, 40.0, exit_fractions=(0.5, 0.5), size=1000)
+        >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)), holdout=holdout)
+        >>> exit_drift(policy, [8] * 50 + [64] * 50).moved
+        0.0
+        >>> drift = exit_drift(policy, [8] * 20 + [64] * 80)
+        >>> round(drift.moved, 3), drift.p_value
+        (0.3, 0.0001)
+    """
+    if policy.holdout is None:
+        raise ValueError(
+            "Drift is seen against the holdout of a policy. Received: a policy without. "
+            "Learn it, or set it: dataclasses.replace(policy, holdout=policy.evaluate(...))."
+        )
+    stopped = np.asarray(dims)
+    if stopped.ndim != 1 or not len(stopped) or not np.isin(stopped, policy.dims).all():
+        raise ValueError(
+            f"dims must be one of {', '.join(map(str, policy.dims))} for each row. "
+            f"Received: {stopped.dtype} of shape {stopped.shape}. "
+            "Give client.classify_adaptive(...).dim."
+        )
+    expected = np.asarray(policy.holdout.exit_fractions)
+    before = np.round(expected * policy.holdout.size).astype(np.int64)
+    now = np.array([(stopped == dim).sum() for dim in policy.dims])
+    seen = now / len(stopped)
+    drawn = np.random.default_rng(seed).multivariate_hypergeometric(
+        before + now, len(stopped), size=_DRAWS, method="marginals"
+    )
+    # The pooled counts are the same in every draw, so the rows drawn decide the statistic.
+    share = (before + now) * (len(stopped) / (before + now).sum())
+    spread = np.where(share > 0, share, 1)
+    distance = ((drawn - share) ** 2 / spread).sum(axis=1)
+    as_far = (distance >= ((now - share) ** 2 / spread).sum() * (1 - 1e-12)).sum()
+    return Drift(
+        p_value=float((1 + as_far) / (1 + _DRAWS)),
+        moved=float(np.abs(seen - expected).sum() / 2),
+        expected=tuple(expected.tolist()),
+        seen=tuple(seen.tolist()),
+        size=len(stopped),
+    )
+
+
+# The ceiling of every cascade: a router that knows the label.
+
+
+def oracle_report(
+    logits: npt.ArrayLike, labels: npt.ArrayLike, dims: Sequence[int]
+) -> CascadeReport:
+    """Return what a router that knows the label would reach.
+
+    A row stops at the first dim that has it right, and at the first dim if none has: asking
+    further would be in vain.
+
+    Args:
+        logits: What `predict` of the nested model returns.
+        labels: Class ids, from 0.
+        dims: The dims of the head.
+
+    Shapes:
+        logits: `(rows, num_dims, num_classes)`. labels: `(rows,)`.
+
+    Raises:
+        ValueError: If shapes do not fit, rows are none, or probabilities were given.
+
+    Reference:
+        Kusupati et al., Matryoshka Representation Learning, the oracle routing of its appendix.
+
+    Examples:
+        >>> first, second = [[2.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [1.0, 0.0]]
+        >>> report = oracle_report([first, second], labels=[1, 0], dims=(8, 64))
+        >>> report.accuracy, report.full_accuracy, report.expected_dim
+        (1.0, 1.0, 36.0)
+    """
+    dims = check_dims(dims)
+    scores, truth = check_holdout(logits, labels, len(dims))
+    right = np.argmax(scores, axis=-1) == truth[:, None]
+    return report_exits(dims, np.argmax(right, axis=1), right)

@@ -1,0 +1,47 @@
+"""Opens an index that was saved, whichever engine it was saved by."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import ManifestError
+from . import exact, faiss
+from .storage import Saved, opened
+
+
+def open_index(
+    path: str | os.PathLike[str], *, verify: bool = True
+) -> exact.ExactIndex | faiss.FaissIndex:
+    """Return the index a folder holds, memory-mapped.
+
+    Args:
+        path: The folder.
+        verify: Compare every byte with the digests written beside it, which reads it once.
+
+    Raises:
+        FileNotFoundError: If no index is there.
+        DamagedIndexError: If it is not as it was written.
+        ManifestError: If a later version of keras-mrl wrote it.
+
+    Examples:
+        >>> import tempfile
+        >>> from keras_mrl_serving import ExactIndex, FunnelSchedule
+        >>> folder = tempfile.mkdtemp()
+        >>> ExactIndex.build(np.eye(4), FunnelSchedule((2, 4), (3,), 1)).save(folder)
+        >>> open_index(folder).search(np.eye(4)[:1]).ids.tolist()
+        [[0]]
+    """
+    return opened(path, _open, verify=verify)
+
+
+def _open(saved: Saved) -> exact.ExactIndex | faiss.FaissIndex:
+    engine = saved.card.get("engine")
+    if engine == exact.ENGINE:
+        return exact.ExactIndex.of(saved)
+    if engine == faiss.ENGINE:
+        return faiss.FaissIndex.of(saved)
+    raise ManifestError(
+        f'An index is of the engine "{exact.ENGINE}" or "{faiss.ENGINE}". '
+        f"Received: {engine!r}. "
+        "Install the version of keras-mrl that wrote it, or a later one."
+    )

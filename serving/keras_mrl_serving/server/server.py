@@ -1,0 +1,421 @@
+"""The development server itself: its models, their pollers and its ports."""
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from os import PathLike, fspath
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from ..saved_model import list_versions
+from .batching_config import batching_parameters
+from .config import ConfigPoller, Configuration, Poller, check_logging, read_config, single_model
+from .grpc_options import (
+    RefusesUnreadable,
+    add_health,
+    server_credentials,
+    server_options,
+    socket_address,
+)
+from .loading import LoadOptions, load
+from .models import Models, Retries, absent_version, absent_versions, aspired_versions, no_versions
+from .requests import add_services
+from .rest import Answer, HttpServer, answer
+from .status import StatusError
+
+# The first config of a server, and its first versions: what is wrong with them ends the start.
+
+
+def apply_first(configuration: Configuration, config: Any, path: str) -> None:
+    """Puts the first config in place.
+
+    Args:
+        configuration: of the server that starts.
+        config: its `ModelServerConfig`.
+        path: where the config comes from.
+
+    Raises:
+        ValueError: TensorFlow Serving would not start with it.
+    """
+    try:
+        configuration.apply(config)
+        check_logging(config)
+    except StatusError as error:
+        remedy = "Correct the file."
+        if error.code is grpc.StatusCode.FAILED_PRECONDITION:
+            remedy = (
+                "At the start none is yet: leave the label out until a later reload, or give "
+                "allow_version_labels_for_unavailable_models."
+            )
+        raise ValueError(
+            "The config of the models must be one that can be served. Received: "
+            f"{path!r}, {error.code.name}: {error.message}. {remedy}"
+        ) from error
+
+
+def load_first_versions(models: Models, config: Any) -> None:
+    """Loads what the config asks for, all of which must be there.
+
+    TensorFlow Serving waits for base paths and versions that are not there, and tries a version
+    that does not load for five minutes; here that ends the start at once.
+
+    Args:
+        models: the models of the server.
+        config: the `ModelServerConfig` it starts with.
+
+    Raises:
+        FileNotFoundError: a base path is no folder, or holds no version.
+        RuntimeError: a version does not load.
+    """
+    for model in config.model_config_list.config:
+        _check_has_versions(model)
+    models.poll()
+    for model in config.model_config_list.config:
+        newest = models.versions(model.name)[0]
+        if newest.failure is not None:
+            raise RuntimeError(
+                f"The highest version must load. Received: version {newest.number} of model "
+                f"{model.name}, {newest.failure.code.name}: {newest.failure.message.rstrip('.')}. "
+                "Export it again, or remove it so that a lower one is served."
+            )
+
+
+def _check_has_versions(model: Any) -> None:
+    path = model.base_path
+    try:
+        found = list_versions(path)
+    except (OSError, ValueError) as error:  # a path may hold what no path can
+        why = getattr(error, "strerror", None) or error
+        raise FileNotFoundError(
+            f"base_path must be a folder that can be read. Received: base_path={path!r} "
+            f"({why}). Export a model to {path}/1 first, or correct the path."
+        ) from error
+    if aspired_versions(found, model.model_version_policy):
+        return
+    if found:
+        absent = absent_version(model.name, absent_versions(found, model.model_version_policy)[0])
+        raise FileNotFoundError(
+            f"A specific version must stand under base_path. Received: {absent} "
+            f"Name one of {', '.join(map(str, sorted(found)))}, or leave the policy out."
+        )
+    raise FileNotFoundError(
+        f"base_path must hold a version of the model. Received: "
+        f"{no_versions(model.name, path)} Put the SavedModel at {path}/1, or give the folder "
+        "above the numbered one."
+    )
+
+
+# The addresses of a server, and what is said of one that cannot be had.
+
+
+def bind(
+    server: grpc.Server, host: str, port: int, credentials: grpc.ServerCredentials | None
+) -> int:
+    """Binds the gRPC port and returns its number.
+
+    Args:
+        server: the server, not yet started.
+        host: the address to listen on.
+        port: the port to listen on; 0 takes a free one.
+        credentials: what TLS needs; None means without.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    try:
+        return _add(server, f"{host}:{port}", credentials)
+    except RuntimeError as error:
+        raise _not_free(host, f"port={port}") from error
+
+
+def bind_socket(server: grpc.Server, path: str, credentials: grpc.ServerCredentials | None) -> None:
+    """Has a gRPC server listen on a Unix domain socket too.
+
+    Args:
+        server: the server, not yet started.
+        path: path of the socket.
+        credentials: what TLS needs; None means without.
+
+    Raises:
+        OSError: no socket can be made there.
+    """
+    address = socket_address(path)
+    try:
+        _add(server, address, credentials)
+    except RuntimeError as error:
+        raise OSError(
+            "grpc_socket_path must be a path in a folder that can be written. Received: "
+            f"grpc_socket_path={path!r}, which cannot be bound. Choose another path."
+        ) from error
+
+
+def bind_http(host: str, port: int, answer: Answer) -> HttpServer:
+    """The server of the REST port, bound but not started.
+
+    Args:
+        host: the address to listen on.
+        port: the port to listen on; 0 takes a free one.
+        answer: from method, path and body to the HTTP code and a JSON body.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    try:
+        return HttpServer(host, port, answer)
+    except (OSError, OverflowError) as error:
+        raise _not_free(host, f"rest_api_port={port}") from error
+
+
+def _add(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    if credentials is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, credentials)
+
+
+def _not_free(host: str, port: str) -> OSError:
+    return OSError(
+        f"The address must be free. Received: host={host!r}, {port}, "
+        f"which cannot be bound. Choose another port, or {port.partition('=')[0]}=0 for any "
+        "free one."
+    )
+
+
+_logger = logging.getLogger("keras_mrl_serving.server")
+_GRACE_S = 5.0
+# Most of them wait, for a batch or for a reload; those that compute leave the GIL.
+_MAX_THREADS = 64
+StrPath = str | PathLike[str]
+
+
+class DevServer:
+    """Serves SavedModels as TensorFlow Serving does, in process.
+
+    For development and tests; production runs `tensorflow/serving` on the very same files. The
+    arguments are its flags.
+
+    Args:
+        base_path: the folder whose numeric children are the versions; the highest is served.
+        model_name: the name requests ask for.
+        model_config_file: text proto of `tensorflow.serving.ModelServerConfig`: models, version
+            policies and labels. It takes the place of `base_path` and `model_name`.
+        model_config_file_poll_wait_seconds: how often that file is reloaded; 0 means never.
+        port: the port to listen on; 0 takes a free one.
+        host: the address to listen on.
+        grpc_socket_path: a Unix domain socket to listen on as well; None means without.
+        grpc_channel_arguments: options of the gRPC server, `key=value,key=value`.
+        rest_api_port: the port of the REST surface; 0 takes a free one, None means without.
+        rest_api_timeout_in_ms: how long a REST call may compute; 0 or less means without limit.
+        ssl_config_file: text proto of `tensorflow.serving.SSLConfig`; with it the gRPC port
+            speaks TLS. REST stays plain HTTP, as TensorFlow Serving's does.
+        file_system_poll_wait_seconds: how often base paths are looked at; 0 means only at start,
+            so that models a reload adds never come; below 0 not even then, and `poll` does.
+        max_num_load_retries: how often a version that does not load is tried again.
+        load_retry_interval_micros: the time between two tries.
+        allow_version_labels_for_unavailable_models: whether a new label may stand for a version
+            that is not available, as none is at the start.
+        enable_batching: whether requests are computed in batches.
+        batching_parameters_file: text proto of `tensorflow.serving.BatchingParameters`.
+        enable_model_warmup: whether warm-up records are replayed before a version serves.
+        enable_grpc_healthcheck_service: whether `grpc.health.v1` is served.
+        enable_serialization_as_tensor_content: whether answers come in bytes, not in the field of
+            each dtype.
+
+    Examples:
+        >>> with DevServer("models/flowers") as target:  # doctest: +SKIP
+        ...     channel = grpc.insecure_channel(target)
+    """
+
+    def __init__(
+        self,
+        base_path: StrPath | None = None,
+        *,
+        model_name: str = "default",
+        model_config_file: StrPath | None = None,
+        model_config_file_poll_wait_seconds: float = 0.0,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        grpc_socket_path: StrPath | None = None,
+        grpc_channel_arguments: str = "",
+        rest_api_port: int | None = None,
+        rest_api_timeout_in_ms: int = 30_000,
+        ssl_config_file: StrPath | None = None,
+        file_system_poll_wait_seconds: float = 1.0,
+        max_num_load_retries: int = 5,
+        load_retry_interval_micros: int = 60_000_000,
+        allow_version_labels_for_unavailable_models: bool = False,
+        enable_batching: bool = False,
+        batching_parameters_file: StrPath | None = None,
+        enable_model_warmup: bool = True,
+        enable_grpc_healthcheck_service: bool = False,
+        enable_serialization_as_tensor_content: bool = False,
+    ) -> None:
+        self.port = port
+        self.rest_api_port = rest_api_port
+        self._host = host
+        self._base_path = None if base_path is None else _absolute(fspath(base_path))
+        self._model_name = model_name
+        self._config_file = _text(model_config_file)
+        self._config_wait_s = model_config_file_poll_wait_seconds
+        self._socket_path = _text(grpc_socket_path)
+        self._channel_arguments = grpc_channel_arguments
+        self._rest_timeout_s = max(rest_api_timeout_in_ms, 0) / 1000 or None
+        self._ssl_config_file = _text(ssl_config_file)
+        self._wait_s = file_system_poll_wait_seconds
+        self._retries = Retries(
+            max_num=max_num_load_retries, interval_s=max(load_retry_interval_micros, 0) / 1e6
+        )
+        self._allow_labels = allow_version_labels_for_unavailable_models
+        self._enable_batching = enable_batching
+        self._batching_file = _text(batching_parameters_file)
+        self._enable_warmup = enable_model_warmup
+        self._enable_health = enable_grpc_healthcheck_service
+        self._as_tensor_content = enable_serialization_as_tensor_content
+        self._models: Models | None = None
+        self._server: grpc.Server | None = None
+        self._http: HttpServer | None = None
+        self._configuration: Configuration | None = None
+        self._poller: Poller | None = None
+        self._config_poller: ConfigPoller | None = None
+
+    def start(self) -> str:
+        """Loads the first versions, then opens the ports; returns the gRPC one's `host:port`.
+
+        Raises:
+            FileNotFoundError: a base path is no folder, or holds no version.
+            RuntimeError: a version does not load, or the server was started before.
+            OSError: a port is taken, or a file cannot be read.
+            ValueError: there is neither a base path nor a config, or a file or the channel
+                arguments hold something that cannot be used.
+        """
+        if self._server is not None:
+            raise RuntimeError(
+                "A DevServer starts once. Received: a second start(). Make another DevServer."
+            )
+        source = self._config_file or self._base_path
+        if source is None:
+            raise ValueError(
+                "A DevServer must have models. Received: neither base_path nor "
+                "model_config_file. Give one of them."
+            )
+        _logger.warning(
+            "This server is for development and tests. Production runs tensorflow/serving on the "
+            "very same files: %s",
+            source,
+        )
+        config = (
+            read_config(self._config_file)
+            if self._config_file
+            else single_model(self._model_name, source)
+        )
+        credentials = server_credentials(self._ssl_config_file) if self._ssl_config_file else None
+        options = server_options(self._channel_arguments)
+        models = Models(partial(load, options=self._load_options()), self._retries)
+        poller = Poller(models, self._wait_s)
+        configuration = Configuration(
+            models, allow_labels_for_unavailable=self._allow_labels, wake=poller.wake
+        )
+        apply_first(configuration, config, source)
+        server = grpc.server(
+            ThreadPoolExecutor(_MAX_THREADS), interceptors=[RefusesUnreadable()], options=options
+        )
+        try:
+            if self._wait_s >= 0:
+                load_first_versions(models, config)
+            add_services(server, models, configuration, as_tensor_content=self._as_tensor_content)
+            if self._enable_health:
+                add_health(server)
+            self._bind(server, models, credentials)
+        except BaseException:
+            if self._http is not None:
+                self._http.stop(0)
+            models.close()
+            raise
+        server.start()
+        self._models, self._configuration, self._server = models, configuration, server
+        if self._http is not None:
+            self._http.start()
+        self._poller = poller
+        poller.start()
+        if self._config_file and self._config_wait_s > 0:
+            self._config_poller = ConfigPoller(
+                configuration, self._config_file, self._config_wait_s
+            )
+            self._config_poller.start()
+        return self._say_where(config)
+
+    def poll(self) -> None:
+        """Looks at the base paths now, and loads and unloads what that means, in this thread."""
+        if self._models is not None and self._poller is not None:
+            self._models.poll()
+            self._poller.wake()  # for the tries that are due later
+
+    def stop(self) -> None:
+        """Closes the ports, gives requests under way five seconds, and unloads the models.
+
+        An unload waits for what still computes, and for a load under way.
+        """
+        if self._configuration is not None:
+            self._configuration.close()
+        stopped = None if self._server is None else self._server.stop(_GRACE_S)
+        if self._http is not None:
+            self._http.stop(_GRACE_S)
+        if self._config_poller is not None:
+            self._config_poller.stop()
+        if self._poller is not None:
+            self._poller.stop()
+            self._poller = None
+        if stopped is not None:
+            stopped.wait()
+        if self._models is not None:
+            self._models.close()
+
+    def wait(self) -> None:
+        """Blocks until the server is stopped, by another thread or by a signal's exception."""
+        if self._server is not None:
+            self._server.wait_for_termination()
+
+    def __enter__(self) -> str:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _load_options(self) -> LoadOptions:
+        parameters = batching_parameters(self._enable_batching, self._batching_file)
+        return LoadOptions(enable_model_warmup=self._enable_warmup, batching_parameters=parameters)
+
+    def _bind(
+        self, server: grpc.Server, models: Models, credentials: grpc.ServerCredentials | None
+    ) -> None:
+        if self.rest_api_port is not None:
+            answering = partial(answer, models, self._rest_timeout_s)
+            self._http = bind_http(self._host, self.rest_api_port, answering)
+            self.rest_api_port = self._http.server_port
+        if self._socket_path is not None:
+            bind_socket(server, self._socket_path, credentials)
+        # last: what gRPC has bound stays so until the server is gone
+        self.port = bind(server, self._host, self.port, credentials)
+
+    def _say_where(self, config: Any) -> str:
+        target = f"{self._host}:{self.port}"
+        for model in config.model_config_list.config:
+            _logger.info("%s: serving %s on %s", model.name, model.base_path, target)
+        if self.rest_api_port is not None:
+            _logger.info("REST on http://%s:%d/v1/models", self._host, self.rest_api_port)
+        return target
+
+
+def _text(path: StrPath | None) -> str | None:
+    return fspath(path) if path else None
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
