@@ -7,6 +7,6 @@ Examples:
 """
 
 from .decoder import ImageDecoder as ImageDecoder
-from .errors import ExportError as ExportError
-from .saved_index import export_index as export_index
-from .saved_model import export_saved_model as export_saved_model
+from .export import export_index as export_index
+from .export import export_saved_model as export_saved_model
+from .job import ExportError as ExportError

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from keras_mrl import log_spaced_dims
@@ -13,8 +16,114 @@ from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import as_int, check_dims
 from keras_mrl_serving.index import ExactIndex
 
-from .decoder import ImageDecoder
-from .integers import is_positive
+from .decoder import ImageDecoder, is_positive
+
+# Where a version goes, and what it is called there.
+
+# What `keras-mrl deploy` takes too: it stands in flags, in URLs and in the names of containers.
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
+# A path loses one of two slashes. A scheme of one letter is a drive.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def checked_base_path(base_path: str | Path) -> Path:
+    """Return the folder of a model's versions as a path.
+
+    Raises:
+        TypeError: If it is no path.
+        ValueError: If it is empty, or a URL: a folder of that name would be made here.
+    """
+    if not isinstance(base_path, (str, os.PathLike)):
+        raise TypeError(
+            "base_path must be a folder, a str or a Path. "
+            f"Received: {type(base_path).__name__}. Give for example 'models/birds'."
+        )
+    text = os.fspath(base_path)
+    if not text or _URL.match(text):
+        raise ValueError(
+            "base_path must be a folder of a file system. "
+            f"Received: base_path={text!r}. "
+            "Export to a folder, then copy the version's folder to where servers read."
+        )
+    return Path(text)
+
+
+def checked_name(name: str) -> str:
+    """Return `name`, or raise unless a model can be served and deployed under it.
+
+    Raises:
+        TypeError: If it is no `str`.
+        ValueError: If it has other characters, or none.
+    """
+    if isinstance(name, str) and _NAME.fullmatch(name):
+        return name
+    kind = ValueError if isinstance(name, str) else TypeError
+    raise kind(
+        "name must be of letters, digits, '_', '.' and '-', the first and the last a letter or "
+        f"digit. Received: name={name!r:.80}. Give for example 'birds'."
+    )
+
+
+# Which signatures a version is written with.
+
+_ALWAYS = (contract.DESCRIBE, contract.SERVING_DEFAULT)
+
+
+def chosen_signatures(
+    asked: Sequence[str] | None,
+    dims: tuple[int, ...],
+    head: bool,
+    policy: CascadePolicy | None,
+    index: ExactIndex | None,
+) -> tuple[str, ...]:
+    """Return the names of the signatures to write, in the order of the contract.
+
+    Args:
+        asked: Names, or families: "embed" for every `embed_<m>`. None means all that there are.
+        dims: The dims that are exported.
+        head: Whether the model classifies.
+        policy: Its cascade.
+        index: Its gallery.
+
+    Raises:
+        ValueError: If one is asked for that the model cannot have.
+    """
+    offered = _offered(dims, head, policy, index)
+    if asked is None:
+        return offered
+    if isinstance(asked, str):
+        asked = [asked]
+    names = tuple(asked)
+    known = {*offered, *map(_family, offered), *_ALWAYS}
+    unknown = [name for name in names if not isinstance(name, str) or name not in known]
+    if unknown:
+        raise ValueError(
+            f"signatures must be of those the model can have: {', '.join(offered)}. "
+            f"Received: {', '.join(map(repr, unknown))}. "
+            'Give those names, or a family of them: "embed".'
+        )
+    return tuple(name for name in offered if name in names or _family(name) in names)
+
+
+def _offered(
+    dims: tuple[int, ...], head: bool, policy: CascadePolicy | None, index: ExactIndex | None
+) -> tuple[str, ...]:
+    names = [contract.embed(dim) for dim in dims]
+    if head:
+        names += [contract.classify(dim) for dim in dims]
+    names.append(contract.FEATURES)
+    if head:
+        names += [contract.head(dim) for dim in dims]
+    if policy is not None:
+        names.append(contract.CLASSIFY_ADAPTIVE)
+    if index is not None:
+        edges = sorted({*dims, *index.schedule.dims})
+        names += [contract.RETRIEVE, contract.SEARCH, *map(contract.search, edges)]
+    return tuple(names)
+
+
+def _family(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
 
 
 def checked_top_k(top_k: int) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from keras_mrl import split
 from keras_mrl_serving import contract, flows
@@ -16,17 +20,94 @@ from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.version import __version__
 
-from .errors import ExportError
-from .examples import examples
-from .fingerprint import fingerprint_of
-from .inputs import declared_inputs
-from .job import Job
-from .operations import check_operations
-from .parity import PARITY_FILE, check_parity
+from .job import ExportError, Job
+from .model_file import load
+from .parity import PARITY_FILE, check_parity, examples
 from .publish import Staged
+from .sample import declared_inputs
 from .signatures import ServedModel
-from .travel import load
 from .warmup import write_warmup
+
+# What an encoder is known by: equal only where `embed_<m>` answers alike.
+
+_ASSETS = "assets/"  # in a .keras file: vocabularies that layers learned
+
+
+def fingerprint_of(
+    model: keras.Model, saved: Path, inputs: Mapping[str, Mapping[str, Any]], job: Job
+) -> str:
+    """Return the SHA-256 of all that makes an embedding out of an input.
+
+    That is the configuration, every weight in the model's own order, what layers keep besides
+    weights (vocabularies, document frequencies), and how the model is served: its decoder, whether
+    embeddings are scaled, and the types its inputs are cast to. Dims, labels and a cascade change
+    no embedding; code of the user's own layers has no form that is the same in every process.
+
+    Args:
+        model: The model as it is served.
+        saved: The `.keras` file it was loaded from.
+        inputs: Those of the manifest.
+        job: How it is served.
+    """
+    digest = hashlib.sha256(model.to_json(sort_keys=True).encode())
+    served = {
+        "decoder": None if job.decoder is None else job.decoder.to_json(),
+        "normalize": bool(job.normalize),
+        "dtypes": [inputs[name]["dtype"] for name in sorted(inputs)],
+    }
+    digest.update(json.dumps(served, sort_keys=True).encode())
+    values = [keras.ops.convert_to_numpy(variable) for variable in model.variables]
+    for value in (*values, *_kept_besides(model)):
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    with zipfile.ZipFile(saved) as archive:
+        for name in sorted(archive.namelist()):
+            if name.startswith(_ASSETS):
+                digest.update(f"{name}\n".encode())
+                digest.update(archive.read(name))
+    return digest.hexdigest()
+
+
+def _kept_besides(model: keras.Model) -> list[Any]:
+    """What layers with a store of their own write there, such as the weights of TF-IDF."""
+    kept = []
+    for layer in model._flatten_layers():
+        if type(layer).save_own_variables is not keras.Layer.save_own_variables:
+            store: dict[str, Any] = {}
+            layer.save_own_variables(store)
+            kept += [np.asarray(store[key]) for key in sorted(store)]
+    return kept
+
+
+# Which operations a graph may hold: TensorFlow's own, which every server of SavedModels has.
+
+# These call back into the Python process that made them.
+_OF_PYTHON = frozenset(("PyFunc", "PyFuncStateless", "EagerPyFunc"))
+# TensorFlow's own too, though tf.raw_ops does not name them: Keras slices and updates by them.
+_INTERNAL = ("_", "Xla")
+
+
+def check_operations(folder: Path) -> None:
+    """Raise `ExportError` if the SavedModel in `folder` needs more than TensorFlow to run.
+
+    It runs here, where the package that brings an operation is imported, and loads in no server.
+    """
+    graphs = SavedModel.FromString((folder / "saved_model.pb").read_bytes()).meta_graphs
+    used = {op.name for graph in graphs for op in graph.meta_info_def.stripped_op_list.op}
+    foreign = sorted(name for name in used if not _is_tensorflows(name))
+    if foreign:
+        raise ExportError(
+            "A served graph may hold only operations of TensorFlow itself. "
+            f"Received: a model that needs {', '.join(foreign)}. Do this before the model, in the "
+            "client, or by layers of Keras: TextVectorization for a tokenizer of tensorflow-text, "
+            "keras.ops for tf.py_function."
+        )
+
+
+def _is_tensorflows(name: str) -> bool:
+    if name in _OF_PYTHON:
+        return False
+    return hasattr(tf.raw_ops, name) or name.startswith(_INTERNAL)
 
 
 def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> None:

@@ -12,7 +12,16 @@ import numpy.typing as npt
 
 from keras_mrl_serving.contract import as_int
 
-from .integers import is_positive
+# Which integers count as such.
+
+
+def is_positive(value: object) -> bool:
+    """Whether `value` is an integer of at least 1, of Python or of NumPy."""
+    try:
+        return as_int(value) > 0
+    except TypeError:
+        return False
+
 
 # What TensorFlow decodes to a number of channels.
 _FORMATS = {1: ("jpeg", "png"), 3: ("jpeg", "png", "gif", "bmp"), 4: ("png", "bmp")}

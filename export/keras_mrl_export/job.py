@@ -15,6 +15,12 @@ from keras_mrl_serving.index import ExactIndex
 
 from .decoder import ImageDecoder
 
+# What can go wrong when a model is exported.
+
+
+class ExportError(Exception):
+    """The model could not be written as a SavedModel that equals it; nothing was published."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:

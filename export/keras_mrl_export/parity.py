@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Collection, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,238 @@ from keras_mrl_serving import contract
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade.confidence import confidence_of, softmax
 from keras_mrl_serving.contract import Manifest
-from keras_mrl_serving.embeddings import truncate
+from keras_mrl_serving.embeddings import MIN_SQUARE, truncate
+from keras_mrl_serving.index import ExactIndex
+from keras_mrl_serving.results import Neighbors
 
-from .difference import differs, equal_rows
-from .examples import Arrays, examples
-from .job import Job
-from .neighbors import QUERIES, check_searches, same_neighbors
-from .tolerance import TOLERANCE
+from .job import ExportError, Job
+
+# How far a SavedModel may be from the Keras model and still count as equal.
+
+TOLERANCE = 1e-5  # of a row's largest magnitude
+
+
+# Rows of files that are mapped into memory, and are read once.
+
+
+def forget(array: npt.NDArray[Any]) -> None:
+    """Give back the memory of what was read of a file that `array` maps for reading.
+
+    The values stay: whoever asks for them again reads the file again. An array that maps no file,
+    or one it may write to, is left as it is.
+
+    Args:
+        array: Any array, of any shape.
+    """
+    if not isinstance(array, np.memmap) or array.mode != "r" or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    holder: Any = array
+    while holder is not None and not isinstance(holder, mmap.mmap):
+        holder = getattr(holder, "base", None)
+    if holder is not None:
+        holder.madvise(mmap.MADV_DONTNEED)
+
+
+# How far an answer is from what it must be, and what is said of one that is too far.
+
+Array = npt.NDArray[Any]
+
+
+def equal_rows(
+    signature: str, served: Array, expected: Array, largest: Array | None = None
+) -> float:
+    """Return the largest difference, as a share of each row's largest magnitude or of `largest`.
+
+    Raises:
+        ExportError: If one is above the tolerance, or the shapes differ.
+    """
+    if served.shape != expected.shape:
+        raise differs(signature, f"shape {served.shape} for {expected.shape}")
+    if largest is None:
+        largest = np.abs(expected).max(axis=-1, keepdims=True)
+    difference = np.abs(served - expected)
+    if not (difference <= TOLERANCE * largest).all():
+        worst = difference.max()
+        raise differs(signature, f"by {worst:.3g} on rows of magnitude {largest.max():.3g}")
+    return float((difference / np.maximum(largest, np.finfo(np.float32).tiny)).max())
+
+
+def differs(signature: str, how: str) -> ExportError:
+    """Return what is raised of a signature that is not the model's."""
+    return ExportError(
+        "Every signature must equal the Keras model on the sample. "
+        f"Received: {signature} differs: {how}. Nothing was published. "
+        "Look for layers that act differently on each backend or at random when training=False."
+    )
+
+
+# Real rows for every signature, made of the caller's sample: to compare, and to warm up with.
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def sample_as_served(manifest: Manifest, job: Job) -> Arrays:
+    """Return the caller's sample in the dtypes of the signatures' inputs."""
+    dtypes = {name: spec["dtype"] for name, spec in manifest.inputs.items()}
+    return {
+        name: np.asarray(job.sample[name], dtype=object if dtype == "string" else dtype)
+        for name, dtype in dtypes.items()
+    }
+
+
+def examples(manifest: Manifest, job: Job) -> dict[str, Arrays]:
+    """Return inputs for every signature that is written, `describe` and the default included."""
+    sample = sample_as_served(manifest, job)
+    prefixes = {contract.SEARCH: manifest.width}
+    for dim in {*manifest.dims, *(job.index.schedule.dims if job.index else ())}:
+        prefixes |= {contract.head(dim): dim, contract.search(dim): dim}
+    found: dict[str, Arrays] = {}
+    for name in (*job.signatures, contract.SERVING_DEFAULT):
+        if name in prefixes:
+            rows = np.ascontiguousarray(job.features[:, : prefixes[name]])
+            is_head = name == contract.head(prefixes[name])
+            found[name] = {"features" if is_head else "embedding": rows}
+        else:
+            found[name] = sample
+    found[contract.DESCRIBE] = {"key": np.array([b""], dtype=object)}
+    return found
+
+
+# Are the neighbours that a graph finds those of its gallery? Every search, on a few queries.
+
+QUERIES = 16  # asked; a graph holds a score for each of them and each row of the gallery
+_ROWS_AT_ONCE = 4096  # held in float64
+
+Ask = Callable[[str, Mapping[str, Array]], dict[str, Array]]
+
+
+def check_searches(
+    ask: Ask, index: ExactIndex, queries: Array, names: Collection[str]
+) -> dict[str, float]:
+    """Compare `search` with the funnel of `index`, and `search_<m>` with all its rows at m.
+
+    Args:
+        ask: Runs a signature.
+        index: The gallery.
+        queries: `(rows, width)`, of which the first few are asked.
+        names: The signatures there are; those that are no search are left alone.
+
+    Returns:
+        By signature, the largest difference of the scores, as `same_neighbors` returns it.
+
+    Raises:
+        ExportError: If one finds others.
+    """
+    queries = queries[:QUERIES]
+    shares = {}
+    if contract.SEARCH in names:
+        found = ask(contract.SEARCH, {"embedding": queries})
+        expected = index.search(queries)
+        shares[contract.SEARCH] = same_neighbors(
+            contract.SEARCH, found, expected, queries, index.metric
+        )
+    dims = [dim for dim in range(1, index.width + 1) if contract.search(dim) in names]
+    for dim, expected in exact_neighbors(index, queries, dims).items():
+        prefix = np.ascontiguousarray(queries[:, :dim])
+        found = ask(contract.search(dim), {"embedding": prefix})
+        shares[contract.search(dim)] = same_neighbors(
+            contract.search(dim), found, expected, prefix, index.metric
+        )
+    return shares
+
+
+def same_neighbors(
+    signature: str, answer: Mapping[str, Array], expected: Neighbors, queries: Array, metric: str
+) -> float:
+    """Return the largest difference of the scores from those expected, as a share.
+
+    Ids may change places where their scores are as near as the tolerance of the largest. A squared
+    distance is a difference of squared lengths: its rounding is that of the query's own length.
+
+    Raises:
+        ExportError: If scores or ids differ.
+    """
+    largest = np.abs(expected.scores).max(axis=1, keepdims=True)
+    if metric == "l2":
+        largest = np.maximum(largest, np.square(queries).sum(axis=1, keepdims=True))
+    share = equal_rows(signature, answer["scores"], expected.scores, largest)
+    apart = np.diff(expected.scores, axis=1)
+    least = TOLERANCE * largest
+    far = np.pad(np.abs(apart) > least, ((0, 0), (1, 1)), constant_values=True)
+    alone = far[:, :-1] & far[:, 1:]
+    alone[:, -1] = False  # a row that is as near may have been left out
+    if (answer["ids"] != expected.ids)[alone].any():
+        raise differs(signature, "it finds other neighbours")
+    return share
+
+
+def exact_neighbors(
+    index: ExactIndex, queries: Array, dims: Collection[int]
+) -> dict[int, Neighbors]:
+    """Return the nearest of all rows at each of some dims, counted in float64.
+
+    The gallery is read once, a part of its rows at a time.
+
+    Args:
+        index: The gallery, whose metric and `k` count.
+        queries: `(rows, width)`.
+        dims: None wider than the gallery.
+    """
+    if not dims:
+        return {}
+    edges = [0, *sorted({*dims, *(end for end in index.schedule.dims if end < max(dims))})]
+    queries = queries.astype(np.float64)
+    best = {dim: Neighbors(*_none(len(queries))) for dim in sorted(dims)}
+    for first in range(0, len(index), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        ids = np.broadcast_to(index.ids[part], (len(queries), len(index.ids[part])))
+        dots, squares = np.zeros(ids.shape), np.zeros(ids.shape[1])
+        for start, stop in pairwise(edges):
+            rows = columns(index, start, stop)[part].astype(np.float64)
+            dots += queries[:, start:stop] @ rows.T
+            squares += np.square(rows).sum(axis=1)
+            if stop in best:
+                lengths = np.square(queries[:, :stop]).sum(axis=1, keepdims=True)
+                scores = _scores(index.metric, dots, squares, lengths)
+                best[stop] = _better(best[stop], ids, scores, index.schedule.k)
+        for block in index.blocks:
+            forget(block)
+    return best
+
+
+def columns(index: ExactIndex, start: int, stop: int) -> Array:
+    """Return columns of the gallery that lie in one block of it, as a view."""
+    ends = index.schedule.dims
+    number = next(number for number, end in enumerate(ends) if stop <= end)
+    before = (0, *ends)[number]
+    block: Array = index.blocks[number]
+    return block[:, start - before : stop - before]
+
+
+def _none(queries: int) -> tuple[Array, Array]:
+    return np.empty((queries, 0), np.int64), np.empty((queries, 0))
+
+
+def _better(best: Neighbors, ids: Array, scores: Array, k: int) -> Neighbors:
+    """The `k` best of those so far and of some more rows."""
+    if k < scores.shape[1]:
+        found = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        ids, scores = (np.take_along_axis(array, found, axis=1) for array in (ids, scores))
+    ids, scores = (np.concatenate(pair, 1) for pair in ((best.ids, ids), (best.scores, scores)))
+    order = np.lexsort((ids, -scores), axis=1)[:, :k]
+    return Neighbors(np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1))
+
+
+def _scores(metric: str, dots: Array, squares: Array, lengths: Array) -> Array:
+    if metric == "l2":
+        return np.minimum(2 * dots - squares - lengths, 0)
+    if metric == "cosine":
+        return dots / np.sqrt(np.maximum(squares, MIN_SQUARE) * np.maximum(lengths, MIN_SQUARE))
+    return dots.copy()
+
 
 PARITY_FILE = "assets.extra/keras_mrl_parity.json"
 
-Array = npt.NDArray[Any]
 Run = Callable[[str, Arrays], dict[str, Array]]
 
 

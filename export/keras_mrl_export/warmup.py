@@ -13,7 +13,7 @@ from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
 from keras_mrl_serving._session import SavedModelSession
 
-from .errors import ExportError
+from .job import ExportError
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 _MAX_RECORDS = 1000  # a server refuses a version with more

@@ -11,7 +11,6 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-
 from . import _wire_pb2 as wire
 from .calls import AskSignatures, AskStatus, Call, Envelope, Reply, Signature, VersionStatus
 from .errors import ServerError, failed

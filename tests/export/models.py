@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
-from keras_mrl_export import export_saved_model, rebuild, saved_model
+from keras_mrl_export import export, export_saved_model, process
 from keras_mrl_export.job import Job
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
@@ -126,14 +126,14 @@ def given(rows: Arrays, part: slice) -> Any:
 def jobs_seen() -> Iterator[list[Job]]:
     """The jobs that exports build meanwhile."""
     seen: list[Job] = []
-    build = rebuild.build_on_tensorflow
+    build = process.build_on_tensorflow
 
     def watched(model: keras.Model, job: Job) -> Path:
         seen.append(job)
         return build(model, job)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved_model, "build_on_tensorflow", watched)
+        patch.setattr(export, "build_on_tensorflow", watched)
         yield seen
 
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_mrl_export.cascade_graph import classify_adaptively
-from keras_mrl_export.likeliest import Likeliest
+from keras_mrl_export.signatures import Likeliest, classify_adaptively
 from keras_mrl_serving.cascade.confidence import CONFIDENCES, confidence_of, midway
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from keras_mrl_export import export_saved_model
-from keras_mrl_export.arguments import check_policy_is_used
-from keras_mrl_export.choice import chosen_signatures
+from keras_mrl_export.arguments import check_policy_is_used, chosen_signatures
 from keras_mrl_serving import Client, FunnelSchedule, NoCascadeError
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage

@@ -10,8 +10,7 @@ import pytest
 from keras import layers, ops
 
 from keras_mrl_export import export_saved_model
-from keras_mrl_export.float32 import in_float32
-from keras_mrl_export.travel import load, save
+from keras_mrl_export.model_file import in_float32, load, save
 from tests.export.models import only_tensorflow
 
 pytestmark = pytest.mark.backend

@@ -11,7 +11,7 @@ import pytest
 
 from keras_mrl import MatryoshkaHead
 from keras_mrl_export import ExportError, export_saved_model
-from keras_mrl_export.inputs import as_declared, name_inputs
+from keras_mrl_export.sample import as_declared, name_inputs
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from tests.export.models import Arrays, only_tensorflow

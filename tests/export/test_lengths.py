@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from keras_mrl_export.lengths import lengths
+from keras_mrl_export.graph import lengths
 from keras_mrl_serving.embeddings import truncate
 from tests.export.models import only_tensorflow
 

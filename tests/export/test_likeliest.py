@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_mrl_export import likeliest
-from keras_mrl_export.likeliest import Likeliest
+from keras_mrl_export import signatures
+from keras_mrl_export.signatures import Likeliest
 from keras_mrl_serving.cascade.confidence import CONFIDENCES, confidence_of
 
 RNG = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def test_of_no_rows_there_are_none() -> None:
     [(1000, 1), (4095, 1), (4096, 64), (4099, 1), (10_000, 100), (100_000, 320)],
 )
 def test_runs_are_near_the_root(classes: int, run: int) -> None:
-    length = likeliest._run_length(classes)
+    length = signatures._run_length(classes)
     assert classes % length == 0
     assert length == run or abs(np.log(length / np.sqrt(classes))) < np.log(4)
     assert (length == 1) == (run == 1)

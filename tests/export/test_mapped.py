@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keras_mrl_export.mapped import forget
+from keras_mrl_export.parity import forget
 
 ROWS = np.arange(4_000_000, dtype=np.float32).reshape(-1, 4)
 

@@ -16,7 +16,7 @@ import keras
 import pytest
 
 from keras_mrl_cli.exporting.ending import ended_by_signals
-from keras_mrl_export import orphan, rebuild
+from keras_mrl_export import process
 
 BACKEND = keras.backend.backend()
 _DEADLINE_S = 120
@@ -24,7 +24,7 @@ _DEADLINE_S = 120
 WRITES = """
 import sys
 from pathlib import Path
-from keras_mrl_export.orphan import end_with_parent
+from keras_mrl_export.process import end_with_parent
 
 folders = [Path(argument) for argument in sys.argv[1:]]
 ending = end_with_parent(folders)
@@ -86,7 +86,7 @@ def test_folders_are_removed_again_where_something_was_written_meanwhile(
     monkeypatch.setattr(os, "read", lambda *_: b"")
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **_: tries.pop()(path))
-    orphan._watch([folder], threading.Lock())
+    process._watch([folder], threading.Lock())
     assert (ended, os.listdir(tmp_path)) == ([1], [])
 
 
@@ -97,7 +97,7 @@ def test_a_process_goes_where_waiting_for_it_fails(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code]
     threading.Thread(target=_terminate_once_said, args=(said,)).start()
     with ended_by_signals(), pytest.raises(SystemExit):
-        rebuild._run(command, dict(os.environ), said)
+        process._run(command, dict(os.environ), said)
     with pytest.raises(ProcessLookupError):
         os.kill(int(said.read_text()), 0)
 
@@ -127,4 +127,4 @@ def test_an_export_that_is_killed_publishes_nothing(tmp_path: Path, number: int)
 
 def test_what_is_no_str_among_the_places_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", ["/a", Path("/b"), "", b"/c", None])
-    assert rebuild._search_path() == os.pathsep.join(["/a", os.getcwd()])
+    assert process._search_path() == os.pathsep.join(["/a", os.getcwd()])

@@ -204,7 +204,7 @@ def broken_ids(served: Any, patch: pytest.MonkeyPatch) -> None:
 def broken_description(served: Any, patch: pytest.MonkeyPatch) -> None:
     del served
     from keras_mrl_export import signatures
-    from keras_mrl_export.tracing import describing
+    from keras_mrl_export.graph import describing
 
     patch.setattr(signatures, "describing", lambda m: describing(dataclasses.replace(m, name="x")))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keras_mrl_cli.deploying.work import _NAME
-from keras_mrl_export import export_index, export_saved_model, place
+from keras_mrl_export import arguments, export_index, export_saved_model
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex
 
@@ -58,7 +58,7 @@ def test_a_base_path_of_another_kind(export: Any) -> None:
 
 @pytest.mark.parametrize("given", ["a:b", "C:/models", "models/gs://x", "./s3:/x", "~x", "/a"])
 def test_folders_of_odd_names_are_folders(given: str) -> None:
-    assert place.checked_base_path(given) == Path(given)
+    assert arguments.checked_base_path(given) == Path(given)
 
 
 @EXPORTS
@@ -83,6 +83,6 @@ def test_a_gallery_has_no_name_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_name_is_what_deploy_takes() -> None:
-    assert place._NAME == _NAME
+    assert arguments._NAME == _NAME
     for name in ("a", "birds", "tiny_One", "v1.2-beta"):
-        assert place.checked_name(name) == name
+        assert arguments.checked_name(name) == name

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from keras_mrl_export import ExportError, export_index, export_saved_model
-from keras_mrl_export.index_graph import IndexGraph
+from keras_mrl_export.gallery import IndexGraph
 from keras_mrl_serving import __version__
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.client import Client
@@ -135,9 +135,9 @@ def test_an_index_that_was_opened_is_the_same(tmp_path: Path) -> None:
 
 @only_tensorflow
 def test_rows_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from keras_mrl_export import index_graph
+    from keras_mrl_export import gallery
 
-    monkeypatch.setattr(index_graph, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(gallery, "_ROWS_AT_ONCE", 7)
     index = index_of()
     with SavedModelSession(export_index(index, tmp_path)) as session:
         same(session.run("search", {"embedding": QUERIES}), index.search(QUERIES))
@@ -177,11 +177,11 @@ def test_a_graph_that_answers_otherwise_is_not_published(
 def test_what_searches_at_one_dim_are_compared_with(
     metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keras_mrl_export import neighbors
+    from keras_mrl_export import parity
 
-    monkeypatch.setattr(neighbors, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(parity, "_ROWS_AT_ONCE", 7)
     index = index_of("three stages", metric)
-    found = neighbors.exact_neighbors(index, QUERIES, [3, 8, 12, WIDTH])
+    found = parity.exact_neighbors(index, QUERIES, [3, 8, 12, WIDTH])
     assert list(found) == [3, 8, 12, WIDTH]
     for dim, near in found.items():
         alone = ExactIndex.build(GALLERY, FunnelSchedule((dim,), (), 10), IDS, metric)
@@ -191,7 +191,7 @@ def test_what_searches_at_one_dim_are_compared_with(
         clear = (apart[:, :-1] & apart[:, 1:])[:, :-1]
         np.testing.assert_array_equal(near.ids[:, :-1][clear], expected.ids[:, :-1][clear])
         assert clear.mean() > 0.5
-    assert neighbors.exact_neighbors(index, QUERIES, []) == {}
+    assert parity.exact_neighbors(index, QUERIES, []) == {}
 
 
 @only_tensorflow
@@ -370,7 +370,7 @@ LARGE = """
 import sys
 from pathlib import Path
 from keras_mrl_export import export_index
-from keras_mrl_export.index_graph import IndexGraph
+from keras_mrl_export.gallery import IndexGraph
 from keras_mrl_serving import open_index
 
 def resident(name):

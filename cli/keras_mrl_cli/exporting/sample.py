@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_mrl import split
 from keras_mrl_export import ImageDecoder
-from keras_mrl_export.inputs import declared_inputs
+from keras_mrl_export.sample import declared_inputs
 
 from ..asking import RefusalError
 from ..asking.files import load_arrays

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+import tempfile
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from .errors import ExportError
+from .job import ExportError
 
 _INSTALLED = tuple(
     Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")
@@ -95,3 +98,95 @@ def is_users(value: Any) -> bool:
     if name == "__main__" or file is None:
         return name not in sys.builtin_module_names
     return not any(Path(file).resolve().is_relative_to(folder) for folder in _INSTALLED)
+
+
+# The form in which a model goes from one process, or one precision, to another.
+
+
+def save(model: keras.Model, file: Path) -> None:
+    """Write `model` to `file` in Keras' own `.keras` form.
+
+    Raises:
+        ExportError: If a part of it cannot be saved.
+    """
+    try:
+        model.save(file)
+    except Exception as error:
+        raise ExportError(
+            "A model travels in Keras' own .keras form, so every part of it must be saveable. "
+            f"Received: {type(error).__name__}: {error} "
+            "Give layers of your own a get_config(), and activations a name."
+        ) from error
+
+
+def load(file: Path, objects: dict[str, Any]) -> keras.Model:
+    """Read a model back on the backend of this process.
+
+    Sublayers that a layer makes without naming a precision take the global one: float32, whatever
+    the caller trains in.
+
+    Args:
+        file: What `save` wrote.
+        objects: The user's own classes and functions in it.
+
+    Raises:
+        ExportError: If it does not load.
+    """
+    try:
+        with _global_float32():
+            return keras.models.load_model(file, custom_objects=objects, compile=False)
+    except Exception as error:
+        backend = {"tensorflow": "TensorFlow", "jax": "JAX"}.get(keras.backend.backend(), "torch")
+        raise ExportError(
+            f"The model must load on the {backend} backend from its .keras form. "
+            f"Received: {type(error).__name__}: {error} "
+            "Give layers of your own a get_config() and keras.ops; replace Lambda layers by them."
+        ) from error
+
+
+@contextmanager
+def _global_float32() -> Iterator[None]:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+# What is served computes in float32, whatever the model was trained in.
+
+_HALVES = ("float16", "bfloat16")
+
+
+def in_float32(model: keras.Model) -> keras.Model:
+    """Return `model`, or a copy of it that computes in float32 if a layer of it does not.
+
+    The weights are the model's own: half precision is a matter of speed on the device that trains,
+    and differs between backends by whole steps of the type.
+
+    Raises:
+        ExportError: If the model cannot be saved, or does not load again.
+    """
+    if not any(_computes_in_half(layer) for layer in model._flatten_layers()):
+        return model
+    with tempfile.TemporaryDirectory(prefix="keras-mrl-float32-") as folder:
+        file = Path(folder) / "model.keras"
+        objects = user_objects(model)
+        # Twice: a policy that is set on a layer reaches neither its weights, if they are in half
+        # precision themselves, nor what it was made with in half precision.
+        for _ in range(2):
+            save(model, file)
+            model = load(file, objects)
+            _set_float32(model)
+    return model
+
+
+def _set_float32(model: keras.Model) -> None:
+    for layer in model._flatten_layers():
+        if _computes_in_half(layer):
+            layer.dtype_policy = "float32"
+
+
+def _computes_in_half(layer: keras.Layer) -> bool:
+    return layer.compute_dtype in _HALVES and layer.quantization_mode is None

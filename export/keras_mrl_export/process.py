@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +18,42 @@ import keras
 
 from keras_mrl_serving.index import ExactIndex
 
-from .errors import ExportError
-from .job import Job
-from .orphan import end_with_parent
+from .job import ExportError, Job
+from .model_file import save, user_modules, user_objects
 from .publish import Staged, publishing
-from .travel import save
-from .user_objects import user_modules, user_objects
+
+# A process that ends with the one that started it, and takes its temporary folders along.
+
+_TRIES = 100
+
+
+def end_with_parent(folders: Sequence[Path]) -> threading.Lock:
+    """Watch standard input, a pipe nobody writes to: it ends when the parent does, however.
+
+    Then the folders are removed, and this process ends.
+
+    Args:
+        folders: What the parent would have removed.
+
+    Returns:
+        What this process must acquire before it ends of itself, so that the folders are removed
+        even where it failed because they went.
+    """
+    ending = threading.Lock()
+    threading.Thread(target=_watch, args=(folders, ending), daemon=True).start()
+    return ending
+
+
+def _watch(folders: Sequence[Path], ending: threading.Lock) -> None:
+    os.read(0, 1)
+    with ending:
+        for _ in range(_TRIES):  # TensorFlow may be writing there
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not any(folder.exists() for folder in folders):
+                break
+        os._exit(1)
+
 
 _MODEL, _INDEX, _PACKED = "model.keras", "index", "job.pickle"
 _RESULT, _SAID = "result.pickle", "said"
@@ -82,7 +115,7 @@ def _build_elsewhere(folder: Path, staged: Staged) -> None:
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     }
     # -P: a folder of the user's named like a module of ours must not be imported in its place.
-    command = [sys.executable, "-P", "-m", "keras_mrl_export.rebuild"]
+    command = [sys.executable, "-P", "-m", "keras_mrl_export.process"]
     status = _run([*command, str(folder), str(staged.folder.parent)], environment, folder / _SAID)
     result = folder / _RESULT
     if not result.exists():
