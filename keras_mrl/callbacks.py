@@ -14,10 +14,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from ._arrays import as_labels, check_kinds
 from ._dims import check_dims, check_weights
-from ._labels import as_labels, check_kinds
-from .evaluation.neighbors import check_gallery, nearest_hits
-from .evaluation.retrieval import mean_average_precision_at_k
+from .evaluation.neighbors import check_gallery, mean_average_precision_at_k, nearest_hits
 from .models.cut import split
 
 

@@ -48,7 +48,7 @@ class Likeliest:
             self._largest = tf.reduce_max(by_run, axis=-1)
 
     def confidence(self, measure: str) -> Any:
-        """Return how sure each row is, `(rows,)`: `keras_mrl_serving.cascade.confidence` in a graph.
+        """Return how sure each row is, `(rows,)`, as `keras_mrl_serving` counts it without a graph.
 
         Args:
             measure: One of its `CONFIDENCES`.
@@ -95,8 +95,6 @@ def _run_length(classes: int) -> int:
 
 
 # Adaptive classification inside the graph: one backbone pass, each wider head for fewer rows.
-
-Tensors = dict[str, Any]
 
 
 def classify_adaptively(

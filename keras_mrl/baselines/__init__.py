@@ -4,14 +4,14 @@
 fixed-feature net at full width, a net that was trained at one dim only.
 """
 
-from .coordinates import RandomProbe as RandomProbe
-from .coordinates import first_coordinates as first_coordinates
-from .coordinates import random_probe as random_probe
-from .fixed import fixed_features as fixed_features
-from .principal import PrincipalComponents as PrincipalComponents
-from .principal import principal_components as principal_components
+from .reductions import LowRankHead as LowRankHead
+from .reductions import PrincipalComponents as PrincipalComponents
+from .reductions import RandomProbe as RandomProbe
+from .reductions import first_coordinates as first_coordinates
+from .reductions import fixed_features as fixed_features
+from .reductions import low_rank_head as low_rank_head
+from .reductions import principal_components as principal_components
+from .reductions import random_probe as random_probe
+from .slimmable import Slimmable as Slimmable
+from .slimmable import Switchable as Switchable
 from .slimmable import slimmable as slimmable
-from .slimmable_layers import Slimmable as Slimmable
-from .slimmable_layers import Switchable as Switchable
-from .svd import LowRankHead as LowRankHead
-from .svd import low_rank_head as low_rank_head

@@ -6,9 +6,193 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 from .._dims import check_dims
-from .slimmable_layers import Slimmable, Switchable, is_slimmable
+
+# Layers that work at several widths: by their first units, or by a copy for each.
+
+
+def slim(units: int, share: float) -> int:
+    """Return how many of `units` a share of the width leaves: rounded, and at least one."""
+    return max(1, round(units * share))
+
+
+@keras.saving.register_keras_serializable(package="keras_mrl")
+class Slimmable(keras.layers.Layer):
+    """A dense layer or a 2D convolution whose first units serve every width.
+
+    It reads as many inputs as it is given, and answers with a share of its units. The first call
+    builds it, so it must be the one at full width.
+
+    Args:
+        layer: A `keras.layers.Dense` or `keras.layers.Conv2D` of the full width.
+        **kwargs: What every Keras layer takes (`name`, `dtype`).
+
+    Shapes:
+        Input: `(..., inputs)`, at most as many as at the first call.
+        Output: `(..., share * units)`, spatial axes as the layer has them.
+
+    Raises:
+        TypeError: If `layer` is no dense layer and no 2D convolution with the channels last.
+
+    Reference:
+        Yu et al., Slimmable Neural Networks, arXiv 1812.08928.
+
+    Examples:
+        >>> layer = Slimmable(keras.layers.Dense(8))
+        >>> wide = layer(keras.ops.ones((1, 6)))
+        >>> tuple(layer(keras.ops.ones((1, 3)), share=0.5).shape)
+        (1, 4)
+    """
+
+    def __init__(self, layer: keras.layers.Layer, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not is_slimmable(layer):
+            raise TypeError(
+                "Slimmable makes a keras.layers.Dense or Conv2D (channels last, no groups) "
+                f"narrower. Received: {layer!r}. Give a layer that has its own weights at every "
+                "width to Switchable."
+            )
+        self.layer = layer
+        self.supports_masking = True
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Create the weights of the full width."""
+        if not self.layer.built:
+            self.layer.build(input_shape)
+
+    def call(self, inputs: Any, share: float = 1.0) -> Any:
+        """Return what the first units say of the first inputs."""
+        layer = self.layer
+        kernel = ops.convert_to_tensor(layer.kernel)
+        units = slim(kernel.shape[-1], share)
+        kernel = kernel[..., : inputs.shape[-1], :units]
+        if isinstance(layer, keras.layers.Dense):
+            outputs = ops.matmul(inputs, kernel)
+        else:
+            outputs = layer.convolution_op(inputs, kernel)
+        if layer.use_bias:
+            outputs = outputs + ops.convert_to_tensor(layer.bias)[:units]
+        return outputs if layer.activation is None else layer.activation(outputs)
+
+    def compute_output_spec(self, inputs: Any, share: float = 1.0) -> keras.KerasTensor:
+        """Return the symbolic output of one share."""
+        *shape, units = self.layer.compute_output_shape(inputs.shape)
+        return keras.KerasTensor((*shape, slim(units, share)), dtype=self.compute_dtype)
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        """Return the shape at full width."""
+        return tuple(self.layer.compute_output_shape(input_shape))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make this layer again."""
+        layer = keras.saving.serialize_keras_object(self.layer)
+        return {**super().get_config(), "layer": layer}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Slimmable:
+        """Make the layer again."""
+        return cls(**{**config, "layer": keras.saving.deserialize_keras_object(config["layer"])})
+
+
+@keras.saving.register_keras_serializable(package="keras_mrl")
+class Switchable(keras.layers.Layer):
+    """A copy of one layer for every width: what cannot be shared, such as batch statistics.
+
+    Args:
+        layer: Any Keras layer that keeps the shape of its input, such as
+            `keras.layers.BatchNormalization`. It is copied for every share and itself left alone.
+        shares: The shares of the full width, ascending, the last one 1.
+        **kwargs: What every Keras layer takes (`name`, `dtype`).
+
+    Shapes:
+        Input and output: `(..., share * units)`. The first call must be the one at full width.
+
+    Raises:
+        TypeError: If `layer` is not a Keras layer.
+        ValueError: If `shares` do not ascend to 1; if called with a share that is none of them, or
+            on inputs of unknown width.
+
+    Reference:
+        Yu et al., Slimmable Neural Networks, arXiv 1812.08928: switchable batch normalization.
+
+    Examples:
+        >>> layer = Switchable(keras.layers.BatchNormalization(), shares=(0.5, 1.0))
+        >>> wide = layer(keras.ops.ones((2, 6)))
+        >>> tuple(layer(keras.ops.ones((2, 3)), share=0.5).shape), len(layer.weights)
+        ((2, 3), 8)
+    """
+
+    def __init__(self, layer: keras.layers.Layer, shares: Sequence[float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(layer, keras.layers.Layer):
+            raise TypeError(
+                "Switchable copies a Keras layer. "
+                f"Received: {layer!r}. Give an instance, e.g. keras.layers.BatchNormalization()."
+            )
+        self.layer = layer
+        self.shares = _check_shares(shares)
+        self.layers_by_share = [
+            type(layer).from_config({**layer.get_config(), "name": f"{layer.name}_{index}"})
+            for index in range(len(self.shares))
+        ]
+        self.supports_masking = True
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Create the weights of every width; `input_shape` is that of the full one."""
+        *shape, units = input_shape
+        if units is None:
+            raise ValueError(
+                "Switchable needs inputs of a known width. "
+                f"Received: inputs of shape {tuple(input_shape)}. "
+                "Give the layer before it a fixed number of units."
+            )
+        for share, layer in zip(self.shares, self.layers_by_share, strict=True):
+            layer.build((*shape, slim(units, share)))
+
+    def call(self, inputs: Any, share: float = 1.0, mask: Any = None) -> Any:
+        """Return what the copy of this width says."""
+        del mask  # Keras carries masks on the tensors themselves
+        if share not in self.shares:
+            raise ValueError(
+                "share must be one of the shares of the layer. "
+                f"Received: share={share!r} for shares={self.shares}. Choose one of those."
+            )
+        return self.layers_by_share[self.shares.index(share)](inputs)
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        """Return the shape of the input."""
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make this layer again."""
+        layer = keras.saving.serialize_keras_object(self.layer)
+        return {**super().get_config(), "layer": layer, "shares": self.shares}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Switchable:
+        """Make the layer again."""
+        return cls(**{**config, "layer": keras.saving.deserialize_keras_object(config["layer"])})
+
+
+def is_slimmable(layer: Any) -> bool:
+    """Whether `layer` can answer with its first units alone."""
+    if type(layer) is keras.layers.Conv2D:  # a subclass may compute something else
+        return layer.data_format == "channels_last" and layer.groups == 1
+    return type(layer) is keras.layers.Dense
+
+
+def _check_shares(shares: Sequence[float]) -> tuple[float, ...]:
+    checked = tuple(float(share) for share in shares)
+    ascends = all(a < b for a, b in zip((0.0, *checked), checked, strict=False))
+    if not checked or not ascends or checked[-1] != 1:
+        raise ValueError(
+            "shares must ascend from above 0 to 1. "
+            f"Received: shares={checked}. Divide the dims by the widest: (0.25, 0.5, 1.0)."
+        )
+    return checked
+
 
 _SWITCHED = (keras.layers.BatchNormalization, keras.layers.LayerNormalization)
 # Layers, and operations of keras.ops of the same names.

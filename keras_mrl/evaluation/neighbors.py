@@ -5,14 +5,177 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
+import numpy.typing as npt
 
 from keras_mrl_serving.embeddings import MIN_SQUARE, truncate
 
+from .._arrays import Array, check_features, check_kinds, check_labels_of
 from .._dims import check_count
-from .._features import Array, check_features
-from .._labels import check_kinds, check_labels_of
-from .copies import first_equal, with_copies
+
+# What the slow parts of an evaluation show of how far they are.
+
+
+def show_progress(steps: int, unit: str, verbose: int) -> Callable[[], None]:
+    """Return what is called after every step, and draws a bar of them where `verbose` is not 0.
+
+    The bar is there before the first step: that may take minutes.
+
+    Examples:
+        >>> from keras_mrl.evaluation.neighbors import show_progress
+        >>> show_progress(3, "probe", verbose=0)()
+    """
+    if not verbose:
+        return lambda: None
+    bar = keras.utils.Progbar(steps, unit_name=unit)
+    bar.update(0)
+    return lambda: bar.add(1)
+
+
+# Equal rows of a gallery: a search reads the first of them, and counts the others by it.
+#
+# A matrix product gives equal rows values that differ in the last bit, by where they stand. So no
+# order of its values can promise which of them comes first.
+
+_COPY_ROWS = 8192  # read together
+_COPY_QUERIES = 512  # answered together
+_GLANCE = 16  # coordinates that tell nearly all rows apart
+
+
+def first_equal(rows: Array, dim: int) -> Array:
+    """Return for every row the position of the first that equals it in `dim` coordinates.
+
+    Examples:
+        >>> from keras_mrl.evaluation.neighbors import first_equal
+        >>> first_equal(np.array([[1.0, 5.0], [2.0, 6.0], [1.0, 7.0]]), dim=1).tolist()
+        [0, 1, 0]
+    """
+    first = np.arange(len(rows))
+    alike = first
+    for width in sorted({min(_GLANCE, dim), dim}):
+        keys = _keys(rows, alike, width)
+        ordered = np.sort(keys)
+        shared = np.isin(keys, ordered[1:][ordered[1:] == ordered[:-1]])
+        keys, alike = keys[shared], alike[shared]
+    _, index, group = np.unique(keys, return_index=True, return_inverse=True)
+    first[alike] = alike[index[group]]
+    return first
+
+
+def _keys(rows: Array, positions: Array, width: int) -> Array:
+    """64 bits for each row: the same for equal ones, and by one chance in 2^64 for two others."""
+    keys = np.empty(len(positions), np.int64)
+    for start in range(0, len(positions), _COPY_ROWS):
+        part = positions[start : start + _COPY_ROWS]
+        # Adding zero makes one of the two zeros that are equal in value and not in bits.
+        read = np.asarray(rows[part, :width], np.float32) + np.float32(0)
+        text, size = read.tobytes(), read.itemsize * width
+        keys[start : start + _COPY_ROWS] = [
+            hash(text[i : i + size]) for i in range(0, len(text), size)
+        ]
+    return keys
+
+
+def with_copies(first: Array, ids: Array, scores: Array) -> Array:
+    """Return the k nearest of all rows, from the k nearest of those that are first of their kind.
+
+    Args:
+        first: What `first_equal` returns, `(rows,)`.
+        ids: Positions of rows that no earlier one equals, `(queries, k)`.
+        scores: Of those rows, `(queries, k)`; minus infinity where there are no k of them.
+
+    Shapes:
+        Returns int64 `(queries, k)`, best first, of equal scores the earlier row.
+
+    Examples:
+        >>> from keras_mrl.evaluation.neighbors import with_copies
+        >>> ids, scores = np.array([[2, 0, 1]]), np.array([[0.9, 0.5, 0.1]])
+        >>> with_copies(np.array([0, 1, 2, 0, 2]), ids, scores).tolist()
+        [[2, 4, 0]]
+    """
+    members = np.argsort(first, kind="stable")
+    parts = [slice(start, start + _COPY_QUERIES) for start in range(0, len(ids), _COPY_QUERIES)]
+    found = [_spread(first[members], members, ids[part], scores[part]) for part in parts]
+    return np.concatenate(found)
+
+
+def _spread(leaders: Array, members: Array, ids: Array, scores: Array) -> Array:
+    """The best of at most k copies of every row; `members` stand together by their `leaders`."""
+    queries, k = ids.shape
+    begin = np.searchsorted(leaders, ids.ravel())
+    count = np.minimum(np.searchsorted(leaders, ids.ravel(), "right") - begin, k)
+    offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    copies = members[np.repeat(begin, count) + offset]
+    query = np.repeat(np.repeat(np.arange(queries), k), count)
+    order = np.lexsort((copies, np.repeat(-scores.ravel(), count), query))
+    total = count.reshape(queries, k).sum(axis=1)
+    return copies[order[(np.cumsum(total) - total)[:, None] + np.arange(k)]]
+
+
+# How many of the nearest rows share the query's label, and how early.
+#
+# Two definitions go by the name mAP@10 and both are here: `precision_at_k` and the paper's own.
+
+
+def precision_at_k(hits: npt.ArrayLike) -> float:
+    """Return the mean share of the k nearest whose label matches (p10 at k = 10).
+
+    Args:
+        hits: Whether each of the k nearest, best first, has the query's label.
+
+    Shapes:
+        hits: `(queries, k)`.
+
+    Raises:
+        ValueError: If `hits` is not two-dimensional or holds no query.
+
+    Examples:
+        >>> precision_at_k([[True, False], [True, True]])
+        0.75
+    """
+    return float(_check_hits(hits).mean())
+
+
+def mean_average_precision_at_k(hits: npt.ArrayLike) -> float:
+    """Return the mean average precision as the paper's code counts it (map10 at k = 10).
+
+    Args:
+        hits: Whether each of the k nearest, best first, has the query's label. The query itself
+            must not be in the gallery.
+
+    Shapes:
+        hits: `(queries, k)`.
+
+    Formula:
+        AP = 1/k * sum over hits at rank i <= k of precision@i; divided by k, not by the hits
+
+    Raises:
+        ValueError: If `hits` is not two-dimensional or holds no query.
+
+    Reference:
+        Kusupati et al., Matryoshka Representation Learning, section 4.3 and its public code.
+
+    Examples:
+        >>> mean_average_precision_at_k([[True, False, True]])  # (1/1 + 2/3) / 3
+        0.5555555555555555
+    """
+    checked = _check_hits(hits)
+    ranks = np.arange(1, checked.shape[1] + 1)
+    precision = np.cumsum(checked, axis=1) / ranks
+    return float((precision * checked).sum(axis=1).mean() / len(ranks))
+
+
+def _check_hits(hits: npt.ArrayLike) -> npt.NDArray[np.bool]:
+    checked = np.asarray(hits)
+    if checked.ndim != 2 or not checked.size or not np.isin(checked, (0, 1)).all():
+        raise ValueError(
+            "hits must be booleans (queries, k) with at least one query. "
+            f"Received: {checked.dtype} of shape {checked.shape}. "
+            "Compare labels: gallery_labels[neighbors.ids] == query_labels[:, None]."
+        )
+    return checked.astype(bool)
+
 
 _QUERIES, _ROWS = 512, 8192  # at a time: their scores are one matrix
 

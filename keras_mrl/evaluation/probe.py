@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._features import Array, check_features, check_fitted
-from .._labels import check_labels_of
+from .._arrays import Array, check_features, check_fitted, check_labels_of
 
 
 @dataclass(frozen=True, eq=False)

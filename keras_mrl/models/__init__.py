@@ -2,13 +2,13 @@
 
 from .classifier import MatryoshkaClassifier as MatryoshkaClassifier
 from .cut import cut as cut
+from .cut import freeze_before as freeze_before
 from .cut import split as split
 from .decoding import AdaptiveDecoder as AdaptiveDecoder
 from .decoding import generate as generate
 from .decoding import most_likely as most_likely
 from .decoding import sampler as sampler
 from .encoder import MatryoshkaEncoder as MatryoshkaEncoder
-from .freeze import freeze_before as freeze_before
-from .funnel import funnel_top_k as funnel_top_k
 from .language import causal_transformer as causal_transformer
+from .language import funnel_top_k as funnel_top_k
 from .language import next_token as next_token

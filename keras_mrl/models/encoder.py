@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from ..losses import ContrastiveLoss, MatryoshkaEmbeddingLoss, SupervisedContrastiveLoss
-from ..losses.rows import check_temperature
+from ..losses.similarity import check_temperature
 from ..losses.weights import step_loss
 from .classifier import _as_shapes, _output_shape
 

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keras_mrl._labels import as_labels, check_kinds, check_labels_for
+from keras_mrl._arrays import as_labels, check_kinds, check_labels_for
 from tests.laws import exactly
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from keras_mrl.baselines import principal, principal_components
+from keras_mrl.baselines import principal_components, reductions
 from tests.laws import exactly
 
 RANDOM = np.random.default_rng(0)
@@ -30,7 +30,7 @@ def test_it_is_numpys_svd_of_the_centred_features() -> None:
 
 def test_rows_come_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = principal_components(FEATURES, 6)
-    monkeypatch.setattr(principal, "_ROWS", 7)
+    monkeypatch.setattr(reductions, "_ROWS", 7)
     blocks = principal_components(FEATURES, 6)
     np.testing.assert_allclose(blocks.components, whole.components, atol=1e-10)
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from keras_mrl.evaluation.copies import first_equal
+from keras_mrl.evaluation.neighbors import first_equal
 
 RNG = np.random.default_rng(0)
 

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from keras_mrl.evaluation import neighbors as neighbors_module
 from keras_mrl.evaluation import score_embeddings
-from keras_mrl.evaluation.scores import _vote
+from keras_mrl.evaluation.evaluate import _vote
 from tests.laws import exactly
 
 pytestmark = pytest.mark.backend

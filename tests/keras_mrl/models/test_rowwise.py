@@ -16,8 +16,8 @@ from keras_mrl import (
     Perplexity,
     first_boosted,
 )
-from keras_mrl.losses import chunks
-from keras_mrl.models.rowwise import rowwise_step
+from keras_mrl.losses import crossentropy
+from keras_mrl.models.classifier import rowwise_step
 from tests.laws import exactly
 
 pytestmark = pytest.mark.backend
@@ -141,7 +141,7 @@ def trained(kind: Any, given: dict[str, Any]) -> tuple[keras.Model, dict[str, li
 def test_a_fit_without_logits_is_one_with_them(
     case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "rows_at_a_time", lambda *_: 3)
+    monkeypatch.setattr(crossentropy, "rows_at_a_time", lambda *_: 3)
     model, history = trained(MatryoshkaClassifier, case)
     plain, expected = trained(WithLogits, case)
     assert history.keys() == expected.keys()
@@ -198,7 +198,7 @@ BATCH, MANY, WIDTH = 64, 4099, 16  # 4099 is prime: no other tensor has this man
 def test_a_step_never_holds_the_logits_of_its_batch(
     tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "_LOGITS", 8 * MANY)
+    monkeypatch.setattr(crossentropy, "_LOGITS", 8 * MANY)
     model = MatryoshkaClassifier(
         keras.Sequential([keras.Input((4,)), keras.layers.Dense(WIDTH)]),
         MatryoshkaHead(MANY, (4, 8, WIDTH), tied),

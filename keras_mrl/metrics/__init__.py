@@ -1,4 +1,0 @@
-"""Metrics: any Keras metric at every dim."""
-
-from .matryoshka import MatryoshkaMetric as MatryoshkaMetric
-from .perplexity import Perplexity as Perplexity
