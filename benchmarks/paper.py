@@ -18,8 +18,8 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from keras_mrl_cli.comparing.plan import Plan
-from keras_mrl_cli.comparing.work import compare
+from keras_mrl.comparison.compare import compare
+from keras_mrl.comparison.plan import Plan
 
 DIMS = (8, 16, 32, 64, 128, 256)
 

@@ -1,6 +1,7 @@
 """Who may import whom: docs/design.md as a test, by reading every file."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,64 +16,8 @@ ROOMS = {
     "keras_mrl_serving": ROOT / "serving" / "keras_mrl_serving",
     "keras_mrl_cli": ROOT / "cli" / "keras_mrl_cli",
 }
-# The floors of the serving room, lowest first: a module imports its own floor and those below.
-FLOORS = (
-    {
-        "calls",
-        "contract",
-        "cascade",
-        "cascade_certify",
-        "cascade_cuts",
-        "cascade_fill",
-        "cascade_report",
-        "cascade_search",
-        "confidence",
-        "drift",
-        "embeddings",
-        "errors",
-        "flows",
-        "funnel",
-        "guarantee",
-        "inputs",
-        "manifest_json",
-        "options",
-        "oracle",
-        "quality",
-        "results",
-        "retrieval",
-        "temperatures",
-        "thresholds",
-        "version",
-        "version_folders",
-    },
-    {
-        "index",
-        "_failures",
-        "questions",
-        "rounds",
-        "knowledge",
-        "conversation",
-        "testing",
-        "corpus",
-        "embedding_file",
-    },
-    {
-        "_tensors",
-        "_messages",
-        "_channel",
-        "_status",
-        "_rpc",
-        "_rpc_aio",
-        "_wire_pb2",
-        "saved_model",
-    },
-    {"client", "aio"},
-    {"_session"},
-    {"server"},
-)
-NUMPY_FLOOR = {f"keras_mrl_serving.{name}" for name in FLOORS[0]}
 TENSORFLOW = {"tensorflow", "tensorflow_serving"}
-LAZY_IN_TRAIN = {"sklearn", "matplotlib", "faiss", "tensorboard"}
+LAZY_IN_TRAIN = {"sklearn", "matplotlib", "faiss", "tensorboard", "PIL"}
 
 
 def modules() -> list[Path]:
@@ -86,7 +31,7 @@ def name_of(file: Path) -> str:
 
 
 def imports(file: Path, top_level: bool = False) -> Iterator[str]:
-    """Full names of what `file` imports; those inside functions only if not `top_level`."""
+    """Full names of what `file` imports; only those that importing it runs if `top_level`."""
     package = name_of(file) if file.name == "__init__.py" else name_of(file).rpartition(".")[0]
     waiting: list[ast.AST] = [ast.parse(file.read_text())]
     while waiting:
@@ -98,13 +43,51 @@ def imports(file: Path, top_level: bool = False) -> Iterator[str]:
             base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
             yield from (f"{module}.{alias.name}" for alias in node.names)
-        skipped = top_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        skipped = top_level and (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        )
         if not skipped:
             waiting.extend(ast.iter_child_nodes(node))
 
 
 def is_of(name: str, packages: set[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+FILE_OF = {name_of(file): file for file in modules()}
+# Which module each name that `keras_mrl_serving` hands out comes from.
+HOME_OF = {
+    n.rpartition(".")[2]: n.rpartition(".")[0] for n in imports(FILE_OF["keras_mrl_serving"])
+}
+
+
+def module_of(name: str) -> str:
+    """The module of the four rooms that an imported name lies in."""
+    if name in FILE_OF:
+        return name
+    package, _, last = name.rpartition(".")
+    return HOME_OF[last] if package == "keras_mrl_serving" else package
+
+
+def needs(name: str) -> set[str]:
+    """The packages that a module and all it imports at module level need."""
+    found: set[str] = set()
+    waiting, seen = [name], {name}
+    while waiting:
+        file = FILE_OF[waiting.pop()]
+        for imported in imports(file, top_level=True):
+            module = module_of(imported)
+            if module in FILE_OF and module not in seen and module.count("."):
+                seen.add(module)
+                waiting.append(module)
+            found.add(imported.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"keras_mrl_serving"}
+
+
+def serving_needs(name: str) -> set[str]:
+    """The packages that a name of the serving room needs; all there are for one of another room."""
+    return needs(module_of(name)) if is_of(name, {"keras_mrl_serving"}) else {name}
 
 
 def violations(file: Path) -> list[str]:
@@ -117,16 +100,19 @@ def is_allowed(room: str, file: Path, name: str) -> bool:
     if top == room or top in sys.stdlib_module_names:
         return True
     if room == "keras_mrl":
-        lazy = "evaluation" in file.parts or file.name == "callbacks.py"
+        lazy = (
+            not {"evaluation", "comparison"}.isdisjoint(file.parts) or file.name == "callbacks.py"
+        )
         if lazy and top in LAZY_IN_TRAIN:
             return name not in set(imports(file, top_level=True))
-        if file.name == "_backend.py" and top in {"tensorflow", "torch"}:
+        if file.name == "_torch.py" and top in {"tensorflow", "torch"}:
             return name not in set(imports(file, top_level=True))
-        return top in {"keras", "numpy"} or is_of(name, NUMPY_FLOOR)
+        return top in {"keras", "numpy"} or serving_needs(name) <= {"numpy"}
     if room == "keras_mrl_export":
-        floor = NUMPY_FLOOR | {"keras_mrl_serving._session", "keras_mrl_serving.index.ExactIndex"}
-        return top in {"keras", "keras_mrl", "numpy", "cloudpickle", *TENSORFLOW} or is_of(
-            name, floor
+        return (
+            top in {"keras", "keras_mrl", "numpy", "cloudpickle", *TENSORFLOW}
+            or is_of(name, {"keras_mrl_serving._session"})
+            or serving_needs(name) <= {"numpy", "grpc", "google"}
         )
     if room == "keras_mrl_serving":
         if top in TENSORFLOW:
@@ -144,22 +130,41 @@ def test_a_module_imports_only_what_its_room_may(file: Path) -> None:
     assert violations(file) == []
 
 
-def floor_of(name: str) -> int:
-    part = name.split(".")[1]
-    return next(height for height, names in enumerate(FLOORS) if part in names)
+def in_house(file: Path) -> set[str]:
+    """The modules of the four rooms that `file` imports, wherever in the file."""
+    own = (n for n in imports(file) if is_of(n, set(ROOMS)))
+    return {module_of(n) for n in own} & set(FILE_OF) - {name_of(file)}
+
+
+def test_no_circle_of_imports() -> None:
+    graph = {name: in_house(file) for name, file in FILE_OF.items()}
+    for name, others in graph.items():  # a package's __init__ hands out names of its own modules
+        if FILE_OF[name].name == "__init__.py":
+            graph[name] = {n for n in others if not n.startswith(f"{name}.")}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+# Which folders of the serving room a folder may import, besides itself; "" is the room's own files.
+MAY_IMPORT = {
+    "cascade": {""},
+    "index": {"", "cascade"},
+    "server": {"", "cascade", "index"},
+    "": {"cascade", "index"},
+}
+
+
+def folder_of(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else ""
 
 
 @pytest.mark.parametrize(
-    "file",
-    [f for f in modules() if "keras_mrl_serving" in f.parts and name_of(f).count(".")],
-    ids=name_of,
+    "file", [f for f in modules() if "keras_mrl_serving" in f.parts], ids=name_of
 )
-def test_a_serving_module_imports_no_floor_above_its_own(file: Path) -> None:
-    own = floor_of(name_of(file))
-    serving = {n for n in imports(file) if n.startswith("keras_mrl_serving.")}
-    names = {n.replace("keras_mrl_serving._wire_pb2.", "") for n in serving}
-    above = [n for n in names if n.count(".") and floor_of(n) > own]
-    assert above == []
+def test_a_serving_folder_imports_none_above_it(file: Path) -> None:
+    own = folder_of(name_of(file))
+    serving = {n for n in in_house(file) if n.startswith("keras_mrl_serving")}
+    assert {n for n in serving if folder_of(n) not in MAY_IMPORT[own] | {own}} == set()
 
 
 @pytest.mark.parametrize(
@@ -214,8 +219,3 @@ def test_without_keras_the_training_room_says_how_to_get_it() -> None:
         "Install one: pip install 'keras-mrl[tensorflow]' (or [jax], [torch]). "
         "The client alone, keras_mrl_serving, needs none."
     )
-
-
-def test_modules_stay_small() -> None:
-    long = {name_of(f): n for f in modules() if (n := len(f.read_text().splitlines())) > 300}
-    assert long == {}

@@ -106,8 +106,7 @@ def _work(arguments: argparse.Namespace) -> int:
     try:
         for name in ("matplotlib", "sklearn"):  # now, and not when all nets are trained
             import_module(name)
-        from .comparing.plan import Plan
-        from .comparing.work import compare
+        from keras_mrl.comparison import ComparisonError, Plan, compare
     except ImportError as error:
         raise asking.RefusalError(
             "A comparison trains with Keras, probes with scikit-learn and draws with matplotlib. "
@@ -129,6 +128,8 @@ def _work(arguments: argparse.Namespace) -> int:
         results = compare(
             arguments.data, arguments.test, arguments.out, asked, arguments.budget, arguments.size
         )
+    except ComparisonError as error:
+        raise asking.RefusalError(str(error)) from error
     except OSError as error:
         raise asking.RefusalError(
             "Images must be readable, and --out writable with room for the nets. "

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .cascade.monitor import exit_drift as exit_drift
     from .cascade.monitor import oracle_report as oracle_report
     from .cascade.policy import CascadePolicy as CascadePolicy
+    from .cascade.policy import CascadeReport as CascadeReport
     from .cascade.policy import Guarantee as Guarantee
     from .cascade.policy import Stage as Stage
     from .cascade.search import CascadeFront as CascadeFront
@@ -61,13 +62,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "aio": ("AsyncClient",),
     "calls": ("Signature", "VersionStatus"),
-    "cascade": ("CascadePolicy", "Stage"),
-    "cascade_report": ("CascadeReport",),
+    "cascade.certify": ("certify_cascade",),
+    "cascade.confidence": ("fit_temperatures",),
+    "cascade.monitor": ("Drift", "exit_drift", "oracle_report"),
+    "cascade.policy": ("CascadePolicy", "CascadeReport", "Guarantee", "Stage"),
+    "cascade.search": ("CascadeFront", "search_cascades"),
     "client": ("Client",),
     "contract": ("Manifest",),
-    "cascade_certify": ("certify_cascade",),
-    "cascade_search": ("CascadeFront", "search_cascades"),
-    "drift": ("Drift", "exit_drift"),
     "embeddings": ("truncate",),
     "errors": (
         "AccessDeniedError",
@@ -91,7 +92,6 @@ _HOMES = {
         "VersionNotFoundError",
     ),
     "funnel": ("FunnelSchedule",),
-    "guarantee": ("Guarantee",),
     "index": (
         "ExactIndex",
         "FaissIndex",
@@ -102,9 +102,7 @@ _HOMES = {
         "plan_funnel",
     ),
     "options": ("Options", "Tls"),
-    "oracle": ("oracle_report",),
     "results": ("Classification", "ClassifiedRow", "Neighbors", "Partial"),
-    "temperatures": ("fit_temperatures",),
     "version": ("__version__",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -8,6 +8,7 @@ import xml.etree.ElementTree
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,16 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from keras_mrl.baselines import random_probe
+from keras_mrl.comparison import measure as measures
+from keras_mrl.comparison.data import ComparisonError, Images, split_classes
+from keras_mrl.comparison.measure import Answers
+from keras_mrl.comparison.nets import Net, backbone, madds
+from keras_mrl.comparison.plan import Plan, Speed, fitted, subset, taken_up
+from keras_mrl.comparison.report import NAMES
+from keras_mrl.comparison.splits import check_unseen, digests, load_parts, unseen_classes
+from keras_mrl.comparison.training import held
 from keras_mrl.evaluation import LinearProbe, linear_probe, mean_average_precision_at_k
 from keras_mrl_cli.__main__ import main
-from keras_mrl_cli.asking import RefusalError
-from keras_mrl_cli.comparing import heads, work
-from keras_mrl_cli.comparing.answers import Answers
-from keras_mrl_cli.comparing.files import held
-from keras_mrl_cli.comparing.images import Images, split_classes
-from keras_mrl_cli.comparing.nets import Net
-from keras_mrl_cli.comparing.network import backbone, madds
-from keras_mrl_cli.comparing.parts import check_unseen, load_parts, unseen_classes
-from keras_mrl_cli.comparing.plan import Plan, Speed, fitted, subset, taken_up
-from keras_mrl_cli.comparing.splits import digests
-from keras_mrl_cli.comparing.tables import NAMES
 from keras_mrl_serving import CascadePolicy
 
 Array = npt.NDArray[Any]
@@ -96,32 +94,34 @@ def test_classes_of_the_test_images_are_numbered_as_in_training(tmp_path: Path) 
 def test_images_that_make_no_comparison_are_refused(tmp_path: Path) -> None:
     places = write(tmp_path / "a.npz", pictures())
     strange = write(tmp_path / "b.npz", pictures(classes=4, seed=1))
-    with pytest.raises(RefusalError, match=r"Received: 3, which --data has not\."):
+    with pytest.raises(ComparisonError, match=r"Received: 3, which --data has not\."):
         load_parts(places, strange, None)
     few = write(tmp_path / "c.npz", pictures(rows=9, seed=1))
-    with pytest.raises(RefusalError, match=r"Received: 3 classes, 60 training images, 9 test im"):
+    with pytest.raises(
+        ComparisonError, match=r"Received: 3 classes, 60 training images, 9 test im"
+    ):
         load_parts(places, few, None)
-    with pytest.raises(RefusalError, match=r"0 test images, 60 more that training has too\."):
+    with pytest.raises(ComparisonError, match=r"0 test images, 60 more that training has too\."):
         load_parts(places, places, None)
     same = pictures(seed=1)
     same.pixels[8:] = same.pixels[8]
-    with pytest.raises(RefusalError, match=r"10 different test im.* 60 test images \(9 differ"):
+    with pytest.raises(ComparisonError, match=r"10 different test im.* 60 test images \(9 differ"):
         load_parts(places, write(tmp_path / "same.npz", same), None)
     coloured = str(tmp_path / "d.npz")
     in_colour = np.repeat(pictures(rows=12, seed=1).pixels, 3, axis=-1)
     np.savez(coloured, x_train=in_colour, y_train=np.arange(12) % 3)
-    with pytest.raises(RefusalError, match=r"Received: 3 and 1 of them\."):
+    with pytest.raises(ComparisonError, match=r"Received: 3 and 1 of them\."):
         load_parts(places, [coloured], None)
     both = write(tmp_path / "e.npz", pictures(seed=2), pictures(seed=3))
-    with pytest.raises(RefusalError, match=r"Received: some in .*e\.npz alone\."):
+    with pytest.raises(ComparisonError, match=r"Received: some in .*e\.npz alone\."):
         load_parts([*places, *both], None, None)
 
 
 def test_unseen_classes_need_images_to_search_among() -> None:
     check_unseen(pictures(60, 12), pictures(24, 12, seed=1))
-    with pytest.raises(RefusalError, match=r"Received: 2 classes with 8 and 4\."):
+    with pytest.raises(ComparisonError, match=r"Received: 2 classes with 8 and 4\."):
         check_unseen(pictures(48, 12), pictures(24, 12, seed=1))
-    with pytest.raises(RefusalError, match=r"Received: 1 classes with 12 and 4\."):
+    with pytest.raises(ComparisonError, match=r"Received: 1 classes with 12 and 4\."):
         check_unseen(pictures(60, 5), pictures(20, 5, seed=1))
 
 
@@ -133,23 +133,23 @@ def test_a_comparison_goes_on_as_it_was_asked_for(tmp_path: Path) -> None:
         raise AssertionError
 
     assert taken_up(note, {"epochs": 3, "dims": [4, 8]}, never) == PLAN
-    with pytest.raises(RefusalError, match=r"Received: epochs=4 after 3\. "):
+    with pytest.raises(ComparisonError, match=r"Received: epochs=4 after 3\. "):
         taken_up(note, {"epochs": 4, "dims": [4, 8]}, never)
     note.write_text(note.read_text()[:40])
-    with pytest.raises(RefusalError, match="which is damaged"):
+    with pytest.raises(ComparisonError, match="which is damaged"):
         taken_up(note, {"epochs": 3, "dims": [4, 8]}, never)
 
 
 def test_a_folder_is_of_one_comparison_and_one_process(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with held(out, []):
-        with pytest.raises(RefusalError, match="where another is at work"), held(out, []):
+        with pytest.raises(ComparisonError, match="where another is at work"), held(out, []):
             pass
     (out / "plan.json").touch()
     (out / "report.html").touch()
     with held(out, []):
         pass
-    with pytest.raises(RefusalError, match="--out must not lie in the images"):
+    with pytest.raises(ComparisonError, match="--out must not lie in the images"):
         with held(out, [str(tmp_path)]):
             pass
     killed = tmp_path / "killed"
@@ -160,7 +160,7 @@ def test_a_folder_is_of_one_comparison_and_one_process(tmp_path: Path) -> None:
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "report.html").touch()
-    with pytest.raises(RefusalError, match=r"strange with report\.html\."), held(strange, []):
+    with pytest.raises(ComparisonError, match=r"strange with report\.html\."), held(strange, []):
         pass
 
 
@@ -349,15 +349,15 @@ def test_a_probe_sees_so_many_rows_and_no_more(
         seen.append(len(features))
         return linear_probe(features, labels)
 
-    monkeypatch.setattr(heads, "PROBED", 200)
-    monkeypatch.setattr(heads, "linear_probe", noted)
-    assert heads.probes(answers)["mrl"]["12"][0] > 0.3
+    monkeypatch.setattr(measures, "PROBED", 200)
+    monkeypatch.setattr(measures, "linear_probe", noted)
+    assert measures.probes(answers)["mrl"]["12"][0] > 0.3
     assert seen == [200, 200]
 
 
 def test_classes_that_taught_a_probe_nothing_are_its_last_answer() -> None:
     probe = LinearProbe(kernel=-np.eye(2), bias=np.zeros(2), classes=np.array([0, 2]))
-    logits = heads.of_all(probe, np.array([[5.0, 1.0]]), 4)
+    logits = measures.of_all(probe, np.array([[5.0, 1.0]]), 4)
     assert np.argsort(-logits, kind="stable").tolist() == [[2, 0, 1, 3]]
 
 
@@ -485,7 +485,7 @@ def test_again_nothing_is_trained_and_the_results_are_the_same(
     def never(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(work, "train", never)
+    monkeypatch.setattr(import_module("keras_mrl.comparison.compare"), "train", never)
     assert main([*command(compared), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     del before["about"]["command"], printed["about"]["command"]
@@ -615,7 +615,7 @@ def test_no_verdict_is_given_where_noise_or_chance_would_give_it(
 @pytest.fixture
 def compared_text() -> Callable[..., list[str]]:
     """The findings of results in which MRL is ahead of the separate nets by so much."""
-    from keras_mrl_cli.comparing.findings import findings
+    from keras_mrl.comparison.report import findings
 
     def text(
         ahead: float, images: int = 100_000, chance: float = 0.25, first: float | None = None

@@ -1,16 +1,18 @@
 """Which image is in which part of a comparison: noted by content, and never in two."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from keras_mrl_cli.asking import RefusalError
-from keras_mrl_cli.comparing import splits, work
-from keras_mrl_cli.comparing.images import Images, split_classes
-from keras_mrl_cli.comparing.plan import Plan, subset
-from keras_mrl_cli.comparing.splits import digests, holdouts, note_parts
+from keras_mrl.comparison import splits
+from keras_mrl.comparison.data import ComparisonError, Images, split_classes
+from keras_mrl.comparison.plan import Plan, subset
+from keras_mrl.comparison.splits import digests, holdouts, note_parts
+
+compare = import_module("keras_mrl.comparison.compare")  # the package has a function of that name
 
 
 def pictures(rows: int = 60, classes: int = 3, seed: int = 0) -> Images:
@@ -84,10 +86,10 @@ def test_a_comparison_goes_on_with_its_own_images(tmp_path: Path) -> None:
     moved = Images(test.pixels, (test.labels + 1) % 3, test.names)
     renamed = Images(training.pixels, training.labels, ("0", "1", "other"))
     for parts_of_another in ((pictures(seed=2), test), (training, moved), (renamed, test)):
-        with pytest.raises(RefusalError, match="Received: others than those of"):
+        with pytest.raises(ComparisonError, match="Received: others than those of"):
             note_parts(note, *parts_of_another, ["2"])
     note.write_bytes(note.read_bytes()[:100])
-    with pytest.raises(RefusalError, match="which is damaged"):
+    with pytest.raises(ComparisonError, match="which is damaged"):
         note_parts(note, training, test, ["2"])
 
 
@@ -127,13 +129,13 @@ def test_the_note_says_what_is_trained_on(tmp_path: Path, monkeypatch: pytest.Mo
         assert digests(answers.training) == digests(subset(training, 100))
         raise _Begun
 
-    monkeypatch.setattr(work, "choose", few)
-    monkeypatch.setattr(work, "_train", stop)
+    monkeypatch.setattr(compare, "choose", few)
+    monkeypatch.setattr(compare, "_train", stop)
     out.mkdir()
     note_parts(out / "splits.npz", pictures(seed=9), test, [])  # of one stopped before its plan
     for _ in ("begun", "goes on"):
         with pytest.raises(_Begun):
-            work.compare([str(tmp_path / "a.npz")], None, out, asked, budget=1.0)
+            compare.compare([str(tmp_path / "a.npz")], None, out, asked, budget=1.0)
         with np.load(out / "splits.npz") as parts:
             assert parts["train"].tolist() == digests(subset(training, 100))
             assert len(parts["train_labels"]) == 100
@@ -145,10 +147,10 @@ def test_a_budget_leaves_images_to_search_among(
 ) -> None:
     training, test = pictures(rows=200, classes=10), pictures(rows=60, classes=10, seed=1)
     asked = Plan((4, 8), seeds=1, epochs=1, filters=8, flip=False, unseen=True, rows=0)
-    monkeypatch.setattr(work, "load_parts", lambda *_: (training, test, 0))
-    monkeypatch.setattr(work, "choose", lambda plan, *_: Plan(**{**vars(plan), "rows": 40}))
-    with pytest.raises(RefusalError, match=r"Received: 2 classes with 8 and 12\."):
-        work.compare(["a.npz"], None, tmp_path / "out", asked, budget=1.0)
+    monkeypatch.setattr(compare, "load_parts", lambda *_: (training, test, 0))
+    monkeypatch.setattr(compare, "choose", lambda plan, *_: Plan(**{**vars(plan), "rows": 40}))
+    with pytest.raises(ComparisonError, match=r"Received: 2 classes with 8 and 12\."):
+        compare.compare(["a.npz"], None, tmp_path / "out", asked, budget=1.0)
     assert not (tmp_path / "out" / "plan.json").exists()
 
 

@@ -11,12 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..asking import RefusalError
-from .batches import SIZE, Batches
-from .files import damaged, replacing
-from .images import Images
-from .nets import Net, nets_for
-from .training import Recipe, compile_net
+from .data import ComparisonError, Images
+from .nets import SIZE, Batches, Net, nets_for
+from .training import Recipe, compile_net, damaged, replacing
 
 _FILTERS = (8, 16, 32, 64)  # of the first convolution; what a budget chooses among
 _LEAST_EPOCHS, _MOST_EPOCHS = 6, 30
@@ -75,7 +72,7 @@ def taken_up(path: Path, asked: Mapping[str, Any], make: Callable[[], Plan]) -> 
         make: Makes the plan where none is noted.
 
     Raises:
-        RefusalError: If the folder holds a comparison that was asked for in other words.
+        ComparisonError: If the folder holds a comparison that was asked for in other words.
     """
     if not path.exists():
         plan = make()
@@ -94,7 +91,7 @@ def taken_up(path: Path, asked: Mapping[str, Any], make: Callable[[], Plan]) -> 
         if asked.get(name) != value
     ]
     if other:
-        raise RefusalError(
+        raise ComparisonError(
             f"A comparison goes on as it began; {path.parent} holds one. "
             f"Received: {', '.join(other)}. Ask as before, or name another folder with --out."
         )

@@ -16,21 +16,14 @@ from typing import Any
 
 import keras
 
-from . import heads, measures
-from .answers import Answers
-from .cascades import cascades
-from .figures import draw
-from .files import held, replacing
-from .findings import findings
-from .images import Images, split_classes
-from .network import madds
-from .parts import check_unseen, load_parts, unseen_classes
+from . import measure
+from .data import Images, split_classes
+from .measure import Answers, cascades, retrieval
+from .nets import madds
 from .plan import Plan, choose, subset, taken_up
-from .report import html
-from .retrieval import retrieval
-from .splits import note_parts
-from .tables import SPREAD, as_csv, tables
-from .training import epochs_done, is_trained, train
+from .report import SPREAD, as_csv, draw, findings, html, tables
+from .splits import check_unseen, load_parts, note_parts, unseen_classes
+from .training import epochs_done, held, is_trained, replacing, train
 
 
 def compare(
@@ -57,7 +50,7 @@ def compare(
         The results, as `results.json` has them.
 
     Raises:
-        RefusalError: If images cannot be read or are too few, or `out` holds something else.
+        ComparisonError: If images cannot be read or are too few, or `out` holds something else.
         OSError: If `out` cannot be written.
     """
     with held(out, data):
@@ -150,7 +143,7 @@ def _measure(
             "images": [len(answers.training.labels), len(answers.test.labels)],
             "classes": len(answers.training.names),
             "left_out": left_out,
-            "probed": min(heads.PROBED, len(answers.training.labels)),
+            "probed": min(measure.PROBED, len(answers.training.labels)),
             "seeded": plan.seeded,
             "unseen": _unseen(plan, answers.training.names),
             "machine": f"Python {platform.python_version()}, Keras {keras.__version__} on "
@@ -165,14 +158,14 @@ def _measure(
         },
     }
     steps: dict[str, Callable[[Answers], Any]] = {
-        "heads": heads.scores,
-        "probe": heads.probes,
-        "neighbors": measures.neighbors,
+        "heads": measure.scores,
+        "probe": measure.probes,
+        "neighbors": measure.neighbors,
         "cascades": cascades,
         "retrieval": retrieval,
     }
     if plan.unseen:
-        steps["unseen"] = measures.unseen
+        steps["unseen"] = measure.unseen
     for at, (name, step) in enumerate(steps.items()):
         started = time.monotonic()
         found = step(answers)

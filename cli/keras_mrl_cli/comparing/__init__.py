@@ -1,1 +1,0 @@
-"""What `keras-mrl compare` does: nets trained alike, and what their features are worth."""

@@ -1,0 +1,475 @@
+"""What the results of a comparison say, in sentences that carry their numbers."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation import plot_by_cost, plot_by_dim
+
+# The results of a comparison as tables: for Markdown, for HTML, and as rows of a CSV file.
+
+NAMES = {
+    "mrl": "MRL",
+    "ff": "FF (a net per dim)",
+    "mrl_e": "MRL-E (tied)",
+    "mrl_boosted": "MRL, first dim counted twice",
+    "slimmable": "slimmable",
+    "svd": "SVD of FF",
+    "rand_lp": "Rand. LP of FF",
+    "first_coordinates": "Rand. FS (first coordinates of FF)",
+    "pca": "PCA of FF",
+}
+HEADS = {
+    "top1": "Top-1 accuracy of the head, %",
+    "top5": "Top-5 accuracy of the head, %",
+    "ece": "Expected calibration error of the head, points",
+}
+MEASURES = {
+    "nn1": "1-NN accuracy",
+    "knn": "k-NN accuracy (the vote of the 10 nearest)",
+    "p10": "precision of the 10 nearest (p10)",
+    "map10": "map10",
+    "recall10": "share of the full dim's 10 nearest (recall10)",
+}
+
+SPREAD = (
+    "+- is one standard deviation: over seeds, or over ten splits of the same test images, which "
+    "overlap. What has none is of one seed."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Args:
+        title: What it shows.
+        header: Of the columns; the first is that of the names.
+        rows: Cells, as many as the header has.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """Return it as Markdown, under its title."""
+        lines = [f"| {' | '.join(self.header)} |", "|---" * len(self.header) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in self.rows]
+        return f"{self.title}\n\n" + "\n".join(lines) + "\n"
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """Return all tables: percents, `+-` one standard deviation over seeds or splits."""
+    dims = [str(dim) for dim in results["plan"]["dims"]]
+    found = [_by_dim(title, dims, results[measure]) for measure, title in HEADS.items()]
+    probed = f"trained on {results['about']['probed']:,} training images"
+    title = f"Accuracy of a linear probe of the features, {probed}, %"
+    found.append(_by_dim(title, dims, results["probe"]))
+    for measure, title in MEASURES.items():
+        for part, where in (("neighbors", "all classes"), ("unseen", "classes never seen")):
+            rows = {
+                name: {dim: [scores[measure]] for dim, scores in by_dim.items()}
+                for name, by_dim in results.get(part, {}).items()
+                if all(measure in scores for scores in by_dim.values())
+            }
+            if rows:
+                found.append(_by_dim(f"{title}, {where}, %", dims, rows))
+    return [*found, _cascades(results["cascades"]), *_retrieval(results["retrieval"])]
+
+
+def as_csv(results: Mapping[str, Any]) -> str:
+    """Return every measured number as a row: part, method, dim, measure, seed, value."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("part", "method", "dim", "measure", "seed_or_split", "value"))
+    writer.writerows(_long(results))
+    return text.getvalue()
+
+
+def spread(values: Sequence[float], factor: float = 1) -> str:
+    """Return a mean, with one standard deviation where there are several values.
+
+    Examples:
+        >>> spread([0.5, 0.7], 100), spread([0.5], 100)
+        ('60.00 +- 14.14', '50.00')
+    """
+    scaled = factor * np.asarray(values)
+    more = f" +- {scaled.std(ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{scaled.mean():.2f}{more}"
+
+
+def _by_dim(title: str, dims: list[str], rows: Mapping[str, Any]) -> Table:
+    cells = [
+        (
+            NAMES[name],
+            *(spread(by_dim[dim], 100) if dim in by_dim else "" for dim in dims),
+        )
+        for name, by_dim in rows.items()
+    ]
+    return Table(title, ("", *dims), tuple(cells))
+
+
+def _cascades(cascades: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, splits in cascades["splits"].items():
+        below = [split["full_accuracy"] - split["accuracy"] for split in splits]
+        over = [split["accuracy"] - split["ff_accuracy"] for split in splits]
+        promise = f" (risk {cascades['risk']}, delta {cascades['delta']})"
+        rows.append(
+            (
+                name + promise * (name == "certified"),
+                spread([split["accuracy"] for split in splits], 100),
+                spread(below, 100),
+                spread(over, 100),
+                spread([split["expected_dim"] for split in splits]),
+                spread([split["cumulative_dim"] for split in splits]),
+            )
+        )
+    header = (
+        "",
+        "accuracy, %",
+        "below the full dim, points",
+        "above FF of full width, points",
+        "expected dim",
+        "all dims asked",
+    )
+    return Table("Adaptive classification, on rows that taught no threshold", header, tuple(rows))
+
+
+def _retrieval(retrieval: Mapping[str, Any]) -> Iterator[Table]:
+    header = ("", "dims", "shortlists", "map10, %", "multiply-adds per query", "of exhaustive")
+    for name, found in retrieval.items():
+        whole = max(row["madds"] for row in found["rows"] if row["kind"] == "exhaustive")
+        rows = [
+            (
+                row["kind"] + (" (chosen)" if at == found["chosen"] else ""),
+                " -> ".join(map(str, row["dims"])),
+                ", ".join(map(str, row["shortlists"])),
+                f"{100 * row['map10']:.2f}",
+                f"{row['madds']:,}",
+                f"{row['madds'] / whole:.3f}",
+            )
+            for at, row in enumerate(found["rows"])
+        ]
+        yield Table(f"Retrieval with {NAMES[name]}", header, tuple(rows))
+
+
+def _long(results: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    for measure in (*HEADS, "probe"):
+        part = "probe" if measure == "probe" else "head"
+        for method, by_dim in results[measure].items():
+            for dim, values in by_dim.items():
+                for seed, value in enumerate(values):
+                    yield part, method, dim, measure, seed, value
+    for part in ("neighbors", "unseen"):
+        for method, by_dim in results.get(part, {}).items():
+            for dim, scores in by_dim.items():
+                for measure, value in scores.items():
+                    yield part, method, dim, measure, 0, value
+    for name, splits in results["cascades"]["splits"].items():
+        for split, measures in enumerate(splits):
+            for measure, value in measures.items():
+                yield "cascades", name, "", measure, split, value
+    for name, found in results["retrieval"].items():
+        for row in found["rows"]:
+            dims = " -> ".join(map(str, row["dims"]))
+            for measure in ("map10", "madds"):
+                yield "retrieval", f"{name} {row['kind']}", dims, measure, 0, row[measure]
+
+
+# The paper's figures of a comparison, as SVG and PNG.
+
+FIGURES = {
+    "accuracy": "Accuracy of the head over dims, for every method",
+    "neighbors": "1-NN accuracy over dims, for every method",
+    "adaptive": "Adaptive classification: accuracy over expected dim, and the oracle",
+    "retrieval": "map10 over multiply-adds per query",
+}
+
+
+def draw(results: Mapping[str, Any], folder: Path) -> None:
+    """Write every figure to `<name>.svg` and `<name>.png`."""
+    top1 = _named(results["top1"])
+    nearest = _named(
+        {
+            name: {dim: scores["nn1"] for dim, scores in by_dim.items()}
+            for name, by_dim in results["neighbors"].items()
+        }
+    )
+    singles = {name: top1[name] for name in (NAMES["mrl"], NAMES["ff"])}
+    for suffix in ("svg", "png"):
+        plot_by_dim(top1, folder / f"accuracy.{suffix}", title="Accuracy by dim")
+        plot_by_dim(
+            nearest,
+            folder / f"neighbors.{suffix}",
+            title="Nearest neighbour by dim",
+            measure="1-NN accuracy",
+        )
+        plot_by_dim(
+            singles,
+            folder / f"adaptive.{suffix}",
+            _stars(results["cascades"]),
+            title="Adaptive classification",
+        )
+        plot_by_cost(*_costs(results["retrieval"], folder / f"retrieval.{suffix}"))
+
+
+def _named(by_method: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
+    """By the names of the methods, all of them and in one order: each has its colour."""
+    return {
+        shown: {int(dim): values for dim, values in by_method.get(name, {}).items()}
+        for name, shown in NAMES.items()
+    }
+
+
+def _stars(cascades: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    return {
+        name if name == "oracle" else f"cascade, {name}": (
+            float(np.mean([split["expected_dim"] for split in splits])),
+            float(np.mean([split["accuracy"] for split in splits])),
+        )
+        for name, splits in cascades["splits"].items()
+    }
+
+
+def _costs(retrieval: Mapping[str, Any], path: Path) -> tuple[Any, Path, Any]:
+    lines = {
+        f"{shown}, exhaustive": {
+            row["dims"][-1]: (row["madds"], row["map10"])
+            for row in retrieval.get(name, {"rows": ()})["rows"]
+            if row["kind"] == "exhaustive"
+        }
+        for name, shown in NAMES.items()
+    }
+    stars = {}
+    for name, found in retrieval.items():
+        chosen = found["rows"][found["chosen"]]
+        stars[f"{NAMES[name]}, {' -> '.join(map(str, chosen['dims']))}"] = (
+            chosen["madds"],
+            chosen["map10"],
+        )
+    return lines, path, stars
+
+
+_CLAIM = 0.01  # the paper's: as accurate as the separate nets
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for every question one asks of a comparison."""
+    return [
+        *_against_separate(results),
+        *_against_cut(results),
+        *_cascade_findings(results),
+        *_retrieval_findings(results),
+    ]
+
+
+def _against_separate(results: Mapping[str, Any]) -> Iterator[str]:
+    mrl = _means(results["top1"]["mrl"])
+    for name, by_dim in results["top1"].items():
+        if name in ("mrl", "svd", "rand_lp"):
+            continue
+        own = _means(by_dim)
+        gaps = [100 * (mrl[dim] - own[dim]) for dim in mrl]
+        mean = float(np.mean(gaps))
+        verdict = _verdict(gaps, list(own.values()), results["about"]) if name == "ff" else ""
+        yield (
+            f"{verdict}MRL is {abs(mean):.1f} points {'above' if mean >= 0 else 'below'} "
+            f"{NAMES[name]} on average over the dims: "
+            + ", ".join(f"{gap:+.1f} at {dim}" for dim, gap in zip(mrl, gaps, strict=True))
+            + "."
+        )
+
+
+def _verdict(gaps: list[float], separate: list[float], about: Mapping[str, Any]) -> str:
+    """Whether nesting costs accuracy, where so many test images can tell."""
+    images, chance = about["images"][1], 1 / about["classes"]
+    best = max(separate)
+    # Two nets equally good, judged on images of their own, differ by more once in twenty times.
+    noise = 100 * 2 * sqrt(2 * best * (1 - best) / images)
+    told = f"Differences below {noise:.1f} points are noise among {images:,} test images. "
+    if best < 2 * chance:
+        return (
+            f"Nothing can be said: the best separate net is {100 * best:.1f}% right, chance "
+            f"{100 * chance:.1f}%. Train longer. "
+        )
+    mean, worst = float(np.mean(gaps)), min(gaps)
+    if noise > 100 * _CLAIM and abs(mean) < noise:
+        return f"{told}No difference is seen on average. "
+    if mean < -100 * _CLAIM:
+        return f"{told}Matryoshka training costs more than a point here. "
+    if worst < -max(noise, 100 * _CLAIM):
+        return (
+            f"{told}Matryoshka training costs no more than a point on average, but "
+            f"{-worst:.1f} at one dim. "
+        )
+    return f"{told}Matryoshka training costs no more than a point: one net replaces {len(gaps)}. "
+
+
+def _against_cut(results: Mapping[str, Any]) -> Iterator[str]:
+    heads = {
+        name: {dim: values[0] for dim, values in results["top1"][name].items()}
+        for name in ("mrl", "svd", "rand_lp")
+    }
+    near = {
+        name: {dim: scores["nn1"] for dim, scores in by_dim.items()}
+        for name, by_dim in results["neighbors"].items()
+    }
+    for name, measure, mine, its in (
+        ("svd", "accuracy", heads["mrl"], heads["svd"]),
+        ("rand_lp", "accuracy", heads["mrl"], heads["rand_lp"]),
+        ("pca", "1-NN accuracy", near["mrl"], near["pca"]),
+        ("first_coordinates", "1-NN accuracy", near["mrl"], near["first_coordinates"]),
+    ):
+        better = [dim for dim in mine if mine[dim] > its[dim]]
+        where = f"at {', '.join(better)} dims" if better else "at no dim"
+        shown = ", ".join(f"{100 * (mine[dim] - its[dim]):+.1f} at {dim}" for dim in mine)
+        yield f"In {measure} MRL of seed 0 is ahead of {NAMES[name]} {where}: {shown}."
+
+
+def _cascade_findings(results: Mapping[str, Any]) -> Iterator[str]:
+    cascades = results["cascades"]
+    width = results["plan"]["dims"][-1]
+    head = results["madds"]["head"]
+    share = head / (head + results["madds"]["backbone"])
+    fixed = {int(dim): values[0] for dim, values in results["top1"]["mrl"].items()}
+    for name, splits in cascades["splits"].items():
+        accuracy, full, ff, dim, paid = (
+            float(np.mean([split[key] for split in splits]))
+            for key in (
+                *("accuracy", "full_accuracy", "ff_accuracy"),
+                *("expected_dim", "cumulative_dim"),
+            )
+        )
+        if name == "oracle":
+            yield (
+                "An oracle, which knows the label and stops at the first dim that is right, would "
+                f"be {100 * accuracy:.2f}% right at {dim:.1f} dims."
+            )
+            continue
+        near = min(d for d in fixed if d >= dim - 1e-9)
+        saved = 100 * share * (1 - paid / width)
+        promise = ""
+        if name == "certified":
+            promise = (
+                f" It promises, with a chance of {1 - cascades['delta']:g} over the draw of the "
+                f"holdout, that the full dim is right and it is wrong in at most "
+                f"{100 * cascades['risk']:g}% of new rows."
+            )
+        yield (
+            f"The cascade '{name}' stops at {dim:.1f} of {width} dims on average "
+            f"({width / dim:.1f} times fewer) and is {100 * accuracy:.2f}% right, the full dim "
+            f"{100 * full:.2f}%, FF of full width {100 * ff:.2f}%, the same net at {near} dims "
+            f"for every row {100 * fixed[near]:.2f}%. Counting every head asked it "
+            f"{'saves' if saved >= 0 else 'costs'} {abs(saved):.2f}% of the model's multiply-adds."
+            f"{promise}"
+        )
+    if cascades["refused"]:
+        yield f"No cascade is certified: {cascades['refused']}."
+    taught, judged = (
+        [100 * split[part]["accuracy"] for split in cascades["search_over_greedy"]]
+        for part in ("taught", "judged")
+    )
+    dims = [split["judged"]["expected_dim"] for split in cascades["search_over_greedy"]]
+    yield (
+        "The joint search at no more than greedy's expected dim (by chance one of two policies of "
+        f"its front) is {np.mean(taught):+.2f} points from greedy on the rows that taught both "
+        f"(worst split {min(taught):+.2f}; greedy is one of its candidates) and "
+        f"{np.mean(judged):+.2f} on the others (worst {min(judged):+.2f}), where its expected dim "
+        f"differs by {np.mean(dims):+.1f}."
+    )
+
+
+def _retrieval_findings(results: Mapping[str, Any]) -> Iterator[str]:
+    for name, found in results["retrieval"].items():
+        rows, chosen = found["rows"], found["rows"][found["chosen"]]
+        whole = max((r for r in rows if r["kind"] == "exhaustive"), key=lambda r: r["madds"])
+        yield (
+            f"Retrieval with {NAMES[name]}: {' -> '.join(map(str, chosen['dims']))} with "
+            f"shortlists {chosen['shortlists']} has map10 {100 * chosen['map10']:.2f}%, exhaustive "
+            f"search at {whole['dims'][-1]} dims {100 * whole['map10']:.2f}%, for "
+            f"{chosen['madds']:,} of {whole['madds']:,} multiply-adds per query "
+            f"({whole['madds'] / chosen['madds']:.1f} times fewer, in theory, search only)."
+        )
+
+
+def _means(by_dim: Mapping[str, Any]) -> dict[str, float]:
+    return {dim: float(np.mean(values)) for dim, values in by_dim.items()}
+
+
+# One HTML file that shows a comparison and needs nothing but itself.
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; }
+body { margin: 2rem auto; max-width: 68rem; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; }
+h2 { margin-top: 2.5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 14px; }
+caption { caption-side: top; text-align: left; font-weight: 600; padding: 1.2rem 0 .3rem; }
+th, td { border-bottom: 1px solid #d0d7de; padding: .3rem .7rem; }
+th, td { text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+figure { display: inline-block; margin: 0; width: 32rem; max-width: 100%; }
+figure img { width: 100%; }
+dt { font-weight: 600; }
+"""
+
+
+def html(results: Mapping[str, Any], folder: Path) -> str:
+    """Return the report, with the figures of `folder` inside."""
+    plan, about = results["plan"], results["about"]
+    said = "".join(f"<li>{escape(sentence)}</li>\n" for sentence in findings(results))
+    figures = "".join(_figure(folder / f"{name}.svg", text) for name, text in FIGURES.items())
+    facts = {
+        "Images": f"{about['images'][0]:,} for training, {about['images'][1]:,} for judging, "
+        f"{about['classes']} classes; {about['left_out']} test images that training has too "
+        "were left out",
+        "Recipe": f"{plan['epochs']} epochs of {plan['rows']:,} images, {plan['filters']} filters "
+        f"in the first of eight convolutions; {plan['seeds']} "
+        f"seed{'s' if plan['seeds'] > 1 else ''} of MRL and of FF at "
+        f"{', '.join(map(str, about['seeded']))} dims, one of the rest",
+        "Command": about["command"],
+        "Software and machine": about["machine"],
+        "Minutes of training": ", ".join(f"{name} {m:g}" for name, m in results["minutes"].items()),
+    }
+    if about["unseen"]:
+        facts["Classes never seen"] = ", ".join(about["unseen"])
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>\n" for name, text in facts.items())
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        "<title>Did Matryoshka pay off?</title>\n"
+        f"<style>{_STYLE}</style></head><body>\n<h1>Did Matryoshka pay off?</h1>\n"
+        f"<h2>What the numbers say</h2>\n<ul>\n{said}</ul>\n<h2>Figures</h2>\n{figures}\n"
+        f"<h2>Tables</h2>\n<p>{escape(SPREAD)}</p>\n{''.join(map(_table, tables(results)))}"
+        f"<h2>How it was measured</h2>\n<dl>\n{rows}</dl>\n</body></html>\n"
+    )
+
+
+def _figure(svg: Path, text: str) -> str:
+    # As an image of its own: names inside one figure cannot meet those of another.
+    data = base64.b64encode(svg.read_bytes()).decode()
+    return f'<figure><img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}"></figure>\n'
+
+
+def _table(table: Table) -> str:
+    header = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
+        for row in table.rows
+    )
+    return (
+        f'<div class="wide"><table><caption>{escape(table.title)}</caption>\n'
+        f"<tr>{header}</tr>\n{rows}</table></div>\n"
+    )
