@@ -17,7 +17,7 @@ from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE
 from tests.cli.conftest import CASCADE, LABELS, Exported
 from tests.cli.test_main import refusal
-from tests.export import models
+from tests.helpers import export_models as models
 
 pytestmark = pytest.mark.backend
 BACKEND = keras.backend.backend()

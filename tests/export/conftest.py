@@ -6,9 +6,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import keras
 import pytest
 
-from tests.export import models
-from tests.export import scripts as user_scripts
-from tests.export.models import NAMES, TEMPERATURES, TOP_K, Exported, exported, halving_policy
+from tests.helpers import export_models as models
+from tests.helpers import user_scripts
+from tests.helpers.export_models import (
+    NAMES,
+    TEMPERATURES,
+    TOP_K,
+    Exported,
+    exported,
+    halving_policy,
+)
 
 
 @pytest.fixture(scope="session")

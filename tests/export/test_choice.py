@@ -13,8 +13,8 @@ from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.server import DevServer
-from tests.export import models
-from tests.export.models import DIMS, Exported, only_tensorflow
+from tests.helpers import export_models as models
+from tests.helpers.export_models import DIMS, Exported, only_tensorflow
 
 pytestmark = pytest.mark.backend
 

@@ -7,7 +7,7 @@ import pytest
 
 from keras_mrl_serving.cascade.confidence import confidence_of, midway
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
-from tests.export.models import DIMS, TEMPERATURES, Exported, assert_equal_rows, exported
+from tests.helpers.export_models import DIMS, TEMPERATURES, Exported, assert_equal_rows, exported
 
 pytestmark = pytest.mark.backend
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from keras_mrl_export import ImageDecoder, export_saved_model
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
-from tests.export.models import only_tensorflow
+from tests.helpers.export_models import only_tensorflow
 
 pytestmark = [pytest.mark.backend, only_tensorflow]
 

@@ -11,7 +11,7 @@ from keras import layers, ops
 
 from keras_mrl_export import export_saved_model
 from keras_mrl_export.model_file import in_float32, load, save
-from tests.export.models import only_tensorflow
+from tests.helpers.export_models import only_tensorflow
 
 pytestmark = pytest.mark.backend
 

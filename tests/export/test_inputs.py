@@ -14,7 +14,7 @@ from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_export.sample import as_declared, name_inputs
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
-from tests.export.models import Arrays, only_tensorflow
+from tests.helpers.export_models import Arrays, only_tensorflow
 
 pytestmark = pytest.mark.backend
 

@@ -14,7 +14,7 @@ from keras_mrl_serving import CascadePolicy, Client
 from keras_mrl_serving.cascade.policy import Stage
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.server import DevServer
-from tests.keras_mrl.language import LENGTH, TOKENS, WIDTH, language_model
+from tests.helpers.language_models import LENGTH, TOKENS, WIDTH, language_model
 
 pytestmark = pytest.mark.backend
 

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from keras_mrl_export.graph import lengths
 from keras_mrl_serving.embeddings import truncate
-from tests.export.models import only_tensorflow
+from tests.helpers.export_models import only_tensorflow
 
 
 @only_tensorflow

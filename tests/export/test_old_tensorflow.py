@@ -24,11 +24,12 @@ from keras_mrl_export import export_saved_model
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex
-from tests.export import models, old_tensorflow
-from tests.export.models import DIMS, assert_equal_rows, halving_policy, only_tensorflow
 from tests.export.test_decoder import DECODER, EXACT, encoded
 from tests.export.test_decoder import model as of_images
-from tests.keras_mrl.language import LENGTH, TOKENS, language_model
+from tests.helpers import export_models as models
+from tests.helpers import old_tensorflow
+from tests.helpers.export_models import DIMS, assert_equal_rows, halving_policy, only_tensorflow
+from tests.helpers.language_models import LENGTH, TOKENS, language_model
 
 pytestmark = [
     only_tensorflow,

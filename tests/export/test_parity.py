@@ -14,8 +14,8 @@ import pytest
 from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_export.parity import check_parity
 from keras_mrl_serving.cascade.policy import CascadePolicy
-from tests.export import models
-from tests.export.models import DIMS, NAMES, TEMPERATURES, TOP_K, Exported, only_tensorflow
+from tests.helpers import export_models as models
+from tests.helpers.export_models import DIMS, NAMES, TEMPERATURES, TOP_K, Exported, only_tensorflow
 
 pytestmark = pytest.mark.backend
 

@@ -17,7 +17,7 @@ import pytest
 from keras_mrl import MatryoshkaHead
 from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_export.model_file import user_modules, user_objects
-from tests.export.models import only_tensorflow
+from tests.helpers.export_models import only_tensorflow
 
 pytestmark = pytest.mark.backend
 

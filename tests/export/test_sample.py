@@ -13,7 +13,7 @@ from keras_mrl import MatryoshkaHead
 from keras_mrl_export import export_saved_model
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
-from tests.export.models import only_tensorflow
+from tests.helpers.export_models import only_tensorflow
 
 pytestmark = pytest.mark.backend
 

@@ -22,8 +22,8 @@ from keras_mrl_serving.errors import EncoderMismatchError
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, FaissIndex, open_index
 from keras_mrl_serving.server import DevServer
-from tests.export import models
-from tests.export.models import DIMS, only_tensorflow
+from tests.helpers import export_models as models
+from tests.helpers.export_models import DIMS, only_tensorflow
 
 RNG = np.random.default_rng(0)
 WIDTH = 16

@@ -20,7 +20,7 @@ from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_serving import __version__
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
-from tests.export.models import DIMS, NAMES, TEMPERATURES, Exported, only_tensorflow
+from tests.helpers.export_models import DIMS, NAMES, TEMPERATURES, Exported, only_tensorflow
 
 pytestmark = pytest.mark.backend
 

@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import MANIFEST_FILE
-from tests.export import models
-from tests.export.models import (
+from tests.helpers import export_models as models
+from tests.helpers.export_models import (
     DIMS,
     NUM_CLASSES,
     ROWS,

@@ -8,7 +8,7 @@ import pytest
 
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
-from tests.export.scripts import SCRIPTS, Ran
+from tests.helpers.user_scripts import SCRIPTS, Ran
 
 pytestmark = pytest.mark.backend
 

@@ -12,8 +12,15 @@ from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss
 from keras_mrl_export import export_saved_model
 from keras_mrl_serving import CascadePolicy, Client
 from keras_mrl_serving.server import DevServer
-from tests.export import models
-from tests.export.models import DIMS, NUM_CLASSES, TEMPERATURES, TOP_K, Arrays, assert_equal_rows
+from tests.helpers import export_models as models
+from tests.helpers.export_models import (
+    DIMS,
+    NUM_CLASSES,
+    TEMPERATURES,
+    TOP_K,
+    Arrays,
+    assert_equal_rows,
+)
 from tests.keras_mrl.test_vision import SHAPE, keras_cv
 
 pytestmark = [

@@ -17,7 +17,7 @@ from keras_mrl_export.warmup import WARMUP_FILE, write_warmup
 from keras_mrl_serving import Client
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.server import DevServer
-from tests.export.models import TOP_K, Exported, only_tensorflow
+from tests.helpers.export_models import TOP_K, Exported, only_tensorflow
 
 pytestmark = pytest.mark.backend
 

@@ -17,7 +17,8 @@ from keras_mrl import (
     NeighborMetrics,
     split,
 )
-from tests.keras_mrl.small import (
+from tests.helpers.laws import exactly, public_keras_classes
+from tests.helpers.small_models import (
     DIMS,
     NUM_CLASSES,
     accuracy,
@@ -26,7 +27,6 @@ from tests.keras_mrl.small import (
     compiled,
     functional,
 )
-from tests.laws import exactly, public_keras_classes
 
 pytestmark = pytest.mark.backend
 

@@ -5,7 +5,7 @@ import pytest
 
 from keras_mrl import log_spaced_dims
 from keras_mrl._dims import check_weights, check_width, warn_long_ladder
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from keras_mrl._arrays import as_labels, check_kinds, check_labels_for
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 
 def test_a_column_is_one_label_per_row() -> None:

@@ -18,9 +18,11 @@ from keras_mrl import (
     Truncate,
 )
 from keras_mrl.baselines import Slimmable, Switchable
-from tests import laws
-from tests.keras_mrl import embeddings, language
-from tests.keras_mrl.small import (
+from tests.helpers import embedding_laws as embeddings
+from tests.helpers import language_models as language
+from tests.helpers import laws
+from tests.helpers.laws import Example, NestedLoss, Wrong
+from tests.helpers.small_models import (
     DIMS,
     NUM_CLASSES,
     X,
@@ -31,7 +33,6 @@ from tests.keras_mrl.small import (
     functional,
     run_fresh,
 )
-from tests.laws import Example, NestedLoss, Wrong
 
 pytestmark = pytest.mark.backend
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_mrl import MatryoshkaClassifier
-from tests.keras_mrl import digits
+from tests.helpers import digits
 
 pytestmark = pytest.mark.backend
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.reference import error_budget, fold, nested_gradient, nested_loss, tie
+from tests.helpers.reference import error_budget, fold, nested_gradient, nested_loss, tie
 
 RANDOM = np.random.default_rng(0)
 DIMS = (2, 3, 6)

@@ -11,7 +11,7 @@ import pytest
 from keras import layers
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
-from tests.keras_mrl.small import NUM_CLASSES, accuracy, as_numpy, compiled
+from tests.helpers.small_models import NUM_CLASSES, accuracy, as_numpy, compiled
 
 pytestmark = [
     pytest.mark.backend,

@@ -34,7 +34,17 @@ from keras_mrl_serving.errors import (
     VersionChangedError,
 )
 from keras_mrl_serving.options import Options
-from tests.serving.faulty import POLICY, ROOT, Asked, Before, Faulty, Process, echo, opened, rows
+from tests.helpers.faulty_server import (
+    POLICY,
+    ROOT,
+    Asked,
+    Before,
+    Faulty,
+    Process,
+    echo,
+    opened,
+    rows,
+)
 
 SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
 BOTH = pytest.mark.parametrize("kind", [Client, AsyncClient])
@@ -738,7 +748,7 @@ FORK = """
 import multiprocessing, os, sys
 import numpy as np
 from keras_mrl_serving import Client, Options
-from tests.serving.faulty import rows
+from tests.helpers.faulty_server import rows
 
 client = Client(sys.argv[1], options=Options(timeout_s=5.0))
 x = rows(3)
@@ -792,7 +802,7 @@ import asyncio, sys
 import numpy as np
 from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.options import Options
-from tests.serving.faulty import rows
+from tests.helpers.faulty_server import rows
 from tests.serving.test_faults import threads
 
 async def main(target):

@@ -18,7 +18,7 @@ from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.errors import KerasMrlError, ServerUnavailableError
 from keras_mrl_serving.options import Options, Tls
-from tests.serving.faulty import Faulty, opened, rows
+from tests.helpers.faulty_server import Faulty, opened, rows
 
 BOTH = pytest.mark.parametrize("kind", [Client, AsyncClient])
 

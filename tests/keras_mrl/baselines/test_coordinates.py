@@ -3,7 +3,7 @@ import pytest
 
 from keras_mrl.baselines import first_coordinates, random_probe
 from keras_mrl.evaluation import linear_probe
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 RANDOM = np.random.default_rng(0)
 LABELS = np.arange(60) % 3

@@ -6,8 +6,16 @@ import pytest
 
 from keras_mrl import MatryoshkaClassifier
 from keras_mrl.baselines import fixed_features
-from tests.keras_mrl.small import NUM_CLASSES, X, Y, as_numpy, classifier, compiled, cross_entropy
-from tests.laws import exactly
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import (
+    NUM_CLASSES,
+    X,
+    Y,
+    as_numpy,
+    classifier,
+    compiled,
+    cross_entropy,
+)
 
 pytestmark = pytest.mark.backend
 

@@ -5,7 +5,7 @@ import pytest
 from sklearn.decomposition import PCA
 
 from keras_mrl.baselines import principal_components, reductions
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 RANDOM = np.random.default_rng(0)
 FEATURES = RANDOM.normal(size=(50, 6)) @ RANDOM.normal(size=(6, 6)) + RANDOM.normal(size=6)

@@ -8,9 +8,17 @@ from keras import layers
 
 from keras_mrl import MatryoshkaLoss
 from keras_mrl.baselines import Slimmable, Switchable, slimmable
-from tests.keras_mrl import digits
-from tests.keras_mrl.small import NUM_CLASSES, X, Y, accuracy, as_numpy, compiled, cross_entropy
-from tests.laws import exactly
+from tests.helpers import digits
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import (
+    NUM_CLASSES,
+    X,
+    Y,
+    accuracy,
+    as_numpy,
+    compiled,
+    cross_entropy,
+)
 
 pytestmark = pytest.mark.backend
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from keras_mrl.baselines import low_rank_head
-from tests.keras_mrl import digits
-from tests.laws import exactly
+from tests.helpers import digits
+from tests.helpers.laws import exactly
 
 pytestmark = pytest.mark.backend
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from keras_mrl.evaluation import expected_calibration_error
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import top_k_accuracy_score
 
 from keras_mrl.evaluation import expected_calibration_error, score_head
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 RNG = np.random.default_rng(0)
 DIGITS = load_digits()

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
 from keras_mrl.evaluation import evaluate
 from keras_mrl.evaluation import neighbors as neighbors_module
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 pytestmark = pytest.mark.backend
 

@@ -8,7 +8,7 @@ import pytest
 
 from keras_mrl.evaluation import neighbors as neighbors_module
 from keras_mrl.evaluation.neighbors import count_blocks, nearest_hits, nearest_ids
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 RNG = np.random.default_rng(0)
 

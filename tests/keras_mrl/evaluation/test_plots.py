@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_mrl.evaluation import plot_accuracy, plot_by_cost, plot_by_dim, plot_retrieval
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 BLUE, ORANGE = "#1f6feb", "#d9730d"
 ACCURACY = {8: 0.66, 16: 0.73, 32: 0.75, 64: 0.76}

@@ -9,7 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from keras_mrl.evaluation import linear_probe
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 PIXELS, DIGITS = load_digits(return_X_y=True)
 

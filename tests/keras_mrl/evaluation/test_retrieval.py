@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import average_precision_score, precision_score
 
 from keras_mrl.evaluation import mean_average_precision_at_k, precision_at_k
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 RANDOM = np.random.default_rng(0)
 HITS = RANDOM.random((40, 10)) < RANDOM.random((40, 1))

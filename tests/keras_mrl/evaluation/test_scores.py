@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from keras_mrl.evaluation import neighbors as neighbors_module
 from keras_mrl.evaluation import score_embeddings
 from keras_mrl.evaluation.evaluate import _vote
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 pytestmark = pytest.mark.backend
 

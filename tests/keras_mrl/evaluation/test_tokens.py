@@ -7,9 +7,9 @@ import pytest
 
 from keras_mrl.evaluation import TokenScores, learn_decoding_policy, score_tokens
 from keras_mrl_serving import CascadePolicy, Stage
-from tests.keras_mrl.language import DIMS, LENGTH, NEXT, READ, language_model, randomised
-from tests.keras_mrl.small import as_numpy
-from tests.laws import exactly
+from tests.helpers.language_models import DIMS, LENGTH, NEXT, READ, language_model, randomised
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import as_numpy
 
 pytestmark = pytest.mark.backend
 

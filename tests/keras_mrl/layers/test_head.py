@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from keras_mrl import MatryoshkaHead, MatryoshkaLoss
-from tests.keras_mrl.small import NUM_CLASSES, X, Y, as_numpy, compiled, cross_entropy
-from tests.laws import exactly
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import NUM_CLASSES, X, Y, as_numpy, compiled, cross_entropy
 
 pytestmark = pytest.mark.backend
 

@@ -6,8 +6,8 @@ import pytest
 
 import keras_mrl_serving
 from keras_mrl import Truncate
-from tests.keras_mrl.small import X, as_numpy
-from tests.laws import exactly
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import X, as_numpy
 
 pytestmark = pytest.mark.backend
 

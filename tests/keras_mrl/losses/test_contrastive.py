@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from keras_mrl.losses import ContrastiveLoss, SupervisedContrastiveLoss
-from tests.keras_mrl.losses.reference import contrastive, gradient_of, supervised
-from tests.keras_mrl.small import as_numpy
-from tests.laws import exactly
+from tests.helpers.laws import exactly
+from tests.helpers.loss_reference import contrastive, gradient_of, supervised
+from tests.helpers.small_models import as_numpy
 
 pytestmark = pytest.mark.backend
 

@@ -9,9 +9,9 @@ from keras import ops
 
 from keras_mrl import nested_crossentropy
 from keras_mrl.losses import first_boosted
-from tests import reference
-from tests.keras_mrl.differentiate import value_and_gradient
-from tests.laws import exactly
+from tests.helpers import reference
+from tests.helpers.differentiate import value_and_gradient
+from tests.helpers.laws import exactly
 
 pytestmark = pytest.mark.backend
 

@@ -8,9 +8,9 @@ from keras_mrl import (
     MatryoshkaLoss,
     SupervisedContrastiveLoss,
 )
-from tests.keras_mrl.losses.reference import gradient_of
-from tests.keras_mrl.small import as_numpy, cross_entropy
-from tests.laws import exactly
+from tests.helpers.laws import exactly
+from tests.helpers.loss_reference import gradient_of
+from tests.helpers.small_models import as_numpy, cross_entropy
 
 pytestmark = pytest.mark.backend
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from keras_mrl import MatryoshkaHead, MatryoshkaLoss
-from tests.keras_mrl.small import (
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import (
     NUM_CLASSES,
     X,
     Y,
@@ -17,7 +18,6 @@ from tests.keras_mrl.small import (
     cross_entropy,
     functional,
 )
-from tests.laws import exactly
 
 pytestmark = pytest.mark.backend
 

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from keras_mrl import MatryoshkaHead, MatryoshkaLoss
-from tests.keras_mrl.small import NUM_CLASSES, as_numpy, classifier, compiled, cross_entropy
-from tests.laws import exactly
-from tests.reference import error_budget, fold, nested_gradient, nested_loss, tie
+from tests.helpers.laws import exactly
+from tests.helpers.reference import error_budget, fold, nested_gradient, nested_loss, tie
+from tests.helpers.small_models import NUM_CLASSES, as_numpy, classifier, compiled, cross_entropy
 
 pytestmark = pytest.mark.backend
 

@@ -8,8 +8,16 @@ import pytest
 
 from keras_mrl import MatryoshkaHead, MatryoshkaLoss
 from keras_mrl.losses import first_boosted
-from tests.keras_mrl.small import NUM_CLASSES, X, Y, as_numpy, classifier, cross_entropy, functional
-from tests.laws import exactly
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import (
+    NUM_CLASSES,
+    X,
+    Y,
+    as_numpy,
+    classifier,
+    cross_entropy,
+    functional,
+)
 
 pytestmark = pytest.mark.backend
 

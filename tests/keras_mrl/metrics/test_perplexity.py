@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_mrl import MatryoshkaHead, MatryoshkaMetric, Perplexity
-from tests.keras_mrl.language import DIMS
+from tests.helpers.language_models import DIMS
 
 pytestmark = pytest.mark.backend
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss, split
-from tests.keras_mrl.small import (
+from tests.helpers.laws import exactly, policy
+from tests.helpers.small_models import (
     DIMS,
     NUM_CLASSES,
     X,
@@ -21,7 +22,6 @@ from tests.keras_mrl.small import (
     cross_entropy,
     run_fresh,
 )
-from tests.laws import exactly, policy
 
 pytestmark = pytest.mark.backend
 

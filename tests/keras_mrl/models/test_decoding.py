@@ -8,9 +8,9 @@ import pytest
 from keras_mrl import AdaptiveDecoder, generate, most_likely, next_token, sampler
 from keras_mrl_serving import CascadePolicy, Stage
 from keras_mrl_serving.cascade.confidence import max_probability
-from tests.keras_mrl.language import DIMS, LENGTH, READ, TOKENS, language_model, randomised
-from tests.keras_mrl.small import as_numpy
-from tests.laws import exactly
+from tests.helpers.language_models import DIMS, LENGTH, READ, TOKENS, language_model, randomised
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import as_numpy
 
 pytestmark = pytest.mark.backend
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from tests.keras_mrl.small import run_fresh
+from tests.helpers.small_models import run_fresh
 
 pytestmark = pytest.mark.backend
 

@@ -14,8 +14,8 @@ from keras_mrl import (
     Truncate,
     split,
 )
-from tests.keras_mrl.small import as_numpy
-from tests.laws import exactly, policy
+from tests.helpers.laws import exactly, policy
+from tests.helpers.small_models import as_numpy
 
 pytestmark = pytest.mark.backend
 

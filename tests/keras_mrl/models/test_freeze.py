@@ -6,9 +6,9 @@ import pytest
 from keras import layers
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, freeze_before
-from tests.keras_mrl import digits
-from tests.keras_mrl.small import X, Y, as_numpy, classifier, compiled
-from tests.laws import exactly
+from tests.helpers import digits
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import X, Y, as_numpy, classifier, compiled
 
 pytestmark = pytest.mark.backend
 

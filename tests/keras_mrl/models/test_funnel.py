@@ -6,8 +6,8 @@ import pytest
 
 from keras_mrl import MatryoshkaHead, funnel_top_k
 from keras_mrl_serving import ExactIndex, FunnelSchedule
-from tests.keras_mrl.small import as_numpy
-from tests.laws import exactly
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import as_numpy
 
 pytestmark = pytest.mark.backend
 

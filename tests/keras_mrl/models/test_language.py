@@ -14,8 +14,8 @@ from keras_mrl import (
     causal_transformer,
     next_token,
 )
-from tests.keras_mrl import small
-from tests.keras_mrl.language import (
+from tests.helpers import small_models as small
+from tests.helpers.language_models import (
     DIMS,
     LENGTH,
     NEXT,
@@ -27,8 +27,8 @@ from tests.keras_mrl.language import (
     perplexity_by_dim,
     randomised,
 )
-from tests.keras_mrl.small import X, as_numpy, compiled, cross_entropy
-from tests.laws import exactly
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import X, as_numpy, compiled, cross_entropy
 
 pytestmark = pytest.mark.backend
 

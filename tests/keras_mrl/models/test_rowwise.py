@@ -18,7 +18,7 @@ from keras_mrl import (
 )
 from keras_mrl.losses import crossentropy
 from keras_mrl.models.classifier import rowwise_step
-from tests.laws import exactly
+from tests.helpers.laws import exactly
 
 pytestmark = pytest.mark.backend
 

@@ -18,7 +18,7 @@ from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, first_st
 from keras_mrl_serving.index import faiss as module
 from keras_mrl_serving.index.first_stage import Shortlister
 from keras_mrl_serving.results import Neighbors
-from tests.serving.index.truth import (
+from tests.helpers.galleries import (
     FLAT,
     METRICS,
     Array,

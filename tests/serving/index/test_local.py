@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, FaissIndex, Index
-from tests.serving.index.truth import (
+from tests.helpers.galleries import (
     ENGINES,
     METRICS,
     Refuses,

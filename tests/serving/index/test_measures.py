@@ -9,7 +9,7 @@ from keras_mrl_serving.index.plan import (
     precision_by_label,
     recall_against,
 )
-from tests.serving.index.truth import Array
+from tests.helpers.galleries import Array
 
 
 @st.composite

@@ -13,7 +13,7 @@ from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import FaissIndex, FirstStage, Plan, plan_funnel, planner
 from keras_mrl_serving.index.first_stage import Shortlister, import_faiss
 from keras_mrl_serving.index.plan import Choice, Measure, cheapest, front, precision_by_label
-from tests.serving.index.truth import FLAT, METRICS, Array, Refuses, clusters, true_scores
+from tests.helpers.galleries import FLAT, METRICS, Array, Refuses, clusters, true_scores
 
 SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
 

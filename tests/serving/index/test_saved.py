@@ -20,7 +20,7 @@ from keras_mrl_serving.errors import DamagedIndexError, ManifestError
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, open_index, storage
 from keras_mrl_serving.index.first_stage import Shortlister
-from tests.serving.index.truth import (
+from tests.helpers.galleries import (
     ENGINES,
     FLAT,
     METRICS,

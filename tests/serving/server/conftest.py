@@ -11,7 +11,7 @@ from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from keras_mrl_serving.saved_model import list_versions
 from keras_mrl_serving.server import DevServer
-from tests.serving.server.target import Served, reload
+from tests.helpers.server_target import Served, reload
 
 Publish = Callable[[Path, str], Path]
 

@@ -17,7 +17,7 @@ from keras_mrl_serving.server.batching_config import batching_options, batching_
 from keras_mrl_serving.server.loading import LoadOptions, load
 from keras_mrl_serving.server.run import ServingSession
 from keras_mrl_serving.server.status import StatusError
-from tests.serving.server.batchable import save
+from tests.helpers.batchable_models import save
 
 Answers = list[Any]
 TOGETHER = "batch_timeout_micros {value: 10000000} num_batch_threads {value: 2}"

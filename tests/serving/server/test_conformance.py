@@ -27,7 +27,7 @@ from tensorflow_serving.apis.model_management_pb2 import ReloadConfigRequest, Re
 from tensorflow_serving.apis.predict_pb2 import PredictRequest, PredictResponse
 
 from keras_mrl_serving.server import DevServer
-from tests.serving.server.target import (
+from tests.helpers.server_target import (
     TIMEOUT_S,
     Served,
     label,

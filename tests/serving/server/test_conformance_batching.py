@@ -22,8 +22,8 @@ from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServic
 from keras_mrl_serving._wire import from_proto
 from keras_mrl_serving.saved_model import list_versions
 from keras_mrl_serving.server import DevServer
-from tests.serving.server.batchable import save
-from tests.serving.server.target import TIMEOUT_S, Served, predict
+from tests.helpers.batchable_models import save
+from tests.helpers.server_target import TIMEOUT_S, Served, predict
 
 PARAMETERS = """
 max_batch_size { value: 32 }

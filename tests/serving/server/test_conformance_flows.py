@@ -18,7 +18,7 @@ from keras_mrl_serving.calls import Call
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.errors import ModelNotFoundError, UnknownDimError
 from keras_mrl_serving.results import Classification
-from tests.serving.server.target import Served, reload
+from tests.helpers.server_target import Served, reload
 
 Toys = Mapping[str, Callable[[Call], Mapping[str, npt.NDArray[Any]]]]
 X = np.random.default_rng(4).normal(size=(21, 4)).astype(np.float32)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.serving.server.target import Served, predict, reload
+from tests.helpers.server_target import Served, predict, reload
 
 Publish = Callable[[Path, str], Path]
 X = np.ones((1, 4), np.float32)

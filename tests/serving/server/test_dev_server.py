@@ -16,7 +16,7 @@ from tensorflow_serving.apis.model_management_pb2 import ReloadConfigRequest
 from tensorflow_serving.apis.model_service_pb2_grpc import ModelServiceStub
 
 from keras_mrl_serving.server import DevServer
-from tests.serving.server.disk import wait_until
+from tests.helpers.disk import wait_until
 
 Publish = Callable[[Path, str], Path]
 

@@ -14,7 +14,7 @@ from keras_mrl_serving.server.config import Poller
 from keras_mrl_serving.server.models import Models, Retries, absent_versions, aspired_versions
 from keras_mrl_serving.server.run import ServingSession
 from keras_mrl_serving.server.status import StatusError
-from tests.serving.server.disk import Disk, config, states, wait_until
+from tests.helpers.disk import Disk, config, states, wait_until
 
 LOGGER = "keras_mrl_serving.server"
 FOUND = {1: "/m/1", 3: "/m/3", 10: "/m/10"}

@@ -18,7 +18,7 @@ from keras_mrl_serving.server.config import (
 )
 from keras_mrl_serving.server.models import Models, Retries
 from keras_mrl_serving.server.status import StatusError
-from tests.serving.server.disk import Disk, states, wait_until
+from tests.helpers.disk import Disk, states, wait_until
 
 LOGGER = "keras_mrl_serving.server"
 NEITHER = (

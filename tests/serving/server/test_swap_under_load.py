@@ -17,7 +17,7 @@ from tensorflow_serving.apis.predict_pb2 import PredictRequest
 from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
 
 from keras_mrl_serving.server import DevServer
-from tests.serving.server.disk import wait_until
+from tests.helpers.disk import wait_until
 
 SECONDS = 30.0 if os.environ.get("KERAS_MRL_SOAK") else 2.0
 NUM_CLIENTS = 8

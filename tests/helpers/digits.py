@@ -9,7 +9,7 @@ import numpy.typing as npt
 from sklearn.datasets import load_digits
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
-from tests.keras_mrl.small import compiled
+from tests.helpers.small_models import compiled
 
 Array = npt.NDArray[Any]
 Trained = TypeVar("Trained", bound=keras.Model)

@@ -15,8 +15,8 @@ from keras_mrl import (
     Perplexity,
     causal_transformer,
 )
-from tests.keras_mrl.small import NUM_CLASSES, X, Y, compiled
-from tests.laws import Example, Wrong
+from tests.helpers.laws import Example, Wrong
+from tests.helpers.small_models import NUM_CLASSES, X, Y, compiled
 
 TOKENS, WIDTH, LENGTH = 11, 8, 6
 DIMS = (2, 4, 8)

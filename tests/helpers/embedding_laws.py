@@ -12,9 +12,9 @@ from keras_mrl import (
     MatryoshkaEncoder,
     SupervisedContrastiveLoss,
 )
-from tests import laws
-from tests.keras_mrl.small import DIMS, X, Y, backbone
-from tests.laws import Example, NestedEmbeddingLoss, Wrong
+from tests.helpers import laws
+from tests.helpers.laws import Example, NestedEmbeddingLoss, Wrong
+from tests.helpers.small_models import DIMS, X, Y, backbone
 
 RANDOM = np.random.default_rng(2)
 ROWS = RANDOM.normal(size=(12, 8)).astype("float32")

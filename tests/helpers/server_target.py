@@ -15,7 +15,7 @@ from tensorflow_serving.apis.model_service_pb2_grpc import ModelServiceStub
 from tensorflow_serving.apis.predict_pb2 import PredictRequest
 from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
 
-from tests.serving.server.disk import wait_until
+from tests.helpers.disk import wait_until
 
 TIMEOUT_S = 60.0
 UNLIMITED = [
