@@ -233,7 +233,7 @@ def as_int(value: Any) -> int:
     """Return an integer of any library as Python's own.
 
     Raises:
-        TypeError: If it is none; True and 8.0 are none.
+        TypeError: If `value` is not an integer; True and 8.0 are not.
 
     Examples:
         >>> as_int(np.int64(8))
@@ -242,6 +242,39 @@ def as_int(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError(f"An integer is needed. Received: {value!r}. Write it as an integer.")
     return operator.index(value)
+
+
+def is_positive_integer(value: object) -> bool:
+    """Whether `value` is an integer of any library, 1 or greater; True and 8.0 are not.
+
+    Examples:
+        >>> is_positive_integer(np.int64(8)), is_positive_integer(8.0)
+        (True, False)
+    """
+    try:
+        return as_int(value) > 0
+    except TypeError:
+        return False
+
+
+def check_positive_integer(name: str, value: Any, remedy: str) -> int:
+    """Return a positive integer of any library as Python's own.
+
+    Args:
+        name: Name of the argument, for the error.
+        value: Its value.
+        remedy: Last sentence of the error: what the caller should do.
+
+    Raises:
+        ValueError: If `value` is not a positive integer.
+
+    Examples:
+        >>> check_positive_integer("k", np.int64(5), "Give for example k=10.")
+        5
+    """
+    if not is_positive_integer(value):
+        raise ValueError(f"{name} must be a positive integer. Received: {name}={value!r}. {remedy}")
+    return as_int(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,6 +176,13 @@ def failed(
         received: What came back, in a word or a few.
         details: The same in the server's words.
         remedy: What to do, where more is known than the class tells.
+
+    Examples:
+        >>> from keras_mrl_serving.calls import AskStatus
+        >>> envelope = Envelope("birds", None, AskStatus(), 1.0, 1.0)
+        >>> print(failed(DeadlineError, envelope, "localhost:8500", "nothing"))
+        An answer must come within the timeout. Received: nothing from localhost:8500 for model \
+'birds', timeout 1 s. Send fewer rows at once, or raise Options(timeout_s=...).
     """
     rule, usual = _RULES_AND_REMEDIES[leaf]
     version, signature = envelope.version, envelope.signature

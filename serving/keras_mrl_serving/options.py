@@ -11,7 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .contract import as_int
+from .contract import as_int, is_positive_integer
 from .errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -182,11 +182,7 @@ class Options:
 
     def _check_count(self, name: str, most: int, none: str = "", remedy: str = "") -> None:
         value: object = getattr(self, name)
-        try:
-            count = as_int(value)
-        except TypeError:
-            count = 0
-        if not 0 < count <= most:
+        if not is_positive_integer(value) or as_int(value) > most:
             default = remedy or str(getattr(type(self), name))
             raise ValueError(
                 f"{name} must be in 1..{most}{none}. Received: {name}={value!r}. Give {default}."

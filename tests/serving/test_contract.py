@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_mrl_serving import contract
-from keras_mrl_serving.contract import Manifest, as_int, check_dims
+from keras_mrl_serving.contract import (
+    Manifest,
+    as_int,
+    check_dims,
+    check_positive_integer,
+    is_positive_integer,
+)
 from keras_mrl_serving.errors import (
     ManifestError,
     NoCascadeError,
@@ -100,6 +106,22 @@ def test_an_integer_is_python_s_own(refuses: Refuses) -> None:
     text = "An integer is needed. Received: True. Write it as an integer."
     with refuses(TypeError, text):
         as_int(True)
+
+
+@pytest.mark.parametrize("value", [True, False, 0, -1, 8.0, "8", None, np.float32(8), [8]])
+def test_only_integers_from_1_are_positive_integers(value: object, refuses: Refuses) -> None:
+    assert not is_positive_integer(value)
+    text = f"k must be a positive integer. Received: k={value!r}. Give for example k=10."
+    with refuses(ValueError, text):
+        check_positive_integer("k", value, "Give for example k=10.")
+
+
+@pytest.mark.parametrize("value", [1, 2**70, np.int8(5), np.uint64(5)])
+def test_positive_integers_of_any_library_become_python_s_own(value: Any) -> None:
+    assert is_positive_integer(value)
+    checked = check_positive_integer("k", value, "Give for example k=10.")
+    assert type(checked) is int
+    assert checked == value
 
 
 def test_a_manifest_comes_back_from_its_json(manifest: Manifest) -> None:
