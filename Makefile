@@ -2,9 +2,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BACKEND ?= tensorflow
 BACKENDS = tensorflow jax torch
+# Test files go to this many processes; each holds a framework, so many cores are no reason for as many.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 VENV = .venv
 BIN = $(VENV)/bin
 ROOMS = keras_mrl export/keras_mrl_export serving/keras_mrl_serving cli/keras_mrl_cli
+PYTEST = $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # TensorFlow's own greetings (CPU features, oneDNN) drown what the tests and the demo say.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -36,8 +39,8 @@ demo: $(VENV)/.demo-$(BACKEND) ## train, calibrate, export, serve and ask, on ha
 	$(BIN)/keras-mrl demo --backend $(BACKEND)
 
 test: check ## lint, types and the test suite, on every backend
-	$(BIN)/python -m pytest tests -m "not backend"
-	for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(BIN)/python -m pytest tests -m backend || exit 1; done
+	$(PYTEST) -m "not backend"
+	for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(PYTEST) -m backend || exit 1; done
 
 check: lint types ## lint and types alone
 
