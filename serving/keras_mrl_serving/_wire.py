@@ -1,4 +1,8 @@
-"""Arrays to TensorFlow's `TensorProto` and back, without TensorFlow."""
+"""TensorFlow Serving's messages without TensorFlow: arrays to `TensorProto`, calls to requests.
+
+The messages are our own (`_wire.proto`), with the field numbers of TensorFlow's. `saved_model.pb`
+is one more such message, so the signatures of a SavedModel can be read without TensorFlow.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,16 @@ import numpy.typing as npt
 
 from . import _wire_pb2 as wire
 from .calls import AskSignatures, AskStatus, Call, Envelope, Reply, Signature, VersionStatus
-from .errors import ServerError, failed
+from .errors import ServerError, call_error
 
 
 class _Encoding(NamedTuple):
     """How the elements of one TensorFlow dtype travel."""
 
     bits: str  # the dtype of one element in `tensor_content`
-    field: str  # the repeated field that holds the elements otherwise
-    # The dtype of that field: narrow integers travel as int32 and keep their low bits.
-    # On protobuf 6, a 300 read as uint8 at once raises.
+    field: str  # the repeated field, the other place for the elements
+    # The dtype of that field. Narrow integers travel as int32 and keep their low bits: on
+    # protobuf 6, reading a 300 directly as uint8 raises.
     field_dtype: str
 
 
@@ -42,14 +46,14 @@ _ENCODINGS = {
     wire.DT_UINT64: _Encoding("uint64", "uint64_val", "uint64"),
     wire.DT_BOOL: _Encoding("bool", "bool_val", "bool"),
 }
-# What half and bfloat16 share is their bits, not their dtype.
+# uint16 are the bits of half and bfloat16, which have no dtype of their own in `_ENCODINGS`.
 _DTYPES = {
     encoding.bits: dtype for dtype, encoding in _ENCODINGS.items() if encoding is not _HALF_BITS
 } | {"float16": wire.DT_HALF}
 
 
 def to_proto(array: npt.NDArray[Any]) -> wire.TensorProto:
-    r"""Write an array as TensorFlow Serving reads it fastest: numbers as `tensor_content`.
+    r"""Return an array as the tensor TensorFlow Serving reads fastest: numbers as `tensor_content`.
 
     Args:
         array: Numbers or booleans of any layout and byte order, or strings: bytes, str (sent as
@@ -70,7 +74,7 @@ def to_proto(array: npt.NDArray[Any]) -> wire.TensorProto:
         dim=[wire.TensorShapeProto.Dim(size=size) for size in array.shape]
     )
     if array.dtype.kind in "OSUT":
-        strings = [_encoded(element) for element in array.ravel().tolist()]
+        strings = [_string_bytes(element) for element in array.ravel().tolist()]
         return wire.TensorProto(dtype=wire.DT_STRING, tensor_shape=shape, string_val=strings)
     dtype = _DTYPES.get(array.dtype.name)
     if dtype is None:
@@ -83,35 +87,35 @@ def to_proto(array: npt.NDArray[Any]) -> wire.TensorProto:
 
 
 def from_proto(proto: wire.TensorProto) -> npt.NDArray[Any]:
-    """Read a tensor in either of TensorFlow Serving's encodings into an array of its own.
+    """Return a tensor, in either of TensorFlow Serving's encodings, as a new array.
 
-    As in TensorFlow itself, a repeated field may hold fewer elements than the shape asks for (the
-    last one repeats; none at all means zeros or empty strings) or more (the surplus is ignored).
+    As in TensorFlow itself, a repeated field may hold fewer elements than the shape has (the last
+    one repeats; none at all means zeros or empty strings) or more (the surplus is ignored).
 
     Args:
-        proto: The tensor. bfloat16 comes back as float32, which holds every bfloat16 exactly and
-            which NumPy has; strings come back as an object array of bytes.
+        proto: The tensor. bfloat16 comes back as float32, since NumPy has no bfloat16 and float32
+            holds every bfloat16 exactly; strings come back as an object array of bytes.
 
     Raises:
-        ValueError: If the dtype is not one of `to_proto`'s or bfloat16, the shape is not fully
-            known, or `tensor_content` does not fit the shape.
+        ValueError: If the dtype is neither one that `to_proto` writes nor bfloat16, the shape is
+            not fully known, or `tensor_content` does not fit the shape.
 
     Examples:
         >>> shape = wire.TensorShapeProto(dim=[wire.TensorShapeProto.Dim(size=4)])
         >>> from_proto(wire.TensorProto(dtype=wire.DT_HALF, tensor_shape=shape, half_val=[15360]))
         array([1., 1., 1., 1.], dtype=float16)
     """
-    shape = _shape(proto.tensor_shape)
+    shape = _full_shape(proto.tensor_shape)
     count = math.prod(shape)
     if proto.dtype == wire.DT_STRING:
         content = proto.tensor_content
-        strings = _split(content, shape) if content else list(proto.string_val)
+        strings = _split_strings(content, shape) if content else list(proto.string_val)
         values = np.empty(len(strings), object)
         values[:] = strings
-        return _fitted(values, count, b"").reshape(shape)
+        return _fit(values, count, b"").reshape(shape)
     if proto.dtype not in _ENCODINGS:
-        known = proto.dtype in wire.DataType.values()
-        name = wire.DataType.Name(proto.dtype) if known else proto.dtype
+        has_name = proto.dtype in wire.DataType.values()
+        name = wire.DataType.Name(proto.dtype) if has_name else proto.dtype
         raise ValueError(
             "a tensor's dtype must be a float, integer, bool or string dtype that NumPy has, or "
             f"bfloat16. Received: dtype={name}. Cast the output in the exported signature: "
@@ -130,7 +134,7 @@ def from_proto(proto: wire.TensorProto) -> npt.NDArray[Any]:
     else:
         # One copy through the container's __array__: a loop over a million floats takes 60 ms.
         field_values = np.array(getattr(proto, field), field_dtype)
-        values = _fitted(field_values, count, 0).astype(bits, copy=False)
+        values = _fit(field_values, count, 0).astype(bits, copy=False)
     if proto.dtype == wire.DT_HALF:
         values = values.view("float16")
     elif proto.dtype == wire.DT_BFLOAT16:
@@ -138,7 +142,7 @@ def from_proto(proto: wire.TensorProto) -> npt.NDArray[Any]:
     return values.reshape(shape)
 
 
-def _encoded(element: object) -> bytes:
+def _string_bytes(element: object) -> bytes:
     if isinstance(element, bytes):
         return element
     if isinstance(element, str):
@@ -150,7 +154,7 @@ def _encoded(element: object) -> bytes:
     )
 
 
-def _shape(shape: wire.TensorShapeProto) -> tuple[int, ...]:
+def _full_shape(shape: wire.TensorShapeProto) -> tuple[int, ...]:
     sizes = tuple(dim.size for dim in shape.dim)
     if shape.unknown_rank or any(size < 0 for size in sizes):
         received = "an unknown rank" if shape.unknown_rank else f"sizes {sizes}"
@@ -161,8 +165,8 @@ def _shape(shape: wire.TensorShapeProto) -> tuple[int, ...]:
     return sizes
 
 
-def _fitted(values: npt.NDArray[Any], count: int, nothing: object) -> npt.NDArray[Any]:
-    """Repeat the last value, or `nothing` where there is none, or drop the surplus."""
+def _fit(values: npt.NDArray[Any], count: int, nothing: object) -> npt.NDArray[Any]:
+    """Return exactly `count` values: repeat the last one (or `nothing`), or drop the surplus."""
     missing = count - len(values)
     if missing > 0:
         # Not np.full: it drops the trailing zero bytes of a string.
@@ -171,10 +175,10 @@ def _fitted(values: npt.NDArray[Any], count: int, nothing: object) -> npt.NDArra
     return values[:count]
 
 
-def _split(content: bytes, shape: tuple[int, ...]) -> list[bytes]:
-    """Read strings from `tensor_content`: every length as a varint, then the bytes end to end.
+def _split_strings(content: bytes, shape: tuple[int, ...]) -> list[bytes]:
+    """Return the strings in `tensor_content`: every length as a varint, then the bytes end to end.
 
-    A server started with `--enable_serialization_as_tensor_content` writes them so.
+    A server with `--enable_serialization_as_tensor_content` writes strings this way.
     """
     count = math.prod(shape)
     sizes: list[int] = []
@@ -196,36 +200,34 @@ def _split(content: bytes, shape: tuple[int, ...]) -> list[bytes]:
     return [content[start:end] for start, end in itertools.pairwise(ends)]
 
 
-# Requests as TensorFlow Serving's messages, and its responses as replies.
-
 PREDICT = "/tensorflow.serving.PredictionService/Predict"
 METADATA = "/tensorflow.serving.PredictionService/GetModelMetadata"
 STATUS = "/tensorflow.serving.ModelService/GetModelStatus"
 
-# Each method with how it is written and read.
+# Each method with the classes of its request and of its response.
 METHODS: dict[str, tuple[Any, Any]] = {
     PREDICT: (wire.PredictRequest, wire.PredictResponse),
     METADATA: (wire.GetModelMetadataRequest, wire.GetModelMetadataResponse),
     STATUS: (wire.GetModelStatusRequest, wire.GetModelStatusResponse),
 }
 _SIGNATURES = "signature_def"
-_INIT_OP = "__saved_model_init_op"  # Keras's exports list it; it is not there to be called
+_INIT_OP = "__saved_model_init_op"  # in Keras's exports; TensorFlow runs it when it loads the model
 
 
 def stubs(channel: grpc.Channel | grpc.aio.Channel) -> dict[str, Any]:
-    """Return the calls of a channel, blocking or not, by method."""
+    """Return a function for each method of the server, blocking or not as the channel is."""
     return {
         method: channel.unary_unary(
             method,
-            request_serializer=asked.SerializeToString,
-            response_deserializer=answered.FromString,
+            request_serializer=request.SerializeToString,
+            response_deserializer=response.FromString,
         )
-        for method, (asked, answered) in METHODS.items()
+        for method, (request, response) in METHODS.items()
     }
 
 
 def encode(envelope: Envelope) -> tuple[str, Any]:
-    """Return the method an envelope goes to, and its message."""
+    """Return the method and the message of an envelope."""
     request = envelope.request
     spec = wire.ModelSpec(name=envelope.model, signature_name=envelope.signature)
     if envelope.version is not None:
@@ -243,22 +245,25 @@ def encode(envelope: Envelope) -> tuple[str, Any]:
 
 
 def decode(envelope: Envelope, response: Any, target: str) -> Reply[Any]:
-    """Return what a response says.
+    """Return the reply that a response holds.
 
     Raises:
-        ServerError: If it holds what this client cannot read.
+        ServerError: If the response holds a tensor that this client cannot read.
     """
     try:
         if isinstance(envelope.request, AskStatus):
             return Reply(tuple(map(_version_status, response.model_version_status)), None)
-        answered = response.model_spec.version.value
+        version = response.model_spec.version.value
         if isinstance(envelope.request, AskSignatures):
-            return Reply(_signatures(response), answered)
-        return Reply({n: from_proto(proto) for n, proto in response.outputs.items()}, answered)
+            # The message calls itself tensorflow.serving.SignatureDefMap, so `Unpack` refuses it.
+            packed = response.metadata[_SIGNATURES].value
+            definitions = wire.SignatureDefMap.FromString(packed).signature_def
+            return Reply(signatures_of(definitions), version)
+        return Reply({n: from_proto(proto) for n, proto in response.outputs.items()}, version)
     except ValueError as error:
         remedy = "Ask a model exported by keras_mrl_export.export_saved_model."
         received, details = "what this client cannot read", str(error)
-        raise failed(
+        raise call_error(
             ServerError, envelope, target, received, details=details, remedy=remedy
         ) from error
 
@@ -268,14 +273,8 @@ def _version_status(status: wire.ModelVersionStatus) -> VersionStatus:
     return VersionStatus(status.version, state, status.status.error_message)
 
 
-def _signatures(response: wire.GetModelMetadataResponse) -> dict[str, Signature]:
-    # The message calls itself tensorflow.serving.SignatureDefMap, so `Unpack` would refuse it.
-    found = wire.SignatureDefMap.FromString(response.metadata[_SIGNATURES].value)
-    return signatures_of(found.signature_def)
-
-
 def signatures_of(definitions: Mapping[str, wire.SignatureDef]) -> dict[str, Signature]:
-    """Return what can be called of these definitions, by name."""
+    """Return the signatures that a client can call, by name."""
     return {
         name: Signature(_specs(signature.inputs), _specs(signature.outputs))
         for name, signature in sorted(definitions.items())
@@ -285,7 +284,7 @@ def signatures_of(definitions: Mapping[str, wire.SignatureDef]) -> dict[str, Sig
 
 def _specs(infos: Any) -> dict[str, dict[str, object]]:
     return {
-        name: {"dtype": _dtype(info), "shape": _shape_proto(info)} for name, info in infos.items()
+        name: {"dtype": _dtype(info), "shape": _shape_spec(info)} for name, info in infos.items()
     }
 
 
@@ -294,7 +293,7 @@ def _dtype(info: wire.TensorInfo) -> str:
     return {"float": "float32", "double": "float64", "half": "float16"}.get(name, name)
 
 
-def _shape_proto(info: wire.TensorInfo) -> list[int | None] | None:
+def _shape_spec(info: wire.TensorInfo) -> list[int | None] | None:
     if info.tensor_shape.unknown_rank:
         return None
     return [None if dim.size < 0 else dim.size for dim in info.tensor_shape.dim]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import TypeVar
 
@@ -17,7 +18,6 @@ from .calls import AsyncTransport, Signature, VersionStatus
 from .cascade.policy import CascadePolicy
 from .contract import DEFAULT_MODEL_NAME, Manifest, cheapest_dim
 from .conversation import Conversation, Progress, Round, Rounds, Talk
-from .corpus import EmbeddingFile
 from .errors import KerasMrlError
 from .index import Index
 from .inputs import Inputs
@@ -30,8 +30,8 @@ T = TypeVar("T")
 class AsyncClient:
     """Asks one model of a TensorFlow Serving server from an event loop, without a thread.
 
-    Each method is that of `Client` under the same name, with the same arguments, answers and
-    errors. One client may be used by any number of tasks of one loop.
+    Each method is the one of `Client` with the same name, arguments, answers and errors. Any number
+    of tasks of one loop may share one client.
 
     Args:
         target: As for `Client`; or an `AsyncTransport`, such as
@@ -64,9 +64,9 @@ class AsyncClient:
         self._transport: AsyncTransport = (
             AioTransport(target, self.options)
             if isinstance(target, str | Sequence)
-            else _transport.checked_transport(target, "send_async")
+            else _transport.check_transport(target, "send_async")
         )
-        replicas = _transport.replicas(target)
+        replicas = _transport.count_replicas(target)
         self._conversation = Conversation(self.target, model, self.options, replicas, label=label)
 
     @property
@@ -75,7 +75,7 @@ class AsyncClient:
         return self._transport.target
 
     async def describe(self) -> Manifest:
-        """Return what the model says of itself now."""
+        """Return the model's manifest as it is now."""
         return await self._run(self._conversation.describe())
 
     async def status(self) -> tuple[VersionStatus, ...]:
@@ -83,7 +83,7 @@ class AsyncClient:
         return await self._run(self._conversation.run(flows.status()))
 
     async def signatures(self) -> Mapping[str, Signature]:
-        """Return what the model can be asked by `predict`, ours or not."""
+        """Return the signatures that `predict` can ask, by name."""
         return await self._run(self._conversation.run(flows.signatures()))
 
     async def cheapest_dim(self, quality: float = 0.98, measure: str | None = None) -> int:
@@ -109,7 +109,7 @@ class AsyncClient:
         *,
         progress: Progress | None = None,
     ) -> Classification:
-        """Return the best classes of each row, wider dims only for rows still unsure."""
+        """Return the best classes of each row; wider dims see only the rows still undecided."""
         question = questions.classify_adaptive(inputs, policy)
         return await self._run(self._conversation.ask(question, progress))
 
@@ -127,18 +127,18 @@ class AsyncClient:
         k: int | None = None,
         among: npt.ArrayLike | None = None,
     ) -> Neighbors:
-        """Return the nearest gallery rows of inputs; an index in this process has a thread."""
+        """Return the nearest gallery rows of inputs; a local index searches in a thread."""
         ask = self._conversation.ask
-        flows.check_search(index is None or isinstance(index, AsyncClient), k, among)
+        if index is None or isinstance(index, AsyncClient):
+            flows.check_served_search(k, among)
         if index is None:
             return await self._run(ask(questions.retrieve(inputs)))
+        width = (await index.describe()).width if isinstance(index, AsyncClient) else index.width
+        embedded = await self._run(ask(questions.embed_with_fingerprint(inputs, width)))
         if isinstance(index, AsyncClient):
-            width = (await index.describe()).width
-            found = await self._run(ask(questions.embed_knowingly(inputs, width)))
-            return await index.search(found.embeddings, encoder=found.fingerprint)
-        found = await self._run(ask(questions.embed_knowingly(inputs, index.width)))
-        flows.check_encoder(index.encoder_fingerprint, found.fingerprint)
-        return await asyncio.to_thread(index.search, found.embeddings, k, among)
+            return await index.search(embedded.embeddings, encoder=embedded.fingerprint)
+        flows.check_encoder(index.encoder_fingerprint, embedded.fingerprint)
+        return await asyncio.to_thread(index.search, embedded.embeddings, k, among)
 
     async def predict(
         self,
@@ -147,7 +147,7 @@ class AsyncClient:
         *,
         outputs: Sequence[str] = (),
     ) -> dict[str, npt.NDArray[np.generic]]:
-        """Return what any signature answers, of any model: one call, never split."""
+        """Return the outputs of any signature of any model: one call, never split."""
         question = questions.predict(inputs, signature, tuple(outputs))
         return await self._run(self._conversation.ask(question))
 
@@ -159,19 +159,8 @@ class AsyncClient:
         *,
         progress: corpus.Progress | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Embed a corpus of any size into an `.npy` file; call again to go on after a crash."""
-        manifest = await self.describe()
-        dim = manifest.check_dim(dim)
-        total = corpus.count_rows(data)
-        known = corpus.digest(data)
-        with EmbeddingFile(path, dim, manifest.fingerprint, known) as file:
-            size = corpus.window_rows(self.options)
-            for rows in corpus.windows(data, manifest.inputs, size, file.rows):
-                question = questions.embed_knowingly(rows, dim)
-                file.append(await self._run(self._conversation.ask(question)))
-                if progress:
-                    progress(file.rows, total)
-            return file.finish()
+        """Embed a corpus of any size into an `.npy` file; call again to resume after a crash."""
+        return await self._run(self._conversation.embed_dataset(data, dim, path, progress))
 
     async def close(self) -> None:
         """Close the connection."""
@@ -192,12 +181,13 @@ class AsyncClient:
         return f"AsyncClient({self.target!r}, model={self.model!r})"
 
     async def _run(self, rounds: Rounds[T]) -> T:
-        try:
-            while True:
-                await self._run_round(next(rounds))
-        except StopIteration as done:
-            answer: T = done.value
-            return answer
+        with closing(rounds):  # an interrupt closes the file of `embed_dataset` at once
+            try:
+                while True:
+                    await self._run_round(next(rounds))
+            except StopIteration as done:
+                answer: T = done.value
+                return answer
 
     async def _run_round(self, round: Round) -> None:
         if len(round.talks) == 1:

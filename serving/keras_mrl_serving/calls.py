@@ -1,4 +1,4 @@
-"""What can be asked of a server and what it answers, as arrays and names: no bytes, no network."""
+"""The requests a server takes and its replies, as arrays and names: no bytes, no network."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One Predict request; it is answered by arrays by output name.
+    """One Predict request; its answer is a dict of arrays by output name.
 
     Args:
         signature: Name of the signature.
         inputs: Its inputs by name, batch first.
-        outputs: Which outputs are wanted; none means all.
+        outputs: The outputs to return; none means all.
 
     Examples:
         >>> Call("embed_8", {"image": np.zeros((1, 3), np.float32)}).outputs
@@ -33,11 +33,11 @@ class Call:
 
 
 class Output:
-    """What the contract promises of one row of an output.
+    """The dtype and the size that the contract promises for each row of an output.
 
     Args:
         dtype: "float32", "int32", "int64", or "object" for strings.
-        size: How many there are, None for any number; left out, there is one.
+        size: Length of a row, None for any length; without it, each row is one value.
 
     Examples:
         >>> print(Output("float32", 8), Output("int64", None), Output("int32"))
@@ -48,26 +48,26 @@ class Output:
 
     def __init__(self, dtype: str, *size: int | None) -> None:
         self.dtype = dtype
-        self._sizes = size
+        self._row_shape = size
 
     def fits(self, array: npt.NDArray[Any], rows: int) -> bool:
-        """Whether an array is that many rows of it, in this or another width of its kind."""
-        if array.ndim != 1 + len(self._sizes) or len(array) != rows:
+        """Whether an array is so many of these rows, in this dtype or a wider or narrower one."""
+        if array.ndim != 1 + len(self._row_shape) or len(array) != rows:
             return False
         kinds = {"f": "f", "i": "iu", "O": "OU"}[np.dtype(self.dtype).kind]
-        sizes = zip(array.shape[1:], self._sizes, strict=True)
+        sizes = zip(array.shape[1:], self._row_shape, strict=True)
         return array.dtype.kind in kinds and all(s is None or n == s for n, s in sizes)
 
     def __str__(self) -> str:
-        sizes = "".join(f" {'any' if size is None else size}" for size in self._sizes)
+        sizes = "".join(f" {'any' if size is None else size}" for size in self._row_shape)
         return f"{self.dtype} (rows,{sizes})"
 
 
 @dataclass(frozen=True)
 class AskManifest:
-    """What the model says of itself; it is answered by a `Manifest`.
+    """A request for the manifest of the version that is answering; its answer is a `Manifest`.
 
-    A conversation that knows the manifest of the version that is answering asks nobody.
+    A conversation that remembers this manifest sends no call.
 
     Examples:
         >>> AskManifest()
@@ -77,7 +77,7 @@ class AskManifest:
 
 @dataclass(frozen=True)
 class AskSignatures:
-    """One GetModelMetadata request; it is answered by `Signature`s by name.
+    """One GetModelMetadata request; its answer is a dict of `Signature`s by name.
 
     Examples:
         >>> AskSignatures()
@@ -87,7 +87,7 @@ class AskSignatures:
 
 @dataclass(frozen=True)
 class AskStatus:
-    """One GetModelStatus request; it is answered by a tuple of `VersionStatus`.
+    """One GetModelStatus request; its answer is a tuple of `VersionStatus`.
 
     Examples:
         >>> AskStatus()
@@ -97,11 +97,11 @@ class AskStatus:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a signature takes and gives.
+    """The inputs and outputs of a signature.
 
     Args:
-        inputs: Input name to `{"dtype": ..., "shape": [null, ...]}`; a null shape is any.
-        outputs: The same of the outputs.
+        inputs: Input name to `{"dtype": ..., "shape": [null, ...]}`; a null shape is any shape.
+        outputs: The same for the outputs.
 
     Examples:
         >>> Signature({"x": {"dtype": "float32", "shape": [None, 3]}}, {}).inputs["x"]["shape"]
@@ -114,12 +114,12 @@ class Signature:
 
 @dataclass(frozen=True)
 class VersionStatus:
-    """How one version of a model stands.
+    """The state of one version of a model.
 
     Args:
         version: Its number.
         state: "START", "LOADING", "AVAILABLE", "UNLOADING" or "END".
-        error: Why it does not serve; empty where nothing went wrong.
+        error: Why it does not serve; empty if nothing went wrong.
 
     Examples:
         >>> VersionStatus(3, "AVAILABLE").error
@@ -138,10 +138,10 @@ class Envelope:
     Args:
         model: Name of the model.
         version: The version that must answer; None for the newest, or the labelled one.
-        request: What is asked.
-        remaining_s: Seconds the answer may still take, retries included.
-        timeout_s: Seconds the whole was given, for what an error says.
-        label: The label of the version that must answer, where `version` names none.
+        request: The request.
+        remaining_s: Seconds the reply may still take, retries included.
+        timeout_s: Timeout of the whole answer in seconds, for the text of errors.
+        label: Label of the version that must answer, if `version` is None.
 
     Examples:
         >>> Envelope("birds", None, AskStatus(), 10.0, 10.0).signature
@@ -157,18 +157,18 @@ class Envelope:
 
     @property
     def signature(self) -> str:
-        """The signature that is called; empty for what is none."""
+        """The signature that is called; empty if the request calls none."""
         return self.request.signature if isinstance(self.request, Call) else ""
 
 
-def checked_label(label: str | None) -> str | None:
-    """Return the label of a version, or None for none.
+def check_label(label: str | None) -> str | None:
+    """Return `label`, the name of a version or None.
 
     Raises:
-        ValueError: If it is no name.
+        ValueError: If it is neither.
 
     Examples:
-        >>> checked_label("stable")
+        >>> check_label("stable")
         'stable'
     """
     if label is not None and (not isinstance(label, str) or not label):
@@ -181,11 +181,11 @@ def checked_label(label: str | None) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Reply(Generic[T_co]):
-    """What a transport brings back.
+    """The reply to an envelope.
 
     Args:
-        answer: Arrays, signatures or versions, by what was asked.
-        version: The version that answered; None where none did, as for a status.
+        answer: Arrays, signatures or versions, depending on the request.
+        version: The version that answered; None for a status, which no version answers.
 
     Examples:
         >>> Reply((), None).answer
@@ -201,13 +201,13 @@ class Transport(Protocol):
 
     @property
     def target(self) -> str:
-        """Where it carries them, as an error names it."""
+        """Address of the server, as errors name it."""
 
     def send(self, envelope: Envelope) -> Reply[Any]:
         """Return the reply; raise a `KerasMrlError`. Called by any number of threads at once."""
 
     def close(self) -> None:
-        """Free what it holds; a `send` after it raises a `KerasMrlError`."""
+        """Close the connection; a later `send` raises a `KerasMrlError`."""
 
 
 class AsyncTransport(Protocol):
@@ -215,10 +215,10 @@ class AsyncTransport(Protocol):
 
     @property
     def target(self) -> str:
-        """Where it carries them, as an error names it."""
+        """Address of the server, as errors name it."""
 
     async def send_async(self, envelope: Envelope) -> Reply[Any]:
         """Return the reply; raise a `KerasMrlError`."""
 
     async def close_async(self) -> None:
-        """Free what it holds; a `send_async` after it raises a `KerasMrlError`."""
+        """Close the connection; a later `send_async` raises a `KerasMrlError`."""

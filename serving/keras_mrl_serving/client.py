@@ -1,10 +1,11 @@
-"""The client: asks TensorFlow Serving for the dim it chooses, adaptively, or for neighbours."""
+"""The client: asks a model of TensorFlow Serving for embeddings, classes or neighbours."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from types import TracebackType
 from typing import TypeVar
 
@@ -17,7 +18,6 @@ from .calls import Signature, Transport, VersionStatus
 from .cascade.policy import CascadePolicy
 from .contract import DEFAULT_MODEL_NAME, Manifest, cheapest_dim
 from .conversation import Conversation, Progress, Round, Rounds, Talk
-from .corpus import EmbeddingFile
 from .errors import KerasMrlError
 from .index import Index
 from .inputs import Inputs
@@ -30,8 +30,8 @@ T = TypeVar("T")
 class Client:
     """Asks one model of a TensorFlow Serving server, or of `keras-mrl serve`.
 
-    It needs neither TensorFlow nor Keras. What the model serves is read from the model, once and
-    when its version changes. Rows are split into calls as `options` says. Threads may share it.
+    The client needs neither TensorFlow nor Keras. It reads the model's manifest once, and again
+    when the version changes. It splits rows into calls by `options`. Threads may share one client.
 
     Args:
         target: Address of the server's gRPC port, "host:port"; a list of them, whose servers
@@ -67,9 +67,9 @@ class Client:
         self._transport: Transport = (
             GrpcTransport(target, self.options)
             if isinstance(target, str | Sequence)
-            else _transport.checked_transport(target, "send")
+            else _transport.check_transport(target, "send")
         )
-        replicas = _transport.replicas(target)
+        replicas = _transport.count_replicas(target)
         self._conversation = Conversation(self.target, model, self.options, replicas, label=label)
 
     @property
@@ -78,7 +78,7 @@ class Client:
         return self._transport.target
 
     def describe(self) -> Manifest:
-        """Return what the model says of itself now: its dims, inputs, policy and quality."""
+        """Return the model's manifest as it is now: its dims, inputs, policy and quality."""
         return self._run(self._conversation.describe())
 
     def status(self) -> tuple[VersionStatus, ...]:
@@ -86,15 +86,15 @@ class Client:
         return self._run(self._conversation.run(flows.status()))
 
     def signatures(self) -> Mapping[str, Signature]:
-        """Return what the model can be asked by `predict`, ours or not."""
+        """Return the signatures that `predict` can ask, by name."""
         return self._run(self._conversation.run(flows.signatures()))
 
     def cheapest_dim(self, quality: float = 0.98, measure: str | None = None) -> int:
         """Return the smallest dim that keeps this share of the full dim's quality.
 
         Args:
-            quality: A share, 1.0 for no loss.
-            measure: Which of the manifest's measures; None means the only one, or `top1`.
+            quality: The share; 1.0 for no loss.
+            measure: One of the manifest's measures; None means the only one, or `top1`.
         """
         return cheapest_dim(self.describe(), quality, measure)
 
@@ -129,12 +129,12 @@ class Client:
         *,
         progress: Progress | None = None,
     ) -> Classification:
-        """Return the best classes of each row, wider dims only for rows still unsure.
+        """Return the best classes of each row; wider dims see only the rows still undecided.
 
         Args:
             inputs: One array, batch first, or a dict of them by input name.
-            policy: None asks the model's own policy, in one call. The caller's asks for features
-                once, then for each wider head with the rows still unsure.
+            policy: None asks the model's own policy, in one call. The caller's policy asks for
+                features once, then for wider and wider heads of the rows still undecided.
             progress: Called with the rows answered so far and all rows.
         """
         question = questions.classify_adaptive(inputs, policy)
@@ -146,9 +146,10 @@ class Client:
         """Return the neighbours of embeddings, from a model that is an index.
 
         Args:
-            embeddings: `(batch, width)`, or `(batch, dim)` where a dim is given.
+            embeddings: `(batch, width)`, or `(batch, dim)` if a dim is given.
             dim: None runs the funnel of the index; a dim searches exactly at that dim.
-            encoder: Fingerprint of their model, which an index of another refuses; None: unchecked.
+            encoder: Fingerprint of the model that made the embeddings. An index built with another
+                encoder refuses them; None skips this check.
         """
         return self._run(self._conversation.ask(questions.search(embeddings, dim, encoder)))
 
@@ -165,21 +166,22 @@ class Client:
         Args:
             inputs: One array, batch first, or a dict of them by input name.
             index: None asks the model's own gallery, in one call. An index in this process, or a
-                client of a model that is an index, is searched by embeddings of its width; it
-                refuses those of another model than it was built with.
-            k: Neighbours wanted, of an index in this process; None for all its funnel returns.
-            among: The only ids that may be returned, of an index in this process.
+                client of a model that is an index, is searched by embeddings of its width; an index
+                built with another encoder refuses them.
+            k: How many neighbours an index in this process returns; None for all of its funnel.
+            among: The only ids that an index in this process may return.
         """
         ask = self._conversation.ask
-        flows.check_search(index is None or isinstance(index, Client), k, among)
+        if index is None or isinstance(index, Client):
+            flows.check_served_search(k, among)
         if index is None:
             return self._run(ask(questions.retrieve(inputs)))
+        width = index.describe().width if isinstance(index, Client) else index.width
+        embedded = self._run(ask(questions.embed_with_fingerprint(inputs, width)))
         if isinstance(index, Client):
-            found = self._run(ask(questions.embed_knowingly(inputs, index.describe().width)))
-            return index.search(found.embeddings, encoder=found.fingerprint)
-        found = self._run(ask(questions.embed_knowingly(inputs, index.width)))
-        flows.check_encoder(index.encoder_fingerprint, found.fingerprint)
-        return index.search(found.embeddings, k, among)
+            return index.search(embedded.embeddings, encoder=embedded.fingerprint)
+        flows.check_encoder(index.encoder_fingerprint, embedded.fingerprint)
+        return index.search(embedded.embeddings, k, among)
 
     def predict(
         self,
@@ -188,12 +190,12 @@ class Client:
         *,
         outputs: Sequence[str] = (),
     ) -> dict[str, npt.NDArray[np.generic]]:
-        """Return what any signature answers, of any model: one call, never split.
+        """Return the outputs of any signature of any model: one call, never split.
 
         Args:
             inputs: One array, or a dict of them by input name.
             signature: One of `signatures()`.
-            outputs: Which outputs are wanted; none means all.
+            outputs: The outputs to return; none means all.
         """
         question = questions.predict(inputs, signature, tuple(outputs))
         return self._run(self._conversation.ask(question))
@@ -206,30 +208,19 @@ class Client:
         *,
         progress: corpus.Progress | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Embed a corpus of any size into an `.npy` file; call again to go on after a crash.
+        """Embed a corpus of any size into an `.npy` file; call again to resume after a crash.
 
         Args:
             data: An array or a dict of arrays, memory-mapped ones too, or an iterable of such
-                batches; the same rows in the same order when called again.
+                batches. To resume, give the same rows in the same order.
             dim: One of `describe().dims`.
-            path: The file; beside it `PATH.partial` grows until it is whole.
-            progress: Called with the rows embedded so far and all rows, None where nobody knows.
+            path: The file. Until all rows are embedded, they are in `PATH.partial`.
+            progress: Called with the rows embedded so far and all rows; None for an unknown number.
 
         Returns:
             The embeddings `(rows, dim)`, memory-mapped, read-only.
         """
-        manifest = self.describe()
-        dim = manifest.check_dim(dim)
-        total = corpus.count_rows(data)
-        known = corpus.digest(data)
-        with EmbeddingFile(path, dim, manifest.fingerprint, known) as file:
-            size = corpus.window_rows(self.options)
-            for rows in corpus.windows(data, manifest.inputs, size, file.rows):
-                question = questions.embed_knowingly(rows, dim)
-                file.append(self._run(self._conversation.ask(question)))
-                if progress:
-                    progress(file.rows, total)
-            return file.finish()
+        return self._run(self._conversation.embed_dataset(data, dim, path, progress))
 
     def close(self) -> None:
         """Close the connection."""
@@ -250,12 +241,13 @@ class Client:
         return f"Client({self.target!r}, model={self.model!r})"
 
     def _run(self, rounds: Rounds[T]) -> T:
-        try:
-            while True:
-                self._run_round(next(rounds))
-        except StopIteration as done:
-            answer: T = done.value
-            return answer
+        with closing(rounds):  # an interrupt closes the file of `embed_dataset` at once
+            try:
+                while True:
+                    self._run_round(next(rounds))
+            except StopIteration as done:
+                answer: T = done.value
+                return answer
 
     def _run_round(self, round: Round) -> None:
         if len(round.talks) == 1:
@@ -272,7 +264,7 @@ class Client:
                 outcome = future.result()
                 if outcome is not None:
                     round.receive(running[future], outcome)
-        finally:  # an interrupt, or the caller's progress function, waits for no call under way
+        finally:  # after an interrupt, do not wait for the calls under way
             round.stop()
             pool.shutdown(wait=False, cancel_futures=True)
 

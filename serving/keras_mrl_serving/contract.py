@@ -1,4 +1,9 @@
-"""The serving contract: signature names and the manifest. Export writes it, clients rely on it."""
+"""The serving contract: the names of signatures, the values they take, and the manifest.
+
+There is one signature per dim, since TensorFlow Serving computes every output of a signature, also
+those that a client filters out. The manifest travels inside the model, in its signature `describe`,
+so a client needs to be told nothing but the address.
+"""
 
 from __future__ import annotations
 
@@ -14,140 +19,7 @@ from typing import Any
 
 from .errors import ManifestError, NoCascadeError, NoHeadError, NoIndexError, UnknownDimError
 
-# The text of a manifest: a JSON object whose values are of the types that its schema names.
-
 SCHEMA = 1
-
-_AGAIN = "Export the model again with keras_mrl_export.export_saved_model."
-_MOST_DEPTH = 32  # what copies or writes a manifest calls itself once or more for each level
-
-
-def parse_manifest(text: str | bytes) -> dict[str, Any]:
-    """Return the object of a manifest, every known value of it of its type.
-
-    What the schema says beyond types and required keys is left to who uses a value.
-
-    Args:
-        text: The JSON.
-
-    Raises:
-        ManifestError: If it is no manifest, one of another schema, or a value is of another type.
-
-    Examples:
-        >>> parse_manifest('{"schema": 2}')
-        Traceback (most recent call last):
-        ...
-        keras_mrl_serving.errors.ManifestError: This client reads manifests of schema 1. Received: \
-schema 2. Install the version of keras-mrl that exported the model, or a later one.
-    """
-    try:
-        fields: dict[str, Any] = json.loads(text, parse_float=_finite, parse_constant=_finite)
-        schema = fields["schema"]
-        _check_depth(fields)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ManifestError(
-            "A manifest is a JSON object with a schema. "
-            f"Received: {text!r:.80} ({type(error).__name__}: {error}). {_AGAIN}"
-        ) from error
-    if type(schema) is not int or schema != SCHEMA:
-        raise ManifestError(
-            f"This client reads manifests of schema {SCHEMA}. Received: schema {schema!r:.80}. "
-            "Install the version of keras-mrl that exported the model, or a later one."
-        )
-    _check(fields, _rules(), "")
-    return fields
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not isfinite(number):
-        raise ValueError(f"{text} is no number of JSON, or too large a one")
-    return number
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(_MOST_DEPTH):
-        level = [part for parent in level for part in _parts(parent)]
-    if level:
-        raise ValueError(f"it is nested more than {_MOST_DEPTH} levels deep")
-
-
-def _parts(value: Any) -> Any:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
-
-
-@cache
-def _rules() -> dict[str, Any]:
-    from importlib.resources import files  # costs more than the rest of this module
-
-    found: dict[str, Any] = json.loads(
-        (files("keras_mrl_serving") / "manifest.schema.json").read_text("utf-8")
-    )
-    return found
-
-
-def _check(value: Any, rule: Mapping[str, Any], place: str) -> None:
-    rule, may_be_null = _resolved(rule)
-    if value is None and may_be_null:
-        return
-    named = rule.get("type", [])
-    kinds = [named] if isinstance(named, str) else named
-    if kinds and not any(_IS[kind](value) for kind in kinds):
-        known = " or ".join(_CALLED[kind] for kind in [*kinds, *["null"] * may_be_null])
-        raise ManifestError(
-            f"{place} of a manifest must be {known}. Received: {value!r:.80}. {_AGAIN}"
-        )
-    if isinstance(value, dict):
-        of_any, of_each = rule.get("additionalProperties", {}), rule.get("properties", {})
-        prefix = f"{place}." if place else ""
-        for key in rule.get("required", ()):
-            if key not in value:
-                raise ManifestError(
-                    f"{prefix}{key} of a manifest must be given. Received: none. {_AGAIN}"
-                )
-        for key, part in value.items():
-            _check(part, of_each.get(key, of_any), f"{prefix}{key}")
-    elif isinstance(value, list):
-        for position, part in enumerate(value):
-            _check(part, rule.get("items", {}), f"{place}[{position}]")
-
-
-def _resolved(rule: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """What a rule comes to: the schema's `anyOf` always is "this, or null"."""
-    may_be_null = "anyOf" in rule
-    rule = rule["anyOf"][0] if may_be_null else rule
-    if "$ref" in rule:
-        rule = _rules()["$defs"][rule["$ref"].rpartition("/")[2]]
-    return rule, may_be_null
-
-
-def _is_number(value: Any) -> bool:
-    most = sys.float_info.max
-    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
-
-
-_IS: dict[str, Callable[[Any], bool]] = {
-    "object": lambda value: isinstance(value, dict),
-    "array": lambda value: isinstance(value, list),
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "integer": lambda value: type(value) is int and -(2**63) <= value < 2**63,
-    "number": _is_number,
-    "null": lambda value: value is None,
-}
-_CALLED = {
-    "object": "an object",
-    "array": "an array",
-    "string": "a string",
-    "boolean": "true or false",
-    "integer": "an integer of 64 bits",
-    "number": "a number",
-    "null": "null",
-}
-
 
 DEFAULT_MODEL_NAME = "default"  # what tensorflow_model_server calls a model without --model_name
 MANIFEST_FILE = "assets.extra/keras_mrl.json"
@@ -204,19 +76,19 @@ def check_dims(dims: Iterable[int]) -> tuple[int, ...]:
     """Return `dims` as a tuple of ints, strictly increasing and positive.
 
     Raises:
-        ValueError: If they are none, not integers, not positive, unsorted or repeated.
+        ValueError: If `dims` are empty, not integers, not positive, unsorted or repeated.
 
     Examples:
         >>> check_dims([8, 16])
         (8, 16)
     """
-    given: Any = tuple(dims) if isinstance(dims, Iterable) else dims
+    received: Any = tuple(dims) if isinstance(dims, Iterable) else dims
     try:
-        checked = tuple(map(as_int, given))
+        checked = tuple(map(as_int, received))
     except TypeError:
         checked = ()
-    good = all(d > 0 for d in checked) and all(a < b for a, b in pairwise(checked))
-    if not checked or not good:
+    increasing = all(a < b for a, b in pairwise((0, *checked)))
+    if not checked or not increasing:
         positive = tuple(sorted({d for d in checked if d > 0}))
         remedy = (
             f"Sort them and drop repeats: dims={positive}."
@@ -224,7 +96,8 @@ def check_dims(dims: Iterable[int]) -> tuple[int, ...]:
             else "Give prefix lengths, for example dims=(8, 16, 32)."
         )
         raise ValueError(
-            f"dims must be strictly increasing positive integers. Received: dims={given}. {remedy}"
+            "dims must be strictly increasing positive integers. "
+            f"Received: dims={received}. {remedy}"
         )
     return checked
 
@@ -279,38 +152,38 @@ def check_positive_integer(name: str, value: Any, remedy: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What an exported model says of itself, in its own `describe` signature.
+    """The description of an exported model, which its signature `describe` returns.
 
     The fields are those of the JSON object, under the same names.
 
     Args:
         name: Name of the model that was exported.
         kind: "classifier", "encoder" or "index".
-        fingerprint: SHA-256 of all that makes an embedding: weights, configuration, decoder,
+        fingerprint: SHA-256 of all that an embedding depends on: weights, configuration, decoder,
             scaling.
-        dims: The dims that can be asked for, increasing.
+        dims: The dims that the model serves, increasing.
         width: Width d of the full representation, the last of `dims`.
         inputs: Input name to `{"dtype": ..., "shape": [null, ...]}`.
-        made_with: Versions of what made it, and the backend it was trained on.
+        made_with: Versions of Keras and the other packages, and the backend of the training.
         weights: The c_m of the loss, if known.
         tied: Whether the head's dims share one kernel.
         normalize: Whether `embed_<m>` scales to unit length.
         metric: How embeddings are compared: "cosine", "dot" or "l2".
         activation: "softmax", "sigmoid" or "none".
         num_classes: Number of classes; None without a head.
-        top_k: How many classes a classification names; None without a head.
-        labels: Whether classifications carry class names.
+        top_k: How many classes a classification lists; None without a head.
+        labels: Whether classifications have class names.
         cascade: The adaptive policy, as `CascadePolicy.to_json` writes it.
         funnel: The schedule of an index.
-        decoder: What turns encoded images into the model's inputs.
-        quality: Dim (as a string) to what the evaluation found there.
-        encoder_fingerprint: Of the encoder whose embeddings an index holds.
+        decoder: Settings by which the graph decodes images.
+        quality: Dim (as a string) to the measures of the evaluation at this dim.
+        encoder_fingerprint: Fingerprint of the encoder whose embeddings an index holds.
         size: Number of rows of an index.
-        schema: Version of this very format.
-        extra: Keys of a later writer that this reader does not know.
+        schema: Version of the manifest's format.
+        extra: Keys that a later version wrote and this one does not know.
 
     Raises:
-        ManifestError: If a field's value is none of those named here.
+        ManifestError: If `kind`, `metric` or `activation` is not one of the values named here.
 
     Examples:
         >>> image = {"dtype": "float32", "shape": [None, 32, 32, 3]}
@@ -345,28 +218,28 @@ class Manifest:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check what the rest of the package relies on."""
+        """Check the values that the rest of the package compares with."""
         _check_one_of("kind", self.kind, ("classifier", "encoder", "index"))
         _check_one_of("metric", self.metric, ("cosine", "dot", "l2"))
         _check_one_of("activation", self.activation, ("softmax", "sigmoid", "none"))
 
     def to_json(self) -> str:
-        """Return the JSON object of the contract, one line."""
+        """Return the manifest as a JSON object on one line."""
         fields = asdict(self)
         return json.dumps({**fields.pop("extra"), **fields}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """Read a manifest; keys it does not know are kept, an unknown schema is refused.
+        """Return the manifest in a JSON text; unknown keys become `extra`.
 
         Raises:
-            ManifestError: If `text` is no manifest, one of another schema, or one with a value of
+            ManifestError: If `text` is not a manifest, or one of another schema, or a value has
                 another type.
         """
         fields = parse_manifest(text)
-        ours = [name for name in cls.__dataclass_fields__ if name != "extra"]
-        known = {name: fields.pop(name) for name in ours if name in fields}
-        manifest = cls(**known, extra=fields)
+        names = [name for name in cls.__dataclass_fields__ if name != "extra"]
+        values = {name: fields.pop(name) for name in names if name in fields}
+        manifest = cls(**values, extra=fields)
         weights = None if manifest.weights is None else tuple(manifest.weights)
         try:
             dims = check_dims(manifest.dims)
@@ -375,18 +248,13 @@ class Manifest:
         except ValueError as error:
             raise ManifestError(
                 "A manifest names a model's dims and width. "
-                f"Received: {str(error).rstrip('.')}. "
-                "Export the model again with keras_mrl_export.export_saved_model."
+                f"Received: {str(error).rstrip('.')}. {_EXPORT_AGAIN}"
             ) from error
         return replace(manifest, dims=dims, weights=weights)
 
     def check_dim(self, dim: int) -> int:
-        """Return `dim` as an int; raise `UnknownDimError`, naming those there are."""
-        try:
-            known = as_int(dim) in self.dims
-        except TypeError:
-            known = False
-        if not known:
+        """Return `dim` as an int; raise `UnknownDimError` if the model does not serve it."""
+        if not is_positive_integer(dim) or dim not in self.dims:
             raise UnknownDimError(
                 "dim must be one of the dims the model serves. "
                 f"Received: dim={dim!r} for model {self.name!r}. "
@@ -424,30 +292,159 @@ class Manifest:
             )
 
 
-def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
+def _check_one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
         raise ManifestError(
-            f"{name} must be one of {', '.join(known)}. Received: {name}={value!r}. "
+            f"{name} must be one of {', '.join(choices)}. Received: {name}={value!r}. "
             "Install the version of keras-mrl that exported the model, or a later one."
         )
 
 
-# Choosing a dim by what the evaluation found at each, as the manifest carries it.
+_EXPORT_AGAIN = "Export the model again with keras_mrl_export.export_saved_model."
+_DEEPEST = 32  # levels of a JSON value; copying or writing a manifest recurses for each level
 
-_FALLING = ("ece", "perplexity", "loss")  # less is better: a share of them keeps nothing
+
+def parse_manifest(text: str | bytes) -> dict[str, Any]:
+    """Return the JSON object of a manifest, with every value of the type that its schema names.
+
+    Types and required keys are checked here; the code that uses a value checks the rest.
+
+    Args:
+        text: The JSON.
+
+    Raises:
+        ManifestError: If it is not a manifest, or one of another schema, or a value has another
+            type.
+
+    Examples:
+        >>> parse_manifest('{"schema": 2}')
+        Traceback (most recent call last):
+        ...
+        keras_mrl_serving.errors.ManifestError: This client reads manifests of schema 1. Received: \
+schema 2. Install the version of keras-mrl that exported the model, or a later one.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        schema = fields["schema"]
+        _check_depth(fields)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ManifestError(
+            "A manifest is a JSON object with a schema. "
+            f"Received: {text!r:.80} ({type(error).__name__}: {error}). {_EXPORT_AGAIN}"
+        ) from error
+    if type(schema) is not int or schema != SCHEMA:
+        raise ManifestError(
+            f"This client reads manifests of schema {SCHEMA}. Received: schema {schema!r:.80}. "
+            "Install the version of keras-mrl that exported the model, or a later one."
+        )
+    _check(fields, _rules(), "")
+    return fields
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(f"{text} is no number of JSON, or too large a one")
+    return number
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [child for parent in level for child in _children(parent)]
+    if level:
+        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+
+
+def _children(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+@cache
+def _rules() -> dict[str, Any]:
+    from importlib.resources import files  # slower to import than the rest of this module
+
+    text = (files("keras_mrl_serving") / "manifest.schema.json").read_text("utf-8")
+    rules: dict[str, Any] = json.loads(text)
+    return rules
+
+
+def _check(value: Any, rule: Mapping[str, Any], place: str) -> None:
+    rule, may_be_null = _resolved(rule)
+    if value is None and may_be_null:
+        return
+    types = rule.get("type", [])
+    types = [types] if isinstance(types, str) else types
+    if types and not any(_TYPES[name][1](value) for name in types):
+        expected = " or ".join(_TYPES[name][0] for name in [*types, *["null"] * may_be_null])
+        raise ManifestError(
+            f"{place} of a manifest must be {expected}. Received: {value!r:.80}. {_EXPORT_AGAIN}"
+        )
+    if isinstance(value, dict):
+        rule_of_key, other_rule = rule.get("properties", {}), rule.get("additionalProperties", {})
+        prefix = f"{place}." if place else ""
+        for key in rule.get("required", ()):
+            if key not in value:
+                raise ManifestError(
+                    f"{prefix}{key} of a manifest must be given. Received: none. {_EXPORT_AGAIN}"
+                )
+        for key, child in value.items():
+            _check(child, rule_of_key.get(key, other_rule), f"{prefix}{key}")
+    elif isinstance(value, list):
+        for position, child in enumerate(value):
+            _check(child, rule.get("items", {}), f"{place}[{position}]")
+
+
+def _resolved(rule: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """Return the rule that a rule refers to, and whether the value may be null.
+
+    The schema uses `anyOf` only for "this, or null".
+    """
+    may_be_null = "anyOf" in rule
+    rule = rule["anyOf"][0] if may_be_null else rule
+    if "$ref" in rule:
+        rule = _rules()["$defs"][rule["$ref"].rpartition("/")[2]]
+    return rule, may_be_null
+
+
+def _is_number(value: Any) -> bool:
+    largest = sys.float_info.max
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and -largest <= value <= largest
+
+
+# The types of JSON: how an error names each, and whether a value is of it.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "object": ("an object", lambda value: isinstance(value, dict)),
+    "array": ("an array", lambda value: isinstance(value, list)),
+    "string": ("a string", lambda value: isinstance(value, str)),
+    "boolean": ("true or false", lambda value: isinstance(value, bool)),
+    "integer": (
+        "an integer of 64 bits",
+        lambda value: type(value) is int and -(2**63) <= value < 2**63,
+    ),
+    "number": ("a number", _is_number),
+    "null": ("null", lambda value: value is None),
+}
+
+
+_LESS_IS_BETTER = ("ece", "perplexity", "loss")  # so a share of the full dim's value is no quality
 
 
 def cheapest_dim(manifest: Manifest, quality: float = 0.98, measure: str | None = None) -> int:
     """Return the smallest dim that keeps a share of the full dim's quality.
 
     Args:
-        manifest: That of a model exported with `quality`.
+        manifest: Manifest of a model exported with `quality`.
         quality: The share, in (0, 1].
-        measure: Which of the measures in the manifest, one of which more is better. None takes the
-            only one, or else `top1`.
+        measure: One of the manifest's measures, of which more is better. None takes the only such
+            measure, or else `top1`.
 
     Raises:
-        ValueError: If the manifest holds no quality, not this measure, or the share is none.
+        ValueError: If the manifest holds no quality or not this measure, or the share is not in
+            (0, 1].
 
     Examples:
         >>> image = {"dtype": "float32", "shape": [None, 3]}
@@ -470,11 +467,11 @@ def cheapest_dim(manifest: Manifest, quality: float = 0.98, measure: str | None 
             f"Received: model {manifest.name!r}, exported without it. Export it again with "
             "export_saved_model(..., quality={dim: {'top1': ...}}), or name a dim."
         )
-    rising = [name for name in full if name not in _FALLING]
-    names = ", ".join(rising)
-    default = rising[0] if len(rising) == 1 else "top1"
+    measures = [name for name in full if name not in _LESS_IS_BETTER]
+    default = measures[0] if len(measures) == 1 else "top1"
     chosen = default if measure is None else measure
-    if chosen not in rising:
+    if chosen not in measures:
+        names = ", ".join(measures)
         raise ValueError(
             f"measure must be one of {names}. Received: measure={measure!r}. Choose one of them."
         )

@@ -1,20 +1,30 @@
-"""What one client knows of its model, and how it comes to an answer, without any network in it.
+"""How a client comes to an answer: what it knows of its model, and what it asks next. No network.
 
-A *talk* is a generator that yields envelopes and is sent replies. An answer takes *rounds* of
-talks, which may go on side by side; `Client` and `AsyncClient` are the two ways to run a round.
+An answer takes one or several *rounds*. A round holds *talks*, which may go on side by side; a talk
+is a generator that yields envelopes and is sent replies. `Client` and `AsyncClient` are two ways to
+run a round, and differ in nothing else.
+
+All calls of an answer go to the version that answered the first. The first part of many rows goes
+alone, because its answer names the version for all others. If that version goes away meanwhile, the
+answer starts over, once.
+
+Rows are split per flow, not per call. A part of a cascade is the features *and* the heads of the
+same rows, so the parts done before an error are answers, and memory holds the features of one part.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from . import flows
-from .calls import AskManifest, AskSignatures, Call, Envelope, Reply, checked_label
+from . import corpus, flows, questions
+from .calls import AskManifest, AskSignatures, Call, Envelope, Reply, check_label
 from .contract import Manifest
 from .errors import (
     DeadlineError,
@@ -29,69 +39,28 @@ from .errors import (
     UnknownDimError,
     VersionChangedError,
     VersionNotFoundError,
-    failed,
+    call_error,
 )
 from .flows import Flow
 from .options import Options
-from .questions import Question, asked_alike
-from .results import Partial, joined
-
-# What a client has learned of the versions of its model.
-
-_MOST_KEPT = 8  # more than two versions at once are rare
-
-
-class Knowledge:
-    """Manifests and signatures by version; any number of threads may share one.
-
-    Attributes:
-        version: The last that answered a call to the newest; None before the first answer.
-
-    Examples:
-        >>> from keras_mrl_serving.calls import AskSignatures
-        >>> knowledge = Knowledge()
-        >>> knowledge.keep(AskSignatures(), 3, {"embed_8": ...})
-        >>> knowledge.of(AskSignatures(), 3)
-        {'embed_8': Ellipsis}
-        >>> knowledge.of(AskSignatures()) is None  # nothing has answered yet
-        True
-    """
-
-    def __init__(self) -> None:
-        self.version: int | None = None
-        self._kept: dict[tuple[type, int], Any] = {}
-
-    def of(self, about: AskManifest | AskSignatures, version: int | None = None) -> Any:
-        """Return what is kept about a version, or about the last that answered; None if nothing."""
-        version = self.version if version is None else version
-        return None if version is None else self._kept.get((type(about), version))
-
-    def keep(self, about: AskManifest | AskSignatures, version: int | None, known: object) -> None:
-        """Remember what a version said of itself."""
-        if version is None:
-            return
-        if len(self._kept) >= _MOST_KEPT:
-            self._kept = {}
-        self._kept[type(about), version] = known
-
-
-# Talks that may go on side by side: what a conversation hands to whoever can carry envelopes.
+from .questions import Question, same_interface
+from .results import Partial, join
 
 T = TypeVar("T")
-# Yields what is to be sent, is sent what came back or thrown the error, and returns its result.
-Talk = Generator[Envelope, Reply[Any], T]
+Progress = Callable[[int, int], object]  # rows answered, rows in all
+Talk = Generator[Envelope, Reply[Any], T]  # an error of the transport is thrown in, not sent
 Rounds = Generator["Round", None, T]
 
 
 class Round:
-    """Talks that may go on side by side, and what came of each.
+    """Talks that may go on side by side, and the result or the error of each.
 
-    Whoever runs a round runs every talk to its end and hands the outcome to `receive`; once one
-    has failed, talks that were not begun may be left out.
+    The runner of a round runs each talk to its end and hands its outcome to `receive`. Once a talk
+    has failed, the runner may leave out talks that have not begun.
 
     Args:
-        talks: What is to be run, each under a number.
-        received: Called with each result, after the number of its talk.
+        talks: The talks by number.
+        on_result: Called with the number and the result of each talk that succeeds.
 
     Examples:
         >>> def talk():
@@ -106,35 +75,69 @@ class Round:
     """
 
     def __init__(
-        self, talks: dict[int, Talk[Any]], received: Callable[[int, Any], object] = lambda *_: None
+        self, talks: dict[int, Talk[Any]], on_result: Callable[[int, Any], object] = lambda *_: None
     ) -> None:
         self.talks = talks
         self.answers: dict[int, Any] = {}
         self.errors: dict[int, KerasMrlError] = {}
         self.stopped = False
-        self._received = received
+        self._on_result = on_result
 
     @property
     def failed(self) -> bool:
-        """Whether a talk has failed, so that none needs to be begun."""
+        """Whether a talk has failed."""
         return bool(self.errors)
 
     def stop(self) -> None:
-        """Let no talk send anything more: nobody waits for the answer."""
+        """Keep every talk from sending anything more, since the caller has gone away."""
         self.stopped = True
 
     def receive(self, number: int, outcome: object) -> None:
-        """Take what came of a talk: its result, or the error it raised."""
+        """Note the outcome of a talk: its result, or the error it raised."""
         if isinstance(outcome, KerasMrlError):
             self.errors[number] = outcome
         else:
             self.answers[number] = outcome
-            self._received(number, outcome)
+            self._on_result(number, outcome)
 
 
-Progress = Callable[[int, int], object]  # rows answered, rows asked
+class Knowledge:
+    """The manifests and the signatures a client has read, by version; threads may share it.
 
-# What may be wrong only because the manifest that is kept is no longer the model's.
+    Attributes:
+        version: The version that last answered a call to the newest; None before the first answer.
+
+    Examples:
+        >>> from keras_mrl_serving.calls import AskSignatures
+        >>> knowledge = Knowledge()
+        >>> knowledge.put(AskSignatures(), 3, {"embed_8": ...})
+        >>> knowledge.get(AskSignatures(), 3)
+        {'embed_8': Ellipsis}
+        >>> knowledge.get(AskSignatures()) is None  # nothing has answered yet
+        True
+    """
+
+    def __init__(self) -> None:
+        self.version: int | None = None
+        self._facts: dict[tuple[type, int], Any] = {}
+
+    def get(self, request: AskManifest | AskSignatures, version: int | None = None) -> Any:
+        """Return the facts of a version; None takes the last that answered. None if unknown."""
+        version = self.version if version is None else version
+        return None if version is None else self._facts.get((type(request), version))
+
+    def put(self, request: AskManifest | AskSignatures, version: int | None, facts: object) -> None:
+        """Remember what a version answered to a request."""
+        if version is None:
+            return
+        if len(self._facts) >= _MOST_FACTS:
+            self._facts = {}
+        self._facts[type(request), version] = facts
+
+
+_MOST_FACTS = 8  # more than two versions at once are rare
+
+# Errors that may only mean that the client remembers the manifest of an older version.
 _PERHAPS_STALE = (
     InvalidInputError,
     ManifestError,
@@ -144,27 +147,29 @@ _PERHAPS_STALE = (
     SignatureNotFoundError,
     UnknownDimError,
 )
-_TURNS = 2  # threads that share a client move the turn on, so one round may miss a replica
+# How often a call to one version may meet every other replica. Threads that share a client move the
+# turn on for each other, so one time round may miss a replica.
+_TIMES_ROUND = 2
 
 
 class Conversation:
-    """What one client knows of its model, and the order in which it asks.
+    """What one client knows of its model, and the order of its calls.
 
     One conversation serves any number of threads or tasks at once.
 
     Args:
-        target: Where the server is, as errors name it.
+        target: Address of the server, as errors name it.
         model: Name of the model.
-        options: Budget, batch and message sizes.
-        replicas: How many servers take turns; a version one has not got is asked of the others.
-        clock: Seconds since some moment.
-        label: The label of the version that answers; None for the newest.
+        options: Timeout, batch size and message size.
+        replicas: How many servers take turns; a version that one lacks is asked of the others.
+        clock: Returns the time in seconds; only differences count.
+        label: Label of the version that answers; None for the newest.
 
     Examples:
         >>> from keras_mrl_serving import questions
         >>> conversation = Conversation("localhost:8500", "birds", Options())
         >>> round = next(conversation.ask(questions.embed([[0, 127, 255]], dim=8)))
-        >>> next(round.talks[0]).signature  # what the model is comes first
+        >>> next(round.talks[0]).signature  # the manifest comes first
         'describe'
     """
 
@@ -177,7 +182,7 @@ class Conversation:
         clock: Callable[[], float] = time.monotonic,
         label: str | None = None,
     ) -> None:
-        self._label = checked_label(label)
+        self._label = check_label(label)
         self._replicas = replicas
         self._target = target
         self._model = model
@@ -186,148 +191,176 @@ class Conversation:
         self._knowledge = Knowledge()
 
     def run(self, flow: Flow[T]) -> Rounds[T]:
-        """Run a flow that needs no knowledge and has no rows, such as `flows.status()`."""
-        answer: T = (yield from self._alone(self._talk(flow, None, self._deadline())))[0]
+        """Run a flow that needs no manifest and has no rows, such as `flows.status()`."""
+        answer: T = (yield from self._run_talk(self._talk(flow, None, self._deadline())))[0]
         return answer
 
     def describe(self) -> Rounds[Manifest]:
-        """Ask what the model is now, and remember it."""
+        """Read the manifest of the newest version, and remember it."""
         return (yield from self._learn(AskManifest(), self._deadline()))
 
-    def ask(self, question: Question[Any, T], progress: Progress | None = None) -> Rounds[T]:
-        """Answer a question; all its calls are answered by the version that answered the first.
+    def embed_dataset(
+        self,
+        data: corpus.Corpus,
+        dim: int,
+        path: str | os.PathLike[str],
+        progress: corpus.Progress | None = None,
+    ) -> Rounds[npt.NDArray[np.float32]]:
+        """Embed a corpus window by window into a file: see `Client.embed_dataset`."""
+        manifest = yield from self.describe()
+        dim = manifest.check_dim(dim)
+        total = corpus.count_rows(data)
+        digest = corpus.digest(data)
+        with corpus.EmbeddingFile(path, dim, manifest.fingerprint, digest) as file:
+            size = corpus.window_rows(self._options)
+            for window in corpus.windows(data, manifest.inputs, size, file.rows):
+                file.append((yield from self.ask(questions.embed_with_fingerprint(window, dim))))
+                if progress:
+                    progress(file.rows, total)
+            return file.finish()
 
-        If that version goes away meanwhile, the answer starts over once.
+    def ask(self, question: Question[Any, T], progress: Progress | None = None) -> Rounds[T]:
+        """Answer a question; one version answers all of its calls.
+
+        If that version goes away meanwhile, the answer starts over, once.
 
         Args:
-            question: What is asked.
-            progress: Called with the rows answered so far and all rows.
+            question: What to ask.
+            progress: Called with the number of rows answered so far, and of all rows.
 
         Raises:
-            KerasMrlError: As the transport raised it, with `partial` where rows were answered.
-            VersionChangedError: If the version went away twice.
+            KerasMrlError: As the transport raised it, with `partial` if rows were answered.
+            VersionChangedError: If the answering version went away twice.
         """
         deadline = self._deadline()
         try:
             return (yield from self._ask(question, progress, deadline))
-        except VersionNotFoundError as gone:
+        except VersionNotFoundError as error:
             self._knowledge.version = None
-            # Many parts have the whole budget each.
-            deadline = deadline if gone.partial is None else self._deadline()
+            if error.partial is not None:  # each of many parts has the whole timeout
+                deadline = self._deadline()
         try:
             return (yield from self._ask(question, progress, deadline))
         except VersionNotFoundError as error:
             self._knowledge.version = None
-            if error.version is None:  # no version had begun: it is the label that has none
+            if error.version is None:  # no version had answered: it is the label that has none
                 raise
-            raise self._changed(error) from error
+            raise self._version_changed(error) from error
 
     def _ask(
         self, question: Question[Any, T], progress: Progress | None, deadline: float
     ) -> Rounds[T]:
-        """Ask by what is known; where that does not fit, by what the version that answered says."""
-        kept = self._knowledge.of(question.learn)
-        known = kept or (yield from self._learn(question.learn, deadline))
+        """Ask by remembered facts; if these may be stale, again by those of the version now."""
+        remembered = self._knowledge.get(question.needs)
+        facts = remembered or (yield from self._learn(question.needs, deadline))
         try:
-            return (yield from self._ask_by(known, question, progress, deadline))
+            return (yield from self._ask_by(facts, question, progress, deadline))
         except _PERHAPS_STALE as error:
             version = error.version
-            if version is not None and isinstance(known, Manifest):
-                fresh: Any = yield from self._alone(self._manifest_of(version, deadline))
-            elif kept is not None:
-                fresh = yield from self._learn(question.learn, deadline)
+            if version is not None and isinstance(facts, Manifest):
+                fresh: Any = yield from self._run_talk(self._manifest_of(version, deadline))
+            elif remembered is not None:
+                fresh = yield from self._learn(question.needs, deadline)
             else:
                 raise
-            if fresh == known:
+            if fresh == facts:
                 raise
         return (yield from self._ask_by(fresh, question, progress, deadline, version))
 
     def _ask_by(
         self,
-        known: Any,
+        facts: Any,
         question: Question[Any, T],
         progress: Progress | None,
         deadline: float,
         version: int | None = None,
     ) -> Rounds[T]:
-        parts = question.parts(known, self._options)
-        talk = self._talk(question.flow(known, parts[0]), version, deadline)
-        first, version = yield from self._alone(talk)
-        current = yield from self._known_of(version, known, question, deadline)
-        if current is not known:  # the version that answered is asked otherwise: ask it so
+        """Ask by the facts given; by other facts if the version that answers differs from them."""
+        parts = question.parts(facts, self._options)
+        talk = self._talk(question.flow(facts, parts[0]), version, deadline)
+        first, version = yield from self._run_talk(talk)
+        current = yield from self._current_facts(version, facts, question, deadline)
+        if current is not facts:
             parts = question.parts(current, self._options)
             talk = self._talk(question.flow(current, parts[0]), version, deadline)
-            first, version = yield from self._alone(talk)
+            first, version = yield from self._run_talk(talk)
         if len(parts) == 1:
             if progress:
-                progress(_rows(parts[0]), _rows(parts[0]))
+                progress(_count_rows(parts[0]), _count_rows(parts[0]))
             return first
         return (yield from self._ask_rest(current, question, parts, first, version, progress))
 
-    def _known_of(
-        self, version: int | None, known: Any, question: Question[Any, T], deadline: float
+    def _current_facts(
+        self, version: int | None, facts: Any, question: Question[Any, T], deadline: float
     ) -> Rounds[Any]:
-        """Return what the version that answered says of itself; `known` if it is asked alike."""
-        kept = self._knowledge.of(question.learn, version)
-        if version is None or kept is known or not isinstance(known, Manifest):
-            return known
-        manifest: Manifest = yield from self._alone(self._manifest_of(version, deadline))
-        return known if asked_alike(manifest, known) else manifest
+        """Return the manifest of the version that answered, or `facts` if the interface is one."""
+        remembered = self._knowledge.get(question.needs, version)
+        if version is None or remembered is facts or not isinstance(facts, Manifest):
+            return facts
+        manifest: Manifest = yield from self._run_talk(self._manifest_of(version, deadline))
+        return facts if same_interface(manifest, facts) else manifest
 
     def _ask_rest(
         self,
-        known: Any,
+        facts: Any,
         question: Question[Any, T],
         parts: list[Any],
         first: T,
         version: int | None,
         progress: Progress | None,
     ) -> Rounds[T]:
-        """The parts after the first, side by side, to the version that answered the first."""
-        rows = [_rows(part) for part in parts]
+        """Ask the parts after the first side by side, of the version that answered the first.
+
+        Parts that found no server are asked once more.
+        """
+        rows = [_count_rows(part) for part in parts]
         total, done = sum(rows), 0
         answers: dict[int, T] = {}
 
-        def take(part: int, answered: tuple[T, object]) -> None:
+        def take(part: int, result: tuple[T, object]) -> None:
             nonlocal done
-            answers[part] = answered[0]
+            answers[part] = result[0]
             done += rows[part]
             if progress:
                 progress(done, total)
 
         take(0, (first, version))
-        for again in (True, False):
+        for is_last_try in (False, True):
             missing = [i for i in range(len(parts)) if i not in answers]
-            talks = {i: self._talk(question.flow(known, parts[i]), version, None) for i in missing}
+            talks = {i: self._talk(question.flow(facts, parts[i]), version, None) for i in missing}
             current = Round(talks, take)
             yield current
             if not current.failed:
-                return joined([answers[i] for i in range(len(parts))])
+                return join([answers[i] for i in range(len(parts))])
             error = next(iter(current.errors.values()))
-            if not again or not isinstance(error, ServerUnavailableError):
+            if is_last_try or not isinstance(error, ServerUnavailableError):
                 break
         starts = np.cumsum([0, *rows])
-        parts_done = sorted(answers)
-        which = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in parts_done])
-        answer: Any = joined([answers[i] for i in parts_done])
-        error.partial = Partial(which, answer)
+        answered = sorted(answers)
+        row_numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in answered])
+        answer: Any = join([answers[i] for i in answered])
+        error.partial = Partial(row_numbers, answer)
         raise error
 
-    def _alone(self, talk: Talk[T]) -> Rounds[T]:
-        alone = Round({0: talk})
-        yield alone
-        if alone.failed:
-            raise alone.errors[0]
-        answer: T = alone.answers[0]
+    def _run_talk(self, talk: Talk[T]) -> Rounds[T]:
+        """Return the result of one talk, in a round of its own."""
+        round = Round({0: talk})
+        yield round
+        if round.failed:
+            raise round.errors[0]
+        answer: T = round.answers[0]
         return answer
 
     def _talk(
         self, flow: Flow[T], version: int | None, deadline: float | None
     ) -> Talk[tuple[T, int | None]]:
-        """Run a flow; its calls after the first go to the version that answered the first.
+        """Run a flow; return its result and the version that answered.
 
-        A version that is given answers the first too. Without a deadline the flow has the whole
-        budget from its own beginning.
+        Args:
+            flow: The flow.
+            version: The version that must answer; None for the one that answers the first call.
+            deadline: Time by which the last call must be answered; None for a timeout that begins
+                when the flow does.
         """
         deadline = self._deadline() if deadline is None else deadline
         answer: Any = None
@@ -336,7 +369,7 @@ class Conversation:
                 request = flow.send(answer)
             except StopIteration as done:
                 return done.value, version
-            except KerasMrlError as error:  # the flow's own, about the answer it was sent
+            except KerasMrlError as error:  # raised by the flow about the answer it was sent
                 error.version = version
                 raise
             if isinstance(request, AskManifest):
@@ -348,46 +381,48 @@ class Conversation:
                 version = self._knowledge.version = reply.version
 
     def _send(self, request: Any, version: int | None, deadline: float) -> Talk[Reply[Any]]:
-        """Send one call; one that names a version, in turn to replicas until one has it."""
-        for _ in range(_TURNS * (self._replicas - 1) if version is not None else 0):
+        """Send one call; a call to one version goes to replica after replica until one has it."""
+        for _ in range(_TIMES_ROUND * (self._replicas - 1) if version is not None else 0):
             with suppress(VersionNotFoundError):
                 return (yield self._envelope(request, version, deadline))
         return (yield self._envelope(request, version, deadline))
 
     def _manifest_of(self, version: int | None, deadline: float) -> Talk[Manifest]:
-        kept: Manifest | None = self._knowledge.of(AskManifest(), version)
-        if kept is not None:
-            return kept
-        manifest, answered = yield from self._talk(flows.describe(), version, deadline)
-        self._knowledge.keep(AskManifest(), answered, manifest)
+        remembered: Manifest | None = self._knowledge.get(AskManifest(), version)
+        if remembered is not None:
+            return remembered
+        manifest, answering = yield from self._talk(flows.describe(), version, deadline)
+        self._knowledge.put(AskManifest(), answering, manifest)
         return manifest
 
+    def _learn(self, request: AskManifest | AskSignatures, deadline: float) -> Rounds[Any]:
+        """Read the manifest or the signatures of the newest version, and remember them."""
+        is_manifest = isinstance(request, AskManifest)
+        flow: Flow[Any] = flows.describe() if is_manifest else flows.signatures()
+        facts, version = yield from self._run_talk(self._talk(flow, None, deadline))
+        self._knowledge.put(request, version, facts)
+        return facts
+
     def _envelope(self, request: Any, version: int | None, deadline: float) -> Envelope:
-        remaining_s = deadline - self._clock()
-        budget = remaining_s, self._options.timeout_s
-        envelope = Envelope(self._model, version, request, *budget, self._label)
+        remaining_s, timeout_s = deadline - self._clock(), self._options.timeout_s
+        envelope = Envelope(self._model, version, request, remaining_s, timeout_s, self._label)
         if remaining_s <= 0:
-            raise failed(DeadlineError, envelope, self._target, "no time left for the next call")
+            received = "no time left for the next call"
+            raise call_error(DeadlineError, envelope, self._target, received)
         return envelope
 
     def _deadline(self) -> float:
         return self._clock() + self._options.timeout_s
 
-    def _learn(self, about: AskManifest | AskSignatures, deadline: float) -> Rounds[Any]:
-        flow: Flow[Any] = flows.describe() if isinstance(about, AskManifest) else flows.signatures()
-        known, version = yield from self._alone(self._talk(flow, None, deadline))
-        self._knowledge.keep(about, version, known)
-        return known
-
-    def _changed(self, error: VersionNotFoundError) -> KerasMrlError:
+    def _version_changed(self, error: VersionNotFoundError) -> KerasMrlError:
         call, timeout_s = Call(error.signature or "", {}), self._options.timeout_s
         envelope = Envelope(self._model, error.version, call, 0.0, timeout_s)
         received = "the version that began the answer was gone before its end, twice,"
-        changed = failed(VersionChangedError, envelope, self._target, received)
+        changed = call_error(VersionChangedError, envelope, self._target, received)
         if error.partial is not None:
             changed.partial = error.partial
         return changed
 
 
-def _rows(part: Any) -> int:
+def _count_rows(part: Any) -> int:
     return len(next(iter(part.values())))

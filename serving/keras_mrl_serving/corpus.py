@@ -1,4 +1,8 @@
-"""A corpus too large to ask about at once: cut into windows, counted, and told from another."""
+"""A corpus too large for one answer: cut into windows, and its embeddings on disk.
+
+`Client.embed_dataset` asks for one window of rows after another and appends the embeddings to an
+`EmbeddingFile`. After a crash, the next run resumes after the rows that the file holds.
+"""
 
 from __future__ import annotations
 
@@ -19,36 +23,164 @@ from .inputs import Inputs, check_inputs
 from .options import Options
 from .results import Embedded
 
-# Embeddings on disk: written as the rows come, and gone on with after a crash.
-
 try:
     import fcntl
-except ImportError:  # Windows: two writers of one file are not noticed there
+except ImportError:  # on Windows, where two writers of one file go unnoticed
     fcntl = None  # type: ignore[assignment]
 
+Progress = Callable[[int, int | None], object]  # rows embedded, rows in all (None if unknown)
+Corpus = npt.NDArray[np.generic] | Mapping[str, npt.NDArray[np.generic]] | Iterable[Inputs]
 
-_HEADER_BYTES = 128  # room for any number of rows, so that the header is written again in place
+_DIGEST_ROWS = 16  # from each end of a corpus
+_CALLS_IN_A_ROW = 2  # per window and call in flight, since the first call of a window goes alone
+
+
+def windows(
+    data: Corpus, specs: Mapping[str, Mapping[str, Any]], size: int, skip: int = 0
+) -> Iterator[Inputs]:
+    """Yield consecutive windows of a corpus, of about `size` rows each.
+
+    Args:
+        data: An array or a dict of arrays, batch first, memory-mapped ones too; or an iterable of
+            such batches.
+        specs: The inputs of the model; the batches of an iterable are checked against them.
+        size: Rows of a window. Batches of an iterable are joined, so its windows may have up to
+            twice as many.
+        skip: Rows to leave out at the start; an iterable makes them in vain.
+
+    Raises:
+        InvalidInputError: If the model does not take a batch.
+        ValueError: If the corpus has fewer rows than `skip`.
+
+    Examples:
+        >>> specs = {"x": {"dtype": "float32", "shape": [None, 3]}}
+        >>> [len(window) for window in windows(np.zeros((10, 3)), specs, 4, skip=1)]
+        [4, 4, 1]
+        >>> [len(w["x"]) for w in windows([np.zeros((3, 3))] * 4, specs, 5, skip=1)]
+        [5, 6]
+    """
+    total = count_rows(data)
+    if total is not None:
+        _check_longer(skip - total)
+        for start in range(skip, total, size):
+            yield _slice(data, start, start + size)
+        return
+    slices: list[Any] = []
+    num_rows = 0  # in `slices`
+    for batch in data:
+        arrays = check_inputs(specs, batch)
+        rows = len(next(iter(arrays.values())))
+        # A batch may be a whole memory-mapped file, so it is cut too.
+        for start in range(min(skip, rows), rows, size):
+            slices.append(_slice(arrays, start, min(start + size, rows)))
+            num_rows += min(size, rows - start)
+            if num_rows >= size:
+                yield _join(slices)
+                slices, num_rows = [], 0
+        skip -= min(skip, rows)
+    if slices:
+        yield _join(slices)
+    _check_longer(skip)
+
+
+def _check_longer(missing: int) -> None:
+    if missing > 0:
+        raise ValueError(
+            "A corpus that is gone on with must be the one that was begun. "
+            f"Received: one that ends {missing} rows before those already embedded. "
+            "Give the same rows in the same order."
+        )
+
+
+def _slice(data: Any, start: int, stop: int) -> Any:
+    if isinstance(data, Mapping):
+        return {name: array[start:stop] for name, array in data.items()}
+    return data[start:stop]
+
+
+def _join(batches: list[Any]) -> Any:
+    if len(batches) == 1:
+        return batches[0]
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def window_rows(options: Options) -> int:
+    """Return how many rows are embedded and then written to disk at a time.
+
+    Examples:
+        >>> window_rows(Options(max_batch_size=100, max_in_flight=2))
+        400
+    """
+    return _CALLS_IN_A_ROW * options.max_in_flight * (options.max_batch_size or 1000)
+
+
+def count_rows(data: Corpus) -> int | None:
+    """Return how many rows a corpus has; None for an iterable, which would have to be read.
+
+    Raises:
+        ValueError: If the arrays of a dict differ in length.
+
+    Examples:
+        >>> count_rows({"x": np.zeros((5, 2))}), count_rows([np.zeros((5, 2))])
+        (5, None)
+    """
+    if isinstance(data, np.ndarray) and data.ndim:
+        return len(data)
+    if not isinstance(data, Mapping):
+        return None
+    rows = {name: len(array) for name, array in data.items()}
+    if len(set(rows.values())) != 1:
+        raise ValueError(
+            "Every input of a corpus needs the same number of rows. "
+            f"Received: {rows or 'no inputs'}. Give whole rows."
+        )
+    return next(iter(rows.values()))
+
+
+def digest(data: Corpus) -> str | None:
+    """Return a digest of the first and last rows and the length; None for an iterable.
+
+    Examples:
+        >>> digest(np.zeros((50, 3))) == digest(np.zeros((51, 3)))
+        False
+        >>> digest(iter([])) is None
+        True
+    """
+    rows = count_rows(data)
+    if rows is None:
+        return None
+    hash_ = hashlib.sha256(str(rows).encode())
+    arrays: Any = data if isinstance(data, Mapping) else {"": data}
+    for name, array in sorted(arrays.items()):
+        for end in (array[:_DIGEST_ROWS], array[max(0, rows - _DIGEST_ROWS) :]):
+            end = np.asarray(end)
+            bytes_ = repr(end.tolist()).encode() if end.dtype.kind in "OT" else end.tobytes()
+            hash_.update(f"{name} {end.dtype} {end.shape}".encode() + bytes_)
+    return hash_.hexdigest()
+
+
+_HEADER_BYTES = 128  # fits any number of rows, so that the header can be rewritten in place
 _VALUE_BYTES = 4
 
 
 class EmbeddingFile:
-    """An `.npy` of float32 embeddings that grows, and outlives its writer.
+    """An `.npy` file of float32 embeddings that grows, and that a later process can resume.
 
-    While it grows it stands beside its place, as `PATH.partial`; `PATH.partial.json` says how many
-    of its rows are safe on the disk. `finish` renames it. Whoever opens it again meanwhile goes on
-    after the last safe row.
+    Until it is finished, the file is `PATH.partial`, and `PATH.partial.json` (the journal) says how
+    many of its rows are safe on the disk. Opening the file again resumes after the last safe row.
+    `finish` renames it.
 
     Args:
-        path: Where the finished file goes.
+        path: Path of the finished file.
         dim: Width of a row.
-        fingerprint: Of the model the embeddings are of.
-        corpus: What tells its rows from another's, see `corpus.digest`; None: nothing.
+        fingerprint: Fingerprint of the model that makes the embeddings.
+        corpus: Digest of the corpus, see `digest`; None skips the check that it is the same.
 
     Raises:
         FileExistsError: If there is a finished file at `path`.
-        EncoderMismatchError: If it was begun with another model.
-        ValueError: If it was begun with another dim or corpus, or is damaged.
-        BlockingIOError: If another process is writing it.
+        EncoderMismatchError: If the file was begun with another model.
+        ValueError: If the file was begun with another dim or corpus, or is damaged.
+        BlockingIOError: If another process is writing the file.
 
     Examples:
         >>> import tempfile
@@ -72,16 +204,16 @@ class EmbeddingFile:
         self.dim = dim
         self.fingerprint = fingerprint
         self.rows = 0
-        self._growing = Path(f"{self.path}.partial")
+        self._partial = Path(f"{self.path}.partial")
         self._journal = Path(f"{self.path}.partial.json")
         self._check_free()
-        begun = self._growing.exists()
-        # Never truncated on opening: another process may be writing it.
-        self._file = open(os.open(self._growing, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        was_begun = self._partial.exists()
+        # Opened without truncation, since another process may be writing the file.
+        self._file = open(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
             self._lock()
-            self._check_free()  # whoever held the lock may have finished meanwhile
-            if begun and self._journal.exists():
+            self._check_free()  # another process may have finished it before this one got the lock
+            if was_begun and self._journal.exists():
                 self.rows = self._safe_rows()
             self._file.truncate(self._end())
             self._file.seek(self._end())
@@ -90,14 +222,14 @@ class EmbeddingFile:
             raise
 
     def append(self, embedded: Embedded) -> None:
-        """Write rows; when this returns they are safe.
+        """Write rows to the disk; once this returns, they are safe.
 
         Raises:
-            EncoderMismatchError: If they are of another model than the rows before them.
-            OSError: If the disk is full; the rows before them are safe.
+            EncoderMismatchError: If another model made them than the rows before them.
+            OSError: If the disk is full; the rows before them stay safe.
         """
         if embedded.fingerprint != self.fingerprint:
-            raise self._another_model(embedded.fingerprint)
+            raise self._other_model_error(embedded.fingerprint)
         if embedded.embeddings.shape[1:] != (self.dim,):
             raise ValueError(
                 f"Rows must be (rows, {self.dim}). Received: {embedded.embeddings.shape}. "
@@ -106,31 +238,30 @@ class EmbeddingFile:
         self._file.write(np.ascontiguousarray(embedded.embeddings, "<f4").tobytes())
         self._sync()
         self.rows += len(embedded.embeddings)
-        said = {"dim": self.dim, "fingerprint": self.fingerprint, "rows": self.rows}
-        said["corpus"] = self.corpus
-        aside = Path(f"{self._journal}.new")
-        with open(aside, "w") as journal:
-            json.dump(said, journal)
-            journal.flush()
-            os.fsync(journal.fileno())
-        os.replace(aside, self._journal)
+        entry = {"dim": self.dim, "fingerprint": self.fingerprint, "rows": self.rows}
+        new_journal = Path(f"{self._journal}.new")
+        with open(new_journal, "w") as file:
+            json.dump({**entry, "corpus": self.corpus}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new_journal, self._journal)
 
     def finish(self) -> npt.NDArray[np.float32]:
-        """Put the file in its place; returns it memory-mapped, read-only.
+        """Move the file to its path; return its embeddings memory-mapped, read-only.
 
         Raises:
-            FileExistsError: If a file has appeared there meanwhile.
+            FileExistsError: If another file has appeared at the path.
         """
         self._check_free()
         text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({self.rows}, {self.dim}), }}"
         magic = np.lib.format.magic(1, 0)
-        room = _HEADER_BYTES - len(magic) - 2
+        size = _HEADER_BYTES - len(magic) - 2
         self._file.seek(0)
-        self._file.write(magic + struct.pack("<H", room) + text.ljust(room - 1).encode() + b"\n")
+        self._file.write(magic + struct.pack("<H", size) + text.ljust(size - 1).encode() + b"\n")
         self._sync()
-        os.replace(self._growing, self.path)
+        os.replace(self._partial, self.path)
         self._journal.unlink(missing_ok=True)
-        if not self.rows:  # nothing can be mapped
+        if not self.rows:  # an empty array cannot be memory-mapped
             return np.empty((0, self.dim), np.float32)
         return np.load(self.path, mmap_mode="r")
 
@@ -166,176 +297,48 @@ class EmbeddingFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(
-                f"One process writes a file of embeddings. Received: {self._growing}, which "
+                f"One process writes a file of embeddings. Received: {self._partial}, which "
                 "another is writing. Wait for it, or choose another path."
             ) from error
 
     def _safe_rows(self) -> int:
+        """Return the number of rows in the journal; raise if this writer cannot resume there."""
         try:
-            said = json.loads(self._journal.read_text())
-            dim, rows, fingerprint = int(said["dim"]), int(said["rows"]), said["fingerprint"]
-            corpus = said.get("corpus")
+            entry = json.loads(self._journal.read_text())
+            dim, rows, fingerprint = int(entry["dim"]), int(entry["rows"]), entry["fingerprint"]
+            corpus = entry.get("corpus")
         except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(f"{self._journal}, which does not read") from error
+            raise self._damaged_error(f"{self._journal}, which does not read") from error
         if fingerprint != self.fingerprint:
-            raise self._another_model(fingerprint)
+            raise self._other_model_error(fingerprint)
         if dim != self.dim:
             raise ValueError(
                 "All rows of a file have one dim. "
-                f"Received: dim={self.dim} for {self._growing}, begun with dim={dim}. Give the "
-                f"dim it was begun with, or remove {self._growing} and {self._journal}."
+                f"Received: dim={self.dim} for {self._partial}, begun with dim={dim}. Give the "
+                f"dim it was begun with, or remove {self._partial} and {self._journal}."
             )
         if None not in (corpus, self.corpus) and corpus != self.corpus:
             raise ValueError(
                 "A corpus that is gone on with must be the one that was begun. Received: other "
-                f"rows than those of {self._growing}. Give the same rows in the same order, or "
-                f"remove {self._growing} and {self._journal} to begin anew."
+                f"rows than those of {self._partial}. Give the same rows in the same order, or "
+                f"remove {self._partial} and {self._journal} to begin anew."
             )
-        size, needed = self._growing.stat().st_size, _HEADER_BYTES + rows * dim * _VALUE_BYTES
+        size, needed = self._partial.stat().st_size, _HEADER_BYTES + rows * dim * _VALUE_BYTES
         if rows < 0 or size < needed:
-            raise self._damaged(f"{size} bytes in {self._growing} where {rows} rows need {needed}")
+            received = f"{size} bytes in {self._partial} where {rows} rows need {needed}"
+            raise self._damaged_error(received)
         return rows
 
-    def _damaged(self, received: str) -> ValueError:
+    def _damaged_error(self, received: str) -> ValueError:
         return ValueError(
             f"A file of embeddings and its journal must agree. Received: {received}. "
-            f"Remove {self._growing} and {self._journal} to begin anew."
+            f"Remove {self._partial} and {self._journal} to begin anew."
         )
 
-    def _another_model(self, fingerprint: str) -> EncoderMismatchError:
+    def _other_model_error(self, fingerprint: str) -> EncoderMismatchError:
         return EncoderMismatchError(
             "All rows of a file are embedded by one model. Received: rows of the model with "
-            f"fingerprint {fingerprint!r} and of {self.fingerprint!r}, for {self._growing}. "
+            f"fingerprint {fingerprint!r} and of {self.fingerprint!r}, for {self._partial}. "
             "Serve the model it was begun with and call again to go on, or remove "
-            f"{self._growing} and {self._journal} to begin anew."
+            f"{self._partial} and {self._journal} to begin anew."
         )
-
-
-Progress = Callable[[int, int | None], object]  # rows embedded, all rows if known
-Corpus = npt.NDArray[np.generic] | Mapping[str, npt.NDArray[np.generic]] | Iterable[Inputs]
-
-_ENDS = 16  # rows from each end of a corpus that tell it from another
-_CALLS_PER_WINDOW = 2  # of each of the calls in flight: the first call of a window goes alone
-
-
-def windows(
-    data: Corpus, specs: Mapping[str, Mapping[str, Any]], size: int, skip: int = 0
-) -> Iterator[Inputs]:
-    """Cut a corpus into consecutive windows of about as many rows each.
-
-    Args:
-        data: An array or a dict of arrays, batch first, memory-mapped ones too; or any other
-            iterable, of such batches.
-        specs: What the model takes, by which each batch of an iterable is checked.
-        size: Rows of a window; where the corpus comes in batches, which are put together, one may
-            have up to twice as many.
-        skip: Rows to leave out from the start; those of an iterable are made and thrown away.
-
-    Raises:
-        InvalidInputError: If a batch is not what the model takes.
-        ValueError: If the corpus ends before the rows to leave out.
-
-    Examples:
-        >>> specs = {"x": {"dtype": "float32", "shape": [None, 3]}}
-        >>> [len(window) for window in windows(np.zeros((10, 3)), specs, 4, skip=1)]
-        [4, 4, 1]
-        >>> [len(w["x"]) for w in windows([np.zeros((3, 3))] * 4, specs, 5, skip=1)]
-        [5, 6]
-    """
-    total = count_rows(data)
-    if total is not None:
-        _check_longer(skip - total)
-        for start in range(skip, total, size):
-            yield _slice(data, start, start + size)
-        return
-    waiting: list[Any] = []
-    held = 0
-    for batch in data:
-        arrays = check_inputs(specs, batch)
-        rows = len(next(iter(arrays.values())))
-        for start in range(min(skip, rows), rows, size):  # one may be a whole file, memory-mapped
-            waiting.append(_slice(arrays, start, min(start + size, rows)))
-            held += min(size, rows - start)
-            if held >= size:
-                yield _joined(waiting)
-                waiting, held = [], 0
-        skip -= min(skip, rows)
-    if waiting:
-        yield _joined(waiting)
-    _check_longer(skip)
-
-
-def window_rows(options: Options) -> int:
-    """Return how many rows are asked for, and made safe, at a time.
-
-    Examples:
-        >>> window_rows(Options(max_batch_size=100, max_in_flight=2))
-        400
-    """
-    return _CALLS_PER_WINDOW * options.max_in_flight * (options.max_batch_size or 1000)
-
-
-def count_rows(data: Corpus) -> int | None:
-    """Return how many rows a corpus has; None where only reading it would tell.
-
-    Raises:
-        ValueError: If a dict's arrays are not of one length.
-
-    Examples:
-        >>> count_rows({"x": np.zeros((5, 2))}), count_rows([np.zeros((5, 2))])
-        (5, None)
-    """
-    if isinstance(data, np.ndarray) and data.ndim:
-        return len(data)
-    if not isinstance(data, Mapping):
-        return None
-    rows = {name: len(array) for name, array in data.items()}
-    if len(set(rows.values())) != 1:
-        raise ValueError(
-            "Every input of a corpus needs the same number of rows. "
-            f"Received: {rows or 'no inputs'}. Give whole rows."
-        )
-    return next(iter(rows.values()))
-
-
-def digest(data: Corpus) -> str | None:
-    """Return what tells an array, or a dict of them, from another: its first and last rows.
-
-    Examples:
-        >>> digest(np.zeros((50, 3))) == digest(np.zeros((51, 3)))
-        False
-        >>> digest(iter([])) is None  # only reading it would tell
-        True
-    """
-    rows = count_rows(data)
-    if rows is None:
-        return None
-    found = hashlib.sha256(str(rows).encode())
-    arrays: Any = data if isinstance(data, Mapping) else {"": data}
-    for name, array in sorted(arrays.items()):
-        ends = [np.asarray(array[:_ENDS]), np.asarray(array[max(0, rows - _ENDS) :])]
-        for end in ends:
-            bytes_ = repr(end.tolist()).encode() if end.dtype.kind in "OT" else end.tobytes()
-            found.update(f"{name} {end.dtype} {end.shape}".encode() + bytes_)
-    return found.hexdigest()
-
-
-def _check_longer(missing: int) -> None:
-    if missing > 0:
-        raise ValueError(
-            "A corpus that is gone on with must be the one that was begun. "
-            f"Received: one that ends {missing} rows before those already embedded. "
-            "Give the same rows in the same order."
-        )
-
-
-def _slice(data: Any, start: int, stop: int) -> Any:
-    if isinstance(data, Mapping):
-        return {name: array[start:stop] for name, array in data.items()}
-    return data[start:stop]
-
-
-def _joined(batches: list[Any]) -> Any:
-    if len(batches) == 1:
-        return batches[0]
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}

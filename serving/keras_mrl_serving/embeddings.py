@@ -1,4 +1,4 @@
-"""The prefix of an embedding in NumPy, as `embed_<m>` and `keras_mrl.Truncate` make it."""
+"""The prefix of an embedding in NumPy, as `embed_<m>` and `keras_mrl.Truncate` compute it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy.typing as npt
 from .contract import check_dims
 from .inputs import as_float32
 
-# The square below which a vector counts as zero; the layer and the exported graph use the same.
+# A vector whose squared length is below this counts as zero, in the layer and exported graph too.
 MIN_SQUARE = np.float32(1e-12)
 
 
 def truncate(x: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
-    """Slice embeddings to their first `dim` coordinates, *then* scale them to unit length.
+    """Return the first `dim` coordinates of embeddings, *then* scaled to unit length.
 
-    The prefix of a unit vector is not a unit vector, so the scaling comes last and is never
-    inherited. An all-zero prefix stays zero.
+    The prefix of a unit vector is not a unit vector, so the scaling comes last. An all-zero prefix
+    stays zero.
 
     Args:
         x: Embeddings, raw or scaled.
@@ -28,7 +28,7 @@ def truncate(x: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
         x: `(..., width)`. Returns float32 `(..., dim)`.
 
     Raises:
-        ValueError: If `dim` is not a positive integer or exceeds the width of `x`, or `x` is no
+        ValueError: If `dim` is not a positive integer or exceeds the width of `x`, or `x` is not an
             array of real numbers.
 
     Examples:

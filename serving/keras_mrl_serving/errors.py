@@ -1,4 +1,8 @@
-"""What can go wrong when a model is asked: one tree, so that nobody imports grpc to catch."""
+"""Everything that can go wrong with a served model: one tree of exceptions, none of them gRPC's.
+
+The table from a gRPC status to these classes is in `_transport.py`, since this file needs no gRPC.
+The table at the end of this file gives each class about a server its rule and its remedy.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,13 @@ class KerasMrlError(Exception):
     """Base of every error this package raises about a served model.
 
     Attributes:
-        target: Address of the server, where the error came from one.
-        model: Name of the model that was asked.
-        version: Version that was asked for; None for the newest.
+        target: Address of the server; None for an error that no server caused.
+        model: Name of the model.
+        version: Version that was called; None for the newest.
         signature: Signature that was called.
-        timeout_s: Seconds the call was given.
-        attempts: How often the call was sent, as the time it took tells; None where it does not.
-        partial: What was answered before the error, where a call of many rows was split.
+        timeout_s: Timeout of the call in seconds.
+        attempts: How often the call was sent, estimated from the time it took; None if unknown.
+        partial: The rows answered before the error, if the rows were split into several calls.
     """
 
     target: str | None = None
@@ -33,11 +37,11 @@ class KerasMrlError(Exception):
 
 
 class ManifestError(KerasMrlError, ValueError):
-    """The manifest is not one this package reads."""
+    """This package cannot read the manifest."""
 
 
 class UnknownDimError(KerasMrlError, ValueError):
-    """The model does not serve the dim that was asked for."""
+    """The model does not serve this dim."""
 
 
 class NoHeadError(KerasMrlError, TypeError):
@@ -45,7 +49,7 @@ class NoHeadError(KerasMrlError, TypeError):
 
 
 class NoCascadeError(KerasMrlError, TypeError):
-    """A model exported without a policy was asked to classify adaptively by its own."""
+    """A model without a cascade policy was asked to classify adaptively by its own policy."""
 
 
 class NoIndexError(KerasMrlError, TypeError):
@@ -53,7 +57,7 @@ class NoIndexError(KerasMrlError, TypeError):
 
 
 class EncoderMismatchError(KerasMrlError, ValueError):
-    """An index was asked with embeddings of another model than it was built with."""
+    """An index was searched with embeddings of another model than the one it was built with."""
 
 
 class InvalidInputError(KerasMrlError, ValueError):
@@ -61,7 +65,7 @@ class InvalidInputError(KerasMrlError, ValueError):
 
 
 class ServerError(KerasMrlError):
-    """The server answered with an error that none of the classes below names."""
+    """The server answered with an error that has no class of its own here."""
 
 
 class ServerUnavailableError(ServerError, ConnectionError):
@@ -69,11 +73,11 @@ class ServerUnavailableError(ServerError, ConnectionError):
 
 
 class AccessDeniedError(ServerError, PermissionError):
-    """The server, or a proxy before it, does not let this caller in."""
+    """The server, or a proxy before it, refuses this caller."""
 
 
 class MessageTooLargeError(ServerError):
-    """A message is larger than this client or the server takes."""
+    """A message is larger than the limit of this client or of the server."""
 
 
 class DeadlineError(ServerError, TimeoutError):
@@ -85,33 +89,32 @@ class ModelNotFoundError(ServerError, LookupError):
 
 
 class VersionNotFoundError(ModelNotFoundError):
-    """The server does not have the version that was asked for."""
+    """The server does not have this version of the model."""
 
 
 class VersionChangedError(ServerError):
-    """The version that began an answer was gone before its end, twice."""
+    """The server unloaded the version that was answering, twice in one answer."""
 
 
 class SignatureNotFoundError(ServerError, LookupError):
-    """The model has no such signature: not one of ours, or exported without it."""
+    """The model has no such signature: another exporter made it, or it was exported without it."""
 
 
 class DamagedIndexError(KerasMrlError, ValueError):
-    """A saved index is not as it was written."""
+    """A file of a saved index has changed since it was written."""
 
 
 class TargetNotReachedError(KerasMrlError, ValueError):
-    """No funnel that was tried reaches the target.
+    """None of the measured funnels reaches the target quality.
 
     Attributes:
-        front: What could be reached: the fastest of every quality, as `Plan.front`.
+        front: The fastest measured funnel of every quality, as in `Plan.front`.
     """
 
     front: tuple[Any, ...] = ()
 
 
-# What an error about a server says: its rule, what was received, what to do.
-
+# The first and the last sentence of an error about a server: the rule, and what to do.
 _RULES_AND_REMEDIES: dict[type[KerasMrlError], tuple[str, str]] = {
     ServerUnavailableError: (
         "A TensorFlow Serving server must answer at the target.",
@@ -158,8 +161,8 @@ _RULES_AND_REMEDIES: dict[type[KerasMrlError], tuple[str, str]] = {
 }
 
 
-def failed(
-    leaf: type[KerasMrlError],
+def call_error(
+    kind: type[KerasMrlError],
     envelope: Envelope,
     target: str,
     received: str,
@@ -167,33 +170,33 @@ def failed(
     details: str = "",
     remedy: str | None = None,
 ) -> KerasMrlError:
-    """Return the error for an envelope that brought no reply, with all that is known about it.
+    """Return the error for a call that failed, with all that is known about the call.
 
     Args:
-        leaf: Class of the error, one of those of this file.
-        envelope: What was sent.
-        target: Where it was sent.
-        received: What came back, in a word or a few.
-        details: The same in the server's words.
-        remedy: What to do, where more is known than the class tells.
+        kind: Class of the error, one of the table above.
+        envelope: The call.
+        target: Address of the server.
+        received: What came back, in a few words.
+        details: The server's own words.
+        remedy: What to do; None takes the remedy of the table.
 
     Examples:
         >>> from keras_mrl_serving.calls import AskStatus
         >>> envelope = Envelope("birds", None, AskStatus(), 1.0, 1.0)
-        >>> print(failed(DeadlineError, envelope, "localhost:8500", "nothing"))
+        >>> print(call_error(DeadlineError, envelope, "localhost:8500", "nothing"))
         An answer must come within the timeout. Received: nothing from localhost:8500 for model \
 'birds', timeout 1 s. Send fewer rows at once, or raise Options(timeout_s=...).
     """
-    rule, usual = _RULES_AND_REMEDIES[leaf]
+    rule, usual_remedy = _RULES_AND_REMEDIES[kind]
     version, signature = envelope.version, envelope.signature
     label = "" if envelope.label is None else f" label {envelope.label!r}"
-    error = leaf(
+    error = kind(
         f"{rule} Received: {received} from {target} for model {envelope.model!r}"
         + (f" version {version}" if version is not None else label)
         + (f", signature {signature!r}" if signature else "")
         + f", timeout {envelope.timeout_s:g} s"
         + (f": {details.rstrip('.')}" if details else "")
-        + f". {remedy or usual}"
+        + f". {remedy or usual_remedy}"
     )
     error.target, error.model, error.version = target, envelope.model, version
     error.signature, error.timeout_s = signature or None, envelope.timeout_s

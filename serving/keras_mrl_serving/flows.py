@@ -1,4 +1,4 @@
-"""What is asked of a server, and in which order, without any network in it.
+"""The calls that answer each question, and their order, without any network.
 
 A flow is a generator: it yields `Call`s, is sent the arrays that answer each, and returns the
 result. `Client` drives it over gRPC; a test drives it with a function.
@@ -30,26 +30,26 @@ from .inputs import Inputs, as_arrays, check_inputs
 from .results import Classification, Embedded, Neighbors
 
 T = TypeVar("T")
-# What is sent into a flow is the answer to what it yielded last: arrays for a `Call`.
+# A flow is sent the answer to the request it yielded last: arrays for a `Call`.
 Flow = Generator[Call | AskManifest | AskSignatures | AskStatus, Any, T]
 
 
 def ask(
-    signature: str, inputs: Arrays, wanted: Mapping[str, Output], only: bool = False
+    signature: str, inputs: Arrays, outputs: Mapping[str, Output], only: bool = False
 ) -> Flow[dict[str, npt.NDArray[Any]]]:
     """Ask a signature of the contract, whose outputs have a row for each row sent.
 
     Args:
         signature: Its name.
         inputs: Its inputs.
-        wanted: The outputs the contract promises, and what each row of them is.
-        only: Whether to ask for no other output.
+        outputs: The outputs to return, with the dtype and size that the contract promises.
+        only: Whether to ask the server for these outputs alone.
 
     Returns:
-        The wanted outputs, in the dtypes of the contract.
+        The outputs, in the dtypes of the contract.
 
     Raises:
-        ManifestError: If one is missing, or is not what it must be.
+        ManifestError: If an output is missing, or is not as the contract promises.
 
     Examples:
         >>> flow = ask("embed_8", {"x": np.zeros((2, 3))}, {"embedding": Output("float32", 8)})
@@ -60,17 +60,17 @@ def ask(
         StopIteration: {'embedding': array([[0., 0., 0., 0., 0., 0., 0., 0.],
                [0., 0., 0., 0., 0., 0., 0., 0.]], dtype=float32)}
     """
-    answer = yield Call(signature, inputs, tuple(wanted) if only else ())
+    answer = yield Call(signature, inputs, tuple(outputs) if only else ())
     rows = len(next(iter(inputs.values())))
-    if any(name not in answer or not wanted[name].fits(answer[name], rows) for name in wanted):
-        found = ", ".join(f"{n} {a.dtype} {a.shape}" for n, a in sorted(answer.items()))
+    if any(name not in answer or not outputs[name].fits(answer[name], rows) for name in outputs):
+        received = ", ".join(f"{n} {a.dtype} {a.shape}" for n, a in sorted(answer.items()))
         raise ManifestError(
-            f"A signature must answer {', '.join(f'{n} {o}' for n, o in wanted.items())}, "
-            f"with a row for each row sent. Received: {found or 'nothing'} for {rows} rows of "
+            f"A signature must answer {', '.join(f'{n} {o}' for n, o in outputs.items())}, "
+            f"with a row for each row sent. Received: {received or 'nothing'} for {rows} rows of "
             f"signature {signature!r}. "
             "Export the model again with keras_mrl_export.export_saved_model."
         )
-    return {name: answer[name].astype(o.dtype, copy=False) for name, o in wanted.items()}
+    return {name: answer[name].astype(o.dtype, copy=False) for name, o in outputs.items()}
 
 
 def describe() -> Flow[Manifest]:
@@ -120,7 +120,7 @@ def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classificatio
     manifest.check_head()
     dim = manifest.check_dim(dim)
     arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(contract.classify(dim), arrays, _classified(manifest))
+    answer = yield from ask(contract.classify(dim), arrays, _class_outputs(manifest))
     return _classification({**answer, "dim": np.full(len(answer["confidence"]), dim, np.int32)})
 
 
@@ -139,13 +139,13 @@ def classify_adaptive(manifest: Manifest, inputs: Inputs) -> Flow[Classification
     manifest.check_cascade()
     arrays = check_inputs(manifest.inputs, inputs)
     answer = yield from ask(
-        contract.CLASSIFY_ADAPTIVE, arrays, {**_classified(manifest), "dim": Output("int32")}
+        contract.CLASSIFY_ADAPTIVE, arrays, {**_class_outputs(manifest), "dim": Output("int32")}
     )
     return _classification(answer)
 
 
 def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Flow[Classification]:
-    """Ask for the classes by the caller's policy: features once, then heads for unsure rows.
+    """Ask for the classes by the caller's policy: features once, then heads for undecided rows.
 
     Examples:
         >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
@@ -170,13 +170,13 @@ def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Fl
     wide = {"features": Output("float32", manifest.width)}
     answer = yield from ask(contract.FEATURES, arrays, wide)
     features = answer["features"]
-    unsure = np.arange(len(features))
+    undecided = np.arange(len(features))  # rows that no stage has decided yet
+    outputs = _class_outputs(manifest) | {"logits": Output("float32", manifest.num_classes)}
+    del outputs["probabilities"], outputs["confidence"]  # the stage's temperature changes them
     decided: list[tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]] = []
     for stage in policy.stages:
-        wanted = _classified(manifest) | {"logits": Output("float32", manifest.num_classes)}
-        del wanted["probabilities"], wanted["confidence"]
-        prefix = {"features": features[unsure, : stage.dim]}
-        answer = yield from ask(contract.head(stage.dim), prefix, wanted, only=True)
+        prefix = {"features": features[undecided, : stage.dim]}
+        answer = yield from ask(contract.head(stage.dim), prefix, outputs, only=True)
         probabilities = softmax(answer["logits"], stage.temperature)
         confidence = confidence_in(policy.confidence, probabilities)
         if not np.isfinite(confidence).all():
@@ -186,77 +186,29 @@ def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Fl
                 "the inputs, or train the model to a finite loss."
             )
         sure = (
-            np.ones(len(unsure), dtype=bool)
+            np.ones(len(undecided), dtype=bool)
             if stage.threshold is None
             else confidence > np.float32(stage.threshold)
         )
-        rows = {
+        columns = {
             "class_ids": answer["class_ids"],
             "probabilities": np.take_along_axis(probabilities, answer["class_ids"], axis=-1),
             "confidence": confidence,
-            "dim": np.full(len(unsure), stage.dim, np.int32),
+            "dim": np.full(len(undecided), stage.dim, np.int32),
             **({"labels": answer["labels"]} if manifest.labels else {}),
         }
-        decided.append((unsure[sure], {name: column[sure] for name, column in rows.items()}))
-        unsure = unsure[~sure]
-        if not len(unsure):
+        decided.append((undecided[sure], {name: column[sure] for name, column in columns.items()}))
+        undecided = undecided[~sure]
+        if not len(undecided):
             break
-    back = np.argsort(np.concatenate([positions for positions, _ in decided]))
-    columns = [rows for _, rows in decided]
-    return _classification({n: np.concatenate([c[n] for c in columns])[back] for n in columns[0]})
+    order = np.argsort(np.concatenate([rows for rows, _ in decided]))
+    names = decided[0][1]
+    return _classification(
+        {name: np.concatenate([columns[name] for _, columns in decided])[order] for name in names}
+    )
 
 
-def predict(
-    signatures: Mapping[str, Signature],
-    inputs: Inputs,
-    signature: str,
-    outputs: tuple[str, ...] = (),
-) -> Flow[dict[str, npt.NDArray[Any]]]:
-    """Ask any signature of any model.
-
-    Examples:
-        >>> signatures = {"serving_default": Signature({"x": {"dtype": "float32",
-        ...     "shape": [None, 1]}}, {"y": {"dtype": "float32", "shape": [None, 1]}})}
-        >>> next(predict(signatures, [[1]], "serving_default")).inputs
-        {'x': array([[1.]], dtype=float32)}
-    """
-    if signature not in signatures:
-        raise SignatureNotFoundError(
-            f"The model must have the signature. Received: signature={signature!r}. "
-            f"Choose one of {', '.join(sorted(signatures))}."
-        )
-    asked = signatures[signature]
-    unknown = [name for name in outputs if name not in asked.outputs]
-    if unknown:
-        raise InvalidInputError(
-            f"outputs must be some of those of signature {signature!r}: "
-            f"{', '.join(sorted(asked.outputs))}. Received: {', '.join(unknown)}. Rename them."
-        )
-    answer = yield Call(signature, as_arrays(asked.inputs, inputs), outputs)
-    return dict(answer)
-
-
-def signatures() -> Flow[Mapping[str, Signature]]:
-    """Ask which signatures the model has.
-
-    Examples:
-        >>> next(signatures())
-        AskSignatures()
-    """
-    return (yield AskSignatures())
-
-
-def status() -> Flow[tuple[VersionStatus, ...]]:
-    """Ask which versions of the model the server has, and how they stand.
-
-    Examples:
-        >>> next(status())
-        AskStatus()
-    """
-    return (yield AskStatus())
-
-
-def _classified(manifest: Manifest) -> dict[str, Output]:
+def _class_outputs(manifest: Manifest) -> dict[str, Output]:
     k = manifest.top_k
     return {
         "class_ids": Output("int64", k),
@@ -282,24 +234,21 @@ def _as_text(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.array(text, dtype=object).reshape(labels.shape)
 
 
-# Flows about neighbours: whose embeddings a query is, and what an index is asked.
-
-
-def embed_knowingly(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Embedded]:
-    """Ask for embeddings of one dim, and which model they are of.
+def embed_with_fingerprint(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Embedded]:
+    """Ask for embeddings of one dim, and for the fingerprint of their model.
 
     Examples:
         >>> image = {"dtype": "float32", "shape": [None, 3]}
         >>> manifest = Manifest(name="birds", kind="encoder", fingerprint="5e1f", dims=(8, 64),
         ...     width=64, inputs={"image": image}, made_with={})
-        >>> flow = embed_knowingly(manifest, [[0, 127, 255]], 8)
+        >>> flow = embed_with_fingerprint(manifest, [[0, 127, 255]], 8)
         >>> next(flow).signature
         'embed_8'
         >>> flow.send({"embedding": np.ones((1, 8), np.float32)})
         AskManifest()
     """
     embeddings = yield from embed(manifest, inputs, dim)
-    answering = yield AskManifest()  # another version may have answered than the one kept
+    answering = yield AskManifest()  # of the version that answered, perhaps not that of `manifest`
     return Embedded(embeddings, answering.fingerprint)
 
 
@@ -309,10 +258,10 @@ def search(
     """Ask an index for the neighbours of embeddings: by its funnel, or exactly at one dim.
 
     Args:
-        manifest: That of the index.
-        embeddings: `(batch, width)`, or `(batch, dim)` where a dim is given.
+        manifest: Manifest of the index.
+        embeddings: `(batch, width)`, or `(batch, dim)` if a dim is given.
         dim: None asks the funnel of the index.
-        encoder: Fingerprint of the model the embeddings are of; None if nobody knows.
+        encoder: Fingerprint of the model that made the embeddings; None if unknown.
 
     Examples:
         >>> manifest = Manifest(name="birds", kind="index", fingerprint="c0de", dims=(8, 64),
@@ -325,15 +274,15 @@ def search(
     check_encoder(manifest.encoder_fingerprint, encoder)
     arrays = check_inputs(embedding_spec(manifest, dim), embeddings)
     signature = contract.SEARCH if dim is None else contract.search(dim)
-    answer = yield from ask(signature, arrays, _found(manifest))
+    answer = yield from ask(signature, arrays, _neighbor_outputs(manifest))
     if encoder is not None:
-        answering: Manifest = yield AskManifest()  # another version may have answered
+        answering: Manifest = yield AskManifest()  # of the version that answered
         check_encoder(answering.encoder_fingerprint, encoder)
     return Neighbors(answer["ids"], answer["scores"])
 
 
 def embedding_spec(manifest: Manifest, dim: int | None = None) -> dict[str, dict[str, Any]]:
-    """Return what an index takes, as `check_inputs` reads it: vectors of a dim, or of its width.
+    """Return the spec of an index's inputs for `check_inputs`: vectors of a dim or of its width.
 
     Examples:
         >>> manifest = Manifest(name="birds", kind="index", fingerprint="c0de", dims=(8, 64),
@@ -358,17 +307,17 @@ def retrieve(manifest: Manifest, inputs: Inputs) -> Flow[Neighbors]:
     """
     manifest.check_index()
     arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(contract.RETRIEVE, arrays, _found(manifest))
+    answer = yield from ask(contract.RETRIEVE, arrays, _neighbor_outputs(manifest))
     return Neighbors(answer["ids"], answer["scores"])
 
 
-def check_search(is_served: bool, k: int | None, among: npt.ArrayLike | None) -> None:
-    """Raise `ValueError` if a served index is asked what only one in this process can be.
+def check_served_search(k: int | None, among: npt.ArrayLike | None) -> None:
+    """Raise `ValueError` if a served index is given arguments that only a local index takes.
 
     Examples:
-        >>> check_search(False, 3, [7, 9])
+        >>> check_served_search(k=None, among=None)
     """
-    if is_served and not (k is None and among is None):
+    if not (k is None and among is None):
         raise ValueError(
             "k and among are for an index in this process. "
             f"Received: k={k}, among={'None' if among is None else 'ids'} for a served one. Cut "
@@ -381,7 +330,7 @@ def check_encoder(built_with: str | None, encoder: str | None) -> None:
 
     Examples:
         >>> check_encoder("5e1f", "5e1f")
-        >>> check_encoder(None, "5e1f")  # nobody said what it was built with
+        >>> check_encoder(None, "5e1f")  # the index does not say which encoder it was built with
     """
     if None not in (built_with, encoder) and built_with != encoder:
         raise EncoderMismatchError(
@@ -392,6 +341,56 @@ def check_encoder(built_with: str | None, encoder: str | None) -> None:
         )
 
 
-def _found(manifest: Manifest) -> dict[str, Output]:
+def _neighbor_outputs(manifest: Manifest) -> dict[str, Output]:
     k = (manifest.funnel or {}).get("k")
     return {"ids": Output("int64", k), "scores": Output("float32", k)}
+
+
+def predict(
+    signatures: Mapping[str, Signature],
+    inputs: Inputs,
+    signature: str,
+    outputs: tuple[str, ...] = (),
+) -> Flow[dict[str, npt.NDArray[Any]]]:
+    """Ask any signature of any model.
+
+    Examples:
+        >>> signatures = {"serving_default": Signature({"x": {"dtype": "float32",
+        ...     "shape": [None, 1]}}, {"y": {"dtype": "float32", "shape": [None, 1]}})}
+        >>> next(predict(signatures, [[1]], "serving_default")).inputs
+        {'x': array([[1.]], dtype=float32)}
+    """
+    if signature not in signatures:
+        raise SignatureNotFoundError(
+            f"The model must have the signature. Received: signature={signature!r}. "
+            f"Choose one of {', '.join(sorted(signatures))}."
+        )
+    spec = signatures[signature]
+    unknown = [name for name in outputs if name not in spec.outputs]
+    if unknown:
+        raise InvalidInputError(
+            f"outputs must be some of those of signature {signature!r}: "
+            f"{', '.join(sorted(spec.outputs))}. Received: {', '.join(unknown)}. Rename them."
+        )
+    answer = yield Call(signature, as_arrays(spec.inputs, inputs), outputs)
+    return dict(answer)
+
+
+def signatures() -> Flow[Mapping[str, Signature]]:
+    """Ask which signatures the model has.
+
+    Examples:
+        >>> next(signatures())
+        AskSignatures()
+    """
+    return (yield AskSignatures())
+
+
+def status() -> Flow[tuple[VersionStatus, ...]]:
+    """Ask which versions of the model the server has, and how they stand.
+
+    Examples:
+        >>> next(status())
+        AskStatus()
+    """
+    return (yield AskStatus())

@@ -1,4 +1,4 @@
-"""How a client talks to its server."""
+"""The settings of a client: timeouts, retries, sizes, certificates, metadata."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .errors import InvalidInputError
 if TYPE_CHECKING:
     import grpc
 
-_MOST = 2**31 - 1  # gRPC's own limit of its settings
-_NAME = re.compile(r"(?!.*-bin$)[a-z0-9_.-]+")
-_VALUE = re.compile(r"[ -~]*")
-_MOST_ATTEMPTS = 5  # gRPC makes no more, whatever it is told
+_LARGEST_COUNT = 2**31 - 1  # gRPC's limit for its settings
+_MOST_ATTEMPTS = 5  # gRPC's limit, whatever its setting
+_METADATA_NAME = re.compile(r"(?!.*-bin$)[a-z0-9_.-]+")
+_METADATA_VALUE = re.compile(r"[ -~]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,10 @@ class Tls:
     """Certificates, each as the bytes of a PEM file.
 
     Args:
-        root_certificates: Who may sign the server's certificate; None takes gRPC's own roots.
-        private_key: The client's, where the server asks for one (mTLS).
-        certificate_chain: The client's, where the server asks for one (mTLS).
-        server_name: The name in the server's certificate, where it is not the target's.
+        root_certificates: Authorities that may sign the server's certificate; None takes gRPC's.
+        private_key: Private key of the client, if the server asks for a certificate (mTLS).
+        certificate_chain: Certificates of the client, if the server asks for them (mTLS).
+        server_name: Name in the server's certificate, if it is not the target's.
 
     Raises:
         ValueError: If there is a key without a certificate, or the other way round.
@@ -48,10 +48,10 @@ class Tls:
     def __post_init__(self) -> None:
         """Refuse half of a client's certificate."""
         if (self.private_key is None) != (self.certificate_chain is None):
-            given = "private_key" if self.certificate_chain is None else "certificate_chain"
+            only = "private_key" if self.certificate_chain is None else "certificate_chain"
             raise ValueError(
                 "A client proves who it is with private_key and certificate_chain together. "
-                f"Received: {given} alone. Give both, or neither."
+                f"Received: {only} alone. Give both, or neither."
             )
 
     @classmethod
@@ -79,22 +79,22 @@ class Options:
 
     Args:
         timeout_s: Seconds an answer may take: connection, retries and all of its calls together.
-            Where the rows are split, each part has them.
+            If the rows are split, each part has its own timeout.
         max_attempts: How often a call is sent at most, 1 to 5. Only UNAVAILABLE is tried again:
-            the server was not reached, or said that its queue is full.
-        first_backoff_s: Seconds before the second attempt, give or take a fifth; each wait after
-            it is twice as long.
+            the client did not reach the server, or the server's queue is full.
+        first_backoff_s: Seconds before the second attempt, give or take a fifth; each later wait
+            is twice as long.
         max_backoff_s: The longest wait between two attempts, give or take a fifth.
         max_batch_size: Rows of one call; more are split. None means no limit. (TensorFlow
             Serving with batching refuses more than its own `max_batch_size`, by default 1000.)
         max_message_bytes: Largest message sent or received; rows are split to stay below it. None
             means no limit but protobuf's 2 GiB. (gRPC's own default, 4 MiB, is just too small
             for 1024 embeddings of 1024 float32.)
-        max_in_flight: Calls under way at once, where rows are split.
+        max_in_flight: Calls under way at once, if rows are split.
         tls: Certificates; None talks in the clear.
-        metadata: What is sent with every call, such as `{"authorization": "Bearer ..."}`, or a
-            function that returns it anew for each call. Names are in lower case.
-        compress: Whether requests are sent with gzip.
+        metadata: Headers of every call, such as `{"authorization": "Bearer ..."}`, or a function
+            that returns them for each call. Names are in lower case.
+        compress: Whether requests are compressed with gzip.
         keepalive_s: Seconds between keepalive pings, at least 1; None sends none. TensorFlow
             Serving hangs up on a client that pings more often than every 300 s.
         interceptors: The user's own gRPC interceptors, such as those of OpenTelemetry: of
@@ -125,9 +125,10 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse settings under which no call could succeed."""
-        for name in ("timeout_s", "first_backoff_s", "max_backoff_s", "keepalive_s"):
-            if name != "keepalive_s" or self.keepalive_s is not None:
-                self._check_seconds(name)
+        for name in ("timeout_s", "first_backoff_s", "max_backoff_s"):
+            self._check_seconds(name)
+        if self.keepalive_s is not None:
+            self._check_seconds("keepalive_s")
         if not callable(self.metadata):
             self.headers()
         if self.tls is not None and not isinstance(self.tls, Tls):
@@ -136,33 +137,33 @@ class Options:
                 "Read one with Tls.from_files."
             )
         self._check_count("max_attempts", _MOST_ATTEMPTS)
-        self._check_count("max_in_flight", _MOST)
+        self._check_count("max_in_flight", _LARGEST_COUNT)
         for name in ("max_batch_size", "max_message_bytes"):
             if getattr(self, name) is not None:
-                self._check_count(name, _MOST, ", or None for no limit", "None")
+                self._check_count(name, _LARGEST_COUNT, ", or None for no limit", "None")
 
     def headers(self) -> tuple[tuple[str, str], ...]:
-        """Return the metadata of one call, as gRPC takes it.
+        """Return the metadata of one call as gRPC takes it.
 
         Raises:
-            InvalidInputError: If gRPC would not send it.
+            InvalidInputError: If gRPC cannot send this metadata.
 
         Examples:
             >>> Options(metadata={"authorization": "Bearer 5e1f"}).headers()
             (('authorization', 'Bearer 5e1f'),)
         """
-        given = self.metadata() if callable(self.metadata) else self.metadata
-        if not isinstance(given, Mapping):
+        metadata = self.metadata() if callable(self.metadata) else self.metadata
+        if not isinstance(metadata, Mapping):
             raise InvalidInputError(
                 "metadata must be a mapping, or a function that returns one. "
-                f"Received: {type(given).__name__}. Give for example {{'authorization': '...'}}."
+                f"Received: {type(metadata).__name__}. Give for example {{'authorization': '...'}}."
             )
-        for name, value in given.items():
+        for name, value in metadata.items():
             if not (
                 isinstance(name, str)
                 and isinstance(value, str)
-                and _NAME.fullmatch(name)
-                and _VALUE.fullmatch(value)
+                and _METADATA_NAME.fullmatch(name)
+                and _METADATA_VALUE.fullmatch(value)
             ):
                 raise InvalidInputError(
                     "Metadata is text in ASCII, under names of a-z, 0-9, '-', '_' and '.' that do "
@@ -170,7 +171,7 @@ class Options:
                     f"{type(value).__name__} as value. Write the name in lower case, strip "
                     "line ends, and encode what is no text, for example with base64."
                 )
-        return tuple(given.items())
+        return tuple(metadata.items())
 
     def _check_seconds(self, name: str) -> None:
         seconds: object = getattr(self, name)
@@ -180,10 +181,10 @@ class Options:
                 f"Received: {name}={seconds!r}. Give for example {name}=10.0."
             )
 
-    def _check_count(self, name: str, most: int, none: str = "", remedy: str = "") -> None:
+    def _check_count(self, name: str, largest: int, none: str = "", remedy: str = "") -> None:
         value: object = getattr(self, name)
-        if not is_positive_integer(value) or as_int(value) > most:
+        if not is_positive_integer(value) or as_int(value) > largest:
             default = remedy or str(getattr(type(self), name))
             raise ValueError(
-                f"{name} must be in 1..{most}{none}. Received: {name}={value!r}. Give {default}."
+                f"{name} must be in 1..{largest}{none}. Received: {name}={value!r}. Give {default}."
             )

@@ -1,4 +1,4 @@
-"""What a client can be asked, and how a question about many rows is split and put together."""
+"""The questions a client asks about rows: which flow answers each, and how its rows are split."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .options import Options
 from .results import Classification, Embedded, Neighbors
 
 T = TypeVar("T")
-K = TypeVar("K")  # what must be known of a model before it is asked
+K = TypeVar("K")  # the facts about a model that a flow needs: its manifest or its signatures
 
-_MOST_BYTES = 2**31 - 1  # protobuf's largest message
+_LARGEST_MESSAGE_BYTES = 2**31 - 1  # protobuf's limit
 _ENVELOPE_BYTES = 1024  # names, shapes and lengths beside the rows
 _FLOAT_BYTES = 4
 _NEIGHBOR_BYTES = 14  # an id as a varint and a score
@@ -30,44 +30,45 @@ _CLASS_BYTES = 64  # an id, a probability and a name of ordinary length
 
 @dataclass(frozen=True, eq=False)
 class Question(Generic[K, T]):
-    """A flow about rows, not yet begun.
+    """Rows, and the flow that answers a question about them.
 
     Args:
         inputs: The rows.
-        flow: From what is known of the model and some of the rows to the flow that asks.
-        learn: What asks for that knowledge.
-        specs: What the inputs must be, by what is known; None for rows that are never split.
-        answer_row_bytes: How large the largest answer about one row is, about.
+        flow: Makes the flow, of the facts about the model and some of the rows.
+        needs: The request for those facts.
+        specs: Returns the dtypes and shapes of the inputs, by the facts; None for rows that are
+            never split.
+        answer_row_bytes: Estimates the largest answer about one row, by the facts.
 
     Examples:
-        >>> embed(np.zeros((3, 4)), dim=2).learn
+        >>> embed(np.zeros((3, 4)), dim=2).needs
         AskManifest()
     """
 
     inputs: Inputs
     flow: Callable[[K, Inputs], Flow[T]]
-    learn: AskManifest | AskSignatures
+    needs: AskManifest | AskSignatures
     specs: Callable[[K], Mapping[str, Mapping[str, Any]]] | None
     answer_row_bytes: Callable[[K], int]
 
-    def parts(self, known: K, options: Options) -> list[Inputs]:
-        """Return the rows in parts that one call of `options` takes each, at least one part.
+    def parts(self, facts: K, options: Options) -> list[Inputs]:
+        """Return the rows in parts, at least one, each within the limits of one call.
 
         Raises:
             InvalidInputError: If the inputs are not what the model takes.
         """
         if self.specs is None:
             return [self.inputs]
-        arrays = check_inputs(self.specs(known), self.inputs)
+        arrays = check_inputs(self.specs(facts), self.inputs)
         rows = len(next(iter(arrays.values())))
-        most = options.max_batch_size or max(rows, 1)
+        size = options.max_batch_size or max(rows, 1)
         if rows > 1:
-            sent = sum(_row_bytes(array) for array in arrays.values())
-            largest = max(sent, self.answer_row_bytes(known), 1)
-            room = (options.max_message_bytes or _MOST_BYTES) - _ENVELOPE_BYTES
-            most = min(most, max(1, room // largest))
-        starts = range(0, max(rows, 1), most)
-        return [{name: a[i : i + most] for name, a in arrays.items()} for i in starts]
+            sent_bytes = sum(_row_bytes(array) for array in arrays.values())
+            row_bytes = max(sent_bytes, self.answer_row_bytes(facts), 1)
+            message_bytes = options.max_message_bytes or _LARGEST_MESSAGE_BYTES
+            size = min(size, max(1, (message_bytes - _ENVELOPE_BYTES) // row_bytes))
+        starts = range(0, max(rows, 1), size)
+        return [{name: a[i : i + size] for name, a in arrays.items()} for i in starts]
 
 
 def embed(inputs: Inputs, dim: int) -> Question[Manifest, npt.NDArray[np.float32]]:
@@ -77,19 +78,21 @@ def embed(inputs: Inputs, dim: int) -> Question[Manifest, npt.NDArray[np.float32
         >>> embed([[0, 127, 255]], dim=8).inputs
         [[0, 127, 255]]
     """
-    return _of_model(inputs, lambda m, x: flows.embed(m, x, dim), lambda m: _vector_bytes(m, dim))
+    return _about_model(
+        inputs, lambda m, x: flows.embed(m, x, dim), lambda m: _vector_bytes(m, dim)
+    )
 
 
-def embed_knowingly(inputs: Inputs, dim: int) -> Question[Manifest, Embedded]:
-    """Ask for embeddings of one dim, and which model they are of.
+def embed_with_fingerprint(inputs: Inputs, dim: int) -> Question[Manifest, Embedded]:
+    """Ask for embeddings of one dim, and for the fingerprint of their model.
 
     Examples:
-        >>> embed_knowingly([[0, 127, 255]], dim=8).inputs
+        >>> embed_with_fingerprint([[0, 127, 255]], dim=8).inputs
         [[0, 127, 255]]
     """
-    return _of_model(
+    return _about_model(
         inputs,
-        lambda m, x: flows.embed_knowingly(m, x, dim),
+        lambda m, x: flows.embed_with_fingerprint(m, x, dim),
         lambda m: _vector_bytes(m, dim),
     )
 
@@ -101,7 +104,7 @@ def classify(inputs: Inputs, dim: int) -> Question[Manifest, Classification]:
         >>> classify([[0, 127, 255]], dim=8).inputs
         [[0, 127, 255]]
     """
-    return _of_model(inputs, lambda m, x: flows.classify(m, x, dim), _classes_bytes)
+    return _about_model(inputs, lambda m, x: flows.classify(m, x, dim), _classes_bytes)
 
 
 def classify_adaptive(
@@ -114,8 +117,8 @@ def classify_adaptive(
         [[0, 127, 255]]
     """
     if policy is None:
-        return _of_model(inputs, flows.classify_adaptive, _classes_bytes)
-    return _of_model(
+        return _about_model(inputs, flows.classify_adaptive, _classes_bytes)
+    return _about_model(
         inputs,
         lambda m, x: flows.classify_by(m, x, policy),
         lambda m: max(
@@ -149,45 +152,45 @@ def retrieve(inputs: Inputs) -> Question[Manifest, Neighbors]:
         >>> retrieve([[0, 127, 255]]).inputs
         [[0, 127, 255]]
     """
-    return _of_model(inputs, flows.retrieve, _neighbors_bytes)
+    return _about_model(inputs, flows.retrieve, _neighbors_bytes)
 
 
 def predict(
     inputs: Inputs, signature: str, outputs: tuple[str, ...] = ()
 ) -> Question[Mapping[str, Signature], dict[str, npt.NDArray[Any]]]:
-    """Ask any signature of any model; the rows are never split, for nobody says they are rows.
+    """Ask any signature of any model. Its inputs are never split: they need not be rows.
 
     Examples:
-        >>> predict([[1.0]], "serving_default").learn
+        >>> predict([[1.0]], "serving_default").needs
         AskSignatures()
     """
     return Question(
         inputs,
-        lambda known, x: flows.predict(known, x, signature, outputs),
+        lambda signatures, x: flows.predict(signatures, x, signature, outputs),
         AskSignatures(),
         None,
         lambda _: 0,
     )
 
 
-def asked_alike(one: Manifest, other: Manifest) -> bool:
-    """Whether two models are asked in one way, and their answers read in one way.
+def same_interface(one: Manifest, other: Manifest) -> bool:
+    """Whether two models take the same calls, and answer with the same outputs.
 
     Examples:
         >>> one = Manifest(name="birds", kind="encoder", fingerprint="5e1f", dims=(8,), width=8,
         ...     inputs={}, made_with={})
         >>> from dataclasses import replace
-        >>> asked_alike(one, replace(one, fingerprint="c0de"))
+        >>> same_interface(one, replace(one, fingerprint="c0de"))
         True
-        >>> asked_alike(one, replace(one, dims=(4, 8)))
+        >>> same_interface(one, replace(one, dims=(4, 8)))
         False
     """
     names = ("kind", "dims", "inputs", "num_classes", "top_k", "labels", "funnel")
-    decides = [[getattr(m, n) for n in names] + [m.cascade is None] for m in (one, other)]
-    return decides[0] == decides[1]
+    both_cascade = (one.cascade is None) == (other.cascade is None)
+    return both_cascade and all(getattr(one, name) == getattr(other, name) for name in names)
 
 
-def _of_model(
+def _about_model(
     inputs: Inputs,
     flow: Callable[[Manifest, Inputs], Flow[T]],
     answer_row_bytes: Callable[[Manifest], int],
@@ -209,11 +212,11 @@ def _neighbors_bytes(manifest: Manifest) -> int:
 
 
 def _row_bytes(array: npt.NDArray[Any]) -> int:
-    """Bytes of the largest row, about: strings are as long as they are, numbers all alike."""
+    """Return about how many bytes the largest row has: strings differ in length, numbers do not."""
     if array.dtype.kind in "OSUT":
         return max(map(_string_bytes, array.ravel().tolist()), default=0) * array[:1].size
     return array[:1].nbytes
 
 
 def _string_bytes(string: str | bytes) -> int:
-    return len(string.encode() if isinstance(string, str) else string) + 5  # and its length
+    return len(string.encode() if isinstance(string, str) else string) + 5  # for the length itself

@@ -1,4 +1,4 @@
-"""What a client returns: small frozen dataclasses of arrays, one row per row asked."""
+"""The answers of a client: small frozen dataclasses of arrays, one row per row of the inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ClassifiedRow:
     Args:
         class_ids: One int per class.
         probabilities: One float per class.
-        confidence: The policy's measure; higher is surer.
+        confidence: Confidence by the policy's measure, higher is surer.
         dim: The dim that decided.
         labels: One name per class; None for a model without names.
 
@@ -53,7 +53,7 @@ class Classification:
     Args:
         class_ids: int64 `(batch, k)`.
         probabilities: float32 `(batch, k)`.
-        confidence: float32 `(batch,)`, the policy's measure; higher is surer.
+        confidence: float32 `(batch,)`, by the policy's measure, higher is surer.
         dim: int32 `(batch,)`.
         labels: Class names, object array of str `(batch, k)`; None for a model without names.
 
@@ -62,7 +62,7 @@ class Classification:
         ...     confidence=np.float32([0.8]), dim=np.int32([16]))
         Classification(1 rows, top 2, by dim {16: 1})
 
-    An integer takes one row, as a `ClassifiedRow`; a slice takes some, as a `Classification`.
+    An integer index gives one row, a `ClassifiedRow`; a slice gives a `Classification`.
     """
 
     class_ids: npt.NDArray[np.int64]
@@ -79,15 +79,15 @@ class Classification:
     @overload
     def __getitem__(self, rows: slice) -> Classification: ...
     def __getitem__(self, rows: SupportsIndex | slice) -> ClassifiedRow | Classification:
-        taken: Any = {n: None if c is None else c[rows] for n, c in _columns(self)}
+        columns: Any = {n: None if c is None else c[rows] for n, c in _columns(self)}
         if isinstance(rows, slice):
-            return Classification(**taken)
-        labels = taken["labels"]
+            return Classification(**columns)
+        labels = columns["labels"]
         return ClassifiedRow(
-            class_ids=tuple(taken["class_ids"].tolist()),
-            probabilities=tuple(taken["probabilities"].tolist()),
-            confidence=float(taken["confidence"]),
-            dim=int(taken["dim"]),
+            class_ids=tuple(columns["class_ids"].tolist()),
+            probabilities=tuple(columns["probabilities"].tolist()),
+            confidence=float(columns["confidence"]),
+            dim=int(columns["dim"]),
             labels=None if labels is None else tuple(labels.tolist()),
         )
 
@@ -112,7 +112,7 @@ class Neighbors:
         >>> Neighbors(ids=np.array([[7, 2]]), scores=np.float32([[0.9, 0.4]]))
         Neighbors(1 queries, k=2)
 
-    An integer takes one query, as `(id, score)` pairs; a slice takes some, as `Neighbors`.
+    An integer index gives the `(id, score)` pairs of one query; a slice gives `Neighbors`.
     """
 
     ids: npt.NDArray[np.int64]
@@ -138,11 +138,11 @@ class Neighbors:
 
 
 class Embedded(NamedTuple):
-    """Embeddings, and which model they are of.
+    """Embeddings, and the fingerprint of the model that made them.
 
     Args:
         embeddings: float32 `(batch, dim)`.
-        fingerprint: Of the model, as its manifest gives it.
+        fingerprint: The fingerprint in the model's manifest.
 
     Examples:
         >>> Embedded(np.zeros((2, 8), np.float32), "5e1f").fingerprint
@@ -155,11 +155,11 @@ class Embedded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Partial:
-    """What was answered of a call of many rows before it failed.
+    """The answered rows of inputs that were split into calls, some of which failed.
 
     Args:
-        rows: int64, which of the rows that were asked are answered, increasing.
-        answer: What the call would have returned for those rows alone.
+        rows: int64, the numbers of the answered rows, increasing.
+        answer: The answer about these rows alone.
 
     Examples:
         >>> Partial(np.array([0, 1, 4]), np.zeros((3, 8), np.float32))
@@ -173,14 +173,14 @@ class Partial:
         return f"Partial({len(self.rows)} rows)"
 
 
-def joined(parts: Sequence[T]) -> T:
-    """Return answers about consecutive rows as one answer about all of them.
+def join(parts: Sequence[T]) -> T:
+    """Return one answer about all rows from answers about consecutive rows.
 
     Args:
         parts: Embeddings, classifications or neighbors; at least one, all of one kind.
 
     Examples:
-        >>> joined([np.zeros((2, 8)), np.zeros((1, 8))]).shape
+        >>> join([np.zeros((2, 8)), np.zeros((1, 8))]).shape
         (3, 8)
     """
     answers: Sequence[Any] = parts
@@ -188,17 +188,17 @@ def joined(parts: Sequence[T]) -> T:
     if len(answers) == 1:
         return parts[0]
     if isinstance(first, np.ndarray):
-        whole: Any = np.concatenate(answers)
+        joined: Any = np.concatenate(answers)
     elif isinstance(first, Embedded):
-        whole = Embedded(np.concatenate([a.embeddings for a in answers]), first.fingerprint)
+        joined = Embedded(np.concatenate([a.embeddings for a in answers]), first.fingerprint)
     else:
-        whole = type(first)(
+        joined = type(first)(
             **{
                 name: None if c is None else np.concatenate([getattr(a, name) for a in answers])
                 for name, c in _columns(first)
             }
         )
-    return whole
+    return joined
 
 
 def _columns(answer: Any) -> list[tuple[str, Any]]:

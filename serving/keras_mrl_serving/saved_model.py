@@ -1,4 +1,4 @@
-"""What lies in the folder of a SavedModel, read without TensorFlow."""
+"""The folders of a served model: the versions, and their SavedModels read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ GRAPH_FILE = "saved_model.pb"
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
-    """Return the manifest of a version; None where something else exported it.
+    """Return the manifest of a version; None if another exporter wrote the version.
 
     Args:
         folder: The version's folder, the one with `saved_model.pb`.
 
     Raises:
-        ManifestError: If the manifest is none, or of another schema.
-        OSError: If it cannot be read.
+        ManifestError: If the file is not a manifest, or one of another schema.
+        OSError: If the file cannot be read.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
@@ -38,14 +38,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
 
 
 def read_signatures(folder: str | os.PathLike[str]) -> dict[str, Signature]:
-    """Return what a version can be asked, by signature name.
+    """Return the signatures of a version, by name.
 
     Args:
         folder: The version's folder, the one with `saved_model.pb`.
 
     Raises:
-        ManifestError: If `saved_model.pb` is none, or holds no graph.
-        OSError: If it cannot be read.
+        ManifestError: If `saved_model.pb` is not a SavedModel, or holds no graph.
+        OSError: If the file cannot be read.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
@@ -61,7 +61,7 @@ def read_signatures(folder: str | os.PathLike[str]) -> dict[str, Signature]:
         if not graphs:
             raise ValueError("it holds no graph")
         return signatures_of(graphs[0].signature_def)
-    except (DecodeError, ValueError) as error:  # a ValueError for a dtype that nobody knows
+    except (DecodeError, ValueError) as error:  # a ValueError for an unknown dtype
         raise ManifestError(
             f"{GRAPH_FILE} must be a SavedModel as TensorFlow writes it. "
             f"Received: {file} ({error}). Copy the version again, or export it again."
@@ -75,7 +75,7 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
         folder: The version's folder, the one with `saved_model.pb`.
 
     Raises:
-        OSError: If it cannot be read.
+        OSError: If the folder cannot be read.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
@@ -92,14 +92,13 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-# Which names under a base path are versions: TensorFlow Serving's rule, for all who look there.
-
-# absl::SimpleAtoi: ASCII white space around, a sign, ASCII digits. So "00000123" is version 123.
+# TensorFlow Serving reads the name of a version by absl::SimpleAtoi: ASCII white space around it, a
+# sign, ASCII digits. So "00000123" is version 123.
 _NUMBER = re.compile(r"[ \t\n\v\f\r]*([+-]?[0-9]+)[ \t\n\v\f\r]*", re.ASCII)
 
 
 def version_number(name: str) -> int | None:
-    """Return the version a folder name stands for; None if it is no number of 64 bits.
+    """Return the version that a folder name stands for; None if it is not a number of 64 bits.
 
     Args:
         name: Name of a child of the base path.
@@ -118,14 +117,14 @@ def version_number(name: str) -> int | None:
 def list_versions(base_path: str | os.PathLike[str]) -> dict[int, str]:
     """Return the path of every version under `base_path`, ascending.
 
-    Of two names with one number the later in sort order counts. A file with a numeric name counts
-    too: TensorFlow Serving does not look at what it is before it loads it.
+    If two names stand for one number, the later in sort order counts. A file with a numeric name
+    counts as a version too: TensorFlow Serving tries to load it.
 
     Args:
         base_path: The folder of the model.
 
     Raises:
-        OSError: If `base_path` is no folder that can be read.
+        OSError: If `base_path` is not a folder, or cannot be read.
 
     Examples:
         >>> from pathlib import Path
@@ -136,9 +135,9 @@ def list_versions(base_path: str | os.PathLike[str]) -> dict[int, str]:
         ...     print(list(list_versions(base_path)))
         [9, 10]
     """
-    found = {}
+    paths = {}
     for name in sorted(os.listdir(base_path)):
         number = version_number(name)
         if number is not None:
-            found[number] = os.path.join(base_path, name)
-    return dict(sorted(found.items()))
+            paths[number] = os.path.join(base_path, name)
+    return dict(sorted(paths.items()))

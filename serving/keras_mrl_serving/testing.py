@@ -1,4 +1,4 @@
-"""For the tests of applications: a server in memory that clients ask without a socket."""
+"""A server in memory, for the tests of applications: clients ask it without a socket."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import calls, contract, errors
-from .errors import failed
+from .errors import call_error
 
 __all__ = ["InMemoryServer"]
 
@@ -18,13 +18,16 @@ class InMemoryServer:
     """Answers `Client` and `AsyncClient` by a function, in place of a target.
 
     Args:
-        manifest: What the model says of itself.
-        answer: From a `Call` to the outputs of its signature, by name; `describe` is answered by
-            the manifest. None for a signature the model has not; it may raise whatever
-            `KerasMrlError` a server should seem to have sent.
+        manifest: Manifest of the model; it answers `describe`.
+        answer: Takes every other `Call` and returns the outputs of its signature by name, or None
+            if the model lacks the signature. It may raise the `KerasMrlError` that a server should
+            seem to have sent.
         model: Name of the model.
         version: The version that answers.
-        label: The label it has; None for none.
+        label: Label of that version; None for none.
+
+    Attributes:
+        calls: Every `Call` so far, `describe` too.
 
     Examples:
         >>> image = {"dtype": "float32", "shape": [None, 3]}
@@ -54,25 +57,25 @@ class InMemoryServer:
         self.manifest = manifest
         self.version = version
         self.calls: list[calls.Call] = []
-        self._answer = answer
+        self.answer = answer
         self._model = model
         self._label = label
 
     def send(self, envelope: calls.Envelope) -> calls.Reply[Any]:
         """Return the reply; raise a `KerasMrlError`."""
         if envelope.model != self._model:
-            raise failed(errors.ModelNotFoundError, envelope, self.target, "no such model")
+            raise call_error(errors.ModelNotFoundError, envelope, self.target, "no such model")
         if envelope.version not in (None, self.version):
-            raise failed(errors.VersionNotFoundError, envelope, self.target, "no such version")
+            raise call_error(errors.VersionNotFoundError, envelope, self.target, "no such version")
         if envelope.version is None and envelope.label not in (None, self._label):
-            raise failed(errors.VersionNotFoundError, envelope, self.target, "no such label")
+            raise call_error(errors.VersionNotFoundError, envelope, self.target, "no such label")
         request = envelope.request
         if isinstance(request, calls.AskStatus):
             return calls.Reply((calls.VersionStatus(self.version, "AVAILABLE"),), None)
         if isinstance(request, calls.AskSignatures):
             remedy = "Ask a DevServer over an exported model for its signatures."
             received = "a request for signatures, which a function has none of"
-            raise failed(errors.ServerError, envelope, self.target, received, remedy=remedy)
+            raise call_error(errors.ServerError, envelope, self.target, received, remedy=remedy)
         return calls.Reply(self._outputs(request, envelope), self.version)
 
     async def send_async(self, envelope: calls.Envelope) -> calls.Reply[Any]:
@@ -92,7 +95,9 @@ class InMemoryServer:
         if call.signature == contract.DESCRIBE:
             rows = len(call.inputs["key"])
             return {"manifest": np.array([self.manifest.to_json().encode()] * rows, object)}
-        outputs = self._answer(call)
+        outputs = self.answer(call)
         if outputs is None:
-            raise failed(errors.SignatureNotFoundError, envelope, self.target, "no such signature")
+            raise call_error(
+                errors.SignatureNotFoundError, envelope, self.target, "no such signature"
+            )
         return {name: np.asarray(outputs[name]) for name in call.outputs or outputs}

@@ -1,4 +1,4 @@
-"""The version of the distribution, said in pyproject.toml alone."""
+"""The version of the distribution, as pyproject.toml has it."""
 
 from importlib.metadata import version
 

@@ -229,7 +229,7 @@ class Process:
 
     def __init__(self, port: int = 0, slow: int = 0) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.serving.faulty", str(port), str(slow)],
+            [sys.executable, "-m", "tests.helpers.faulty_server", str(port), str(slow)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._transport import GrpcTransport, leaf_of
+from keras_mrl_serving._transport import GrpcTransport, error_class
 from keras_mrl_serving._wire import from_proto, to_proto
 from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.calls import Envelope, Reply
@@ -317,7 +317,7 @@ def test_every_status_of_a_server_becomes_an_error_of_ours(serve: Serve, name: s
     with Client(script.target, "m", options=once) as client:
         with pytest.raises(KerasMrlError) as caught:
             client.describe()
-    assert type(caught.value) is leaf_of(code, "")
+    assert type(caught.value) is error_class(code, "")
     call = f"{name} from {script.target} for model 'm', signature 'describe', timeout 10 s"
     assert f" Received: {call}: no, not now. " in str(caught.value)
 

@@ -104,7 +104,7 @@ def test_what_was_done_before_an_error_is_not_done_again(
     path = tmp_path / "rows.npy"
     client = Client(server, options=SMALL)
     client.embed(ROWS[:1], 4)
-    answer, left = server._answer, 20
+    answer, left = server.answer, 20
 
     def fails_in_the_end(call: Call) -> Arrays | None:
         nonlocal left
@@ -113,13 +113,13 @@ def test_what_was_done_before_an_error_is_not_done_again(
             raise ServerUnavailableError("gone")
         return answer(call)
 
-    server._answer = fails_in_the_end
+    server.answer = fails_in_the_end
     with pytest.raises(ServerUnavailableError):
         client.embed_dataset(data(), 4, path)
     assert sorted(os.listdir(tmp_path)) == ["rows.npy.partial", "rows.npy.partial.json"]
     done = json.loads((tmp_path / "rows.npy.partial.json").read_text())["rows"]
     assert 0 < done <= 40
-    server._answer = answer
+    server.answer = answer
     server.calls.clear()
     found = client.embed_dataset(data(), 4, path)
     asked = sum(len(call.inputs["x"]) for call in server.calls if call.signature == "embed_4")

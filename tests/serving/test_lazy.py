@@ -88,7 +88,7 @@ def test_no_public_name_is_a_module_s() -> None:
     assert not set(keras_mrl_serving.__all__) & {*NUMPY_FLOOR, "client", "server"}
 
 
-@pytest.mark.parametrize("before", [*NUMPY_FLOOR, "client", "_rpc", "_tensors"])
+@pytest.mark.parametrize("before", [*NUMPY_FLOOR, "client", "_transport", "_wire"])
 def test_truncate_is_a_function_whatever_was_imported_before(before: str) -> None:
     kept = dict(vars(keras_mrl_serving))
     try:

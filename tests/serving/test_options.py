@@ -149,7 +149,7 @@ def test_half_a_certificate_is_refused(tmp_path: Path, refuses: Refuses) -> None
     ],
 )
 def test_targets_are_one_address(targets: Any, address: str) -> None:
-    assert _transport.address(targets) == address
+    assert _transport.channel_address(targets) == address
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keras_mrl_serving.results import Classification, Embedded, Neighbors, joined
+from keras_mrl_serving.results import Classification, Embedded, Neighbors, join
 
 CLASSIFICATION = Classification(
     class_ids=np.array([[3, 1], [2, 0], [3, 2]]),
@@ -76,13 +76,13 @@ def test_a_slice_is_of_the_same_kind() -> None:
     assert NEIGHBORS[:0].ids.shape == (0, 3)
 
 
-def test_parts_are_joined_in_order() -> None:
-    whole = joined([CLASSIFICATION[:1], CLASSIFICATION[1:]])
+def test_parts_are_join_in_order() -> None:
+    whole = join([CLASSIFICATION[:1], CLASSIFICATION[1:]])
     assert whole.class_ids.tolist() == CLASSIFICATION.class_ids.tolist()
     assert whole.labels is None
-    assert joined([NEIGHBORS, NEIGHBORS[:0]]).scores.tolist() == NEIGHBORS.scores.tolist()
-    assert joined([np.zeros((2, 3)), np.ones((1, 3))])[:, 0].tolist() == [0, 0, 1]
-    embedded = joined([Embedded(np.zeros((2, 3), np.float32), "a")] * 2)
+    assert join([NEIGHBORS, NEIGHBORS[:0]]).scores.tolist() == NEIGHBORS.scores.tolist()
+    assert join([np.zeros((2, 3)), np.ones((1, 3))])[:, 0].tolist() == [0, 0, 1]
+    embedded = join([Embedded(np.zeros((2, 3), np.float32), "a")] * 2)
     assert (embedded.embeddings.shape, embedded.fingerprint) == ((4, 3), "a")
     only = np.zeros(2)
-    assert joined([only]) is only
+    assert join([only]) is only

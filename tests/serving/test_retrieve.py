@@ -140,7 +140,7 @@ def test_an_index_refuses_the_embeddings_of_another_encoder(
             ROWS, ExactIndex.build(gallery, SCHEDULE, encoder_fingerprint="dead")
         )
     other = InMemoryServer(
-        replace(index.manifest, encoder_fingerprint="dead"), lambda call: index._answer(call)
+        replace(index.manifest, encoder_fingerprint="dead"), lambda call: index.answer(call)
     )
     with refuses(EncoderMismatchError, text):
         Client(encoder).retrieve(ROWS, Client(other))
@@ -166,7 +166,7 @@ def test_the_fingerprint_is_that_of_the_version_that_answered(
 def test_an_index_that_was_swapped_is_found_out_at_the_first_search(
     index: InMemoryServer, gallery: Any
 ) -> None:
-    server = InMemoryServer(index.manifest, lambda call: index._answer(call))
+    server = InMemoryServer(index.manifest, lambda call: index.answer(call))
     client = Client(server)
     assert len(client.search(gallery, encoder="5e1f")) == 30
     server.version, server.manifest = 2, replace(server.manifest, encoder_fingerprint="new")
