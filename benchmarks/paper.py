@@ -18,8 +18,7 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from keras_mrl.comparison.compare import compare
-from keras_mrl.comparison.plan import Plan
+from keras_mrl.comparison import Plan, compare
 
 DIMS = (8, 16, 32, 64, 128, 256)
 
@@ -39,16 +38,14 @@ def main() -> None:
     if arguments.data is not None:
         training = sorted(str(path) for path in arguments.data.glob("train*.zip"))
         test = [str(arguments.data / "test.zip")]
-    asked = Plan(
+    plan = Plan(
         dims=DIMS,
         seeds=arguments.seeds,
         epochs=arguments.epochs,
         filters=arguments.filters,
-        flip=True,
         unseen=True,
-        rows=0,
     )
-    print(json.dumps(compare(training, test, arguments.out, asked)))
+    print(json.dumps(compare(training, arguments.out, plan, test=test)))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ PUBLIC = {
         "random_probe",
         "slimmable",
     },
+    "keras_mrl.comparison": {"ComparisonError", "Plan", "compare"},
     "keras_mrl.evaluation": {
         "LinearProbe",
         "TokenScores",

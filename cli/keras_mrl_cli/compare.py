@@ -115,18 +115,22 @@ def _work(arguments: argparse.Namespace) -> int:
         ) from error
     # A net that is new is traced anew: nothing to be warned of at each of a dozen.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    asked = Plan(
+    plan = Plan(
         dims=arguments.dims,
         seeds=arguments.seeds,
         epochs=arguments.epochs or EPOCHS,
         filters=arguments.filters or FILTERS,
         flip=not arguments.no_flip,
         unseen=arguments.unseen,
-        rows=0,
     )
     try:
         results = compare(
-            arguments.data, arguments.test, arguments.out, asked, arguments.budget, arguments.size
+            arguments.data,
+            arguments.out,
+            plan,
+            test=arguments.test,
+            budget_minutes=arguments.budget,
+            size=arguments.size,
         )
     except ComparisonError as error:
         raise asking.RefusalError(str(error)) from error

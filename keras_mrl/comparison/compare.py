@@ -1,14 +1,13 @@
-"""The work of `compare`: train what is missing, evaluate, write."""
+"""A comparison from images to report: train the nets that are missing, judge, write."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,172 +17,187 @@ import keras
 
 from . import measure
 from .data import Images, split_classes
-from .measure import Answers, cascades, retrieval
+from .folder import NETS, PLAN, SPLITS, claim
+from .measure import TrainedNets
 from .nets import madds
-from .plan import Plan, choose, subset, taken_up
-from .report import SPREAD, as_csv, draw, findings, html, tables
-from .splits import check_unseen, load_parts, note_parts, unseen_classes
-from .training import epochs_done, held, is_trained, replacing, train
+from .plan import Plan, load_or_make_plan, make_plan, subset
+from .report import write_report
+from .splits import check_unseen, load_parts, record_parts, unseen_classes
+from .training import count_epochs, is_trained, train
 
 
 def compare(
-    data: list[str],
-    test: list[str] | None,
-    out: Path,
-    asked: Plan,
-    budget: float | None = None,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    plan: Plan | None = None,
+    *,
+    test: str | Path | Sequence[str | Path] | None = None,
+    budget_minutes: float | None = None,
     size: int | None = None,
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    progress: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> dict[str, Any]:
-    """Train, evaluate and write a comparison; what is there already is not made again.
+    """Train Matryoshka and its alternatives on images, judge them, and write a report.
+
+    A net that is trained is not trained again, and one that was interrupted goes on after its last
+    whole epoch: call once more with the same arguments.
 
     Args:
-        data: Places of the images, as `images.read` takes them.
-        test: Places of the test images; None draws them.
-        out: Folder of everything.
-        asked: What is trained; its epochs, filters and rows count where there is no budget.
-        budget: Minutes there are; None means no end.
-        size: Height and width of the images; None keeps the first one's.
-        say: Takes lines about how far it is.
+        data: Places of the training images, taken together: a folder or a zip with one sub-folder
+            per class, an `.npz` with `x_train` and `y_train`, or the name of one of Keras's
+            datasets (`cifar10`, `cifar100`, `fashion_mnist`, `mnist`).
+        out: Folder of the nets, the results and the report; it holds one comparison.
+        plan: What to train; None means `Plan()`.
+        test: Places of the test images. None takes the second part of `.npz` files and Keras's
+            datasets, or else a fifth of every class of `data`.
+        budget_minutes: Replaces the epochs, filters and rows of the plan by those that fit into
+            this time, for which the speed is measured. None trains the plan as it is.
+        size: Height and width to resize to; None keeps those of the first image.
+        progress: Takes a line of text now and then; by default it is printed to stderr.
 
     Returns:
-        The results, as `results.json` has them.
+        The results as `results.json` has them: `about`, `plan`, `minutes` and `madds`; `top1`,
+        `top5` and `ece` of heads, `probe`, `neighbors`, `cascades`, `retrieval` and, if the plan
+        has them, `unseen`.
 
     Raises:
         ComparisonError: If images cannot be read or are too few, or `out` holds something else.
         OSError: If `out` cannot be written.
+
+    Examples:
+        Train, judge and report, in minutes:
+
+        >>> results = compare("birds/", "compared", Plan(dims=(8, 32)))  # doctest: +SKIP
+        >>> results["top1"]["mrl"], results["top1"]["ff"]  # doctest: +SKIP
+
+        What cannot be compared is refused before anything is trained:
+
+        >>> np.savez("few.npz", x_train=np.zeros((8, 8, 8), "uint8"), y_train=np.arange(8) % 2)
+        >>> try:
+        ...     compare("few.npz", "compared", progress=lambda line: None)
+        ... except ComparisonError as error:
+        ...     print(error)  # doctest: +ELLIPSIS
+        A comparison needs two classes, 10 images to search among and 10 different test images, ...
     """
-    with held(out, data):
-        say("reading images")
-        training, judging, left_out = load_parts(data, test, size)
+    places, test_places = _as_list(data), None if test is None else _as_list(test)
+    requested, folder = plan or Plan(), Path(out)
+    with claim(folder, places):
+        progress("reading images")
+        training, judging, left_out = load_parts(places, test_places, size)
         rows, height, width, channels = training.pixels.shape
-        say(
+        progress(
             f"{rows:,} training and {len(judging.labels):,} test images of {height} x {width} x "
             f"{channels}, {len(training.names)} classes; {left_out} test images that training has "
             "too are left out"
         )
-        if asked.unseen:
+        if requested.unseen:
             check_unseen(training, judging)
-        answers = _begun(out, (training, judging), asked, budget, say)
-        _train(answers, say)
-        say("evaluating (minutes for tens of thousands of images)")
-        results = _measure(answers, left_out, data, say)
-        _write(results, out)
+        nets = _begin(folder, training, judging, requested, budget_minutes, progress)
+        _train_missing(nets, progress)
+        progress("evaluating (minutes for tens of thousands of images)")
+        results = _about(nets, places, left_out) | _measure(nets, progress)
+        write_report(results, folder)
     return results
 
 
-def _begun(
-    out: Path,
-    parts: tuple[Images, Images],
-    asked: Plan,
-    budget: float | None,
-    say: Callable[[str], None],
-) -> Answers:
-    """Make the plan or take it up, and note which images it uses before anything is trained."""
-    training, test = parts
-    splits = out / "splits.npz"
+def _as_list(places: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(places)] if isinstance(places, str | Path) else [str(place) for place in places]
 
-    def noted(plan: Plan) -> Answers:
+
+def _begin(
+    folder: Path,
+    training: Images,
+    test: Images,
+    requested: Plan,
+    budget_minutes: float | None,
+    progress: Callable[[str], None],
+) -> TrainedNets:
+    """Make the plan or load it, and record which images it uses before anything is trained."""
+    splits = folder / SPLITS
+
+    def record(plan: Plan) -> TrainedNets:
         used = subset(training, plan.rows)
-        note_parts(splits, used, test, _unseen(plan, training.names))
-        return Answers(out / "nets", plan, used, test)
+        record_parts(splits, used, test, _names_of_unseen(plan, training.names))
+        return TrainedNets(folder / NETS, plan, used, test)
 
-    def begin() -> Plan:
-        plan = choose(asked, training, budget, say)
+    def make() -> Plan:
+        plan = make_plan(requested, training, budget_minutes, progress)
         if plan.unseen:
             check_unseen(subset(training, plan.rows), test)
-        # Before the plan is kept, so that no plan goes on with images it was not made for. What
-        # may be there is of one that was stopped here.
+        # Recorded before the plan is saved, so that no plan goes on with images it was not made
+        # for. A record without a plan is that of a comparison that was stopped here.
         splits.unlink(missing_ok=True)
-        noted(plan)
+        record(plan)
         return plan
 
-    given = {**asdict(asked), "dims": list(asked.dims), "budget": budget}
-    given["backend"] = keras.backend.backend()
-    return noted(taken_up(out / "plan.json", given, begin))
+    wishes = {**asdict(requested), "dims": list(requested.dims), "budget": budget_minutes}
+    wishes["backend"] = keras.backend.backend()
+    return record(load_or_make_plan(folder / PLAN, wishes, make))
 
 
-def _unseen(plan: Plan, names: tuple[str, ...]) -> list[str]:
-    """The classes that some nets are trained without."""
+def _names_of_unseen(plan: Plan, names: tuple[str, ...]) -> list[str]:
     return [names[number] for number in unseen_classes(len(names))] if plan.unseen else []
 
 
-def _train(answers: Answers, say: Callable[[str], None]) -> None:
-    nets, epochs = answers.plan.nets, answers.plan.epochs
-    whole = answers.training, answers.test
-    hidden = unseen_classes(len(answers.training.names))
-    missing = [net for net in nets if not is_trained(answers.folder / net.name)]
-    left = sum(epochs - epochs_done(answers.folder / net.name) for net in missing)
+def _train_missing(nets: TrainedNets, progress: Callable[[str], None]) -> None:
+    plan, parts = nets.plan, (nets.training, nets.test)
+    unseen = unseen_classes(len(nets.training.names))
+    missing = [net for net in plan.nets if not is_trained(nets.folder / net.name)]
+    epochs = sum(plan.epochs - count_epochs(nets.folder / net.name) for net in missing)
     started, done = time.monotonic(), 0
 
-    def tell(line: str) -> None:
+    def report_epoch(line: str) -> None:
         nonlocal done
         done += 1
-        minutes = (left - done) * (time.monotonic() - started) / done / 60
-        say(f"{line}, about {minutes:.0f} min left")
+        minutes = (epochs - done) * (time.monotonic() - started) / done / 60
+        progress(f"{line}, about {minutes:.0f} min left")
 
-    for at, net in enumerate(missing):
-        say(f"[{len(nets) - len(missing) + at + 1}/{len(nets)}] {net.name}")
-        parts = whole if net.all_classes else _seen(whole, hidden)
-        train(net, answers.folder / net.name, parts, answers.plan.recipe, tell)
-
-
-def _seen(parts: Any, hidden: list[int]) -> Any:
-    return tuple(split_classes(part, hidden)[0] for part in parts)
+    for number, net in enumerate(missing, start=len(plan.nets) - len(missing) + 1):
+        progress(f"[{number}/{len(plan.nets)}] {net.name}")
+        seen = parts if net.all_classes else _without(unseen, *parts)
+        train(net, nets.folder / net.name, seen, plan.recipe, report_epoch)
 
 
-def _measure(
-    answers: Answers, left_out: int, data: list[str], say: Callable[[str], None]
-) -> dict[str, Any]:
-    plan, full = answers.plan, answers.model(f"{answers.full}-0")
-    results: dict[str, Any] = {
+def _without(unseen: list[int], training: Images, test: Images) -> tuple[Images, Images]:
+    return split_classes(training, unseen)[0], split_classes(test, unseen)[0]
+
+
+def _about(nets: TrainedNets, data: list[str], left_out: int) -> dict[str, Any]:
+    plan, full = nets.plan, nets.model(f"{nets.full}-0")
+    images, classes = len(nets.training.labels), len(nets.training.names)
+    return {
         "about": {
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "data": data,
-            "images": [len(answers.training.labels), len(answers.test.labels)],
-            "classes": len(answers.training.names),
+            "images": [images, len(nets.test.labels)],
+            "classes": classes,
             "left_out": left_out,
-            "probed": min(measure.PROBED, len(answers.training.labels)),
+            "probed": min(measure.PROBED, images),
             "seeded": plan.seeded,
-            "unseen": _unseen(plan, answers.training.names),
+            "unseen": _names_of_unseen(plan, nets.training.names),
             "machine": f"Python {platform.python_version()}, Keras {keras.__version__} on "
             f"{keras.backend.backend()}, keras-mrl {version('keras-mrl')}, "
             f"{os.cpu_count()} CPU cores, {time.strftime('%Y-%m-%d')}",
         },
         "plan": {**asdict(plan), "dims": list(plan.dims)},
-        "minutes": {net.name: answers.minutes(net.name) for net in plan.nets},
-        "madds": {
-            "backbone": madds(full.backbone),
-            "head": answers.width * len(answers.training.names),
-        },
+        "minutes": {net.name: nets.minutes(net.name) for net in plan.nets},
+        "madds": {"backbone": madds(full.backbone), "head": nets.width * classes},
     }
-    steps: dict[str, Callable[[Answers], Any]] = {
-        "heads": measure.scores,
-        "probe": measure.probes,
+
+
+def _measure(nets: TrainedNets, progress: Callable[[str], None]) -> dict[str, Any]:
+    steps: dict[str, Callable[[TrainedNets], Any]] = {
+        "heads": measure.heads,
+        "probe": measure.probe,
         "neighbors": measure.neighbors,
-        "cascades": cascades,
-        "retrieval": retrieval,
+        "cascades": measure.cascades,
+        "retrieval": measure.retrieval,
     }
-    if plan.unseen:
+    if nets.plan.unseen:
         steps["unseen"] = measure.unseen
-    for at, (name, step) in enumerate(steps.items()):
+    results: dict[str, Any] = {}
+    for number, (name, step) in enumerate(steps.items(), start=1):
         started = time.monotonic()
-        found = step(answers)
-        results |= found if name == "heads" else {name: found}
-        say(f"[{at + 1}/{len(steps)}] {name}: {time.monotonic() - started:.0f} s")
+        scores = step(nets)
+        results |= scores if name == "heads" else {name: scores}
+        progress(f"[{number}/{len(steps)}] {name}: {time.monotonic() - started:.0f} s")
     return results
-
-
-def _write(results: dict[str, Any], out: Path) -> None:
-    draw(results, out)
-    said = "".join(f"- {sentence}\n" for sentence in findings(results)) + f"\n{SPREAD}\n"
-    shown = "\n".join(table.markdown() for table in tables(results))
-    texts = {
-        "results.json": json.dumps(results, indent=1) + "\n",
-        "results.csv": as_csv(results),
-        "results.md": f"{said}\n{shown}",
-        "report.html": html(results, out),
-    }
-    for name, text in texts.items():
-        with replacing(out / name) as partial:
-            partial.write_text(text, "utf-8")

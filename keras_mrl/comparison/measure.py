@@ -1,10 +1,14 @@
-"""Adaptive classification: some test images teach the thresholds, the others judge them."""
+"""What every method of a comparison is worth, dim by dim, from what its trained nets answered.
+
+Heads are judged by all test images. Cascades learn their thresholds, and funnels are chosen, on a
+fifth of the test images; the others judge them.
+"""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,16 +41,22 @@ from ..evaluation import (
 from .data import Images, split_classes
 from .plan import Plan
 from .splits import Rows, holdouts, unseen_classes
-from .training import AT_ONCE
-
-# What the trained nets of a comparison answered, read from their folders.
+from .training import predict
 
 Array = npt.NDArray[Any]
+ByDim = dict[str, dict[str, Any]]  # dim to measure to value; dims are text, as in JSON
+Sides = tuple[Array, Array]  # embeddings of the gallery and of the queries
+
+# Training rows at most that a linear probe sees, and one of the baseline: minutes for 256 dims.
+PROBED, _BASELINE_PROBED = 10_000, 20_000
+
+WITHIN = 0.005  # half a point: what a cascade may lose in accuracy, and a funnel in map10
+RISK, DELTA = 0.02, 0.1  # of the certified cascade
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
-    """The nets of a plan, all trained, and the images they were asked about.
+class TrainedNets:
+    """The nets of a plan, all trained, and the images they were trained and judged on.
 
     Args:
         folder: Of the nets, one folder each.
@@ -67,169 +77,273 @@ class Answers:
 
     @property
     def full(self) -> str:
-        """The name of the separate net of full width."""
+        """The name of the separate net of full width, without its seed."""
         return f"ff_{self.width}"
 
     def logits(self, name: str) -> Array:
-        """Return those of the test images, `(rows, num_dims, num_classes)`."""
-        found: Array = np.load(self.folder / name / "test_logits.npy")
-        return found
+        """Return the logits of the test images, `(rows, num_dims, num_classes)`."""
+        logits: Array = np.load(self.folder / name / "test_logits.npy")
+        return logits
 
-    def features(self, name: str, dim: int) -> tuple[Array, Array]:
-        """Return those of the training and the test images that the net may see."""
-        place = self.folder / name
-        return np.load(place / f"train_{dim}.npy"), np.load(place / f"test_{dim}.npy")
+    def features(self, name: str, dim: int) -> Sides:
+        """Return the features of the training and the test images that the net may see."""
+        folder = self.folder / name
+        return np.load(folder / f"train_{dim}.npy"), np.load(folder / f"test_{dim}.npy")
 
     def model(self, name: str) -> Any:
         """Return a net itself."""
         return keras.saving.load_model(self.folder / name / "model.keras")
 
     def minutes(self, name: str) -> float:
-        """Return what its epochs took."""
+        """Return how long its epochs took."""
         history = json.loads((self.folder / name / "net.json").read_text())["history"]
         return round(sum(epoch["seconds"] for epoch in history) / 60, 1)
 
 
-# What heads are worth for every method and dim, and linear probes of the features.
-
-# Training rows at most that a linear probe sees, and one of the baseline: minutes for 256 dims.
-PROBED, _BASELINE_PROBED = 10_000, 20_000
-
-ByDim = dict[str, dict[str, list[float]]]
-
-
-def scores(answers: Answers) -> dict[str, ByDim]:
+def heads(nets: TrainedNets) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Return `top1`, `top5` and `ece` of the head by method and dim, one number per seed."""
-    found: dict[str, ByDim] = {"top1": {}, "top5": {}, "ece": {}}
-    for method, dim, logits in _logits(answers):
+    scores: dict[str, dict[str, dict[str, list[float]]]] = {"top1": {}, "top5": {}, "ece": {}}
+    for method, dim, logits in _logits(nets):
         # Logits are features that a head of ones takes as they are.
-        judged = score_head(logits, answers.test.labels, np.eye(logits.shape[1]), None)
-        for measure, by_method in found.items():
-            by_method.setdefault(method, {}).setdefault(str(dim), []).append(judged[measure])
-    return found
+        values = score_head(logits, nets.test.labels, np.eye(logits.shape[1]), None)
+        for measure, by_method in scores.items():
+            by_method.setdefault(method, {}).setdefault(str(dim), []).append(values[measure])
+    return scores
 
 
-def probes(answers: Answers) -> ByDim:
-    """Return the accuracy of a linear probe of the first Matryoshka net's features, dim by dim."""
-    shown, asked = answers.features("mrl-0", answers.width)
-    rows = _drawn(len(shown), PROBED)
-    labels = answers.training.labels[rows]
-    found: dict[str, list[float]] = {}
-    for dim in answers.plan.dims:
-        probe = linear_probe(shown[rows, :dim], labels)
-        right = probe.predict(asked[:, :dim]) == answers.test.labels
-        found[str(dim)] = [float(right.mean())]
-    return {"mrl": found}
+def _logits(nets: TrainedNets) -> Iterator[tuple[str, int, Array]]:
+    """Logits of the test images by method and dim: of nets, and of what is cut from the widest."""
+    for net in nets.plan.nets:
+        if net.all_classes:
+            logits = nets.logits(net.name)
+            for column, dim in enumerate(net.dims):
+                yield net.method, dim, logits[:, column]
+    kernel, bias = _full_head(nets)
+    gallery, queries = nets.features(f"{nets.full}-0", nets.width)
+    rows = _draw(len(gallery), _BASELINE_PROBED)
+    for dim in nets.plan.dims:
+        yield "svd", dim, low_rank_head(kernel, bias, dim).logits(queries)
+        random = random_probe(gallery[rows], nets.training.labels[rows], dim)
+        logits = logits_of_all_classes(
+            random.probe, random.embed(queries), len(nets.training.names)
+        )
+        yield "rand_lp", dim, logits
 
 
-def full_head(answers: Answers) -> tuple[Any, Any]:
-    """Return kernel and bias of the separate net of full width."""
-    kernel, bias = answers.model(f"{answers.full}-0").head.weights_at(answers.width)
+def _full_head(nets: TrainedNets) -> tuple[Any, Any]:
+    """Kernel and bias of the separate net of full width."""
+    kernel, bias = nets.model(f"{nets.full}-0").head.weights_at(nets.width)
     return kernel, bias
 
 
-def of_all(probe: LinearProbe, features: Array, count: int) -> Array:
-    """Return logits of all `count` classes; those the probe never saw are the least likely."""
-    known = probe.logits(features)
-    found = np.full((len(known), count), known.min() - 1e3)
-    found[:, probe.classes] = known
-    return found
+def logits_of_all_classes(probe: LinearProbe, features: Array, count: int) -> Array:
+    """Return logits of `count` classes; those the probe never saw are the least likely."""
+    seen = probe.logits(features)
+    logits = np.full((len(seen), count), seen.min() - 1e3)
+    logits[:, probe.classes] = seen
+    return logits
 
 
-def _logits(answers: Answers) -> Iterator[tuple[str, int, Array]]:
-    """Those of the test images, by method and dim: of nets, and of what is cut from the widest."""
-    for net in answers.plan.nets:
-        if net.all_classes:
-            logits = answers.logits(net.name)
-            for at, dim in enumerate(net.dims):
-                yield net.method, dim, logits[:, at]
-    head = full_head(answers)
-    shown, asked = answers.features(f"{answers.full}-0", answers.width)
-    rows = _drawn(len(shown), _BASELINE_PROBED)
-    for dim in answers.plan.dims:
-        yield "svd", dim, low_rank_head(*head, dim).logits(asked)
-        chosen = random_probe(shown[rows], answers.training.labels[rows], dim)
-        found = of_all(chosen.probe, chosen.embed(asked), len(answers.training.names))
-        yield "rand_lp", dim, found
-
-
-def _drawn(rows: int, most: int) -> Array:
+def _draw(rows: int, most: int) -> Array:
     return np.random.default_rng(0).permutation(rows)[:most]
 
 
-# Retrieval by few dims first: chosen by a part of the queries, judged by the others.
+def probe(nets: TrainedNets, most_rows: int = PROBED) -> dict[str, dict[str, list[float]]]:
+    """Return the accuracy of a linear probe of the first Matryoshka net's features, dim by dim.
 
-WITHIN = 0.005  # of the map10 of exhaustive search: half a point
+    Args:
+        nets: The trained nets.
+        most_rows: The probe is trained on at most so many training images, drawn at random.
+    """
+    gallery, queries = nets.features("mrl-0", nets.width)
+    rows = _draw(len(gallery), most_rows)
+    labels = nets.training.labels[rows]
+    accuracies: dict[str, list[float]] = {}
+    for dim in nets.plan.dims:
+        trained = linear_probe(gallery[rows, :dim], labels)
+        right = trained.predict(queries[:, :dim]) == nets.test.labels
+        accuracies[str(dim)] = [float(right.mean())]
+    return {"mrl": accuracies}
+
+
+def neighbors(nets: TrainedNets) -> dict[str, ByDim]:
+    """Return what the neighbours of test images among training images are worth, by method."""
+    dims, width = nets.plan.dims, nets.width
+
+    def score(sides: Sides, dims: tuple[int, ...] = dims) -> ByDim:
+        return _score(sides, nets.training, nets.test, dims)
+
+    full = nets.features(f"{nets.full}-0", width)
+    svd = low_rank_head(*_full_head(nets), width)
+    return {
+        "mrl": score(nets.features("mrl-0", width)),
+        "mrl_e": score(nets.features("mrl_e-0", width)),
+        "first_coordinates": score(full),
+        "pca": score(_both(principal_components(full[0], width).embed, full)),
+        "svd": score(_both(svd.embed, full)),
+        "ff": _separate(dims, lambda dim: score(nets.features(f"ff_{dim}-0", dim), (dim,))),
+    }
+
+
+def unseen(nets: TrainedNets) -> dict[str, ByDim]:
+    """Return the same for images of classes that neither the nets nor the baselines saw."""
+    classes = unseen_classes(len(nets.training.names))
+    gallery, queries = (split_classes(part, classes)[1] for part in (nets.training, nets.test))
+
+    def score(sides: Sides, dims: tuple[int, ...] = nets.plan.dims) -> ByDim:
+        return _score(sides, gallery, queries, dims)
+
+    def embed(name: str) -> Sides:
+        body = nets.model(f"{name}_seen-0").backbone
+        return predict(body, gallery), predict(body, queries)
+
+    full = embed(nets.full)
+    trained, _ = nets.features(f"{nets.full}_seen-0", nets.width)
+    return {
+        "mrl": score(embed("mrl")),
+        "first_coordinates": score(full),
+        "pca": score(_both(principal_components(trained, nets.width).embed, full)),
+        "ff": _separate(
+            nets.plan.dims,
+            lambda dim: score(full if dim == nets.width else embed(f"ff_{dim}"), (dim,)),
+        ),
+    }
+
+
+def _score(sides: Sides, gallery: Images, queries: Images, dims: tuple[int, ...]) -> ByDim:
+    scores = score_embeddings(sides[1], queries.labels, sides[0], gallery.labels, dims)
+    return {str(dim): measures for dim, measures in scores.items()}
+
+
+def _both(embed: Callable[[Array], Array], sides: Sides) -> Sides:
+    return embed(sides[0]), embed(sides[1])
+
+
+def _separate(dims: tuple[int, ...], score: Callable[[int], ByDim]) -> ByDim:
+    """The scores of a net per dim; recall is left out: it would compare each net with itself."""
+    by_dim: ByDim = {}
+    for dim in dims:
+        (measures,) = score(dim).values()
+        by_dim[str(dim)] = {name: value for name, value in measures.items() if name != "recall10"}
+    return by_dim
+
 
 _K = 10
 _SHORTLIST = 200  # the paper's
 _LEAST_SHARE = 50  # a shortlist is this part of the gallery at most
 
 
-def retrieval(answers: Answers) -> dict[str, Any]:
+def retrieval(nets: TrainedNets) -> dict[str, Any]:
     """Return map10 and multiply-adds of exhaustive search, of two stages, and of whole funnels.
 
     The cheapest schedule whose map10 is within half a point of exhaustive search is chosen by a
     fifth of the queries; all numbers are those of the rest.
     """
-    taught, judged = holdouts(answers.test)[0]
-    mrl = answers.features("mrl-0", answers.width)
-    shown, asked = answers.features(f"{answers.full}-0", answers.width)
-    pca = principal_components(shown, answers.width)
-    found = {}
-    for name, (gallery, queries) in {
-        "mrl": mrl,
-        "pca": (pca.embed(shown), pca.embed(asked)),
-    }.items():
+    teaching, judging = holdouts(nets.test)[0]
+    full = nets.features(f"{nets.full}-0", nets.width)
+    sides_by_name = {
+        "mrl": nets.features("mrl-0", nets.width),
+        "pca": _both(principal_components(full[0], nets.width).embed, full),
+    }
+    results = {}
+    for name, (gallery, queries) in sides_by_name.items():
         rows = []
-        for kind, schedule in _schedules(answers.plan.dims, len(gallery)):
+        for kind, schedule in _schedules(nets.plan.dims, len(gallery)):
             ids = ExactIndex.build(gallery, schedule).search(queries).ids
-            hits = answers.training.labels[ids] == answers.test.labels[:, None]
+            hits = nets.training.labels[ids] == nets.test.labels[:, None]
             rows.append(
                 {
                     "kind": kind,
                     **schedule.to_json(),
                     "madds": schedule.madds(len(gallery)),
-                    "map10": mean_average_precision_at_k(hits[judged]),
-                    "holdout_map10": mean_average_precision_at_k(hits[taught]),
+                    "map10": mean_average_precision_at_k(hits[judging]),
+                    "holdout_map10": mean_average_precision_at_k(hits[teaching]),
                 }
             )
-        found[name] = {"rows": rows, "chosen": _chosen(rows)}
-    return found
+        results[name] = {"rows": rows, "chosen": _choose(rows)}
+    return results
 
 
 def _schedules(dims: tuple[int, ...], rows: int) -> list[tuple[str, FunnelSchedule]]:
     longest = min(_SHORTLIST, max(_K, rows // _LEAST_SHARE))
-    found = [("exhaustive", FunnelSchedule((dim,), (), _K)) for dim in dims]
-    for at, dim in enumerate(dims[:-1]):
-        found.append(("two stages", FunnelSchedule((dim, dims[-1]), (longest,), _K)))
-        if at < len(dims) - 2:
-            lengths = tuple(max(_K, longest >> stage) for stage in range(len(dims) - at - 1))
-            found.append(("funnel", FunnelSchedule(dims[at:], lengths, _K)))
-    return found
+    schedules = [("exhaustive", FunnelSchedule((dim,), (), _K)) for dim in dims]
+    for first, dim in enumerate(dims[:-1]):
+        schedules.append(("two stages", FunnelSchedule((dim, dims[-1]), (longest,), _K)))
+        if first < len(dims) - 2:
+            lengths = tuple(max(_K, longest >> stage) for stage in range(len(dims) - first - 1))
+            schedules.append(("funnel", FunnelSchedule(dims[first:], lengths, _K)))
+    return schedules
 
 
-def _chosen(rows: list[dict[str, Any]]) -> int:
+def _choose(rows: list[dict[str, Any]]) -> int:
     """The position of the cheapest that the holdout finds as good as exhaustive search."""
     whole = max((r for r in rows if r["kind"] == "exhaustive"), key=lambda r: r["dims"][-1])
     good = [r for r in rows if r["holdout_map10"] >= whole["holdout_map10"] - WITHIN]
     return rows.index(min(good, key=lambda row: row["madds"]))
 
 
-RISK, DELTA = 0.02, 0.1  # of the certified cascade
+def cascades(nets: TrainedNets) -> dict[str, Any]:
+    """Return how policies of the first Matryoshka net fare, split by split.
+
+    `splits` has a list per policy; `search_over_greedy` how far the joint search is above the
+    paper's thresholds at an equal expected dim.
+    """
+    holdout = _Holdout(nets.logits("mrl-0"), nets.test.labels, nets.plan.dims)
+    full_is_right = nets.logits(f"{nets.full}-0")[:, -1].argmax(-1) == nets.test.labels
+    splits: dict[str, list[dict[str, float]]] = {}
+    parts = holdouts(nets.test)
+    gains, refusal = [], _certificate_refusal(min(len(teaching) for teaching, _ in parts))
+    for seed, (teaching, judging) in enumerate(parts):
+        lesson = holdout.take(teaching)
+        greedy, front = CascadePolicy.learn(*lesson), search_cascades(*lesson)
+        cost = holdout.report(greedy, teaching).expected_dim + _EQUAL
+        scaled = search_cascades(*lesson, temperatures=fit_temperatures(*lesson[:2]))
+        policies = {
+            "greedy": greedy,
+            "search at greedy's cost": front.best_under(cost),
+            "search within half a point": scaled.cheapest_within(WITHIN),
+        }
+        if not refusal:
+            with warnings.catch_warnings():  # that none passed shows in the expected dim
+                warnings.simplefilter("ignore", UserWarning)
+                policies["certified"] = certify_cascade(*lesson, risk=RISK, delta=DELTA, seed=seed)
+        reports = {name: holdout.report(policy, judging) for name, policy in policies.items()}
+        reports["oracle"] = oracle_report(*holdout.take(judging))
+        for name, report in reports.items():
+            splits.setdefault(name, []).append(
+                {
+                    "accuracy": report.accuracy,
+                    "full_accuracy": report.full_accuracy,
+                    "ff_accuracy": float(full_is_right[judging].mean()),
+                    "expected_dim": report.expected_dim,
+                    "cumulative_dim": report.cumulative_dim,
+                }
+            )
+        rows_by_part = {"taught": teaching, "judged": judging}
+        gains.append(
+            {part: _gain(greedy, front, cost, holdout, rows) for part, rows in rows_by_part.items()}
+        )
+    return {
+        "risk": RISK,
+        "delta": DELTA,
+        "splits": splits,
+        "search_over_greedy": gains,
+        "refused": refusal,
+    }
+
 
 _EQUAL = 1e-9  # costs that differ by rounding alone
 
 
 @dataclass(frozen=True, eq=False)
-class _Scores:
-    """What a Matryoshka net answered to the test images."""
+class _Holdout:
+    """The logits `(rows, num_dims, num_classes)` of the test images, and their labels."""
 
     logits: npt.NDArray[Any]
     labels: Rows
     dims: tuple[int, ...]
 
-    def given(self, rows: Rows) -> tuple[Any, Any, tuple[int, ...]]:
+    def take(self, rows: Rows) -> tuple[Any, Any, tuple[int, ...]]:
         return self.logits[rows], self.labels[rows], self.dims
 
     def report(self, policy: CascadePolicy, rows: Rows) -> CascadeReport:
@@ -237,55 +351,8 @@ class _Scores:
         return policy.evaluate(self.logits[rows][:, columns], self.labels[rows])
 
 
-def cascades(answers: Answers) -> dict[str, Any]:
-    """Return how policies of the first Matryoshka net fare, split by split.
-
-    `splits` has a list per policy; `search_over_greedy` how far the joint search is above the
-    paper's thresholds at an equal expected dim.
-    """
-    scores = _Scores(answers.logits("mrl-0"), answers.test.labels, answers.plan.dims)
-    full = answers.logits(f"{answers.full}-0")[:, -1].argmax(-1) == scores.labels
-    splits: dict[str, list[dict[str, float]]] = {}
-    parts = holdouts(answers.test)
-    equal, refused = [], _refusal(min(len(taught) for taught, _ in parts))
-    for split, (taught, judged) in enumerate(parts):
-        given = scores.given(taught)
-        greedy, front = CascadePolicy.learn(*given), search_cascades(*given)
-        spent = scores.report(greedy, taught).expected_dim + _EQUAL
-        scaled = search_cascades(*given, temperatures=fit_temperatures(*given[:2]))
-        policies = {
-            "greedy": greedy,
-            "search at greedy's cost": front.best_under(spent),
-            "search within half a point": scaled.cheapest_within(WITHIN),
-        }
-        if not refused:
-            with warnings.catch_warnings():  # that none passed shows in the expected dim
-                warnings.simplefilter("ignore", UserWarning)
-                policies["certified"] = certify_cascade(*given, risk=RISK, delta=DELTA, seed=split)
-        reports = {name: scores.report(policy, judged) for name, policy in policies.items()}
-        reports["oracle"] = oracle_report(*scores.given(judged))
-        for name, report in reports.items():
-            splits.setdefault(name, []).append(
-                {
-                    "accuracy": report.accuracy,
-                    "full_accuracy": report.full_accuracy,
-                    "ff_accuracy": float(full[judged].mean()),
-                    "expected_dim": report.expected_dim,
-                    "cumulative_dim": report.cumulative_dim,
-                }
-            )
-        equal.append(_over(greedy, front, spent, scores, {"taught": taught, "judged": judged}))
-    return {
-        "risk": RISK,
-        "delta": DELTA,
-        "splits": splits,
-        "search_over_greedy": equal,
-        "refused": refused,
-    }
-
-
-def _refusal(rows: int) -> str:
-    """Why a holdout of so many rows certifies nothing; empty where it may."""
+def _certificate_refusal(rows: int) -> str:
+    """Why a holdout of so many rows certifies no cascade; empty where it can."""
     needed = 2 * least_rows(RISK, DELTA)
     if rows >= needed:
         return ""
@@ -295,107 +362,21 @@ def _refusal(rows: int) -> str:
     )
 
 
-def _over(
-    greedy: CascadePolicy,
-    front: CascadeFront,
-    spent: float,
-    scores: _Scores,
-    parts: dict[str, Rows],
-) -> dict[str, dict[str, float]]:
-    """How far a front is above greedy where both cost as much on the rows that taught them.
+def _gain(
+    greedy: CascadePolicy, front: CascadeFront, cost: float, holdout: _Holdout, rows: Rows
+) -> dict[str, float]:
+    """How far a front is above greedy on some rows, where both cost as much on those that taught.
 
     Between two neighbours of the front lies the policy that takes either by chance.
     """
-    at = max(i for i, cost in enumerate(front.costs) if cost <= spent)
-    pair, costs = front.policies[at : at + 2], front.costs[at : at + 2]
-    share = (spent - costs[0]) / (costs[1] - costs[0]) if len(pair) > 1 else 0.0
-    found = {}
-    for name, rows in parts.items():
-        less, more = (scores.report(policy, rows) for policy in (pair[0], pair[-1]))
-        its = scores.report(greedy, rows)
-        found[name] = {
-            measure: (1 - share) * getattr(less, measure)
-            + share * getattr(more, measure)
-            - getattr(its, measure)
-            for measure in ("accuracy", "expected_dim")
-        }
-    return found
-
-
-# What neighbours are worth for every method and dim, among seen and unseen classes.
-
-
-def neighbors(answers: Answers) -> dict[str, dict[str, dict[str, float]]]:
-    """Return what the neighbours of the test images among the training images are worth."""
-    found: dict[str, Any] = {}
-    dims, width = answers.plan.dims, answers.width
-    for name in ("mrl", "mrl_e"):
-        found[name] = _scores(answers, *answers.features(f"{name}-0", width))
-    shown, asked = answers.features(f"{answers.full}-0", width)
-    found |= _cut(answers, shown, asked)
-    found["ff"] = {}
-    for dim in dims:
-        own = answers.features(f"ff_{dim}-0", dim)
-        found["ff"] |= _of_its_own(_scores(answers, *own, dims=(dim,)))
-    return found
-
-
-def unseen(answers: Answers) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the same for images of classes that neither the nets nor the baselines saw."""
-    classes = unseen_classes(len(answers.training.names))
-    shown, asked = (split_classes(part, classes)[1] for part in (answers.training, answers.test))
-
-    def scored(sides: tuple[Array, Array], *dims: int) -> dict[str, dict[str, float]]:
-        gallery, queries = sides
-        return _as_json(score_embeddings(queries, asked.labels, gallery, shown.labels, dims))
-
-    def embedded(name: str) -> tuple[Array, Array]:
-        body = answers.model(f"{name}_seen-0").backbone
-        gallery, queries = (
-            body.predict(part.pixels, batch_size=AT_ONCE, verbose=0) for part in (shown, asked)
-        )
-        return gallery, queries
-
-    dims, width, full = answers.plan.dims, answers.width, embedded(answers.full)
-    trained, _ = answers.features(f"{answers.full}_seen-0", width)
-    pca = principal_components(trained, width)
-    found: dict[str, Any] = {
-        "mrl": scored(embedded("mrl"), *dims),
-        "first_coordinates": scored(full, *dims),
-        "pca": scored((pca.embed(full[0]), pca.embed(full[1])), *dims),
-        "ff": {},
-    }
-    for dim in dims:
-        own = full if dim == width else embedded(f"ff_{dim}")
-        found["ff"] |= _of_its_own(scored(own, dim))
-    return found
-
-
-def _cut(answers: Answers, shown: Any, asked: Any) -> dict[str, Any]:
-    """What is cut from the net of full width: its first coordinates, its PCA, its head's SVD."""
-    pca = principal_components(shown, answers.width)
-    svd = low_rank_head(*full_head(answers), answers.width)
+    first = max(i for i, expected_dim in enumerate(front.costs) if expected_dim <= cost)
+    pair, costs = front.policies[first : first + 2], front.costs[first : first + 2]
+    share = (cost - costs[0]) / (costs[1] - costs[0]) if len(pair) > 1 else 0.0
+    cheaper, dearer = (holdout.report(policy, rows) for policy in (pair[0], pair[-1]))
+    baseline = holdout.report(greedy, rows)
     return {
-        "first_coordinates": _scores(answers, shown, asked),
-        "pca": _scores(answers, pca.embed(shown), pca.embed(asked)),
-        "svd": _scores(answers, svd.embed(shown), svd.embed(asked)),
+        measure: (1 - share) * getattr(cheaper, measure)
+        + share * getattr(dearer, measure)
+        - getattr(baseline, measure)
+        for measure in ("accuracy", "expected_dim")
     }
-
-
-def _scores(
-    answers: Answers, shown: Any, asked: Any, dims: tuple[int, ...] | None = None
-) -> dict[str, dict[str, float]]:
-    labels = answers.test.labels, answers.training.labels
-    return _as_json(score_embeddings(asked, labels[0], shown, labels[1], dims or answers.plan.dims))
-
-
-def _of_its_own(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Those of a net of one dim, whose recall would be that of itself."""
-    return {
-        dim: {name: value for name, value in measures.items() if name != "recall10"}
-        for dim, measures in scores.items()
-    }
-
-
-def _as_json(scores: dict[int, dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {str(dim): measures for dim, measures in scores.items()}

@@ -1,4 +1,8 @@
-"""What a comparison trains, how long, and on how many images: asked for, or fitted to a budget."""
+"""What a comparison trains, how long, and on how many images: as requested, or fitted to a budget.
+
+A budget of minutes is spent on the largest net that leaves six epochs of all images. How fast nets
+train is measured on the spot, with a Matryoshka net of every size in turn.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from .data import ComparisonError, Images
-from .nets import SIZE, Batches, Net, nets_for
-from .training import Recipe, compile_net, damaged, replacing
+from .folder import damaged, replacing
+from .nets import Net, nets_for
+from .training import BATCH, Batches, Recipe, compile_net
 
-_FILTERS = (8, 16, 32, 64)  # of the first convolution; what a budget chooses among
+_FILTERS = (8, 16, 32, 64)  # of the first convolution; a budget chooses among them
 _LEAST_EPOCHS, _MOST_EPOCHS = 6, 30
 _TRAINING_SHARE = 0.8  # of a budget; the rest evaluates
 _LEAST_PER_CLASS = 10
@@ -26,26 +31,31 @@ _SLIMMABLE_COST = 2.2
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison does.
+    """What a comparison trains, and on how many images.
 
     Args:
-        dims: Of the nested heads, and of the separate nets.
+        dims: Of the nested heads, and of the separate nets; two or more, ascending.
         seeds: How many times the Matryoshka net and the separate nets of `seeded` are trained.
         epochs: Of every net.
         filters: Of the first convolution.
         flip: Whether half of the images are mirrored in training.
         unseen: Whether MRL and a separate net per dim are also trained without a fifth of the
             classes.
-        rows: How many of the training images are used.
+        rows: How many of the training images are used; 0 means all.
+
+    Examples:
+        >>> plan = Plan(dims=(8, 16, 32))
+        >>> [net.name for net in plan.nets]
+        ['mrl-0', 'ff_32-0', 'mrl_e-0', 'ff_8-0', 'ff_16-0', 'slimmable-0', 'mrl_boosted-0']
     """
 
-    dims: tuple[int, ...]
-    seeds: int
-    epochs: int
-    filters: int
-    flip: bool
-    unseen: bool
-    rows: int
+    dims: tuple[int, ...] = (8, 16, 32, 64, 128)
+    seeds: int = 1
+    epochs: int = 10
+    filters: int = 32
+    flip: bool = True
+    unseen: bool = False
+    rows: int = 0
 
     @property
     def recipe(self) -> Recipe:
@@ -54,7 +64,7 @@ class Plan:
 
     @property
     def nets(self) -> tuple[Net, ...]:
-        """What is trained, in order."""
+        """The nets to train, in order."""
         return nets_for(self.dims, self.seeds, self.seeded, self.unseen)
 
     @property
@@ -63,38 +73,63 @@ class Plan:
         return sorted({self.dims[0], self.dims[(len(self.dims) - 1) // 2], self.dims[-1]})
 
 
-def taken_up(path: Path, asked: Mapping[str, Any], make: Callable[[], Plan]) -> Plan:
-    """Return the plan noted at `path`, or make one and note it.
+def load_or_make_plan(path: Path, requested: Mapping[str, Any], make: Callable[[], Plan]) -> Plan:
+    """Return the plan saved at `path`, or make one and save it.
 
     Args:
-        path: Of the note, JSON.
-        asked: What the user asked for, as JSON has it.
-        make: Makes the plan where none is noted.
+        path: Of the plan, JSON.
+        requested: The user's wishes, as JSON has them.
+        make: Makes the plan where none is saved.
 
     Raises:
-        ComparisonError: If the folder holds a comparison that was asked for in other words.
+        ComparisonError: If the folder holds a comparison that was requested in other words.
     """
     if not path.exists():
         plan = make()
+        text = json.dumps({"asked": requested, "plan": asdict(plan)}, indent=1)
         with replacing(path) as partial:
-            partial.write_text(json.dumps({"asked": asked, "plan": asdict(plan)}, indent=1) + "\n")
+            partial.write_text(text + "\n")
         return plan
     try:
-        noted = json.loads(path.read_text())
-        plan = Plan(**{**noted["plan"], "dims": tuple(noted["plan"]["dims"])})
-        before = dict(noted["asked"])
+        saved = json.loads(path.read_text())
+        plan = Plan(**{**saved["plan"], "dims": tuple(saved["plan"]["dims"])})
+        before = dict(saved["asked"])
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, error) from error
-    other = [
-        f"{name}={asked.get(name)} after {value}"
+    changes = [
+        f"{name}={requested.get(name)} after {value}"
         for name, value in before.items()
-        if asked.get(name) != value
+        if requested.get(name) != value
     ]
-    if other:
+    if changes:
         raise ComparisonError(
             f"A comparison goes on as it began; {path.parent} holds one. "
-            f"Received: {', '.join(other)}. Ask as before, or name another folder with --out."
+            f"Received: {', '.join(changes)}. Ask as before, or name another folder with --out."
         )
+    return plan
+
+
+def make_plan(
+    requested: Plan,
+    training: Images,
+    budget_minutes: float | None,
+    progress: Callable[[str], None],
+) -> Plan:
+    """Return the requested plan, or what of it fits into a budget, measured here and now."""
+    if budget_minutes is None:
+        images = len(training.labels)
+        return replace(requested, rows=min(requested.rows or images, images))
+    progress("measuring how fast a net trains here")
+    plan = fit_to_budget(
+        requested,
+        training,
+        60 * budget_minutes,
+        lambda filters: measure_speed(requested, training, filters),
+    )
+    progress(
+        f"for {budget_minutes:g} minutes: {plan.epochs} epochs of {plan.rows:,} images, "
+        f"{plan.filters} filters, {len(plan.nets)} nets"
+    )
     return plan
 
 
@@ -104,14 +139,20 @@ class Speed:
 
     Args:
         rate: Images per second.
-        start_s: Seconds before the first, for building and compiling.
+        start_s: Seconds for building and compiling, before the first image.
     """
 
     rate: float
     start_s: float
 
 
-def fitted(plan: Plan, training: Images, seconds: float, measure: Callable[[int], Speed]) -> Plan:
+def fit_to_budget(
+    plan: Plan,
+    training: Images,
+    seconds: float,
+    measure: Callable[[int], Speed],
+    clock: Callable[[], float] = time.monotonic,
+) -> Plan:
     """Return the plan with the filters, epochs and images that a budget has room for.
 
     The most filters are taken that leave six epochs of all images; where none do, fewer images,
@@ -119,86 +160,71 @@ def fitted(plan: Plan, training: Images, seconds: float, measure: Callable[[int]
     smallest net and ends where the next would find no time.
 
     Args:
-        plan: What is asked for; its epochs, filters and rows are replaced.
+        plan: The requested plan; its epochs, filters and rows are replaced.
         training: The images.
         seconds: The budget; a fifth of it is left for evaluation.
-        measure: Says how fast a net of so many filters trains.
+        measure: Returns how fast a net of so many filters trains.
+        clock: Returns the time in seconds: measuring is paid from the budget.
 
     Examples:
+        >>> from keras_mrl.comparison.data import Images
+        >>> from keras_mrl.comparison.plan import Speed, fit_to_budget
         >>> images = Images(np.zeros((600, 8, 8, 1), np.uint8), np.arange(600) % 2, ("a", "b"))
-        >>> plan = Plan((4, 8), 1, 0, 0, flip=True, unseen=False, rows=600)
-        >>> found = fitted(plan, images, 60, measure=lambda filters: Speed(30_000 / filters, 1.0))
-        >>> found.filters, found.epochs, found.rows
+        >>> plan = fit_to_budget(
+        ...     Plan((4, 8)), images, seconds=60, measure=lambda filters: Speed(30_000 / filters, 1)
+        ... )
+        >>> plan.filters, plan.epochs, plan.rows
         (32, 9, 600)
     """
-    ends = time.monotonic() + _TRAINING_SHARE * seconds
-    found: Plan | None = None
+    images = len(training.labels)
+    deadline = clock() + _TRAINING_SHARE * seconds
+    largest: Plan | None = None
     for filters in _FILTERS:
         speed = measure(filters)
-        left = ends - time.monotonic() - speed.start_s * len(plan.nets)
-        passes = max(0.0, left * speed.rate / sum(map(_cost, plan.nets)))
-        epochs = int(passes / len(training.labels))
+        remaining = deadline - clock() - speed.start_s * len(plan.nets)
+        passes = max(0.0, remaining * speed.rate / sum(map(_cost, plan.nets)))  # images per net
+        epochs = int(passes / images)
         if epochs < _LEAST_EPOCHS:
             break
-        found = replace(
-            plan, filters=filters, epochs=min(epochs, _MOST_EPOCHS), rows=len(training.labels)
-        )
+        largest = replace(plan, filters=filters, epochs=min(epochs, _MOST_EPOCHS), rows=images)
         if epochs < 2 * _LEAST_EPOCHS:  # twice the filters take two to four times as long
             break
-    if found is not None:
-        return found
+    if largest is not None:
+        return largest
     least = _LEAST_PER_CLASS * len(training.names)
-    rows = min(len(training.labels), max(least, int(passes / _LEAST_EPOCHS)))
+    rows = min(images, max(least, int(passes / _LEAST_EPOCHS)))
     return replace(plan, filters=filters, epochs=_LEAST_EPOCHS, rows=rows)
 
 
 def _cost(net: Net) -> float:
-    """Of an epoch beside one of a net of one width."""
+    """The cost of an epoch beside that of a net of one width that sees all classes."""
     seen = 1 if net.all_classes else 0.8
     return seen * (_SLIMMABLE_COST if net.method == "slimmable" else 1)
 
 
-def measured_speed(plan: Plan, training: Images) -> Callable[[int], Speed]:
-    """Return what measures how fast a Matryoshka net trains, by its filters."""
-
-    def measure(filters: int) -> Speed:
-        begun = time.perf_counter()
-        net = Net("mrl", plan.dims)
-        model = net.make(training.pixels.shape[1:], len(training.names), filters)
-        compile_net(model, net, 1, len(training.labels))
-        few = training.take(np.resize(np.arange(len(training.labels)), _TIMED * SIZE))
-        model.fit(Batches(few.take(slice(2 * SIZE)), 0, 0, plan.flip), verbose=0)
-        started = time.perf_counter()
-        model.fit(Batches(few, 0, 1, plan.flip), verbose=0)
-        rate = len(few.labels) / (time.perf_counter() - started)
-        # Predicting compiles once more, about as long.
-        return Speed(rate, 2 * (started - begun))
-
-    return measure
+def measure_speed(plan: Plan, training: Images, filters: int) -> Speed:
+    """Return how fast a Matryoshka net of so many filters trains."""
+    begun = time.perf_counter()
+    net = Net("mrl", plan.dims)
+    model = net.make(training.pixels.shape[1:], len(training.names), filters)
+    compile_net(model, net, 1, len(training.labels))
+    some = training.take(np.resize(np.arange(len(training.labels)), _TIMED * BATCH))
+    model.fit(Batches(some.take(slice(2 * BATCH)), 0, 0, plan.flip), verbose=0)
+    started = time.perf_counter()
+    model.fit(Batches(some, 0, 1, plan.flip), verbose=0)
+    rate = len(some.labels) / (time.perf_counter() - started)
+    # Predicting compiles once more, about as long.
+    return Speed(rate, 2 * (started - begun))
 
 
 def subset(training: Images, rows: int) -> Images:
-    """Return so many of the images, drawn once and for all, of every class its share."""
+    """Return so many of the images, the same in every call, of every class its share."""
     if rows >= len(training.labels):
         return training
-    draw = np.random.default_rng(0)
-    order = draw.permutation(len(training.labels))
+    order = np.random.default_rng(0).permutation(len(training.labels))
     # Each image has a place within its class; the first places of all classes come first.
     place = np.empty(len(order))
     for label in np.unique(training.labels):
         own = order[training.labels[order] == label]
         place[own] = (np.arange(len(own)) + 0.5) / len(own)
     return training.take(np.sort(np.argsort(place, kind="stable")[:rows]))
-
-
-def choose(asked: Plan, training: Images, budget: float | None, say: Callable[[str], None]) -> Plan:
-    """Return what is asked for, or what fits into `budget` minutes, measured here and now."""
-    if budget is None:
-        return replace(asked, rows=len(training.labels))
-    say("measuring how fast a net trains here")
-    plan = fitted(asked, training, 60 * budget, measured_speed(asked, training))
-    say(
-        f"for {budget:g} minutes: {plan.epochs} epochs of {plan.rows:,} images, {plan.filters} "
-        f"filters, {len(plan.nets)} nets"
-    )
-    return plan

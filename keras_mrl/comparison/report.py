@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation import plot_by_cost, plot_by_dim
+from .folder import replacing
 
 # The results of a comparison as tables: for Markdown, for HTML, and as rows of a CSV file.
 
@@ -67,6 +69,22 @@ class Table:
         lines = [f"| {' | '.join(self.header)} |", "|---" * len(self.header) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in self.rows]
         return f"{self.title}\n\n" + "\n".join(lines) + "\n"
+
+
+def write_report(results: Mapping[str, Any], folder: Path) -> None:
+    """Write the figures and the four forms of the results into `folder`."""
+    draw(results, folder)
+    sentences = "".join(f"- {sentence}\n" for sentence in findings(results))
+    markdown = "\n".join(table.markdown() for table in tables(results))
+    texts = {
+        "results.json": json.dumps(results, indent=1) + "\n",
+        "results.csv": as_csv(results),
+        "results.md": f"{sentences}\n{SPREAD}\n\n{markdown}",
+        "report.html": html(results, folder),
+    }
+    for name, text in texts.items():
+        with replacing(folder / name) as partial:
+            partial.write_text(text, "utf-8")
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:

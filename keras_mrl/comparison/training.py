@@ -3,87 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 
-from .data import ComparisonError, Images
-from .nets import SIZE, Batches, Net
+from .data import Images
+from .folder import replacing
+from .nets import Net
 
-# The folder of a comparison: files that are whole or not there, and one process at a time.
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes in one folder are not told apart
-    fcntl = None  # type: ignore[assignment]
-
-_NOTE = "plan.json"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` to write to; it takes the place of `path` once all is written."""
-    partial = path.with_name(f".partial-{path.name}")
-    yield partial
-    os.replace(partial, path)
-
-
-def damaged(path: Path, error: Exception) -> ComparisonError:
-    """Return the refusal of a file that is not as a comparison writes it."""
-    return ComparisonError(
-        "A comparison goes on from the files it wrote. "
-        f"Received: {path}, which is damaged ({type(error).__name__}). "
-        "Remove the folder and begin anew, or name another with --out."
-    )
-
-
-@contextmanager
-def held(out: Path, data: list[str]) -> Iterator[None]:
-    """Make the folder of a comparison and keep it to this process.
-
-    Raises:
-        ComparisonError: If it holds something else, lies in the images, or another process has it.
-    """
-    _check_place(out, data)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ComparisonError(
-                "One process compares in a folder at a time. "
-                f"Received: {out}, where another is at work. Wait for it, or name another --out."
-            ) from error
-        yield
-
-
-def _check_place(out: Path, data: list[str]) -> None:
-    here = out.resolve()
-    for place in map(Path, data):
-        if place.is_dir() and place.resolve() in (here, *here.parents):
-            raise ComparisonError(
-                "--out must not lie in the images, where its figures would be a class. "
-                f"Received: {out} in {place}. Name a folder elsewhere."
-            )
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    # Hidden ones are the lock, and what was being written when a process was killed.
-    others = {name for name in names if not name.startswith(".")} - {"splits.npz"}
-    if others and _NOTE not in others:
-        raise ComparisonError(
-            "--out must be a new folder, an empty one, or one of a comparison. "
-            f"Received: {out} with {sorted(others)[0]}. Name another."
-        )
-
-
-AT_ONCE = 500  # rows that a net is asked about
+BATCH = 128
+_PREDICTED = 500  # rows that a net predicts at once
 
 
 @dataclass(frozen=True)
@@ -102,16 +37,16 @@ class Recipe:
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether this net's folder is complete."""
-    return bool(_read(folder / "net.json")) and (folder / "model.keras").exists()
+    """Return whether this folder holds a net that is trained to the end."""
+    return bool(_read_json(folder / "net.json")) and (folder / "model.keras").exists()
 
 
-def epochs_done(folder: Path) -> int:
-    """How many whole epochs of this net are kept."""
-    return len(_read(folder / "history.json") or [])
+def count_epochs(folder: Path) -> int:
+    """Return how many epochs of an unfinished net are saved."""
+    return len(_read_json(folder / "history.json") or [])
 
 
-def _read(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     """What a JSON file holds; None where there is none, or it is damaged."""
     try:
         return json.loads(path.read_text())
@@ -124,24 +59,24 @@ def train(
     folder: Path,
     parts: tuple[Images, Images],
     recipe: Recipe,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> None:
-    """Train a net and write its features and logits; goes on from the last finished epoch.
+    """Train a net, from its last whole epoch, and write its features and logits.
 
-    Writes `train_<width>.npy` and `test_<width>.npy`, features `(rows, width)`, where neighbours
-    are looked for among them, `test_logits.npy` `(rows, num_dims, num_classes)`, `model.keras`,
-    and last `net.json`.
+    Writes `train_<width>.npy` and `test_<width>.npy`, features `(rows, width)` of a net among whose
+    features neighbours are searched, `test_logits.npy` `(rows, num_dims, num_classes)`,
+    `model.keras`, and last `net.json`.
 
     Args:
-        net: Which.
-        folder: Its own.
-        parts: Training and test images, of the classes that it may see.
-        recipe: How.
-        say: Takes a line after every epoch.
+        net: The net.
+        folder: The folder of this net alone.
+        parts: Training and test images, of the classes that the net may see.
+        recipe: What all nets share.
+        progress: Takes a line after every epoch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     training, test = parts
-    path, model, history = _resume(net, folder, recipe, say)
+    path, model, history = _resume(net, folder, recipe, progress)
     if model is None:
         model = net.make(training.pixels.shape[1:], len(training.names), recipe.filters)
         compile_net(model, net, recipe.epochs, len(training.labels))
@@ -150,34 +85,84 @@ def train(
         batches = Batches(training, net.seed, epoch, recipe.flip)
         logs = model.fit(batches, initial_epoch=epoch, epochs=epoch + 1, verbose=0).history
         history.append({"loss": logs["loss"][0], "seconds": time.perf_counter() - started})
-        path = _keep(model, folder, history, path)
-        shown = f"epoch {epoch + 1}/{recipe.epochs}, loss {logs['loss'][0]:.3f}"
-        say(f"{net.name}: {shown}, {history[-1]['seconds']:.0f} s")
+        path = _save_epoch(model, folder, history, path)
+        progress(
+            f"{net.name}: epoch {epoch + 1}/{recipe.epochs}, loss {logs['loss'][0]:.3f}, "
+            f"{history[-1]['seconds']:.0f} s"
+        )
     _write_answers(net, model, folder, training, test)
     if path is not None:
         path.replace(folder / "model.keras")
-    about = {"history": history, "parameters": int(model.count_params())}
     with replacing(folder / "net.json") as partial:
-        partial.write_text(json.dumps(about))
+        partial.write_text(
+            json.dumps({"history": history, "parameters": int(model.count_params())})
+        )
     (folder / "history.json").unlink(missing_ok=True)
+
+
+class Batches(keras.utils.PyDataset):
+    """The batches of one epoch: shuffled, shifted and mirrored images.
+
+    All that is random comes from the seed and the epoch's number, so that an epoch begun again
+    after an interruption sees the same images.
+
+    Args:
+        part: The images to draw from.
+        seed: Of the net.
+        epoch: Its number.
+        flip: Whether half of the images are mirrored.
+    """
+
+    def __init__(self, part: Images, seed: int, epoch: int, flip: bool) -> None:
+        super().__init__()
+        self._part = part
+        self._seed = (seed, epoch)
+        self._flip = flip
+        self._order = np.random.default_rng(self._seed).permutation(len(part.labels))
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // BATCH)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        rows = self._order[index * BATCH : (index + 1) * BATCH]
+        random = np.random.default_rng((*self._seed, index))
+        return shift(self._part.pixels[rows], random, self._flip), self._part.labels[rows]
+
+
+def shift(
+    images: npt.NDArray[np.uint8], random: np.random.Generator, flip: bool
+) -> npt.NDArray[np.uint8]:
+    """Return each image shifted by up to an eighth of its side and, half of them, mirrored."""
+    rows, height, width, _ = images.shape
+    most = max(height, width) // 8
+    padded = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
+    down, right = random.integers(0, 2 * most + 1, (2, rows))
+    shifted: Any = windows[np.arange(rows), down, right].transpose(0, 2, 3, 1)
+    if flip:
+        mirrored = np.asarray(random.random(rows) < 0.5)
+        shifted = np.where(mirrored[:, None, None, None], shifted[:, :, ::-1], shifted)
+    return np.asarray(shifted, np.uint8)
 
 
 def compile_net(model: keras.Model, net: Net, epochs: int, rows: int) -> None:
     """Give a net its loss, and an optimizer whose rate ends with the last epoch."""
-    steps = epochs * -(-rows // SIZE)
+    steps = epochs * -(-rows // BATCH)
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, steps, warmup_target=2e-3, warmup_steps=max(1, steps // 10)
     )
     model.compile(optimizer=keras.optimizers.AdamW(rate, weight_decay=0.02), loss=net.loss())
+    # TensorFlow traces the first step twice, for seconds, where it makes the optimizer's variables.
+    model.optimizer.build(model.trainable_variables)
 
 
 def _resume(
-    net: Net, folder: Path, recipe: Recipe, say: Callable[[str], None]
+    net: Net, folder: Path, recipe: Recipe, progress: Callable[[str], None]
 ) -> tuple[Path | None, Any, list[dict[str, float]]]:
-    """The model after the last epoch that is whole, and what the epochs before it showed."""
-    history = _read(folder / "history.json") or []
+    """Path and model of the last whole epoch, and loss and seconds of all epochs up to it."""
+    history = _read_json(folder / "history.json") or []
     path = folder / f"epoch-{len(history)}.keras"
-    if not path.exists() and len(history) == recipe.epochs:  # stopped after it got its last name
+    if not path.exists() and len(history) == recipe.epochs:  # stopped after the last renaming
         path = folder / "model.keras"
     if not path.exists():
         return None, None, []
@@ -185,11 +170,11 @@ def _resume(
     try:
         return path, keras.saving.load_model(path), history
     except Exception as error:  # whatever a damaged file raises; nothing else is lost
-        say(f"{net.name}: {path.name} is damaged ({type(error).__name__}); it begins anew")
+        progress(f"{net.name}: {path.name} is damaged ({type(error).__name__}); it begins anew")
         return None, None, []
 
 
-def _keep(
+def _save_epoch(
     model: keras.Model, folder: Path, history: list[dict[str, float]], before: Path | None
 ) -> Path:
     """Save the epoch; the one before goes only when the new one is what would be loaded."""
@@ -203,9 +188,13 @@ def _keep(
 
 
 def _write_answers(net: Net, model: Any, folder: Path, training: Images, test: Images) -> None:
-    parts = (("train", training), ("test", test)) if net.is_searched else ()
-    for name, part in parts:
-        found = model.backbone.predict(part.pixels, batch_size=AT_ONCE, verbose=0)
-        np.save(folder / f"{name}_{net.dims[-1]}.npy", np.asarray(found, np.float32))
-    logits = model.predict(test.pixels, batch_size=AT_ONCE, verbose=0)
-    np.save(folder / "test_logits.npy", np.asarray(logits, np.float32))
+    if net.is_searched:
+        for name, part in (("train", training), ("test", test)):
+            np.save(folder / f"{name}_{net.dims[-1]}.npy", predict(model.backbone, part))
+    np.save(folder / "test_logits.npy", predict(model, test))
+
+
+def predict(model: Any, images: Images) -> Any:
+    """Return what a net makes of images, as float32."""
+    outputs = model.predict(images.pixels, batch_size=_PREDICTED, verbose=0)
+    return np.asarray(outputs, np.float32)

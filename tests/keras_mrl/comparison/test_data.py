@@ -1,33 +1,20 @@
-"""Nets of a comparison: the images they see, and training that goes on where it stopped."""
+"""Images and their classes, read from everywhere."""
 
-import doctest
-import json
 import shutil
 import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 from PIL import Image
 
-from keras_mrl.comparison import nets, plan, report, training
 from keras_mrl.comparison.data import ComparisonError, Images, read, split_classes
-from keras_mrl.comparison.nets import Batches, Net, moved, nets_for
-from keras_mrl.comparison.training import Recipe, is_trained, train
+from tests.helpers.comparisons import random_images
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
 PART = Images(PIXELS, np.arange(12) % 3, ("ant", "bee", "cat"))
-
-
-@pytest.mark.parametrize("module", [nets, plan, report])
-def test_the_examples_run(module: ModuleType) -> None:
-    failed, tried = doctest.testmod(module)
-    assert tried
-    assert not failed
 
 
 def folder_of(where: Path) -> Path:
@@ -241,88 +228,13 @@ def test_unseen_classes_stand_apart() -> None:
     np.testing.assert_array_equal(unseen.pixels, PIXELS[PART.labels == 1])
 
 
-def test_an_epoch_is_the_same_whenever_it_is_asked_for() -> None:
-    first, again, other = (Batches(PART, seed=3, epoch=e, flip=True) for e in (1, 1, 2))
-    assert len(first) == 1
-    for mine, its in zip(first[0], again[0], strict=True):
-        np.testing.assert_array_equal(mine, its)
-    assert not np.array_equal(first[0][0], other[0][0])
-    assert sorted(first[0][1].tolist()) == sorted(PART.labels.tolist())
-
-
-def test_images_move_by_an_eighth_at_most() -> None:
-    marked = np.zeros((200, 16, 16, 1), np.uint8)
-    marked[:, 8, 8] = 1
-    found = np.argwhere(moved(marked, RNG, flip=False)[..., 0])
-    assert len(found) == 200
-    assert set(found[:, 1].tolist()) == set(found[:, 2].tolist()) == set(range(6, 11))
-
-
-def test_nets_have_names_of_their_own() -> None:
-    nets = nets_for((8, 16, 32), seeds=3, seeded=(8, 32), unseen=True)
-    names = [net.name for net in nets]
-    assert len(set(names)) == len(names) == 17
-    assert names[:3] == ["mrl-0", "ff_32-0", "mrl_e-0"]
-    assert names[7:9] == ["mrl_seen-0", "ff_32_seen-0"]
-    # Last, so that comparisons begun before these were trained keep their order.
-    assert names[-2:] == ["ff_8_seen-0", "ff_16_seen-0"]
-
-
-@pytest.mark.backend
-@pytest.mark.parametrize("method", ["mrl", "slimmable"])
-def test_training_goes_on_after_the_last_whole_epoch(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    net, recipe = Net(method, (4, 8)), Recipe(epochs=2, filters=8, flip=True)
-    lines: list[str] = []
-    epochs: list[int] = []
-
-    def noted(part: Images, seed: int, epoch: int, flip: bool) -> Batches:
-        epochs.append(epoch)
-        return Batches(part, seed, epoch, flip)
-
-    monkeypatch.setattr(training, "Batches", noted)
-    train(net, tmp_path / "whole", (PART, PART), recipe, lines.append)
-    assert len(lines) == 2
-    keep = training._keep
-
-    def stop_after(*given: Any) -> Path:
-        keep(*given)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "_keep", stop_after)
-        with pytest.raises(KeyboardInterrupt):
-            train(net, tmp_path / "cut", (PART, PART), recipe, lines.append)
-    assert not is_trained(tmp_path / "cut")
-    train(net, tmp_path / "cut", (PART, PART), recipe, lines.append)
-    assert len(lines) == 3
-    assert epochs == [0, 1] * 2  # without and with an interruption
-    for name in ("whole", "cut"):
-        assert is_trained(tmp_path / name)
-    files = {file.name for file in (tmp_path / "whole").iterdir()}
-    assert files == {file.name for file in (tmp_path / "cut").iterdir()}
-    whole, cut = (np.load(tmp_path / n / "test_logits.npy") for n in ("whole", "cut"))
-    assert whole.shape == (12, 2, 3)
-    np.testing.assert_allclose(cut, whole, rtol=2e-3, atol=2e-3)
-    keras.saving.load_model(tmp_path / "cut" / "model.keras")
-    # Stopped between its last name and the note that it is whole: nothing is trained again.
-    (tmp_path / "cut" / "net.json").rename(tmp_path / "cut" / "history.json")
-    noted = json.loads((tmp_path / "whole" / "net.json").read_text())["history"]
-    (tmp_path / "cut" / "history.json").write_text(json.dumps(noted))
-    train(net, tmp_path / "cut", (PART, PART), recipe, lines.append)
-    assert is_trained(tmp_path / "cut")
-    assert len(lines) == 3
-
-
-@pytest.mark.backend
-def test_a_damaged_net_is_trained_anew(tmp_path: Path) -> None:
-    net, recipe = Net("ff", (4,)), Recipe(epochs=1, filters=8, flip=False)
-    (tmp_path / "epoch-1.keras").write_bytes(b"PK cut")
-    (tmp_path / "history.json").write_text('[{"loss": 1.0, "seconds": 1.0}]')
-    lines: list[str] = []
-    train(net, tmp_path, (PART, PART), recipe, lines.append)
-    assert "epoch-1.keras is damaged" in lines[0]
-    assert is_trained(tmp_path)
-    (tmp_path / "net.json").write_text('{"history": [')
-    assert not is_trained(tmp_path)
+def test_unseen_classes_have_one_number_in_every_part() -> None:
+    training, test = random_images(12, 4), random_images(12, 4, seed=1)
+    lacking = test.take(test.labels != 1)  # a class that the test has no images of
+    for part in (training, lacking):
+        seen, unseen = split_classes(part, [1, 3])
+        assert (seen.names, unseen.names) == (("0", "2"), ("1", "3"))
+        for given in (seen, unseen):
+            for pixels, label in zip(given.pixels, given.labels, strict=True):
+                (row,) = np.flatnonzero((part.pixels == pixels).all(axis=(1, 2, 3)))
+                assert part.names[part.labels[row]] == given.names[label]
