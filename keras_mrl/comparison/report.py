@@ -119,6 +119,7 @@ def spread(values: Sequence[float], factor: float = 1) -> str:
     """Return a mean, with one standard deviation where there are several values.
 
     Examples:
+        >>> from keras_mrl.comparison.report import spread
         >>> spread([0.5, 0.7], 100), spread([0.5], 100)
         ('60.00 +- 14.14', '50.00')
     """
