@@ -1,4 +1,8 @@
-"""What is known of an index besides its gallery."""
+"""What every index shares: the protocol, the facts beside a gallery, the checks of its arrays.
+
+`ExactIndex` and `FaissIndex` hold their gallery in this process and are `LocalIndex`es;
+`QdrantIndex` asks a server, and shares only the facts and the checks.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,10 @@ from ..funnel import FunnelSchedule
 from ..inputs import as_float32
 from ..results import Neighbors
 
-# What every index in this process can do.
+Vectors = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+METRICS = ("cosine", "dot", "l2")
 
 
 class Index(Protocol):
@@ -34,7 +41,7 @@ class Index(Protocol):
 
     @property
     def encoder_fingerprint(self) -> str | None:
-        """Of the model the gallery was embedded with; None if nobody said."""
+        """Fingerprint of the model that embedded the gallery; None if it was not given."""
 
     @property
     def width(self) -> int:
@@ -50,20 +57,214 @@ class Index(Protocol):
 
         Args:
             queries: Embeddings `(batch, width)` or wider, raw or scaled.
-            k: Neighbours wanted, no more than the funnel returns; None for as many.
-            among: The only ids that may be returned, int64 `(n,)`; those that are not in the
+            k: Number of neighbours, at most the `k` of the funnel; None for as many.
+            among: The only ids that may be returned, int64 `(n,)`; ids that are not in the
                 gallery are passed over. None: all.
         """
 
 
-# The arrays an index takes and returns: their types, their checks, their order.
+@dataclass(frozen=True)
+class IndexFacts:
+    """What must be known of a gallery to search it.
 
-Vectors = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
+    Args:
+        schedule: The funnel that is searched.
+        metric: How embeddings are compared. "cosine" scales every prefix of gallery and query
+            itself; "dot" and "l2" take them as they are. A score is the cosine, the dot product,
+            or the squared distance times -1: higher is nearer.
+        encoder_fingerprint: Fingerprint of the model that embedded the gallery, from its
+            manifest; a client refuses to search by embeddings of another model. None: no check.
+
+    Raises:
+        ValueError: If the metric is none of the three.
+
+    Examples:
+        >>> facts = IndexFacts(FunnelSchedule((8, 64), (20,), 5))
+        >>> facts.check_k(None), facts.check_k(2)
+        (5, 2)
+    """
+
+    schedule: FunnelSchedule
+    metric: str = "cosine"
+    encoder_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the metric."""
+        if self.metric not in METRICS:
+            raise ValueError(
+                'metric must be "cosine", "dot" or "l2". '
+                f"Received: metric={self.metric!r}. Take cosine if unsure."
+            )
+
+    @property
+    def width(self) -> int:
+        """Dim the queries are embedded at."""
+        return self.schedule.dims[-1]
+
+    def check_k(self, k: int | None) -> int:
+        """Return the number of neighbours to find; the funnel's for None.
+
+        Raises:
+            ValueError: If the funnel does not return so many.
+        """
+        if k is None:
+            return self.schedule.k
+        try:
+            number = as_int(k)
+        except TypeError:
+            number = 0
+        if not 1 <= number <= self.schedule.k:
+            raise ValueError(
+                f"k must lie in 1..{self.schedule.k}, as many as the funnel returns. "
+                f"Received: k={k!r}. Search with a schedule whose k is larger."
+            )
+        return number
+
+    def check_rows(self, rows: int) -> None:
+        """Raise `ValueError` if a gallery has fewer rows than the funnel returns."""
+        if rows < self.schedule.k:
+            raise ValueError(
+                "A gallery needs at least as many rows as the funnel returns. "
+                f"Received: {rows} rows for k={self.schedule.k}. Lower k, or add rows."
+            )
+
+    def prefix(self, vectors: Vectors, dim: int) -> Vectors:
+        """Return the first `dim` coordinates, contiguous, and of unit length for "cosine".
+
+        Examples:
+            >>> facts = IndexFacts(FunnelSchedule((2,), (), 1))
+            >>> facts.prefix(np.float32([[3, 4, 12]]), 2).tolist()
+            [[0.6000000238418579, 0.800000011920929]]
+        """
+        prefixes = np.ascontiguousarray(vectors[:, :dim])
+        if self.metric != "cosine":
+            return prefixes
+        return prefixes * inverse_length(np.einsum("rd,rd->r", prefixes, prefixes))[:, None]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as they are saved with an index."""
+        return {
+            "schedule": self.schedule.to_json(),
+            "metric": self.metric,
+            "encoder_fingerprint": self.encoder_fingerprint,
+        }
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> IndexFacts:
+        """Read what `to_json` returned.
+
+        Raises:
+            ManifestError: If `saved` is something else.
+        """
+        try:
+            schedule = FunnelSchedule.from_json(saved["schedule"])
+            return cls(schedule, saved["metric"], saved["encoder_fingerprint"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(
+                "An index names its schedule, its metric and its encoder. "
+                f"Received: {saved!r} ({type(error).__name__}: {error}). "
+                "Install the version of keras-mrl that wrote it, or a later one."
+            ) from error
+
+
+class IndexBase:
+    """The properties of `Index`, read from `facts`.
+
+    Examples:
+        >>> index = IndexBase()
+        >>> index.facts = IndexFacts(FunnelSchedule((8, 64), (20,), 5), "l2")
+        >>> index.metric, index.width
+        ('l2', 64)
+    """
+
+    facts: IndexFacts
+
+    @property
+    def schedule(self) -> FunnelSchedule:
+        """The funnel that is searched."""
+        return self.facts.schedule
+
+    @property
+    def metric(self) -> str:
+        """How embeddings are compared: "cosine", "dot" or "l2"."""
+        return self.facts.metric
+
+    @property
+    def encoder_fingerprint(self) -> str | None:
+        """Fingerprint of the model that embedded the gallery; None if it was not given."""
+        return self.facts.encoder_fingerprint
+
+    @property
+    def width(self) -> int:
+        """Dim the queries are embedded at."""
+        return self.facts.width
+
+
+class LocalIndex(IndexBase, ABC):
+    """A gallery in this process, immutable once it is built.
+
+    Args:
+        facts: Schedule, metric and encoder.
+        ids: Ids of the gallery rows, int64 `(rows,)`, all different.
+
+    Examples:
+        >>> from keras_mrl_serving.index import ExactIndex
+        >>> issubclass(ExactIndex, LocalIndex)
+        True
+    """
+
+    def __init__(self, facts: IndexFacts, ids: Ids) -> None:
+        self.facts = facts
+        self.ids = ids
+        self._rows_by_id: Ids | None = None  # sorted when the first filter comes
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        dims = " -> ".join(map(str, self.schedule.dims))
+        return (
+            f"{type(self).__name__}({len(self)} rows, {dims}, k={self.schedule.k}, {self.metric})"
+        )
+
+    def search(
+        self, queries: npt.ArrayLike, k: int | None = None, among: npt.ArrayLike | None = None
+    ) -> Neighbors:
+        """Return the nearest gallery rows of each query, best first, ties in order of id.
+
+        Args:
+            queries: Embeddings `(batch, width)` or wider, raw or scaled.
+            k: Number of neighbours, at most the `k` of the funnel; None for as many.
+            among: The only ids that may be returned, int64 `(n,)`; ids that are not in the
+                gallery are passed over, and fewer than `k` give fewer columns. None: all.
+
+        Raises:
+            ValueError: If queries, k or ids do not fit, or a value is not finite.
+        """
+        vectors = check_embeddings(queries, "queries", self.facts.width)
+        k = self.facts.check_k(k)
+        rows = None if among is None else self._rows_of(check_among(among))
+        k = min(k, len(self.ids) if rows is None else len(rows))
+        if not len(vectors) or not k:
+            shape = (len(vectors), k)
+            return Neighbors(np.empty(shape, np.int64), np.empty(shape, np.float32))
+        return self._nearest(vectors, k, rows)
+
+    @abstractmethod
+    def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
+        """Return the `k` nearest of the gallery, or of these of its rows (at least `k`)."""
+
+    def _rows_of(self, ids: Ids) -> Ids:
+        """Return the gallery rows that have these sorted ids, in the gallery's order."""
+        if self._rows_by_id is None:
+            self._rows_by_id = np.argsort(self.ids)
+        places = np.searchsorted(self.ids, ids, sorter=self._rows_by_id)
+        rows = self._rows_by_id[np.minimum(places, len(self) - 1)]
+        return np.sort(rows[self.ids[rows] == ids])
 
 
 def check_embeddings(values: npt.ArrayLike, name: str, width: int) -> Vectors:
-    """Return embeddings as float32 `(rows, width or wider)`.
+    """Return embeddings as float32 `(rows, width or wider)`; errors call them `name`.
 
     Raises:
         ValueError: If their shape does not fit, or they or their squared lengths are not finite.
@@ -79,7 +280,7 @@ def check_embeddings(values: npt.ArrayLike, name: str, width: int) -> Vectors:
             f"Received: shape {vectors.shape}. "
             "Embed them at the funnel's last dim, one row each."
         )
-    if not math.isfinite(np.vdot(vectors, vectors)) and not _have_lengths(vectors):
+    if not math.isfinite(np.vdot(vectors, vectors)) and not _lengths_are_finite(vectors):
         raise ValueError(
             f"The {name} must be finite, and so must the squares of their lengths in float32. "
             "Received: NaN, infinity, or rows longer than 1e19. "
@@ -88,19 +289,19 @@ def check_embeddings(values: npt.ArrayLike, name: str, width: int) -> Vectors:
     return vectors
 
 
-def _have_lengths(vectors: Vectors) -> bool:
+def _lengths_are_finite(vectors: Vectors) -> bool:
     with np.errstate(over="ignore"):
         squares = np.einsum("rd,rd->r", vectors, vectors)
     return bool(np.isfinite(squares).all())
 
 
 def as_gallery(embeddings: npt.ArrayLike, width: int) -> npt.NDArray[Any]:
-    """Return a gallery as an array of the right shape; of its values nothing is read.
+    """Return a gallery as an array of the right shape, without reading its values.
 
-    So a memory-mapped one may be larger than the memory: `check_embeddings` takes it in parts.
+    A memory-mapped gallery may be larger than the memory; `check_embeddings` reads it part by part.
 
     Raises:
-        ValueError: If it is no array of real numbers `(rows, width or wider)`.
+        ValueError: If it is not an array of real numbers `(rows, width or wider)`.
 
     Examples:
         >>> as_gallery(np.zeros((5, 3), np.float64), 2).dtype
@@ -141,7 +342,7 @@ def check_ids(ids: npt.ArrayLike | None, rows: int) -> Ids:
 
 
 def check_among(among: npt.ArrayLike) -> Ids:
-    """Return the ids a filter lets through, sorted, each once.
+    """Return the ids of a filter, sorted, each once.
 
     Raises:
         ValueError: If they are not int64 >= 0 in one dimension.
@@ -176,209 +377,3 @@ def best_first(ids: Ids, scores: Vectors) -> npt.NDArray[np.int64]:
         [[2, 1, 0]]
     """
     return np.lexsort((ids, -scores), axis=1)
-
-
-METRICS = ("cosine", "dot", "l2")
-
-
-@dataclass(frozen=True)
-class IndexFacts:
-    """What is known of an index besides its gallery.
-
-    Args:
-        schedule: The funnel that is searched.
-        metric: How embeddings are compared. "cosine" scales every prefix of gallery and query
-            itself; "dot" and "l2" take them as they are. A score is the cosine, the dot product,
-            or the squared distance times -1: higher is nearer.
-        encoder_fingerprint: Of the model the gallery was embedded with, as its manifest gives
-            it; a client then refuses to search by embeddings of another. None: nobody checks.
-
-    Raises:
-        ValueError: If the metric is none of the three.
-
-    Examples:
-        >>> facts = IndexFacts(FunnelSchedule((8, 64), (20,), 5))
-        >>> facts.check_k(None), facts.check_k(2)
-        (5, 2)
-    """
-
-    schedule: FunnelSchedule
-    metric: str = "cosine"
-    encoder_fingerprint: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the metric."""
-        if self.metric not in METRICS:
-            raise ValueError(
-                'metric must be "cosine", "dot" or "l2". '
-                f"Received: metric={self.metric!r}. Take cosine if unsure."
-            )
-
-    @property
-    def width(self) -> int:
-        """Dim the queries are embedded at."""
-        return self.schedule.dims[-1]
-
-    def check_k(self, k: int | None) -> int:
-        """Return how many neighbours are wanted.
-
-        Raises:
-            ValueError: If the funnel does not return so many.
-        """
-        if k is None:
-            return self.schedule.k
-        try:
-            wanted = as_int(k)
-        except TypeError:
-            wanted = 0
-        if not 1 <= wanted <= self.schedule.k:
-            raise ValueError(
-                f"k must lie in 1..{self.schedule.k}, as many as the funnel returns. "
-                f"Received: k={k!r}. Search with a schedule whose k is larger."
-            )
-        return wanted
-
-    def check_rows(self, rows: int) -> None:
-        """Raise `ValueError` if a gallery has fewer rows than the funnel returns."""
-        if rows < self.schedule.k:
-            raise ValueError(
-                "A gallery needs at least as many rows as the funnel returns. "
-                f"Received: {rows} rows for k={self.schedule.k}. Lower k, or add rows."
-            )
-
-    def prefix(self, vectors: Vectors, dim: int) -> Vectors:
-        """Return the first `dim` coordinates as the metric compares them, contiguous.
-
-        Examples:
-            >>> facts = IndexFacts(FunnelSchedule((2,), (), 1))
-            >>> facts.prefix(np.float32([[3, 4, 12]]), 2).tolist()
-            [[0.6000000238418579, 0.800000011920929]]
-        """
-        cut = np.ascontiguousarray(vectors[:, :dim])
-        if self.metric != "cosine":
-            return cut
-        return cut * inverse_length(np.einsum("rd,rd->r", cut, cut))[:, None]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return them as they are saved."""
-        return {
-            "schedule": self.schedule.to_json(),
-            "metric": self.metric,
-            "encoder_fingerprint": self.encoder_fingerprint,
-        }
-
-    @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> IndexFacts:
-        """Read what `to_json` returned.
-
-        Raises:
-            ManifestError: If it is something else.
-        """
-        try:
-            schedule = FunnelSchedule.from_json(saved["schedule"])
-            return cls(schedule, saved["metric"], saved["encoder_fingerprint"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ManifestError(
-                "An index names its schedule, its metric and its encoder. "
-                f"Received: {saved!r} ({type(error).__name__}: {error}). "
-                "Install the version of keras-mrl that wrote it, or a later one."
-            ) from error
-
-
-class Described:
-    """Whatever has facts, and tells them as its own.
-
-    Examples:
-        >>> gallery = Described()
-        >>> gallery.facts = IndexFacts(FunnelSchedule((8, 64), (20,), 5), "l2")
-        >>> gallery.metric, gallery.width
-        ('l2', 64)
-    """
-
-    facts: IndexFacts
-
-    @property
-    def schedule(self) -> FunnelSchedule:
-        """The funnel that is searched."""
-        return self.facts.schedule
-
-    @property
-    def metric(self) -> str:
-        """How embeddings are compared: "cosine", "dot" or "l2"."""
-        return self.facts.metric
-
-    @property
-    def encoder_fingerprint(self) -> str | None:
-        """Of the model the gallery was embedded with; None if nobody said."""
-        return self.facts.encoder_fingerprint
-
-    @property
-    def width(self) -> int:
-        """Dim the queries are embedded at."""
-        return self.facts.width
-
-
-# What an index over a gallery in this process shares with the others.
-
-
-class LocalIndex(Described, ABC):
-    """A gallery in this process, immutable once it is built.
-
-    Args:
-        facts: Schedule, metric and encoder.
-        ids: Of the gallery rows, int64 `(rows,)`, all different.
-
-    Examples:
-        >>> from keras_mrl_serving.index import ExactIndex
-        >>> issubclass(ExactIndex, LocalIndex)
-        True
-    """
-
-    def __init__(self, facts: IndexFacts, ids: Ids) -> None:
-        self.facts = facts
-        self.ids = ids
-        self._by_id: Ids | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __repr__(self) -> str:
-        dims = " -> ".join(map(str, self.schedule.dims))
-        return (
-            f"{type(self).__name__}({len(self)} rows, {dims}, k={self.schedule.k}, {self.metric})"
-        )
-
-    def search(
-        self, queries: npt.ArrayLike, k: int | None = None, among: npt.ArrayLike | None = None
-    ) -> Neighbors:
-        """Return the nearest gallery rows of each query, best first, ties in order of id.
-
-        Args:
-            queries: Embeddings `(batch, width)` or wider, raw or scaled.
-            k: Neighbours wanted, no more than the funnel returns; None for as many.
-            among: The only ids that may be returned, int64 `(n,)`; those that are not in the
-                gallery are passed over, and fewer than `k` give fewer columns. None: all.
-
-        Raises:
-            ValueError: If queries, k or ids do not fit, or a value is not finite.
-        """
-        vectors = check_embeddings(queries, "queries", self.width)
-        keep = self.facts.check_k(k)
-        rows = None if among is None else self._rows_of(check_among(among))
-        keep = min(keep, len(self) if rows is None else len(rows))
-        if not len(vectors) or not keep:
-            empty = np.empty((len(vectors), keep))
-            return Neighbors(empty.astype(np.int64), empty.astype(np.float32))
-        return self._nearest(vectors, keep, rows)
-
-    @abstractmethod
-    def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
-        """Return the `k` nearest of the gallery, or of some of its rows (at least `k`)."""
-
-    def _rows_of(self, ids: Ids) -> Ids:
-        """Return the gallery rows that have these sorted ids, in the gallery's order."""
-        if self._by_id is None:
-            self._by_id = np.argsort(self.ids)
-        place = np.searchsorted(self.ids, ids, sorter=self._by_id)
-        rows = self._by_id[np.minimum(place, len(self) - 1)]
-        return np.sort(rows[self.ids[rows] == ids])

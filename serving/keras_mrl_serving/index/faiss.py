@@ -1,4 +1,10 @@
-"""The funnel over FAISS: any of its indexes for the first stage, memory-mapped rows after it."""
+"""The funnel over FAISS: any of its indexes for the first stage, memory-mapped rows after it.
+
+Every wider stage is a matrix of whole prefixes, already scaled as the metric asks. So FAISS picks
+the best of a shortlist in one call (`knn_inner_products_by_idx`), with no lengths to look up and no
+Python per row; prefixes between the first and the last dim are stored twice for it, and most plans
+have none. Queries are scaled once, at full width: their length changes no order at any prefix.
+"""
 
 from __future__ import annotations
 
@@ -22,71 +28,35 @@ from .base import (
     check_ids,
 )
 from .first_stage import FirstStage, Progress, Shortlister, check_first_stage, import_faiss
-from .storage import Saved, Writing, check_engine, opened
-
-# Compares queries with the rows on their shortlists, in FAISS: no Python per row.
-
-
-def closest(
-    queries: Vectors, rows: Vectors, shortlists: Ids | None, keep: int, metric: str
-) -> tuple[Ids, Vectors]:
-    """Return the best rows of each query's shortlist, best first, and their scores.
-
-    Args:
-        queries: As the metric compares them, contiguous `(batch, dim)`.
-        rows: All rows of the gallery, likewise `(rows, dim)`; only those on a shortlist are read.
-        shortlists: Row numbers `(batch, n)`, contiguous, -1 after the last; None: every row.
-        keep: How many of them are wanted.
-        metric: "cosine", "dot" or "l2".
-
-    Shapes:
-        Returns int64 and float32 `(batch, keep)`, fewer columns where there are fewer rows, and
-        -1 where a shortlist is shorter.
-
-    Examples:
-        >>> rows = np.float32([[1, 0], [0, 1], [1, 1]])
-        >>> closest(rows[:1], rows, np.array([[1, 2]]), 1, "dot")[0].tolist()
-        [[2]]
-    """
-    faiss = import_faiss()
-    is_distance = metric == "l2"
-    if shortlists is None:
-        kind = faiss.METRIC_L2 if is_distance else faiss.METRIC_INNER_PRODUCT
-        scores, best = faiss.knn(queries, rows, min(keep, len(rows)), metric=kind)
-    else:
-        stride = shortlists.shape[1]
-        keep = min(keep, stride)
-        scores = np.empty((len(queries), keep), np.float32)
-        best = np.empty((len(queries), keep), np.int64)
-        by_idx = faiss.knn_L2sqr_by_idx if is_distance else faiss.knn_inner_products_by_idx
-        x, y, subset, values, ids = map(faiss.swig_ptr, (queries, rows, shortlists, scores, best))
-        sizes = queries.shape[1], len(queries), len(rows), stride, keep
-        by_idx(x, y, subset, *sizes, values, ids, stride)  # FAISS's own stride is len(rows)
-    return best, -scores if is_distance else scores
-
+from .storage import IndexWriter, SavedFiles, open_saved
 
 ENGINE = "faiss"
 DEFAULT = FirstStage.usual("HNSW32")
 
-_ROWS_AT_ONCE = 65_536  # of the gallery that are checked and scaled in memory
-_FEW = 4096  # rows a filter leaves that are all compared: no first stage is faster
-_MAX_CANDIDATES = 1 << 24  # ids held at once, of all queries: 128 MiB
+_ROWS_AT_ONCE = 65_536  # gallery rows that are checked, scaled or copied in memory
 
 
 class FaissIndex(LocalIndex):
     """A gallery whose first stage is a FAISS index in memory, and whose wider stages are on disk.
 
     The first stage holds the prefixes of the first dim alone. Every later stage is a matrix of
-    its prefixes, scaled as the metric asks, of which only the rows on the shortlist are read;
-    opened from a folder, it is memory-mapped. A shortlist of the whole gallery passes the first
-    stage over. Made by `build` or `open`.
+    its prefixes, of which only the rows on the shortlist are read; opened from a folder, it is
+    memory-mapped. A shortlist of the whole gallery skips the first stage. Made by `build` or
+    `open`.
 
     Args:
         facts: Schedule, metric and encoder.
-        ids: Of the gallery rows, int64 `(rows,)`.
+        ids: Ids of the gallery rows, int64 `(rows,)`.
         first: The first stage.
-        stages: Rows by dim, float32 `(rows, dim)`: of all dims after the first, or of the only.
+        stages: Rows by dim, float32 `(rows, dim)`, scaled as the metric asks: of all dims after
+            the first, or of the only dim.
         plan: How the schedule was chosen, as JSON; None if it was given.
+
+    Attributes:
+        exhaustive_below: A filter that leaves at most so many rows skips the first stage: to
+            compare them all is faster.
+        candidates_at_once: Ids on the shortlists of all queries that a search holds in memory at
+            once; queries that need more are searched in chunks.
 
     Examples:
         >>> gallery = np.eye(8, dtype=np.float32) + 0.1
@@ -95,6 +65,9 @@ class FaissIndex(LocalIndex):
         >>> index.search(gallery[:2]).ids.tolist()
         [[0], [1]]
     """
+
+    exhaustive_below = 4096
+    candidates_at_once = 1 << 24  # 128 MiB of int64
 
     def __init__(
         self,
@@ -126,18 +99,18 @@ class FaissIndex(LocalIndex):
         """Return the index of a gallery.
 
         Args:
-            embeddings: The gallery, raw or scaled; an array, memory-mapped ones too.
+            embeddings: The gallery, raw or scaled; an array, which may be memory-mapped.
             schedule: The funnel; its last dim must not exceed the width.
             ids: One int64 >= 0 per row, all different; None numbers the rows from 0.
             metric: How embeddings are compared: "cosine", "dot" or "l2"; see `IndexFacts`.
-            encoder_fingerprint: Of the model the gallery was embedded with, as its manifest
-                gives it; a client then refuses to search by embeddings of another.
+            encoder_fingerprint: Fingerprint of the model that embedded the gallery, from its
+                manifest; a client then refuses to search by embeddings of another model.
             first_stage: Which FAISS index; None takes `DEFAULT`, a graph.
             path: A folder to build in, for galleries whose rows do not fit in memory: the wider
                 stages go straight there, and the index is saved. None builds in memory.
             progress: Called with the rows done and all rows, as rows are copied and again as
                 they are added to the first stage.
-            plan: How the schedule was chosen, kept beside it.
+            plan: How the schedule was chosen, saved with the index.
 
         Shapes:
             embeddings: `(rows, width)`. ids: `(rows,)`.
@@ -149,38 +122,52 @@ class FaissIndex(LocalIndex):
         """
         facts = IndexFacts(schedule, metric, encoder_fingerprint)
         gallery = as_gallery(embeddings, facts.width)
-        checked = check_ids(ids, len(gallery))
+        row_ids = check_ids(ids, len(gallery))
         facts.check_rows(len(gallery))
-        report = progress or (lambda _done, _rows: None)
         spec = check_first_stage(first_stage or DEFAULT)
+        report = progress or (lambda _done, _rows: None)
 
-        def first(prefixes: Vectors) -> Shortlister:
-            return Shortlister.build(prefixes, spec, metric, report)
+        def build_with(new_array: _NewArray) -> FaissIndex:
+            prefixes, stages = _prefixes_by_stage(gallery, facts, new_array, report)
+            first = Shortlister.build(prefixes, spec, metric, report)
+            return cls(facts, row_ids, first, stages, plan)
 
         if path is None:
-            stages, prefixes = _stages(gallery, facts, _in_memory, report)
-            return cls(facts, checked, first(prefixes), stages, plan)
-        with Writing(path) as files:
-            stages, prefixes = _stages(gallery, facts, files.array, report)
-            cls(facts, checked, first(prefixes), stages, plan)._commit(files)
+            return build_with(lambda _name, shape, dtype: np.empty(shape, dtype))
+        with IndexWriter(path) as writer:
+            build_with(writer.array)._commit(writer)
         return cls.open(path, verify=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index to a folder; one that is there stays whole until this one is.
+        """Write the index to a folder; an index that is there stays whole until this one is.
 
         Raises:
             OSError: If it cannot be written there.
         """
-        with Writing(path) as files:
+        with IndexWriter(path) as writer:
             for dim, rows in self._stages.items():
-                stage = files.array(_name(dim), rows.shape, rows.dtype)
+                copy = writer.array(_stage_name(dim), rows.shape, rows.dtype)
                 for start in range(0, len(rows), _ROWS_AT_ONCE):
-                    stage[start : start + _ROWS_AT_ONCE] = rows[start : start + _ROWS_AT_ONCE]
-            self._commit(files)
+                    copy[start : start + _ROWS_AT_ONCE] = rows[start : start + _ROWS_AT_ONCE]
+            self._commit(writer)
+
+    def _commit(self, writer: IndexWriter) -> None:
+        """Write what is not a wider stage, and commit."""
+        writer.array("ids", self.ids.shape, np.int64)[:] = self.ids
+        self._first.write(writer.path_for("first", "faiss"))
+        spec = self._first.spec
+        writer.commit(
+            {
+                "engine": ENGINE,
+                **self.facts.to_json(),
+                "first_stage": {"factory": spec.factory, "settings": spec.settings},
+                "plan": self.plan,
+            }
+        )
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> FaissIndex:
-        """Return the index a folder holds: the first stage in memory, the others mapped.
+        """Return the index in a folder: the first stage in memory, the others mapped.
 
         Args:
             path: The folder.
@@ -192,15 +179,15 @@ class FaissIndex(LocalIndex):
             ManifestError: If another engine wrote it.
             ImportError: If FAISS is not installed.
         """
-        return opened(path, cls.of, verify=verify)
+        return open_saved(path, cls.from_saved, verify=verify)
 
     @classmethod
-    def of(cls, saved: Saved) -> FaissIndex:
-        """Return the index of files that were read."""
-        check_engine(saved, ENGINE)
+    def from_saved(cls, saved: SavedFiles) -> FaissIndex:
+        """Return the index of files that were checked."""
+        saved.check_engine(ENGINE)
         facts = IndexFacts.from_json(saved.card)
         first = Shortlister.read(saved.files["first"], FirstStage(**saved.card["first_stage"]))
-        stages = {dim: saved.array(_name(dim)) for dim in _wider(facts.schedule)}
+        stages = {dim: saved.array(_stage_name(dim)) for dim in wider_dims(facts.schedule)}
         return cls(facts, np.array(saved.array("ids")), first, stages, saved.card["plan"])
 
     @property
@@ -208,47 +195,41 @@ class FaissIndex(LocalIndex):
         """Which FAISS index looks at the whole gallery."""
         return self._first.spec
 
-    def _commit(self, files: Writing) -> None:
-        files.array("ids", self.ids.shape, np.int64)[:] = self.ids
-        self._first.write(files.place("first", "faiss"))
-        spec = self._first.spec
-        said = {"factory": spec.factory, "settings": spec.settings}
-        card = {"engine": ENGINE, **self.facts.to_json(), "first_stage": said, "plan": self.plan}
-        files.commit(card)
-
     def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
         if len(queries) > 1:
-            return self._searched(queries, k, rows)
-        faiss = import_faiss()  # whose threads wait for each other longer than one query takes
+            return self._search_funnel(queries, k, rows)
+        # FAISS's threads would wait for each other longer than one query takes.
+        faiss = import_faiss()
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)
         try:
-            return self._searched(queries, k, rows)
+            return self._search_funnel(queries, k, rows)
         finally:
             faiss.omp_set_num_threads(threads)
 
-    def _searched(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
-        # Scaled once: how long a query is changes no order, at no prefix.
-        queries = self.facts.prefix(queries, self.width)
-        n = self.schedule.shortlists[0] if self.schedule.shortlists else k
-        total = len(self) if rows is None else len(rows)
-        few = n >= total
-        if rows is not None:
-            few = few or total <= _FEW or not self._first.can_choose
-        step = max(1, _MAX_CANDIDATES // (total if few else n))
-        parts = []
-        for start in range(0, len(queries), step):
-            some = queries[start : start + step]
-            candidates: Ids | None
-            if not few:
-                candidates = self._first.search(_cut(some, self.schedule.dims[0]), n, rows)
-            else:
-                candidates = None if rows is None else np.tile(rows, (len(some), 1))
-            parts.append(self._rerank(some, k, candidates, rows))
-        found, scores = (
-            parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+    def _search_funnel(self, queries: Vectors, k: int, among: Ids | None) -> Neighbors:
+        facts = self.facts
+        schedule = facts.schedule
+        queries = facts.prefix(queries, facts.width)
+        size = schedule.shortlists[0] if schedule.shortlists else k
+        total = len(self.ids) if among is None else len(among)
+        is_exhaustive = size >= total or (
+            among is not None and (total <= self.exhaustive_below or not self._first.can_choose)
         )
-        ids = self.ids[found]
+        step = max(1, self.candidates_at_once // (total if is_exhaustive else size))
+        answers = []
+        for start in range(0, len(queries), step):
+            chunk = queries[start : start + step]
+            shortlists: Ids | None
+            if not is_exhaustive:
+                shortlists = self._first.search(_cut(chunk, schedule.dims[0]), size, among)
+            else:
+                shortlists = None if among is None else np.tile(among, (len(chunk), 1))
+            answers.append(self._rerank(chunk, k, shortlists, among))
+        rows, scores = (
+            answers[0] if len(answers) == 1 else map(np.concatenate, zip(*answers, strict=True))
+        )
+        ids = self.ids[rows]
         if np.count_nonzero(scores[:, 1:] == scores[:, :-1]):
             order = best_first(ids, scores)
             ids = np.take_along_axis(ids, order, axis=1)
@@ -256,53 +237,100 @@ class FaissIndex(LocalIndex):
         return Neighbors(ids, scores)
 
     def _rerank(
-        self, queries: Vectors, k: int, candidates: Ids | None, among: Ids | None
+        self, queries: Vectors, k: int, shortlists: Ids | None, among: Ids | None
     ) -> tuple[Ids, Vectors]:
-        """Narrow what the first stage found, stage by stage; None: the whole gallery."""
-        *between, last = self._stages.items()
-        for (dim, rows), keep in zip(between, self.schedule.shortlists[1:], strict=True):
-            candidates, _ = closest(_cut(queries, dim), rows, candidates, keep, self.metric)
-        found, scores = closest(queries, last[1], candidates, k, self.metric)
-        if -1 in found[:, -1].tolist():  # of one query ten times as fast as to ask NumPy
-            for query in np.flatnonzero(found[:, -1] < 0):  # too few: compare with every row
-                one, every = slice(query, query + 1), None if among is None else among[None]
-                found[one], scores[one] = closest(queries[one], last[1], every, k, self.metric)
-        return found, scores
+        """Return the best rows of shortlists and their scores; None lists the whole gallery."""
+        metric = self.facts.metric
+        *between, (_, widest) = self._stages.items()
+        for (dim, stage), size in zip(between, self.schedule.shortlists[1:], strict=True):
+            shortlists, _ = closest(_cut(queries, dim), stage, shortlists, size, metric)
+        rows, scores = closest(queries, widest, shortlists, k, metric)
+        # -1 marks a first stage that found fewer than k rows: compare that query with all rows.
+        # Tested on a list, which for one query takes a tenth of the time that NumPy does.
+        if -1 in rows[:, -1].tolist():
+            allowed = None if among is None else among[None]
+            for query in np.flatnonzero(rows[:, -1] < 0):
+                one = slice(query, query + 1)
+                rows[one], scores[one] = closest(queries[one], widest, allowed, k, metric)
+        return rows, scores
+
+
+def closest(
+    queries: Vectors, rows: Vectors, shortlists: Ids | None, k: int, metric: str
+) -> tuple[Ids, Vectors]:
+    """Return the best rows of each query's shortlist, best first, and their scores.
+
+    FAISS compares them, with no Python per row.
+
+    Args:
+        queries: As the metric compares them, contiguous `(batch, dim)`.
+        rows: All rows of the gallery, likewise `(rows, dim)`; only those on a shortlist are read.
+        shortlists: Row numbers `(batch, n)`, contiguous, -1 after the last; None: every row.
+        k: Number of rows to return.
+        metric: "cosine", "dot" or "l2".
+
+    Shapes:
+        Returns int64 and float32 `(batch, k)`, fewer columns where there are fewer rows, and
+        -1 where a shortlist is shorter.
+
+    Examples:
+        >>> rows = np.float32([[1, 0], [0, 1], [1, 1]])
+        >>> closest(rows[:1], rows, np.array([[1, 2]]), 1, "dot")[0].tolist()
+        [[2]]
+    """
+    faiss = import_faiss()
+    is_distance = metric == "l2"
+    if shortlists is None:
+        kind = faiss.METRIC_L2 if is_distance else faiss.METRIC_INNER_PRODUCT
+        scores, best = faiss.knn(queries, rows, min(k, len(rows)), metric=kind)
+    else:
+        stride = shortlists.shape[1]
+        k = min(k, stride)
+        scores = np.empty((len(queries), k), np.float32)
+        best = np.empty((len(queries), k), np.int64)
+        by_idx = faiss.knn_L2sqr_by_idx if is_distance else faiss.knn_inner_products_by_idx
+        x, y, subset, values, ids = map(faiss.swig_ptr, (queries, rows, shortlists, scores, best))
+        sizes = queries.shape[1], len(queries), len(rows), stride, k
+        by_idx(x, y, subset, *sizes, values, ids, stride)  # FAISS's own stride is len(rows)
+    return best, -scores if is_distance else scores
 
 
 def _cut(queries: Vectors, dim: int) -> Vectors:
     return np.ascontiguousarray(queries[:, :dim])
 
 
-def _stages(
-    gallery: npt.NDArray[Any],
-    facts: IndexFacts,
-    make: Callable[[str, tuple[int, ...], type[np.float32]], npt.NDArray[Any]],
-    progress: Progress,
-) -> tuple[dict[int, Vectors], Vectors]:
-    """Return the rows of the wider stages, and the prefixes of the first."""
-    rows = len(gallery)
-    first = facts.schedule.dims[0]
-    prefixes = np.empty((rows, first), np.float32)
-    stages = {dim: make(_name(dim), (rows, dim), np.float32) for dim in _wider(facts.schedule)}
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        part = slice(start, min(start + _ROWS_AT_ONCE, rows))
-        some = check_embeddings(gallery[part], "gallery", facts.width)
-        prefixes[part] = facts.prefix(some, first)
+_NewArray = Callable[[str, tuple[int, ...], type[np.float32]], npt.NDArray[Any]]
+
+
+def _prefixes_by_stage(
+    gallery: npt.NDArray[Any], facts: IndexFacts, new_array: _NewArray, progress: Progress
+) -> tuple[Vectors, dict[int, Vectors]]:
+    """Return the prefixes of the first stage, and those of the wider stages by dim."""
+    num_rows, first_dim = len(gallery), facts.schedule.dims[0]
+    first = np.empty((num_rows, first_dim), np.float32)
+    stages = {
+        dim: new_array(_stage_name(dim), (num_rows, dim), np.float32)
+        for dim in wider_dims(facts.schedule)
+    }
+    for start in range(0, num_rows, _ROWS_AT_ONCE):
+        part = slice(start, min(start + _ROWS_AT_ONCE, num_rows))
+        rows = check_embeddings(gallery[part], "gallery", facts.width)
+        first[part] = facts.prefix(rows, first_dim)
         for dim, stage in stages.items():
-            stage[part] = facts.prefix(some, dim)
-        progress(part.stop, rows)
-    return stages, prefixes
+            stage[part] = facts.prefix(rows, dim)
+        progress(part.stop, num_rows)
+    return first, stages
 
 
-def _wider(schedule: FunnelSchedule) -> tuple[int, ...]:
+def wider_dims(schedule: FunnelSchedule) -> tuple[int, ...]:
+    """Return the dims at which rows are reranked: all after the first, or the only one.
+
+    Examples:
+        >>> wider_dims(FunnelSchedule((8, 64), (20,), 5)), wider_dims(FunnelSchedule((8,), (), 5))
+        ((64,), (8,))
+    """
     return schedule.dims[1:] or schedule.dims
 
 
-def _in_memory(name: str, shape: tuple[int, ...], dtype: type[np.float32]) -> npt.NDArray[Any]:
-    del name
-    return np.empty(shape, dtype)
-
-
-def _name(dim: int) -> str:
+def _stage_name(dim: int) -> str:
     return f"rows_{dim}"

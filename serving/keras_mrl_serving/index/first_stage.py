@@ -1,4 +1,8 @@
-"""Which FAISS index is the first stage of a funnel, and how hard it looks."""
+"""The first stage of a `FaissIndex`: which FAISS index looks at the whole gallery, and how hard.
+
+`FirstStage` names it, `Shortlister` is it: a FAISS index over the prefixes of the first dim, or
+over their signs, one bit per coordinate.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,14 @@ import numpy as np
 from ..errors import DamagedIndexError
 from .base import Ids, Vectors
 
+Progress = Callable[[int, int], object]  # rows done, all rows
+
 EFFORTS = ("efSearch", "nprobe")
 
 _SETTING = r"[A-Za-z_]+=[0-9]+(\.[0-9]+)?"
 _SETTINGS = re.compile(f"{_SETTING}(,{_SETTING})*")
+_ROWS_ADDED_AT_ONCE = 50_000
+_ROWS_PER_CENTROID = 64  # that FAISS learns a centroid from; its own 256 take four times as long
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class FirstStage:
         factory: What `faiss.index_factory` understands, over the prefixes of the first dim:
             "Flat", "HNSW32", "IVF1024,Flat", "IVF1024,PQ16x4fs", "HNSW32_SQ8", "RaBitQ"; or what
             `faiss.index_binary_factory` does, over their signs: "BFlat", "BHNSW32".
-        settings: What FAISS is set to when it searches: "efSearch=64" of a graph, "nprobe=8" of
+        settings: FAISS's settings while it searches: "efSearch=64" of a graph, "nprobe=8" of
             inverted lists; several with commas. Empty leaves FAISS's own, which are low.
 
     Raises:
@@ -47,41 +55,72 @@ class FirstStage:
         """Check the settings."""
         are_named = not self.settings or _SETTINGS.fullmatch(self.settings)
         if not are_named or any(
-            name in EFFORTS and float(value) < 1 for name, value in self._values()
+            name in EFFORTS and float(value) < 1 for name, value in settings_of(self.settings)
         ):
             raise ValueError(
                 "settings must be names with numbers, and look at 1 place at least. "
                 f"Received: {self.settings!r}. Write for example 'efSearch=64'."
             )
 
-    def _values(self) -> list[tuple[str, str]]:
-        pairs = (setting.partition("=") for setting in filter(None, self.settings.split(",")))
-        return [(name, value) for name, _, value in pairs]
-
     @classmethod
     def usual(cls, factory: str) -> FirstStage:
-        """Return one that looks as hard as most galleries need.
+        """Return a first stage that looks as hard as most galleries need.
 
         Examples:
             >>> FirstStage.usual("HNSW32").settings, FirstStage.usual("Flat").settings
             ('efSearch=64', '')
         """
-        return cls(factory, _settings(factory, 64, 8))
+        return cls(factory, _effort_setting(factory, graph=64, lists=8))
 
     @classmethod
     def least(cls, factory: str) -> FirstStage:
-        """Return one that looks no harder than makes sense: where a planner begins.
+        """Return a first stage that looks no harder than makes sense: where a planner begins.
 
         Examples:
             >>> FirstStage.least("IVF1024,Flat").settings
             'nprobe=1'
         """
-        return cls(factory, _settings(factory, 16, 1))
+        return cls(factory, _effort_setting(factory, graph=16, lists=1))
 
     @property
     def is_binary(self) -> bool:
         """Whether it looks at signs alone, one bit per coordinate."""
         return self.factory.startswith("B")
+
+
+def _effort_setting(factory: str, graph: int, lists: int) -> str:
+    if "IVF" in factory:
+        return f"nprobe={lists}"
+    return f"efSearch={graph}" if "HNSW" in factory else ""
+
+
+def settings_of(settings: str) -> list[tuple[str, str]]:
+    """Return the names and values of settings.
+
+    Examples:
+        >>> settings_of("nprobe=8,k_factor=4")
+        [('nprobe', '8'), ('k_factor', '4')]
+    """
+    pairs = (setting.partition("=") for setting in filter(None, settings.split(",")))
+    return [(name, value) for name, _, value in pairs]
+
+
+def check_first_stage(first_stage: object) -> FirstStage:
+    """Return `first_stage` if it is a `FirstStage`.
+
+    Raises:
+        TypeError: If it is not.
+
+    Examples:
+        >>> check_first_stage(FirstStage("Flat"))
+        FirstStage(factory='Flat', settings='')
+    """
+    if not isinstance(first_stage, FirstStage):
+        raise TypeError(
+            f"A first stage is a FirstStage. Received: {first_stage!r}. "
+            "Write FirstStage('HNSW32', 'efSearch=64')."
+        )
+    return first_stage
 
 
 def lists_for(rows: int) -> int:
@@ -94,41 +133,12 @@ def lists_for(rows: int) -> int:
     return int(2 ** round(np.log2(4 * np.sqrt(rows))))
 
 
-def check_first_stage(given: object) -> FirstStage:
-    """Return a first stage, or say that it is none.
-
-    Examples:
-        >>> check_first_stage(FirstStage("Flat"))
-        FirstStage(factory='Flat', settings='')
-    """
-    if not isinstance(given, FirstStage):
-        raise TypeError(
-            f"A first stage is a FirstStage. Received: {given!r}. "
-            "Write FirstStage('HNSW32', 'efSearch=64')."
-        )
-    return given
-
-
-def _settings(factory: str, graph: int, lists: int) -> str:
-    if "IVF" in factory:
-        return f"nprobe={lists}"
-    return f"efSearch={graph}" if "HNSW" in factory else ""
-
-
-# The first stage of a funnel: any FAISS index over short prefixes.
-
-Progress = Callable[[int, int], object]  # rows done, all rows
-
-_ADDED_AT_ONCE = 50_000
-_PER_CENTROID = 64  # rows one is learned from at most: FAISS's 256 take four times as long
-
-
 class Shortlister:
     """A FAISS index over the prefixes of the first dim.
 
     Args:
         index: The FAISS index, trained and filled.
-        spec: What it was made as.
+        spec: The first stage it was made as.
 
     Examples:
         >>> rows = np.eye(4, dtype=np.float32)
@@ -147,13 +157,13 @@ class Shortlister:
     def build(
         cls, prefixes: Vectors, spec: FirstStage, metric: str, progress: Progress
     ) -> Shortlister:
-        """Train and fill the index.
+        """Return a trained and filled FAISS index.
 
         Args:
             prefixes: `(rows, dim)`, as the metric compares them.
             spec: Which index.
             metric: "cosine", "dot" or "l2".
-            progress: Told of the rows added.
+            progress: Called with the rows added and all rows.
 
         Raises:
             ValueError: If FAISS does not make such an index.
@@ -162,24 +172,25 @@ class Shortlister:
         rows, dim = prefixes.shape
         kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
         vectors = _signs(prefixes) if spec.is_binary else prefixes
-        with _making(spec, prefixes, metric):
+        with _build_errors(spec, prefixes, metric):
             if spec.is_binary:
                 index = faiss.index_binary_factory(dim, spec.factory)
             else:
                 index = faiss.index_factory(dim, spec.factory, kind)
                 lists = faiss.try_extract_index_ivf(index)
                 if lists is not None:
-                    lists.cp.max_points_per_centroid = _PER_CENTROID
+                    lists.cp.max_points_per_centroid = _ROWS_PER_CENTROID
             index.train(vectors)
-        made = cls(index, spec)
-        for start in range(0, rows, _ADDED_AT_ONCE):
-            with _making(spec, prefixes, metric):
-                index.add(vectors[start : start + _ADDED_AT_ONCE])
-            progress(min(start + _ADDED_AT_ONCE, rows), rows)
-        return made
+        shortlister = cls(index, spec)
+        for start in range(0, rows, _ROWS_ADDED_AT_ONCE):
+            stop = min(start + _ROWS_ADDED_AT_ONCE, rows)
+            with _build_errors(spec, prefixes, metric):
+                index.add(vectors[start:stop])
+            progress(stop, rows)
+        return shortlister
 
     def set(self, settings: str) -> None:
-        """Set what FAISS is set to when it searches.
+        """Change FAISS's settings while it searches.
 
         Raises:
             ValueError: If the index has no such setting.
@@ -197,40 +208,40 @@ class Shortlister:
                 f"{self.spec.factory!r} ({_reason(error)}). Leave them out: settings=''."
             ) from error
 
-    def search(self, prefixes: Vectors, n: int, among: Ids | None = None) -> Ids:
-        """Return the `n` gallery rows that look nearest to each prefix, in no promised order.
+    def search(self, prefixes: Vectors, size: int, among: Ids | None = None) -> Ids:
+        """Return the `size` gallery rows that look nearest to each prefix, in no promised order.
 
         Args:
             prefixes: `(batch, dim)`, as the metric compares them.
-            n: How many.
+            size: Number of rows on each shortlist.
             among: The only rows that may be returned, of an index that `can_choose`.
 
         Shapes:
-            Returns int64 `(batch, n)`, -1 where fewer were found.
+            Returns int64 `(batch, size)`, -1 where fewer were found.
         """
         faiss = import_faiss()
         parameters = None
         if among is not None:
-            parameters = _parameters(faiss, self.index, faiss.IDSelectorBatch(among))
+            parameters = _selecting(faiss, self.index, faiss.IDSelectorBatch(among))
         if self.spec.is_binary:
-            near: Ids = self.index.search(_signs(prefixes), n, params=parameters)[1]
-            return near
-        # Past FAISS's wrapper, whose checks of one query take half as long as reranking it.
-        found = np.empty((len(prefixes), n), np.int64)
-        scores = np.empty((len(prefixes), n), np.float32)
-        x, values, ids = map(faiss.swig_ptr, (prefixes, scores, found))
-        self.index.search_c(len(prefixes), x, n, values, ids, parameters)
-        return found
+            shortlists: Ids = self.index.search(_signs(prefixes), size, params=parameters)[1]
+            return shortlists
+        # Not by FAISS's Python wrapper, whose checks of one query take half as long as reranking.
+        shortlists = np.empty((len(prefixes), size), np.int64)
+        scores = np.empty((len(prefixes), size), np.float32)
+        x, values, ids = map(faiss.swig_ptr, (prefixes, scores, shortlists))
+        self.index.search_c(len(prefixes), x, size, values, ids, parameters)
+        return shortlists
 
     @cached_property
     def can_choose(self) -> bool:
         """Whether FAISS can leave rows out of this kind of index; tried with one query."""
         faiss = import_faiss()
-        nowhere = np.zeros((1, self.dim), np.float32)
-        vectors = _signs(nowhere) if self.spec.is_binary else nowhere
+        query = np.zeros((1, self.dim), np.float32)
+        vectors = _signs(query) if self.spec.is_binary else query
         try:
             selector = faiss.IDSelectorBatch(np.zeros(1, np.int64))
-            self.index.search(vectors, 1, params=_parameters(faiss, self.index, selector))
+            self.index.search(vectors, 1, params=_selecting(faiss, self.index, selector))
         except (RuntimeError, TypeError, AssertionError):
             return False
         return True
@@ -254,7 +265,7 @@ class Shortlister:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], spec: FirstStage) -> Shortlister:
-        """Read what `write` wrote.
+        """Return what `write` wrote.
 
         Raises:
             DamagedIndexError: If FAISS does not read it.
@@ -272,7 +283,7 @@ class Shortlister:
 
 
 def import_faiss() -> Any:
-    """Return the module.
+    """Return the module `faiss`.
 
     Raises:
         ImportError: If FAISS is not installed.
@@ -292,7 +303,8 @@ def import_faiss() -> Any:
 
 
 @contextmanager
-def _making(spec: FirstStage, prefixes: Vectors, metric: str) -> Iterator[None]:
+def _build_errors(spec: FirstStage, prefixes: Vectors, metric: str) -> Iterator[None]:
+    """Raise what FAISS raises as a `ValueError` that names the first stage and the gallery."""
     rows, dim = prefixes.shape
     try:
         yield
@@ -304,11 +316,11 @@ def _making(spec: FirstStage, prefixes: Vectors, metric: str) -> Iterator[None]:
         ) from error
 
 
-def _parameters(faiss: Any, index: Any, selector: Any) -> Any:
-    """Return search parameters that choose rows and else repeat what the index is set to."""
+def _selecting(faiss: Any, index: Any, selector: Any) -> Any:
+    """Return search parameters that select rows and otherwise repeat the index's settings."""
     kind = faiss.downcast_index(index) if isinstance(index, faiss.Index) else index
     if isinstance(kind, faiss.IndexPreTransform):
-        inner = _parameters(faiss, kind.index, selector)
+        inner = _selecting(faiss, kind.index, selector)
         return faiss.SearchParametersPreTransform(index_params=inner)
     if isinstance(kind, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(sel=selector, efSearch=kind.hnsw.efSearch)
@@ -318,8 +330,7 @@ def _parameters(faiss: Any, index: Any, selector: Any) -> Any:
 
 
 def _set_binary(index: Any, settings: str) -> None:
-    for setting in filter(None, settings.split(",")):
-        name, _, value = setting.partition("=")
+    for name, value in settings_of(settings):
         owner = index.hnsw if name == "efSearch" else index
         if name not in EFFORTS or not hasattr(owner, name):
             raise AttributeError(f"no {name}")

@@ -1,4 +1,4 @@
-"""Opens an index that was saved, whichever engine it was saved by."""
+"""Opens a saved index, whichever engine wrote it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 
 from ..errors import ManifestError
 from . import exact, faiss
-from .storage import Saved, opened
+from .storage import SavedFiles, open_saved
 
 
 def open_index(
     path: str | os.PathLike[str], *, verify: bool = True
 ) -> exact.ExactIndex | faiss.FaissIndex:
-    """Return the index a folder holds, memory-mapped.
+    """Return the index in a folder, memory-mapped.
 
     Args:
         path: The folder.
@@ -31,15 +31,15 @@ def open_index(
         >>> open_index(folder).search(np.eye(4)[:1]).ids.tolist()
         [[0]]
     """
-    return opened(path, _open, verify=verify)
+    return open_saved(path, _index_of, verify=verify)
 
 
-def _open(saved: Saved) -> exact.ExactIndex | faiss.FaissIndex:
+def _index_of(saved: SavedFiles) -> exact.ExactIndex | faiss.FaissIndex:
     engine = saved.card.get("engine")
     if engine == exact.ENGINE:
-        return exact.ExactIndex.of(saved)
+        return exact.ExactIndex.from_saved(saved)
     if engine == faiss.ENGINE:
-        return faiss.FaissIndex.of(saved)
+        return faiss.FaissIndex.from_saved(saved)
     raise ManifestError(
         f'An index is of the engine "{exact.ENGINE}" or "{faiss.ENGINE}". '
         f"Received: {engine!r}. "

@@ -1,4 +1,8 @@
-"""What a planner found: the funnel it chose, and those it chose among."""
+"""What a planner returns: the funnel it chose, the others it measured, and how it measures them.
+
+A `Measure` takes the gallery rows found for a sample of queries, int64 `(queries, k)`, and returns
+the quality of each answer, `(queries,)` in 0..1.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,7 @@ from ..funnel import FunnelSchedule
 from .base import Ids
 from .first_stage import FirstStage
 
-# How good an answer is, query by query: what a planner is to reach.
-
-Measure = Callable[[Ids], npt.NDArray[np.float64]]  # rows found (queries, k) -> (queries,) in 0..1
+Measure = Callable[[Ids], npt.NDArray[np.float64]]
 
 
 def recall_against(truth: Ids) -> Measure:
@@ -30,8 +32,8 @@ def recall_against(truth: Ids) -> Measure:
         [0.5]
     """
 
-    def measure(found: Ids) -> npt.NDArray[np.float64]:
-        hits = (found[:, :, None] == truth[:, None, :]).any(axis=1)
+    def measure(neighbors: Ids) -> npt.NDArray[np.float64]:
+        hits = (neighbors[:, :, None] == truth[:, None, :]).any(axis=1)
         return hits.mean(axis=1)
 
     return measure
@@ -48,8 +50,8 @@ def precision_by_label(gallery: npt.ArrayLike, queries: npt.ArrayLike) -> Measur
         >>> precision_by_label([0, 1, 1], [1])(np.array([[2, 0]])).tolist()
         [0.5]
     """
-    have, want = np.asarray(gallery), np.asarray(queries)
-    return lambda found: (have[found] == want[:, None]).mean(axis=1)
+    hits_of = _label_hits(gallery, queries)
+    return lambda neighbors: hits_of(neighbors).mean(axis=1)
 
 
 def average_precision_by_label(gallery: npt.ArrayLike, queries: npt.ArrayLike) -> Measure:
@@ -66,14 +68,21 @@ def average_precision_by_label(gallery: npt.ArrayLike, queries: npt.ArrayLike) -
         >>> average_precision_by_label([0, 1, 1], [1])(np.array([[0, 2]])).tolist()
         [0.25]
     """
-    have, want = np.asarray(gallery), np.asarray(queries)
+    hits_of = _label_hits(gallery, queries)
 
-    def measure(found: Ids) -> npt.NDArray[np.float64]:
-        hits = have[found] == want[:, None]
-        ranks = np.arange(1, found.shape[1] + 1)
+    def measure(neighbors: Ids) -> npt.NDArray[np.float64]:
+        hits = hits_of(neighbors)
+        ranks = np.arange(1, neighbors.shape[1] + 1)
         return (hits * np.cumsum(hits, axis=1) / ranks).mean(axis=1)
 
     return measure
+
+
+def _label_hits(
+    gallery: npt.ArrayLike, queries: npt.ArrayLike
+) -> Callable[[Ids], npt.NDArray[np.bool_]]:
+    gallery_labels, query_labels = np.asarray(gallery), np.asarray(queries)
+    return lambda neighbors: gallery_labels[neighbors] == query_labels[:, None]
 
 
 @dataclass(frozen=True)
@@ -101,11 +110,11 @@ class Choice:
 
     @property
     def quality_less_error(self) -> float:
-        """The quality less one standard error: what is compared with a target."""
+        """The quality less one standard error: the number compared with a target."""
         return self.quality - self.error
 
     def line(self) -> str:
-        """Return it as a line of a table."""
+        """Return the funnel as a line of a table."""
         dims = " -> ".join(map(str, self.schedule.dims))
         lists = ", ".join(map(str, self.schedule.shortlists))
         stages = f"{dims}, shortlist {lists}" if lists else f"{dims} alone"
@@ -114,7 +123,7 @@ class Choice:
         return f"{quality} {1e6 * self.seconds:9.1f} us  {stages}, {first}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as it is kept with an index."""
+        """Return the JSON that is saved with an index."""
         return {
             "factory": self.first_stage.factory,
             "settings": self.first_stage.settings,
@@ -129,7 +138,7 @@ class Choice:
         """Read what `to_json` returned.
 
         Raises:
-            ManifestError: If it is something else.
+            ManifestError: If `saved` is something else.
         """
         try:
             first = FirstStage(saved["factory"], saved["settings"])
@@ -149,8 +158,9 @@ class Plan:
 
     Args:
         choice: The funnel.
-        target: What was to be reached.
-        front: The fastest funnel of every quality that was found, worst first.
+        target: The least quality asked for.
+        front: The measured funnels that no other beats in both quality and time, worst quality
+            first.
 
     Examples:
         >>> chosen = Choice(FirstStage("Flat", ""), FunnelSchedule((8,), (), 1), 1.0, 0.0, 1e-4)
@@ -177,7 +187,7 @@ class Plan:
         return table(self.front, self.choice)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as it is kept with an index."""
+        """Return the JSON that is saved with an index."""
         return {
             **self.choice.to_json(),
             "target": self.target,
@@ -186,10 +196,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Plan:
-        """Read what `to_json` returned; what is kept beside it is passed over.
+        """Read what `to_json` returned; other keys are passed over.
 
         Raises:
-            ManifestError: If it is something else.
+            ManifestError: If `saved` is something else.
 
         Examples:
             >>> chosen = Choice(FirstStage("Flat"), FunnelSchedule((8,), (), 1), 1.0, 0.0, 1e-4)
@@ -197,9 +207,9 @@ class Plan:
             >>> Plan.from_json(plan.to_json()) == plan
             True
         """
-        kept = saved.get("front")
-        front = tuple(map(Choice.from_json, kept if isinstance(kept, list) else [{}]))
-        return cls(Choice.from_json(saved), saved.get("target", 0.0), front)
+        front = saved.get("front")
+        choices = tuple(map(Choice.from_json, front if isinstance(front, list) else [{}]))
+        return cls(Choice.from_json(saved), saved.get("target", 0.0), choices)
 
 
 def table(front: Iterable[Choice], chosen: Choice | None = None) -> str:
@@ -224,11 +234,11 @@ def front(choices: Iterable[Choice]) -> tuple[Choice, ...]:
         >>> front([slow, good, poor]) == (poor, good)
         True
     """
-    kept: list[Choice] = []
+    unbeaten: list[Choice] = []
     for choice in sorted(choices, key=lambda c: (-c.quality_less_error, c.seconds)):
-        if not kept or choice.seconds < kept[-1].seconds:
-            kept.append(choice)
-    return tuple(reversed(kept))
+        if not unbeaten or choice.seconds < unbeaten[-1].seconds:
+            unbeaten.append(choice)
+    return tuple(reversed(unbeaten))
 
 
 def cheapest(choices: Sequence[Choice], target: float) -> Choice | None:

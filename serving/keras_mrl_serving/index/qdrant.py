@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from ..funnel import FunnelSchedule
 from ..results import Neighbors
-from .base import Described, Ids, IndexFacts, Vectors, check_among, check_embeddings, check_ids
-from .qdrant_collection import Collection, Narrowing, as_neighbors
+from .base import Ids, IndexBase, IndexFacts, Vectors, check_among, check_embeddings, check_ids
+from .qdrant_collection import Collection, StageQuery, as_neighbors
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -21,27 +21,30 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], object]  # rows done, all rows
 Rows = TypeVar("Rows", Ids, Vectors)
 
-_NUMBERS = 1 << 20  # in one request: 20 MiB as JSON, of which a server takes 32
-_ROWS = 1000  # uploaded at once, so that progress is seen
-_QUERIES = 100  # asked at once, so that the answer comes within the client's timeout
 
-
-class QdrantIndex(Described):
+class QdrantIndex(IndexBase):
     """A gallery in a Qdrant collection, and its funnel as one nested query per query.
 
     Every stage is a named vector ("64"), so the engine's own options set the precision of each.
-    The first stage is as exact as its index (on a server: HNSW), a tie across the edge of a
-    shortlist falls as the engine has it, and every shard keeps a shortlist of its own; later
-    stages compare the whole shortlist exactly. Shortlists of half the gallery or more make the
-    whole search exact, whatever `params` say. Made by `build` or `open`.
+    The first stage is as exact as its index (on a server: HNSW), Qdrant decides ties across the
+    edge of a shortlist, and every shard has a shortlist of its own; later stages compare the whole
+    shortlist exactly. Shortlists of half the gallery or more make the whole search exact, whatever
+    `params` say. Made by `build` or `open`.
 
     Args:
         client: A `qdrant_client.QdrantClient`: of a server, a path or ":memory:".
         collection: Name of the collection.
         facts: Schedule, metric and encoder.
-        dims: Stored ones, those of the schedule among them.
+        dims: Dims that are stored; those of the schedule must be among them.
         params: `SearchParams` by dim, for stages that are not to be searched as above: `hnsw_ef`,
             or `quantization` without rescoring.
+
+    Attributes:
+        numbers_per_request: Coordinates and ids in one request, which bounds its size: as JSON
+            20 MiB, of which a server takes 32.
+        rows_per_upload: Rows in one upload, after which progress is reported.
+        queries_per_request: Queries in one request, so that the answer comes within the client's
+            timeout.
 
     Examples:
         >>> from qdrant_client import QdrantClient
@@ -52,6 +55,10 @@ class QdrantIndex(Described):
         [[0], [1]]
     """
 
+    numbers_per_request = 1 << 20
+    rows_per_upload = 1000
+    queries_per_request = 100
+
     def __init__(
         self,
         client: QdrantClient,
@@ -60,7 +67,7 @@ class QdrantIndex(Described):
         dims: tuple[int, ...],
         params: Mapping[int, SearchParams] | None = None,
     ) -> None:
-        _check_stages("params", params, dims)
+        _check_dims("params", params, dims)
         if not set(facts.schedule.dims) <= set(dims):
             raise ValueError(
                 f"A schedule's dims must be among those stored: {dims}. "
@@ -88,7 +95,7 @@ class QdrantIndex(Described):
         vectors: Mapping[int, Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> QdrantIndex:
-        """Return the index of a gallery; of one that was interrupted, upload what is missing.
+        """Upload a gallery, or the rows that an interrupted build left out, and return its index.
 
         Rows that are there already stay as they are (`add` replaces them), and so do the options
         the collection was made with.
@@ -100,14 +107,14 @@ class QdrantIndex(Described):
             schedule: The funnel; its last dim must not exceed the width.
             ids: One int64 >= 0 per row, all different; None numbers the rows from 0.
             metric: How embeddings are compared: "cosine", "dot" or "l2"; see `IndexFacts`.
-            encoder_fingerprint: Of the model the gallery was embedded with, as its manifest
-                gives it; a client then refuses to search by embeddings of another.
+            encoder_fingerprint: Fingerprint of the model that embedded the gallery, from its
+                manifest; a client then refuses to search by embeddings of another model.
             progress: Called with the rows done and all rows, after every upload.
             params: As for the class.
             vectors: Options of `VectorParams` by dim, e.g. `{64: {"quantization_config": ...},
                 512: {"on_disk": True}}`. Dims after the first get no HNSW graph unless one says so:
                 the funnel reads their shortlists alone.
-            **options: Of `create_collection`: `shard_number`, `quantization_config`, ...
+            **options: Options of `create_collection`: `shard_number`, `quantization_config`, ...
 
         Shapes:
             embeddings: `(rows, width)`. ids: `(rows,)`.
@@ -121,16 +128,16 @@ class QdrantIndex(Described):
         """
         facts = IndexFacts(schedule, metric, encoder_fingerprint)
         gallery = check_embeddings(embeddings, "gallery", facts.width)
-        checked = check_ids(ids, len(gallery))
+        row_ids = check_ids(ids, len(gallery))
         facts.check_rows(len(gallery))
-        _check_stages("vectors", vectors, schedule.dims)
+        _check_dims("vectors", vectors, schedule.dims)
         index = cls(client, collection, facts, schedule.dims, params)
-        missing = np.arange(len(checked))
+        missing = np.arange(len(row_ids))
         if index._collection.exists():
-            missing = index._collection.missing(facts, checked)
+            missing = index._collection.missing(facts, row_ids)
         else:
             index._collection.create(facts, vectors or {}, options)
-        index._upload(gallery, checked, missing, progress)
+        index._upload(gallery, row_ids, missing, progress)
         return index
 
     @classmethod
@@ -147,7 +154,8 @@ class QdrantIndex(Described):
             client: A `qdrant_client.QdrantClient`: of a server, a path or ":memory:".
             collection: Name of the collection.
             schedule: Another funnel over dims that are stored; None for the one it was built
-                with. A first stage that was a later one there is compared exhaustively.
+                with. A first stage that was a later one when it was built has no graph, so that
+                Qdrant compares all rows.
             params: As for the class.
 
         Raises:
@@ -156,8 +164,10 @@ class QdrantIndex(Described):
             KerasMrlError: If Qdrant fails.
         """
         facts = Collection(client, collection).facts()
-        chosen = facts if schedule is None else replace(facts, schedule=schedule)
-        return cls(client, collection, chosen, facts.schedule.dims, params)
+        dims = facts.schedule.dims
+        if schedule is not None:
+            facts = replace(facts, schedule=schedule)
+        return cls(client, collection, facts, dims, params)
 
     def __len__(self) -> int:
         return self._collection.count(exact=True)
@@ -178,8 +188,8 @@ class QdrantIndex(Described):
             KerasMrlError: If Qdrant fails.
         """
         gallery = check_embeddings(embeddings, "gallery", self.dims[-1])
-        checked = check_ids(np.asarray(ids), len(gallery))  # an array, for None would number rows
-        self._upload(gallery, checked, np.arange(len(checked)), progress)
+        row_ids = check_ids(np.asarray(ids), len(gallery))  # an array, for None would number rows
+        self._upload(gallery, row_ids, np.arange(len(row_ids)), progress)
 
     def remove(self, ids: npt.ArrayLike) -> None:
         """Remove rows; ids that are not there are passed over.
@@ -188,19 +198,19 @@ class QdrantIndex(Described):
             ids: int64 `(n,)`.
 
         Raises:
-            ValueError: If they are none; nothing is removed then.
+            ValueError: If they are not int64 >= 0; nothing is removed then.
             KerasMrlError: If Qdrant fails.
         """
         try:
-            checked = check_among(ids)
+            row_ids = check_among(ids)
         except ValueError:
-            given = np.asarray(ids)
+            received = np.asarray(ids)
             raise ValueError(
                 "ids to remove must be int64 >= 0 in one dimension. "
-                f"Received: {given.dtype} of shape {given.shape}. Give those of the rows."
+                f"Received: {received.dtype} of shape {received.shape}. Give those of the rows."
             ) from None
-        for some in _batches(checked, _ROWS):
-            self._collection.delete(some)
+        for batch in _batches(row_ids, self.rows_per_upload):
+            self._collection.delete(batch)
 
     def search(
         self, queries: npt.ArrayLike, k: int | None = None, among: npt.ArrayLike | None = None
@@ -209,8 +219,8 @@ class QdrantIndex(Described):
 
         Args:
             queries: Embeddings `(batch, width)` or wider, raw or scaled.
-            k: Neighbours wanted, no more than the funnel returns; None for as many.
-            among: The only ids that may be returned, int64 `(n,)`; those that are not in the
+            k: Number of neighbours, at most the `k` of the funnel; None for as many.
+            among: The only ids that may be returned, int64 `(n,)`; ids that are not in the
                 gallery are passed over, and fewer than `k` give fewer columns. None: all.
 
         Returns:
@@ -222,26 +232,29 @@ class QdrantIndex(Described):
             KerasMrlError: If Qdrant fails.
         """
         vectors = check_embeddings(queries, "queries", self.width)
-        keep = self.facts.check_k(k)
-        allowed = None if among is None else check_among(among)
-        limits = (*self.schedule.shortlists, keep)
-        listed = 0 if allowed is None else len(allowed)
+        k = self.facts.check_k(k)
+        ids = None if among is None else check_among(among)
+        num_ids = 0 if ids is None else len(ids)
+        limits = (*self.schedule.shortlists, k)
         # To count exactly is to read every id, and an engine that moves rows counts some twice.
         rows = self._collection.count(exact=False)
-        is_whole = 2 * limits[0] >= (rows if allowed is None else min(rows, listed))
-        step = max(1, min(_QUERIES, _NUMBERS // (sum(self.schedule.dims) + listed)))
-        found: list[list[ScoredPoint]] = []
-        for some in _batches(vectors, step):
-            found += self._collection.search(self._stages(some, limits, is_whole), allowed)
-        most = max(map(len, found), default=0)
-        if most < keep:
-            keep = max(most, min(keep, self._collection.count(allowed, exact=True)))
-        return as_neighbors(found, keep, self.metric)
+        is_whole = 2 * limits[0] >= (rows if ids is None else min(rows, num_ids))
+        numbers_per_query = sum(self.schedule.dims) + num_ids
+        fitting = self.numbers_per_request // numbers_per_query
+        answers: list[list[ScoredPoint]] = []
+        for batch in _batches(vectors, max(1, min(self.queries_per_request, fitting))):
+            answers += self._collection.search(self._stages(batch, limits, is_whole), ids)
+        most = max(map(len, answers), default=0)
+        if most < k:
+            k = max(most, min(k, self._collection.count(ids, exact=True)))
+        return as_neighbors(answers, k, self.metric)
 
-    def _stages(self, queries: Vectors, limits: tuple[int, ...], is_whole: bool) -> list[Narrowing]:
+    def _stages(
+        self, queries: Vectors, limits: tuple[int, ...], is_whole: bool
+    ) -> list[StageQuery]:
         params = self.params or {}
         return [
-            Narrowing(
+            StageQuery(
                 dim,
                 limit,
                 exact=is_whole or (dim not in params and dim != self.schedule.dims[0]),
@@ -255,11 +268,11 @@ class QdrantIndex(Described):
         self, gallery: Vectors, ids: Ids, rows: npt.NDArray[np.int64], progress: Progress | None
     ) -> None:
         done = len(ids) - len(rows)
-        for some in _batches(rows, max(1, min(_ROWS, _NUMBERS // sum(self.dims)))):
-            taken = gallery[some]
-            prefixes = {dim: self.facts.prefix(taken, dim) for dim in self.dims}
-            self._collection.upsert(ids[some], prefixes)
-            done += len(some)
+        fitting = self.numbers_per_request // sum(self.dims)
+        for batch in _batches(rows, max(1, min(self.rows_per_upload, fitting))):
+            prefixes = {dim: self.facts.prefix(gallery[batch], dim) for dim in self.dims}
+            self._collection.upsert(ids[batch], prefixes)
+            done += len(batch)
             if progress is not None:
                 progress(done, len(ids))
 
@@ -268,8 +281,8 @@ def _batches(values: Rows, step: int) -> Iterator[Rows]:
     return (values[start : start + step] for start in range(0, len(values), step))
 
 
-def _check_stages(name: str, given: Mapping[int, Any] | None, dims: tuple[int, ...]) -> None:
-    unknown = sorted(set(given or ()) - set(dims))
+def _check_dims(name: str, by_dim: Mapping[int, Any] | None, dims: tuple[int, ...]) -> None:
+    unknown = sorted(set(by_dim or ()) - set(dims))
     if unknown:
         raise ValueError(
             f"{name} must be given by dims that are stored: {dims}. "

@@ -1,4 +1,17 @@
-"""An index on disk: files that never change, and one small file that says which of them are it."""
+"""A saved index: written so that a crash leaves the old one whole, checked when it is opened.
+
+A folder holds data files, which never change, and one card, `index.json`, which names them with
+their sizes and SHA-256 digests.
+
+To save is to write new files under new names beside the old ones, to make them safe on the disk
+(fsync), and then to replace the card in one step (`os.replace`). Before that step the folder is
+the old index, after it the new one: no journal, no repair. Files that the card no longer names are
+removed last. An index that another process has opened stays readable: its files are unlinked, not
+written to.
+
+To open is to compare the size of every file with the card, and its digest too unless the caller
+waives that: a flipped bit in a memory-mapped matrix would be a wrong neighbour and no error.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +32,29 @@ import numpy.typing as npt
 from ..errors import DamagedIndexError, ManifestError
 from ..version import __version__
 
+try:
+    import fcntl
+except ImportError:  # Windows: two writers of one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
 T = TypeVar("T")
 
 FORMAT = 1
 CARD = "index.json"
 
-_OURS = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}\.(npy|faiss)|index-[0-9a-f]{16}\.json")
+_DATA_OR_NEW_CARD = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}\.(npy|faiss)|index-[0-9a-f]{16}\.json")
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What a folder holds.
+class SavedFiles:
+    """The checked files of a saved index.
 
     Args:
-        card: What `Writing.commit` was given.
-        files: Where each of its files lies, by name.
+        card: What `IndexWriter.commit` was given.
+        files: The path of each file by its name.
 
     Examples:
-        >>> Saved({"engine": "exact"}, {}).card["engine"]
+        >>> SavedFiles({"engine": "exact"}, {}).card["engine"]
         'exact'
     """
 
@@ -47,14 +65,22 @@ class Saved:
         """Return an array, memory-mapped and read-only."""
         return np.load(self.files[name], mmap_mode="r", allow_pickle=False)
 
+    def check_engine(self, engine: str) -> None:
+        """Raise `ManifestError` if another engine than this one wrote the index."""
+        if self.card.get("engine") != engine:
+            raise ManifestError(
+                f"An index is opened by the engine that wrote it. Received: one of the engine "
+                f"{self.card.get('engine')!r} for {engine!r}. Open it with open_index."
+            )
 
-def read(path: str | os.PathLike[str], *, verify: bool = True) -> Saved:
-    """Return what a folder holds, after a look at every byte.
+
+def read(path: str | os.PathLike[str], *, verify: bool = True) -> SavedFiles:
+    """Return the files of the index in a folder, once their sizes and digests are compared.
 
     Args:
         path: The folder.
-        verify: Compare the digests of the files, which reads them once. Without it their sizes
-            alone are compared.
+        verify: Compare the digests, which reads every file once. Without it only sizes are
+            compared.
 
     Raises:
         FileNotFoundError: If no index is there.
@@ -63,77 +89,44 @@ def read(path: str | os.PathLike[str], *, verify: bool = True) -> Saved:
 
     Examples:
         >>> import tempfile
-        >>> from keras_mrl_serving.index.storage import Writing
+        >>> from keras_mrl_serving.index.storage import IndexWriter
         >>> folder = tempfile.mkdtemp()
-        >>> with Writing(folder) as files:
-        ...     files.commit({"engine": "exact"})
+        >>> with IndexWriter(folder) as writer:
+        ...     writer.commit({"engine": "exact"})
         >>> sorted(read(folder).card)
         ['engine', 'files', 'format', 'made_with']
     """
-    return opened(path, lambda saved: saved, verify=verify)
+    return open_saved(path, lambda saved: saved, verify=verify)
 
 
-def opened(path: str | os.PathLike[str], make: Callable[[Saved], T], *, verify: bool) -> T:
-    """Return what is made of a folder's files, again if they are replaced meanwhile.
+def open_saved(path: str | os.PathLike[str], make: Callable[[SavedFiles], T], *, verify: bool) -> T:
+    """Return what `make` makes of a folder's files; start over if they are replaced meanwhile.
 
     Args:
         path: The folder.
-        make: Opens the files.
-        verify: As `read` takes it.
+        make: Opens the files; it may fail because another process has just removed them.
+        verify: As in `read`.
 
     Raises:
-        What `read` and `make` do.
+        The errors of `read` and of `make`.
 
     Examples:
         >>> import tempfile
-        >>> from keras_mrl_serving.index.storage import Writing
+        >>> from keras_mrl_serving.index.storage import IndexWriter
         >>> folder = tempfile.mkdtemp()
-        >>> with Writing(folder) as files:
-        ...     files.commit({"engine": "exact"})
-        >>> opened(folder, lambda saved: saved.card["engine"], verify=True)
+        >>> with IndexWriter(folder) as writer:
+        ...     writer.commit({"engine": "exact"})
+        >>> open_saved(folder, lambda saved: saved.card["engine"], verify=True)
         'exact'
     """
     folder = Path(path)
     while True:
-        before = _card_bytes(folder)
+        card_before = _card_bytes(folder)
         try:
-            return make(_read(folder, verify))
+            return make(_checked_files(folder, verify))
         except Exception:
-            if _card_bytes(folder) == before:
+            if _card_bytes(folder) == card_before:
                 raise
-
-
-def check_engine(saved: Saved, engine: str) -> None:
-    """Raise `ManifestError` if an index is of another engine than the one that opens it.
-
-    Examples:
-        >>> check_engine(Saved({"engine": "exact"}, {}), "exact")
-    """
-    if saved.card.get("engine") != engine:
-        raise ManifestError(
-            f"An index is opened by the engine that wrote it. Received: one of the engine "
-            f"{saved.card.get('engine')!r} for {engine!r}. Open it with open_index."
-        )
-
-
-def digest_of(card: Mapping[str, Any]) -> str:
-    """Return the digest of a card, by which a change to it is seen.
-
-    Examples:
-        >>> len(digest_of({"engine": "exact"}))
-        64
-    """
-    return hashlib.sha256(json.dumps(card).encode()).hexdigest()
-
-
-def is_ours(name: str) -> bool:
-    """Return whether a file has the name of one that saving an index writes.
-
-    Examples:
-        >>> is_ours("index.json"), is_ours("rows_64-0123456789abcdef.npy"), is_ours("notes.txt")
-        (True, True, False)
-    """
-    return name == CARD or _OURS.fullmatch(name) is not None
 
 
 def _card_bytes(folder: Path) -> bytes | None:
@@ -143,75 +136,76 @@ def _card_bytes(folder: Path) -> bytes | None:
         return None
 
 
-def _read(path: Path, verify: bool) -> Saved:
+def _checked_files(folder: Path, verify: bool) -> SavedFiles:
     try:
-        text = (path / CARD).read_bytes()
+        text = (folder / CARD).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
-            f"A saved index is a folder with a file {CARD}. Received: {os.fspath(path)!r}, which "
+            f"A saved index is a folder with a file {CARD}. Received: {os.fspath(folder)!r}, which "
             "has none. Build one: `keras-mrl index build --help`."
         ) from error
-    card = _checked_card(path, text)
-    files = {}
-    for name, said in card["files"].items():
-        files[name] = path / said["name"]
-        try:
-            size = files[name].stat().st_size
-            if size == said["bytes"] and verify:
-                with open(files[name], "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            else:
-                found = said["sha256"]
-        except OSError as error:
-            raise _damaged(path, f"{said['name']}: {error.strerror}") from error
-        if size != said["bytes"]:
-            raise _damaged(path, f"{said['name']} of {size} bytes instead of {said['bytes']}")
-        if found != said["sha256"]:
-            raise _damaged(path, f"{said['name']}, whose bytes have changed")
-    return Saved(card, files)
+    card = _checked_card(folder, text)
+    paths = {name: folder / entry["name"] for name, entry in card["files"].items()}
+    for name, entry in card["files"].items():
+        _check_file(folder, paths[name], entry, verify)
+    return SavedFiles(card, paths)
 
 
-def _checked_card(path: Path, text: bytes) -> dict[str, Any]:
+def _checked_card(folder: Path, text: bytes) -> dict[str, Any]:
     try:
         card = json.loads(text)
         digest = card.pop("sha256")
-        if json.dumps({**card, "sha256": digest}, indent=1).encode() != text:
+        if _card_text(card, digest) != text:
             raise ValueError("not the bytes that were written")
-        if card["format"] == FORMAT and digest != digest_of(card):
+        if card["format"] == FORMAT and digest != _card_digest(card):
             raise ValueError("its digest differs")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"{CARD}, which does not read ({error})") from error
+        raise _damaged(folder, f"{CARD}, which does not read ({error})") from error
     if card["format"] != FORMAT:
         raise ManifestError(
             f"This version of keras-mrl reads indexes of format {FORMAT}. "
-            f"Received: {os.fspath(path)!r} of format {card['format']!r}. "
+            f"Received: {os.fspath(folder)!r} of format {card['format']!r}. "
             "Install the version of keras-mrl that wrote it, or a later one."
         )
     return dict(card)
 
 
-def _damaged(path: Path, received: str) -> DamagedIndexError:
+def _card_text(card: Mapping[str, Any], digest: str) -> bytes:
+    return json.dumps({**card, "sha256": digest}, indent=1).encode()
+
+
+def _card_digest(card: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(card).encode()).hexdigest()
+
+
+def _check_file(folder: Path, path: Path, entry: Mapping[str, Any], verify: bool) -> None:
+    """Compare the size of a file with the card's entry, and its digest if `verify`."""
+    try:
+        size = path.stat().st_size
+        is_same = size != entry["bytes"] or not verify or _file_digest(path) == entry["sha256"]
+    except OSError as error:
+        raise _damaged(folder, f"{path.name}: {error.strerror}") from error
+    if size != entry["bytes"]:
+        raise _damaged(folder, f"{path.name} of {size} bytes instead of {entry['bytes']}")
+    if not is_same:
+        raise _damaged(folder, f"{path.name}, whose bytes have changed")
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(folder: Path, received: str) -> DamagedIndexError:
     return DamagedIndexError(
         "An index is read as it was written. "
-        f"Received: {os.fspath(path)!r} with {received}. "
+        f"Received: {os.fspath(folder)!r} with {received}. "
         "Copy it again from where it is whole, or build it anew."
     )
 
 
-# Writes an index to a folder: the old one is whole until the new one is.
-#
-# New files are written beside those that are there, and then `index.json` is replaced, which
-# names them with their sizes and digests. Killed before that, the old index is untouched; after
-# it, the new one is whole. What no `index.json` names any more is removed.
-
-try:
-    import fcntl
-except ImportError:  # Windows: two writers of one folder are not noticed there
-    fcntl = None  # type: ignore[assignment]
-
-
-class Writing:
-    """The files of an index while they are written; a context, which removes them unless committed.
+class IndexWriter:
+    """Writes an index to a folder; a context, which removes what it wrote unless committed.
 
     Args:
         path: The folder; made if it is not there.
@@ -222,9 +216,9 @@ class Writing:
     Examples:
         >>> import tempfile
         >>> folder = tempfile.mkdtemp()
-        >>> with Writing(folder) as files:
-        ...     files.array("ids", (3,), np.int64)[:] = [7, 2, 5]
-        ...     files.commit({"engine": "exact"})
+        >>> with IndexWriter(folder) as writer:
+        ...     writer.array("ids", (3,), np.int64)[:] = [7, 2, 5]
+        ...     writer.commit({"engine": "exact"})
         >>> from keras_mrl_serving.index.storage import read
         >>> saved = read(folder)
         >>> saved.card["engine"], saved.array("ids").tolist()
@@ -232,14 +226,14 @@ class Writing:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._is_new = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(path)
+        self._is_new_folder = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._token = secrets.token_hex(8)
-        self._aside = self.path / f"index-{self._token}.json"
-        self._files: dict[str, Path] = {}
+        self._new_card = self.folder / f"index-{self._token}.json"
+        self._paths: dict[str, Path] = {}
         self._arrays: list[np.memmap[Any, Any]] = []
-        self._lock = _lock(self.path)
+        self._lock = _lock(self.folder)
 
     def array(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an array on disk, to be filled.
@@ -247,47 +241,40 @@ class Writing:
         Raises:
             OSError: If the disk has no room for it.
         """
-        place = self.place(name, "npy")
-        array = np.lib.format.open_memmap(place, mode="w+", dtype=np.dtype(dtype), shape=shape)
+        path = self.path_for(name, "npy")
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
         self._arrays.append(array)
-        if hasattr(
-            os, "posix_fallocate"
-        ):  # a mapped file that finds the disk full kills its writer
-            with open(place, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, place.stat().st_size)
+        # Take the room now: a mapped file that finds the disk full kills the process.
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return array
 
-    def place(self, name: str, suffix: str) -> Path:
-        """Return where a file is to be written."""
-        self._files[name] = self.path / f"{name}-{self._token}.{suffix}"
-        return self._files[name]
+    def path_for(self, name: str, suffix: str) -> Path:
+        """Return the path at which the caller is to write a file."""
+        self._paths[name] = self.folder / f"{name}-{self._token}.{suffix}"
+        return self._paths[name]
 
     def commit(self, card: Mapping[str, Any]) -> None:
-        """Make the files safe, then make them the index.
+        """Make the files safe on the disk, then make them the index of the folder.
 
         Args:
-            card: JSON that says what they are.
+            card: JSON that describes the files.
         """
         for array in self._arrays:
             array.flush()
-        files = {}
-        for name, place in self._files.items():
-            with open(place, "rb") as file:
-                os.fsync(file.fileno())
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            files[name] = {"name": place.name, "bytes": place.stat().st_size, "sha256": found}
-        said = {"format": FORMAT, "made_with": __version__, **card, "files": files}
-        text = json.dumps({**said, "sha256": digest_of(said)}, indent=1).encode()
-        with open(self._aside, "wb") as written:
-            written.write(text)
-            written.flush()
-            os.fsync(written.fileno())
-        _sync_folder(self.path)
-        kept = {place.name for place in self._files.values()}
-        self._files = {}  # from here on they may be the index: whatever happens, they stay
-        os.replace(self._aside, self.path / CARD)
-        _sync_folder(self.path)
-        _remove(place for place in self.path.iterdir() if place.name not in kept)
+        entries = {name: _synced_entry(path) for name, path in self._paths.items()}
+        full = {"format": FORMAT, "made_with": __version__, **card, "files": entries}
+        with open(self._new_card, "wb") as file:
+            file.write(_card_text(full, _card_digest(full)))
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(self.folder)
+        names = {path.name for path in self._paths.values()}
+        self._paths = {}  # os.replace may succeed and still raise: from here on they must stay
+        os.replace(self._new_card, self.folder / CARD)
+        _sync_folder(self.folder)
+        _remove(path for path in self.folder.iterdir() if path.name not in names)
 
     def __enter__(self) -> Self:
         return self
@@ -299,9 +286,9 @@ class Writing:
         trace: TracebackType | None,
     ) -> None:
         self._arrays.clear()
-        _remove((*self._files.values(), self._aside))
-        if self._is_new and not any(self.path.iterdir()):
-            self.path.rmdir()
+        _remove((*self._paths.values(), self._new_card))
+        if self._is_new_folder and not any(self.folder.iterdir()):
+            self.folder.rmdir()
         if self._lock is not None:
             os.close(self._lock)
 
@@ -321,17 +308,35 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
+def _synced_entry(path: Path) -> dict[str, Any]:
+    """Return a file's entry in the card, once the file is safe on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
 def _sync_folder(path: Path) -> None:
     if os.name == "nt":  # Windows opens no folders
         return
-    folder = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
-def _remove(places: Iterable[Path]) -> None:
-    for place in list(places):
-        if place.name != CARD and is_ours(place.name):
-            place.unlink(missing_ok=True)
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        if path.name != CARD and is_ours(path.name):
+            path.unlink(missing_ok=True)
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a file in an index's folder bears a name that saving gives.
+
+    Examples:
+        >>> is_ours("index.json"), is_ours("rows_64-0123456789abcdef.npy"), is_ours("notes.txt")
+        (True, True, False)
+    """
+    return name == CARD or _DATA_OR_NEW_CARD.fullmatch(name) is not None
