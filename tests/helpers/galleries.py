@@ -1,4 +1,4 @@
-"""Galleries, and what a search of them must find, in float64."""
+"""Galleries, and in float64 the neighbours that a search of them must return."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,7 +25,7 @@ ENGINES: dict[str, Callable[..., ExactIndex | FaissIndex]] = {
 }
 
 NEAR = 3e-6  # float32 scores of unit vectors differ by less from those of float64
-SHORTEST = 1e-6  # of the vectors a cosine tells from zero
+SHORTEST = 1e-6  # length below which a vector counts as zero
 
 
 def drawn(seed: int, rows: int, width: int) -> Array:
@@ -61,7 +61,7 @@ def true_scores(queries: Array, gallery: Array, dim: int, metric: str) -> Array:
 
 
 def slack(queries: Array, gallery: Array, dim: int, metric: str) -> Array:
-    """How far a score counted in float32 may lie from the true one: it is of sums of squares."""
+    """Bounds on the rounding error of float32 scores: it grows with the sums of squares."""
     q, g = lengths(queries, dim), lengths(gallery, dim)
     if metric == "cosine":
         return np.full((len(q), len(g)), NEAR)
@@ -69,7 +69,7 @@ def slack(queries: Array, gallery: Array, dim: int, metric: str) -> Array:
     return NEAR * scale + 1e-30
 
 
-def funnel(
+def funnel_ids(
     query: Array,
     gallery: Array,
     schedule: FunnelSchedule,
@@ -78,9 +78,9 @@ def funnel(
     *,
     by_id: bool = True,
 ) -> Array | None:
-    """The ids a funnel must find, best first; None where a near-tie decides.
+    """The ids a funnel must return, best first; None where a near-tie decides.
 
-    `by_id`: Scores of zero vectors are exact, and those that tie across an edge go by id.
+    `by_id`: The index breaks exact ties (of zero vectors) across the edge of a shortlist by id.
     """
     rows = np.arange(len(gallery))
     for dim, keep in zip(schedule.dims, (*schedule.shortlists, schedule.k), strict=True):
@@ -108,8 +108,8 @@ class Search(NamedTuple):
     ids: Array
     metric: str
 
-    def told(self, query: Array, *, by_id: bool = True) -> Array | None:
-        return funnel(query, self.gallery, self.schedule, self.ids, self.metric, by_id=by_id)
+    def expected_ids(self, query: Array, *, by_id: bool = True) -> Array | None:
+        return funnel_ids(query, self.gallery, self.schedule, self.ids, self.metric, by_id=by_id)
 
     def true_scores(self) -> Array:
         return true_scores(self.queries, self.gallery, self.schedule.dims[-1], self.metric)
@@ -142,38 +142,38 @@ def searches(draw: st.DrawFn, most_queries: int = 6) -> Search:
     return Search(drawn(seed, queries, width), drawn(seed + 1, rows, width), schedule, ids, metric)
 
 
-def assert_scored(found: Neighbors, search: Search) -> Array:
-    """The ids are different ones of the gallery, with their own scores, best first."""
-    assert [type(found.ids), type(found.scores)] == [np.ndarray, np.ndarray]
-    assert [found.ids.dtype, found.scores.dtype] == [np.int64, np.float32]
-    assert found.ids.shape == found.scores.shape
-    rows = search.rows_of(found.ids)
+def assert_scored(result: Neighbors, search: Search) -> Array:
+    """The ids are different ones of the gallery, with their own scores, best first: their rows."""
+    assert [type(result.ids), type(result.scores)] == [np.ndarray, np.ndarray]
+    assert [result.ids.dtype, result.scores.dtype] == [np.int64, np.float32]
+    assert result.ids.shape == result.scores.shape
+    rows = search.rows_of(result.ids)
     assert all(len(set(row)) == len(row) for row in rows.tolist())
-    off = np.abs(found.scores - np.take_along_axis(search.true_scores(), rows, 1))
+    off = np.abs(result.scores - np.take_along_axis(search.true_scores(), rows, 1))
     assert (off <= np.take_along_axis(search.slack(), rows, 1)).all()
-    assert (found.scores[:, :-1] >= found.scores[:, 1:]).all()
+    assert (result.scores[:, :-1] >= result.scores[:, 1:]).all()
     return rows
 
 
-def assert_ties_by_id(found: Neighbors) -> None:
-    tied = found.scores[:, :-1] == found.scores[:, 1:]
-    assert (found.ids[:, :-1] < found.ids[:, 1:])[tied].all()
+def assert_ties_by_id(result: Neighbors) -> None:
+    tied = result.scores[:, :-1] == result.scores[:, 1:]
+    assert (result.ids[:, :-1] < result.ids[:, 1:])[tied].all()
 
 
-def assert_nearest(found: Neighbors, search: Search, among: Array | None = None) -> None:
-    """What was found are the nearest, in order, up to near-ties; `among`: the only ids allowed."""
-    rows = assert_scored(found, search)
+def assert_nearest(result: Neighbors, search: Search, among: Array | None = None) -> None:
+    """The result is the nearest, in order, up to near-ties; `among`: the only ids allowed."""
+    rows = assert_scored(result, search)
     scores, slacks = search.true_scores(), search.slack()
     allowed = np.ones(len(search.ids), bool) if among is None else np.isin(search.ids, among)
     assert allowed[rows].all()
-    assert found.ids.shape == (len(search.queries), min(search.schedule.k, allowed.sum()))
-    for query, mine in enumerate(rows):
-        others = np.setdiff1d(np.flatnonzero(allowed), mine)
-        if len(others) and len(mine):
-            worst = (scores[query, mine] + slacks[query, mine]).min()
+    assert result.ids.shape == (len(search.queries), min(search.schedule.k, allowed.sum()))
+    for query, neighbors in enumerate(rows):
+        others = np.setdiff1d(np.flatnonzero(allowed), neighbors)
+        if len(others) and len(neighbors):
+            worst = (scores[query, neighbors] + slacks[query, neighbors]).min()
             assert (scores[query, others] - slacks[query, others]).max() <= worst
 
 
-def assert_same(found: Neighbors, expected: Neighbors) -> None:
-    np.testing.assert_array_equal(found.ids, expected.ids)
-    np.testing.assert_array_equal(found.scores, expected.scores)
+def assert_same(result: Neighbors, expected: Neighbors) -> None:
+    np.testing.assert_array_equal(result.ids, expected.ids)
+    np.testing.assert_array_equal(result.scores, expected.scores)

@@ -196,7 +196,8 @@ def _best_columns(scores: Vectors, size: int, ids: Ids) -> npt.NDArray[np.int64]
     for row in np.flatnonzero((scores >= last).sum(axis=1) > size):  # a tie across the edge
         tied = np.flatnonzero(scores[row] >= last[row])
         best[row] = tied[np.lexsort((ids[row, tied], -scores[row, tied]))[:size]]
-    order = best_first(*(np.take_along_axis(values, best, axis=1) for values in (ids, scores)))
+    best_ids = np.take_along_axis(ids, best, axis=1)
+    order = best_first(best_ids, np.take_along_axis(scores, best, axis=1))
     return np.take_along_axis(best, order, axis=1)
 
 
