@@ -291,9 +291,10 @@ class Scripted(Trials):
     """
 
     def __init__(self, needs: dict[int, int | None], num_rows: int = 400) -> None:
+        self.rows = len(GALLERY)
         super().__init__(GALLERY, QUERIES, max(needs), K, "cosine", None, None, 1, ignore)
-        self.needs = needs
         self.rows = num_rows
+        self.needs = needs
         self.quality: Callable[[int, int], float] = lambda _dim, _effort: 0.5
         self.seconds: Callable[[int], float] = lambda _dim: 1.0
         self.error = 0.0
@@ -308,10 +309,10 @@ class Scripted(Trials):
         self.targets.add(target)
         return self.needs[dim]
 
-    def first(self, dim: int, spec: FirstStage) -> Shortlister:
+    def first(self, dim: int, _spec: FirstStage) -> Shortlister:
         return Shortlister(import_faiss().IndexFlatL2(dim), FLAT)
 
-    def measured(self, first: Shortlister, spec: FirstStage, schedule: FunnelSchedule) -> Choice:
+    def measured(self, _first: Shortlister, spec: FirstStage, schedule: FunnelSchedule) -> Choice:
         self.tried.append((spec.factory, spec.settings, schedule.dims, schedule.shortlists))
         dim, effort = schedule.dims[0], int(spec.settings.rpartition("=")[2] or 0)
         return Choice(spec, schedule, self.quality(dim, effort), self.error, self.seconds(dim))
