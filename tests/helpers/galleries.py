@@ -1,9 +1,12 @@
 """Galleries, and in float64 the neighbours that a search of them must return."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -177,3 +180,12 @@ def assert_nearest(result: Neighbors, search: Search, among: Array | None = None
 def assert_same(result: Neighbors, expected: Neighbors) -> None:
     np.testing.assert_array_equal(result.ids, expected.ids)
     np.testing.assert_array_equal(result.scores, expected.scores)
+
+
+def rewrite_card(folder: Path, **changed: Any) -> None:
+    """Change a saved index as another version of keras-mrl might write it: its digest fits."""
+    card = json.loads((folder / "index.json").read_text())
+    del card["sha256"]
+    card |= changed
+    digest = hashlib.sha256(json.dumps(card).encode()).hexdigest()
+    (folder / "index.json").write_text(json.dumps({**card, "sha256": digest}, indent=1))

@@ -1,6 +1,6 @@
 """`QdrantIndex` beside a search in float64 and beside `ExactIndex`.
 
-In this process; and on the server at KERAS_MRL_QDRANT_URL, if that is set.
+In this process, and on the server at KERAS_MRL_QDRANT_URL if that is set.
 """
 
 import os
@@ -13,22 +13,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qdrant_client import QdrantClient, models
-from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
-from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from keras_mrl_serving import errors
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, Index
-from keras_mrl_serving.index import qdrant as module
 from keras_mrl_serving.index.qdrant import QdrantIndex
-from keras_mrl_serving.index.qdrant_collection import leaf_of
+from keras_mrl_serving.index.qdrant_collection import Collection
 
 Array = npt.NDArray[Any]
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
@@ -38,7 +34,7 @@ METRICS = ("cosine", "dot", "l2")
 SCHEDULE = FunnelSchedule((2, 4), (3,), 2)
 GALLERY = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 
-some = settings(max_examples=40) if SERVER else settings()  # a collection each takes a while there
+examples = settings(max_examples=40) if SERVER else settings()  # a server is slow to make each
 
 
 @pytest.fixture(scope="module", params=["local", "server"] if SERVER else ["local"])
@@ -95,26 +91,26 @@ class Search(NamedTuple):
             lengths[:] = 1
         return np.divide(q @ g.T, lengths, out=np.zeros_like(lengths), where=lengths > 0)
 
-    def funnel(self, query: int, allowed: Array | None = None) -> Array | None:
-        """The ids a funnel must find, best first; None where a near-tie decides."""
-        kept = np.arange(len(self.ids)) if allowed is None else allowed
+    def expected_ids(self, query: int, allowed: Array | None = None) -> Array | None:
+        """The ids a funnel must return, best first; None where a near-tie decides."""
+        rows = np.arange(len(self.ids)) if allowed is None else allowed
         sizes = (*self.schedule.shortlists, self.schedule.k)
-        for dim, keep in zip(self.schedule.dims, sizes, strict=True):
-            scores = self.scores(dim)[query, kept]
+        for dim, size in zip(self.schedule.dims, sizes, strict=True):
+            scores = self.scores(dim)[query, rows]
             order = np.argsort(-scores)
-            if keep < len(kept) and np.diff(-scores[order])[keep - 1] < self.near:
+            if size < len(rows) and np.diff(-scores[order])[size - 1] < self.near:
                 return None
-            kept, scores = kept[order[:keep]], scores[order[:keep]]
+            rows, scores = rows[order[:size]], scores[order[:size]]
         if any(a - b < self.near for a, b in pairwise(scores)):
             return None
-        return np.asarray(self.ids[kept])
+        return np.asarray(self.ids[rows])
 
-    def assert_found(self, index: Index) -> None:
-        """The funnels that are told are found."""
-        found = index.search(self.queries)
+    def assert_searched_by(self, index: Index) -> None:
+        """The index returns the expected ids of every query."""
+        result = index.search(self.queries)
         for row in range(len(self.queries)):
-            expected = self.funnel(row)
-            assert expected is None or found.ids[row].tolist() == expected.tolist()
+            expected = self.expected_ids(row)
+            assert expected is None or result.ids[row].tolist() == expected.tolist()
 
 
 @st.composite
@@ -149,10 +145,10 @@ def search(metric: str = "cosine") -> Search:
     return Search(queries, gallery, schedule, rng.permutation(300)[:30], metric)
 
 
-# What is found.
+# The answers.
 
 
-@some
+@examples
 @given(case=searches(), surplus=st.integers(0, 5))
 def test_a_funnel_that_shortlists_everything_is_exhaustive_search(
     client: QdrantClient, case: Search, surplus: int
@@ -161,63 +157,65 @@ def test_a_funnel_that_shortlists_everything_is_exhaustive_search(
     k = case.schedule.k
     case = case._replace(schedule=FunnelSchedule(case.schedule.dims, everything, k))
     with place(client) as name:
-        found = case.build(client, name).search(case.queries)
+        result = case.build(client, name).search(case.queries)
     scores = case.scores(case.schedule.dims[-1])
     expected = -np.sort(-scores, axis=1)[:, :k]
-    rows = np.argsort(case.ids)[np.searchsorted(np.sort(case.ids), found.ids)]
+    rows = np.argsort(case.ids)[np.searchsorted(np.sort(case.ids), result.ids)]
     near: dict[str, Any] = {"rtol": 0, "atol": case.near}
-    assert [found.ids.dtype, found.scores.dtype] == [np.int64, np.float32]
-    np.testing.assert_array_equal(case.ids[rows], found.ids)
-    assert all(len(set(row)) == k for row in found.ids.tolist())
+    assert [result.ids.dtype, result.scores.dtype] == [np.int64, np.float32]
+    np.testing.assert_array_equal(case.ids[rows], result.ids)
+    assert all(len(set(row)) == k for row in result.ids.tolist())
     np.testing.assert_allclose(np.take_along_axis(scores, rows, 1), expected, **near)
-    np.testing.assert_allclose(found.scores, expected, **near)
+    np.testing.assert_allclose(result.scores, expected, **near)
 
 
-@some
+@examples
 @given(case=searches())
 def test_every_stage_keeps_the_best_of_the_one_before_as_in_the_exact_index(
     client: QdrantClient, case: Search
 ) -> None:
     with place(client) as name:
-        found = case.build(client, name).search(case.queries)
+        result = case.build(client, name).search(case.queries)
     exact = case.exact().search(case.queries)
-    assert found.ids.shape == exact.ids.shape
+    assert result.ids.shape == exact.ids.shape
     for row in range(len(case.queries)):
-        expected = case.funnel(row)
+        expected = case.expected_ids(row)
         if expected is not None:
-            assert found.ids[row].tolist() == exact.ids[row].tolist() == expected.tolist()
-            np.testing.assert_allclose(found.scores[row], exact.scores[row], rtol=0, atol=case.near)
+            assert result.ids[row].tolist() == exact.ids[row].tolist() == expected.tolist()
+            np.testing.assert_allclose(
+                result.scores[row], exact.scores[row], rtol=0, atol=case.near
+            )
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_most_funnels_are_told_by_that_test(metric: str) -> None:
+def test_that_test_checks_most_funnels(metric: str) -> None:
     case = search(metric)
-    told = [case.funnel(row) for row in range(len(case.queries))]
-    assert np.mean([ids is not None for ids in told]) > 0.5
+    checked = [case.expected_ids(row) for row in range(len(case.queries))]
+    assert np.mean([ids is not None for ids in checked]) > 0.5
     whole = case._replace(schedule=FunnelSchedule((16,), (), 3))
-    best = [whole.funnel(row) for row in range(len(case.queries))]
+    best = [whole.expected_ids(row) for row in range(len(case.queries))]
     assert any(
         a is not None and b is not None and a.tolist() != b.tolist()
-        for a, b in zip(told, best, strict=True)
+        for a, b in zip(checked, best, strict=True)
     )
 
 
-@some
+@examples
 @given(case=searches(), at_once=st.integers(1, 3))
 def test_an_answer_does_not_depend_on_the_other_queries(
     client: QdrantClient, case: Search, at_once: int
 ) -> None:
-    with place(client) as name, pytest.MonkeyPatch.context() as patch:
+    with place(client) as name:
         index = case.build(client, name)
         together = index.search(case.queries)
-        patch.setattr(module, "_QUERIES", at_once)
+        index.queries_per_request = at_once
         parts = index.search(case.queries)
         for row, query in enumerate(case.queries):
             alone = index.search(query[None])
             assert alone[0] == together[row] == parts[row]
 
 
-@some
+@examples
 @given(case=searches(), data=st.data())
 def test_a_filter_lets_its_ids_through_and_no_others(
     client: QdrantClient, case: Search, data: st.DataObject
@@ -225,17 +223,17 @@ def test_a_filter_lets_its_ids_through_and_no_others(
     chosen = np.array(data.draw(st.lists(st.sampled_from(list(case.ids)))), np.int64)
     absent = data.draw(st.lists(st.integers(1000, 2**63 - 1)))
     with place(client) as name:
-        found = case.build(client, name).search(case.queries, among=[*chosen.tolist(), *absent])
+        result = case.build(client, name).search(case.queries, among=[*chosen.tolist(), *absent])
     allowed = np.flatnonzero(np.isin(case.ids, chosen))
-    assert found.ids.shape == (len(case.queries), min(case.schedule.k, len(allowed)))
-    assert set(found.ids.ravel().tolist()) <= set(chosen.tolist())
+    assert result.ids.shape == (len(case.queries), min(case.schedule.k, len(allowed)))
+    assert set(result.ids.ravel().tolist()) <= set(chosen.tolist())
     for row in range(len(case.queries)):
-        expected = case.funnel(row, allowed) if len(allowed) else None
+        expected = case.expected_ids(row, allowed) if len(allowed) else None
         if expected is not None:
-            assert found.ids[row].tolist() == expected.tolist()
+            assert result.ids[row].tolist() == expected.tolist()
 
 
-@some
+@examples
 @given(case=searches(), data=st.data())
 def test_fewer_neighbours_are_the_first_of_more(
     client: QdrantClient, case: Search, data: st.DataObject
@@ -243,11 +241,11 @@ def test_fewer_neighbours_are_the_first_of_more(
     k = data.draw(st.integers(1, case.schedule.k))
     with place(client) as name:
         index = case.build(client, name)
-        found, more = index.search(case.queries, k), index.search(case.queries)
-    assert found.ids.shape == (len(case.queries), k)
+        result, more = index.search(case.queries, k), index.search(case.queries)
+    assert result.ids.shape == (len(case.queries), k)
     for row in range(len(case.queries)):
-        if case.funnel(row) is not None:
-            assert found[row] == more[row][:k]
+        if case.expected_ids(row) is not None:
+            assert result[row] == more[row][:k]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -256,19 +254,19 @@ def test_equal_scores_come_in_order_of_id(client: QdrantClient, name: str, metri
     ids = [60, 31, 2**63 - 1, 12, 44, 3, 25]
     schedule = FunnelSchedule((1, 2), (7,), 7)
     index = QdrantIndex.build(client, name, gallery, schedule, ids, metric)
-    found = index.search([[1, 0], [1, 0]])
-    assert found.ids.tolist() == [[12, 25, 31, 44, 2**63 - 1, 3, 60]] * 2
+    result = index.search([[1, 0], [1, 0]])
+    assert result.ids.tolist() == [[12, 25, 31, 44, 2**63 - 1, 3, 60]] * 2
     east, north, west = (0, -2, -4) if metric == "l2" else (1, 0, -1)
-    assert found.scores.tolist() == [[east] * 4 + [north] + [west] * 2] * 2
+    assert result.scores.tolist() == [[east] * 4 + [north] + [west] * 2] * 2
     assert index.search([[1, 0]], among=[60, 3, 44, 12, 7]).ids.tolist() == [[12, 44, 3, 60]]
 
 
 def test_a_zero_vector_is_equally_near_to_all(client: QdrantClient, name: str) -> None:
     gallery = np.array([[-1, 0], [0, 0], [1, 0], [0, 1]])
     index = QdrantIndex.build(client, name, gallery, FunnelSchedule((1, 2), (4,), 4), [3, 2, 1, 0])
-    found = index.search([[0, 0], [1, 0]])
-    assert found.ids.tolist() == [[0, 1, 2, 3], [1, 0, 2, 3]]
-    assert found.scores.tolist() == [[0, 0, 0, 0], [1, 0, 0, -1]]
+    result = index.search([[0, 0], [1, 0]])
+    assert result.ids.tolist() == [[0, 1, 2, 3], [1, 0, 2, 3]]
+    assert result.scores.tolist() == [[0, 0, 0, 0], [1, 0, 0, -1]]
 
 
 @pytest.mark.parametrize("length", [1e-3, 1e-5, 1e-6, 1e-7, 1e-9, 1e-15])
@@ -278,9 +276,9 @@ def test_tiny_vectors_score_as_in_the_exact_index(
     case = search()._replace(schedule=FunnelSchedule((4, 16), (30,), 30))
     tiny = case.gallery / np.linalg.norm(case.gallery, axis=1, keepdims=True) * np.float32(length)
     case = case._replace(gallery=tiny)
-    found = case.build(client, name).search(case.queries)
+    result = case.build(client, name).search(case.queries)
     np.testing.assert_allclose(
-        found.scores, case.exact().search(case.queries).scores, rtol=0, atol=3e-6
+        result.scores, case.exact().search(case.queries).scores, rtol=0, atol=3e-6
     )
 
 
@@ -302,38 +300,38 @@ def test_an_index_tells_what_it_is(client: QdrantClient, name: str) -> None:
     assert (index.metric, index.encoder_fingerprint) == ("dot", "5e1f")
 
 
-# What is asked of a server. Local mode is exact and leaves parameters out.
+# The requests to a server. Local mode is exact and leaves parameters out.
 
 
 class Remote:
-    """A client that takes itself for one of a server, and tells what it was asked."""
+    """A client that poses as one of a server, and records its requests."""
 
     def __init__(self) -> None:
         self.local = QdrantClient(":memory:")
         self.init_options = {"url": "http://qdrant:6333", "path": None, "location": None}
-        self.asked: list[Any] = []
-        self.made: dict[str, Any] = {}
-        self.found: int | None = None
-        self.moved = 0
+        self.requests: list[Any] = []
+        self.options: dict[str, Any] = {}
+        self.most_points: int | None = None
+        self.counted_twice = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.local, name)
 
     def create_collection(self, name: str, **options: Any) -> bool:
-        self.made = options
+        self.options = options
         return self.local.create_collection(name, **options)
 
     def count(self, name: str, **options: Any) -> Any:
         counted = self.local.count(name, **options)
-        counted.count += 0 if options["exact"] else self.moved
+        counted.count += 0 if options["exact"] else self.counted_twice
         return counted
 
     def query_batch_points(self, name: str, requests: list[Any]) -> list[Any]:
-        self.asked.append(requests)
+        self.requests.append(requests)
         bare = [request.model_copy(update={"params": None}) for request in requests]
         answers = self.local.query_batch_points(name, bare)
         for answer in answers[::2]:
-            answer.points[:] = answer.points[: self.found]
+            answer.points[:] = answer.points[: self.most_points]
         return answers
 
 
@@ -348,7 +346,7 @@ def stages(request: Any) -> list[Any]:
 
 
 def params(remote: Remote) -> list[Any]:
-    return [stage.params for stage in stages(remote.asked[-1][0])]
+    return [stage.params for stage in stages(remote.requests[-1][0])]
 
 
 EXACT = models.SearchParams(exact=True)
@@ -358,16 +356,20 @@ def test_the_whole_funnel_is_one_nested_query(remote: Any) -> None:
     case = search("dot")
     index = case.build(remote, "pets")
     index.search(case.queries, k=2, among=[7, 5])
-    (requests,) = remote.asked
+    (requests,) = remote.requests
     assert len(requests) == 20
     for request, query in zip(requests, case.queries, strict=True):
-        asked = stages(request)
-        assert [type(stage).__name__ for stage in asked] == ["Prefetch", "Prefetch", "QueryRequest"]
-        assert [stage.using for stage in asked] == ["4", "8", "16"]
-        assert [stage.limit for stage in asked] == [12, 8, 2]
-        assert [stage.query for stage in asked] == [query[:dim].tolist() for dim in (4, 8, 16)]
-        only = models.Filter(must=[models.HasIdCondition(has_id=[5, 7])])
-        assert [stage.filter for stage in asked] == [only, None, None]
+        nested = stages(request)
+        assert [type(stage) for stage in nested] == [
+            models.Prefetch,
+            models.Prefetch,
+            models.QueryRequest,
+        ]
+        assert [stage.using for stage in nested] == ["4", "8", "16"]
+        assert [stage.limit for stage in nested] == [12, 8, 2]
+        assert [stage.query for stage in nested] == [query[:dim].tolist() for dim in (4, 8, 16)]
+        only_ids = models.Filter(must=[models.HasIdCondition(has_id=[5, 7])])
+        assert [stage.filter for stage in nested] == [only_ids, None, None]
 
 
 def test_later_stages_are_exact_and_a_first_stage_where_its_shortlist_is_whole(
@@ -383,10 +385,10 @@ def test_later_stages_are_exact_and_a_first_stage_where_its_shortlist_is_whole(
         whole = QdrantIndex.open(remote, "pets", FunnelSchedule((4, 16), (shortlist,), 3))
         whole.search(case.queries)
         assert params(remote) == [EXACT, EXACT]
-        remote.moved = 30  # rows that are counted twice while the engine moves them
+        remote.counted_twice = 30  # rows that are counted twice while the engine moves them
         whole.search(case.queries)
         assert params(remote) == [EXACT, EXACT]
-        remote.moved = 0
+        remote.counted_twice = 0
 
 
 def test_parameters_are_given_by_stage(remote: Any) -> None:
@@ -401,26 +403,26 @@ def test_parameters_are_given_by_stage(remote: Any) -> None:
     assert params(remote) == [EXACT, EXACT, EXACT]
 
 
-def test_large_requests_are_sent_in_parts(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_requests_are_sent_in_parts(remote: Any) -> None:
     case = search()
     index = case.build(remote, "pets")
     expected = index.search(case.queries, among=case.ids)
-    monkeypatch.setattr(module, "_NUMBERS", 3 * (4 + 8 + 16 + 30))
+    index.numbers_per_request = 3 * (4 + 8 + 16 + 30)
     assert list(index.search(case.queries, among=case.ids)) == list(expected)
-    assert list(map(len, remote.asked[1:])) == [3, 3, 3, 3, 3, 3, 2]
-    monkeypatch.setattr(module, "_NUMBERS", 1)
+    assert list(map(len, remote.requests[1:])) == [3, 3, 3, 3, 3, 3, 2]
+    index.numbers_per_request = 1
     index.search(case.queries[:2])
-    assert list(map(len, remote.asked[-2:])) == [1, 1]
+    assert list(map(len, remote.requests[-2:])) == [1, 1]
 
 
-def test_what_an_approximate_engine_did_not_find_is_minus_one(remote: Any) -> None:
+def test_an_approximate_engine_that_finds_too_few_leaves_minus_one(remote: Any) -> None:
     case = search()
     index = case.build(remote, "pets")
     expected = index.search(case.queries[:2])
-    remote.found = 1
-    found = index.search(case.queries[:2])
-    assert found[0] == [expected[0][0], (-1, -np.inf), (-1, -np.inf)]
-    assert found[1] == expected[1]
+    remote.most_points = 1
+    result = index.search(case.queries[:2])
+    assert result[0] == [expected[0][0], (-1, -np.inf), (-1, -np.inf)]
+    assert result[1] == expected[1]
     alone = index.search(case.queries[:1], among=[*case.ids[:2].tolist(), 999])
     assert (alone.ids.shape, alone.ids[0, 1]) == ((1, 2), -1)
 
@@ -446,11 +448,11 @@ def test_the_engines_options_pass_through(remote: Any) -> None:
         on_disk_payload=True,
         metadata={"owner": "me"},
     )
-    made = remote.made
-    assert (made["shard_number"], made["replication_factor"], made["on_disk_payload"]) == (3, 2, 1)
-    assert made["metadata"]["owner"] == "me"
+    options = remote.options
+    assert (options["shard_number"], options["replication_factor"]) == (3, 2)
+    assert (options["on_disk_payload"], options["metadata"]["owner"]) == (True, "me")
     dot = models.Distance.DOT
-    assert made["vectors_config"] == {
+    assert options["vectors_config"] == {
         "1": models.VectorParams(size=1, distance=dot, quantization_config=binary, on_disk=True),
         "2": models.VectorParams(size=2, distance=dot, quantization_config=int8, hnsw_config=graph),
         "4": models.VectorParams(size=4, distance=dot, hnsw_config=models.HnswConfigDiff(m=0)),
@@ -489,7 +491,7 @@ def test_a_build_that_was_interrupted_uploads_what_is_missing(
     client: QdrantClient, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = search()
-    monkeypatch.setattr(module, "_ROWS", 8)
+    monkeypatch.setattr(QdrantIndex, "rows_per_upload", 8)
     uploaded: list[list[int]] = []
     seen: list[tuple[int, int]] = []
     upsert = client.upsert
@@ -505,16 +507,16 @@ def test_a_build_that_was_interrupted_uploads_what_is_missing(
         if done == 16:
             raise KeyboardInterrupt
 
-    given: tuple[Any, ...] = (client, name, case.gallery, case.schedule, case.ids)
+    arguments: tuple[Any, ...] = (client, name, case.gallery, case.schedule, case.ids)
     with pytest.raises(KeyboardInterrupt):
-        QdrantIndex.build(*given, progress=stops)
+        QdrantIndex.build(*arguments, progress=stops)
     assert seen == [(8, 30), (16, 30)]
     client.delete(name, points_selector=models.PointIdsList(points=[int(case.ids[2])]))
-    index = QdrantIndex.build(*given, progress=lambda done, rows: seen.append((done, rows)))
+    index = QdrantIndex.build(*arguments, progress=lambda done, rows: seen.append((done, rows)))
     assert seen[2:] == [(23, 30), (30, 30)]
     assert sorted(uploaded[2] + uploaded[3]) == sorted([*case.ids[16:].tolist(), case.ids[2]])
-    case.assert_found(index)
-    QdrantIndex.build(*given)
+    case.assert_searched_by(index)
+    QdrantIndex.build(*arguments)
     assert len(uploaded) == 4
 
 
@@ -523,11 +525,11 @@ def test_rows_that_are_there_are_looked_up_in_parts(
 ) -> None:
     case = search()
     index = case.build(client, name)
-    monkeypatch.setattr("keras_mrl_serving.index.qdrant_collection._IDS", 7)
+    monkeypatch.setattr(Collection, "ids_per_lookup", 7)
     index.remove(case.ids[[5, 6, 7, 29]])
     seen: list[int] = []
-    given: tuple[Any, ...] = (client, name, case.gallery, case.schedule, case.ids)
-    QdrantIndex.build(*given, progress=lambda done, _: seen.append(done))
+    arguments: tuple[Any, ...] = (client, name, case.gallery, case.schedule, case.ids)
+    QdrantIndex.build(*arguments, progress=lambda done, _: seen.append(done))
     assert (seen, len(index)) == ([30], 30)
 
 
@@ -547,13 +549,13 @@ def test_a_fresh_client_opens_what_another_built(tmp_path: Path, metric: str) ->
     index = QdrantIndex.build(
         first, "pets", case.gallery, case.schedule, case.ids, metric, encoder_fingerprint="5e1f"
     )
-    case.assert_found(index)
+    case.assert_searched_by(index)
     first.close()
     second = QdrantClient(path=str(tmp_path))
     again = QdrantIndex.open(second, "pets")
     assert (again.schedule, again.metric) == (case.schedule, metric)
     assert (again.encoder_fingerprint, len(again)) == ("5e1f", 30)
-    case.assert_found(again)
+    case.assert_searched_by(again)
     second.close()
 
 
@@ -564,90 +566,133 @@ def test_an_index_is_opened_with_another_schedule(client: QdrantClient, name: st
         index = QdrantIndex.open(client, name, schedule)
         other = case._replace(schedule=schedule)
         assert (index.width, index.schedule) == (8, schedule)
-        other.assert_found(index)
+        other.assert_searched_by(index)
     index.add(case.gallery, case.ids)  # all stored dims, not those of the schedule alone
-    case.assert_found(QdrantIndex.open(client, name))
+    case.assert_searched_by(QdrantIndex.open(client, name))
 
 
-# What is refused.
+# What is refused, and in which words.
 
-
-def test_a_gallery_must_fit(client: QdrantClient, name: str, refuses: Refuses) -> None:
-    few = "A gallery needs at least as many rows as the funnel returns. Received: 1 rows for k=2. "
-    with refuses(ValueError, few + "Lower k, or add rows."):
-        QdrantIndex.build(client, name, GALLERY[:1], SCHEDULE)
-    with refuses(
-        ValueError,
+REFUSED_BUILDS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"embeddings": GALLERY[:1]},
+        "A gallery needs at least as many rows as the funnel returns. Received: 1 rows for k=2. "
+        "Lower k, or add rows.",
+    ),
+    (
+        {"metric": "max"},
         'metric must be "cosine", "dot" or "l2". Received: metric=\'max\'. Take cosine if unsure.',
-    ):
-        QdrantIndex.build(client, name, GALLERY, SCHEDULE, metric="max")
-    with refuses(
-        ValueError,
+    ),
+    (
+        {"vectors": {5: {}, 2: {}, 3: {}}},
         "vectors must be given by dims that are stored: (2, 4). "
         "Received: vectors for [3, 5]. Name a stage by its dim.",
-    ):
-        QdrantIndex.build(client, name, GALLERY, SCHEDULE, vectors={5: {}, 2: {}, 3: {}})
-    with refuses(
-        ValueError,
+    ),
+    (
+        {"params": {8: EXACT}},
         "params must be given by dims that are stored: (2, 4). "
         "Received: params for [8]. Name a stage by its dim.",
-    ):
-        QdrantIndex.build(client, name, GALLERY, SCHEDULE, params={8: EXACT})
-    with pytest.raises(ValueError, match=r"^ids must differ from row to row\. "):
-        QdrantIndex.build(client, name, GALLERY, SCHEDULE, [0, 1, 2, 3, 4, 4])
-    with pytest.raises(ValueError, match=r"^The gallery must be \(rows, width\) "):
-        QdrantIndex.build(client, name, GALLERY[:, :3], SCHEDULE)
+    ),
+    (
+        {"ids": [0, 1, 2, 3, 4, 4]},
+        "ids must differ from row to row. Received: 1 that repeat another. Give every row its own.",
+    ),
+    (
+        {"embeddings": GALLERY[:, :3]},
+        "The gallery must be (rows, width) with a width of at least 4. "
+        "Received: shape (6, 3). Embed them at the funnel's last dim, one row each.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "text"), REFUSED_BUILDS)
+def test_a_gallery_that_is_refused_makes_no_collection(
+    changed: dict[str, Any], text: str, client: QdrantClient, name: str, refuses: Refuses
+) -> None:
+    arguments = {"embeddings": GALLERY, "schedule": SCHEDULE, **changed}
+    with refuses(ValueError, text):
+        QdrantIndex.build(client, name, **arguments)
     assert not client.collection_exists(name)
 
 
-def test_rows_that_do_not_fit_change_nothing(
-    client: QdrantClient, name: str, refuses: Refuses
-) -> None:
-    index = QdrantIndex.build(client, name, GALLERY, SCHEDULE)
-    bad = np.concatenate([GALLERY + 1, np.full((1, 4), np.nan, np.float32)])
-    before = list(index.search(GALLERY))
-    with pytest.raises(ValueError, match=r"^The gallery must be finite, "):
-        index.add(bad, np.arange(7))
-    with pytest.raises(ValueError, match=r"^The gallery must be \(rows, width\) "):
-        index.add(GALLERY[:, :3] + 1, np.arange(6))
-    wrong: Any
-    for wrong in (None, np.arange(6) - 1, np.zeros(6, int), np.arange(5), np.arange(6.0)):
-        with pytest.raises(ValueError, match=r"^ids must "):
-            index.add(GALLERY + 1, wrong)
-    for wrong, received in (
-        (None, "object of shape ()"),
-        ([-1], "int64 of shape (1,)"),
-        ([0.5], "float64 of shape (1,)"),
-        ([[1]], "int64 of shape (1, 1)"),
-        (np.array([1, 2**63], np.uint64), "uint64 of shape (2,)"),
-    ):
-        with refuses(
-            ValueError,
-            "ids to remove must be int64 >= 0 in one dimension. "
-            f"Received: {received}. Give those of the rows.",
-        ):
-            index.remove(wrong)
-    assert (len(index), list(index.search(GALLERY))) == (6, before)
-
-
-def test_searches_must_fit(client: QdrantClient, name: str, refuses: Refuses) -> None:
-    index = QdrantIndex.build(client, name, GALLERY, SCHEDULE)
-    with refuses(
-        ValueError,
+NO_IDS = (
+    "ids must be one int64 >= 0 per gallery row. Received: {} for 6 rows. "
+    "Give one per row; an index built without any numbers its rows from 0."
+)
+NO_REMOVAL = (
+    "ids to remove must be int64 >= 0 in one dimension. Received: {}. Give those of the rows."
+)
+HIGHER = GALLERY + 1
+REFUSED_CALLS: list[tuple[Callable[[QdrantIndex], object], str]] = [
+    (
+        lambda index: index.add(np.full((6, 4), np.nan, np.float32), np.arange(6)),
+        "The gallery must be finite, and so must the squares of their lengths in float32. "
+        "Received: NaN, infinity, or rows longer than 1e19. "
+        "Look for failed rows where the embeddings were made.",
+    ),
+    (
+        lambda index: index.add(HIGHER[:, :3], np.arange(6)),
+        "The gallery must be (rows, width) with a width of at least 4. "
+        "Received: shape (6, 3). Embed them at the funnel's last dim, one row each.",
+    ),
+    (
+        lambda index: index.add(HIGHER, None),  # type: ignore[arg-type]
+        NO_IDS.format("object ids of shape ()"),
+    ),
+    (
+        lambda index: index.add(HIGHER, [-1, 0, 1, 2, 3, 4]),
+        NO_IDS.format("int64 ids of shape (6,)"),
+    ),
+    (lambda index: index.add(HIGHER, np.arange(5)), NO_IDS.format("int64 ids of shape (5,)")),
+    (lambda index: index.add(HIGHER, np.arange(6.0)), NO_IDS.format("float64 ids of shape (6,)")),
+    (
+        lambda index: index.add(HIGHER, [0] * 6),
+        "ids must differ from row to row. Received: 5 that repeat another. Give every row its own.",
+    ),
+    (
+        lambda index: index.remove(None),  # type: ignore[arg-type]
+        NO_REMOVAL.format("object of shape ()"),
+    ),
+    (lambda index: index.remove([-1]), NO_REMOVAL.format("int64 of shape (1,)")),
+    (lambda index: index.remove([0.5]), NO_REMOVAL.format("float64 of shape (1,)")),
+    (lambda index: index.remove([[1]]), NO_REMOVAL.format("int64 of shape (1, 1)")),
+    (
+        lambda index: index.remove(np.array([1, 2**63], np.uint64)),
+        NO_REMOVAL.format("uint64 of shape (2,)"),
+    ),
+    (
+        lambda index: index.search(GALLERY, 3),
         "k must lie in 1..2, as many as the funnel returns. "
         "Received: k=3. Search with a schedule whose k is larger.",
-    ):
-        index.search(GALLERY, 3)
-    with pytest.raises(ValueError, match=r"^The queries must be \(rows, width\) "):
-        index.search(GALLERY[:, :3])
-    with pytest.raises(ValueError, match=r"^among must be int64 ids >= 0 "):
-        index.search(GALLERY, among=[-1])
+    ),
+    (
+        lambda index: index.search(GALLERY[:, :3]),
+        "The queries must be (rows, width) with a width of at least 4. "
+        "Received: shape (6, 3). Embed them at the funnel's last dim, one row each.",
+    ),
+    (
+        lambda index: index.search(GALLERY, among=[-1]),
+        "among must be int64 ids >= 0 in one dimension. Received: int64 of shape (1,). "
+        "Give the ids that may be returned, or leave it out for all.",
+    ),
+]
+
+
+def test_calls_that_are_refused_change_nothing(
+    client: QdrantClient, name: str, refuses: Refuses
+) -> None:
+    index = build(client, name)
+    before = list(index.search(GALLERY))
+    for call, text in REFUSED_CALLS:
+        with refuses(ValueError, text):
+            call(index)
+    assert (len(index), list(index.search(GALLERY))) == (6, before)
 
 
 def test_a_schedule_must_be_of_stored_dims(
     client: QdrantClient, name: str, refuses: Refuses
 ) -> None:
-    QdrantIndex.build(client, name, GALLERY, SCHEDULE)
+    build(client, name)
     with refuses(
         ValueError,
         "A schedule's dims must be among those stored: (2, 4). "
@@ -720,112 +765,6 @@ def test_a_server_that_keeps_no_metadata_is_found_out_at_once(
     monkeypatch.setattr(remote.local, "create_collection", forgetful)
     with pytest.raises(errors.ManifestError, match=r"Qdrant 1\.16 or later\.$"):
         QdrantIndex.build(remote, "pets", GALLERY, SCHEDULE)
-
-
-@pytest.mark.parametrize("grpc", [False, True])
-def test_no_server(grpc: bool) -> None:
-    nowhere = QdrantClient(
-        url="http://127.0.0.1:9", grpc_port=9, prefer_grpc=grpc, check_compatibility=False
-    )
-    for act in (QdrantIndex.open, build):
-        with pytest.raises(errors.ServerUnavailableError) as caught:
-            act(nowhere, "pets")
-        text = str(caught.value)
-        assert text.startswith("Qdrant must be there and ready. Received: ")
-        assert text.endswith(
-            ", for collection 'pets'. "
-            "Start it, wait until it is less busy, or give a client with another URL."
-        )
-        assert "refused" in text
-    nowhere.close()
-
-
-def test_what_local_mode_refuses(refuses: Refuses) -> None:
-    client = QdrantClient(":memory:")
-    text = (
-        "Qdrant must take the request. Received: {}, for collection 'pets'. "
-        "See that the collection is still there, and that Qdrant knows the options given."
-    )
-    with refuses(errors.InvalidInputError, text.format("Unknown arguments: ['shards']")):
-        QdrantIndex.build(client, "pets", GALLERY, SCHEDULE, shards=3)
-    index = QdrantIndex.build(client, "pets", GALLERY, SCHEDULE)
-    client.delete_collection("pets")
-    acts: list[Callable[[], Any]] = [
-        lambda: len(index),
-        lambda: index.search(GALLERY),
-        lambda: index.add(GALLERY, range(6)),
-        lambda: index.remove([1]),
-    ]
-    for act in acts:
-        with refuses(errors.InvalidInputError, text.format("Collection pets not found")):
-            act()
-    client.close()
-    with refuses(
-        errors.ServerUnavailableError,
-        "Qdrant must be there and ready. Received: QdrantLocal instance is closed. Please create "
-        "a new instance, for collection 'pets'. "
-        "Start it, wait until it is less busy, or give a client with another URL.",
-    ):
-        len(index)
-
-
-class Rpc(grpc.RpcError):
-    """As gRPC raises it."""
-
-    def __init__(self, code: grpc.StatusCode) -> None:
-        self._code = code
-
-    def code(self) -> grpc.StatusCode:
-        return self._code
-
-
-class ReadTimeout(Exception):
-    """As httpx calls it."""
-
-
-def answered(status: int) -> UnexpectedResponse:
-    return UnexpectedResponse(status, "", b'{"status": "..."}', headers={})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("raised", "leaf"),
-    [
-        (answered(400), errors.InvalidInputError),
-        (answered(403), errors.AccessDeniedError),
-        (answered(404), errors.InvalidInputError),
-        (answered(413), errors.MessageTooLargeError),
-        (answered(500), errors.ServerError),
-        (answered(503), errors.ServerUnavailableError),
-        (answered(504), errors.DeadlineError),
-        (ResourceExhaustedResponse("slow down", 3), errors.ServerUnavailableError),
-        (ResponseHandlingException(ReadTimeout()), errors.DeadlineError),
-        (ResponseHandlingException(OSError()), errors.ServerUnavailableError),
-        (Rpc(grpc.StatusCode.UNAUTHENTICATED), errors.AccessDeniedError),
-        (Rpc(grpc.StatusCode.DEADLINE_EXCEEDED), errors.DeadlineError),
-        (Rpc(grpc.StatusCode.NOT_FOUND), errors.InvalidInputError),
-        (Rpc(grpc.StatusCode.INTERNAL), errors.ServerError),
-    ],
-    ids=str,
-)
-def test_the_table_of_errors(raised: Exception, leaf: type[Exception]) -> None:
-    assert leaf_of(raised) is leaf
-
-
-def test_what_a_server_answers_is_told(monkeypatch: pytest.MonkeyPatch, refuses: Refuses) -> None:
-    client = QdrantClient(":memory:")
-    index = QdrantIndex.build(client, "pets", GALLERY, SCHEDULE)
-
-    def denied(*_: Any, **__: Any) -> Any:
-        raise answered(401)
-
-    monkeypatch.setattr(client, "query_batch_points", denied)
-    with refuses(
-        errors.AccessDeniedError,
-        "Qdrant must let the caller in. Received: Unexpected Response: 401 (Unrecognized Status "
-        "Code) Raw response content: b'{\"status\": \"...\"}', for collection 'pets'. "
-        "Give its key: QdrantClient(..., api_key=...).",
-    ):
-        index.search(GALLERY)
 
 
 def test_what_a_callers_progress_raises_stays_as_it_is(client: QdrantClient, name: str) -> None:

@@ -1,4 +1,4 @@
-"""An index on disk: whole, or refused, whatever befell its files."""
+"""An index on disk: whole, or refused, whatever happened to its files."""
 
 import hashlib
 import json
@@ -19,7 +19,6 @@ from hypothesis import given
 from keras_mrl_serving.errors import DamagedIndexError, ManifestError
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage, open_index, storage
-from keras_mrl_serving.index.first_stage import Shortlister
 from tests.helpers.galleries import (
     ENGINES,
     FLAT,
@@ -29,11 +28,11 @@ from tests.helpers.galleries import (
     Search,
     assert_same,
     drawn,
+    rewrite_card,
     searches,
 )
 
 SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
-ROOT = Path(__file__).parents[3]
 
 SCHEDULE = FunnelSchedule((2, 3, 4), (6, 4), 3)
 GALLERY, OTHER = drawn(0, 20, 4), drawn(1, 20, 4)
@@ -50,7 +49,7 @@ def build(request: pytest.FixtureRequest) -> Build:
 
 
 def assert_equal(index: Local, expected: Local, queries: Array = QUERIES) -> None:
-    """The two answer alike, to the last bit, and know the same of themselves."""
+    """Both have the same facts and ids, and answer alike to the last bit."""
     assert type(index) is type(expected)
     assert index.facts == expected.facts
     np.testing.assert_array_equal(index.ids, expected.ids)
@@ -103,26 +102,26 @@ def test_any_first_stage_comes_back_as_it_was(
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("schedule", [SCHEDULE, FunnelSchedule((4,), (), 3)])
+@pytest.mark.parametrize("rows", [20, 70_000])  # which are written 65,536 at a time
 def test_to_build_in_a_folder_is_to_build_to_save_and_to_open(
-    schedule: FunnelSchedule, metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, schedule: FunnelSchedule, metric: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("keras_mrl_serving.index.faiss._ROWS_AT_ONCE", 7)
-    given: dict[str, Any] = {"first_stage": FLAT, "plan": {"target": 0.9}}
-    ids = np.arange(20) * 3
-    built = FaissIndex.build(
-        GALLERY, schedule, ids, metric, "5e1f", path=tmp_path / "a" / "b", **given
+    gallery, ids = drawn(0, rows, 4), np.arange(rows) * 3
+    options: dict[str, Any] = {"first_stage": FLAT, "plan": {"target": 0.9}}
+    in_folder = FaissIndex.build(
+        gallery, schedule, ids, metric, "5e1f", path=tmp_path / "a" / "b", **options
     )
-    saved_ = FaissIndex.build(GALLERY, schedule, ids, metric, "5e1f", **given)
-    saved_.save(tmp_path / "c")
-    assert_equal(built, saved_)
+    in_memory = FaissIndex.build(gallery, schedule, ids, metric, "5e1f", **options)
+    in_memory.save(tmp_path / "c")
+    assert_equal(in_folder, in_memory)
     assert_equal(FaissIndex.open(tmp_path / "a" / "b"), FaissIndex.open(tmp_path / "c"))
     cards = [json.loads((tmp_path / at / "index.json").read_text()) for at in ("a/b", "c")]
     digests = [{n: f["sha256"] for n, f in card["files"].items()} for card in cards]
     assert digests[0] == digests[1]
-    assert built.plan == {"target": 0.9}
+    assert in_folder.plan == {"target": 0.9}
 
 
-def test_what_is_wrong_with_a_gallery_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     bad = GALLERY.copy()
     bad[-1, -1] = np.nan
     FaissIndex.build(GALLERY, SCHEDULE, path=tmp_path, first_stage=FLAT)
@@ -170,7 +169,7 @@ class Damage:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("metric", METRICS if SOAK else ["l2"])
-def test_what_was_damaged_never_answers(metric: str, build: Build, tmp_path: Path) -> None:
+def test_a_damaged_index_never_answers(metric: str, build: Build, tmp_path: Path) -> None:
     """A thousand damages each in `make soak`."""
     build(GALLERY, SCHEDULE, None, metric, "5e1f").save(tmp_path)
     chance = random.Random(metric)
@@ -255,24 +254,15 @@ def test_a_card_that_does_not_read_is_named(
         open_index(tmp_path)
 
 
-def rewrite(folder: Path, **changed: Any) -> None:
-    """As another version of keras-mrl might have written it: with a digest that is right."""
-    card = json.loads((folder / "index.json").read_text())
-    del card["sha256"]
-    card |= changed
-    digest = hashlib.sha256(json.dumps(card).encode()).hexdigest()
-    (folder / "index.json").write_text(json.dumps({**card, "sha256": digest}, indent=1))
-
-
 def test_a_card_may_be_rewritten(folder: Path) -> None:
-    """Or the tests below would see damage, not what was changed."""
-    rewrite(folder, made_with="0.0")
+    """Or the tests below would see the damage, not the change."""
+    rewrite_card(folder, made_with="0.0")
     open_index(folder)
 
 
 @pytest.mark.parametrize("number", [2, 0, "1"])
 def test_an_index_of_another_format_says_so(number: Any, folder: Path, refuses: Refuses) -> None:
-    rewrite(folder, format=number)
+    rewrite_card(folder, format=number)
     text = (
         f"This version of keras-mrl reads indexes of format 1. Received: {str(folder)!r} of format "
         f"{number!r}. Install the version of keras-mrl that wrote it, or a later one."
@@ -284,36 +274,9 @@ def test_an_index_of_another_format_says_so(number: Any, folder: Path, refuses: 
             engine.open(folder)
 
 
-@pytest.mark.parametrize("engine", ["qdrant", None, 1])
-def test_an_index_of_an_unknown_engine_says_so(engine: Any, folder: Path, refuses: Refuses) -> None:
-    rewrite(folder, engine=engine)
-    text = (
-        f'An index is of the engine "exact" or "faiss". Received: {engine!r}. '
-        "Install the version of keras-mrl that wrote it, or a later one."
-    )
-    with refuses(ManifestError, text):
-        open_index(folder)
-
-
-@pytest.mark.parametrize(
-    ("wrote", "opens", "names"),
-    [("exact", FaissIndex, "'exact' for 'faiss'"), ("faiss", ExactIndex, "'faiss' for 'exact'")],
-)
-def test_an_index_of_the_other_engine_says_so(
-    wrote: str, opens: type[Local], names: str, tmp_path: Path, refuses: Refuses
-) -> None:
-    ENGINES[wrote](GALLERY, SCHEDULE).save(tmp_path)
-    text = (
-        f"An index is opened by the engine that wrote it. Received: one of the engine {names}. "
-        "Open it with open_index."
-    )
-    with refuses(ManifestError, text):
-        opens.open(tmp_path)
-
-
 def test_a_metric_or_a_schedule_of_another_version_says_so(folder: Path) -> None:
     for changed in ({"metric": "hamming"}, {"schedule": {"dims": [4, 2]}}):
-        rewrite(folder, **changed)
+        rewrite_card(folder, **changed)
         with pytest.raises(
             ManifestError, match=r"^An index names its schedule, its metric and its"
         ):
@@ -344,7 +307,7 @@ def test_an_index_is_not_saved_over_a_file(build: Build, tmp_path: Path) -> None
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_what_others_keep_in_the_folder_stays(build: Build, tmp_path: Path) -> None:
+def test_other_files_in_the_folder_stay(build: Build, tmp_path: Path) -> None:
     foreign = ["mine.npy", "ids.npy", "notes-0123.json", "index-0123456789abcdef.json.bak", ".hid"]
     for name in foreign:
         (tmp_path / name).write_text("mine")
@@ -353,11 +316,11 @@ def test_what_others_keep_in_the_folder_stays(build: Build, tmp_path: Path) -> N
         build(gallery, SCHEDULE).save(tmp_path)
     assert all((tmp_path / name).read_text() == "mine" for name in foreign)
     card = json.loads((tmp_path / "index.json").read_text())
-    ours = {said["name"] for said in card["files"].values()}
+    ours = {entry["name"] for entry in card["files"].values()}
     assert {p.name for p in tmp_path.iterdir()} == {*foreign, "folder", "index.json", *ours}
 
 
-def test_who_opened_an_index_keeps_it_when_it_is_replaced(build: Build, tmp_path: Path) -> None:
+def test_an_open_index_stays_readable_when_it_is_replaced(build: Build, tmp_path: Path) -> None:
     index = build(GALLERY, SCHEDULE)
     index.save(tmp_path)
     opened = open_index(tmp_path)
@@ -368,90 +331,90 @@ def test_who_opened_an_index_keeps_it_when_it_is_replaced(build: Build, tmp_path
     assert (opened.search(QUERIES).ids != other.search(QUERIES).ids).any()
 
 
-def test_an_engine_replaces_the_other(tmp_path: Path) -> None:
-    for name in ("exact", "faiss", "exact"):
-        index = ENGINES[name](GALLERY, SCHEDULE)
-        index.save(tmp_path)
-        assert_equal(open_index(tmp_path), index)
-        assert len(list(tmp_path.iterdir())) == len(ids_and(tmp_path))
-
-
-def ids_and(folder: Path) -> set[str]:
+def named_by_card(folder: Path) -> set[str]:
     card = json.loads((folder / "index.json").read_text())
-    return {"index.json", *(said["name"] for said in card["files"].values())}
+    return {"index.json", *(entry["name"] for entry in card["files"].values())}
 
-
-STEPS = ("os.fsync", "os.replace", "os.close", "Path.unlink", "np.lib.format.open_memmap")
 
 KILLED = """
 import os, sys
 from pathlib import Path
 import numpy as np
 from keras_mrl_serving.index import open_index
-from tests.serving.index.test_saved import STEPS
 
-folder, new, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
-index = open_index(new)
-owners = {"os": os, "Path": Path, "np.lib.format": np.lib.format}
+folder = Path(sys.argv[1])
+old, new = open_index(folder / "old"), open_index(folder / "new")
+steps = [
+    (os, "fsync"), (os, "replace"), (os, "close"), (Path, "unlink"),
+    (np.lib.format, "open_memmap"),
+]
 
-def exits(function):
+def exits_after(calls, function):
     def counted(*args, **kwargs):
-        global calls
-        calls -= 1
-        if calls < 0:
+        if next(calls, None) is None:
             os._exit(9)
         return function(*args, **kwargs)
     return counted
 
-for step in STEPS:
-    owner, _, name = step.rpartition(".")
-    setattr(owners[owner], name, exits(getattr(owners[owner], name)))
-index.save(folder)
+for calls in range(100):
+    place = folder / f"killed-{calls:03}"
+    old.save(place)
+    child = os.fork()
+    if not child:
+        left = iter(range(calls))
+        for owner, name in steps:
+            setattr(owner, name, exits_after(left, getattr(owner, name)))
+        new.save(place)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(status)
+    if status != 9:
+        break
 """
 
 
-@pytest.mark.soak
-def test_killed_while_it_saves_it_leaves_the_old_index_or_the_new(
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows forks no process")
+def test_killed_at_any_step_of_saving_it_leaves_the_old_index_or_the_new(
     build: Build, tmp_path: Path
 ) -> None:
-    """At every step in `make soak`, else at each third."""
+    """One process forks a child for each step, which kills itself before that step."""
     old, new = build(GALLERY, SCHEDULE), build(OTHER, SCHEDULE)
+    old.save(tmp_path / "old")
     new.save(tmp_path / "new")
-    answers, stranded = set(), 0
-    for calls in range(0, 200, 1 if SOAK else 3):
-        folder = tmp_path / f"killed-{calls}"
-        old.save(folder)
-        done = run(KILLED, folder, tmp_path / "new", calls)
-        assert done.returncode in (0, 9), done.stderr
-        left = open_index(folder)
-        answers.add(is_new := bool((left.search(QUERIES).ids != old.search(QUERIES).ids).any()))
-        assert_equal(left, new if is_new else old)
-        stranded += {file.name for file in folder.iterdir()} > ids_and(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    *killed, completed = done.stdout.split()
+    assert (set(killed), completed) == ({"9"}, "0")
+    folders = sorted(tmp_path.glob("killed-*"))
+    assert len(folders) == len(killed) + 1 > 15
+    answers, num_stranded = [], 0
+    for folder in folders:
+        survivor = open_index(folder)
+        answers.append(differ(survivor, old))
+        assert_equal(survivor, new if answers[-1] else old)
+        num_stranded += {file.name for file in folder.iterdir()} > named_by_card(folder)
         old.save(folder)
         assert_equal(open_index(folder), old)
-        assert {file.name for file in folder.iterdir()} == ids_and(folder)
-        if done.returncode == 0:
-            assert is_new
-            break
-    assert done.returncode == 0
-    assert answers == {True, False}
-    assert stranded
+        assert {file.name for file in folder.iterdir()} == named_by_card(folder)
+    assert answers == sorted(answers)  # the old index up to some step, from there on the new
+    assert (answers[0], answers[-1]) == (False, True)
+    assert num_stranded
 
 
-def run(program: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+def differ(index: Local, other: Local) -> bool:
+    return bool((index.search(QUERIES).ids != other.search(QUERIES).ids).any())
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "os.replace", "_sync_folder", "json.dumps"])
-def test_what_fails_while_it_saves_leaves_the_old_index_or_the_new(
-    step: str, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("owner", "name"), [(os, "fsync"), (os, "replace"), (os, "open"), (json, "dumps")]
+)
+def test_any_step_of_saving_that_fails_leaves_the_old_index_or_the_new(
+    owner: Any, name: str, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = build(GALLERY, SCHEDULE), build(OTHER, SCHEDULE)
-    target = f"keras_mrl_serving.index.storage.{step}"
-    owner, _, name = step.rpartition(".")
-    works = getattr({"os": os, "json": json, "": storage}[owner], name)
-    failed = 0
+    works = getattr(owner, name)
+    num_failed = 0
     for calls in range(50):
         left = iter(range(calls))
 
@@ -462,33 +425,20 @@ def test_what_fails_while_it_saves_leaves_the_old_index_or_the_new(
 
         old.save(tmp_path)
         with monkeypatch.context() as patch:
-            patch.setattr(target, fails)
+            patch.setattr(owner, name, fails)
             try:
                 new.save(tmp_path)
             except OSError:
-                failed += 1
+                num_failed += 1
             else:
                 break
-        found = open_index(tmp_path)
-        is_new = bool((found.search(QUERIES).ids != old.search(QUERIES).ids).any())
-        assert_equal(found, new if is_new else old)
-        if not is_new and step != "os.replace":  # which may have been done, and then failed
-            assert {file.name for file in tmp_path.iterdir()} == ids_and(tmp_path)
-    assert failed == calls > 0
+        survivor = open_index(tmp_path)
+        is_new = differ(survivor, old)
+        assert_equal(survivor, new if is_new else old)
+        if not is_new and name != "replace":  # which may have been done, and then failed
+            assert {file.name for file in tmp_path.iterdir()} == named_by_card(tmp_path)
+    assert num_failed == calls > 0
     assert_equal(open_index(tmp_path), new)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
-@pytest.mark.parametrize("kind", [FLAT, FirstStage("BFlat", "")], ids=str)
-def test_a_first_stage_that_finds_the_disk_full_says_so(kind: FirstStage) -> None:
-    """FAISS tells of it by a RuntimeError with a line of its source."""
-    rows = np.ones((5000, 16), np.float32)
-    first = Shortlister.build(rows, kind, "dot", lambda _done, _rows: None)
-    with pytest.raises(OSError, match=r"No space left on device") as caught:
-        first.write("/dev/full")
-    text = str(caught.value)
-    assert text.startswith("A first stage must be written whole. Received: '/dev/full' (")
-    assert text.endswith("). Make room on the disk, or choose another folder.")
 
 
 def test_it_is_written_in_an_order_that_a_power_cut_does_not_undo(
@@ -496,18 +446,18 @@ def test_it_is_written_in_an_order_that_a_power_cut_does_not_undo(
 ) -> None:
     """Data, then the card, then the folder are made safe; then the card takes its name."""
     build(OTHER, SCHEDULE).save(tmp_path)
-    old = ids_and(tmp_path)
+    old = named_by_card(tmp_path)
     index = build(GALLERY, SCHEDULE)
     steps: list[tuple[str, str]] = []
     fsync, replace, flush, unlink = os.fsync, os.replace, np.memmap.flush, Path.unlink
     digests: dict[str, str] = {}
 
     def synced(descriptor: int) -> None:
-        what = os.fstat(descriptor).st_ino
         names = {file.stat().st_ino: file.name for file in [tmp_path, *tmp_path.iterdir()]}
-        steps.append(("fsync", names[what]))
-        if names[what] != tmp_path.name:
-            digests[names[what]] = hashlib.sha256((tmp_path / names[what]).read_bytes()).hexdigest()
+        name = names[os.fstat(descriptor).st_ino]
+        steps.append(("fsync", name))
+        if name != tmp_path.name:
+            digests[name] = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
         fsync(descriptor)
 
     def replaced(source: Path, target: Path) -> None:
@@ -529,7 +479,7 @@ def test_it_is_written_in_an_order_that_a_power_cut_does_not_undo(
         patch.setattr(np.memmap, "flush", flushed)
         patch.setattr(Path, "unlink", unlinked)
         index.save(tmp_path)
-    data = sorted(ids_and(tmp_path) - {"index.json"})
+    data = sorted(named_by_card(tmp_path) - {"index.json"})
     arrays = [name for name in data if name.endswith(".npy")]
     gone = old - {"index.json"}
     first = sorted(steps[: len(arrays)]), sorted(steps[len(arrays) : len(arrays) + len(data)])
@@ -549,7 +499,7 @@ def test_it_is_written_in_an_order_that_a_power_cut_does_not_undo(
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digests[name]
 
 
-def test_what_was_just_built_in_a_folder_is_not_read_again(
+def test_files_just_built_in_a_folder_are_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest, read = hashlib.file_digest, []
@@ -560,7 +510,7 @@ def test_what_was_just_built_in_a_folder_is_not_read_again(
 
     monkeypatch.setattr(hashlib, "file_digest", counted)
     FaissIndex.build(GALLERY, SCHEDULE, path=tmp_path, first_stage=FLAT)
-    data = sorted(ids_and(tmp_path) - {"index.json"})
+    data = sorted(named_by_card(tmp_path) - {"index.json"})
     assert sorted(read) == data  # once each, as they were written
     FaissIndex.open(tmp_path, verify=False)
     assert sorted(read) == data
@@ -575,7 +525,7 @@ def test_one_saves_at_a_time(build: Build, tmp_path: Path, refuses: Refuses) -> 
         f"One writer at a time saves an index. Received: {str(tmp_path)!r}, which another is "
         "writing. Wait for it, or choose another folder."
     )
-    with storage.Writing(tmp_path):
+    with storage.IndexWriter(tmp_path):
         before = contents(tmp_path)
         with refuses(BlockingIOError, text):
             other.save(tmp_path)
@@ -586,9 +536,7 @@ def test_one_saves_at_a_time(build: Build, tmp_path: Path, refuses: Refuses) -> 
 
 
 @pytest.mark.soak
-def test_those_who_save_and_those_who_open_do_not_disturb_one_another(
-    build: Build, tmp_path: Path
-) -> None:
+def test_saving_and_opening_at_the_same_time(build: Build, tmp_path: Path) -> None:
     both = build(GALLERY, SCHEDULE), build(OTHER, SCHEDULE)
     expected = [index.search(QUERIES).scores.tolist() for index in both]
     both[0].save(tmp_path)
@@ -626,7 +574,7 @@ def test_those_who_save_and_those_who_open_do_not_disturb_one_another(
     assert wrong == []
     assert counts["opened"]
     assert counts["saved"]
-    assert {file.name for file in tmp_path.iterdir()} == ids_and(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == named_by_card(tmp_path)
 
 
 def test_a_plan_that_is_no_json_leaves_the_old_index(tmp_path: Path) -> None:
@@ -641,8 +589,8 @@ def test_a_plan_that_is_no_json_leaves_the_old_index(tmp_path: Path) -> None:
 
 
 def test_files_are_named_as_the_next_save_expects(folder: Path) -> None:
-    """Or what a killed one leaves would lie there for ever."""
-    names = ids_and(folder) - {"index.json"}
+    """Or the files that a killed process leaves would lie there for ever."""
+    names = named_by_card(folder) - {"index.json"}
     assert names
     assert all(map(storage.is_ours, names))
     assert not any(storage.is_ours(f"{name}.bak") for name in names)
