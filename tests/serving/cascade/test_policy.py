@@ -17,6 +17,7 @@ from keras_mrl_serving.cascade.confidence import max_probability, softmax
 from keras_mrl_serving.cascade.policy import CascadePolicy, CascadeReport, Stage
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.errors import ManifestError
+from tests.helpers.holdouts import DIMS, holdouts
 
 Array = npt.NDArray[Any]
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
@@ -26,24 +27,10 @@ TWO = CascadePolicy((Stage(8, 0.5), Stage(16, None)))
 
 
 @st.composite
-def holdouts(draw: st.DrawFn) -> tuple[Array, Array]:
-    rows, stages, classes = (draw(st.integers(*ends)) for ends in ((1, 24), (1, 4), (2, 12)))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    logits = rng.normal(size=(rows, stages, classes), scale=draw(st.sampled_from([0.1, 1, 5])))
-    if draw(st.booleans()):
-        logits = np.round(logits)  # whole numbers, so that confidences tie
-    # All negative, so that none pass for probabilities.
-    return (logits - 50).astype(np.float32), rng.integers(0, classes, size=rows)
-
-
-@st.composite
 def policies(draw: st.DrawFn, stages: int) -> CascadePolicy:
     thresholds = [*(draw(st.floats(-0.1, 1.1)) for _ in range(stages - 1)), None]
     temperatures = [draw(st.floats(0.25, 4)) for _ in range(stages)]
     return CascadePolicy(tuple(map(Stage, DIMS[:stages], thresholds, temperatures)), method="drawn")
-
-
-DIMS = (8, 24, 40, 100)
 
 
 def probabilities(logits: Array, temperature: float) -> Array:

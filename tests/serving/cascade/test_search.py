@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.serving.test_cascade import holdouts
+from tests.helpers.holdouts import DIMS, holdouts
 
 from keras_mrl_serving import CascadePolicy, search_cascades
 from keras_mrl_serving.cascade.policy import Stage
 
-DIMS = (8, 24, 40, 100)
 FEWER = settings(max_examples=100)  # each is a whole search
 
 

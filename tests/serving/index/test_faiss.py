@@ -311,8 +311,8 @@ def test_where_a_first_stage_finds_too_few_all_rows_are_compared(
     schedule = FunnelSchedule(dims, shortlists, 200)
     index, first, search = watched(metric, FirstStage("IVF16,Flat", "nprobe=1"), schedule)
     among = allowed(search, 0.9) if is_filtered else None
-    shortlists = first.search(index.facts.prefix(QUERIES, dims[0]), 200)
-    assert (shortlists == -1).any(axis=1).all()
+    found = first.search(index.facts.prefix(QUERIES, dims[0]), 200)
+    assert (found == -1).any(axis=1).all()
     assert_nearest(index.search(QUERIES, among=among), search, among)
 
 

@@ -583,7 +583,8 @@ class Clocked:
     def search(self, queries: Array) -> Neighbors:
         self.now += self.seconds(len(self.searched))
         self.searched.append(queries[:, 0].tolist())
-        return Neighbors(np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0)))
+        shape = (len(queries), 0)
+        return Neighbors(np.empty(shape, np.int64), np.empty(shape, np.float32))
 
     def time(self, queries: Array, batch: int) -> float:
         index: Any = self
@@ -641,9 +642,9 @@ NUMBERS = (
 )
 
 
-def numbers(rows: int = 400, **changed: Any) -> str:
-    defaults = {"target": 0.9, "k": 5, "batch": 1, "queries": 120}
-    return NUMBERS.format(rows=rows, **{**defaults, **changed})
+def numbers(**changed: Any) -> str:
+    defaults = {"target": 0.9, "k": 5, "batch": 1, "queries": 120, "rows": 400}
+    return NUMBERS.format(**{**defaults, **changed})
 
 
 OWN_ROWS = (
@@ -672,7 +673,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {"gallery": GALLERY[:rows], "queries": GALLERY[:120], "own_rows": FEW},
-            numbers(rows - 120),
+            numbers(rows=rows - 120),
         )
         for rows in (120, 121, 125)
     ),

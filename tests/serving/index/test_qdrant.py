@@ -625,7 +625,7 @@ NO_REMOVAL = (
 HIGHER = GALLERY + 1
 REFUSED_CALLS: list[tuple[Callable[[QdrantIndex], object], str]] = [
     (
-        lambda index: index.add(np.full((6, 4), np.nan, np.float32), np.arange(6)),
+        lambda index: index.add(np.vstack([HIGHER, np.full((1, 4), np.nan)]), np.arange(7)),
         "The gallery must be finite, and so must the squares of their lengths in float32. "
         "Received: NaN, infinity, or rows longer than 1e19. "
         "Look for failed rows where the embeddings were made.",
@@ -640,7 +640,7 @@ REFUSED_CALLS: list[tuple[Callable[[QdrantIndex], object], str]] = [
         NO_IDS.format("object ids of shape ()"),
     ),
     (
-        lambda index: index.add(HIGHER, [-1, 0, 1, 2, 3, 4]),
+        lambda index: index.add(HIGHER, np.arange(6) - 1),
         NO_IDS.format("int64 ids of shape (6,)"),
     ),
     (lambda index: index.add(HIGHER, np.arange(5)), NO_IDS.format("int64 ids of shape (5,)")),
