@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers.holdouts import DIMS, holdouts
 
 from keras_mrl_serving import CascadePolicy, search_cascades
 from keras_mrl_serving.cascade.policy import Stage
+from tests.helpers.holdouts import DIMS, holdouts
 
 FEWER = settings(max_examples=100)  # each is a whole search
 
