@@ -1,11 +1,14 @@
-"""A SavedModel loaded and run by the very code of TensorFlow Serving: loader and Session::Run."""
+"""A SavedModel loaded and run by the very code of TensorFlow Serving: loader and Session::Run.
+
+Both are private API of TensorFlow. Where a release of it lacks them, the public loader and
+`Session.run` do the same work with other texts for some errors.
+"""
 
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +17,7 @@ import tensorflow as tf
 try:
     from tensorflow.python.client import pywrap_tf_session as _c_api
 
-    # make_callable and Session.run word a bad feed differently; this alone is bare Session::Run.
+    # The bare Session::Run; make_callable and Session.run word the error of a bad feed differently.
     RUNS_AS_TF_SERVING = hasattr(tf.compat.v1.Session, "_call_tf_sessionrun")
 except ImportError:
     RUNS_AS_TF_SERVING = False
@@ -31,8 +34,8 @@ _TAGS = ["serve"]
 class SavedModelSession:
     """One loaded SavedModel, in a graph and a session of its own.
 
-    Nothing is validated: names are looked up, and what the runtime says about the values comes as
-    it is. Any number of threads may call `run` at once; the GIL is released while one computes.
+    It validates nothing but names; errors about values are those of the runtime. Any number of
+    threads may call `run` at once; the GIL is released while one computes.
 
     Args:
         path: folder of the SavedModel, the one with `saved_model.pb`.
@@ -49,11 +52,11 @@ class SavedModelSession:
             with self._session.graph.as_default():
                 meta_graph = load(self._session, fspath(path))
             self.signatures: Mapping[str, Any] = dict(meta_graph.signature_def)
-            # Plain dicts: asked for a missing key, a map of messages makes one instead of raising.
+            # Plain dicts, since a protobuf map answers a missing key with a new message.
             self._feeds = {key: _names(s.inputs) for key, s in self.signatures.items()}
             self._fetches = {key: _names(s.outputs) for key, s in self.signatures.items()}
             if RUNS_AS_TF_SERVING:
-                # Session.run does this before each call; the graph is final, so once is enough.
+                # Session.run does this before each call; for a graph that is final, once is enough.
                 self._session._extend_graph()
                 self._tf_outputs = {
                     tensor: self._tf_output(tensor)
@@ -82,7 +85,7 @@ class SavedModelSession:
 
         Raises:
             KeyError: no such signature, input or output.
-            tf.errors.OpError: what the TensorFlow runtime raised, with its text.
+            tf.errors.OpError: the error of the TensorFlow runtime, with its text.
         """
         feeds, fetches = self.tensors_of(signature_name, inputs, output_names)
         values = self.run_tensors(feeds, list(fetches.values()), timeout_s=timeout_s)
@@ -91,7 +94,7 @@ class SavedModelSession:
     def tensors_of(
         self, signature_name: str, inputs: Mapping[str, np.ndarray], output_names: Sequence[str]
     ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """What a run of a signature feeds and fetches.
+        """The tensors that a run of a signature feeds and fetches.
 
         Args:
             signature_name: a key of `signatures`.
@@ -99,7 +102,7 @@ class SavedModelSession:
             output_names: the outputs to fetch; empty means all of them.
 
         Returns:
-            the arrays by the name of their tensor, and the tensor of each output.
+            the input arrays by the name of their tensor, and the tensor name of each output.
 
         Raises:
             KeyError: no such signature, input or output.
@@ -115,16 +118,16 @@ class SavedModelSession:
         *,
         timeout_s: float | None = None,
     ) -> list[np.ndarray]:
-        """Runs what lies between tensors of the graph, each one's name given by a signature.
+        """Runs the graph from some tensors of its signatures to others.
 
         Args:
-            feeds: arrays by the name of the tensor they take the place of.
-            fetches: the tensors to compute.
+            feeds: arrays by the name of the tensor that they replace.
+            fetches: the names of the tensors to compute.
             timeout_s: how long the model may compute; None means without limit.
 
         Raises:
             KeyError: no signature has a tensor of that name.
-            tf.errors.OpError: what the TensorFlow runtime raised, with its text.
+            tf.errors.OpError: the error of the TensorFlow runtime, with its text.
         """
         run = self._run_as_tf_serving if RUNS_AS_TF_SERVING else self._run_publicly
         return [as_array(value) for value in run(feeds, fetches, timeout_s)]
@@ -136,12 +139,7 @@ class SavedModelSession:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _run_as_tf_serving(
@@ -169,7 +167,7 @@ class SavedModelSession:
         return self._session.run(list(fetches), feed_dict=dict(feeds), options=options)
 
     def _tf_output(self, name: str) -> Any:
-        """The C handle of `op:0`, or of `op`, which is how a signature names its init op."""
+        """The C handle of a tensor: `op:0`, or plain `op`, as a signature names its init op."""
         op, _, index = name.partition(":")
         output = _c_api.TF_Output()
         output.oper = self._session.graph.get_operation_by_name(op)._c_op
@@ -178,10 +176,7 @@ class SavedModelSession:
 
 
 def _load_as_tf_serving(session: Any, path: str) -> Any:
-    """As the C++ loader, which takes a SavedModel without variables for one that has none.
-
-    The loader of Python refuses it; under TensorFlow Serving each request is told what is missing.
-    """
+    """Loads as C++ does: a SavedModel whose variables are missing loads, and its runs fail."""
     loader = SavedModelLoader(path)
     saver, _ = loader.load_graph(session.graph, _TAGS)
     if tf.io.gfile.exists(os.path.join(path, "variables", "variables.index")):
@@ -191,12 +186,12 @@ def _load_as_tf_serving(session: Any, path: str) -> Any:
 
 
 def _load_publicly(session: Any, path: str) -> Any:
-    with _without_deprecation_of_the_loader():
+    with _without_deprecation_warning():
         return tf.compat.v1.saved_model.loader.load(session, _TAGS, path)
 
 
 def as_array(value: Any) -> np.ndarray:
-    """What TensorFlow returned, as an array: rank 0 comes as a NumPy scalar, or as bytes."""
+    """A value that TensorFlow returned, as an array: of rank 0, it is a NumPy scalar or bytes."""
     # NumPy's own dtype for bytes, S, would lose trailing zero bytes.
     return np.array(value, dtype=object) if isinstance(value, bytes) else np.asarray(value)
 
@@ -207,21 +202,21 @@ def _names(infos: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _run_options(timeout_s: float) -> Any:
-    # 0 would mean without limit, so a deadline just passed is one millisecond. gRPC's "no deadline"
-    # is a number of seconds whose milliseconds leave int64; TensorFlow Serving cuts at int32 too.
+    # At least one millisecond, since 0 would mean without limit. At most int32, as in TensorFlow
+    # Serving: gRPC's "no deadline" is a number of seconds whose milliseconds overflow int64.
     return tf.compat.v1.RunOptions(timeout_in_ms=min(max(1, int(timeout_s * 1000)), 2**31 - 1))
 
 
 @contextmanager
-def _without_deprecation_of_the_loader() -> Iterator[None]:
-    """The loader of TensorFlow Serving is what we want; the advice to use another is for others."""
+def _without_deprecation_warning() -> Iterator[None]:
+    """Silences the advice to use another loader: this one is TensorFlow Serving's."""
 
-    def keep(record: logging.LogRecord) -> bool:
+    def is_other(record: logging.LogRecord) -> bool:
         return "loader_impl" not in record.getMessage()
 
     logger = tf.get_logger()
-    logger.addFilter(keep)
+    logger.addFilter(is_other)
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        logger.removeFilter(is_other)

@@ -1,23 +1,22 @@
-"""How requests are batched: what --batching_parameters_file says, and the defaults."""
+"""How requests are batched: the file of --batching_parameters_file, and the defaults."""
 
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, wrappers_pb2
+from .status import invalid_argument
+from .text_proto import TextProtoFile, empty_message
 
-from .status import invalid_argument, read_text_proto
-
-_NAME = "tensorflow.serving.BatchingParameters"
-_INT64, _BOOL, _STRING = (f".google.protobuf.{kind}Value" for kind in ("Int64", "Bool", "String"))
-_WRAPPED = {
-    "max_batch_size": _INT64,
-    "batch_timeout_micros": _INT64,
-    "max_enqueued_batches": _INT64,
-    "num_batch_threads": _INT64,
-    "thread_pool_name": _STRING,
-    "enable_large_batch_splitting": _BOOL,
-    "max_execution_batch_size": _INT64,
+_PARAMETERS = {
+    "max_batch_size": "google.protobuf.Int64Value",
+    "batch_timeout_micros": "google.protobuf.Int64Value",
+    "max_enqueued_batches": "google.protobuf.Int64Value",
+    "num_batch_threads": "google.protobuf.Int64Value",
+    "thread_pool_name": "google.protobuf.StringValue",
+    "enable_large_batch_splitting": "google.protobuf.BoolValue",
+    "max_execution_batch_size": "google.protobuf.Int64Value",
+    "allowed_batch_sizes": "repeated int64",
+    "pad_variable_length_inputs": "bool",
 }
 
 
@@ -27,10 +26,10 @@ class BatchingOptions:
 
     Args:
         max_batch_size: the most rows of a request, and of a batch where requests are not split.
-        batch_timeout_s: how long a batch that is not full waits for more.
+        batch_timeout_s: how long a batch that is not full waits for more rows.
         max_enqueued_batches: how many batches a queue holds.
         num_batch_threads: how many batches are computed at once, of all models together.
-        allowed_batch_sizes: what batches are padded up to; empty means no padding.
+        allowed_batch_sizes: the sizes that batches are padded to; empty means no padding.
         pad_variable_length_inputs: whether inputs of one batch may differ in their inner shapes.
         enable_large_batch_splitting: whether a request may be spread over several batches.
         max_execution_batch_size: the most rows of a batch.
@@ -47,15 +46,15 @@ class BatchingOptions:
 
 
 def batching_parameters(enable_batching: bool, path: str | None) -> Any | None:
-    """What the two flags of TensorFlow Serving ask for; None means without batching.
+    """The `BatchingParameters` of TensorFlow Serving's two flags; None means without batching.
 
     Args:
         enable_batching: --enable_batching.
-        path: --batching_parameters_file, None or empty where it is not given.
+        path: --batching_parameters_file; None or empty means the defaults.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no text of BatchingParameters, or is given without batching.
+        ValueError: it is no text proto of BatchingParameters, or is given without batching.
     """
     if path and not enable_batching:
         raise ValueError(
@@ -71,18 +70,18 @@ def read_batching_parameters(path: str) -> Any:
     """The `BatchingParameters` of a file.
 
     Args:
-        path: file with the text of the proto.
+        path: a text proto.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no such text.
+        ValueError: it is no text proto of BatchingParameters.
     """
     example = "max_batch_size { value: 128 } and the like"
-    return read_text_proto(path, _empty_parameters(), "batching_parameters_file", example)
+    return TextProtoFile("batching_parameters_file", path, _empty_parameters(), example).read()
 
 
 def batching_options(parameters: Any) -> BatchingOptions:
-    """BatchingParameters as they act.
+    """The options that BatchingParameters stand for.
 
     Args:
         parameters: a `BatchingParameters`.
@@ -117,7 +116,7 @@ def batching_options(parameters: Any) -> BatchingOptions:
     if not 0 < execution_size <= size:
         raise invalid_argument(
             "When enable_large_batch_splitting is true, input_batch_size_limit must be greater "
-            # Its three numbers have no blanks between them there either; the first is "true".
+            # TensorFlow Serving too puts no blanks between the three; the first stands for "true".
             f"than or equal to max_execution_batch_size.1{size}{execution_size}"
         )
     return BatchingOptions(
@@ -133,26 +132,4 @@ def batching_options(parameters: Any) -> BatchingOptions:
 
 
 def _empty_parameters() -> Any:
-    """An empty BatchingParameters; `tensorflow-serving-api` ships without this message."""
-    file = descriptor_pb2.FileDescriptorProto(
-        name="keras_mrl_serving/batching_parameters.proto",
-        package="tensorflow.serving",
-        syntax="proto3",
-        dependency=[wrappers_pb2.DESCRIPTOR.name],
-    )
-    kinds = descriptor_pb2.FieldDescriptorProto
-    message = file.message_type.add(name="BatchingParameters")
-    for name, wrapper in _WRAPPED.items():
-        message.field.add(
-            name=name, type=kinds.TYPE_MESSAGE, type_name=wrapper, label=kinds.LABEL_OPTIONAL
-        )
-    message.field.add(name="allowed_batch_sizes", type=kinds.TYPE_INT64, label=kinds.LABEL_REPEATED)
-    message.field.add(
-        name="pad_variable_length_inputs", type=kinds.TYPE_BOOL, label=kinds.LABEL_OPTIONAL
-    )
-    for number, field in enumerate(message.field, start=1):  # only the text has a meaning
-        field.number = number
-    pool = descriptor_pool.DescriptorPool()  # its own, lest the package ships it one day
-    pool.AddSerializedFile(wrappers_pb2.DESCRIPTOR.serialized_pb)
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(_NAME))()
+    return empty_message("BatchingParameters", _PARAMETERS)

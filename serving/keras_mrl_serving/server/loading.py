@@ -1,4 +1,4 @@
-"""A version opened as TensorFlow Serving opens one: the session, batched if asked, warmed up."""
+"""A version opened as TensorFlow Serving opens one: its session, perhaps batched, and warmed up."""
 
 import os
 from dataclasses import dataclass, field
@@ -8,7 +8,8 @@ import grpc
 import tensorflow as tf
 
 from .._session import SavedModelSession
-from .batching import BatchingSession, BatchThreads
+from .batch_scheduler import BatchScheduler
+from .batching import BatchingSession
 from .batching_config import batching_options
 from .run import ServingSession
 from .status import StatusError, from_number
@@ -17,20 +18,21 @@ from .warmup import warm_up
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How versions are loaded; one for all models of a server.
+    """How the versions of all models of a server are loaded.
 
     Args:
-        enable_model_warmup: replay the records in the version's assets.extra before it serves.
+        enable_model_warmup: whether the records in a version's assets.extra are run before it
+            serves.
         batching_parameters: a `tensorflow.serving.BatchingParameters`; None means unbatched.
 
     Attributes:
-        batch_threads: what all models loaded with these options share.
+        batch_scheduler: shared by all models that are loaded with these options.
     """
 
     enable_model_warmup: bool = True
     batching_parameters: Any | None = None
-    batch_threads: BatchThreads = field(
-        default_factory=BatchThreads, init=False, repr=False, compare=False
+    batch_scheduler: BatchScheduler = field(
+        default_factory=BatchScheduler, init=False, repr=False, compare=False
     )
 
 
@@ -46,9 +48,10 @@ def load(path: str, options: LoadOptions) -> ServingSession:
     """
     parameters = options.batching_parameters
     batching = None if parameters is None else batching_options(parameters)
-    session: ServingSession = (opened := _open(path))
+    opened = _open(path)
+    session: ServingSession = opened
     if batching is not None:
-        session = BatchingSession(opened, batching, options.batch_threads)
+        session = BatchingSession(opened, batching, options.batch_scheduler)
     try:
         if options.enable_model_warmup:
             warm_up(session, path)
@@ -56,19 +59,6 @@ def load(path: str, options: LoadOptions) -> ServingSession:
         session.close()
         raise
     return session
-
-
-def _as_in_cpp(error: Exception, path: str) -> StatusError:
-    if str(error).startswith("MetaGraphDef associated with tags"):
-        return StatusError(
-            grpc.StatusCode.NOT_FOUND,
-            "Could not find meta graph def matching supplied tags: { serve }. To inspect available "
-            "tag-sets in the SavedModel, please use the SavedModel CLI: `saved_model_cli`",
-        )
-    file = os.path.join(path, tf.saved_model.SAVED_MODEL_FILENAME_PB)
-    if str(error).startswith("Cannot parse file") and os.path.exists(file):
-        return StatusError(grpc.StatusCode.DATA_LOSS, f"Can't parse {file} as binary proto")
-    return StatusError(grpc.StatusCode.UNKNOWN, str(error))
 
 
 def _open(path: str) -> SavedModelSession:
@@ -83,7 +73,22 @@ def _open(path: str) -> SavedModelSession:
     except tf.errors.OpError as error:
         message = error.message.removeprefix("Graph execution error:\n\n")  # Python's own
         raise from_number(error.error_code, message) from error
-    except (OSError, RuntimeError) as error:  # as Python's loader words it: C++ has other words
-        raise _as_in_cpp(error, path) from error
-    except Exception as error:  # the loader raises whatever it met; no model may end the server
+    except (OSError, RuntimeError) as error:  # Python's loader words these differently from C++
+        raise _in_the_words_of_cpp(error, path) from error
+    except (
+        Exception
+    ) as error:  # whatever a damaged model makes the loader raise, the server runs on
         raise StatusError(grpc.StatusCode.UNKNOWN, str(error)) from error
+
+
+def _in_the_words_of_cpp(error: Exception, path: str) -> StatusError:
+    if str(error).startswith("MetaGraphDef associated with tags"):
+        return StatusError(
+            grpc.StatusCode.NOT_FOUND,
+            "Could not find meta graph def matching supplied tags: { serve }. To inspect available "
+            "tag-sets in the SavedModel, please use the SavedModel CLI: `saved_model_cli`",
+        )
+    file = os.path.join(path, tf.saved_model.SAVED_MODEL_FILENAME_PB)
+    if str(error).startswith("Cannot parse file") and os.path.exists(file):
+        return StatusError(grpc.StatusCode.DATA_LOSS, f"Can't parse {file} as binary proto")
+    return StatusError(grpc.StatusCode.UNKNOWN, str(error))

@@ -1,4 +1,9 @@
-"""One served model: which of its versions is loaded or unloaded next, and who uses which."""
+"""The models of a server: which of their versions are loaded and unloaded, and when.
+
+The versions that a model's policy asks for are its aspired versions. Which one is loaded or
+unloaded next follows TensorFlow Serving's AvailabilityPreservingPolicy: an old version serves until
+a new one does. A version that does not load is tried again some times, while it stays aspired.
+"""
 
 import logging
 import threading
@@ -13,7 +18,7 @@ from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 
 from ..saved_model import list_versions
 from .run import ServingSession
-from .status import StatusError, invalid_argument
+from .status import StatusError, failed_precondition, invalid_argument
 
 _logger = logging.getLogger("keras_mrl_serving.server")
 
@@ -33,10 +38,10 @@ class Retries:
 
 @dataclass(eq=False)
 class Version:
-    """One load of a version the server has met; `state` is a `ModelVersionStatus.State`.
+    """A version since it was last aspired; `state` is a `ModelVersionStatus.State`.
 
     `session` is there exactly while the version is available. `failure` is that of the last try,
-    and `retry_at` when there is another one.
+    `retry_at` the time of the next one.
     """
 
     number: int
@@ -51,21 +56,170 @@ class Version:
 
     @property
     def error(self) -> StatusError | None:
-        """Why it did not load, once it is not tried again; END without one means unloaded."""
+        """Why it did not load, after the last try; END without an error means unloaded."""
         return self.failure if self.state == ModelVersionStatus.END else None
 
 
-class ServedModel:
-    """The versions of one model, under TensorFlow Serving's AvailabilityPreservingPolicy.
+_DEFAULT_RETRIES = Retries()
 
-    `aspire`, `next_unload`, `next_load` and `close` are called by one thread at a time and do all
-    loading and unloading; `serving` and `versions` by any.
+
+class Models:
+    """The models of a server.
+
+    `poll`, `settle` and `close` do all loading and unloading, one thread at a time. The other
+    methods may be called by any thread at any time.
 
     Args:
-        name: the name requests ask for.
         load: opens the version at a path.
-        retries: what happens to a version that does not load.
-        changed: is held for every change of a version's state, and notified of it.
+        retries: how often versions that do not load are tried again.
+        clock: the time in seconds.
+
+    Attributes:
+        labels: the versions that labels stand for.
+        changed: held for every change of a version's state, and notified of it.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[str], ServingSession],
+        retries: Retries = _DEFAULT_RETRIES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.labels = Labels()
+        self.changed = threading.Condition()
+        self._load = load
+        self._retries = retries
+        self._clock = clock
+        # Reentrant: a signal's handler may close what the thread it interrupts is closing.
+        self._managing = threading.RLock()
+        self._models: dict[str, ServedModel] = {}
+        self._configs: tuple[Any, ...] = ()
+        self._left_out: set[str] = set()
+        self._problems: dict[str, str] = {}
+
+    def watch(self, configs: Iterable[Any]) -> dict[str, frozenset[Version]]:
+        """Sets which models are served; the next `poll` acts upon it.
+
+        Args:
+            configs: the `ModelConfig` of each model.
+
+        Returns:
+            the models that were not served before, each with its versions from earlier times.
+        """
+        with self.changed:
+            before = {config.name for config in self._configs}
+            self._configs = tuple(configs)
+            names = [config.name for config in self._configs]
+            self._left_out |= before.difference(names)
+            for name in names:
+                if name not in self._models:
+                    self._models[name] = ServedModel(
+                        name, self._load, self._retries, self._clock, self.changed
+                    )
+            return {name: frozenset(self.versions(name)) for name in names if name not in before}
+
+    def poll(self) -> None:
+        """Reads the base paths, then loads and unloads what has changed.
+
+        If one base path cannot be read, the versions of all models stay as they are. Tries that
+        are due are made all the same.
+        """
+        with self._managing:
+            self._load_and_unload()
+            for name, paths in self._read_base_paths().items():
+                self._models[name].aspire(paths)
+            self._load_and_unload()
+
+    def settle(self) -> None:
+        """Makes the tries and unloads that are due, without reading the base paths."""
+        with self._managing:
+            self._load_and_unload()
+
+    def seconds_to_next_try(self) -> float | None:
+        """How long until a version that did not load is tried again; None if none is."""
+        with self.changed:
+            times = [model.next_try() for model in self._models.values()]
+        due = min((time for time in times if time is not None), default=None)
+        return None if due is None else max(due - self._clock(), 0.0)
+
+    def serving(
+        self, name: str, number: int | None
+    ) -> AbstractContextManager[tuple[int, ServingSession]]:
+        """A version and its session, which stays loaded for as long as the context lasts.
+
+        Args:
+            name: the model.
+            number: the version; None means the highest available one.
+
+        Raises:
+            StatusError: NOT_FOUND, no such version is available.
+        """
+        model = self._models.get(name)
+        if model is None:
+            raise _not_found(name, number)
+        return model.serving(number)
+
+    def versions(self, name: str) -> list[Version]:
+        """Every version of a model since the server started, highest first.
+
+        Args:
+            name: the model; one that is no longer served keeps its versions.
+        """
+        model = self._models.get(name)
+        return [] if model is None else model.versions()
+
+    def close(self) -> None:
+        """Unloads everything, once the requests under way are answered."""
+        with self._managing:
+            for model in list(self._models.values()):
+                model.close()
+
+    def _read_base_paths(self) -> Mapping[str, Mapping[int, str]]:
+        """The aspired versions of each model; of none if a base path cannot be read."""
+        with self.changed:
+            configs = self._configs
+        aspired = {}
+        for config in configs:
+            try:
+                versions = list_versions(config.base_path)
+            except (OSError, ValueError) as error:  # ValueError: the text can be no path at all
+                reason = getattr(error, "strerror", None) or error
+                self._warn(config.name, f"base path {config.base_path} cannot be read: {reason}")
+                return {}
+            aspired[config.name] = aspired_versions(versions, config.model_version_policy)
+            self._warn(config.name, _shortage(config, versions, aspired[config.name]))
+        return aspired
+
+    def _warn(self, name: str, problem: str) -> None:
+        """Logs the problem of a model when it is new, and not at every poll."""
+        if problem and problem != self._problems.get(name):
+            _logger.warning("%s: %s", name, problem)
+        self._problems[name] = problem
+
+    def _load_and_unload(self) -> None:
+        with self.changed:
+            left_out, self._left_out = self._left_out, set()
+            models = list(self._models.values())
+        for name in left_out:
+            self._models[name].aspire({})
+        while action := _first(m.next_unload() for m in models) or _first(
+            m.next_load() for m in models
+        ):
+            action()
+
+
+class ServedModel:
+    """The versions of one model.
+
+    `aspire`, `next_unload`, `next_load` and `close` are called by one thread at a time and do all
+    loading and unloading; `serving` and `versions` may be called by any.
+
+    Args:
+        name: the name of the model in requests.
+        load: opens the version at a path.
+        retries: how often versions that do not load are tried again.
+        clock: the time in seconds.
+        changed: held for every change of a version's state, and notified of it.
     """
 
     def __init__(
@@ -73,21 +227,22 @@ class ServedModel:
         name: str,
         load: Callable[[str], ServingSession],
         retries: Retries,
+        clock: Callable[[], float],
         changed: threading.Condition,
     ) -> None:
         self.name = name
         self._load_at = load
         self._retries = retries
+        self._clock = clock
         self._changed = changed
-        self._met: dict[int, Version] = {}
-        self._managed: dict[int, Version] = {}
+        self._listed: dict[int, Version] = {}  # every version since the start
+        self._managed: dict[int, Version] = {}  # those aspired, and those still to be unloaded
 
     def aspire(self, paths: Mapping[int, str]) -> None:
-        """Says which versions are to be served from now on.
+        """Sets which versions are to be served.
 
-        Where an old version still stands in for new ones, a wish that names it again waits until
-        it is gone, as TensorFlow Serving lets it wait: the new ones are not given up for it, and
-        tried again as before.
+        Nothing changes while `paths` names a version that is being replaced, as in TensorFlow
+        Serving: the new versions are not given up for it, and are tried again as before.
 
         Args:
             paths: paths by version.
@@ -104,13 +259,13 @@ class ServedModel:
                         del self._managed[version.number]
             for number in paths.keys() - self._managed.keys():
                 version = Version(number, paths[number])
-                self._managed[number] = self._met[number] = version
+                self._managed[number] = self._listed[number] = version
             self._changed.notify_all()
 
     def next_unload(self) -> Callable[[], None] | None:
-        """The unloading that is due: of the lowest version no longer wanted.
+        """The unload that is due: of the lowest version that is no longer aspired.
 
-        None is due while it alone serves and one that is wanted does not yet.
+        The last available version stays while an aspired one is still to come.
         """
         managed = self._managed.values()
         ready = [version for version in managed if version.session]
@@ -126,8 +281,8 @@ class ServedModel:
         return lambda: self._unload(lowest)
 
     def next_load(self) -> Callable[[], None] | None:
-        """The loading that is due: of the highest version not yet tried, or to be tried again."""
-        now = time.monotonic()
+        """The load that is due: of the highest version not yet tried, else to be tried again."""
+        now = self._clock()
         new = [v for v in self._managed.values() if v.state == ModelVersionStatus.START]
         due = [v for v in self._managed.values() if v.retry_at is not None and v.retry_at <= now]
         if not new and not due:
@@ -136,21 +291,14 @@ class ServedModel:
         return lambda: self._load(highest)
 
     def next_try(self) -> float | None:
-        """When a version that did not load is tried again, on the monotonic clock."""
+        """When a version that did not load is tried again, on the clock."""
         with self._changed:
             times = [v.retry_at for v in self._managed.values() if v.retry_at is not None]
         return min(times, default=None)
 
     @contextmanager
     def serving(self, number: int | None) -> Iterator[tuple[int, ServingSession]]:
-        """A version and its session, which stays loaded for as long as the context does.
-
-        Args:
-            number: the version, or None for the highest available one.
-
-        Raises:
-            StatusError: NOT_FOUND, nothing available answers to `number`.
-        """
+        """A version and its session; see `Models.serving`."""
         version, session = self._acquire(number)
         try:
             yield version.number, session
@@ -160,9 +308,9 @@ class ServedModel:
                 self._changed.notify_all()
 
     def versions(self) -> list[Version]:
-        """Every version met in the life of the server, highest first."""
+        """Every version since the server started, highest first."""
         with self._changed:
-            return sorted(self._met.values(), key=lambda v: v.number, reverse=True)
+            return sorted(self._listed.values(), key=lambda v: v.number, reverse=True)
 
     def close(self) -> None:
         """Unloads everything, once the requests under way are answered."""
@@ -175,7 +323,7 @@ class ServedModel:
             ready = {n: v for n, v in self._managed.items() if v.session}
             version = ready.get(max(ready, default=0) if number is None else number)
             if version is None or version.session is None:
-                raise not_found(self.name, number)
+                raise _not_found(self.name, number)
             version.in_use += 1
             return version, version.session
 
@@ -187,11 +335,11 @@ class ServedModel:
         try:
             session = self._load_at(version.path)
         except StatusError as error:
-            self._note_failure(version, error)
+            self._fail(version, error)
             return
-        except Exception as error:  # whatever one model does, the others are served on
+        except Exception as error:  # a version may break in any way; the other models must go on
             _logger.exception("%s: version %d", self.name, version.number)
-            self._note_failure(version, StatusError(grpc.StatusCode.UNKNOWN, str(error)))
+            self._fail(version, StatusError(grpc.StatusCode.UNKNOWN, str(error)))
             return
         with self._changed:
             version.state, version.session = ModelVersionStatus.AVAILABLE, session
@@ -199,14 +347,14 @@ class ServedModel:
             self._changed.notify_all()
         _logger.info("%s: version %d loaded from %s", self.name, version.number, version.path)
 
-    def _note_failure(self, version: Version, error: StatusError) -> None:
+    def _fail(self, version: Version, error: StatusError) -> None:
         _logger.error("%s: version %d does not load: %s", self.name, version.number, error)
         with self._changed:
             version.failure = error
             if version.tries > self._retries.max_num:
                 version.state = ModelVersionStatus.END
             else:
-                version.retry_at = time.monotonic() + self._retries.interval_s
+                version.retry_at = self._clock() + self._retries.interval_s
             self._changed.notify_all()
 
     def _unload(self, version: Version) -> None:
@@ -220,45 +368,19 @@ class ServedModel:
             session.close()
         with self._changed:
             version.state = ModelVersionStatus.END
-            del self._managed[version.number]
+            self._managed.pop(version.number, None)  # gone already if a signal's handler closed
             self._changed.notify_all()
         _logger.info("%s: version %d unloaded", self.name, version.number)
 
 
-def no_versions(name: str, base_path: str) -> str:
-    """What TensorFlow Serving says of a base path without versions."""
-    return (
-        f"No versions of servable {name} found under base path {base_path}. Did you forget to "
-        "name your leaf directory as a number (eg. '/1/')?"
-    )
-
-
-def absent_version(name: str, number: int) -> str:
-    """What TensorFlow Serving says of a version that a policy names and nobody put there."""
-    return (
-        f"Version {number} of servable {name}, which was requested to be served as a 'specific' "
-        "version in the servable's version policy, was not found in the file system."
-    )
-
-
-def not_found(name: str, number: int | None) -> StatusError:
-    """The error for a model, or a version of one, that nothing available answers to."""
-    request = f"Latest({name})" if number is None else f"Specific({name}, {number})"
-    message = f"Servable not found for request: {request}"
-    return StatusError(grpc.StatusCode.NOT_FOUND, message)
-
-
-# Labels: names of versions, set by a model config and by nothing else.
-
-
 class Labels:
-    """Which version each label of each model stands for."""
+    """The versions that labels stand for; a model config sets them, and nothing else does."""
 
     def __init__(self) -> None:
-        self._versions: Mapping[str, Mapping[str, int]] | None = None
+        self._numbers: Mapping[str, Mapping[str, int]] | None = None  # by model, then by label
 
     def version(self, name: str, label: str) -> int:
-        """The version behind a label.
+        """The version that a label stands for.
 
         Args:
             name: the model.
@@ -267,11 +389,11 @@ class Labels:
         Raises:
             StatusError: UNAVAILABLE before the first config, INVALID_ARGUMENT for no such label.
         """
-        if self._versions is None:
+        if self._numbers is None:
             raise StatusError(
                 grpc.StatusCode.UNAVAILABLE, f"Model labels does not init yet.{label}"
             )
-        number = self._versions.get(name, {}).get(label)
+        number = self._numbers.get(name, {}).get(label)
         if number is None:
             raise invalid_argument(f"Unrecognized servable version label: {label}")
         return number
@@ -279,211 +401,85 @@ class Labels:
     def assign(
         self, configs: Iterable[Any], is_available: Callable[[str, int], bool], allow_new: bool
     ) -> None:
-        """Replaces all labels by those of a config, or none of them.
+        """Replaces all labels by those of a config, or raises and replaces none.
 
         Args:
             configs: the `ModelConfig` of each model.
-            is_available: whether a version of a model is.
-            allow_new: whether a label that did not stand for another version yet may stand for
-                one that is not available.
+            is_available: whether a version of a model is available.
+            allow_new: whether a label that stood for no version yet may stand for one that is not
+                available.
 
         Raises:
             StatusError: FAILED_PRECONDITION, a label may not stand for its version.
         """
-        before = self._versions or {}
-        versions = {}
+        before = self._numbers or {}
+        numbers = {}
         for config in configs:
             for label, number in config.version_labels.items():
                 moves = before.get(config.name, {}).get(label, number) != number
                 if (moves or not allow_new) and not is_available(config.name, number):
-                    raise StatusError(
-                        grpc.StatusCode.FAILED_PRECONDITION,
+                    raise failed_precondition(
                         f"Request to assign label to version {number} of model {config.name}, "
-                        "which is not currently available for inference",
+                        "which is not currently available for inference"
                     )
-            versions[config.name] = dict(config.version_labels)
-        self._versions = versions  # in one step, as requests read it meanwhile
+            numbers[config.name] = dict(config.version_labels)
+        self._numbers = numbers  # in one step, as requests read it meanwhile
 
 
-# Which of the versions that stand under a model's base path are to be served.
-
-
-def aspired_versions(found: Mapping[int, str], policy: Any) -> dict[int, str]:
-    """The versions a policy asks for, among those that were found.
+def aspired_versions(paths: Mapping[int, str], policy: Any) -> dict[int, str]:
+    """The versions under a base path that a policy asks for.
 
     Args:
-        found: paths by version.
+        paths: paths by version.
         policy: a `ServableVersionPolicy`; an empty one asks for the highest version.
     """
     choice = policy.WhichOneof("policy_choice")
     if choice == "all":
-        return dict(found)
+        return dict(paths)
     if choice == "specific":
-        return {number: found[number] for number in policy.specific.versions if number in found}
+        return {number: paths[number] for number in policy.specific.versions if number in paths}
     count = max(policy.latest.num_versions, 1)
-    return {number: found[number] for number in sorted(found)[-count:]}
+    return {number: paths[number] for number in sorted(paths)[-count:]}
 
 
-def absent_versions(found: Mapping[int, str], policy: Any) -> list[int]:
-    """The versions a policy asks for by number that were not found, ascending.
+def absent_versions(paths: Mapping[int, str], policy: Any) -> list[int]:
+    """The versions that a policy names and a base path lacks, ascending.
 
     Args:
-        found: paths by version.
+        paths: paths by version.
         policy: a `ServableVersionPolicy`.
     """
-    return sorted(set(policy.specific.versions) - found.keys())
+    return sorted(set(policy.specific.versions) - paths.keys())
 
 
-# All models of a server: base paths looked at in one round, versions loaded one by one.
+def no_versions(name: str, base_path: str) -> str:
+    """TensorFlow Serving's text about a base path without versions."""
+    return (
+        f"No versions of servable {name} found under base path {base_path}. Did you forget to "
+        "name your leaf directory as a number (eg. '/1/')?"
+    )
 
-_DEFAULT_RETRIES = Retries()
+
+def absent_version(name: str, number: int) -> str:
+    """TensorFlow Serving's text about a version that a policy names and the base path lacks."""
+    return (
+        f"Version {number} of servable {name}, which was requested to be served as a 'specific' "
+        "version in the servable's version policy, was not found in the file system."
+    )
 
 
-class Models:
-    """The models of a server.
-
-    `poll`, `settle` and `close` do all loading and unloading, one thread after the other;
-    everything else answers any thread at once.
-
-    Args:
-        load: opens the version at a path.
-        retries: what happens to versions that do not load.
-
-    Attributes:
-        labels: which versions the labels of the models stand for.
-        changed: is held for every change of a version's state, and notified of it.
-    """
-
-    def __init__(
-        self, load: Callable[[str], ServingSession], retries: Retries = _DEFAULT_RETRIES
-    ) -> None:
-        self.labels = Labels()
-        self.changed = threading.Condition()
-        self._load = load
-        self._retries = retries
-        # A signal's handler may close what the thread it interrupts is closing.
-        self._managing = threading.RLock()
-        self._models: dict[str, ServedModel] = {}
-        self._watched: tuple[Any, ...] = ()
-        self._left_out: set[str] = set()
-        self._said: dict[str, str] = {}
-
-    def watch(self, configs: Iterable[Any]) -> dict[str, frozenset[Version]]:
-        """Says which models are served from now on; the next `poll` acts upon it.
-
-        Args:
-            configs: the `ModelConfig` of each model.
-
-        Returns:
-            the models that were not served before, with the loads of each that were met before.
-        """
-        with self.changed:
-            before = {config.name for config in self._watched}
-            self._watched = tuple(configs)
-            names = [config.name for config in self._watched]
-            self._left_out |= before.difference(names)
-            for name in names:
-                if name not in self._models:
-                    model = ServedModel(name, self._load, self._retries, self.changed)
-                    self._models[name] = model
-            return {name: frozenset(self.versions(name)) for name in names if name not in before}
-
-    def poll(self) -> None:
-        """Brings what is served in line with what stands under the base paths.
-
-        One base path that cannot be read leaves all models as they are. Tries that are due are
-        made all the same.
-        """
-        with self._managing:
-            self._settle()
-            for name, paths in self._look().items():
-                self._models[name].aspire(paths)
-            self._settle()
-
-    def settle(self) -> None:
-        """Does what is left to do without a look at the base paths: due tries, and unloads."""
-        with self._managing:
-            self._settle()
-
-    def next_try(self) -> float | None:
-        """When a version that did not load is tried again, on the monotonic clock."""
-        with self.changed:
-            times = [model.next_try() for model in self._models.values()]
-        return min((time for time in times if time is not None), default=None)
-
-    def serving(
-        self, name: str, number: int | None
-    ) -> AbstractContextManager[tuple[int, ServingSession]]:
-        """A version and its session, which stays loaded for as long as the context does.
-
-        Args:
-            name: the model.
-            number: the version, or None for the highest available one.
-
-        Raises:
-            StatusError: NOT_FOUND, nothing available answers to them.
-        """
-        model = self._models.get(name)
-        if model is None:
-            raise not_found(name, number)
-        return model.serving(number)
-
-    def versions(self, name: str) -> list[Version]:
-        """Every version of a model met in the life of the server, highest first.
-
-        Args:
-            name: the model; one that is not served any more keeps its versions.
-        """
-        model = self._models.get(name)
-        return [] if model is None else model.versions()
-
-    def close(self) -> None:
-        """Unloads everything, once the requests under way are answered."""
-        with self._managing:
-            for model in list(self._models.values()):
-                model.close()
-
-    def _look(self) -> Mapping[str, Mapping[int, str]]:
-        """The versions to serve of each model; of none where a base path cannot be read."""
-        with self.changed:
-            watched = self._watched
-        aspired = {}
-        for config in watched:
-            try:
-                found = list_versions(config.base_path)
-            except (OSError, ValueError) as error:  # a path may hold what no path can
-                why = getattr(error, "strerror", None) or error
-                problem = f"base path {config.base_path} cannot be read: {why}"
-                self._say(config.name, problem)
-                return {}
-            aspired[config.name] = aspired_versions(found, config.model_version_policy)
-            self._say(config.name, _shortage(config, found, aspired[config.name]))
-        return aspired
-
-    def _say(self, name: str, problem: str) -> None:
-        """Logs a problem of a model once, not at every look."""
-        if problem and problem != self._said.get(name):
-            _logger.warning("%s: %s", name, problem)
-        self._said[name] = problem
-
-    def _settle(self) -> None:
-        with self.changed:
-            left_out, self._left_out = self._left_out, set()
-            models = list(self._models.values())
-        for name in left_out:
-            self._models[name].aspire({})
-        while action := _first(m.next_unload() for m in models) or _first(
-            m.next_load() for m in models
-        ):
-            action()
+def _shortage(config: Any, paths: Mapping[int, str], aspired: Collection[int]) -> str:
+    if not aspired:
+        return no_versions(config.name, config.base_path)
+    absent = absent_versions(paths, config.model_version_policy)
+    return " ".join(absent_version(config.name, number) for number in absent)
 
 
 def _first(actions: Iterable[Callable[[], None] | None]) -> Callable[[], None] | None:
     return next((action for action in actions if action is not None), None)
 
 
-def _shortage(config: Any, found: Mapping[int, str], aspired: Collection[int]) -> str:
-    if not aspired:
-        return no_versions(config.name, config.base_path)
-    absent = absent_versions(found, config.model_version_policy)
-    return " ".join(absent_version(config.name, number) for number in absent)
+def _not_found(name: str, number: int | None) -> StatusError:
+    request = f"Latest({name})" if number is None else f"Specific({name}, {number})"
+    message = f"Servable not found for request: {request}"
+    return StatusError(grpc.StatusCode.NOT_FOUND, message)

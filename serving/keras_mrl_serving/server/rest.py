@@ -1,4 +1,8 @@
-"""The REST surface: which path asks for what, and the HTTP code and JSON of each answer."""
+"""The REST surface: which path asks for what, and the HTTP code and JSON of each answer.
+
+It runs on the standard library's HTTP server, which is one dependency fewer: the REST port of a
+development server is for looking around.
+"""
 
 import json
 import logging
@@ -33,6 +37,8 @@ _VERSION = r"(?:/versions/(\d+)|/labels/([^/:]+))?"
 _FLAGS = re.IGNORECASE | re.ASCII
 _POST = re.compile(rf"/v1/models{_MODEL}{_VERSION}:(classify|regress|predict)", _FLAGS)
 _GET = re.compile(rf"/v1/models{_MODEL}?{_VERSION}(?:/(metadata))?", _FLAGS)
+_PIECE_BYTES = 2**20
+_LINE_BYTES = 2**16
 _HTTP_CODES = {
     grpc.StatusCode.CANCELLED: 499,
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -48,12 +54,13 @@ _HTTP_CODES = {
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.UNAUTHENTICATED: 401,
 }
+Answer = Callable[[str, str, bytes], tuple[int, bytes]]
 
 
 def answer(
     models: Models, timeout_s: float | None, method: str, path: str, body: bytes
 ) -> tuple[int, bytes]:
-    """The HTTP code and the JSON that answer a request, whatever it is.
+    """The HTTP code and the JSON that answer a request; it raises nothing.
 
     Args:
         models: the models of the server.
@@ -65,19 +72,10 @@ def answer(
     try:
         return 200, _answer(models, timeout_s, method, path, body)
     except StatusError as error:
-        return _HTTP_CODES.get(error.code, 500), error_body(error.message)
-    except Exception:  # no request may end the server, and the caller is owed an answer
+        return _HTTP_CODES.get(error.code, 500), _error_body(error.message)
+    except Exception:  # whatever goes wrong, the caller waits for an answer
         _logger.exception("%s %s", method, path)
-        return 500, error_body("The server met an error of its own; its log tells more.")
-
-
-def error_body(message: str) -> bytes:
-    """The JSON of an error.
-
-    Args:
-        message: the text, uncut.
-    """
-    return json.dumps({"error": message}).encode()
+        return 500, _error_body("The server met an error of its own; its log tells more.")
 
 
 def _answer(models: Models, timeout_s: float | None, method: str, path: str, body: bytes) -> bytes:
@@ -135,8 +133,8 @@ def _declared_inputs(models: Models, spec: Any) -> Mapping[str, Any]:
             raise invalid_argument(f'Serving signature name: "{name}" not found in signature def')
         inputs: Mapping[str, Any] = session.signatures[name].inputs
     if not inputs:
-        shown = spec.signature_name or "DEFAULT"
-        raise invalid_argument(f"Failed to get input map for signature: {shown}")
+        name = spec.signature_name or "DEFAULT"
+        raise invalid_argument(f"Failed to get input map for signature: {name}")
     return inputs
 
 
@@ -163,14 +161,6 @@ def _json(document: dict[str, Any]) -> bytes:
     return json.dumps(document, indent=1).encode() + b"\n"
 
 
-# The HTTP side of the REST surface: connections, bodies, and an end that drops no answer.
-
-_PIECE_BYTES = 2**20
-_LINE_BYTES = 2**16
-_MOST_UNPACKED_BYTES = 2**28  # a body of kilobytes may unpack to gigabytes
-Answer = Callable[[str, str, bytes], tuple[int, bytes]]
-
-
 class HttpServer(ThreadingHTTPServer):
     """Answers HTTP/1.1 requests, each connection in a thread of its own.
 
@@ -178,6 +168,8 @@ class HttpServer(ThreadingHTTPServer):
         host: the address to listen on.
         port: the port to listen on; 0 takes a free one.
         answer: from method, path and body to the HTTP code and a JSON body.
+        max_unpacked_bytes: the most bytes that a gzip body may unpack to; a body of kilobytes could
+            become gigabytes.
 
     Raises:
         OSError: the port is taken.
@@ -186,22 +178,25 @@ class HttpServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, host: str, port: int, answer: Answer) -> None:
+    def __init__(
+        self, host: str, port: int, answer: Answer, *, max_unpacked_bytes: int = 2**28
+    ) -> None:
         self.answer = answer
+        self.max_unpacked_bytes = max_unpacked_bytes
         self._open: set[socket.socket] = set()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
         super().__init__((host, port), _Handler)
 
     def start(self) -> None:
-        """Begins to answer; until then connections wait."""
+        """Starts to answer; connections made before wait until now."""
         self._thread.start()
 
     def stop(self, grace_s: float) -> None:
-        """Closes the port and the connections, once the requests under way are answered.
+        """Closes the port, and the connections once their requests under way are answered.
 
         Args:
-            grace_s: how long to wait for them.
+            grace_s: how long to wait for those answers.
         """
         if self._thread.is_alive():
             self.shutdown()
@@ -209,14 +204,14 @@ class HttpServer(ThreadingHTTPServer):
         deadline = time.monotonic() + grace_s
         with self._changed:
             for connection in self._open:
-                try:  # no further request comes in, and the answer still goes out
+                try:  # no further request comes in, but the answer still goes out
                     connection.shutdown(socket.SHUT_RD)
-                except OSError:  # the other side was faster
+                except OSError:  # the client has closed it already
                     pass
             self._changed.wait_for(lambda: not self._open, deadline - time.monotonic())
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Notes the connection down before its thread starts."""
+        """Registers the connection before its thread starts."""
         with self._changed:
             self._open.add(request)
         super().process_request(request, client_address)
@@ -229,7 +224,7 @@ class HttpServer(ThreadingHTTPServer):
             self._changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke, most often because the client left."""
+        """Logs a connection that broke, most often because the client left."""
         del request
         _logger.debug("connection of %s", client_address, exc_info=True)
 
@@ -251,13 +246,13 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_OPTIONS = do_TRACE = do_CONNECT = _handle
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class calls for a request it cannot read; the connection ends with it."""
+        """Answers a request that the base class cannot read, and ends the connection."""
         del explain
         self.close_connection = True
-        self._send(code, error_body(message or HTTPStatus(code).phrase))
+        self._send(code, _error_body(message or HTTPStatus(code).phrase))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """One line per request, for those who look for it."""
+        """Logs one line a request, at the level of debugging."""
         _logger.debug(format, *args)
 
     def _send(self, code: int, body: bytes) -> None:
@@ -273,26 +268,26 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         coding = self.headers.get("Transfer-Encoding", "identity").strip().lower()
         if coding == "chunked":
-            return self._plain(_read_chunks(self.rfile))
-        # Of two lengths that differ one is wrong, and what is left would pass for a request.
+            return self._unpacked(_read_chunks(self.rfile))
+        # If two lengths differ, the bytes between them could be taken for a request of their own.
         text = ", ".join(dict.fromkeys(self.headers.get_all("Content-Length", ["0"]))).strip()
         if coding != "identity" or not (text.isascii() and text.isdigit() and len(text) < 20):
             raise ValueError(
                 "A body must have a length or come in chunks. Received: "
                 f"Transfer-Encoding={coding!r}, Content-Length={text!r}. Send Content-Length."
             )
-        return self._plain(_read(self.rfile, int(text)))
+        return self._unpacked(_read(self.rfile, int(text)))
 
-    def _plain(self, body: bytes) -> bytes:
-        """The body, unpacked if it says that it is packed; what does not unpack counts as empty."""
+    def _unpacked(self, body: bytes) -> bytes:
+        """The body, unpacked if its header says gzip; one that does not unpack counts as empty."""
         if self.headers.get("Content-Encoding", "").strip().lower() != "gzip":
             return body
-        unpacking = zlib.decompressobj(wbits=31)  # gzip's own frame
+        gzip = zlib.decompressobj(wbits=31)
         try:
-            unpacked = unpacking.decompress(body, _MOST_UNPACKED_BYTES)
+            unpacked = gzip.decompress(body, self.server.max_unpacked_bytes)
         except zlib.error:
             return b""
-        return unpacked if unpacking.eof else b""
+        return unpacked if gzip.eof else b""
 
 
 def _read_chunks(file: BufferedIOBase) -> bytes:
@@ -319,7 +314,7 @@ def _chunk_size(line: bytes) -> int:
 
 
 def _read(file: BufferedIOBase, size: int) -> bytes:
-    """Reads in pieces, so that a length nobody sends reserves no memory."""
+    """Reads in pieces: a body that announces more than it sends must reserve no memory."""
     body = bytearray()
     while len(body) < size:
         piece = file.read(min(size - len(body), _PIECE_BYTES))
@@ -327,3 +322,7 @@ def _read(file: BufferedIOBase, size: int) -> bytes:
             raise ConnectionError(f"{size} bytes announced, {len(body)} received")
         body += piece
     return bytes(body)
+
+
+def _error_body(message: str) -> bytes:
+    return json.dumps({"error": message}).encode()

@@ -1,4 +1,8 @@
-"""JSON to arrays: the body of a REST predict call, checked in TensorFlow Serving's words."""
+"""The JSON of a REST predict call: its body to arrays, and arrays to its answer.
+
+Bodies are checked in TensorFlow Serving's words, and numbers are written digit by digit as it
+writes them.
+"""
 
 import base64
 import json
@@ -13,12 +17,14 @@ import tensorflow as tf
 
 from .status import StatusError, invalid_argument
 
-# The values of a JSON tensor: which a dtype takes, and how TensorFlow Serving refuses the rest.
-
+_MAX_RANK = 64  # NumPy's
+_TOO_DEEP = "JSON Parse error: The document is nested too deeply."
+_MAY_OVERFLOW_A_DOUBLE = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{309}")
 _SIGNIFICAND_BITS = {tf.float32: 24, tf.float64: 53}
+_ALL_DIGITS = {tf.float32: 9, tf.float64: 17}
 _INT32 = range(-(2**31), 2**31)
 _INTEGERS = {
-    # The narrow ones take any int32 and keep its low bits, as `int_val` does.
+    # The narrow types take any int32 and keep its low bits, as `int_val` does.
     tf.int8: _INT32,
     tf.int16: _INT32,
     tf.int32: _INT32,
@@ -32,120 +38,11 @@ _TYPE_NAMES = {dict: "Object", list: "Array", str: "String", int: "Number", floa
 _DTYPE_NAMES = {"float16": "half", "float32": "float", "float64": "double"}
 
 
-def is_base64(value: Any) -> bool:
-    """Whether a JSON value is an object that stands for bytes, `{"b64": "..."}`."""
-    return isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str)
-
-
-def checked_values(values: list[Any], dtype: tf.DType) -> list[Any]:
-    """The values, strings as bytes, if `dtype` takes each of them.
-
-    Args:
-        values: JSON values other than lists.
-        dtype: the dtype of the input.
-
-    Raises:
-        StatusError: INVALID_ARGUMENT, or UNIMPLEMENTED for a dtype that JSON has no values for.
-    """
-    if dtype in _SIGNIFICAND_BITS:
-        _check_types(values, (int, float), dtype)
-        _check_lossless(values, dtype)
-    elif dtype in _INTEGERS:
-        _check_types(values, (int,), dtype)
-        for value in values:
-            if value not in _INTEGERS[dtype]:
-                raise _type_error(value, dtype)
-    elif dtype == tf.bool:
-        _check_types(values, (bool,), dtype)
-    elif dtype == tf.string:
-        _check_types(values, (str, dict), dtype)
-        return [_bytes_of(value) for value in values]
-    elif values:
-        raise StatusError(
-            grpc.StatusCode.UNIMPLEMENTED,
-            f"Conversion of JSON Value: {text_of(values[0])} to type: {dtype_name(dtype)}",
-        )
-    return values
-
-
-def array_of(values: list[Any], shape: tuple[int, ...], dtype: tf.DType) -> np.ndarray:
-    """The array of checked values.
-
-    Args:
-        values: what `checked_values` returned, in row-major order.
-        shape: the shape of the array.
-        dtype: the dtype of the input.
-    """
-    if dtype == tf.string:
-        return np.array(values, object).reshape(shape)
-    wide = np.int64 if dtype in _INTEGERS and dtype != tf.uint64 else dtype.as_numpy_dtype
-    return np.array(values, wide).astype(dtype.as_numpy_dtype).reshape(shape)
-
-
-def format_error(value: Any, rule: str) -> StatusError:
-    """The error of a JSON value that breaks a rule."""
-    return invalid_argument(f"JSON Value: {text_of(value)} {rule}")
-
-
-def text_of(value: Any) -> str:
-    """A JSON value as errors print it."""
-    return json.dumps(value, indent=4, ensure_ascii=False)
-
-
-def dtype_name(dtype: tf.DType) -> str:
-    """A dtype as errors print it."""
-    return _DTYPE_NAMES.get(dtype.name, dtype.name)
-
-
-def _check_types(values: list[Any], types: tuple[type, ...], dtype: tf.DType) -> None:
-    if not set(map(type, values)) <= set(types):
-        raise _type_error(next(value for value in values if type(value) not in types), dtype)
-
-
-def _check_lossless(values: list[Any], dtype: tf.DType) -> None:
-    exact = 2 ** _SIGNIFICAND_BITS[dtype] - 1
-    if (np.abs(np.array(values, np.float64)) <= exact).all():
-        return
-    largest = float(np.finfo(dtype.as_numpy_dtype).max)
-    for value in values:
-        is_integer = isinstance(value, int) and value in _INTEGER_TOKENS
-        lossless = abs(value) <= (exact if is_integer else largest)
-        if not lossless and (isinstance(value, int) or isfinite(value)):
-            raise invalid_argument(
-                f"Cannot convert JSON value: {text_of(value)} to {dtype_name(dtype)} without "
-                "loss of precision."
-            )
-
-
-def _bytes_of(value: str | dict[str, Any]) -> bytes:
-    if isinstance(value, str):
-        return value.encode()
-    if not is_base64(value):
-        raise format_error(value, "not formatted correctly for base64 data")
-    digits = value["b64"].rstrip("=")
-    try:
-        return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
-    except ValueError as error:
-        raise invalid_argument("Unable to base64 decode") from error
-
-
-def _type_error(value: Any, dtype: tf.DType) -> StatusError:
-    kind = "Null" if value is None else _TYPE_NAMES.get(type(value), str(value))
-    return invalid_argument(
-        f"JSON Value: {text_of(value)} Type: {kind} is not of expected type: {dtype_name(dtype)}"
-    )
-
-
-_MAX_RANK = 64  # NumPy's
-_TOO_DEEP = "JSON Parse error: The document is nested too deeply."
-_MAYBE_TOO_BIG = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{309}")  # for a double
-
-
 def parse_body(body: bytes) -> dict[str, Any]:
-    """The JSON object a body holds.
+    """The JSON object of a body.
 
     Args:
-        body: what came over HTTP.
+        body: the body, as it came over HTTP.
 
     Raises:
         StatusError: INVALID_ARGUMENT, it is no JSON, no object, or `signature_name` no string.
@@ -153,26 +50,26 @@ def parse_body(body: bytes) -> dict[str, Any]:
     if not body:
         raise invalid_argument("JSON Parse error: The document is empty")
     try:
-        numbers = _FINITE if _MAYBE_TOO_BIG.search(body) else {}
-        document = json.loads(body.decode("utf-8-sig"), **numbers)
-        if b"\\u" in body:  # half a surrogate pair parses, and no tensor or message can hold it
+        parsers = _CHECKING_PARSERS if _MAY_OVERFLOW_A_DOUBLE.search(body) else {}
+        document = json.loads(body.decode("utf-8-sig"), **parsers)
+        if b"\\u" in body:  # half a surrogate pair parses, but fits into no tensor or message
             json.dumps(document, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise invalid_argument(f"JSON Parse error: {error.msg}. at offset: {error.pos}") from error
     except UnicodeEncodeError as error:
-        reason = "JSON Parse error: The surrogate pair in string is invalid."
-        raise invalid_argument(reason) from error
+        text = "JSON Parse error: The surrogate pair in string is invalid."
+        raise invalid_argument(text) from error
     except UnicodeDecodeError as error:
         raise invalid_argument(f"JSON Parse error: {error}.") from error
-    except (ValueError, OverflowError) as error:  # more digits than Python reads, among others
-        reason = "JSON Parse error: Number too big to be stored in double."
-        raise invalid_argument(reason) from error
+    except (ValueError, OverflowError) as error:  # ValueError: more digits than Python reads
+        text = "JSON Parse error: Number too big to be stored in double."
+        raise invalid_argument(text) from error
     except RecursionError as error:
         raise invalid_argument(_TOO_DEEP) from error
     if not isinstance(document, dict):
-        raise format_error(document, "Is not object")
+        raise _format_error(document, "Is not object")
     if not isinstance(document.get("signature_name", ""), str):
-        raise format_error(
+        raise _format_error(
             document, "not formatted correctly. 'signature_name' key must be a string value."
         )
     return document
@@ -191,7 +88,7 @@ def _finite_int(text: str) -> int:
     return value
 
 
-_FINITE: dict[str, Any] = {"parse_float": _finite_float, "parse_int": _finite_int}
+_CHECKING_PARSERS: dict[str, Any] = {"parse_float": _finite_float, "parse_int": _finite_int}
 
 
 def read_inputs(document: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -207,7 +104,7 @@ def read_inputs(document: Mapping[str, Any], declared: Mapping[str, Any]) -> dic
     if "instances" not in document and "inputs" not in document:
         raise invalid_argument("Missing 'inputs' or 'instances' key")
     if "instances" in document and "inputs" in document:
-        raise format_error(
+        raise _format_error(
             document,
             "Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist ",
         )
@@ -216,9 +113,9 @@ def read_inputs(document: Mapping[str, Any], declared: Mapping[str, Any]) -> dic
         if "inputs" in document:
             return _read_columns(document["inputs"], dtypes)
         if not isinstance(document["instances"], list):
-            raise format_error(document, "Excepting 'instances' to be an list/array")
+            raise _format_error(document, "Excepting 'instances' to be an list/array")
         if not document["instances"]:
-            raise format_error(document, "No values in 'instances' array")
+            raise _format_error(document, "No values in 'instances' array")
         return _read_rows(document["instances"], dtypes)
     except RecursionError as error:
         raise invalid_argument(_TOO_DEEP) from error
@@ -247,17 +144,17 @@ def _read_rows(rows: list[Any], dtypes: Mapping[str, tf.DType]) -> dict[str, np.
             "instances is a plain list, but expecting list of objects as multiple input tensors "
             "required as per tensorinfo_map"
         )
-    named = _is_named(rows[0])
+    are_named = _is_named(rows[0])
     shapes: dict[str, tuple[int, ...]] = {}
     columns: dict[str, list[Any]] = {name: [] for name in dtypes}
     for index, row in enumerate(rows):
         element = f"Failed to process element: {index}"
-        if named != _is_named(row):
-            kinds = ("object", "list") if named else ("value/list", "object")
+        if are_named != _is_named(row):
+            kinds = ("object", "list") if are_named else ("value/list", "object")
             raise invalid_argument(
                 f"Expecting {kinds[0]} but got {kinds[1]} at item {index} of input list"
             )
-        items = row if named else {next(iter(dtypes)): row}
+        items = row if are_named else {next(iter(dtypes)): row}
         for name, item in items.items():
             try:
                 if name not in dtypes:
@@ -265,14 +162,14 @@ def _read_rows(rows: list[Any], dtypes: Mapping[str, tf.DType]) -> dict[str, np.
                 shape, values = _flattened(item, dtypes[name])
                 _check_same_shape(shapes.setdefault(name, shape), shape)
             except StatusError as error:
-                key = f" key: {name}" if named else ""
+                key = f" key: {name}" if are_named else ""
                 raise invalid_argument(
                     f"{element}{key} of 'instances' list. Error: {error.code.name}: {error}"
                 ) from error
             columns[name].extend(values)
         if items.keys() != dtypes.keys():
             raise invalid_argument(
-                f"{element} of 'instances' list. JSON object: {text_of(row)} must only have keys: "
+                f"{element} of 'instances' list. JSON object: {_text(row)} must only have keys: "
                 f"{','.join(dtypes)}"
             )
     return {
@@ -282,8 +179,13 @@ def _read_rows(rows: list[Any], dtypes: Mapping[str, tf.DType]) -> dict[str, np.
 
 
 def _is_named(value: Any) -> bool:
-    """Whether it is an object of tensors by name, and not one of bytes."""
-    return isinstance(value, dict) and not is_base64(value)
+    """Whether a value is an object of tensors by name, not one of bytes."""
+    return isinstance(value, dict) and not _is_base64(value)
+
+
+def _is_base64(value: Any) -> bool:
+    """Whether a value is an object that stands for bytes, `{"b64": "..."}`."""
+    return isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str)
 
 
 def _check_same_shape(first: tuple[int, ...], shape: tuple[int, ...]) -> None:
@@ -296,7 +198,7 @@ def _check_same_shape(first: tuple[int, ...], shape: tuple[int, ...]) -> None:
 
 
 def _flattened(value: Any, dtype: tf.DType) -> tuple[tuple[int, ...], list[Any]]:
-    """Shape and values of nested lists; the first element at each level tells the shape."""
+    """The shape of nested lists and their checked values; first elements give the shape."""
     shape = []
     first = value
     while isinstance(first, list):
@@ -304,7 +206,7 @@ def _flattened(value: Any, dtype: tf.DType) -> tuple[tuple[int, ...], list[Any]]
         if not first:
             break
         first = first[0]
-    return tuple(shape), checked_values(list(_leaves(value, tuple(shape), 0)), dtype)
+    return tuple(shape), _checked_values(list(_leaves(value, tuple(shape), 0)), dtype)
 
 
 def _leaves(value: Any, shape: tuple[int, ...], level: int) -> Iterator[Any]:
@@ -312,7 +214,7 @@ def _leaves(value: Any, shape: tuple[int, ...], level: int) -> Iterator[Any]:
     if not isinstance(value, list):
         if level != rank:
             raise invalid_argument(
-                f"JSON Value: {text_of(value)} found at incorrect level: {level + 1} in the JSON "
+                f"JSON Value: {_text(value)} found at incorrect level: {level + 1} in the JSON "
                 f"DOM. Expected at level: {rank}"
             )
         yield value
@@ -331,23 +233,95 @@ def _leaves(value: Any, shape: tuple[int, ...], level: int) -> Iterator[Any]:
         yield from _leaves(item, shape, level + 1)
 
 
+def _checked_values(values: list[Any], dtype: tf.DType) -> list[Any]:
+    """The values, strings as bytes, if the dtype takes each of them."""
+    if dtype in _SIGNIFICAND_BITS:
+        _check_types(values, (int, float), dtype)
+        _check_lossless(values, dtype)
+    elif dtype in _INTEGERS:
+        _check_types(values, (int,), dtype)
+        for value in values:
+            if value not in _INTEGERS[dtype]:
+                raise _type_error(value, dtype)
+    elif dtype == tf.bool:
+        _check_types(values, (bool,), dtype)
+    elif dtype == tf.string:
+        _check_types(values, (str, dict), dtype)
+        return [_bytes_of(value) for value in values]
+    elif values:
+        raise StatusError(
+            grpc.StatusCode.UNIMPLEMENTED,
+            f"Conversion of JSON Value: {_text(values[0])} to type: {_dtype_name(dtype)}",
+        )
+    return values
+
+
+def _check_types(values: list[Any], types: tuple[type, ...], dtype: tf.DType) -> None:
+    if not set(map(type, values)) <= set(types):
+        raise _type_error(next(value for value in values if type(value) not in types), dtype)
+
+
+def _check_lossless(values: list[Any], dtype: tf.DType) -> None:
+    exact = 2 ** _SIGNIFICAND_BITS[dtype] - 1
+    if (np.abs(np.array(values, np.float64)) <= exact).all():
+        return
+    largest = float(np.finfo(dtype.as_numpy_dtype).max)
+    for value in values:
+        is_integer = isinstance(value, int) and value in _INTEGER_TOKENS
+        is_lossless = abs(value) <= (exact if is_integer else largest)
+        if not is_lossless and (isinstance(value, int) or isfinite(value)):
+            raise invalid_argument(
+                f"Cannot convert JSON value: {_text(value)} to {_dtype_name(dtype)} without "
+                "loss of precision."
+            )
+
+
+def _bytes_of(value: str | dict[str, Any]) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    if not _is_base64(value):
+        raise _format_error(value, "not formatted correctly for base64 data")
+    digits = value["b64"].rstrip("=")
+    try:
+        return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
+    except ValueError as error:
+        raise invalid_argument("Unable to base64 decode") from error
+
+
 def _array(name: str, values: list[Any], shape: tuple[int, ...], dtype: tf.DType) -> np.ndarray:
+    """The array of checked values in row-major order."""
     if len(shape) > _MAX_RANK:
         raise invalid_argument(f"tensor parsing error: {name}")
-    return array_of(values, shape, dtype)
+    if dtype == tf.string:
+        return np.array(values, object).reshape(shape)
+    wide = np.int64 if dtype in _INTEGERS and dtype != tf.uint64 else dtype.as_numpy_dtype
+    return np.array(values, wide).astype(dtype.as_numpy_dtype).reshape(shape)
 
 
-# Arrays to JSON: the answer to a REST predict call, number by number as TensorFlow Serving.
+def _type_error(value: Any, dtype: tf.DType) -> StatusError:
+    kind = "Null" if value is None else _TYPE_NAMES.get(type(value), str(value))
+    return _format_error(value, f"Type: {kind} is not of expected type: {_dtype_name(dtype)}")
 
-_INTEGER_TYPES = (tf.int8, tf.int16, tf.int32, tf.int64, tf.uint8, tf.uint32, tf.uint64)
-_ALL_DIGITS = {tf.float32: 9, tf.float64: 17}
+
+def _format_error(value: Any, rule: str) -> StatusError:
+    return invalid_argument(f"JSON Value: {_text(value)} {rule}")
+
+
+def _text(value: Any) -> str:
+    """A JSON value as errors print it."""
+    return json.dumps(value, indent=4, ensure_ascii=False)
+
+
+def _dtype_name(dtype: tf.DType) -> str:
+    """A dtype as errors print it."""
+    return _DTYPE_NAMES.get(dtype.name, dtype.name)
 
 
 def write_rows(outputs: Mapping[str, np.ndarray]) -> bytes:
-    """The answer to `instances`: `{"predictions": [...]}`, one element per row.
+    """The answer to `instances`: `{"predictions": [...]}`, one element a row.
 
     Args:
-        outputs: arrays by name; the name is left out where there is but one.
+        outputs: arrays by name; the name is left out if there is only one.
 
     Raises:
         StatusError: INVALID_ARGUMENT, the outputs have no common batch or no JSON form.
@@ -365,7 +339,7 @@ def write_rows(outputs: Mapping[str, np.ndarray]) -> bytes:
             )
         batch = shape[0]
     columns = {name: _elements(name, outputs[name], 1) for name in sorted(outputs)}
-    rows = (_named({name: columns[name][row] for name in columns}) for row in range(batch))
+    rows = (_object({name: columns[name][row] for name in columns}) for row in range(batch))
     return _encoded(f'{{"predictions": [{", ".join(rows)}]}}')
 
 
@@ -373,24 +347,25 @@ def write_columns(outputs: Mapping[str, np.ndarray]) -> bytes:
     """The answer to `inputs`: `{"outputs": ...}`, each output whole.
 
     Args:
-        outputs: arrays by name; the name is left out where there is but one.
+        outputs: arrays by name; the name is left out if there is only one.
 
     Raises:
         StatusError: INVALID_ARGUMENT, an output has no JSON form.
     """
     texts = {name: _elements(name, outputs[name], 0)[0] for name in sorted(outputs)}
-    return _encoded(f'{{"outputs": {_named(texts)}}}')
+    return _encoded(f'{{"outputs": {_object(texts)}}}')
 
 
-def _named(texts: Mapping[str, str]) -> str:
+def _object(texts: Mapping[str, str]) -> str:
+    """The JSON object of values that are JSON already; a single one loses its name."""
     if len(texts) == 1:
         return next(iter(texts.values()))
-    return "{" + ", ".join(f"{_string(name)}: {text}" for name, text in texts.items()) + "}"
+    return "{" + ", ".join(f"{_quoted(name)}: {text}" for name, text in texts.items()) + "}"
 
 
 def _elements(name: str, array: np.ndarray, axis: int) -> list[str]:
     """The JSON of each element along the axes before `axis`, in row-major order."""
-    texts = _values(name, array)
+    texts = _scalars(name, array)
     for inner in reversed(range(axis, array.ndim)):
         size = array.shape[inner]
         starts = (i * size for i in range(prod(array.shape[:inner])))
@@ -398,19 +373,19 @@ def _elements(name: str, array: np.ndarray, axis: int) -> list[str]:
     return texts
 
 
-def _values(name: str, array: np.ndarray) -> list[str]:
+def _scalars(name: str, array: np.ndarray) -> list[str]:
     dtype, values = tf.as_dtype(array.dtype), array.ravel().tolist()
     if dtype in _ALL_DIGITS:
         return [_decimal(value, array.dtype.type, _ALL_DIGITS[dtype]) for value in values]
-    if dtype in _INTEGER_TYPES:
+    if dtype in _INTEGERS:
         return list(map(str, values))
     if dtype == tf.bool:
         return ["true" if value else "false" for value in values]
     if dtype == tf.string and name.endswith("_bytes"):
         return [f'{{"b64": "{base64.b64encode(value).decode()}"}}' for value in values]
     if dtype == tf.string:
-        return [_string(value.decode(errors="surrogateescape")) for value in values]
-    raise invalid_argument(f"Failed to write JSON value for tensor type: {dtype_name(dtype)}")
+        return [_quoted(value.decode(errors="surrogateescape")) for value in values]
+    raise invalid_argument(f"Failed to write JSON value for tensor type: {_dtype_name(dtype)}")
 
 
 def _decimal(value: float, kind: type[np.floating], all_digits: int) -> str:
@@ -423,7 +398,7 @@ def _decimal(value: float, kind: type[np.floating], all_digits: int) -> str:
     return text if "." in text or "e" in text else f"{text}.0"
 
 
-def _string(value: str) -> str:
+def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -1,4 +1,4 @@
-"""A Predict request and a session: the checks in TensorFlow Serving's order, and the run."""
+"""A loaded version and a Predict request: the checks in TensorFlow Serving's order, and the run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from .tensors import decode
 
 
 class ServingSession(Protocol):
-    """What a loaded version is to those who serve it: a SavedModelSession, or one that batches."""
+    """A loaded version: a `SavedModelSession`, or one that batches."""
 
     signatures: Mapping[str, Any]
 
@@ -33,12 +33,12 @@ class ServingSession(Protocol):
 def run_predict(
     session: ServingSession, request: Any, timeout_s: float | None
 ) -> tuple[str, dict[str, np.ndarray]]:
-    """The signature that answers a PredictRequest, and its outputs.
+    """The name of the signature that answers a PredictRequest, and its outputs.
 
     Args:
-        session: the version that is asked.
+        session: the version.
         request: the `PredictRequest`; of its model_spec the signature alone counts.
-        timeout_s: what is left until the caller's deadline; None without one.
+        timeout_s: the time left until the caller's deadline; None without one.
 
     Raises:
         StatusError: the code and the text TensorFlow Serving would send.
@@ -49,7 +49,7 @@ def run_predict(
             grpc.StatusCode.FAILED_PRECONDITION, f'Serving signature key "{name}" not found.'
         )
     signature = session.signatures[name]
-    inputs = _read_inputs(signature, request.inputs)
+    inputs = _decoded_inputs(signature, request.inputs)
     _check_output_filter(signature, request.output_filter)
     return name, run(session, name, inputs, request.output_filter, timeout_s)
 
@@ -61,14 +61,14 @@ def run(
     outputs: Sequence[str],
     timeout_s: float | None,
 ) -> dict[str, np.ndarray]:
-    """Runs one signature, and says what TensorFlow says in TensorFlow Serving's codes.
+    """Runs one signature; an error of TensorFlow comes with TensorFlow Serving's code.
 
     Args:
-        session: the version that is asked.
+        session: the version.
         name: a key of its signatures.
         inputs: arrays by the signature's input names.
         outputs: the outputs to fetch; empty means all of them.
-        timeout_s: what is left until the caller's deadline; None without one.
+        timeout_s: the time left until the caller's deadline; None without one.
 
     Raises:
         StatusError: the run fails.
@@ -79,32 +79,32 @@ def run(
         raise from_number(error.error_code, error.message) from error
 
 
-def _read_inputs(signature: Any, sent: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _decoded_inputs(signature: Any, protos: Mapping[str, Any]) -> dict[str, np.ndarray]:
     declared, defaults = signature.inputs, signature.defaults
-    if len(sent) > len(declared) or (len(sent) < len(declared) and not defaults):
+    if len(protos) > len(declared) or (len(protos) < len(declared) and not defaults):
         raise invalid_argument(
-            f"input size does not match signature: {len(sent)}!={len(declared)} "
-            f"len({_names(sent)}) != len({_names(declared)}). "
-            f"Sent extra: {_names(sent.keys() - declared.keys())}. "
-            f"Missing but required: {_names(declared.keys() - sent.keys())}."
+            f"input size does not match signature: {len(protos)}!={len(declared)} "
+            f"len({_listed(protos)}) != len({_listed(declared)}). "
+            f"Sent extra: {_listed(protos.keys() - declared.keys())}. "
+            f"Missing but required: {_listed(declared.keys() - protos.keys())}."
         )
     inputs = {}
     for alias in sorted(declared):
-        if alias not in sent and alias not in defaults:
+        if alias not in protos and alias not in defaults:
             raise invalid_argument(
                 f"Signature input alias: {alias}(feed name: {declared[alias].name}) not found in "
                 f"request and no default value provided. Inputs expected to be in the request "
-                f"{_names(sent)}, or default input alias set: {','.join(sorted(defaults))}"
+                f"{_listed(protos)}, or default input alias set: {','.join(sorted(defaults))}"
             )
         try:
-            inputs[alias] = decode(sent[alias] if alias in sent else defaults[alias])
+            inputs[alias] = decode(protos[alias] if alias in protos else defaults[alias])
         except ValueError as error:
             raise invalid_argument(f"tensor parsing error: {alias}") from error
-    used = sent.keys() & declared.keys()
-    if len(used) != len(sent):
+    used = protos.keys() & declared.keys()
+    if len(used) != len(protos):
         raise invalid_argument(
             f"Inputs contains invalid name. Used request inputs: {','.join(sorted(used))}, "
-            f"request input: {','.join(sorted(sent))}"
+            f"request input: {','.join(sorted(protos))}"
         )
     return inputs
 
@@ -115,12 +115,12 @@ def _check_output_filter(signature: Any, names: Iterable[str]) -> None:
         if alias not in signature.outputs:
             raise invalid_argument(
                 f"output tensor alias not found in signature: {alias} Outputs expected to be "
-                f"in the set {_names(signature.outputs)}."
+                f"in the set {_listed(signature.outputs)}."
             )
         if alias in seen:
             raise invalid_argument(f"duplicate output tensor alias: {alias}")
         seen.add(alias)
 
 
-def _names(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return "{" + ",".join(sorted(names)) + "}"

@@ -1,18 +1,22 @@
-"""The development server itself: its models, their pollers and its ports."""
+"""The development server: models and their pollers, behind a gRPC port and perhaps a REST port.
+
+The ports open once the first versions are loaded, as TensorFlow Serving's do. It would wait for
+base paths and versions that are missing, and would try a version that does not load for five
+minutes; here each of them ends the start at once.
+"""
 
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from os import PathLike, fspath
-from types import TracebackType
 from typing import Any
 
 import grpc
 
 from ..saved_model import list_versions
 from .batching_config import batching_parameters
-from .config import ConfigPoller, Configuration, Poller, check_logging, read_config, single_model
+from .config import Configuration, check_logging, read_config, single_model
 from .grpc_options import (
     RefusesUnreadable,
     add_health,
@@ -22,170 +26,14 @@ from .grpc_options import (
 )
 from .loading import LoadOptions, load
 from .models import Models, Retries, absent_version, absent_versions, aspired_versions, no_versions
+from .poller import ConfigPoller, Poller, model_poller
 from .requests import add_services
-from .rest import Answer, HttpServer, answer
+from .rest import HttpServer, answer
 from .status import StatusError
-
-# The first config of a server, and its first versions: what is wrong with them ends the start.
-
-
-def apply_first(configuration: Configuration, config: Any, path: str) -> None:
-    """Puts the first config in place.
-
-    Args:
-        configuration: of the server that starts.
-        config: its `ModelServerConfig`.
-        path: where the config comes from.
-
-    Raises:
-        ValueError: TensorFlow Serving would not start with it.
-    """
-    try:
-        configuration.apply(config)
-        check_logging(config)
-    except StatusError as error:
-        remedy = "Correct the file."
-        if error.code is grpc.StatusCode.FAILED_PRECONDITION:
-            remedy = (
-                "At the start none is yet: leave the label out until a later reload, or give "
-                "allow_version_labels_for_unavailable_models."
-            )
-        raise ValueError(
-            "The config of the models must be one that can be served. Received: "
-            f"{path!r}, {error.code.name}: {error.message}. {remedy}"
-        ) from error
-
-
-def load_first_versions(models: Models, config: Any) -> None:
-    """Loads what the config asks for, all of which must be there.
-
-    TensorFlow Serving waits for base paths and versions that are not there, and tries a version
-    that does not load for five minutes; here that ends the start at once.
-
-    Args:
-        models: the models of the server.
-        config: the `ModelServerConfig` it starts with.
-
-    Raises:
-        FileNotFoundError: a base path is no folder, or holds no version.
-        RuntimeError: a version does not load.
-    """
-    for model in config.model_config_list.config:
-        _check_has_versions(model)
-    models.poll()
-    for model in config.model_config_list.config:
-        newest = models.versions(model.name)[0]
-        if newest.failure is not None:
-            raise RuntimeError(
-                f"The highest version must load. Received: version {newest.number} of model "
-                f"{model.name}, {newest.failure.code.name}: {newest.failure.message.rstrip('.')}. "
-                "Export it again, or remove it so that a lower one is served."
-            )
-
-
-def _check_has_versions(model: Any) -> None:
-    path = model.base_path
-    try:
-        found = list_versions(path)
-    except (OSError, ValueError) as error:  # a path may hold what no path can
-        why = getattr(error, "strerror", None) or error
-        raise FileNotFoundError(
-            f"base_path must be a folder that can be read. Received: base_path={path!r} "
-            f"({why}). Export a model to {path}/1 first, or correct the path."
-        ) from error
-    if aspired_versions(found, model.model_version_policy):
-        return
-    if found:
-        absent = absent_version(model.name, absent_versions(found, model.model_version_policy)[0])
-        raise FileNotFoundError(
-            f"A specific version must stand under base_path. Received: {absent} "
-            f"Name one of {', '.join(map(str, sorted(found)))}, or leave the policy out."
-        )
-    raise FileNotFoundError(
-        f"base_path must hold a version of the model. Received: "
-        f"{no_versions(model.name, path)} Put the SavedModel at {path}/1, or give the folder "
-        "above the numbered one."
-    )
-
-
-# The addresses of a server, and what is said of one that cannot be had.
-
-
-def bind(
-    server: grpc.Server, host: str, port: int, credentials: grpc.ServerCredentials | None
-) -> int:
-    """Binds the gRPC port and returns its number.
-
-    Args:
-        server: the server, not yet started.
-        host: the address to listen on.
-        port: the port to listen on; 0 takes a free one.
-        credentials: what TLS needs; None means without.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    try:
-        return _add(server, f"{host}:{port}", credentials)
-    except RuntimeError as error:
-        raise _not_free(host, f"port={port}") from error
-
-
-def bind_socket(server: grpc.Server, path: str, credentials: grpc.ServerCredentials | None) -> None:
-    """Has a gRPC server listen on a Unix domain socket too.
-
-    Args:
-        server: the server, not yet started.
-        path: path of the socket.
-        credentials: what TLS needs; None means without.
-
-    Raises:
-        OSError: no socket can be made there.
-    """
-    address = socket_address(path)
-    try:
-        _add(server, address, credentials)
-    except RuntimeError as error:
-        raise OSError(
-            "grpc_socket_path must be a path in a folder that can be written. Received: "
-            f"grpc_socket_path={path!r}, which cannot be bound. Choose another path."
-        ) from error
-
-
-def bind_http(host: str, port: int, answer: Answer) -> HttpServer:
-    """The server of the REST port, bound but not started.
-
-    Args:
-        host: the address to listen on.
-        port: the port to listen on; 0 takes a free one.
-        answer: from method, path and body to the HTTP code and a JSON body.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    try:
-        return HttpServer(host, port, answer)
-    except (OSError, OverflowError) as error:
-        raise _not_free(host, f"rest_api_port={port}") from error
-
-
-def _add(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
-    if credentials is None:
-        return server.add_insecure_port(address)
-    return server.add_secure_port(address, credentials)
-
-
-def _not_free(host: str, port: str) -> OSError:
-    return OSError(
-        f"The address must be free. Received: host={host!r}, {port}, "
-        f"which cannot be bound. Choose another port, or {port.partition('=')[0]}=0 for any "
-        "free one."
-    )
-
 
 _logger = logging.getLogger("keras_mrl_serving.server")
 _GRACE_S = 5.0
-# Most of them wait, for a batch or for a reload; those that compute leave the GIL.
+# Most of them wait, for a batch or for a reload; those that compute release the GIL.
 _MAX_THREADS = 64
 StrPath = str | PathLike[str]
 
@@ -198,7 +46,7 @@ class DevServer:
 
     Args:
         base_path: the folder whose numeric children are the versions; the highest is served.
-        model_name: the name requests ask for.
+        model_name: the name of the model in requests.
         model_config_file: text proto of `tensorflow.serving.ModelServerConfig`: models, version
             policies and labels. It takes the place of `base_path` and `model_name`.
         model_config_file_poll_wait_seconds: how often that file is reloaded; 0 means never.
@@ -210,7 +58,7 @@ class DevServer:
         rest_api_timeout_in_ms: how long a REST call may compute; 0 or less means without limit.
         ssl_config_file: text proto of `tensorflow.serving.SSLConfig`; with it the gRPC port
             speaks TLS. REST stays plain HTTP, as TensorFlow Serving's does.
-        file_system_poll_wait_seconds: how often base paths are looked at; 0 means only at start,
+        file_system_poll_wait_seconds: how often base paths are read; 0 means only at the start,
             so that models a reload adds never come; below 0 not even then, and `poll` does.
         max_num_load_retries: how often a version that does not load is tried again.
         load_retry_interval_micros: the time between two tries.
@@ -313,17 +161,17 @@ class DevServer:
         credentials = server_credentials(self._ssl_config_file) if self._ssl_config_file else None
         options = server_options(self._channel_arguments)
         models = Models(partial(load, options=self._load_options()), self._retries)
-        poller = Poller(models, self._wait_s)
+        poller = model_poller(models, self._wait_s)
         configuration = Configuration(
             models, allow_labels_for_unavailable=self._allow_labels, wake=poller.wake
         )
-        apply_first(configuration, config, source)
+        _apply_first(configuration, config, source)
         server = grpc.server(
             ThreadPoolExecutor(_MAX_THREADS), interceptors=[RefusesUnreadable()], options=options
         )
         try:
             if self._wait_s >= 0:
-                load_first_versions(models, config)
+                _load_first_versions(models, config)
             add_services(server, models, configuration, as_tensor_content=self._as_tensor_content)
             if self._enable_health:
                 add_health(server)
@@ -344,18 +192,18 @@ class DevServer:
                 configuration, self._config_file, self._config_wait_s
             )
             self._config_poller.start()
-        return self._say_where(config)
+        return self._log_addresses(config)
 
     def poll(self) -> None:
-        """Looks at the base paths now, and loads and unloads what that means, in this thread."""
+        """Reads the base paths now, then loads and unloads what has changed, in this thread."""
         if self._models is not None and self._poller is not None:
             self._models.poll()
-            self._poller.wake()  # for the tries that are due later
+            self._poller.wake()  # to learn when a version that just failed is tried again
 
     def stop(self) -> None:
         """Closes the ports, gives requests under way five seconds, and unloads the models.
 
-        An unload waits for what still computes, and for a load under way.
+        An unload waits for runs that still compute, and for a load under way.
         """
         if self._configuration is not None:
             self._configuration.close()
@@ -373,19 +221,14 @@ class DevServer:
             self._models.close()
 
     def wait(self) -> None:
-        """Blocks until the server is stopped, by another thread or by a signal's exception."""
+        """Blocks until another thread stops the server, or a signal's handler raises."""
         if self._server is not None:
             self._server.wait_for_termination()
 
     def __enter__(self) -> str:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _load_options(self) -> LoadOptions:
@@ -396,15 +239,30 @@ class DevServer:
         self, server: grpc.Server, models: Models, credentials: grpc.ServerCredentials | None
     ) -> None:
         if self.rest_api_port is not None:
-            answering = partial(answer, models, self._rest_timeout_s)
-            self._http = bind_http(self._host, self.rest_api_port, answering)
+            try:
+                self._http = HttpServer(
+                    self._host, self.rest_api_port, partial(answer, models, self._rest_timeout_s)
+                )
+            except (OSError, OverflowError) as error:
+                raise _not_free(self._host, "rest_api_port", self.rest_api_port) from error
             self.rest_api_port = self._http.server_port
         if self._socket_path is not None:
-            bind_socket(server, self._socket_path, credentials)
-        # last: what gRPC has bound stays so until the server is gone
-        self.port = bind(server, self._host, self.port, credentials)
+            address = socket_address(self._socket_path)
+            try:
+                _add_port(server, address, credentials)
+            except RuntimeError as error:
+                raise OSError(
+                    "grpc_socket_path must be a path in a folder that can be written. Received: "
+                    f"grpc_socket_path={self._socket_path!r}, which cannot be bound. Choose "
+                    "another path."
+                ) from error
+        # Bound last: gRPC frees a port only when it frees the server.
+        try:
+            self.port = _add_port(server, f"{self._host}:{self.port}", credentials)
+        except RuntimeError as error:
+            raise _not_free(self._host, "port", self.port) from error
 
-    def _say_where(self, config: Any) -> str:
+    def _log_addresses(self, config: Any) -> str:
         target = f"{self._host}:{self.port}"
         for model in config.model_config_list.config:
             _logger.info("%s: serving %s on %s", model.name, model.base_path, target)
@@ -419,3 +277,72 @@ def _text(path: StrPath | None) -> str | None:
 
 def _absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
+
+
+def _apply_first(configuration: Configuration, config: Any, source: str) -> None:
+    try:
+        configuration.apply(config)
+        check_logging(config)
+    except StatusError as error:
+        remedy = "Correct the file."
+        if error.code is grpc.StatusCode.FAILED_PRECONDITION:
+            remedy = (
+                "At the start none is yet: leave the label out until a later reload, or give "
+                "allow_version_labels_for_unavailable_models."
+            )
+        raise ValueError(
+            "The config of the models must be one that can be served. Received: "
+            f"{source!r}, {error.code.name}: {error.message}. {remedy}"
+        ) from error
+
+
+def _load_first_versions(models: Models, config: Any) -> None:
+    for model in config.model_config_list.config:
+        _check_has_versions(model)
+    models.poll()
+    for model in config.model_config_list.config:
+        newest = models.versions(model.name)[0]
+        if newest.failure is not None:
+            raise RuntimeError(
+                f"The highest version must load. Received: version {newest.number} of model "
+                f"{model.name}, {newest.failure.code.name}: {newest.failure.message.rstrip('.')}. "
+                "Export it again, or remove it so that a lower one is served."
+            )
+
+
+def _check_has_versions(model: Any) -> None:
+    path, policy = model.base_path, model.model_version_policy
+    try:
+        versions = list_versions(path)
+    except (OSError, ValueError) as error:  # ValueError: the text can be no path at all
+        reason = getattr(error, "strerror", None) or error
+        raise FileNotFoundError(
+            f"base_path must be a folder that can be read. Received: base_path={path!r} "
+            f"({reason}). Export a model to {path}/1 first, or correct the path."
+        ) from error
+    if aspired_versions(versions, policy):
+        return
+    if versions:
+        text = absent_version(model.name, absent_versions(versions, policy)[0])
+        raise FileNotFoundError(
+            f"A specific version must stand under base_path. Received: {text} "
+            f"Name one of {', '.join(map(str, sorted(versions)))}, or leave the policy out."
+        )
+    raise FileNotFoundError(
+        f"base_path must hold a version of the model. Received: "
+        f"{no_versions(model.name, path)} Put the SavedModel at {path}/1, or give the folder "
+        "above the numbered one."
+    )
+
+
+def _add_port(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    if credentials is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, credentials)
+
+
+def _not_free(host: str, flag: str, port: int) -> OSError:
+    return OSError(
+        f"The address must be free. Received: host={host!r}, {flag}={port}, "
+        f"which cannot be bound. Choose another port, or {flag}=0 for any free one."
+    )

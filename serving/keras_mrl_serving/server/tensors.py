@@ -17,7 +17,7 @@ _RAW = {
     tf.complex128: "dcomplex_val",
 }
 # Fields filled value by value: varints and strings.
-_LISTED = {
+_VALUE_BY_VALUE = {
     tf.int8: "int_val",
     tf.int16: "int_val",
     tf.int32: "int_val",
@@ -29,36 +29,37 @@ _LISTED = {
     tf.string: "string_val",
 }
 _HALVES = (tf.float16, tf.bfloat16)
-# What a tensor_content of exactly the shape's size is: the array's own bytes, whoever reads them.
+# Dtypes whose tensor_content, if it is of exactly the shape's size, is the bytes of the array.
 _PLAIN = {
     dtype.as_datatype_enum: np.dtype(dtype.as_numpy_dtype)
     for dtype in (tf.float32, tf.float64, tf.int32, tf.int64, tf.uint8)
 }
-_MOST_PLAIN_DIMS = 8
-# Objects of the runtime's own: parsed from a client's bytes, some end the process.
+_MAX_PLAIN_DIMS = 8
+# Objects of the runtime: some of them, when parsed from a client's bytes, end the process.
 _HANDLES = (tf.variant, tf.resource)
-_MAX_MADE_UP_BYTES = 2**24
-_STRING_BYTES = 8  # of one in an array; its dtype says 0
+_MAX_REPEATED_BYTES = 2**24
+_STRING_BYTES = 8  # a string's share of an array; its dtype says 0
 
 
 def decode(proto: Any) -> np.ndarray:
     """The array of a TensorProto in either encoding.
 
-    Bytes of exactly the shape's size are taken as they are, in a thirtieth of the time. For all
-    else the op runs C++ `Tensor::FromProto` itself, which `tf.make_ndarray` departs from: fewer
-    values than elements repeat the last one, none are zeros, surplus ones are ignored.
+    Bytes of exactly the shape's size are taken as they are, in a thirtieth of the time. Everything
+    else is parsed by an op that runs C++ `Tensor::FromProto` itself: if there are fewer values than
+    elements, it repeats the last one; if there are none, it makes zeros; it ignores surplus ones.
+    `tf.make_ndarray` does not do all of that.
 
     Args:
         proto: a `TensorProto`.
 
     Raises:
-        ValueError: it is no valid tensor. No text: the caller's names the input.
+        ValueError: it is no valid tensor. It has no text: the caller knows the input's name.
     """
     plain = _plain(proto)
     if plain is not None:
         return plain
     try:
-        # Given the bare number the op leaves its fast path, at twice the time.
+        # With the bare number, the op would leave its fast path and take twice as long.
         dtype = tf.as_dtype(proto.dtype)
         if dtype in _HANDLES:
             raise ValueError
@@ -75,15 +76,15 @@ def encode(array: np.ndarray, proto: Any, *, as_tensor_content: bool = False) ->
     Args:
         array: the values; strings are objects of bytes.
         proto: an empty `TensorProto`.
-        as_tensor_content: `tensor_content` instead, as `Tensor::AsProtoTensorContent` writes it.
+        as_tensor_content: fill `tensor_content` instead, as `Tensor::AsProtoTensorContent` does.
     """
     dtype = tf.as_dtype(array.dtype)
     if as_tensor_content:
         _describe(proto, dtype, array.shape)
         proto.tensor_content = _strings(array) if dtype == tf.string else array.tobytes()
         return
-    if dtype not in _RAW and dtype not in _LISTED and dtype not in _HALVES:
-        # Quantised and 4- or 8-bit types: right, if not in the field TensorFlow Serving chooses.
+    if dtype not in _RAW and dtype not in _VALUE_BY_VALUE and dtype not in _HALVES:
+        # Quantised and 4- or 8-bit types; TensorFlow Serving may choose another field.
         proto.CopyFrom(tf.make_tensor_proto(array))
         return
     _describe(proto, dtype, array.shape)
@@ -91,19 +92,19 @@ def encode(array: np.ndarray, proto: Any, *, as_tensor_content: bool = False) ->
         number = proto.DESCRIPTOR.fields_by_name[_RAW[dtype]].number
         data = array.tobytes()
         proto.MergeFromString(_varint(number << 3 | 2) + _varint(len(data)) + data)
-    elif dtype in _LISTED:
-        getattr(proto, _LISTED[dtype]).extend(array.ravel().tolist())
+    elif dtype in _VALUE_BY_VALUE:
+        getattr(proto, _VALUE_BY_VALUE[dtype]).extend(array.ravel().tolist())
     else:
         proto.half_val.extend(array.view(np.uint16).ravel().tolist())
 
 
 def _plain(proto: Any) -> np.ndarray | None:
-    """The array of plain bytes that fill a plain shape; None for whatever is not as simple."""
+    """The array, if `tensor_content` is its very bytes; None otherwise."""
     dtype, content = _PLAIN.get(proto.dtype), proto.tensor_content
     if dtype is None or not content:
         return None
     shape = [dim.size for dim in proto.tensor_shape.dim]
-    if len(shape) > _MOST_PLAIN_DIMS or min(shape, default=1) < 1:
+    if len(shape) > _MAX_PLAIN_DIMS or min(shape, default=1) < 1:
         return None
     if math.prod(shape) * dtype.itemsize != len(content):
         return None
@@ -113,12 +114,12 @@ def _plain(proto: Any) -> np.ndarray | None:
 def _check_size(proto: Any, dtype: tf.DType) -> None:
     """Refuses a tensor that is mostly shape: ten bytes may ask for terabytes of repeated values.
 
-    So may one of none, which sums along its empty axis to terabytes of zeros. TensorFlow Serving
-    tries to make them, and ends where the memory does.
+    A tensor without elements counts as if its empty axes had one: a sum along such an axis can be
+    terabytes of zeros. TensorFlow Serving tries to make them, and runs out of memory.
     """
     elements = math.prod(dim.size or 1 for dim in proto.tensor_shape.dim)
     size = elements * (dtype.size or _STRING_BYTES)
-    if size > _MAX_MADE_UP_BYTES and size > _MAX_MADE_UP_BYTES + proto.ByteSize():
+    if size > _MAX_REPEATED_BYTES and size > _MAX_REPEATED_BYTES + proto.ByteSize():
         raise ValueError
 
 
