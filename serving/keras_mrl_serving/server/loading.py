@@ -75,9 +75,7 @@ def _open(path: str) -> SavedModelSession:
         raise from_number(error.error_code, message) from error
     except (OSError, RuntimeError) as error:  # Python's loader words these differently from C++
         raise _in_the_words_of_cpp(error, path) from error
-    except (
-        Exception
-    ) as error:  # whatever a damaged model makes the loader raise, the server runs on
+    except Exception as error:  # a damaged model may raise anything
         raise StatusError(grpc.StatusCode.UNKNOWN, str(error)) from error
 
 

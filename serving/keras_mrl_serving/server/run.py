@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import grpc
 import numpy as np
 import tensorflow as tf
 
-from .status import StatusError, from_number, invalid_argument
+from .status import failed_precondition, from_number, invalid_argument
 from .tensors import decode
 
 
@@ -45,9 +44,7 @@ def run_predict(
     """
     name = request.model_spec.signature_name or "serving_default"
     if name not in session.signatures:
-        raise StatusError(
-            grpc.StatusCode.FAILED_PRECONDITION, f'Serving signature key "{name}" not found.'
-        )
+        raise failed_precondition(f'Serving signature key "{name}" not found.')
     signature = session.signatures[name]
     inputs = _decoded_inputs(signature, request.inputs)
     _check_output_filter(signature, request.output_filter)
