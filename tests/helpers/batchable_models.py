@@ -1,4 +1,4 @@
-"""A model that tells how its requests were batched."""
+"""A model whose answers show how its requests were batched."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import tensorflow as tf
 
 
 class Model(tf.Module):
-    """Tells of each row how many rows ran with it, and how wide they were."""
+    """Answers each row with the number of rows that ran with it, and their width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,13 +42,14 @@ class Model(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.int64, name="steps")])
     def spin(self, steps: tf.Tensor) -> dict[str, tf.Tensor]:
-        most = tf.reduce_max(steps)
-        done = tf.while_loop(lambda i: i < most, lambda i: [i + 1], [0 * most])[0]
+        """Computes for as many steps as the largest row says."""
+        last = tf.reduce_max(steps)
+        done = tf.while_loop(lambda i: i < last, lambda i: [i + 1], [0 * last])[0]
         return {"steps": tf.fill(tf.shape(steps), done)}
 
 
 def save(path: Path) -> Path:
-    """Writes it as the folder of one version."""
+    """Writes the model as the folder of one version, and returns the folder."""
     model = Model()
     names = ("rows", "project", "pair", "scalar", "spin")
     signatures = {name: getattr(model, name) for name in names}

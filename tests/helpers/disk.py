@@ -1,4 +1,4 @@
-"""Base paths whose versions compute nothing, and what the models of a server make of them."""
+"""Base paths whose versions compute nothing, and the models of a server that serves them."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from keras_mrl_serving.server.status import StatusError
 
 
 class Disk:
-    """Base paths with versions, good and broken, and what was loaded and closed of them."""
+    """Base paths with versions, good and broken, and the loads and closes of these versions."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -37,19 +37,20 @@ class Disk:
         self.events.append(f"load {name}")
         if name in self.broken:
             raise StatusError(grpc.StatusCode.DATA_LOSS, f"{name} is broken")
-        return Session(self, name)
+        return IdleSession(lambda: self.events.append(f"close {name}"))
 
-    def since(self) -> list[str]:
+    def new_events(self) -> list[str]:
+        """The events since the last call."""
         events, self.events = self.events, []
         return events
 
 
-class Session:
+class IdleSession:
     """A session that computes nothing."""
 
-    def __init__(self, disk: Disk, name: str) -> None:
+    def __init__(self, on_close: Callable[[], object]) -> None:
         self.signatures: Mapping[str, Any] = {}
-        self._disk, self._name = disk, name
+        self._on_close = on_close
 
     def run(
         self,
@@ -62,7 +63,17 @@ class Session:
         raise NotImplementedError
 
     def close(self) -> None:
-        self._disk.events.append(f"close {self._name}")
+        self._on_close()
+
+
+class Clock:
+    """The time as a test sets it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def config(disk: Disk, name: str, policy: str = "") -> Any:
@@ -78,8 +89,9 @@ def states(models: Models, name: str = "m") -> str:
     )
 
 
-def wait_until(condition: Callable[[], bool], what: str = "what was waited for") -> None:
-    deadline = time.monotonic() + 30
+def wait_until(condition: Callable[[], bool], expectation: str = "it") -> None:
+    """Waits for a condition; a minute later it is taken for lost."""
+    deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come about"
+        assert time.monotonic() < deadline, f"{expectation} did not come about"
         time.sleep(0.002)

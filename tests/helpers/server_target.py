@@ -1,5 +1,8 @@
-"""The server under test, given by its address: requests to it, and what it refuses."""
+"""The server under test, given by its address: requests to it, and its refusals."""
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from tensorflow_serving.apis.model_service_pb2_grpc import ModelServiceStub
 from tensorflow_serving.apis.predict_pb2 import PredictRequest
 from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
 
+from keras_mrl_serving.saved_model import list_versions
+from keras_mrl_serving.server import DevServer
 from tests.helpers.disk import wait_until
 
 TIMEOUT_S = 60.0
@@ -36,32 +41,66 @@ class Served:
         self._model = ModelServiceStub(self.channel)
 
     def __call__(self, request: Any, timeout_s: float | None = TIMEOUT_S) -> Any:
+        return self.future(request, timeout_s).result()
+
+    def future(self, request: Any, timeout_s: float | None = TIMEOUT_S) -> Any:
         method = {
             PredictRequest: self._prediction.Predict,
             GetModelMetadataRequest: self._prediction.GetModelMetadata,
             GetModelStatusRequest: self._model.GetModelStatus,
             ReloadConfigRequest: self._model.HandleReloadConfigRequest,
         }[type(request)]
-        return method(request, timeout=timeout_s, wait_for_ready=True)
+        return method.future(request, timeout=timeout_s, wait_for_ready=True)
 
     def refuses(self, request: Any) -> tuple[str, str | None]:
-        with pytest.raises(grpc.RpcError) as caught:
-            self(request)
-        return caught.value.code().name, caught.value.details()
+        return refusal(lambda: self(request))
 
     def states(self, name: str) -> list[tuple[int, str]]:
         """The versions of a model and their states, highest first."""
         try:
-            found = self(status(name=name)).model_version_status
+            versions = self(status(name=name)).model_version_status
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.NOT_FOUND:
                 raise
             return []
-        return [(v.version, ModelVersionStatus.State.Name(v.state)) for v in found]
+        return [(v.version, ModelVersionStatus.State.Name(v.state)) for v in versions]
 
     def reaches(self, name: str, *states: tuple[int, str]) -> None:
         """Waits until the highest versions of a model are in these states."""
         wait_until(lambda: self.states(name)[: len(states)] == list(states), f"{name}: {states}")
+
+
+@contextmanager
+def server_under_test(
+    kind: str, base: Path, put: Callable[[Path, str], object], **flags: Any
+) -> Iterator[Served]:
+    """The server at KERAS_MRL_TFS_<kind>TARGET if that is set, else a development server.
+
+    Args:
+        kind: "", or "BATCHING_".
+        base: the base path of the development server.
+        put: puts the model under a base path, as the version of this name.
+        flags: of the development server.
+    """
+    address = os.environ.get(f"KERAS_MRL_TFS_{kind}TARGET")
+    if address is not None:
+        base = Path(os.environ[f"KERAS_MRL_TFS_{kind}BASE_PATH"])
+    version = max(list_versions(str(base)), default=0) + 1
+    put(base, str(version))
+    server: AbstractContextManager[str] = (
+        DevServer(base, **flags) if address is None else nullcontext(address)
+    )
+    with server as target:
+        served = Served(target, base, version)
+        served.reaches("default", (version, "AVAILABLE"))
+        yield served
+        served.channel.close()
+
+
+def refusal(call: Callable[[], object]) -> tuple[str, str | None]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code().name, caught.value.details()
 
 
 def label(name: str, number: int) -> str:

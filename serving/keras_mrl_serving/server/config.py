@@ -19,7 +19,6 @@ from .text_proto import TextProtoFile
 
 _PLATFORM = "tensorflow"
 _ABSOLUTE = re.compile(r"/|[a-zA-Z][0-9a-zA-Z.]*://")
-_CHECK_INTERVAL_S = 0.1
 _LOADED_OR_FAILED = (ModelVersionStatus.AVAILABLE, ModelVersionStatus.END)
 Awaited = Mapping[str, frozenset[Version]]
 
@@ -61,6 +60,7 @@ class Configuration:
         allow_labels_for_unavailable: whether a new label may stand for a version that is not
             available.
         wake: makes another thread call `Models.poll` soon.
+        check_interval_s: how often a reload that waits checks whether its caller still does.
     """
 
     def __init__(
@@ -69,10 +69,12 @@ class Configuration:
         *,
         allow_labels_for_unavailable: bool = False,
         wake: Callable[[], None] = lambda: None,
+        check_interval_s: float = 0.1,
     ) -> None:
         self._models = models
         self._allow_labels = allow_labels_for_unavailable
         self._wake = wake
+        self._check_interval_s = check_interval_s
         self._reloading = threading.Lock()
         self._config: Any = ModelServerConfig()
         self._is_closed = False
@@ -90,7 +92,7 @@ class Configuration:
         Raises:
             StatusError: the code and the text TensorFlow Serving would send.
         """
-        while not self._reloading.acquire(timeout=_CHECK_INTERVAL_S):
+        while not self._reloading.acquire(timeout=self._check_interval_s):
             self._check_active(is_active)
         try:
             awaited = self.apply(config)
@@ -145,7 +147,7 @@ class Configuration:
         with self._models.changed:
             while None in (versions := [self._new_version(n, awaited[n]) for n in names]):
                 self._check_active(is_active)
-                self._models.changed.wait(_CHECK_INTERVAL_S)
+                self._models.changed.wait(self._check_interval_s)
         failures = [
             f"{{{{name: {name} version: {version.number}}} due to error: "
             f"{version.error.code.name}: {version.error.message}}}, "

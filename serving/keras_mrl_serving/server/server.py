@@ -292,7 +292,7 @@ def _apply_first(configuration: Configuration, config: Any, source: str) -> None
             )
         raise ValueError(
             "The config of the models must be one that can be served. Received: "
-            f"{source!r}, {error.code.name}: {error.message}. {remedy}"
+            f"{source!r}, {error.code.name}: {error.message.rstrip('.')}. {remedy}"
         ) from error
 
 

@@ -1,6 +1,5 @@
 """One tiny SavedModel with a signature for each thing a server can get wrong."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +8,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-from keras_mrl_serving.saved_model import list_versions
-from keras_mrl_serving.server import DevServer
-from tests.helpers.server_target import Served, reload
+from tests.helpers.server_target import Served, reload, server_under_test
 
 Publish = Callable[[Path, str], Path]
 
@@ -85,22 +82,9 @@ def publish(saved_model: Path) -> Publish:
 @pytest.fixture(scope="module")
 def served(publish: Publish, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The development server, or the one at KERAS_MRL_TFS_TARGET; see test_conformance.py."""
-    target = os.environ.get("KERAS_MRL_TFS_TARGET")
-    if target is not None:
-        base = Path(os.environ["KERAS_MRL_TFS_BASE_PATH"])
-        version = max(list_versions(str(base)), default=0) + 1
-        publish(base, str(version))
-        served = Served(target, base, version)
-        served.reaches("default", (version, "AVAILABLE"))
+    flags = {"file_system_poll_wait_seconds": 0.02, "max_num_load_retries": 0}
+    with server_under_test("", tmp_path_factory.mktemp("base"), publish, **flags) as served:
         yield served
-        served.channel.close()
-        return
-    base = tmp_path_factory.mktemp("base")
-    publish(base, "00000123")
-    with DevServer(base, file_system_poll_wait_seconds=0.05, max_num_load_retries=0) as address:
-        served = Served(address, base, 123)
-        yield served
-        served.channel.close()
 
 
 @pytest.fixture

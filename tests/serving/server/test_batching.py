@@ -1,23 +1,24 @@
-"""Requests that are run together: the same answers, the refusals, no thread left."""
+"""Requests that are run together: the same answers as alone, and the refusals."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from google.protobuf import text_format
 
 from keras_mrl_serving._session import SavedModelSession
-from keras_mrl_serving.server.batching import BatchingSession, BatchThreads, merge
+from keras_mrl_serving.server.batch_scheduler import BatchQueue, BatchScheduler, Task
+from keras_mrl_serving.server.batching import BatchingSession, merge
 from keras_mrl_serving.server.batching_config import batching_options, batching_parameters
 from keras_mrl_serving.server.loading import LoadOptions, load
 from keras_mrl_serving.server.run import ServingSession
 from keras_mrl_serving.server.status import StatusError
 from tests.helpers.batchable_models import save
+from tests.helpers.disk import Clock, wait_until
 
 Answers = list[Any]
 TOGETHER = "batch_timeout_micros {value: 10000000} num_batch_threads {value: 2}"
@@ -34,8 +35,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def parameters(text: str) -> Any:
-    found: Any = batching_parameters(True, None)
-    return text_format.Parse(text, found)
+    empty: Any = batching_parameters(True, None)
+    return text_format.Parse(text, empty)
 
 
 @contextmanager
@@ -47,12 +48,12 @@ def loaded(path: str, text: str) -> Iterator[ServingSession]:
         session.close()
 
 
-class Gate(SavedModelSession):
-    """Computes nothing until it is opened."""
+class Gated(SavedModelSession):
+    """Computes nothing until its gate is open."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.entered, self.opened = threading.Event(), threading.Event()
+        self.entered, self.gate = threading.Event(), threading.Event()
         self.timeouts: list[float | None] = []
 
     def run_tensors(
@@ -60,18 +61,38 @@ class Gate(SavedModelSession):
     ) -> list[np.ndarray]:
         self.timeouts.append(timeout_s)
         self.entered.set()
-        assert self.opened.wait(30)
+        assert self.gate.wait(60)
         return super().run_tensors(feeds, fetches, timeout_s=timeout_s)
 
 
+class CountingScheduler(BatchScheduler):
+    """Counts the tasks that were queued, at a time that a test sets."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        super().__init__(self.clock)
+        self.num_queued = 0
+
+    def put(self, queue: BatchQueue, task: Task) -> list[Task]:
+        parts = super().put(queue, task)
+        self.num_queued += 1
+        return parts
+
+
+class Setting(NamedTuple):
+    gated: Gated
+    scheduler: CountingScheduler
+    session: BatchingSession
+
+
 @contextmanager
-def gated(path: str, text: str) -> Iterator[tuple[Gate, BatchingSession]]:
-    gate = Gate(path)
-    session = BatchingSession(gate, batching_options(parameters(text)), BatchThreads())
+def setting(path: str, text: str) -> Iterator[Setting]:
+    gated, scheduler = Gated(path), CountingScheduler()
+    session = BatchingSession(gated, batching_options(parameters(text)), scheduler)
     try:
-        yield gate, session
+        yield Setting(gated, scheduler, session)
     finally:
-        gate.opened.set()
+        gated.gate.set()
         session.close()
 
 
@@ -163,37 +184,32 @@ def test_33_a_task_larger_than_a_batch(path: str) -> None:
 
 def test_34_a_queue_that_is_full(path: str) -> None:
     text = "max_batch_size {value: 1} max_enqueued_batches {value: 2} num_batch_threads {value: 1}"
-    with gated(path, text) as (gate, session), ThreadPoolExecutor(8) as pool:
+    with setting(path, text) as (gated, _, session), ThreadPoolExecutor(8) as pool:
         first = pool.submit(rows, session, [[1]])
-        assert gate.entered.wait(30)
+        assert gated.entered.wait(60)
         others = [pool.submit(rows, session, [[1]]) for _ in range(7)]
-        while sum(future.done() for future in others) < 5:
-            time.sleep(0.001)
-        gate.opened.set()
+        wait_until(lambda: sum(future.done() for future in others) == 5)
+        gated.gate.set()
         assert first.result()["count"].tolist() == [1]
-        refusals = [future for future in others if future.exception()]
-        assert len(refusals) == 5
-        assert [f.result()["count"].tolist() for f in others if f not in refusals] == [[1], [1]]
-    for future in refusals:
-        error = future.exception()
-        assert isinstance(error, StatusError)
-        assert error.code.name == "UNAVAILABLE"
-        assert error.message == (
+        errors = [error for error in (future.exception() for future in others) if error]
+    assert [(error.code.name, error.message) for error in errors] == [  # type: ignore[attr-defined]
+        (
+            "UNAVAILABLE",
             "The batch scheduling queue to which this task was submitted is full; currently 2 "
-            "batches enqueued and max_enqueued_batches is 2"
+            "batches enqueued and max_enqueued_batches is 2",
         )
+    ] * 5
 
 
 def test_35_a_deadline_that_passes_in_the_queue(path: str) -> None:
-    with (
-        gated(path, "max_batch_size {value: 1} num_batch_threads {value: 1}") as (gate, session),
-        ThreadPoolExecutor(2) as pool,
-    ):
+    text = "max_batch_size {value: 1} num_batch_threads {value: 1}"
+    with setting(path, text) as (gated, scheduler, session), ThreadPoolExecutor(2) as pool:
         first = pool.submit(rows, session, [[1]], timeout_s=60.0)
-        assert gate.entered.wait(30)
-        late = pool.submit(refused, lambda: rows(session, [[1]], timeout_s=0.01))
-        time.sleep(0.1)
-        gate.opened.set()
+        assert gated.entered.wait(60)
+        late = pool.submit(refused, lambda: rows(session, [[1]], timeout_s=10.0))
+        wait_until(lambda: scheduler.num_queued == 2)
+        scheduler.clock.now = 10.0
+        gated.gate.set()
         assert late.result() == (
             "RESOURCE_EXHAUSTED",
             "Run() timeout exceeded while waiting in batching queue",
@@ -202,16 +218,22 @@ def test_35_a_deadline_that_passes_in_the_queue(path: str) -> None:
 
 
 def test_the_latest_deadline_holds_for_all(path: str) -> None:
-    with gated(path, f"max_batch_size {{value: 2}} {TOGETHER}") as (gate, session):
-        gate.opened.set()
+    with setting(path, f"max_batch_size {{value: 2}} {TOGETHER}") as (gated, _, session):
+        gated.gate.set()
         at_once(
-            lambda: rows(session, [[1]], timeout_s=2.0), lambda: rows(session, [[1]], timeout_s=50)
+            lambda: rows(session, [[1]], timeout_s=20), lambda: rows(session, [[1]], timeout_s=50)
         )
-        at_once(lambda: rows(session, [[1]], timeout_s=2.0), lambda: rows(session, [[1]]))
-    limited, unlimited = gate.timeouts
-    assert limited is not None
-    assert 40 < limited <= 50
-    assert unlimited is None
+        at_once(lambda: rows(session, [[1]], timeout_s=20), lambda: rows(session, [[1]]))
+    assert gated.timeouts == [50, None]
+
+
+def test_a_session_that_is_closed_answers_the_requests_that_wait(path: str) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with setting(path, f"max_batch_size {{value: 2}} {TOGETHER}") as (_, scheduler, session):
+            waiting = pool.submit(rows, session, [[1]])
+            wait_until(lambda: scheduler.num_queued == 1)
+            assert not waiting.done()
+        assert waiting.result()["count"].tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +289,7 @@ def test_dtypes_that_differ_fail_every_task(path: str) -> None:
     assert first[1] in (f"{text}float and string.", f"{text}string and float.")
 
 
-def test_what_the_runtime_says_goes_to_every_task(path: str) -> None:
+def test_an_error_of_the_runtime_goes_to_every_task(path: str) -> None:
     with loaded(path, f"max_batch_size {{value: 2}} {TOGETHER}") as session:
         x = np.ones((1, 5), np.float32)
         first, second = at_once(*[lambda: session.run("project", {"x": x})] * 2)
@@ -358,43 +380,9 @@ def test_32_threads_get_what_they_would_alone(path: str) -> None:
         assert counts <= {8, 64}
 
 
-def batching_threads() -> int:
-    return sum(thread.name == "batching" for thread in threading.enumerate())
-
-
-def test_all_models_share_the_threads_and_the_last_one_ends_them(path: str) -> None:
-    options = LoadOptions(batching_parameters=parameters("num_batch_threads {value: 3}"))
-    for _ in range(2):
-        first, second = load(path, options), load(path, options)
-        assert batching_threads() == 0
-        for session in (first, second):
-            assert rows(session, [[1]])["count"].tolist() == [1]
-        assert batching_threads() == 3
-        first.close()
-        assert batching_threads() == 3
-        assert rows(second, [[1]])["count"].tolist() == [1]
-        second.close()
-        assert batching_threads() == 0
-
-
-def test_a_session_that_is_closed_answers_who_waits(path: str) -> None:
-    text = f"max_batch_size {{value: 2}} {TOGETHER}"
-    session = load(path, LoadOptions(batching_parameters=parameters(text)))
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(rows, session, [[1]])
-        while batching_threads() < 2 or not _is_queued(session):
-            time.sleep(0.001)
-        session.close()
-        assert waiting.result(10)["count"].tolist() == [1]
-
-
-def _is_queued(session: Any) -> bool:
-    return any(not queue.is_idle for queue in session._queues.values())
-
-
 def test_an_unknown_name_is_a_key_error(path: str) -> None:
     with loaded(path, "") as session:
-        wrong: Any
-        for wrong in (("none", {}), ("rows", {"y": np.ones(1)}), ("rows", {}, ("z",))):
+        arguments: Any
+        for arguments in (("none", {}), ("rows", {"y": np.ones(1)}), ("rows", {}, ("z",))):
             with pytest.raises(KeyError):
-                session.run(*wrong)
+                session.run(*arguments)

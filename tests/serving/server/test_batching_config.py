@@ -1,4 +1,4 @@
-"""What --enable_batching and --batching_parameters_file say, and what they cannot."""
+"""--enable_batching and --batching_parameters_file: defaults, and parameters that are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,12 @@ import pytest
 from google.protobuf import text_format
 
 from keras_mrl_serving.server.batching_config import batching_options, batching_parameters
-from keras_mrl_serving.server.loading import LoadOptions, load
 from keras_mrl_serving.server.status import StatusError
 
 
 def parameters(text: str) -> Any:
-    found: Any = batching_parameters(True, None)
-    return text_format.Parse(text, found)
+    empty: Any = batching_parameters(True, None)
+    return text_format.Parse(text, empty)
 
 
 @pytest.mark.parametrize(
@@ -41,16 +40,13 @@ def parameters(text: str) -> Any:
         ),
     ],
 )
-def test_parameters_that_cannot_work_fail_the_load(
-    saved_model: Path, text: str, refusal: str
-) -> None:
-    options = LoadOptions(batching_parameters=parameters(text))
+def test_parameters_that_cannot_work(text: str, refusal: str) -> None:
     with pytest.raises(StatusError) as caught:
-        load(str(saved_model), options)
+        batching_options(parameters(text))
     assert (caught.value.code.name, caught.value.message) == ("INVALID_ARGUMENT", refusal)
 
 
-def test_what_is_not_said_has_a_default() -> None:
+def test_defaults() -> None:
     options = batching_options(parameters(""))
     assert (options.max_batch_size, options.max_execution_batch_size) == (1000, 1000)
     assert (options.batch_timeout_s, options.max_enqueued_batches) == (0, 10)
@@ -67,8 +63,8 @@ def test_the_two_flags(tmp_path: Path) -> None:
     assert batching_parameters(False, None) is None
     assert batching_parameters(False, "") is None
     assert str(batching_parameters(True, None)) == ""
-    found: Any = batching_parameters(True, str(file))
-    assert found.max_batch_size.value == 7
+    from_file: Any = batching_parameters(True, str(file))
+    assert from_file.max_batch_size.value == 7
     with pytest.raises(ValueError, match="without setting") as caught:
         batching_parameters(False, str(file))
     assert str(caught.value) == (
@@ -77,19 +73,13 @@ def test_the_two_flags(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
-    file = str(tmp_path / "batching.config")
-    with pytest.raises(OSError, match="must be a file") as missing:
-        batching_parameters(True, file)
-    assert str(missing.value) == (
-        "batching_parameters_file must be a file that can be read. Received: "
-        f"batching_parameters_file={file!r} (No such file or directory). Correct the path."
-    )
-    Path(file).write_text("max_batch_size: 7")
-    with pytest.raises(ValueError, match="must be a text proto") as broken:
-        batching_parameters(True, file)
-    assert str(broken.value) == (
+def test_a_file_that_is_no_text_proto(tmp_path: Path) -> None:
+    file = tmp_path / "batching.config"
+    file.write_text("max_batch_size: 7")
+    with pytest.raises(ValueError, match="must be a text proto") as caught:
+        batching_parameters(True, str(file))
+    assert str(caught.value) == (
         "batching_parameters_file must be a text proto of tensorflow.serving.BatchingParameters. "
-        f"Received: batching_parameters_file={file!r}, 1:17 : 'max_batch_size: 7': Expected "
+        f"Received: batching_parameters_file='{file}', 1:17 : 'max_batch_size: 7': Expected "
         '"{". Correct the file: max_batch_size { value: 128 } and the like.'
     )

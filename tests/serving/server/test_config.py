@@ -1,4 +1,4 @@
-"""Configs of many models: what is refused, in which order, what a reload waits for; and labels."""
+"""Configs of many models: refusals in their order, the waits of a reload, and labels."""
 
 import threading
 from collections.abc import Callable
@@ -9,18 +9,13 @@ import pytest
 from google.protobuf import text_format
 from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
 
-from keras_mrl_serving.server.config import (
-    ConfigPoller,
-    Configuration,
-    Poller,
-    read_config,
-    single_model,
-)
+from keras_mrl_serving.server.config import Configuration, read_config, single_model
 from keras_mrl_serving.server.models import Models, Retries
+from keras_mrl_serving.server.poller import model_poller
 from keras_mrl_serving.server.status import StatusError
 from tests.helpers.disk import Disk, states, wait_until
 
-LOGGER = "keras_mrl_serving.server"
+INACTIVE = "CANCELLED: Nobody waits for the reload any more."
 NEITHER = (
     "INVALID_ARGUMENT: Illegal setting neither ModelServerConfig::model_type (deprecated) nor "
     "ModelServerConfig::model_platform, model name is m"
@@ -41,7 +36,7 @@ def models(disk: Disk) -> Models:
 
 @pytest.fixture
 def configuration(models: Models) -> Configuration:
-    return Configuration(models)
+    return Configuration(models, check_interval_s=0.001)
 
 
 @pytest.fixture
@@ -99,7 +94,7 @@ def test_28_an_absolute_path(configuration: Configuration, configure: Configure,
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('model_platform: ""', NEITHER),
         (
@@ -118,9 +113,9 @@ def test_28_an_absolute_path(configuration: Configuration, configure: Configure,
     ],
 )
 def test_29_platforms(
-    configuration: Configuration, configure: Configure, text: str, said: str
+    configuration: Configuration, configure: Configure, text: str, message: str
 ) -> None:
-    assert refusal(lambda: configuration.apply(configure(m=text))) == said
+    assert refusal(lambda: configuration.apply(configure(m=text))) == message
 
 
 def test_29_the_deprecated_type_is_a_platform(
@@ -138,7 +133,7 @@ def test_29_a_platform_that_changes(configuration: Configuration, configure: Con
     )
 
 
-def test_29_a_config_without_a_platform_is_kept_and_refuses_every_later_one(
+def test_29_a_config_without_a_platform_is_stored_and_refuses_every_later_one(
     configuration: Configuration, configure: Configure
 ) -> None:
     assert refusal(lambda: configuration.apply(configure(m='model_platform: ""'))) == NEITHER
@@ -185,7 +180,7 @@ def test_30_a_label_needs_a_version_that_is_available(
     assert models.labels.version("m", "stable") == 2  # all labels or none
 
 
-def test_30_the_config_with_a_bad_label_is_kept_but_its_models_are_not_served(
+def test_30_a_config_with_a_bad_label_is_stored_but_its_models_are_not_served(
     models: Models, configuration: Configuration, configure: Configure
 ) -> None:
     configuration.apply(configure(m=""))
@@ -216,20 +211,23 @@ def test_30_new_labels_may_be_allowed_for_versions_that_are_not_available(
     assert models.labels.version("m", "canary") == 2
 
 
-def test_31_a_reload_waits_for_what_it_adds(
+def test_31_a_reload_waits_for_the_models_it_adds(
     models: Models, configuration: Configuration, configure: Configure
 ) -> None:
     configuration.apply(configure(m=""))
     models.poll()
     awaited = configuration.apply(configure(m="", n=""))
     assert set(awaited) == {"n"}
-    waiting = threading.Thread(target=configuration.wait, args=(awaited,))
-    waiting.start()
-    waiting.join(0.05)
-    assert waiting.is_alive()
-    models.poll()
-    waiting.join(10)
-    assert not waiting.is_alive()
+    checks = []
+
+    def is_active() -> bool:
+        checks.append(states(models, "n"))
+        models.poll()
+        return True
+
+    configuration.wait(awaited, is_active)
+    assert checks == [""]
+    assert states(models, "n") == "1:AVAILABLE"
 
 
 def test_31_a_new_model_that_does_not_load(
@@ -254,10 +252,8 @@ def test_31_an_earlier_life_of_a_model_does_not_count(
     configuration.apply(configure())
     disk.broken.clear()
     awaited = configuration.apply(configure(n=""))
-    wanted = iter([True, False])
-    assert refusal(lambda: configuration.wait(awaited, lambda: next(wanted))) == (
-        "CANCELLED: Nobody waits for the reload any more."
-    )
+    answers = iter([True, False])
+    assert refusal(lambda: configuration.wait(awaited, lambda: next(answers))) == INACTIVE
     models.poll()
     configuration.wait(awaited)
     assert states(models, "n") == "1:AVAILABLE"
@@ -266,7 +262,7 @@ def test_31_an_earlier_life_of_a_model_does_not_count(
 def test_a_reload_has_a_poller_look_and_waits_for_no_unload(
     disk: Disk, models: Models, configure: Configure
 ) -> None:
-    poller = Poller(models, 3600)
+    poller = model_poller(models, 3600)
     poller.start()
     configuration = Configuration(models, wake=poller.wake)
     configuration.reload(configure(m=""))
@@ -281,55 +277,60 @@ def test_a_reload_has_a_poller_look_and_waits_for_no_unload(
     assert disk.events.count("load m/2") == 2
 
 
-def test_a_reload_waits_for_a_base_path_that_is_not_there_and_the_next_for_it(
-    disk: Disk, models: Models, configure: Configure, caplog: pytest.LogCaptureFixture
+def test_a_reload_waits_for_a_missing_base_path_and_the_next_reload_for_it(
+    disk: Disk, models: Models, configuration: Configuration, configure: Configure
 ) -> None:
-    poller = Poller(models, 0.01)
-    poller.start()
-    configuration = Configuration(models, wake=poller.wake)
-    first = threading.Thread(target=configuration.reload, args=(configure(x="", m=""),))
-    second = threading.Thread(target=configuration.reload, args=(configure(x=""),))
-    first.start()
-    wait_until(lambda: "x: base path" in caplog.text)
-    second.start()
-    first.join(0.1)
+    first_waits, second_waits = threading.Event(), threading.Event()
+
+    def reload(waits: threading.Event, **texts: str) -> threading.Thread:
+        def is_active() -> bool:
+            waits.set()
+            return True
+
+        thread = threading.Thread(
+            target=configuration.reload, args=(configure(**texts), is_active), daemon=True
+        )
+        thread.start()
+        assert waits.wait(60)
+        return thread
+
+    first = reload(first_waits, x="", m="")
+    second = reload(second_waits, x="")
+    models.poll()
+    assert states(models) == ""  # one bad base path, and no version of any model is loaded
     assert first.is_alive()
     assert second.is_alive()
-    assert states(models) == ""  # one bad base path, and nothing at all is looked for
     disk.put("x/1")
-    first.join(10)
-    second.join(10)
-    assert not first.is_alive()
-    assert not second.is_alive()
-    wait_until(lambda: states(models) == "2:END")
-    poller.stop()
+    models.poll()
+    assert states(models) == "2:AVAILABLE"
+    wait_until(lambda: not first.is_alive() and not second.is_alive(), "the end of both reloads")
+    models.poll()
+    assert (states(models), states(models, "x")) == ("2:END", "1:AVAILABLE")
 
 
-def test_a_reload_nobody_waits_for_ends(
-    models: Models, configuration: Configuration, configure: Configure
+def test_a_reload_ends_once_its_caller_waits_no_longer(
+    configuration: Configuration, configure: Configure
 ) -> None:
-    said = "CANCELLED: Nobody waits for the reload any more."
-    assert refusal(lambda: configuration.reload(configure(m=""), lambda: False)) == said
-    waiting = threading.Thread(
-        target=lambda: refusal(lambda: configuration.reload(configure(n="")))
-    )
-    waiting.start()
-    wait_until(lambda: models.versions("n") == [] and waiting.is_alive())
-    configuration.close()
-    waiting.join(10)
-    assert not waiting.is_alive()
+    assert refusal(lambda: configuration.reload(configure(m=""), lambda: False)) == INACTIVE
+
+
+def test_a_close_ends_the_reload_under_way(
+    configuration: Configuration, configure: Configure
+) -> None:
+    def is_active() -> bool:
+        configuration.close()
+        return True
+
+    assert refusal(lambda: configuration.reload(configure(m=""), is_active)) == INACTIVE
 
 
 def test_32_request_logging_is_refused_at_the_end(models: Models, configure: Configure) -> None:
-    poller = Poller(models, 3600)
-    poller.start()
-    configuration = Configuration(models, wake=poller.wake)
-    logging_ = configure(m="logging_config { sampling_config { sampling_rate: 1 } }")
-    assert refusal(lambda: configuration.reload(logging_)) == (
+    configuration = Configuration(models, wake=models.poll)
+    with_logging = configure(m="logging_config { sampling_config { sampling_rate: 1 } }")
+    assert refusal(lambda: configuration.reload(with_logging)) == (
         "INVALID_ARGUMENT: No request-logger-creator provided."
     )
     assert states(models) == "2:AVAILABLE"
-    poller.stop()
 
 
 def test_only_lists_follow_a_list(configuration: Configuration, configure: Configure) -> None:
@@ -360,129 +361,17 @@ def test_a_config_file(tmp_path: Path, configure: Configure) -> None:
     assert read_config(str(file)) == ModelServerConfig()
 
 
-def test_a_config_file_that_is_none(tmp_path: Path) -> None:
+def test_a_config_file_that_is_no_text_proto(tmp_path: Path) -> None:
     file = tmp_path / "models.config"
-    with pytest.raises(OSError, match="must be a file") as caught:
+    file.write_text("model_config_list { confg {} }")
+    with pytest.raises(ValueError, match="must be a text proto") as caught:
         read_config(str(file))
-    assert str(caught.value) == (
-        f"model_config_file must be a file that can be read. Received: model_config_file='{file}' "
-        "(No such file or directory). Correct the path."
+    message = str(caught.value)
+    assert message.startswith(
+        "model_config_file must be a text proto of tensorflow.serving.ModelServerConfig. "
+        f"Received: model_config_file='{file}', 1:21 : "
     )
-    for data in (b"model_config_list { confg {} }", b"\xff"):
-        file.write_bytes(data)
-        with pytest.raises(ValueError, match="must be a text proto") as bad:
-            read_config(str(file))
-        said = str(bad.value)
-        assert said.startswith(
-            "model_config_file must be a text proto of tensorflow.serving.ModelServerConfig. "
-            f"Received: model_config_file='{file}', "
-        )
-        assert said.endswith(
-            '. Correct the file: model_config_list { config { name: "m" base_path: "/models/m" '
-            'model_platform: "tensorflow" } }.'
-        )
-
-
-def test_a_config_file_is_reloaded_and_what_is_wrong_with_it_is_logged_once(
-    tmp_path: Path, models: Models, configure: Configure, caplog: pytest.LogCaptureFixture
-) -> None:
-    poller = Poller(models, 3600)
-    poller.start()
-    configuration = Configuration(models, wake=poller.wake)
-    file = tmp_path / "models.config"
-    config_poller = ConfigPoller(configuration, str(file), 0.01)
-
-    def look(text: str) -> None:
-        file.write_text(text)
-        config_poller.look()
-        config_poller.look()
-
-    look(text_format.MessageToString(configure(m="")))
-    assert states(models) == "2:AVAILABLE"
-    look("")
-    look(text_format.MessageToString(configure(m=labelled(stable=7))))
-    look(text_format.MessageToString(configure(m=labelled(stable=2))))
-    assert models.labels.version("m", "stable") == 2
-    file.unlink()
-    config_poller.look()
-    said = [m for m in caplog.messages if m.startswith(str(file))]
-    assert said == [
-        f"{file}: FAILED_PRECONDITION: Cannot transition to requested config. It is only legal to "
-        "transition from one ModelConfigList to another.",
-        f"{file}: {not_available(7)}",
-        f"{file}: model_config_file must be a file that can be read. Received: "
-        f"model_config_file='{file}' (No such file or directory). Correct the path.",
-    ]
-    file.write_text(text_format.MessageToString(configure(n="")))
-    config_poller.start()
-    wait_until(lambda: states(models, "n") == "1:AVAILABLE" and states(models) == "2:END")
-    config_poller.stop()
-    poller.stop()
-
-
-def test_a_wait_for_a_model_that_is_not_there_ends_once_the_file_changes(
-    tmp_path: Path, models: Models, configure: Configure, caplog: pytest.LogCaptureFixture
-) -> None:
-    poller = Poller(models, 0.01)
-    poller.start()
-    file = tmp_path / "models.config"
-    waits = 'base_path: "/nothing/here"'
-    file.write_text(text_format.MessageToString(configure(m="", late=waits)))
-    configuration = Configuration(models, wake=poller.wake)
-    config_poller = ConfigPoller(configuration, str(file), 0.01)
-    looked = threading.Thread(target=config_poller.look, daemon=True)
-    looked.start()
-    looked.join(0.3)
-    assert looked.is_alive()
-    again = tmp_path / "again.config"
-    again.write_text(text_format.MessageToString(configure(n="")))
-    file.unlink()  # a file that is away for a moment is not one that says something else
-    looked.join(0.3)
-    assert looked.is_alive()
-    again.rename(file)
-    looked.join(2)
-    if looked.is_alive():
-        configuration.close()
-        pytest.fail("the look still waits for what the file no longer says")
-    config_poller.look()
-    assert states(models, "n") == "1:AVAILABLE"
-    assert states(models, "late") == ""
-    poller.stop()
-    assert [m for m in caplog.messages if m.startswith(str(file))] == []
-
-
-def test_a_path_that_no_file_system_takes_ends_nothing(
-    models: Models, configure: Configure, caplog: pytest.LogCaptureFixture
-) -> None:
-    models.watch(configure(m="base_path: '/tmp/\\000'").model_config_list.config)
-    models.poll()
-    assert "cannot be read: " in caplog.text
-    models.watch(configure(m="").model_config_list.config)
-    models.poll()
-    assert states(models) == "2:AVAILABLE"
-
-
-def test_what_goes_wrong_while_it_looks_does_not_end_a_poller(
-    models: Models, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    looks = []
-
-    def fail() -> None:
-        looks.append(1)
-        raise RuntimeError("no reason")
-
-    monkeypatch.setattr(models, "poll", fail)
-    poller = Poller(models, 0.01)
-    poller.start()
-    wait_until(lambda: len(looks) > 2)
-    poller.stop()
-    assert "looking for versions failed" in caplog.text
-
-
-def test_a_close_may_interrupt_a_close(models: Models, configure: Configure) -> None:
-    """As the handler of a second signal does, in the thread it interrupts."""
-    models.watch(configure(m="").model_config_list.config)
-    models.poll()
-    with models._managing:
-        models.close()
-    assert states(models) == "2:END"
+    assert message.endswith(
+        '. Correct the file: model_config_list { config { name: "m" base_path: "/models/m" '
+        'model_platform: "tensorflow" } }.'
+    )

@@ -1,4 +1,4 @@
-"""What a client sees, row by row of the reference: codes, whole texts, and the shape of answers.
+"""The reference, row by row: codes, whole texts, and the shape of answers.
 
 Against the development server, or against the tensorflow_model_server at KERAS_MRL_TFS_TARGET that
 watches the folder KERAS_MRL_TFS_BASE_PATH (which the test fills, and which has the same path for
@@ -365,7 +365,7 @@ def test_a_method_that_is_not_there(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         pytest.param(
             'base_path: "models/default"',
@@ -387,8 +387,8 @@ def test_a_method_that_is_not_there(served: Served) -> None:
         ),
     ],
 )
-def test_a_config_that_is_refused_changes_nothing(served: Served, text: str, said: str) -> None:
-    assert served.refuses(reload(served, text)) == ("INVALID_ARGUMENT", said)
+def test_a_config_that_is_refused_changes_nothing(served: Served, text: str, message: str) -> None:
+    assert served.refuses(reload(served, text)) == ("INVALID_ARGUMENT", message)
     assert served(predict(inputs={"x": X})).model_spec.version.value == served.version
 
 

@@ -1,13 +1,12 @@
-"""Rows 33 to 38 of the reference, which batching brings; and callers do not notice each other.
+"""Rows 33 to 38 of the reference, the refusals of batching; and callers do not notice each other.
 
 Against the development server, or against the tensorflow_model_server at
 KERAS_MRL_TFS_BATCHING_TARGET that watches the folder KERAS_MRL_TFS_BATCHING_BASE_PATH (which the
 test fills) for a model named "default", started with --enable_batching and the parameters below.
-Row 35 reaches no client over gRPC, whose own deadline ends the call before; test_batching.py has
+Row 35 reaches no client over gRPC, whose own deadline ends the call earlier; test_batching.py has
 it.
 """
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,13 +16,10 @@ import grpc
 import numpy as np
 import pytest
 from tensorflow_serving.apis.predict_pb2 import PredictRequest
-from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
 
 from keras_mrl_serving._wire import from_proto
-from keras_mrl_serving.saved_model import list_versions
-from keras_mrl_serving.server import DevServer
 from tests.helpers.batchable_models import save
-from tests.helpers.server_target import TIMEOUT_S, Served, predict
+from tests.helpers.server_target import Served, predict, server_under_test
 
 PARAMETERS = """
 max_batch_size { value: 32 }
@@ -37,24 +33,15 @@ allowed_batch_sizes: 32
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    target = os.environ.get("KERAS_MRL_TFS_BATCHING_TARGET")
-    if target is not None:
-        base = Path(os.environ["KERAS_MRL_TFS_BATCHING_BASE_PATH"])
-        version = max(list_versions(str(base)), default=0) + 1
-        save(base / f"copying-{version}").rename(base / str(version))
-        served = Served(target, base, version)
-        served.reaches("default", (version, "AVAILABLE"))
-        yield served
-        served.channel.close()
-        return
+    def put(base: Path, name: str) -> None:
+        save(base / f"copying-{name}").rename(base / name)
+
     base = tmp_path_factory.mktemp("base")
-    save(base / "1")
     file = base / "batching.config"
     file.write_text(PARAMETERS)
-    with DevServer(base, enable_batching=True, batching_parameters_file=file) as address:
-        served = Served(address, base, 1)
+    flags = {"enable_batching": True, "batching_parameters_file": file}
+    with server_under_test("BATCHING_", base, put, **flags) as served:
         yield served
-        served.channel.close()
 
 
 def rows(x: Any, *outputs: str) -> PredictRequest:
@@ -63,8 +50,7 @@ def rows(x: Any, *outputs: str) -> PredictRequest:
 
 def at_once(served: Served, *requests: PredictRequest) -> Sequence[Any]:
     """The calls of these requests, which wait for each other in the server."""
-    stub = PredictionServiceStub(served.channel)
-    calls = [stub.Predict.future(request, timeout=TIMEOUT_S) for request in requests]
+    calls = [served.future(request) for request in requests]
     for call in calls:
         call.exception()
     return calls
@@ -116,10 +102,9 @@ def test_requests_meet_are_padded_and_get_their_own(served: Served) -> None:
 
 
 def test_34_a_queue_that_is_full(served: Served) -> None:
-    stub = PredictionServiceStub(served.channel)
     spin = predict(signature="spin", inputs={"steps": np.full(32, 2**62)})
-    under_way = stub.Predict.future(spin, timeout=1.5)  # its deadline ends it
-    time.sleep(0.3)
+    under_way = served.future(spin, timeout_s=1.5)  # its deadline ends it
+    time.sleep(0.3)  # until a thread of the server has surely taken it
     quick = predict(signature="spin", inputs={"steps": np.zeros(32, np.int64)})
     calls = at_once(served, *[quick] * 4)
     assert under_way.exception().code() is grpc.StatusCode.DEADLINE_EXCEEDED

@@ -1,6 +1,6 @@
-"""What our clients do with a model of the contract, at the address test_conformance.py describes.
+"""Every flow of our clients over a model of the contract, with the answers that NumPy computes.
 
-Every flow's answer is the one counted in NumPy.
+The server is at the address that test_conformance.py describes.
 """
 
 import asyncio
@@ -44,17 +44,17 @@ def truth(toys: Toys, signature: str) -> Mapping[str, npt.NDArray[Any]]:
     return toys["classifier"](Call(signature, {"x": X}))
 
 
-def assert_classified(answer: Classification, wanted: Mapping[str, npt.NDArray[Any]]) -> None:
-    np.testing.assert_array_equal(answer.class_ids, wanted["class_ids"])
-    np.testing.assert_allclose(answer.probabilities, wanted["probabilities"], rtol=1e-5)
-    np.testing.assert_allclose(answer.confidence, wanted["confidence"], rtol=1e-5)
-    names = [[name.decode() for name in row] for row in wanted["labels"]]
+def assert_classified(answer: Classification, expected: Mapping[str, npt.NDArray[Any]]) -> None:
+    np.testing.assert_array_equal(answer.class_ids, expected["class_ids"])
+    np.testing.assert_allclose(answer.probabilities, expected["probabilities"], rtol=1e-5)
+    np.testing.assert_allclose(answer.confidence, expected["confidence"], rtol=1e-5)
+    names = [[name.decode() for name in row] for row in expected["labels"]]
     np.testing.assert_array_equal(answer.labels, names)
-    if "dim" in wanted:
-        np.testing.assert_array_equal(answer.dim, wanted["dim"])
+    if "dim" in expected:
+        np.testing.assert_array_equal(answer.dim, expected["dim"])
 
 
-def test_what_the_model_says_of_itself(client: Client, manifests: Mapping[str, Any]) -> None:
+def test_describe_status_and_signatures(client: Client, manifests: Mapping[str, Any]) -> None:
     assert client.describe() == manifests["classifier"]
     assert [(v.version, v.state, v.error) for v in client.status()] == [(1, "AVAILABLE", "")]
     assert client.signatures()["embed_4"].inputs == {"x": {"dtype": "float32", "shape": [None, 4]}}
@@ -62,15 +62,15 @@ def test_what_the_model_says_of_itself(client: Client, manifests: Mapping[str, A
 
 @pytest.mark.parametrize("dim", [2, 4, 8])
 def test_one_dim(client: Client, toys: Toys, dim: int) -> None:
-    wanted = truth(toys, f"embed_{dim}")["embedding"]
-    np.testing.assert_allclose(client.embed(X, dim), wanted, rtol=1e-5, atol=1e-6)
+    expected = truth(toys, f"embed_{dim}")["embedding"]
+    np.testing.assert_allclose(client.embed(X, dim), expected, rtol=1e-5, atol=1e-6)
     assert_classified(client.classify(X, dim), truth(toys, f"classify_{dim}"))
 
 
 def test_the_cascade_of_the_model(client: Client, toys: Toys) -> None:
-    wanted = truth(toys, "classify_adaptive")
-    assert len(set(wanted["dim"].tolist())) > 1
-    assert_classified(client.classify_adaptive(X), wanted)
+    expected = truth(toys, "classify_adaptive")
+    assert len(set(expected["dim"].tolist())) > 1
+    assert_classified(client.classify_adaptive(X), expected)
 
 
 def test_a_cascade_of_the_client_s(client: Client, toys: Toys, policy: CascadePolicy) -> None:
@@ -82,8 +82,8 @@ def test_a_cascade_of_the_client_s(client: Client, toys: Toys, policy: CascadePo
 
 def test_an_event_loop_gets_the_same(client: Client, toys: Toys) -> None:
     async def ask() -> Classification:
-        async with AsyncClient(client.target, NAME) as waiting:
-            return await waiting.classify_adaptive(X)
+        async with AsyncClient(client.target, NAME) as async_client:
+            return await async_client.classify_adaptive(X)
 
     assert_classified(asyncio.run(ask()), truth(toys, "classify_adaptive"))
 
@@ -104,5 +104,5 @@ def test_an_answer_does_not_depend_on_its_neighbours(client: Client) -> None:
 def test_refusals_have_names(client: Client) -> None:
     with pytest.raises(UnknownDimError):
         client.embed(X, 3)
-    with Client(client.target, "none") as nobody, pytest.raises(ModelNotFoundError):
-        nobody.describe()
+    with Client(client.target, "none") as other, pytest.raises(ModelNotFoundError):
+        other.describe()

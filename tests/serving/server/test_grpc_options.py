@@ -1,17 +1,27 @@
-"""Channel arguments, a Unix domain socket and the health service."""
+"""Channel arguments, a Unix domain socket, TLS, the health service, and unreadable requests."""
 
+import gc
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from keras_mrl_serving.server.grpc_options import add_health, server_options, socket_address
+from keras_mrl_serving.server.grpc_options import (
+    RefusesUnreadable,
+    add_health,
+    server_credentials,
+    server_options,
+    socket_address,
+)
 
+TIMEOUT_S = 60.0
 DEFAULTS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -20,20 +30,31 @@ DEFAULTS = (
 
 
 @contextmanager
-def healthy(address: str) -> Iterator[int]:
-    server = grpc.server(ThreadPoolExecutor(2), options=server_options())
+def healthy(
+    address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None
+) -> Iterator[str]:
+    """A server with the health service alone; its address."""
+    server = grpc.server(
+        ThreadPoolExecutor(2), options=server_options(), interceptors=[RefusesUnreadable()]
+    )
     add_health(server)
-    port = server.add_insecure_port(address)
+    if credentials is None:
+        port = server.add_insecure_port(address)
+    else:
+        port = server.add_secure_port(address, credentials)
     server.start()
-    yield port
+    yield f"127.0.0.1:{port}"
     server.stop(None).wait()
 
 
-def check(target: str, service: str) -> str:
-    with grpc.insecure_channel(target) as channel:
+def check(target: str, service: str = "", credentials: Any = None) -> str:
+    channel = (
+        grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
+    )
+    with channel:
         request = health_pb2.HealthCheckRequest(service=service)
-        answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=30)
-    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+        response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=TIMEOUT_S)
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +86,7 @@ def test_channel_arguments(text: str, options: tuple[tuple[str, int | str], ...]
 @pytest.mark.parametrize(
     ("text", "received"), [("a=1,b", "b"), ("=1", "=1"), ("a=1,,b=2", ""), ("a=1,", "")]
 )
-def test_what_is_no_channel_argument(text: str, received: str) -> None:
+def test_text_that_is_no_channel_argument(text: str, received: str) -> None:
     with pytest.raises(ValueError, match="key=value pairs") as caught:
         server_options(text)
     assert str(caught.value) == (
@@ -75,24 +96,21 @@ def test_what_is_no_channel_argument(text: str, received: str) -> None:
     )
 
 
-@pytest.mark.parametrize("service", ["", "ModelService", "PredictionService"])
-def test_the_services_of_tensorflow_serving_are_healthy(service: str) -> None:
-    with healthy("127.0.0.1:0") as port:
-        assert check(f"127.0.0.1:{port}", service) == "SERVING"
-
-
-def test_another_service_is_not_known() -> None:
-    with healthy("127.0.0.1:0") as port, pytest.raises(grpc.RpcError) as caught:
-        check(f"127.0.0.1:{port}", "SessionService")
-    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+def test_the_services_of_tensorflow_serving_are_healthy_and_no_others() -> None:
+    with healthy() as target:
+        for service in ("", "ModelService", "PredictionService"):
+            assert check(target, service) == "SERVING"
+        with pytest.raises(grpc.RpcError) as caught:
+            check(target, "SessionService")
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 def test_watching_takes_no_thread_of_the_server() -> None:
-    with healthy("127.0.0.1:0") as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    with healthy() as target, grpc.insecure_channel(target) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        watching = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=30) for _ in range(4)]
-        assert [next(watch).status for watch in watching] == [1] * 4
-        assert check(f"127.0.0.1:{port}", "") == "SERVING"
+        watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S) for _ in range(4)]
+        assert [next(watch).status for watch in watches] == [1] * 4
+        assert check(target) == "SERVING"
 
 
 def test_a_socket_serves_and_may_be_taken_over(tmp_path: Path) -> None:
@@ -102,7 +120,7 @@ def test_a_socket_serves_and_may_be_taken_over(tmp_path: Path) -> None:
         left_behind.bind(str(path))
     with healthy(socket_address(str(path))):
         assert path.is_socket()
-        assert check(f"unix:{path}", "") == "SERVING"
+        assert check(f"unix:{path}") == "SERVING"
 
 
 def test_where_no_socket_can_be(tmp_path: Path) -> None:
@@ -120,4 +138,140 @@ def test_where_no_socket_can_be(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"grpc_socket_path must be at most 107 bytes. Received: grpc_socket_path={long!r}, "
         "121 bytes. Choose a shorter one, under /tmp for example."
+    )
+
+
+def test_a_request_that_is_no_message_leaves_nothing_behind() -> None:
+    with healthy() as target, grpc.insecure_channel(target) as channel:
+        send: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+        gc.collect()
+        gc.freeze()  # so that only new objects are looked through
+        try:
+            for _ in range(50):
+                with pytest.raises(grpc.RpcError) as caught:
+                    send(b"\xff", timeout=TIMEOUT_S)
+                assert caught.value.code() is grpc.StatusCode.INTERNAL
+                assert caught.value.details() == "Exception deserializing request!"
+            gc.collect()
+            states = [s for s in gc.get_objects() if type(s).__name__ == "_RPCState"]
+        finally:
+            gc.unfreeze()
+        assert len(states) < 10
+        assert check(target) == "SERVING"
+
+
+CA = trustme.CA()
+SERVER = CA.issue_cert("127.0.0.1")
+CLIENT = CA.issue_cert("client@example.org")
+STRANGER = trustme.CA().issue_cert("stranger@example.org")
+
+
+def key_of(pair: trustme.LeafCert) -> bytes:
+    return pair.private_key_pem.bytes()
+
+
+def chain_of(pair: trustme.LeafCert) -> bytes:
+    return b"".join(pem.bytes() for pem in pair.cert_chain_pems)
+
+
+def escaped(pem: bytes) -> str:
+    return pem.decode().replace("\n", "\\n")
+
+
+def pasted(pem: bytes) -> str:
+    return pem.decode()
+
+
+def ssl_config(
+    form: Callable[[bytes], str] = escaped,
+    *,
+    key: bytes = key_of(SERVER),
+    cert: bytes = chain_of(SERVER),
+    ca: bytes = b"",
+    client_verify: bool = False,
+) -> str:
+    lines = [f'server_key: "{form(key)}"', f"server_cert: '{form(cert)}'  # it's \"ours\""]
+    if ca:
+        lines.append(f'custom_ca: "{form(ca)}"')
+    return "\n".join([*lines, f"client_verify: {str(client_verify).lower()}"])
+
+
+def trusting(pair: trustme.LeafCert | None = None) -> grpc.ChannelCredentials:
+    root = CA.cert_pem.bytes()
+    if pair is None:
+        return grpc.ssl_channel_credentials(root)
+    return grpc.ssl_channel_credentials(root, key_of(pair), chain_of(pair))
+
+
+def is_refused(target: str, credentials: grpc.ChannelCredentials | None) -> bool:
+    with pytest.raises(grpc.RpcError) as caught:
+        check(target, credentials=credentials)
+    return caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("form", [escaped, pasted])
+def test_the_port_speaks_tls_and_nothing_else(tmp_path: Path, form: Callable[[bytes], str]) -> None:
+    file = tmp_path / "tls.txt"
+    file.write_text(ssl_config(form))
+    with healthy(credentials=server_credentials(str(file))) as target:
+        assert check(target, credentials=trusting()) == "SERVING"
+        assert is_refused(target, None)
+        unknown = grpc.ssl_channel_credentials(trustme.CA().cert_pem.bytes())
+        assert is_refused(target, unknown)
+
+
+def test_client_verify_asks_for_a_certificate_of_the_custom_ca(tmp_path: Path) -> None:
+    file = tmp_path / "tls.txt"
+    file.write_text(ssl_config(ca=CA.cert_pem.bytes(), client_verify=True))
+    with healthy(credentials=server_credentials(str(file))) as target:
+        assert check(target, credentials=trusting(CLIENT)) == "SERVING"
+        assert is_refused(target, trusting())
+        assert is_refused(target, trusting(STRANGER))
+
+
+NOT_A_PAIR = "server_key and server_cert are no PEM pair: "
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("server_key: a", "1:13 : "),
+        ('server_keys: "a"', '1:1 : Message type "tensorflow.serving.SSLConfig" '),
+        ("", NOT_A_PAIR),
+        (ssl_config(key=b"key"), NOT_A_PAIR),
+        (ssl_config(key=chain_of(SERVER), cert=key_of(SERVER)), NOT_A_PAIR),
+        (ssl_config(key=key_of(SERVER) + chain_of(SERVER), cert=b""), NOT_A_PAIR),
+        (ssl_config(key=b"", cert=key_of(SERVER) + chain_of(SERVER)), NOT_A_PAIR),
+        (ssl_config(key=key_of(CLIENT)), f"{NOT_A_PAIR}[X509: KEY_VALUES_MISMATCH]"),
+        (ssl_config(cert=b"-----BEGIN CERTIFICATE-----\n"), NOT_A_PAIR),
+        (ssl_config(ca=b"authority"), "custom_ca is no PEM certificate: "),
+        (
+            ssl_config(client_verify=True),
+            "client_verify without a custom_ca to verify clients with. ",
+        ),
+    ],
+)
+def test_an_ssl_config_that_cannot_be_used(tmp_path: Path, text: str, reason: str) -> None:
+    file = tmp_path / "tls.txt"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"^ssl_config_file must be") as caught:
+        server_credentials(str(file))
+    message = str(caught.value)
+    assert message.startswith(
+        "ssl_config_file must be a text proto of tensorflow.serving.SSLConfig. Received: "
+        f"ssl_config_file={str(file)!r}, {reason}"
+    )
+    assert message.endswith(
+        ". Correct the file: server_key, server_cert and custom_ca hold PEM text."
+    )
+    assert ".. " not in message
+
+
+def test_an_ssl_config_that_is_not_there(tmp_path: Path) -> None:
+    file = str(tmp_path / "none")
+    with pytest.raises(OSError, match="ssl_config_file") as caught:
+        server_credentials(file)
+    assert str(caught.value) == (
+        f"ssl_config_file must be a file that can be read. Received: ssl_config_file={file!r} "
+        "(No such file or directory). Correct the path."
     )

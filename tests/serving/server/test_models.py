@@ -1,23 +1,20 @@
-"""Which versions are loaded and unloaded, and in which order: by hand, over sessions of nothing."""
+"""Which versions are loaded and unloaded, and in which order; the sessions compute nothing."""
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
 
-from keras_mrl_serving.server.config import Poller
 from keras_mrl_serving.server.models import Models, Retries, absent_versions, aspired_versions
 from keras_mrl_serving.server.run import ServingSession
 from keras_mrl_serving.server.status import StatusError
-from tests.helpers.disk import Disk, config, states, wait_until
+from tests.helpers.disk import Clock, Disk, IdleSession, config, states, wait_until
 
 LOGGER = "keras_mrl_serving.server"
-FOUND = {1: "/m/1", 3: "/m/3", 10: "/m/10"}
+PATHS = {1: "/m/1", 3: "/m/3", 10: "/m/10"}
 ONCE = Retries(max_num=0)
 
 
@@ -27,16 +24,18 @@ def disk(tmp_path: Path) -> Disk:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The time the models see."""
-    clock = SimpleNamespace(now=0.0)
-    clock.monotonic = lambda: clock.now
-    monkeypatch.setattr("keras_mrl_serving.server.models.time", clock)
-    return clock
+def clock() -> Clock:
+    return Clock()
 
 
-def serve(disk: Disk, *names: str, policy: str = "", retries: Retries = ONCE) -> Models:
-    models = Models(disk.load, retries)
+def serve(
+    disk: Disk,
+    *names: str,
+    policy: str = "",
+    retries: Retries = ONCE,
+    clock: Clock | None = None,
+) -> Models:
+    models = Models(disk.load, retries, clock or Clock())
     models.watch([config(disk, name, policy) for name in names])
     models.poll()
     return models
@@ -58,17 +57,17 @@ def serve(disk: Disk, *names: str, policy: str = "", retries: Retries = ONCE) ->
 )
 def test_policies(disk: Disk, policy: str, numbers: list[int]) -> None:
     parsed = config(disk, "m", policy).model_version_policy
-    assert aspired_versions(FOUND, parsed) == {number: FOUND[number] for number in numbers}
+    assert aspired_versions(PATHS, parsed) == {number: PATHS[number] for number in numbers}
     assert aspired_versions({}, parsed) == {}
 
 
 def test_absent_versions(disk: Disk) -> None:
     policy = config(disk, "m", "specific { versions: 9 versions: 1 versions: 7 }")
-    assert absent_versions(FOUND, policy.model_version_policy) == [7, 9]
-    assert absent_versions(FOUND, config(disk, "m").model_version_policy) == []
+    assert absent_versions(PATHS, policy.model_version_policy) == [7, 9]
+    assert absent_versions(PATHS, config(disk, "m").model_version_policy) == []
 
 
-def test_a_version_asked_for_that_is_absent_is_said_once(
+def test_an_absent_version_of_a_policy_is_logged_once(
     disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk.put("m/1")
@@ -84,28 +83,40 @@ def test_a_version_asked_for_that_is_absent_is_said_once(
 def test_the_highest_is_loaded_first_and_the_lowest_unloaded_first(disk: Disk) -> None:
     disk.put("m/1", "m/2", "m/10")
     models = serve(disk, "m", policy="all {}")
-    assert disk.since() == ["load m/10", "load m/2", "load m/1"]
+    assert disk.new_events() == ["load m/10", "load m/2", "load m/1"]
     disk.remove("m/1", "m/2", "m/10")
     models.poll()
-    assert disk.since() == ["close m/1", "close m/2", "close m/10"]
+    assert disk.new_events() == ["close m/1", "close m/2", "close m/10"]
     assert states(models) == "10:END 2:END 1:END"
 
 
-def test_the_old_version_is_closed_once_the_new_one_serves(disk: Disk) -> None:
+def test_the_old_version_serves_until_the_new_one_does(disk: Disk) -> None:
+    states_at_load = []
+
+    def load(path: str) -> ServingSession:
+        states_at_load.append(states(models))
+        return disk.load(path)
+
+    models = Models(load, ONCE)
+    models.watch([config(disk, "m")])
     disk.put("m/1")
-    models = serve(disk, "m")
+    models.poll()
     disk.put("m/2")
     models.poll()
-    assert disk.since() == ["load m/1", "load m/2", "close m/1"]
+    assert states_at_load == ["1:LOADING", "2:LOADING 1:AVAILABLE"]
+    assert disk.new_events() == ["load m/1", "load m/2", "close m/1"]
+    disk.remove("m/2")
+    models.poll()
+    assert states(models) == "2:END 1:AVAILABLE"
 
 
-def test_where_a_wanted_version_serves_already_the_old_one_goes_first(disk: Disk) -> None:
+def test_where_an_aspired_version_serves_already_the_old_one_goes_first(disk: Disk) -> None:
     disk.put("m/1", "m/2")
     models = serve(disk, "m", policy="latest { num_versions: 2 }")
     disk.put("m/3")
-    disk.since()
+    disk.new_events()
     models.poll()
-    assert disk.since() == ["close m/1", "load m/3"]
+    assert disk.new_events() == ["close m/1", "load m/3"]
     assert states(models) == "3:AVAILABLE 2:AVAILABLE 1:END"
 
 
@@ -121,14 +132,77 @@ def test_of_several_old_versions_one_stands_in_for_a_broken_one(disk: Disk) -> N
         assert number == 2
 
 
+def test_a_version_that_did_not_load_is_not_tried_again_while_it_stays(disk: Disk) -> None:
+    disk.put("m/1")
+    models = serve(disk, "m")
+    disk.broken.add("m/2")
+    disk.put("m/2")
+    models.poll()
+    assert states(models) == "2:END 1:AVAILABLE"
+    disk.broken.clear()
+    models.poll()
+    # Nor once it is back: version 1, which stands in for it, must be gone before anything changes.
+    disk.remove("m/2")
+    models.poll()
+    disk.put("m/2")
+    models.poll()
+    assert disk.new_events() == ["load m/1", "load m/2"]
+    assert states(models) == "2:END 1:AVAILABLE"
+    disk.put("m/3")
+    models.poll()
+    assert states(models) == "3:AVAILABLE 2:END 1:END"
+
+
+def test_a_version_that_did_not_load_is_tried_again_once_it_was_away(disk: Disk) -> None:
+    disk.broken.add("m/2")
+    disk.put("m/2")
+    models = serve(disk, "m")
+    assert states(models) == "2:END"
+    disk.remove("m/2")
+    models.poll()
+    disk.broken.clear()
+    disk.put("m/2")
+    models.poll()
+    assert states(models) == "2:AVAILABLE"
+    assert models.versions("m")[0].error is None
+
+
+def test_without_versions_nothing_is_served(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+    disk.put("m/1")
+    models = serve(disk, "m")
+    disk.remove("m/1")
+    models.poll()
+    models.poll()
+    assert states(models) == "1:END"
+    with pytest.raises(StatusError, match=r"^Servable not found for request: Latest\(m\)$"):
+        models.serving("m", None).__enter__()
+    assert caplog.messages == [
+        f"m: No versions of servable m found under base path {disk.root}/m. Did you forget to name "
+        "your leaf directory as a number (eg. '/1/')?"
+    ]
+
+
+def test_a_base_path_that_can_be_no_path(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+    disk.put("m/1")
+    impossible = config(disk, "m")
+    impossible.base_path = "/tmp/\0"
+    models = Models(disk.load, ONCE)
+    models.watch([impossible])
+    models.poll()
+    assert "cannot be read: embedded null byte" in caplog.text
+    models.watch([config(disk, "m")])
+    models.poll()
+    assert states(models) == "1:AVAILABLE"
+
+
 def test_unloads_come_before_loads_of_other_models(disk: Disk) -> None:
     disk.put("a/1", "b/1")
     models = serve(disk, "a", "b")
     disk.put("a/2")
     disk.remove("b/1")
-    disk.since()
+    disk.new_events()
     models.poll()
-    assert disk.since() == ["close b/1", "load a/2", "close a/1"]
+    assert disk.new_events() == ["close b/1", "load a/2", "close a/1"]
 
 
 def test_one_bad_base_path_leaves_all_models_as_they_are(
@@ -150,37 +224,38 @@ def test_one_bad_base_path_leaves_all_models_as_they_are(
     assert states(models, "c") == "1:END"
 
 
-def test_a_version_is_tried_again_until_it_loads(disk: Disk, clock: SimpleNamespace) -> None:
+def test_a_version_is_tried_again_until_it_loads(disk: Disk, clock: Clock) -> None:
     disk.put("m/1", "n/1")
     disk.broken.add("m/1")
-    models = serve(disk, "m", "n", retries=Retries(max_num=5, interval_s=60))
+    models = serve(disk, "m", "n", retries=Retries(max_num=5, interval_s=60), clock=clock)
     assert states(models) == "1:LOADING"
     assert models.versions("m")[0].error is None
     assert states(models, "n") == "1:AVAILABLE"  # nothing else waits for it
-    assert models.next_try() == 60
+    assert models.seconds_to_next_try() == 60
     clock.now = 59
     models.poll()
-    assert disk.since() == ["load m/1", "load n/1"]
+    assert models.seconds_to_next_try() == 1
+    assert disk.new_events() == ["load m/1", "load n/1"]
     clock.now = 60
     models.settle()
-    assert models.next_try() == 120
+    assert models.seconds_to_next_try() == 60
     disk.broken.clear()
     clock.now = 120
     models.settle()
-    assert disk.since() == ["load m/1", "load m/1"]
+    assert disk.new_events() == ["load m/1", "load m/1"]
     assert states(models) == "1:AVAILABLE"
     assert models.versions("m")[0].failure is None
-    assert models.next_try() is None
+    assert models.seconds_to_next_try() is None
 
 
-def test_after_the_last_try_it_is_over(disk: Disk, clock: SimpleNamespace) -> None:
+def test_after_the_last_try_it_is_over(disk: Disk, clock: Clock) -> None:
     disk.put("m/1")
     disk.broken.add("m/1")
-    models = serve(disk, "m", retries=Retries(max_num=2, interval_s=60))
+    models = serve(disk, "m", retries=Retries(max_num=2, interval_s=60), clock=clock)
     for now in (60, 120, 180, 240):
         clock.now = now
         models.poll()
-    assert disk.since() == ["load m/1"] * 3
+    assert disk.new_events() == ["load m/1"] * 3
     (version,) = models.versions("m")
     assert states(models) == "1:END"
     assert version.error is not None
@@ -190,36 +265,35 @@ def test_after_the_last_try_it_is_over(disk: Disk, clock: SimpleNamespace) -> No
     )
 
 
-@pytest.mark.usefixtures("clock")
 def test_tries_without_an_interval_follow_at_once(disk: Disk) -> None:
     disk.put("m/1")
     disk.broken.add("m/1")
     serve(disk, "m", retries=Retries(max_num=2, interval_s=0))
-    assert disk.since() == ["load m/1"] * 3
+    assert disk.new_events() == ["load m/1"] * 3
 
 
 @pytest.mark.parametrize("names", [(), ("m/2",)])
-def test_a_version_no_longer_wanted_is_not_tried_again(
-    disk: Disk, clock: SimpleNamespace, names: tuple[str, ...]
+def test_a_version_no_longer_aspired_is_not_tried_again(
+    disk: Disk, clock: Clock, names: tuple[str, ...]
 ) -> None:
     disk.put("m/1")
     disk.broken.add("m/1")
-    models = serve(disk, "m", retries=Retries(max_num=2, interval_s=60))
+    models = serve(disk, "m", retries=Retries(max_num=2, interval_s=60), clock=clock)
     disk.put(*names)
     if not names:
         disk.remove("m/1")
     models.poll()
     clock.now = 60
     models.poll()
-    assert disk.since() == ["load m/1", *(f"load {name}" for name in names)]
+    assert disk.new_events() == ["load m/1", *(f"load {name}" for name in names)]
     assert states(models).split()[-1] == "1:END"
     assert models.versions("m")[-1].error is not None
-    assert models.next_try() is None
+    assert models.seconds_to_next_try() is None
 
 
-def test_tries_go_on_while_an_old_version_stands_in(disk: Disk, clock: SimpleNamespace) -> None:
+def test_tries_go_on_while_an_old_version_stands_in(disk: Disk, clock: Clock) -> None:
     disk.put("m/1")
-    models = serve(disk, "m", retries=Retries(max_num=3, interval_s=60))
+    models = serve(disk, "m", retries=Retries(max_num=3, interval_s=60), clock=clock)
     disk.broken.add("m/2")
     disk.put("m/2")
     models.poll()
@@ -233,10 +307,10 @@ def test_tries_go_on_while_an_old_version_stands_in(disk: Disk, clock: SimpleNam
     clock.now = 120
     models.poll()
     assert states(models) == "2:AVAILABLE 1:END"
-    assert disk.since() == ["load m/1", *["load m/2"] * 3, "close m/1"]
+    assert disk.new_events() == ["load m/1", *["load m/2"] * 3, "close m/1"]
 
 
-def test_what_is_raised_in_a_load_ends_that_load_alone(disk: Disk) -> None:
+def test_an_error_of_any_kind_ends_one_load_alone(disk: Disk) -> None:
     def load(path: str) -> ServingSession:
         if path.endswith("m/1"):
             raise KeyError("x")
@@ -252,10 +326,10 @@ def test_what_is_raised_in_a_load_ends_that_load_alone(disk: Disk) -> None:
     assert (error.code, error.message) == (grpc.StatusCode.UNKNOWN, "'x'")
 
 
-def test_tries_go_on_while_a_base_path_is_bad(disk: Disk, clock: SimpleNamespace) -> None:
+def test_tries_go_on_while_a_base_path_is_bad(disk: Disk, clock: Clock) -> None:
     disk.put("m/1", "n/1")
     disk.broken.add("m/1")
-    models = serve(disk, "m", "n", retries=Retries(max_num=2, interval_s=60))
+    models = serve(disk, "m", "n", retries=Retries(max_num=2, interval_s=60), clock=clock)
     disk.remove("n/1", "n")
     disk.broken.clear()
     clock.now = 60
@@ -271,11 +345,11 @@ def test_a_model_left_out_is_unloaded_and_its_versions_stay_listed(disk: Disk) -
     assert states(models, "b") == "1:END"
     with pytest.raises(StatusError, match=r"^Servable not found for request: Latest\(b\)$"):
         models.serving("b", None).__enter__()
-    disk.since()
+    disk.new_events()
     added = models.watch([config(disk, "a"), config(disk, "b")])
     assert added == {"b": frozenset(models.versions("b"))}
     models.poll()
-    assert disk.since() == ["load b/1"]
+    assert disk.new_events() == ["load b/1"]
     assert states(models, "b") == "1:AVAILABLE"
 
 
@@ -285,10 +359,10 @@ def test_a_model_left_out_and_back_before_a_look_is_loaded_anew(disk: Disk) -> N
     models.watch([])
     models.watch([config(disk, "a")])
     models.poll()
-    assert disk.since() == ["load a/1", "close a/1", "load a/1"]
+    assert disk.new_events() == ["load a/1", "close a/1", "load a/1"]
 
 
-def test_a_model_nobody_has_heard_of(disk: Disk) -> None:
+def test_an_unknown_model(disk: Disk) -> None:
     models = serve(disk)
     assert models.versions("x") == []
     with pytest.raises(StatusError, match=r"^Servable not found for request: Specific\(x, 7\)$"):
@@ -301,49 +375,7 @@ def test_closing_cancels_tries_and_unloads_all(disk: Disk) -> None:
     models = serve(disk, "a", "b", retries=Retries())
     models.close()
     assert (states(models, "a"), states(models, "b")) == ("1:END", "1:END")
-    assert disk.since() == ["load a/1", "load b/1", "close a/1"]
-
-
-@contextmanager
-def polling(models: Models, wait_s: float) -> Iterator[Poller]:
-    poller = Poller(models, wait_s)
-    poller.start()
-    try:
-        yield poller
-    finally:
-        poller.stop()
-
-
-def test_a_poller_looks_again_and_again(disk: Disk) -> None:
-    disk.put("m/1")
-    models = serve(disk, "m")
-    with polling(models, 0.01):
-        disk.put("m/2")
-        wait_until(lambda: states(models) == "2:AVAILABLE 1:END")
-        disk.put("m/3")
-        wait_until(lambda: states(models) == "3:AVAILABLE 2:END 1:END")
-
-
-def test_a_poller_looks_when_it_is_woken(disk: Disk) -> None:
-    disk.put("m/1")
-    models = serve(disk, "m")
-    with polling(models, 3600) as poller:
-        disk.put("m/2")
-        poller.wake()
-        wait_until(lambda: states(models) == "2:AVAILABLE 1:END")
-
-
-def test_a_poller_that_never_looks_tries_and_unloads_all_the_same(disk: Disk) -> None:
-    disk.put("m/1", "n/1")
-    disk.broken.add("m/1")
-    models = serve(disk, "m", "n", retries=Retries(max_num=1, interval_s=0.02))
-    with polling(models, 0) as poller:
-        wait_until(lambda: states(models) == "1:END")
-        disk.put("m/2")
-        models.watch([config(disk, "m")])
-        poller.wake()
-        wait_until(lambda: states(models, "n") == "1:END")
-    assert states(models) == "1:END"
+    assert disk.new_events() == ["load a/1", "load b/1", "close a/1"]
 
 
 def test_requests_under_way_hold_an_unload_and_nothing_of_other_models(disk: Disk) -> None:
@@ -351,21 +383,19 @@ def test_requests_under_way_hold_an_unload_and_nothing_of_other_models(disk: Dis
     models = serve(disk, "a", "b")
     disk.put("a/2")
     with models.serving("a", 1):
-        polling_once = threading.Thread(target=models.poll)
-        polling_once.start()
+        polling = threading.Thread(target=models.poll)
+        polling.start()
         wait_until(lambda: states(models, "a") == "2:AVAILABLE 1:UNLOADING")
         with models.serving("b", None) as (number, _):
             assert number == 1
         with models.serving("a", None) as (number, _):
             assert number == 2
         assert "close a/1" not in disk.events
-    polling_once.join(10)
+    polling.join()
     assert "close a/1" in disk.events
 
 
-def test_what_is_loaded_and_unloaded_is_logged(
-    disk: Disk, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_loads_and_unloads_are_logged(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER)
     disk.put("m/1")
     models = serve(disk, "m")
@@ -378,3 +408,19 @@ def test_what_is_loaded_and_unloaded_is_logged(
         "m: version 2 does not load: m/2 is broken",
         "m: version 1 unloaded",
     ]
+
+
+def test_a_close_may_interrupt_a_close(disk: Disk) -> None:
+    """As the handler of a second signal does, in the thread that it interrupts."""
+
+    def load(_: str) -> Any:
+        return IdleSession(lambda: models.close())
+
+    disk.put("m/1", "n/1")
+    models = Models(load, ONCE)
+    models.watch([config(disk, "m"), config(disk, "n")])
+    models.poll()
+    closing = threading.Thread(target=models.close, daemon=True)
+    closing.start()
+    wait_until(lambda: not closing.is_alive(), "the end of the close")
+    assert (states(models), states(models, "n")) == ("1:END", "1:END")

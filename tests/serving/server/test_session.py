@@ -1,4 +1,4 @@
-"""SavedModelSession runs what TensorFlow Serving runs, and says what it says."""
+"""SavedModelSession runs as TensorFlow Serving does, with the same error texts."""
 
 import re
 import shutil
@@ -56,10 +56,10 @@ def test_a_scalar_string_keeps_its_zero_bytes(session: SavedModelSession) -> Non
     assert text.item() == b"ab\0"
 
 
-def test_a_wrong_dtype_is_told_in_the_runtimes_words(session: SavedModelSession) -> None:
+def test_a_wrong_dtype_has_the_runtimes_text(session: SavedModelSession) -> None:
     with pytest.raises(tf.errors.InvalidArgumentError) as caught:
         session.run("serving_default", {"x": X.astype(np.int32)})
-    # Session.run would cast without a word, make_callable words it differently.
+    # Session.run would cast in silence; make_callable has another text.
     assert caught.value.message == "Expects arg[0] to be float but int32 is provided"
 
 
@@ -77,7 +77,7 @@ def test_an_init_op_has_no_output(session: SavedModelSession) -> None:
 def test_a_run_ends_at_its_timeout(session: SavedModelSession) -> None:
     assert session.run("count", {"steps": np.array(7)}, timeout_s=60.0)["steps"] == 7
     with pytest.raises(tf.errors.DeadlineExceededError) as caught:
-        session.run("count", {"steps": np.array(10**7)}, timeout_s=0.1)
+        session.run("count", {"steps": np.array(10**7)}, timeout_s=0.02)
     assert caught.value.message == "Timed out waiting for notification"
 
 
@@ -109,7 +109,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         SavedModelSession(tmp_path)
 
 
-def test_a_model_half_copied_loads_and_says_what_is_missing_when_asked(
+def test_a_model_half_copied_loads_and_its_runs_name_what_is_missing(
     saved_model: Path, tmp_path: Path
 ) -> None:
     half = tmp_path / "half"
@@ -123,14 +123,14 @@ def test_a_model_half_copied_loads_and_says_what_is_missing_when_asked(
 
 
 @pytest.mark.parametrize("loads_as_tf_serving", [True, False])
-def test_the_loaders_deprecation_is_not_the_users_concern(
+def test_the_deprecation_of_the_loader_is_not_logged(
     saved_model: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     loads_as_tf_serving: bool,
 ) -> None:
     monkeypatch.setattr(_session, "LOADS_AS_TF_SERVING", loads_as_tf_serving)
-    monkeypatch.setattr(deprecation, "_PRINTED_WARNING", {})  # TensorFlow says each thing once
+    monkeypatch.setattr(deprecation, "_PRINTED_WARNING", {})  # TensorFlow logs each one once
     tf.get_logger().addHandler(caplog.handler)
     try:
         SavedModelSession(saved_model).close()

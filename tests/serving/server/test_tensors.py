@@ -1,4 +1,4 @@
-"""Answers as bytes: what Tensor::AsProtoTensorContent writes, read back by TensorFlow itself."""
+"""Arrays as TensorProtos in both encodings, read back by TensorFlow itself."""
 
 import math
 from typing import Any
@@ -63,7 +63,7 @@ def test_the_lengths_of_strings_stand_before_them() -> None:
     assert content(np.array([b"ab", b"", b"c"], object)).tensor_content == b"\x02\x00\x01abc"
 
 
-def test_without_it_values_stand_in_their_field() -> None:
+def test_by_default_values_stand_in_their_field() -> None:
     proto = TensorProto()
     encode(np.ones(2, np.float32), proto)
     assert list(proto.float_val) == [1, 1]
@@ -87,10 +87,10 @@ SIZES = st.one_of(st.integers(-2, 4), st.sampled_from([2**31, 2**62]))
     listed=st.booleans(),
 )
 @example(number=1, sizes=[-1, -2], surplus=0, unknown=False, listed=False)
-def test_bytes_are_what_the_runtime_makes_of_them(
+def test_bytes_are_read_as_the_runtime_reads_them(
     number: int, sizes: list[int], surplus: int, unknown: bool, listed: bool
 ) -> None:
-    """`decode` reads plain bytes by itself; of all others it asks the runtime, as we do here."""
+    """`decode` reads plain bytes by itself and leaves the others to the runtime, as this test does."""
     itemsize = tf.as_dtype(number).size
     length = max(0, min(math.prod(sizes), 300) * itemsize + surplus)
     proto = TensorProto(dtype=number, tensor_content=bytes(i % 251 for i in range(length)))
@@ -109,6 +109,6 @@ def test_bytes_are_what_the_runtime_makes_of_them(
         with pytest.raises(ValueError, match=r"^$"):
             decode(proto)
         return
-    found = decode(proto)
-    assert (found.dtype, found.shape) == (np.asarray(expected).dtype, np.shape(expected))
-    assert found.tobytes() == np.asarray(expected).tobytes()
+    actual = decode(proto)
+    assert (actual.dtype, actual.shape) == (np.asarray(expected).dtype, np.shape(expected))
+    assert actual.tobytes() == np.asarray(expected).tobytes()

@@ -1,4 +1,4 @@
-"""Records beside a model: what is run before it serves, and which of them keep it from serving."""
+"""Warm-up records: which are run before a model serves, and which keep it from serving."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ class Counting(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, name="inputs")])
     def regress(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        # Of a serialized example the length tells whether the context was put before it.
+        # The length of a serialized example shows whether the context was put before it.
         self.rows.assign_add(tf.reduce_sum(tf.strings.length(inputs)))
         return {"outputs": tf.cast(self._count(inputs), tf.float32)}
 
@@ -86,8 +86,8 @@ def record(text: str) -> PredictionLog:
     return text_format.Parse(text, PredictionLog())
 
 
-def seen(path: Path, options: LoadOptions | None = None) -> int:
-    """How many rows it has seen before it serves."""
+def rows_seen(path: Path, options: LoadOptions | None = None) -> int:
+    """How many rows the model has seen before it serves."""
     session = load(str(path), options or LoadOptions())
     try:
         x = np.ones(1, np.float32)
@@ -104,21 +104,21 @@ def refusal(path: Path) -> tuple[str, str]:
 
 def test_records_are_run_before_the_model_serves(warm: Warm, counting: Path) -> None:
     path = warm(predict_log([1.0, 2.0]), predict_log([1.0, 2.0, 3.0], outputs=["rows"]), record(""))
-    assert seen(counting) == 0
-    assert seen(path) == 5
-    assert seen(path, LoadOptions(enable_model_warmup=False)) == 0
+    assert rows_seen(counting) == 0
+    assert rows_seen(path) == 5
+    assert rows_seen(path, LoadOptions(enable_model_warmup=False)) == 0
 
 
 def test_of_the_model_spec_the_signature_alone_counts(warm: Warm) -> None:
     spec = 'name: "another" version { value: 77 } signature_name: "serving_default"'
-    assert seen(warm(predict_log([1.0], spec))) == 1
+    assert rows_seen(warm(predict_log([1.0], spec))) == 1
 
 
 def test_records_go_through_the_batching_session(warm: Warm) -> None:
     parameters: Any = batching_parameters(True, None)
     text_format.Parse("max_batch_size {value: 8} allowed_batch_sizes: [1, 8]", parameters)
     options = LoadOptions(batching_parameters=parameters)
-    assert seen(warm(predict_log([1.0, 2.0])), options) == 8
+    assert rows_seen(warm(predict_log([1.0, 2.0])), options) == 8
 
 
 def call(kind: str, signature: str, body: str = EXAMPLES) -> PredictionLog:
@@ -136,16 +136,16 @@ def tasks(*signatures_and_methods: tuple[str, str], name: str = "m") -> Predicti
 
 
 def test_classify_regress_and_multi_inference_are_run(warm: Warm) -> None:
-    assert seen(warm(call("classify", "c"))) == 2
-    assert seen(warm(call("regress", "r"))) == 2
-    assert seen(warm(tasks(("c", "classify"), ("r", "regress")))) == 4
+    assert rows_seen(warm(call("classify", "c"))) == 2
+    assert rows_seen(warm(call("regress", "r"))) == 2
+    assert rows_seen(warm(tasks(("c", "classify"), ("r", "regress")))) == 4
 
 
 def test_a_context_stands_before_each_example(warm: Warm) -> None:
     context = 'features { feature { key: "k" } }'
     length = text_format.Parse(context, tf.train.Example()).ByteSize()
     body = f"input {{ example_list_with_context {{ context {{ {context} }} examples {{}} }} }}"
-    assert seen(warm(call("regress", "r", body))) == length + 1
+    assert rows_seen(warm(call("regress", "r", body))) == length + 1
 
 
 NO_EXAMPLES = "input { example_list {} }"
@@ -223,7 +223,7 @@ def test_classify_on_a_predict_signature(warm: Warm, kind: str, word: str) -> No
 
 def test_the_1001st_record(warm: Warm) -> None:
     log = predict_log([1.0])
-    assert seen(warm(*[log] * 1000)) == 1000
+    assert rows_seen(warm(*[log] * 1000)) == 1000
     path = warm(*[log] * 1001)
     assert refusal(path) == (
         "INVALID_ARGUMENT",
