@@ -90,7 +90,7 @@ SIZES = st.one_of(st.integers(-2, 4), st.sampled_from([2**31, 2**62]))
 def test_bytes_are_read_as_the_runtime_reads_them(
     number: int, sizes: list[int], surplus: int, unknown: bool, listed: bool
 ) -> None:
-    """`decode` reads plain bytes by itself and leaves the others to the runtime, as this test does."""
+    """`decode` reads plain bytes by itself; it leaves the others to the runtime, as this test."""
     itemsize = tf.as_dtype(number).size
     length = max(0, min(math.prod(sizes), 300) * itemsize + surplus)
     proto = TensorProto(dtype=number, tensor_content=bytes(i % 251 for i in range(length)))
