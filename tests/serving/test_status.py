@@ -4,7 +4,7 @@ import grpc
 import numpy as np
 import pytest
 
-from keras_mrl_serving import _transport, errors
+from keras_mrl_serving import errors
 from keras_mrl_serving._transport import error_class, translate_error
 from keras_mrl_serving.calls import AskStatus, Call, Envelope
 from keras_mrl_serving.options import Options

@@ -69,8 +69,8 @@ class CountingScheduler(BatchScheduler):
     """Counts the tasks that were queued, at a time that a test sets."""
 
     def __init__(self) -> None:
-        self.clock = Clock()
-        super().__init__(self.clock)
+        self.time = Clock()
+        super().__init__(self.time)
         self.num_queued = 0
 
     def put(self, queue: BatchQueue, task: Task) -> list[Task]:
@@ -208,7 +208,7 @@ def test_35_a_deadline_that_passes_in_the_queue(path: str) -> None:
         assert gated.entered.wait(60)
         late = pool.submit(refused, lambda: rows(session, [[1]], timeout_s=10.0))
         wait_until(lambda: scheduler.num_queued == 2)
-        scheduler.clock.now = 10.0
+        scheduler.time.now = 10.0
         gated.gate.set()
         assert late.result() == (
             "RESOURCE_EXHAUSTED",

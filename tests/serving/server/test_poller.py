@@ -76,7 +76,12 @@ def test_a_stop_waits_for_the_look_under_way() -> None:
     poller = Poller("slow", look, lambda: 0.0)
     poller.start()
     assert entered.wait(60)
-    stopping = threading.Thread(target=lambda: (poller.stop(), events.append("stopped")))
+
+    def stop() -> None:
+        poller.stop()
+        events.append("stopped")
+
+    stopping = threading.Thread(target=stop)
     stopping.start()
     wait_until(lambda: poller.is_stopping)
     gate.set()

@@ -459,7 +459,12 @@ def test_a_stop_ends_a_wait_and_there_is_no_second_start(setting: Setting) -> No
     server = DevServer(setting.put("a", 1), file_system_poll_wait_seconds=0)
     server.start()
     events: list[str] = []
-    waiting = threading.Thread(target=lambda: (server.wait(), events.append("waited")))
+
+    def wait() -> None:
+        server.wait()
+        events.append("waited")
+
+    waiting = threading.Thread(target=wait)
     waiting.start()
     events.append("stop")
     server.stop()
