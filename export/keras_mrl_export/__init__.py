@@ -1,5 +1,10 @@
 """BRIDGE: a model trained on any backend becomes a TensorFlow Serving SavedModel.
 
+The modules read in the order of the work: `export` checks the `arguments` and the `sample` and
+makes a `job`; `process` carries model and job to TensorFlow as a `model_file`; `build` writes the
+`signatures` there, with a `gallery` among them, compares them in `parity`, and adds the `warmup`;
+`publish` gives the version its number.
+
 Examples:
     ```
     version = export_saved_model(model, "models/digits", sample=images[:8], policy=policy)

@@ -1,4 +1,7 @@
-"""What may be given to an export, and the form in which it travels."""
+"""Which arguments an export takes, and the form in which they travel.
+
+Checks of the sample are in `sample`, checks of a version's number in `publish`.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,28 @@ from keras_mrl import log_spaced_dims
 from keras_mrl._dims import check_weights
 from keras_mrl_serving import contract
 from keras_mrl_serving.cascade.policy import CascadePolicy
-from keras_mrl_serving.contract import as_int, check_dims
+from keras_mrl_serving.contract import (
+    as_int,
+    check_dims,
+    check_positive_integer,
+    is_positive_integer,
+)
 from keras_mrl_serving.index import ExactIndex
 
-from .decoder import ImageDecoder, is_positive
+from .decoder import ImageDecoder
 
-# Where a version goes, and what it is called there.
-
-# What `keras-mrl deploy` takes too: it stands in flags, in URLs and in the names of containers.
+# `keras-mrl deploy` takes the same: a name stands in flags, in URLs and in names of containers.
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
-# A path loses one of two slashes. A scheme of one letter is a drive.
+# One slash, because a Path drops the second. A scheme of one letter is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
-def checked_base_path(base_path: str | Path) -> Path:
+def check_base_path(base_path: str | Path) -> Path:
     """Return the folder of a model's versions as a path.
 
     Raises:
         TypeError: If it is no path.
-        ValueError: If it is empty, or a URL: a folder of that name would be made here.
+        ValueError: If it is empty, or a URL, which would become a local folder of that name.
     """
     if not isinstance(base_path, (str, os.PathLike)):
         raise TypeError(
@@ -48,12 +54,12 @@ def checked_base_path(base_path: str | Path) -> Path:
     return Path(text)
 
 
-def checked_name(name: str) -> str:
+def check_name(name: str) -> str:
     """Return `name`, or raise unless a model can be served and deployed under it.
 
     Raises:
         TypeError: If it is no `str`.
-        ValueError: If it has other characters, or none.
+        ValueError: If it is empty or has other characters.
     """
     if isinstance(name, str) and _NAME.fullmatch(name):
         return name
@@ -64,93 +70,10 @@ def checked_name(name: str) -> str:
     )
 
 
-# Which signatures a version is written with.
-
-_ALWAYS = (contract.DESCRIBE, contract.SERVING_DEFAULT)
-
-
-def chosen_signatures(
-    asked: Sequence[str] | None,
-    dims: tuple[int, ...],
-    head: bool,
-    policy: CascadePolicy | None,
-    index: ExactIndex | None,
-) -> tuple[str, ...]:
-    """Return the names of the signatures to write, in the order of the contract.
-
-    Args:
-        asked: Names, or families: "embed" for every `embed_<m>`. None means all that there are.
-        dims: The dims that are exported.
-        head: Whether the model classifies.
-        policy: Its cascade.
-        index: Its gallery.
-
-    Raises:
-        ValueError: If one is asked for that the model cannot have.
-    """
-    offered = _offered(dims, head, policy, index)
-    if asked is None:
-        return offered
-    if isinstance(asked, str):
-        asked = [asked]
-    names = tuple(asked)
-    known = {*offered, *map(_family, offered), *_ALWAYS}
-    unknown = [name for name in names if not isinstance(name, str) or name not in known]
-    if unknown:
-        raise ValueError(
-            f"signatures must be of those the model can have: {', '.join(offered)}. "
-            f"Received: {', '.join(map(repr, unknown))}. "
-            'Give those names, or a family of them: "embed".'
-        )
-    return tuple(name for name in offered if name in names or _family(name) in names)
-
-
-def _offered(
-    dims: tuple[int, ...], head: bool, policy: CascadePolicy | None, index: ExactIndex | None
-) -> tuple[str, ...]:
-    names = [contract.embed(dim) for dim in dims]
-    if head:
-        names += [contract.classify(dim) for dim in dims]
-    names.append(contract.FEATURES)
-    if head:
-        names += [contract.head(dim) for dim in dims]
-    if policy is not None:
-        names.append(contract.CLASSIFY_ADAPTIVE)
-    if index is not None:
-        edges = sorted({*dims, *index.schedule.dims})
-        names += [contract.RETRIEVE, contract.SEARCH, *map(contract.search, edges)]
-    return tuple(names)
-
-
-def _family(name: str) -> str:
-    return re.sub(r"_\d+$", "", name)
-
-
-def checked_top_k(top_k: int) -> int:
-    """Return `top_k`, or raise `ValueError` unless it is a positive integer."""
-    if not is_positive(top_k):
-        raise ValueError(
-            f"top_k must be an integer of at least 1. Received: top_k={top_k!r}. "
-            "Give for example 5."
-        )
-    return as_int(top_k)
-
-
-def checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
-    """Return warm-up batch sizes, or raise `ValueError` unless they are positive integers."""
-    given: Any = tuple(batch_sizes) if isinstance(batch_sizes, Iterable) else batch_sizes
-    if not isinstance(given, tuple) or not all(map(is_positive, given)):
-        raise ValueError(
-            "warmup_batch_sizes must be positive integers. "
-            f"Received: {given!r}. Give for example (1, 32), or () for no warm-up."
-        )
-    return tuple(map(as_int, given))
-
-
 def check_kinds(
     policy: object, index: object, decoder: object, signatures: object, labels: object
 ) -> None:
-    """Raise `TypeError` where an argument is of another kind altogether."""
+    """Raise `TypeError` where an argument is of the wrong type."""
     if policy is not None and not isinstance(policy, CascadePolicy):
         raise TypeError(
             f"policy must be a CascadePolicy. Received: {type(policy).__name__}. Learn one with "
@@ -186,76 +109,50 @@ def check_exact(index: object) -> None:
         )
 
 
-def served_dims(
-    asked: Sequence[int] | None, trained: tuple[int, ...] | None, width: int
-) -> tuple[int, ...]:
-    """The dims to export: those asked for, or all that the head has, or log-spaced ones."""
-    known = trained or log_spaced_dims(width)
-    if asked is None:
-        return known
-    if not isinstance(asked, Iterable):
-        check_dims(asked)  # which refuses it
-    asked = tuple(asked)
-    try:
-        chosen = check_dims(sorted(set(asked)))
-    except TypeError:  # of several types, which have no order
-        chosen = check_dims(asked)
-    if any(d not in known if trained else d > width for d in chosen):
+def check_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
+    """Return warm-up batch sizes, or raise `ValueError` unless they are positive integers."""
+    sizes: Any = tuple(batch_sizes) if isinstance(batch_sizes, Iterable) else batch_sizes
+    if not isinstance(sizes, tuple) or not all(map(is_positive_integer, sizes)):
         raise ValueError(
-            f"dims must be dims of the model: {known if trained else f'1..{width}'}. "
-            f"Received: dims={asked}. Leave dims out to export all of them."
+            "warmup_batch_sizes must be positive integers. "
+            f"Received: {sizes!r}. Give for example (1, 32), or () for no warm-up."
         )
-    return chosen
+    return tuple(map(as_int, sizes))
 
 
-def quality_by_dim(
-    quality: Mapping[int, Mapping[str, float]], dims: tuple[int, ...]
-) -> dict[str, dict[str, float]]:
-    """Quality as JSON: measures come as NumPy scalars, or as a backend's own.
+def check_top_k(top_k: int) -> int:
+    """Return `top_k`, or raise `ValueError` unless it is a positive integer."""
+    return check_positive_integer("top_k", top_k, "Give for example 5.")
+
+
+def choose_dims(
+    requested: Sequence[int] | None, trained: tuple[int, ...] | None, width: int
+) -> tuple[int, ...]:
+    """Return the dims to export, increasing.
+
+    Args:
+        requested: Some dims, in any order; None means all that the head has, or log-spaced ones.
+        trained: Dims of the head; None of an encoder, which has a prefix of every length.
+        width: Width of the features.
 
     Raises:
-        ValueError: If it is no measures by dim, one is not finite, or a dim is not exported.
+        ValueError: If a requested dim is none of the model's.
     """
+    if requested is None:
+        return trained or log_spaced_dims(width)
+    if not isinstance(requested, Iterable):
+        check_dims(requested)  # which refuses it
+    requested = tuple(requested)
     try:
-        known = {
-            int(dim): {measure: float(value) for measure, value in measures.items()}
-            for dim, measures in quality.items()
-        }
-    except (AttributeError, TypeError, ValueError) as error:
+        dims = check_dims(sorted(set(requested)))
+    except TypeError:  # values of several types have no order
+        dims = check_dims(requested)
+    if any(dim not in trained if trained else dim > width for dim in dims):
         raise ValueError(
-            "quality must give measures by dim, and a number by measure. "
-            f"Received: quality={quality!r:.200}. Give for example {{8: {{'top1': 0.93}}}}."
-        ) from error
-    finite = all(math.isfinite(value) for measures in known.values() for value in measures.values())
-    if not finite or not set(known) <= set(dims):
-        raise ValueError(
-            f"quality must give finite numbers for exported dims: {dims}. "
-            f"Received: quality={known}. Leave out what was not measured."
+            f"dims must be dims of the model: {trained or f'1..{width}'}. "
+            f"Received: dims={requested}. Leave dims out to export all of them."
         )
-    return {str(dim): known[dim] for dim in sorted(known)}
-
-
-def weights_of(weights: Sequence[float], dims: tuple[int, ...], head: Any) -> tuple[float, ...]:
-    """The c_m of the exported dims, from those of all dims."""
-    trained = dims if head is None else head.dims
-    by_dim = dict(zip(trained, check_weights(weights, len(trained)), strict=True))
-    return tuple(by_dim[dim] for dim in dims)
-
-
-def check_index(index: ExactIndex, dims: tuple[int, ...], normalize: bool) -> None:
-    """Raise `ValueError` unless `index` holds embeddings as the model's are served."""
-    if index.width != dims[-1]:
-        raise ValueError(
-            "An index that is exported with a model is as wide as the model's last dim. "
-            f"Received: an index of width {index.width} for dims={dims}. "
-            "Give dims= up to its width, or build it at the last dim."
-        )
-    if normalize and index.metric != "cosine":
-        raise ValueError(
-            "Embeddings of unit length are compared by cosine: their prefixes have other lengths. "
-            f"Received: an index with metric={index.metric!r} and normalize=True. "
-            "Give normalize=False, or build the index with cosine."
-        )
+    return dims
 
 
 def check_head_arguments(
@@ -286,12 +183,97 @@ def check_head_arguments(
         )
 
 
+def _is_class_name(label: object) -> bool:
+    if not isinstance(label, str) or label != label.strip() or not label:
+        return False
+    try:
+        encoded = label.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return not {*b"\r\n"} & {*encoded}
+
+
+def check_index(index: ExactIndex, dims: tuple[int, ...], normalize: bool) -> None:
+    """Raise `ValueError` unless `index` holds embeddings as the model's are served."""
+    if index.width != dims[-1]:
+        raise ValueError(
+            "An index that is exported with a model is as wide as the model's last dim. "
+            f"Received: an index of width {index.width} for dims={dims}. "
+            "Give dims= up to its width, or build it at the last dim."
+        )
+    if normalize and index.metric != "cosine":
+        raise ValueError(
+            "Embeddings of unit length are compared by cosine: their prefixes have other lengths. "
+            f"Received: an index with metric={index.metric!r} and normalize=True. "
+            "Give normalize=False, or build the index with cosine."
+        )
+
+
+_ALWAYS = (contract.DESCRIBE, contract.SERVING_DEFAULT)
+
+
+def choose_signatures(
+    requested: Sequence[str] | None,
+    dims: tuple[int, ...],
+    has_head: bool,
+    policy: CascadePolicy | None,
+    index: ExactIndex | None,
+) -> tuple[str, ...]:
+    """Return the names of the signatures to write, in the order of the contract.
+
+    Args:
+        requested: Names, or families: "embed" for every `embed_<m>`. None means every signature
+            that the model can have.
+        dims: The dims that are exported.
+        has_head: Whether the model classifies.
+        policy: Its cascade.
+        index: Its gallery.
+
+    Raises:
+        ValueError: If the model cannot have a requested signature.
+    """
+    possible = _possible_signatures(dims, has_head, policy, index)
+    if requested is None:
+        return possible
+    names = (requested,) if isinstance(requested, str) else tuple(requested)
+    takes = {*possible, *map(_family, possible), *_ALWAYS}
+    unknown = [name for name in names if not isinstance(name, str) or name not in takes]
+    if unknown:
+        raise ValueError(
+            f"signatures must be of those the model can have: {', '.join(possible)}. "
+            f"Received: {', '.join(map(repr, unknown))}. "
+            'Give those names, or a family of them: "embed".'
+        )
+    return tuple(name for name in possible if name in names or _family(name) in names)
+
+
+def _possible_signatures(
+    dims: tuple[int, ...], has_head: bool, policy: CascadePolicy | None, index: ExactIndex | None
+) -> tuple[str, ...]:
+    names = [contract.embed(dim) for dim in dims]
+    if has_head:
+        names += [contract.classify(dim) for dim in dims]
+    names.append(contract.FEATURES)
+    if has_head:
+        names += [contract.head(dim) for dim in dims]
+    if policy is not None:
+        names.append(contract.CLASSIFY_ADAPTIVE)
+    if index is not None:
+        searched = sorted({*dims, *index.schedule.dims})
+        names += [contract.RETRIEVE, contract.SEARCH, *map(contract.search, searched)]
+    return tuple(names)
+
+
+def _family(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
+
+
 def check_policy_is_used(
     policy: CascadePolicy | None, signatures: Sequence[str], dims: tuple[int, ...]
 ) -> None:
     """Raise `ValueError` if no signature that is written answers by the policy.
 
-    Without `classify_adaptive` its temperatures may still be wanted.
+    Without `classify_adaptive` its temperatures may still be in use.
     """
     if policy is None or contract.CLASSIFY_ADAPTIVE in signatures:
         return
@@ -305,11 +287,37 @@ def check_policy_is_used(
         )
 
 
-def _is_class_name(label: object) -> bool:
-    if not isinstance(label, str) or label != label.strip() or not label:
-        return False
+def quality_by_dim(
+    quality: Mapping[int, Mapping[str, float]], dims: tuple[int, ...]
+) -> dict[str, dict[str, float]]:
+    """Return quality as JSON holds it; measures may come as scalars of any library.
+
+    Raises:
+        ValueError: If it is no measures by dim, one is not finite, or a dim is not exported.
+    """
     try:
-        encoded = label.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return not {*b"\r\n"} & {*encoded}
+        measures_of = {
+            int(dim): {measure: float(value) for measure, value in measures.items()}
+            for dim, measures in quality.items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            "quality must give measures by dim, and a number by measure. "
+            f"Received: quality={quality!r:.200}. Give for example {{8: {{'top1': 0.93}}}}."
+        ) from error
+    values = [value for measures in measures_of.values() for value in measures.values()]
+    if not all(map(math.isfinite, values)) or not set(measures_of) <= set(dims):
+        raise ValueError(
+            f"quality must give finite numbers for exported dims: {dims}. "
+            f"Received: quality={measures_of}. Leave out what was not measured."
+        )
+    return {str(dim): measures_of[dim] for dim in sorted(measures_of)}
+
+
+def weights_of_dims(
+    weights: Sequence[float], dims: tuple[int, ...], head: Any
+) -> tuple[float, ...]:
+    """Return the c_m of the exported dims, from the c_m of all dims of the head."""
+    trained = dims if head is None else head.dims
+    by_dim = dict(zip(trained, check_weights(weights, len(trained)), strict=True))
+    return tuple(by_dim[dim] for dim in dims)

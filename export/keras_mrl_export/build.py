@@ -1,7 +1,11 @@
-"""On TensorFlow: load the model, write its SavedModel aside, and compare the two."""
+"""On TensorFlow: write a SavedModel aside, compare it with its original, and add warm-up records.
+
+There are two originals: a model, loaded from its `.keras` file, and a gallery.
+"""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import zipfile
@@ -11,103 +15,34 @@ from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from keras_mrl import split
 from keras_mrl_serving import contract, flows
 from keras_mrl_serving._session import SavedModelSession
-from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
+from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.version import __version__
 
+from .gallery import IndexGraph, forget
+from .graph import trace, trace_describe
 from .job import ExportError, Job
 from .model_file import load
-from .parity import PARITY_FILE, check_parity, examples
+from .parity import (
+    MAX_QUERIES,
+    check_described,
+    check_parity,
+    compare_searches,
+    example_inputs,
+)
 from .publish import Staged
 from .sample import declared_inputs
 from .signatures import ServedModel
 from .warmup import write_warmup
 
-# What an encoder is known by: equal only where `embed_<m>` answers alike.
-
-_ASSETS = "assets/"  # in a .keras file: vocabularies that layers learned
-
-
-def fingerprint_of(
-    model: keras.Model, saved: Path, inputs: Mapping[str, Mapping[str, Any]], job: Job
-) -> str:
-    """Return the SHA-256 of all that makes an embedding out of an input.
-
-    That is the configuration, every weight in the model's own order, what layers keep besides
-    weights (vocabularies, document frequencies), and how the model is served: its decoder, whether
-    embeddings are scaled, and the types its inputs are cast to. Dims, labels and a cascade change
-    no embedding; code of the user's own layers has no form that is the same in every process.
-
-    Args:
-        model: The model as it is served.
-        saved: The `.keras` file it was loaded from.
-        inputs: Those of the manifest.
-        job: How it is served.
-    """
-    digest = hashlib.sha256(model.to_json(sort_keys=True).encode())
-    served = {
-        "decoder": None if job.decoder is None else job.decoder.to_json(),
-        "normalize": bool(job.normalize),
-        "dtypes": [inputs[name]["dtype"] for name in sorted(inputs)],
-    }
-    digest.update(json.dumps(served, sort_keys=True).encode())
-    values = [keras.ops.convert_to_numpy(variable) for variable in model.variables]
-    for value in (*values, *_kept_besides(model)):
-        digest.update(f"{value.dtype}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    with zipfile.ZipFile(saved) as archive:
-        for name in sorted(archive.namelist()):
-            if name.startswith(_ASSETS):
-                digest.update(f"{name}\n".encode())
-                digest.update(archive.read(name))
-    return digest.hexdigest()
-
-
-def _kept_besides(model: keras.Model) -> list[Any]:
-    """What layers with a store of their own write there, such as the weights of TF-IDF."""
-    kept = []
-    for layer in model._flatten_layers():
-        if type(layer).save_own_variables is not keras.Layer.save_own_variables:
-            store: dict[str, Any] = {}
-            layer.save_own_variables(store)
-            kept += [np.asarray(store[key]) for key in sorted(store)]
-    return kept
-
-
-# Which operations a graph may hold: TensorFlow's own, which every server of SavedModels has.
-
-# These call back into the Python process that made them.
-_OF_PYTHON = frozenset(("PyFunc", "PyFuncStateless", "EagerPyFunc"))
-# TensorFlow's own too, though tf.raw_ops does not name them: Keras slices and updates by them.
-_INTERNAL = ("_", "Xla")
-
-
-def check_operations(folder: Path) -> None:
-    """Raise `ExportError` if the SavedModel in `folder` needs more than TensorFlow to run.
-
-    It runs here, where the package that brings an operation is imported, and loads in no server.
-    """
-    graphs = SavedModel.FromString((folder / "saved_model.pb").read_bytes()).meta_graphs
-    used = {op.name for graph in graphs for op in graph.meta_info_def.stripped_op_list.op}
-    foreign = sorted(name for name in used if not _is_tensorflows(name))
-    if foreign:
-        raise ExportError(
-            "A served graph may hold only operations of TensorFlow itself. "
-            f"Received: a model that needs {', '.join(foreign)}. Do this before the model, in the "
-            "client, or by layers of Keras: TextVectorization for a tokenizer of tensorflow-text, "
-            "keras.ops for tf.py_function."
-        )
-
-
-def _is_tensorflows(name: str) -> bool:
-    if name in _OF_PYTHON:
-        return False
-    return hasattr(tf.raw_ops, name) or name.startswith(_INTERNAL)
+PARITY_FILE = "assets.extra/keras_mrl_parity.json"
 
 
 def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> None:
@@ -116,8 +51,8 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
     Args:
         saved: The model as Keras saved it.
         objects: The user's own classes and functions in it.
-        job: What to export.
-        staged: Where to write it.
+        job: The rest of the export.
+        staged: Folders to write in.
 
     Raises:
         ExportError: If the model cannot be loaded or traced, or a signature differs from it.
@@ -126,7 +61,9 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
     backbone, head = split(model)
     manifest = _manifest(model, saved, backbone, head, job)
     try:
-        _write(ServedModel(backbone, head, manifest, job, staged.scratch), staged.folder)
+        served = ServedModel(backbone, head, manifest, job, staged.scratch)
+        signatures = served.signatures()
+        tf.saved_model.save(served.resources(), str(staged.folder), signatures=signatures)
     except OSError:
         raise
     except Exception as error:
@@ -136,17 +73,50 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
             "Use keras.ops in layers of your own, not the training backend's functions."
         ) from error
     check_operations(staged.folder)
-    (staged.folder / MANIFEST_FILE).parent.mkdir()
-    (staged.folder / MANIFEST_FILE).write_text(manifest.to_json() + "\n")
-    report = check_parity(staged.folder, manifest, job)
-    (staged.folder / PARITY_FILE).write_text(json.dumps(report, indent=1) + "\n")
+    _write_manifest(staged.folder, manifest)
     with SavedModelSession(staged.folder) as session:
-        inputs = examples(manifest, job)
+        report = check_parity(session, manifest, job)
+        (staged.folder / PARITY_FILE).write_text(json.dumps(report, indent=1) + "\n")
+        inputs = example_inputs(manifest, job)
         write_warmup(staged.folder, session, job.name, inputs, job.warmup_batch_sizes)
 
 
-def _write(served: ServedModel, folder: Path) -> None:
-    tf.saved_model.save(served.resources(), str(folder), signatures=served.signatures())
+def build_index(index: ExactIndex, name: str, folder: Path) -> None:
+    """Build the SavedModel of a gallery in `folder`, to be published.
+
+    Raises:
+        ExportError: If a signature answers otherwise than `index`.
+    """
+    manifest = _index_manifest(index, name)
+    _save_index(index, manifest, folder)
+    gc.collect()  # functions hold their variables in cycles, and the rows are loaded once more
+    _write_manifest(folder, manifest)
+    widths = {contract.SEARCH: index.width, contract.SERVING_DEFAULT: index.width}
+    widths |= {contract.search(dim): dim for dim in index.schedule.dims}
+    rows = np.unique(np.linspace(0, len(index) - 1, MAX_QUERIES).astype(np.int64))
+    queries = np.concatenate([block[rows] for block in index.blocks], axis=1)
+    inputs = {name: {"embedding": queries[:, :width]} for name, width in widths.items()}
+    with SavedModelSession(folder) as session:
+        compare_searches(session.run, index, queries, widths)
+        check_described(session.run, manifest)
+        write_warmup(folder, session, manifest.name, inputs, (1,))
+
+
+def _save_index(index: ExactIndex, manifest: Manifest, folder: Path) -> None:
+    gallery = IndexGraph(index)
+    module = tf.Module()
+    module.state = gallery.variables()
+    functions = gallery.functions().items()
+    signatures = {name: trace(function, specs) for name, (function, specs) in functions}
+    signatures[contract.SERVING_DEFAULT] = signatures[contract.SEARCH]
+    signatures[contract.DESCRIBE] = trace_describe(manifest)
+    tf.saved_model.save(module, str(folder), signatures=signatures)
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    file = folder / contract.MANIFEST_FILE
+    file.parent.mkdir()
+    file.write_text(manifest.to_json() + "\n")
 
 
 def _manifest(
@@ -156,9 +126,11 @@ def _manifest(
     fingerprint = fingerprint_of(model, saved, inputs, job)
     if index is not None:
         flows.check_encoder(index.encoder_fingerprint, fingerprint)
+    # Temperatures alone decide nothing: without its signature there is no cascade.
+    is_adaptive = contract.CLASSIFY_ADAPTIVE in job.signatures
     return Manifest(
         name=job.name,
-        kind=_kind(head, job),
+        kind="index" if index is not None else "encoder" if head is None else "classifier",
         fingerprint=fingerprint,
         dims=job.dims,
         width=job.dims[-1],
@@ -171,7 +143,7 @@ def _manifest(
         num_classes=None if head is None else head.num_classes,
         top_k=job.top_k,
         labels=job.labels is not None,
-        cascade=_cascade(job),
+        cascade=job.policy.to_json() if job.policy and is_adaptive else None,
         decoder=None if job.decoder is None else job.decoder.to_json(),
         quality=job.quality,
         encoder_fingerprint=None if index is None else fingerprint,
@@ -186,36 +158,129 @@ def _manifest(
     )
 
 
-def _cascade(job: Job) -> dict[str, Any] | None:
-    """What the version decides by; temperatures alone decide nothing."""
-    if job.policy is None or contract.CLASSIFY_ADAPTIVE not in job.signatures:
-        return None
-    return job.policy.to_json()
-
-
-def _kind(head: Any, job: Job) -> str:
-    if job.index is not None:
-        return "index"
-    return "encoder" if head is None else "classifier"
-
-
 def _input_specs(backbone: keras.Model, job: Job) -> dict[str, dict[str, Any]]:
-    """Dtype and shape of every input: as the model declares them, else as the sample has them."""
+    """Return dtype and shape of every input: those the model declares, or else the sample's."""
     if job.decoder is not None:
         return {name: {"dtype": "string", "shape": [None]} for name in job.sample}
     declared = declared_inputs(backbone)
     if len(declared) == 1:
         declared = dict(zip(job.sample, declared.values(), strict=True))
-    specs = {}
-    for name, array in job.sample.items():
-        known = declared.get(name, array)
-        specs[name] = {"dtype": _served_dtype(known.dtype), "shape": [None, *known.shape[1:]]}
-    return specs
+    tensors = {name: declared.get(name, array) for name, array in job.sample.items()}
+    return {
+        name: {"dtype": _served_dtype(tensor.dtype), "shape": [None, *tensor.shape[1:]]}
+        for name, tensor in tensors.items()
+    }
 
 
 def _served_dtype(dtype: Any) -> str:
-    """float64 is NumPy's default and no decision; half precision is the model's own affair."""
+    """Return the dtype that clients send.
+
+    Half precision is an affair of training, and float64 in an array is only NumPy's default.
+    """
     if isinstance(dtype, np.dtype) and dtype.kind in "OSU":
         return "string"
-    halves = {"bfloat16", "float16", *(["float64"] if isinstance(dtype, np.dtype) else [])}
-    return "float32" if str(dtype) in halves else str(dtype)
+    in_float32 = {"bfloat16", "float16", *(["float64"] if isinstance(dtype, np.dtype) else [])}
+    return "float32" if str(dtype) in in_float32 else str(dtype)
+
+
+def fingerprint_of(
+    model: keras.Model, saved: Path, inputs: Mapping[str, Mapping[str, Any]], job: Job
+) -> str:
+    """Return the SHA-256 of all that makes an embedding out of an input.
+
+    That is the configuration, every weight in the model's own order, values that layers keep
+    besides weights (vocabularies, document frequencies), and how the model is served: its decoder,
+    whether embeddings are scaled, and the types its inputs are cast to. Dims, labels and a cascade
+    change no embedding; code of the user's own layers has no form that every process shares.
+
+    Args:
+        model: The model as it is served.
+        saved: The `.keras` file it was loaded from.
+        inputs: The inputs of the manifest.
+        job: Decoder and scaling.
+    """
+    digest = hashlib.sha256(model.to_json(sort_keys=True).encode())
+    served = {
+        "decoder": None if job.decoder is None else job.decoder.to_json(),
+        "normalize": bool(job.normalize),
+        "dtypes": [inputs[name]["dtype"] for name in sorted(inputs)],
+    }
+    digest.update(json.dumps(served, sort_keys=True).encode())
+    values = [keras.ops.convert_to_numpy(variable) for variable in model.variables]
+    for value in (*values, *_values_besides_weights(model)):
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    with zipfile.ZipFile(saved) as archive:
+        for name in sorted(archive.namelist()):
+            if name.startswith("assets/"):  # vocabularies that layers learned
+                digest.update(f"{name}\n".encode())
+                digest.update(archive.read(name))
+    return digest.hexdigest()
+
+
+def _values_besides_weights(model: keras.Model) -> list[npt.NDArray[Any]]:
+    """Return what layers with a store of their own save, such as the weights of TF-IDF."""
+    values = []
+    for layer in model._flatten_layers():
+        if type(layer).save_own_variables is not keras.Layer.save_own_variables:
+            store: dict[str, Any] = {}
+            layer.save_own_variables(store)
+            values += [np.asarray(store[key]) for key in sorted(store)]
+    return values
+
+
+def _index_manifest(index: ExactIndex, name: str) -> Manifest:
+    return Manifest(
+        name=name,
+        kind="index",
+        fingerprint=_index_fingerprint(index),
+        encoder_fingerprint=index.encoder_fingerprint,
+        dims=index.schedule.dims,
+        width=index.width,
+        inputs={"embedding": {"dtype": "float32", "shape": [None, index.width]}},
+        normalize=False,
+        metric=index.metric,
+        funnel=index.schedule.to_json(),
+        size=len(index),
+        made_with={"keras_mrl": __version__, "tensorflow": tf.__version__},
+    )
+
+
+def _index_fingerprint(index: ExactIndex) -> str:
+    """Return the SHA-256 of the schedule, the metric, the encoder, the ids and every row."""
+    digest = hashlib.sha256(json.dumps(index.facts.to_json()).encode())
+    arrays: tuple[npt.NDArray[Any], ...] = (index.ids, *index.blocks)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+        forget(array)
+    return digest.hexdigest()
+
+
+# These operations call back into the Python process that made them.
+_OF_PYTHON = frozenset(("PyFunc", "PyFuncStateless", "EagerPyFunc"))
+# TensorFlow's own too, though tf.raw_ops lacks them: Keras slices and updates by them.
+_INTERNAL = ("_", "Xla")
+
+
+def check_operations(folder: Path) -> None:
+    """Raise `ExportError` if the SavedModel in `folder` needs more than TensorFlow to run.
+
+    Such a model would run here, where the package that brings the operation is imported, and load
+    in no server.
+    """
+    graphs = SavedModel.FromString((folder / "saved_model.pb").read_bytes()).meta_graphs
+    operations = {op.name for graph in graphs for op in graph.meta_info_def.stripped_op_list.op}
+    foreign = sorted(name for name in operations if not _is_tensorflows(name))
+    if foreign:
+        raise ExportError(
+            "A served graph may hold only operations of TensorFlow itself. "
+            f"Received: a model that needs {', '.join(foreign)}. Do this before the model, in the "
+            "client, or by layers of Keras: TextVectorization for a tokenizer of tensorflow-text, "
+            "keras.ops for tf.py_function."
+        )
+
+
+def _is_tensorflows(name: str) -> bool:
+    if name in _OF_PYTHON:
+        return False
+    return hasattr(tf.raw_ops, name) or name.startswith(_INTERNAL)

@@ -1,4 +1,4 @@
-"""Lengths of vectors in the graph, the same to the last bit wherever in a batch they lie."""
+"""The pieces that the graphs of models and of galleries share: tracing, `describe`, lengths."""
 
 from __future__ import annotations
 
@@ -11,14 +11,35 @@ import tensorflow as tf
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.embeddings import MIN_SQUARE
 
+Tensors = dict[str, Any]
+# A function of named tensors, and a TensorSpec for each of them.
+Traceable = tuple[Callable[..., Tensors], Mapping[str, Any]]
+
 _MIN_LENGTH = np.sqrt(MIN_SQUARE)
+
+
+def trace(function: Callable[..., Tensors], specs: Mapping[str, Any]) -> Any:
+    """Return a function of named tensors as a signature, for the batch sizes of `specs`."""
+    # Only the backbone, a function of its own, may hold Python that needs to be rewritten.
+    return tf.function(function, autograph=False).get_concrete_function(**specs)
+
+
+def trace_describe(manifest: Manifest) -> Any:
+    """Return the signature `describe`, which answers every row with the manifest."""
+    text = manifest.to_json()
+
+    def describe(key: Any) -> Tensors:
+        return {"manifest": tf.fill(tf.shape(key), text)}
+
+    return trace(describe, {"key": tf.TensorSpec([None], tf.string, "key")})
 
 
 def lengths(vectors: Any) -> Any:
     """Return the length of each vector, to divide by: never zero.
 
-    TensorFlow makes a division by a root, `1 / sqrt(x)` too, an `rsqrt`, whose vector instructions
-    round otherwise than those for the rows that are left over. The maximum keeps the two apart.
+    Equal vectors have equal lengths to the last bit, wherever in a batch they lie. TensorFlow turns
+    a division by a root, `1 / sqrt(x)` too, into an `rsqrt`, whose vector instructions round
+    differently from those for the last rows of a batch. The maximum keeps the two apart.
 
     Args:
         vectors: float32 `(..., width)`.
@@ -32,24 +53,3 @@ def lengths(vectors: Any) -> Any:
     """
     squares = tf.reduce_sum(tf.square(vectors), axis=-1, keepdims=True)
     return tf.maximum(tf.sqrt(squares), _MIN_LENGTH)
-
-
-# Python functions become signatures, traced for any batch size.
-
-Tensors = dict[str, Any]
-
-
-def traced(function: Callable[..., Tensors], specs: Mapping[str, Any]) -> Any:
-    """Return a function of named tensors as a signature."""
-    # Only the backbone, a function of its own, may hold Python that needs to be rewritten.
-    return tf.function(function, autograph=False).get_concrete_function(**specs)
-
-
-def describing(manifest: Manifest) -> Any:
-    """Return the signature `describe`: the manifest, once per row."""
-    text = manifest.to_json()
-
-    def describe(key: Any) -> Tensors:
-        return {"manifest": tf.fill(tf.shape(key), text)}
-
-    return traced(describe, {"key": tf.TensorSpec([None], tf.string, "key")})

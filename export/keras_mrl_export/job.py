@@ -15,8 +15,6 @@ from keras_mrl_serving.index import ExactIndex
 
 from .decoder import ImageDecoder
 
-# What can go wrong when a model is exported.
-
 
 class ExportError(Exception):
     """The model could not be written as a SavedModel that equals it; nothing was published."""
@@ -24,7 +22,7 @@ class ExportError(Exception):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """What is exported besides the model itself.
+    """Everything that is exported besides the model itself, all of it checked.
 
     Args:
         base_path: Absolute folder of the model's versions.
@@ -38,13 +36,13 @@ class Job:
         policy: The cascade.
         labels: Class names.
         quality: Dim (as a string) to measures.
-        weights: The c_m.
+        weights: The c_m of the loss, one per dim.
         trained_on: Name of the backend that trained.
-        sample: The caller's sample by served name.
-        features: What the trained model makes of it, `(rows, width)`.
+        sample: The caller's sample by served name; with a decoder, encoded images.
+        features: Features that the trained model gives for the sample, `(rows, width)`.
         logits: Its logits at `dims`, `(rows, num_dims, num_classes)`; None without a head.
         index: A gallery of the model's embeddings, exported with it.
-        decoder: What turns encoded images, the sample then, into the model's input.
+        decoder: Decodes images inside the served graph.
         warmup_batch_sizes: Rows of the warm-up records of each signature.
     """
 
@@ -64,6 +62,16 @@ class Job:
     sample: Mapping[str, npt.NDArray[Any]]
     features: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32] | None
-    index: ExactIndex | None = None
-    decoder: ImageDecoder | None = None
-    warmup_batch_sizes: tuple[int, ...] = (1,)
+    index: ExactIndex | None
+    decoder: ImageDecoder | None
+    warmup_batch_sizes: tuple[int, ...]
+
+    def temperature(self, dim: int) -> float:
+        """Return what the policy divides the logits of `dim` by; 1 where it has no such stage."""
+        stages = self.policy.stages if self.policy else ()
+        return next((stage.temperature for stage in stages if stage.dim == dim), 1.0)
+
+    @property
+    def confidence(self) -> str:
+        """The measure of confidence that classifications report."""
+        return self.policy.confidence if self.policy else "max_probability"

@@ -1,7 +1,8 @@
-"""The user's own classes and functions inside a model, to be carried by value.
+"""A model as a `.keras` file: how it goes from one process, or one precision, to another.
 
 A layer defined in a training script cannot be imported by another process without running the
-script again, so its code itself travels.
+script again. So the user's own classes and functions are collected from the model, and travel
+beside the file.
 """
 
 from __future__ import annotations
@@ -18,89 +19,6 @@ from typing import Any
 import keras
 
 from .job import ExportError
-
-_INSTALLED = tuple(
-    Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")
-)
-_OURS = ("keras", "keras_mrl", "keras_mrl_serving", "keras_mrl_export")
-
-
-def user_objects(model: keras.Model) -> dict[str, Any]:
-    """Return the user's classes and functions in `model`, by the name Keras saves them under.
-
-    Found are the classes of its layers, and of whatever with a `get_config` these hold
-    (initializers, regularizers, constraints), and the functions they hold (activations).
-
-    Raises:
-        ExportError: If two of them share a name.
-    """
-    found: dict[str, Any] = {}
-    seen: set[int] = set()
-
-    def visit(value: Any) -> None:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, types.FunctionType):
-            _add(found, value)
-        elif isinstance(value, (list, tuple)):
-            for entry in value:
-                visit(entry)
-        elif isinstance(value, dict):
-            for entry in value.values():
-                visit(entry)
-        elif hasattr(type(value), "get_config"):
-            _add(found, type(value))
-            for attribute in _held(value):
-                visit(attribute)
-
-    visit(model)
-    for layer in model._flatten_layers():
-        visit(layer)
-    return found
-
-
-def _held(value: Any) -> list[Any]:
-    """The attributes of an object, without the methods that Keras wraps anew on each layer."""
-    methods = (types.FunctionType, types.MethodType)
-    return [
-        attribute
-        for name, attribute in vars(value).items()
-        if not isinstance(getattr(type(value), name, None), methods)
-    ]
-
-
-def user_modules(objects: dict[str, Any]) -> list[types.ModuleType]:
-    """Return the importable modules that define `objects`, so that they can travel by value."""
-    names = {value.__module__ for value in objects.values()} - {"__main__"}
-    return [sys.modules[name] for name in sorted(names) if name in sys.modules]
-
-
-def _add(found: dict[str, Any], value: Any) -> None:
-    if not is_users(value):
-        return
-    name = keras.saving.get_registered_name(value)
-    other = found.setdefault(name, value)
-    if other is not value:
-        raise ExportError(
-            "Keras finds what is yours by its name, so no two may share one. "
-            f"Received: {name}, of {other.__module__} and of {value.__module__}. Rename one, or "
-            "decorate it with @keras.saving.register_keras_serializable(package='...')."
-        )
-
-
-def is_users(value: Any) -> bool:
-    """Whether a class or function is neither ours nor of an installed package."""
-    name = value.__module__ or ""
-    if name.partition(".")[0] in _OURS:
-        return False
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if name == "__main__" or file is None:
-        return name not in sys.builtin_module_names
-    return not any(Path(file).resolve().is_relative_to(folder) for folder in _INSTALLED)
-
-
-# The form in which a model goes from one process, or one precision, to another.
 
 
 def save(model: keras.Model, file: Path) -> None:
@@ -120,13 +38,13 @@ def save(model: keras.Model, file: Path) -> None:
 
 
 def load(file: Path, objects: dict[str, Any]) -> keras.Model:
-    """Read a model back on the backend of this process.
+    """Return the model of a file, on the backend of this process.
 
-    Sublayers that a layer makes without naming a precision take the global one: float32, whatever
-    the caller trains in.
+    A layer that makes another one without naming a precision takes the global one: it is float32
+    meanwhile, whatever the caller trains in.
 
     Args:
-        file: What `save` wrote.
+        file: A file that `save` wrote.
         objects: The user's own classes and functions in it.
 
     Raises:
@@ -154,16 +72,11 @@ def _global_float32() -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-# What is served computes in float32, whatever the model was trained in.
-
-_HALVES = ("float16", "bfloat16")
-
-
 def in_float32(model: keras.Model) -> keras.Model:
     """Return `model`, or a copy of it that computes in float32 if a layer of it does not.
 
     The weights are the model's own: half precision is a matter of speed on the device that trains,
-    and differs between backends by whole steps of the type.
+    and its results differ between backends by whole steps of the type.
 
     Raises:
         ExportError: If the model cannot be saved, or does not load again.
@@ -173,20 +86,96 @@ def in_float32(model: keras.Model) -> keras.Model:
     with tempfile.TemporaryDirectory(prefix="keras-mrl-float32-") as folder:
         file = Path(folder) / "model.keras"
         objects = user_objects(model)
-        # Twice: a policy that is set on a layer reaches neither its weights, if they are in half
-        # precision themselves, nor what it was made with in half precision.
+        # Twice: setting the policy of a layer changes neither weights that are stored in half
+        # precision, nor values that its constructor computed in half precision.
         for _ in range(2):
             save(model, file)
             model = load(file, objects)
-            _set_float32(model)
+            for layer in filter(_computes_in_half, model._flatten_layers()):
+                layer.dtype_policy = "float32"
     return model
 
 
-def _set_float32(model: keras.Model) -> None:
-    for layer in model._flatten_layers():
-        if _computes_in_half(layer):
-            layer.dtype_policy = "float32"
-
-
 def _computes_in_half(layer: keras.Layer) -> bool:
-    return layer.compute_dtype in _HALVES and layer.quantization_mode is None
+    return layer.compute_dtype in ("float16", "bfloat16") and layer.quantization_mode is None
+
+
+def user_objects(model: keras.Model) -> dict[str, Any]:
+    """Return the user's classes and functions in `model`, by the name Keras saves them under.
+
+    These are the classes of its layers, the classes of any objects with a `get_config` that layers
+    hold (initializers, regularizers, constraints), and the functions they hold (activations).
+
+    Raises:
+        ExportError: If two of them share a name.
+    """
+    objects: dict[str, Any] = {}
+    visited: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if id(value) in visited:
+            return
+        visited.add(id(value))
+        if isinstance(value, types.FunctionType):
+            _add(objects, value)
+        elif isinstance(value, (list, tuple)):
+            for entry in value:
+                visit(entry)
+        elif isinstance(value, dict):
+            for entry in value.values():
+                visit(entry)
+        elif hasattr(type(value), "get_config"):
+            _add(objects, type(value))
+            for attribute in _attributes(value):
+                visit(attribute)
+
+    visit(model)
+    for layer in model._flatten_layers():
+        visit(layer)
+    return objects
+
+
+def _attributes(value: Any) -> list[Any]:
+    """Return the attributes of an object, without the methods that Keras wraps on each layer."""
+    methods = (types.FunctionType, types.MethodType)
+    return [
+        attribute
+        for name, attribute in vars(value).items()
+        if not isinstance(getattr(type(value), name, None), methods)
+    ]
+
+
+def _add(objects: dict[str, Any], value: Any) -> None:
+    if not _is_users(value):
+        return
+    name = keras.saving.get_registered_name(value)
+    other = objects.setdefault(name, value)
+    if other is not value:
+        raise ExportError(
+            "Keras finds what is yours by its name, so no two may share one. "
+            f"Received: {name}, of {other.__module__} and of {value.__module__}. Rename one, or "
+            "decorate it with @keras.saving.register_keras_serializable(package='...')."
+        )
+
+
+_INSTALLED = tuple(
+    Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")
+)
+_OURS = ("keras", "keras_mrl", "keras_mrl_serving", "keras_mrl_export")
+
+
+def _is_users(value: Any) -> bool:
+    """Whether a class or function is neither ours nor of an installed package."""
+    name = value.__module__ or ""
+    if name.partition(".")[0] in _OURS:
+        return False
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if name == "__main__" or file is None:
+        return name not in sys.builtin_module_names
+    return not any(Path(file).resolve().is_relative_to(folder) for folder in _INSTALLED)
+
+
+def user_modules(objects: dict[str, Any]) -> list[types.ModuleType]:
+    """Return the importable modules that define `objects`, so that they can travel by value."""
+    names = {value.__module__ for value in objects.values()} - {"__main__"}
+    return [sys.modules[name] for name in sorted(names) if name in sys.modules]

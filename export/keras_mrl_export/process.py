@@ -1,4 +1,10 @@
-"""A model of any backend becomes the same model on the TensorFlow backend, and is built there."""
+"""The process that rebuilds a model of another backend on TensorFlow, and writes its SavedModel.
+
+Only TensorFlow writes the SavedModels that TensorFlow Serving loads, and one process has one Keras
+backend. So a model of any backend is saved as `.keras` and loaded on TensorFlow; where another
+backend runs, that is done in a child process, which is this module run with `-m`. The user's own
+classes travel by value (cloudpickle): importing them would run the training script again.
+"""
 
 from __future__ import annotations
 
@@ -22,51 +28,22 @@ from .job import ExportError, Job
 from .model_file import save, user_modules, user_objects
 from .publish import Staged, publishing
 
-# A process that ends with the one that started it, and takes its temporary folders along.
-
-_TRIES = 100
-
-
-def end_with_parent(folders: Sequence[Path]) -> threading.Lock:
-    """Watch standard input, a pipe nobody writes to: it ends when the parent does, however.
-
-    Then the folders are removed, and this process ends.
-
-    Args:
-        folders: What the parent would have removed.
-
-    Returns:
-        What this process must acquire before it ends of itself, so that the folders are removed
-        even where it failed because they went.
-    """
-    ending = threading.Lock()
-    threading.Thread(target=_watch, args=(folders, ending), daemon=True).start()
-    return ending
-
-
-def _watch(folders: Sequence[Path], ending: threading.Lock) -> None:
-    os.read(0, 1)
-    with ending:
-        for _ in range(_TRIES):  # TensorFlow may be writing there
-            for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
-            if not any(folder.exists() for folder in folders):
-                break
-        os._exit(1)
-
-
-_MODEL, _INDEX, _PACKED = "model.keras", "index", "job.pickle"
-_RESULT, _SAID = "result.pickle", "said"
+# The files that parent and child exchange.
+_MODEL, _INDEX, _JOB = "model.keras", "index", "job.pickle"
+_RESULT, _LOG = "result.pickle", "log"
 _SHOWN_LINES = 15
 
 
 def build_on_tensorflow(model: keras.Model, job: Job) -> Path:
     """Rebuild `model` on TensorFlow, build the SavedModel of `job` from it, and publish it.
 
-    It is published by this process alone, which may end before the other does.
+    This process alone publishes: a child process whose parent is gone leaves nothing.
+
+    Returns:
+        The folder of the version.
 
     Raises:
-        ExportError: If the model does not travel, or what was built does not equal it.
+        ExportError: If the model does not travel, or the SavedModel differs from it.
         FileExistsError: If the version exists.
     """
     with (
@@ -84,17 +61,17 @@ def build_on_tensorflow(model: keras.Model, job: Job) -> Path:
             if job.index is not None:
                 job.index.save(folder / _INDEX)
                 job = replace(job, index=None)
-            _pack(folder, objects, job, staged)
-            _build_elsewhere(folder, staged)
+            _write_job(folder, objects, job, staged)
+            _build_in_child(folder, staged)
     return staged.published
 
 
-def _pack(folder: Path, objects: dict[str, object], job: Job, staged: Staged) -> None:
+def _write_job(folder: Path, objects: dict[str, object], job: Job, staged: Staged) -> None:
     modules = user_modules(objects)
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
     try:
-        (folder / _PACKED).write_bytes(cloudpickle.dumps((objects, job, staged)))
+        (folder / _JOB).write_bytes(cloudpickle.dumps((objects, job, staged)))
     except Exception as error:
         raise ExportError(
             "Layers of your own travel to TensorFlow by value, so their code must be picklable. "
@@ -106,21 +83,21 @@ def _pack(folder: Path, objects: dict[str, object], job: Job, staged: Staged) ->
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def _build_elsewhere(folder: Path, staged: Staged) -> None:
+def _build_in_child(folder: Path, staged: Staged) -> None:
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
         "CUDA_VISIBLE_DEVICES": "-1",  # tracing needs no GPU, and the trainer may hold it
-        "PYTHONPATH": _search_path(),
+        "PYTHONPATH": module_search_path(),
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     }
     # -P: a folder of the user's named like a module of ours must not be imported in its place.
     command = [sys.executable, "-P", "-m", "keras_mrl_export.process"]
-    status = _run([*command, str(folder), str(staged.folder.parent)], environment, folder / _SAID)
+    log = folder / _LOG
+    status = run_child([*command, str(folder), str(staged.folder.parent)], environment, log)
     result = folder / _RESULT
     if not result.exists():
-        said = (folder / _SAID).read_text("utf-8", "replace")
-        tail = "\n".join(said.splitlines()[-_SHOWN_LINES:])
+        tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-_SHOWN_LINES:])
         raise ExportError(
             "The model must be rebuilt on TensorFlow in a process of its own. "
             f"Received: that process ended with status {status} and said:\n{tail}\n"
@@ -131,15 +108,23 @@ def _build_elsewhere(folder: Path, staged: Staged) -> None:
         raise failure
 
 
-def _search_path() -> str:
-    """Where this process finds modules; Python itself passes over what is no `str`."""
+def module_search_path() -> str:
+    """Return where this process finds modules, as PYTHONPATH; only a `str` counts for Python."""
     return os.pathsep.join(path or os.getcwd() for path in sys.path if isinstance(path, str))
 
 
-def _run(command: list[str], environment: dict[str, str], said: Path) -> int:
-    """Run a process that watches its standard input, and ends when this process does."""
+def run_child(command: list[str], environment: dict[str, str], log: Path) -> int:
+    """Run a child process to its end and return its status; an interrupt here ends it.
+
+    Its standard input is a pipe that closes when this process ends: see `end_with_parent`.
+
+    Args:
+        command: Program and arguments.
+        environment: Its environment variables.
+        log: File for its standard error.
+    """
     with (
-        said.open("wb") as errors,
+        log.open("wb") as errors,
         subprocess.Popen(
             command,
             env=environment,
@@ -150,15 +135,18 @@ def _run(command: list[str], environment: dict[str, str], said: Path) -> int:
     ):
         try:
             return process.wait()
-        except BaseException:  # what it wrote is removed here
+        except BaseException:  # the caller removes the folders the child writes in
             process.kill()
             raise
 
 
-def _main(folder: Path) -> None:
+# From here on: the child.
+
+
+def _build_here(folder: Path) -> None:
     from .build import build
 
-    objects, job, staged = pickle.loads((folder / _PACKED).read_bytes())
+    objects, job, staged = pickle.loads((folder / _JOB).read_bytes())
     failure: Exception | None = None
     try:
         if (folder / _INDEX).exists():
@@ -169,9 +157,43 @@ def _main(folder: Path) -> None:
     (folder / _RESULT).write_bytes(pickle.dumps(failure))
 
 
+def end_with_parent(folders: Sequence[Path]) -> threading.Lock:
+    """Start a thread that ends this process as soon as its parent ends, even by SIGKILL.
+
+    The thread reads standard input, a pipe that the parent never writes to and that closes with
+    the parent. It then removes the folders and ends this process.
+
+    Args:
+        folders: Folders the parent would have removed.
+
+    Returns:
+        A lock that this process must acquire before it ends by itself. Otherwise it could fail
+        because a folder is gone, and end before the thread has removed the others.
+    """
+    ending = threading.Lock()
+    threading.Thread(target=_end_with_parent, args=(folders, ending), daemon=True).start()
+    return ending
+
+
+def _end_with_parent(folders: Sequence[Path], ending: threading.Lock) -> None:
+    os.read(0, 1)
+    with ending:
+        remove_folders(folders)
+        os._exit(1)
+
+
+def remove_folders(folders: Sequence[Path], tries: int = 100) -> None:
+    """Remove folders that another thread may be writing in."""
+    for _ in range(tries):
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not any(folder.exists() for folder in folders):
+            return
+
+
 if __name__ == "__main__":
     ending = end_with_parent([Path(argument) for argument in sys.argv[1:]])
     try:
-        _main(Path(sys.argv[1]))
+        _build_here(Path(sys.argv[1]))
     finally:
         ending.acquire()

@@ -1,4 +1,8 @@
-"""A version appears under its number whole, or not at all, and never in place of another."""
+"""A version appears under its number whole, or not at all, and never in place of another.
+
+It is written in a folder beside its final place, on the same file system, whose name is no number,
+so that no server loads from it. Renaming that folder to the number is atomic.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from pathlib import Path
 from keras_mrl_serving.contract import as_int
 from keras_mrl_serving.saved_model import list_versions
 
-UNFINISHED = ".unfinished-"  # a name that is no number, so that no server loads what is in it
+UNFINISHED = ".unfinished-"
 
 
 @dataclass
@@ -21,9 +25,9 @@ class Staged:
     """A version being written.
 
     Args:
-        folder: Where the SavedModel is written, under a name no server loads.
+        folder: Where the SavedModel is written.
         scratch: For files that are not part of it.
-        published: Where it stands once it is published.
+        published: Folder of the version once it is published.
     """
 
     folder: Path
@@ -33,9 +37,7 @@ class Staged:
 
 @contextmanager
 def publishing(base_path: Path, version: int | None) -> Iterator[Staged]:
-    """Give a folder to write a version in, and rename it to its number if nothing raised.
-
-    The folder lies beside its final place, on the same file system, so the rename is atomic.
+    """Yield folders to write a version in, and rename it to its number if nothing raised.
 
     Args:
         base_path: Folder of the versions; made if there is none, and removed again if it was made
@@ -47,17 +49,17 @@ def publishing(base_path: Path, version: int | None) -> Iterator[Staged]:
         ValueError: If `version` is not a non-negative integer, or `base_path` is itself a version.
     """
     check_version(base_path, version)
-    room, made = _room(base_path)
-    staged = Staged(room / "model", room / "scratch", base_path)
+    unfinished, made = _make_unfinished(base_path)
+    staged = Staged(unfinished / "model", unfinished / "scratch", base_path)
     try:
         staged.scratch.mkdir()
         yield staged
-        staged.published = _rename(staged.folder, base_path, version)
+        staged.published = _rename_to_number(staged.folder, base_path, version)
     except BaseException:
-        shutil.rmtree(room, ignore_errors=True)
-        _remove(made)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove_empty(made)
         raise
-    shutil.rmtree(room, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_version(base_path: Path, version: int | None) -> None:
@@ -65,7 +67,7 @@ def check_version(base_path: Path, version: int | None) -> None:
 
     Raises:
         FileExistsError: If `version` exists.
-        ValueError: If `version` is not a non-negative integer, or none is left to take.
+        ValueError: If `version` is not a non-negative integer, or no number is left to take.
     """
     if (base_path / "saved_model.pb").exists():
         raise ValueError(
@@ -85,42 +87,7 @@ def check_version(base_path: Path, version: int | None) -> None:
             "Leave it out to take the next number."
         )
     if base_path.exists() and version in list_versions(base_path):
-        raise _taken(base_path, version)
-
-
-def _rename(folder: Path, base_path: Path, version: int | None) -> Path:
-    while True:
-        number = _next_version(base_path) if version is None else version
-        place = base_path / str(number)
-        try:
-            os.rename(folder, place)
-        except OSError as error:
-            if not place.exists():
-                raise
-            if version is not None:
-                raise _taken(base_path, number) from error
-        else:  # another export took the number meanwhile where this is not reached: try the next
-            return place
-
-
-def _room(base_path: Path, tries: int = 10) -> tuple[Path, list[Path]]:
-    """A new folder under `base_path`, and the folders above it that had to be made."""
-    made = [folder for folder in (base_path, *base_path.parents) if not folder.exists()]
-    try:
-        base_path.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=base_path)), made
-    except OSError as error:
-        _remove(made)
-        if tries and isinstance(error, FileNotFoundError):  # another export removed what it made
-            return _room(base_path, tries - 1)
-        raise
-
-
-def _remove(folders: list[Path]) -> None:
-    """Remove those that are empty, the lowest first."""
-    for folder in folders:
-        with suppress(OSError):  # another export writes there
-            folder.rmdir()
+        raise _exists_error(base_path, version)
 
 
 def _is_version(number: object) -> bool:
@@ -134,9 +101,44 @@ def _next_version(base_path: Path) -> int:
     return max([0, *list_versions(base_path)]) + 1
 
 
-def _taken(base_path: Path, version: int) -> FileExistsError:
+def _exists_error(base_path: Path, version: int) -> FileExistsError:
     return FileExistsError(
         "A published version is never overwritten. "
         f"Received: version={version}, which exists under {base_path}. "
         f"Leave version out to take {_next_version(base_path)}."
     )
+
+
+def _make_unfinished(base_path: Path, tries: int = 10) -> tuple[Path, list[Path]]:
+    """Return a new folder under `base_path`, and the folders above it that had to be made."""
+    made = [folder for folder in (base_path, *base_path.parents) if not folder.exists()]
+    try:
+        base_path.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=base_path)), made
+    except OSError as error:
+        _remove_empty(made)
+        if tries and isinstance(error, FileNotFoundError):  # another export removed its base_path
+            return _make_unfinished(base_path, tries - 1)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the folders that are empty, the lowest first."""
+    for folder in folders:
+        with suppress(OSError):  # another export writes there
+            folder.rmdir()
+
+
+def _rename_to_number(folder: Path, base_path: Path, version: int | None) -> Path:
+    while True:
+        number = _next_version(base_path) if version is None else version
+        published = base_path / str(number)
+        try:
+            os.rename(folder, published)
+            return published
+        except OSError as error:
+            if not published.exists():
+                raise
+            if version is not None:
+                raise _exists_error(base_path, number) from error
+            # Another export has taken the number meanwhile: try the next one.

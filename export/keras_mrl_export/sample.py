@@ -1,28 +1,125 @@
-"""The caller's sample: real rows, as NumPy has them and as the model's inputs are shaped."""
+"""The caller's sample: a few real rows, on which every signature is compared with the model.
+
+A sample that does not fit must harm nothing: it is checked before the model sees it, and the model
+is then called in a way that leaves it whole if that fails.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 import numpy.typing as npt
 
+from .decoder import ImageDecoder
 from .job import ExportError
 
-# What the inputs of a served model are called.
+Array = npt.NDArray[Any]
+Arrays = dict[str, Array]
 
+SINGLE_INPUT = "inputs"  # served name of an input that has none of its own
 # Names Keras makes up for an input that was given none.
 _UNNAMED = re.compile(r"(keras_tensor|input_layer|input)(_\d+)?")
-SINGLE_INPUT = "inputs"
-# What TensorFlow keeps as it is when it names a signature's input.
+# TensorFlow would change any other name of a signature's input.
 _SERVABLE = re.compile(r"(?!self\Z)[A-Za-z]\w*", re.ASCII)
 
 
-def check_one_input(backbone: keras.Model) -> None:
-    """Raise a `ValueError` if a decoder would not know which input images are for."""
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The caller's sample, checked, in the forms that an export needs.
+
+    Args:
+        rows: As the Keras model takes it: one array, or arrays by input name.
+        names: Served name of every input, by the caller's key; "" is the key of a bare array.
+        served: As clients send it, by served name: the arrays, or the bytes of images.
+    """
+
+    rows: Any
+    names: dict[str, str]
+    served: Arrays
+
+
+def read_sample(backbone: keras.Model, sample: Any, decoder: ImageDecoder | None) -> Sample:
+    """Return the sample of an export, or raise unless it fits the inputs of `backbone`.
+
+    Inputs keep the names they have in Keras; a single one that has none is called `inputs`.
+
+    Args:
+        backbone: The model that takes the rows.
+        sample: An array of any library, a list of texts, or a dict of such by input name; with a
+            decoder, a list of the bytes of images.
+        decoder: Decodes images in the served graph.
+
+    Raises:
+        ValueError: If `sample` is nothing of that, has other names or shapes than the model's
+            inputs, or TensorFlow could not serve an input under its name.
+    """
+    if decoder is None:
+        arrays = _arrays_by_key(sample)
+    else:
+        _check_one_input(backbone)
+        images = list(sample) if isinstance(sample, Iterable) else [sample]
+        arrays = {"": decoder.pixels(images)}
+    names = _served_names(backbone, arrays)
+    arrays = _with_texts_as_declared(backbone, arrays)
+    _check_rows(arrays)
+    _check_shapes(backbone, arrays)
+    # Keras warns of a dict where the model declares one tensor.
+    bare = "" in arrays or isinstance(input_structure(backbone), keras.KerasTensor)
+    rows = next(iter(arrays.values())) if bare else arrays
+    if decoder is None:
+        return Sample(rows, names, {names[key]: array for key, array in arrays.items()})
+    files = np.empty(len(images), dtype=object)
+    files[:] = images
+    return Sample(rows, {"": SINGLE_INPUT}, {SINGLE_INPUT: files})
+
+
+def _arrays_by_key(sample: Any) -> Arrays:
+    if isinstance(sample, Mapping):
+        return {key: _as_array(f"{key}: ", value) for key, value in sample.items()}
+    if isinstance(sample, (list, tuple)) and not isinstance(_first(sample), (str, bytes)):
+        raise ValueError(
+            "sample must be one array, or a dict by input name. "
+            f"Received: a {type(sample).__name__}. Write {{name: array}}."
+        )
+    return {"": _as_array("", sample)}
+
+
+def _as_array(prefix: str, value: Any) -> Array:
+    texts = isinstance(value, (list, tuple)) and isinstance(_first(value), (str, bytes))
+    try:
+        # As objects, for NumPy would turn a number in a list of texts into a text.
+        array = np.asarray(value, dtype=object if texts else None)
+    except Exception:  # any error of the library that the tensor is of
+        array = np.array(None)
+    # NumPy has no kind for bfloat16: other libraries register theirs as "V".
+    if array.dtype.kind not in "biufV" and not _is_text(array) and array.size:
+        kind = "" if array.dtype == object else f" of {array.dtype}"
+        raise ValueError(
+            "sample must hold numbers or strings, in arrays. "
+            f"Received: {prefix}a {type(value).__name__}{kind}. "
+            "Give a few real rows, for example x[:8]."
+        )
+    return array
+
+
+def _first(value: Any) -> Any:
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return value
+
+
+def _is_text(array: Array) -> bool:
+    if array.dtype == object:
+        return array.size > 0 and all(isinstance(value, (str, bytes)) for value in array.flat)
+    return array.dtype.kind in "SUT"
+
+
+def _check_one_input(backbone: keras.Model) -> None:
     declared = list(declared_inputs(backbone))
     if len(declared) > 1:
         raise ValueError(
@@ -32,33 +129,20 @@ def check_one_input(backbone: keras.Model) -> None:
         )
 
 
-def name_inputs(backbone: keras.Model, sample: Any) -> dict[str, str]:
-    """Return the served name of every input, by its key in `sample` ("" for a bare array).
-
-    Inputs keep the names they have in Keras; a single one that has none is called `inputs`.
-
-    Raises:
-        ValueError: If `sample` is neither an array nor a dict, does not fit the model's inputs, or
-            TensorFlow could not serve an input under its name.
-    """
-    if isinstance(sample, (list, tuple)):
+def _served_names(backbone: keras.Model, arrays: Arrays) -> dict[str, str]:
+    keys = list(arrays)
+    expected = list(declared_inputs(backbone)) or keys or [SINGLE_INPUT]
+    if len(expected) != len(keys) or (keys != [""] and set(keys) != set(expected)):
         raise ValueError(
-            "sample must be one array, or a dict by input name. "
-            f"Received: a {type(sample).__name__}. Write {{name: array}}."
-        )
-    keys = list(sample) if isinstance(sample, Mapping) else [""]
-    known = list(declared_inputs(backbone)) or keys or [SINGLE_INPUT]
-    if len(known) != len(keys) or (keys != [""] and set(keys) != set(known)):
-        raise ValueError(
-            f"sample must hold the inputs of the model: {', '.join(known)}. "
-            f"Received: {', '.join(keys) or 'none' if keys != [''] else 'one array'}. "
+            f"sample must hold the inputs of the model: {', '.join(expected)}. "
+            f"Received: {'one array' if keys == [''] else ', '.join(keys) or 'none'}. "
             "Write {name: array} with those names."
         )
     if len(keys) > 1:
         names = {key: key for key in keys}
     else:
-        unnamed = not known[0] or _UNNAMED.fullmatch(known[0])
-        names = {keys[0]: SINGLE_INPUT if unnamed else known[0]}
+        unnamed = not expected[0] or _UNNAMED.fullmatch(expected[0])
+        names = {keys[0]: SINGLE_INPUT if unnamed else expected[0]}
     refused = [name for name in names.values() if not _SERVABLE.fullmatch(name)]
     if refused:
         raise ValueError(
@@ -69,17 +153,58 @@ def name_inputs(backbone: keras.Model, sample: Any) -> dict[str, str]:
     return names
 
 
-def as_declared(backbone: keras.Model, sample: Any) -> Any:
-    """Return `sample` as Keras takes it without a warning: bare where one tensor was declared."""
-    bare = isinstance(input_structure(backbone), keras.KerasTensor)
-    return next(iter(sample.values())) if bare and isinstance(sample, Mapping) else sample
+def _with_texts_as_declared(backbone: keras.Model, arrays: Arrays) -> Arrays:
+    """Return columns of texts, `(rows,)` or `(rows, 1)`, as the model declares them."""
+    shaped = {
+        key: array.reshape(len(array), *tensor.shape[1:])
+        for _, tensor, key, array in _by_input(backbone, arrays)
+        if array.ndim
+        and _is_text(array)
+        and {array.shape[1:], tuple(tensor.shape[1:])} <= {(), (1,)}
+    }
+    return {**arrays, **shaped}
+
+
+def _check_rows(arrays: Arrays) -> None:
+    received = ", ".join(f"{key or 'sample'} of shape {a.shape}" for key, a in arrays.items())
+    if any(not array.ndim or not len(array) for array in arrays.values()):
+        raise ValueError(
+            "sample must hold at least one row, batch first. "
+            f"Received: {received}. Give a few real rows, for example x[:8]."
+        )
+    if len({len(array) for array in arrays.values()}) > 1:
+        raise ValueError(
+            "sample must hold as many rows for every input, batch first. "
+            f"Received: {received}. Give the same rows of each."
+        )
+
+
+def _check_shapes(backbone: keras.Model, arrays: Arrays) -> None:
+    for name, tensor, _, array in _by_input(backbone, arrays):
+        expected = ("any", *("any" if size is None else size for size in tensor.shape[1:]))
+        fits = array.ndim == len(expected) and all(
+            size in ("any", actual) for size, actual in zip(expected, array.shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"sample must have the shape of the model's input {name!r}: "
+                f"({', '.join(map(str, expected))}), batch first. Received: {array.shape}. "
+                "Prepare its rows as in training."
+            )
+
+
+def _by_input(backbone: keras.Model, arrays: Arrays) -> Iterator[tuple[str, Any, str, Array]]:
+    """Yield name and tensor of every declared input, with the caller's key and array for it."""
+    for name, tensor in declared_inputs(backbone).items():
+        key = name if name in arrays else next(iter(arrays))  # a single input, under another key
+        yield name, tensor, key, arrays[key]
 
 
 def declared_inputs(backbone: keras.Model) -> dict[str, Any]:
-    """Return the symbolic inputs of a functional or sequential model; none of a subclassed one.
+    """Return the symbolic inputs of a functional or sequential model by name; {} if subclassed.
 
-    They come by name, in the order Keras flattens them: the key where the model was declared over
-    a dict, for that is what Keras matches data by.
+    They are in the order in which Keras flattens them. Where the model was declared over a dict,
+    the name is the key, because Keras matches data by it.
     """
     inputs = input_structure(backbone)
     if isinstance(inputs, Mapping):
@@ -97,30 +222,27 @@ def input_structure(backbone: keras.Model) -> Any:
         return []
 
 
-# What the trained model makes of the sample, found out without a risk to the model.
-
 _BATCH = 32
-_MOST_SHOWN = 300
+_LONGEST_QUOTE = 300  # characters of another library's error
 _COLOURS = re.compile(r"\x1b\[\d*m")
 
 
-def answers(model: keras.Model, rows: Any) -> npt.NDArray[np.float32]:
-    """Return the one output of `model` for `rows`.
+def outputs_of(model: keras.Model, rows: Any) -> npt.NDArray[np.float32]:
+    """Return the one output of the trained model for `rows`.
 
-    The model is called and not asked by `predict`: on JAX that takes the weights out of the model
-    while it runs, and one that fails or is interrupted never puts them back.
+    The model is called, not run by `predict`: on JAX, `predict` takes the weights out of the model
+    while it runs, and does not put them back if it fails or is interrupted.
 
     Args:
         model: The model, which is built if it was not.
-        rows: What it takes: one array, or arrays by input name.
+        rows: The rows it takes: one array, or arrays by input name.
 
     Raises:
         ValueError: If it cannot take the rows, or has several outputs.
-        ExportError: If it answers with values that are not finite.
+        ExportError: If an output is not finite.
     """
     size = len(next(iter(rows.values())) if isinstance(rows, Mapping) else rows)
-    batches = [_answer(model, rows, start) for start in range(0, size, _BATCH)]
-    outputs = np.concatenate(batches)
+    outputs = np.concatenate([_output(model, rows, start) for start in range(0, size, _BATCH)])
     if not np.isfinite(outputs).all():
         raise ExportError(
             "A model must give finite values to be exported. "
@@ -130,14 +252,14 @@ def answers(model: keras.Model, rows: Any) -> npt.NDArray[np.float32]:
     return outputs
 
 
-def _answer(model: keras.Model, rows: Any, start: int) -> npt.NDArray[np.float32]:
-    part = keras.tree.map_structure(lambda array: array[start : start + _BATCH], rows)
+def _output(model: keras.Model, rows: Any, start: int) -> npt.NDArray[np.float32]:
+    batch = keras.tree.map_structure(lambda array: array[start : start + _BATCH], rows)
     try:
-        output = model(part, training=False)
-    except Exception as error:  # whatever a layer or the backend raises
+        output = model(batch, training=False)
+    except Exception as error:  # any error of a layer or of the backend
         raise ValueError(
             "sample must hold rows that the model takes. "
-            f"Received: {_shapes(rows)}, and {type(error).__name__}: {_plain(error)} "
+            f"Received: {_shapes(rows)}, and {type(error).__name__}: {_on_one_line(error)} "
             "Prepare its rows as in training: model(sample) must run."
         ) from error
     if isinstance(output, (list, tuple, Mapping)):
@@ -150,119 +272,10 @@ def _answer(model: keras.Model, rows: Any, start: int) -> npt.NDArray[np.float32
 
 
 def _shapes(rows: Any) -> str:
-    given = rows if isinstance(rows, Mapping) else {"": rows}
-    return " and ".join(f"{name} {array.shape}".strip() for name, array in given.items())
+    arrays = rows if isinstance(rows, Mapping) else {"": rows}
+    return " and ".join(f"{name} {array.shape}".strip() for name, array in arrays.items())
 
 
-def _plain(error: Exception) -> str:
-    """What is said, in one line of some length."""
+def _on_one_line(error: Exception) -> str:
     text = " ".join(_COLOURS.sub("", str(error)).split())
-    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + " ..."
-
-
-Array = npt.NDArray[Any]
-
-_NUMBERS = "biufV"  # NumPy has no kind for bfloat16, which others bring
-_TEXTS = "SUT"
-
-
-def as_arrays(sample: Any) -> Any:
-    """Return `sample`, an array of any library or a dict of such, as NumPy has it.
-
-    A list of texts is an array of them; another bare list or tuple is left to `name_inputs`, which
-    refuses it.
-
-    Raises:
-        ValueError: If something in it is no array.
-    """
-    if isinstance(sample, Mapping):
-        return {name: _as_array(f"{name}: ", array) for name, array in sample.items()}
-    if isinstance(sample, (list, tuple)) and not isinstance(_first(sample), (str, bytes)):
-        return sample
-    return _as_array("", sample)
-
-
-def as_dict(sample: Any) -> dict[str, Array]:
-    """Return the arrays by key, "" for a bare one."""
-    return dict(sample) if isinstance(sample, Mapping) else {"": sample}
-
-
-def shaped_texts(backbone: keras.Model, sample: Any) -> Any:
-    """Return `sample` with a column of texts as wide as the model declares it: `()` or `(1,)`."""
-    shaped = {
-        key: array.reshape(len(array), *tensor.shape[1:])
-        for _, tensor, key, array in _by_input(backbone, sample)
-        if array.ndim
-        and _is_text(array)
-        and {array.shape[1:], tuple(tensor.shape[1:])} <= {(), (1,)}
-    }
-    return {**sample, **shaped} if isinstance(sample, Mapping) else shaped.get("", sample)
-
-
-def check_rows(sample: Any) -> None:
-    """Raise `ValueError` unless every input has a row at least, and as many as the others."""
-    shapes = {name or "sample": array.shape for name, array in as_dict(sample).items()}
-    given = ", ".join(f"{name} of shape {shape}" for name, shape in shapes.items())
-    if any(not shape or not shape[0] for shape in shapes.values()):
-        raise ValueError(
-            "sample must hold at least one row, batch first. "
-            f"Received: {given}. Give a few real rows, for example x[:8]."
-        )
-    if len({shape[0] for shape in shapes.values()}) > 1:
-        raise ValueError(
-            "sample must hold as many rows for every input, batch first. "
-            f"Received: {given}. Give the same rows of each."
-        )
-
-
-def check_shapes(backbone: keras.Model, sample: Any) -> None:
-    """Raise a `ValueError` where `sample` has not the shapes the model declares."""
-    for name, tensor, _, array in _by_input(backbone, sample):
-        shape = tuple(array.shape)
-        wanted = ("any", *("any" if size is None else size for size in tensor.shape[1:]))
-        fits = len(shape) == len(wanted) and all(
-            w in ("any", n) for w, n in zip(wanted, shape, strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                f"sample must have the shape of the model's input {name!r}: "
-                f"({', '.join(map(str, wanted))}), batch first. Received: {shape}. "
-                "Prepare its rows as in training."
-            )
-
-
-def _as_array(name: str, given: Any) -> Array:
-    texts = isinstance(given, (list, tuple)) and isinstance(_first(given), (str, bytes))
-    try:
-        # Of a list NumPy would make texts of the numbers among them.
-        array = np.asarray(given, dtype=object if texts else None)
-    except Exception:  # whatever the library of a tensor raises
-        array = np.array(None)
-    if not _is_text(array) and array.dtype.kind not in _NUMBERS and array.size:
-        kind = "" if array.dtype == object else f" of {array.dtype}"
-        raise ValueError(
-            "sample must hold numbers or strings, in arrays. "
-            f"Received: {name}a {type(given).__name__}{kind}. "
-            "Give a few real rows, for example x[:8]."
-        )
-    return array
-
-
-def _first(given: Any) -> Any:
-    while isinstance(given, (list, tuple)) and given:
-        given = given[0]
-    return given
-
-
-def _is_text(array: Array) -> bool:
-    if array.dtype == object:
-        return array.size > 0 and all(isinstance(value, (str, bytes)) for value in array.flat)
-    return array.dtype.kind in _TEXTS
-
-
-def _by_input(backbone: keras.Model, sample: Any) -> Iterator[tuple[str, Any, str, Array]]:
-    """The name and the tensor of every declared input, and the key and the array given for it."""
-    given = as_dict(sample)
-    for name, tensor in declared_inputs(backbone).items():
-        key = name if name in given else next(iter(given))  # one input, under another key
-        yield name, tensor, key, given[key]
+    return text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + " ..."

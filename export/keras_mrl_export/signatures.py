@@ -1,4 +1,9 @@
-"""One TensorFlow function per signature of the contract, all of them on one backbone function."""
+"""One TensorFlow function per signature of the contract, all of them on one backbone function.
+
+TensorFlow Serving computes every output of a signature, whatever outputs a client filters for: so
+every dim has signatures of its own. The cascade picks classes once per row: a stage that passes a
+row on needs only its confidence, and `top_k` runs for a row in the stage that accepts it.
+"""
 
 from __future__ import annotations
 
@@ -16,39 +21,236 @@ from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import Manifest
 
 from .gallery import IndexGraph
-from .graph import Tensors, describing, lengths, traced
+from .graph import Tensors, Traceable, lengths, trace, trace_describe
 from .job import Job
 from .sample import declared_inputs, input_structure
 
-# The likeliest of very many classes, without a pass over all of them for each question.
 
-_MANY = 4096  # classes; below, TensorFlow's own top_k is as fast
+class ServedModel:
+    """A backbone and a head, as the functions that TensorFlow Serving will offer of them.
+
+    Args:
+        backbone: Inputs to features, on the TensorFlow backend.
+        head: The nested head; None for an encoder.
+        manifest: The manifest that `describe` answers with.
+        job: Labels, policy, gallery, decoder, and which signatures.
+        scratch: Folder for the class names, until the SavedModel holds a copy as an asset.
+    """
+
+    def __init__(
+        self, backbone: keras.Model, head: Any, manifest: Manifest, job: Job, scratch: Path
+    ) -> None:
+        self._backbone = backbone
+        self._head = head
+        self._manifest = manifest
+        self._job = job
+        self._labels = None if job.labels is None else _label_table(job.labels, scratch)
+        self._features = tf.function(self._call_backbone)
+        self._gallery = None if job.index is None else IndexGraph(job.index, manifest.dims)
+
+    def resources(self) -> tf.Module:
+        """Return what the SavedModel must hold: every variable, and the lookup tables.
+
+        The variables are named one by one: a Keras model as a whole would be saved with a second,
+        unconnected copy of each, and the graph would read the one that is never restored. The
+        tables are the class names, and those of layers (the vocabulary of a TextVectorization).
+        """
+        module = tf.Module()
+        layers = [layer for layer in (self._backbone, self._head) if layer is not None]
+        module.state = [v.value for layer in layers for v in layer.variables]
+        module.tables = [
+            part
+            for part in tf.train.TrackableView(self._backbone).descendants()
+            if isinstance(part, tf.saved_model.experimental.TrackableResource)
+        ]
+        module.labels = self._labels
+        module.gallery = [] if self._gallery is None else self._gallery.variables()
+        return module
+
+    def signatures(self) -> dict[str, Any]:
+        """Return the signatures of the job, `describe` and the default, for any batch size."""
+        functions = self._functions()
+        default = contract.embed if self._head is None else contract.classify
+        chosen = {name: functions[name] for name in functions if name in self._job.signatures}
+        chosen[contract.SERVING_DEFAULT] = functions[default(self._manifest.width)]
+        signatures = {name: trace(function, specs) for name, (function, specs) in chosen.items()}
+        return {**signatures, contract.DESCRIBE: trace_describe(self._manifest)}
+
+    def _functions(self) -> dict[str, Traceable]:
+        manifest, policy, gallery = self._manifest, self._job.policy, self._gallery
+        inputs = {
+            name: tf.TensorSpec(spec["shape"], spec["dtype"], name)
+            for name, spec in manifest.inputs.items()
+        }
+
+        def features(**inputs: Any) -> Tensors:
+            return {"features": self._features(**inputs)}
+
+        functions: dict[str, Traceable] = {contract.FEATURES: (features, inputs)}
+        for dim in manifest.dims:
+            functions[contract.embed(dim)] = (self._embed_at(dim), inputs)
+            if self._head is not None:
+                prefix = tf.TensorSpec([None, dim], tf.float32, "features")
+                functions[contract.classify(dim)] = (self._classify_at(dim), inputs)
+                functions[contract.head(dim)] = (self._head_at(dim), {"features": prefix})
+        if policy is not None:
+
+            def classify_adaptive(**inputs: Any) -> Tensors:
+                features = self._features(**inputs)
+                return classify_adaptively(features, policy, self._logits, self._classification)
+
+            functions[contract.CLASSIFY_ADAPTIVE] = (classify_adaptive, inputs)
+        if gallery is not None:
+
+            def retrieve(**inputs: Any) -> Tensors:
+                return gallery.search(self._features(**inputs))
+
+            functions |= {contract.RETRIEVE: (retrieve, inputs), **gallery.functions()}
+        return functions
+
+    def _call_backbone(self, **inputs: Any) -> Any:
+        decoder = self._job.decoder
+        if decoder is not None:
+            inputs = {name: decoder.decode(images) for name, images in inputs.items()}
+        features = self._backbone(self._as_declared(inputs), training=False)
+        return tf.cast(features, tf.float32)[:, : self._manifest.width]
+
+    def _as_declared(self, inputs: Tensors) -> Any:
+        """Return inputs by served name in the structure that the backbone declares."""
+        declared = declared_inputs(self._backbone)
+        if not declared:
+            return next(iter(inputs.values())) if "" in self._job.input_names else inputs
+        is_single = len(declared) == 1
+        tensors = list(inputs.values()) if is_single else [inputs[name] for name in declared]
+        return keras.tree.pack_sequence_as(input_structure(self._backbone), tensors)
+
+    def _embed_at(self, dim: int) -> Callable[..., Tensors]:
+        def embed(**inputs: Any) -> Tensors:
+            prefix = self._features(**inputs)[:, :dim]
+            if self._manifest.normalize:
+                prefix = prefix / lengths(prefix)
+            return {"embedding": prefix}
+
+        return embed
+
+    def _classify_at(self, dim: int) -> Callable[..., Tensors]:
+        def classify(**inputs: Any) -> Tensors:
+            logits = self._logits(self._features(**inputs)[:, :dim], dim)
+            return self._classification_of_all(logits, dim)
+
+        return classify
+
+    def _head_at(self, dim: int) -> Callable[..., Tensors]:
+        def head(features: Any) -> Tensors:
+            logits = self._logits(features, dim)
+            return {**self._classification_of_all(logits, dim), "logits": logits}
+
+        return head
+
+    def _logits(self, prefix: Any, dim: int) -> Any:
+        return tf.cast(self._head.logits_at(prefix, dim), tf.float32)
+
+    def _classification_of_all(self, logits: Any, dim: int) -> Tensors:
+        likeliest = Likeliest(logits, self._job.temperature(dim))
+        return self._classification(likeliest, tf.range(tf.shape(logits)[0]))
+
+    def _classification(self, likeliest: Likeliest, rows: Any) -> Tensors:
+        """Return the outputs of a classification for some rows."""
+        best, class_ids = likeliest.best(rows, self._manifest.top_k or 1)
+        outputs = {
+            "class_ids": tf.cast(class_ids, tf.int64),
+            "probabilities": best,
+            "confidence": best[:, 0],
+        }
+        if self._job.confidence != "max_probability":
+            outputs["confidence"] = tf.gather(likeliest.confidence(self._job.confidence), rows)
+        if self._labels is not None:
+            outputs["labels"] = self._labels.lookup(outputs["class_ids"])
+        return outputs
+
+
+def _label_table(labels: tuple[str, ...], scratch: Path) -> Any:
+    """Return a table from class id to name, whose text file becomes an asset of the SavedModel."""
+    file = scratch / "labels.txt"
+    file.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    lines = tf.lookup.TextFileInitializer(
+        str(file),
+        tf.int64,
+        tf.lookup.TextFileIndex.LINE_NUMBER,
+        tf.string,
+        tf.lookup.TextFileIndex.WHOLE_LINE,
+    )
+    return tf.lookup.StaticHashTable(lines, default_value="")
+
+
+def classify_adaptively(
+    features: Any,
+    policy: CascadePolicy,
+    logits_at: Callable[[Any, int], Any],
+    classification: Callable[[Likeliest, Any], Tensors],
+) -> Tensors:
+    """Run the cascade on `features`: a row leaves at the first stage that is sure of it.
+
+    Each wider head is computed only for the rows that have not left.
+
+    Args:
+        features: `(batch, width)`.
+        policy: The stages.
+        logits_at: Makes logits of a prefix and its dim.
+        classification: Makes the outputs for some rows of a stage.
+
+    Returns:
+        The outputs of `classification`, and `dim` int32 `(batch,)`, in the order of the rows.
+    """
+    unsure = tf.range(tf.shape(features)[0])
+    outputs_by_stage: list[Tensors] = []
+    for stage in policy.stages:
+        logits = logits_at(tf.gather(features[:, : stage.dim], unsure), stage.dim)
+        likeliest = Likeliest(logits, stage.temperature)
+        if stage.threshold is None:
+            is_sure = tf.ones_like(unsure, tf.bool)
+        else:
+            is_sure = likeliest.confidence(policy.confidence) > stage.threshold
+        leaving = tf.boolean_mask(unsure, is_sure)
+        outputs = classification(likeliest, tf.cast(tf.where(is_sure)[:, 0], tf.int32))
+        dims = tf.fill(tf.shape(leaving), stage.dim)
+        outputs_by_stage.append({**outputs, "dim": dims, "row": leaving})
+        unsure = tf.boolean_mask(unsure, ~is_sure)
+    columns = {
+        name: tf.concat([outputs[name] for outputs in outputs_by_stage], 0)
+        for name in outputs_by_stage[0]
+    }
+    order = tf.math.invert_permutation(columns.pop("row"))
+    return {name: tf.gather(column, order) for name, column in columns.items()}
+
+
+_MANY_CLASSES = 4096  # with fewer, TensorFlow's own top_k is as fast
 
 
 class Likeliest:
-    """Probabilities of rows, with the largest of each run of classes.
+    """Probabilities of rows, and the largest probability of each run of neighbouring classes.
 
-    The largest probability of a row, and the few best ones, are then found among the runs: of
-    100,000 classes `top_k` reads every one again, in one thread, and the rows it is asked for have
-    to be copied first. The answers are those of `top_k`: of equal classes the lower id.
+    The largest probability of a row, and its few best classes, are then found among the runs.
+    `top_k` alone would read all of 100,000 classes again, in one thread, after copying the rows.
+    The answers are those of `top_k`: of equal classes the lower id comes first.
 
     Args:
-        logits: `(rows, classes)`; the number of classes is known.
-        temperature: What logits are divided by.
+        logits: `(rows, classes)`, with a static number of classes.
+        temperature: Divides the logits.
     """
 
     def __init__(self, logits: Any, temperature: float) -> None:
         self._probabilities = tf.nn.softmax(logits if temperature == 1 else logits / temperature)
-        classes = int(logits.shape[-1])
-        self._run = _run_length(classes)
-        self._runs = classes // self._run
-        self._largest = self._probabilities
-        if self._run > 1:
-            by_run = tf.reshape(self._probabilities, [-1, self._runs, self._run])
+        num_classes = int(logits.shape[-1])
+        self._length = run_length(num_classes)
+        self._num_runs = num_classes // self._length
+        self._largest = self._probabilities  # (rows, runs)
+        if self._length > 1:
+            by_run = tf.reshape(self._probabilities, [-1, self._num_runs, self._length])
             self._largest = tf.reduce_max(by_run, axis=-1)
 
     def confidence(self, measure: str) -> Any:
-        """Return how sure each row is, `(rows,)`, as `keras_mrl_serving` counts it without a graph.
+        """Return the confidence of each row, `(rows,)`, as `keras_mrl_serving` computes it.
 
         Args:
             measure: One of its `CONFIDENCES`.
@@ -73,227 +275,27 @@ class Likeliest:
         Returns:
             Two of `(chosen, k)`, best first.
         """
-        largest = tf.gather(self._largest, rows)
-        if self._run == 1 or k >= self._runs:
+        if self._length == 1 or k >= self._num_runs:
             return tuple(tf.math.top_k(tf.gather(self._probabilities, rows), k))
-        # The k best lie in the k runs whose largest are the largest. In order of the runs, so that
-        # of equal classes the lower id comes first.
-        runs = tf.sort(tf.math.top_k(largest, k).indices, axis=-1)
-        by_run = tf.reshape(self._probabilities, [-1, self._run])
-        among = tf.gather(by_run, rows[:, None] * self._runs + runs)
-        best, at = tf.math.top_k(tf.reshape(among, [-1, k * self._run]), k)
-        run = tf.gather(runs, at // self._run, batch_dims=1)
-        return best, run * self._run + at % self._run
+        # The k best classes lie in the k runs with the largest maxima. The runs are sorted, so
+        # that of equal classes the lower id comes first.
+        runs = tf.sort(tf.math.top_k(tf.gather(self._largest, rows), k).indices, axis=-1)
+        by_run = tf.reshape(self._probabilities, [-1, self._length])
+        candidates = tf.gather(by_run, rows[:, None] * self._num_runs + runs)
+        best, at = tf.math.top_k(tf.reshape(candidates, [-1, k * self._length]), k)
+        run = tf.gather(runs, at // self._length, batch_dims=1)
+        return best, run * self._length + at % self._length
 
 
-def _run_length(classes: int) -> int:
-    """A divisor of the number of classes near its root; 1 where there is none, or no need."""
-    root = math.isqrt(classes)
-    near = range(root // 4, 4 * root)
-    fitting = [n for n in near if n > 1 and classes % n == 0] if classes >= _MANY else []
-    return min(fitting, key=lambda n: abs(math.log(n / root)), default=1)
+def run_length(num_classes: int) -> int:
+    """Return a divisor of the number of classes near its root; 1 if there is none, or no need.
 
-
-# Adaptive classification inside the graph: one backbone pass, each wider head for fewer rows.
-
-
-def classify_adaptively(
-    features: Any,
-    policy: CascadePolicy,
-    logits_at: Callable[[Any, int], Any],
-    classification: Callable[[Likeliest, Any], Tensors],
-) -> Tensors:
-    """Run the cascade on `features`; a row leaves at the first stage that is sure of it.
-
-    The best classes are picked once per row, where it leaves.
-
-    Args:
-        features: `(batch, width)`.
-        policy: The stages.
-        logits_at: Logits of a prefix at a dim.
-        classification: The outputs for some rows of what a stage finds likely.
-
-    Returns:
-        The outputs of `classification`, and `dim` int32 `(batch,)`, in the order of the rows.
+    Examples:
+        >>> run_length(100), run_length(10_000)
+        (1, 100)
     """
-    unsure = tf.range(tf.shape(features)[0])
-    decided: list[Tensors] = []
-    for stage in policy.stages:
-        logits = logits_at(tf.gather(features[:, : stage.dim], unsure), stage.dim)
-        likeliest = Likeliest(logits, stage.temperature)
-        if stage.threshold is None:
-            sure = tf.ones_like(unsure, tf.bool)
-        else:
-            sure = likeliest.confidence(policy.confidence) > stage.threshold
-        accepted = tf.boolean_mask(unsure, sure)
-        outputs = classification(likeliest, tf.cast(tf.where(sure)[:, 0], tf.int32))
-        decided.append({**outputs, "dim": tf.fill(tf.shape(accepted), stage.dim), "row": accepted})
-        unsure = tf.boolean_mask(unsure, ~sure)
-    columns = {name: tf.concat([part[name] for part in decided], 0) for name in decided[0]}
-    back = tf.math.invert_permutation(columns.pop("row"))
-    return {name: tf.gather(column, back) for name, column in columns.items()}
-
-
-class ServedModel:
-    """A backbone and a head with the functions that TensorFlow Serving will offer of them.
-
-    Args:
-        backbone: Inputs to features, on the TensorFlow backend.
-        head: The nested head; None for an encoder.
-        manifest: What the model says of itself.
-        job: Labels, policy, gallery, decoder, and which signatures.
-        scratch: Folder for the class names, until the SavedModel holds a copy as an asset.
-    """
-
-    def __init__(
-        self, backbone: keras.Model, head: Any, manifest: Manifest, job: Job, scratch: Path
-    ) -> None:
-        self.backbone = backbone
-        self.head = head
-        self._manifest = manifest
-        self._chosen = frozenset(job.signatures)
-        self._policy = job.policy
-        self._decoder = job.decoder
-        self._bare = "" in job.input_names
-        self._labels = None if job.labels is None else _label_table(job.labels, scratch)
-        self._measure = job.policy.confidence if job.policy else "max_probability"
-        self._temperatures = {s.dim: s.temperature for s in job.policy.stages} if job.policy else {}
-        self._features = tf.function(self._call_backbone)
-        self._gallery = None if job.index is None else IndexGraph(job.index, manifest.dims)
-
-    def resources(self) -> tf.Module:
-        """Return what the SavedModel must hold: every variable, and the table of class names.
-
-        The variables are named one by one: a Keras model as a whole would be saved with a second,
-        unconnected copy of each. A layer's own tables (the vocabulary of a TextVectorization) are
-        no variables.
-        """
-        held = tf.Module()
-        layers = [layer for layer in (self.backbone, self.head) if layer is not None]
-        held.state = [variable.value for layer in layers for variable in layer.variables]
-        held.tables = [
-            part
-            for part in tf.train.TrackableView(self.backbone).descendants()
-            if isinstance(part, tf.saved_model.experimental.TrackableResource)
-        ]
-        held.labels = self._labels
-        held.gallery = [] if self._gallery is None else self._gallery.variables()
-        return held
-
-    def signatures(self) -> dict[str, Any]:
-        """Return the chosen signatures, traced for any batch size."""
-        manifest = self._manifest
-        inputs = {
-            name: tf.TensorSpec(spec["shape"], spec["dtype"], name)
-            for name, spec in manifest.inputs.items()
-        }
-        functions = {contract.FEATURES: lambda **given: {"features": self._features(**given)}}
-        for dim in manifest.dims:
-            functions[contract.embed(dim)] = self._embed_at(dim)
-        if self.head is not None:
-            for dim in manifest.dims:
-                functions[contract.classify(dim)] = self._classify_at(dim)
-            if self._policy is not None:
-                functions[contract.CLASSIFY_ADAPTIVE] = self._classify_by(self._policy)
-        if self._gallery is not None:
-            functions[contract.RETRIEVE] = self._retrieve_from(self._gallery)
-        default = contract.embed if self.head is None else contract.classify
-        default_function = functions[default(manifest.width)]
-        chosen = {name: f for name, f in functions.items() if name in self._chosen}
-        chosen[contract.SERVING_DEFAULT] = default_function
-        signatures = {name: traced(function, inputs) for name, function in chosen.items()}
-        if self.head is not None:
-            for dim in manifest.dims:
-                if contract.head(dim) in self._chosen:
-                    prefix = tf.TensorSpec([None, dim], tf.float32, "features")
-                    signatures[contract.head(dim)] = traced(
-                        self._head_at(dim), {"features": prefix}
-                    )
-        if self._gallery is not None:
-            searches = self._gallery.signatures()
-            signatures |= {name: searches[name] for name in searches if name in self._chosen}
-        signatures[contract.DESCRIBE] = describing(manifest)
-        return signatures
-
-    def _call_backbone(self, **inputs: Any) -> Any:
-        if self._decoder is not None:
-            inputs = {name: self._decoder.decode(encoded) for name, encoded in inputs.items()}
-        features = self.backbone(self._arranged(inputs), training=False)
-        return tf.cast(features, tf.float32)[:, : self._manifest.width]
-
-    def _arranged(self, inputs: Tensors) -> Any:
-        """The inputs by served name, in the structure the backbone takes them in."""
-        declared = declared_inputs(self.backbone)
-        if not declared:
-            return next(iter(inputs.values())) if self._bare else inputs
-        one = len(declared) == 1
-        flat = list(inputs.values()) if one else [inputs[name] for name in declared]
-        return keras.tree.pack_sequence_as(input_structure(self.backbone), flat)
-
-    def _embed_at(self, dim: int) -> Callable[..., Tensors]:
-        def embed(**inputs: Any) -> Tensors:
-            prefix = self._features(**inputs)[:, :dim]
-            if self._manifest.normalize:
-                prefix = prefix / lengths(prefix)
-            return {"embedding": prefix}
-
-        return embed
-
-    def _classify_at(self, dim: int) -> Callable[..., Tensors]:
-        def classify(**inputs: Any) -> Tensors:
-            logits = self._logits(self._features(**inputs)[:, :dim], dim)
-            return self._all_rows(logits, dim)
-
-        return classify
-
-    def _head_at(self, dim: int) -> Callable[..., Tensors]:
-        def head(features: Any) -> Tensors:
-            logits = self._logits(features, dim)
-            return {**self._all_rows(logits, dim), "logits": logits}
-
-        return head
-
-    def _classify_by(self, policy: CascadePolicy) -> Callable[..., Tensors]:
-        def classify(**inputs: Any) -> Tensors:
-            features = self._features(**inputs)
-            return classify_adaptively(features, policy, self._logits, self._classification)
-
-        return classify
-
-    def _retrieve_from(self, gallery: IndexGraph) -> Callable[..., Tensors]:
-        return lambda **inputs: gallery.search(self._features(**inputs))
-
-    def _logits(self, prefix: Any, dim: int) -> Any:
-        return tf.cast(self.head.logits_at(prefix, dim), tf.float32)
-
-    def _all_rows(self, logits: Any, dim: int) -> Tensors:
-        likeliest = Likeliest(logits, self._temperatures.get(dim, 1.0))
-        return self._classification(likeliest, tf.range(tf.shape(logits)[0]))
-
-    def _classification(self, likeliest: Likeliest, rows: Any) -> Tensors:
-        """The best `top_k` classes of some rows."""
-        best, class_ids = likeliest.best(rows, self._manifest.top_k or 1)
-        outputs = {
-            "class_ids": tf.cast(class_ids, tf.int64),
-            "probabilities": best,
-            "confidence": best[:, 0],
-        }
-        if self._measure != "max_probability":
-            outputs["confidence"] = tf.gather(likeliest.confidence(self._measure), rows)
-        if self._labels is not None:
-            outputs["labels"] = self._labels.lookup(outputs["class_ids"])
-        return outputs
-
-
-def _label_table(labels: tuple[str, ...], scratch: Path) -> Any:
-    """Class id to name, from a text file that becomes an asset of the SavedModel."""
-    file = scratch / "labels.txt"
-    file.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-    lines = tf.lookup.TextFileInitializer(
-        str(file),
-        tf.int64,
-        tf.lookup.TextFileIndex.LINE_NUMBER,
-        tf.string,
-        tf.lookup.TextFileIndex.WHOLE_LINE,
-    )
-    return tf.lookup.StaticHashTable(lines, default_value="")
+    if num_classes < _MANY_CLASSES:
+        return 1
+    root = math.isqrt(num_classes)
+    divisors = [n for n in range(root // 4, 4 * root) if num_classes % n == 0]
+    return min(divisors, key=lambda n: abs(math.log(n / root)), default=1)

@@ -1,4 +1,4 @@
-"""What a server runs before it lets a version answer, so that no first caller waits."""
+"""Warm-up records: requests that a server runs itself before it lets a version answer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from keras_mrl_serving._session import SavedModelSession
 
 from .job import ExportError
 
+Arrays = Mapping[str, npt.NDArray[Any]]
+
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 _MAX_RECORDS = 1000  # a server refuses a version with more
-
-Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def write_warmup(
@@ -30,20 +30,18 @@ def write_warmup(
 ) -> None:
     """Write one record per signature and batch size, and run each as a server will.
 
-    A record that fails would keep the server from loading the version.
-
     Args:
         folder: The SavedModel.
-        session: The same, loaded.
+        session: The same SavedModel, loaded.
         model: Name of the model.
-        inputs: Rows for every signature, at least one.
-        batch_sizes: How many rows a record has; rows repeat where there are fewer.
+        inputs: Inputs of every signature, at least one row.
+        batch_sizes: Rows of a record; they are repeated where `inputs` has fewer.
 
     Raises:
         ExportError: If a record fails, or there are more than a server takes.
     """
     records = [
-        _record(model, signature, {name: _rows(array, size) for name, array in arrays.items()})
+        _record(model, signature, arrays, size)
         for signature, arrays in inputs.items()
         for size in batch_sizes
     ]
@@ -62,23 +60,20 @@ def write_warmup(
     _replay(session, file)
 
 
-def _record(model: str, signature: str, arrays: Arrays) -> Any:
+def _record(model: str, signature: str, arrays: Arrays, size: int) -> Any:
     log = PredictionLog()
     request = log.predict_log.request
     request.model_spec.name = model
     request.model_spec.signature_name = signature
     for name, array in arrays.items():
-        request.inputs[name].CopyFrom(tf.make_tensor_proto(array))
+        rows = np.resize(array, (size, *array.shape[1:]))
+        request.inputs[name].CopyFrom(tf.make_tensor_proto(rows))
     return log
 
 
-def _rows(array: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
-    return np.resize(array, (size, *array.shape[1:]))
-
-
 def _replay(session: SavedModelSession, file: Path) -> None:
-    for data in tf.data.TFRecordDataset(str(file)):
-        request = PredictionLog.FromString(data.numpy()).predict_log.request
+    for record in tf.data.TFRecordDataset(str(file)):
+        request = PredictionLog.FromString(record.numpy()).predict_log.request
         signature = request.model_spec.signature_name
         inputs = {name: tf.make_ndarray(tensor) for name, tensor in request.inputs.items()}
         try:
