@@ -233,7 +233,7 @@ def _index_manifest(index: ExactIndex, name: str) -> Manifest:
     return Manifest(
         name=name,
         kind="index",
-        fingerprint=_index_fingerprint(index),
+        fingerprint=fingerprint_of_index(index),
         encoder_fingerprint=index.encoder_fingerprint,
         dims=index.schedule.dims,
         width=index.width,
@@ -246,7 +246,7 @@ def _index_manifest(index: ExactIndex, name: str) -> Manifest:
     )
 
 
-def _index_fingerprint(index: ExactIndex) -> str:
+def fingerprint_of_index(index: ExactIndex) -> str:
     """Return the SHA-256 of the schedule, the metric, the encoder, the ids and every row."""
     digest = hashlib.sha256(json.dumps(index.facts.to_json()).encode())
     arrays: tuple[npt.NDArray[Any], ...] = (index.ids, *index.blocks)

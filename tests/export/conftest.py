@@ -1,35 +1,36 @@
 """Each model exported once a session: from JAX or PyTorch that takes a TensorFlow process."""
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import keras
+import numpy as np
 import pytest
 
+from keras_mrl import split
+from keras_mrl_serving.funnel import FunnelSchedule
+from keras_mrl_serving.index import ExactIndex
 from tests.helpers import export_models as models
-from tests.helpers import user_scripts
 from tests.helpers.export_models import (
+    DIMS,
     NAMES,
     TEMPERATURES,
     TOP_K,
     Exported,
     exported,
     halving_policy,
+    outputs,
 )
 
 
 @pytest.fixture(scope="session")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
-    """A classifier with everything that can be given."""
-    model = models.untied()
-    rows = {"": models.images()}
-    policy = halving_policy(model.predict(rows[""], verbose=0))
+    """A classifier with every argument that fits one."""
+    model, rows = models.untied(), {"": models.images()}
     with exported(
         model,
-        model.backbone,
         rows,
         tmp_path_factory.mktemp("untied"),
-        policy,
+        policy=halving_policy(outputs(model, rows[""])),
         quality={dim: {"top1": 1 - 1 / dim} for dim in TEMPERATURES},
         labels=NAMES,
         top_k=TOP_K,
@@ -40,58 +41,52 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
 
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
-    """A functional model of two inputs; also with a policy and names, unscaled, and renamed."""
-    model = models.tied()
-    rows = models.sides()
-    policy = halving_policy(model.predict(rows, verbose=0))
+    """A functional model of two inputs with its gallery, unscaled, renamed, and in half precision.
+
+    It is served in float32, so its answers are those of the same weights in float32.
+    """
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = models.tied()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    reference, rows = models.tied(), models.sides()
+    features = outputs(split(reference)[0], rows)
+    index = ExactIndex.build(
+        features[:, : DIMS[-1]], FunnelSchedule(DIMS, (20, 10), 4), np.arange(48) * 3, "dot"
+    )
     with exported(
         model,
-        keras.Model(model.inputs, model.layers[-1].input),
         rows,
         tmp_path_factory.mktemp("tied"),
-        policy,
+        reference=reference,
+        policy=halving_policy(outputs(reference, rows)),
         labels=list(NAMES),
         normalize=False,
         name="renamed",
+        index=index,
     ) as version:
         yield version
 
 
 @pytest.fixture(scope="session", params=["untied", "tied"])
 def classifier(request: pytest.FixtureRequest) -> Exported:
-    """Each of the two that can do everything."""
+    """Each of the two that have every signature of a classifier."""
     version: Exported = request.getfixturevalue(request.param)
     return version
 
 
 @pytest.fixture(scope="session")
 def of_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
-    """A classifier with nothing given, over a subclassed backbone."""
-    model = models.of_tokens()
+    """A classifier over a subclassed backbone, exported without any option."""
     rows = {"": models.tokens()}
-    with exported(model, model.backbone, rows, tmp_path_factory.mktemp("tokens")) as version:
+    with exported(models.of_tokens(), rows, tmp_path_factory.mktemp("tokens")) as version:
         yield version
 
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
     """A model without a head."""
-    model = models.encoder()
     rows = {"": models.sides()["left"]}
-    with exported(model, model, rows, tmp_path_factory.mktemp("encoder")) as version:
+    with exported(models.encoder(), rows, tmp_path_factory.mktemp("encoder")) as version:
         yield version
-
-
-@pytest.fixture(scope="session", autouse=True)
-def scripts(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[user_scripts.Ran]]]:
-    """The users' scripts, begun at once if a test asks for them: they take a minute beside it."""
-    wanted = any("test_user_scripts" in item.nodeid for item in request.session.items)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        yield {
-            name: pool.submit(user_scripts.run, tmp_path_factory.mktemp("script"), name)
-            for name in user_scripts.SCRIPTS
-            if wanted
-        }
-        pool.shutdown(cancel_futures=True)

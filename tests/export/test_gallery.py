@@ -1,4 +1,4 @@
-"""A gallery in the graph: what the NumPy index answers, over gRPC, alone or with its encoder."""
+"""A gallery in the graph: it answers as the NumPy index, over gRPC, alone or with its encoder."""
 
 import itertools
 import json
@@ -6,86 +6,115 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from keras_mrl_export import ExportError, export_index, export_saved_model
-from keras_mrl_export.gallery import IndexGraph
+from keras_mrl_export.gallery import IndexGraph, forget
+from keras_mrl_export.graph import trace
 from keras_mrl_serving import __version__
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import MANIFEST_FILE
 from keras_mrl_serving.errors import EncoderMismatchError
 from keras_mrl_serving.funnel import FunnelSchedule
-from keras_mrl_serving.index import ExactIndex, FaissIndex, open_index
+from keras_mrl_serving.index import ExactIndex, open_index
 from keras_mrl_serving.server import DevServer
 from tests.helpers import export_models as models
-from tests.helpers.export_models import DIMS, only_tensorflow
-
-RNG = np.random.default_rng(0)
-WIDTH = 16
-GALLERY = RNG.normal(size=(300, WIDTH)).astype(np.float32)
-GALLERY[100:120] = GALLERY[5]  # twenty-one rows that are as near as each other
-IDS = RNG.permutation(10_000)[:300].astype(np.int64)
-QUERIES = np.concatenate([GALLERY[:7], RNG.normal(size=(40, WIDTH)).astype(np.float32)])
-SCHEDULES = {
-    "three stages": FunnelSchedule((4, 8, WIDTH), (60, 25), 10),
-    "two, of which one looks at the whole gallery": FunnelSchedule((4, WIDTH), (300,), 5),
-    "a shortlist longer than the gallery": FunnelSchedule((4, WIDTH), (1000,), 5),
-    "one": FunnelSchedule((WIDTH,), (), 3),
-    "all rows": FunnelSchedule((WIDTH,), (), 300),
-    "narrower than the gallery": FunnelSchedule((2, 6), (30,), 1),
-}
-METRICS = ("cosine", "dot", "l2")
-
-
-def index_of(schedule: str = "three stages", metric: str = "cosine", **more: Any) -> ExactIndex:
-    return ExactIndex.build(GALLERY, SCHEDULES[schedule], IDS, metric, **more)
+from tests.helpers.export_galleries import (
+    GALLERY,
+    IDS,
+    METRICS,
+    QUERIES,
+    RNG,
+    SCHEDULES,
+    index_of,
+)
+from tests.helpers.export_models import (
+    DIMS,
+    Arrays,
+    outputs,
+    read_manifest,
+    warmup_sizes,
+    written_signatures,
+)
 
 
-def same(found: Any, expected: Any) -> None:
-    np.testing.assert_array_equal(found["ids"], expected.ids)
+def assert_same(answer: Any, expected: Any) -> None:
+    np.testing.assert_array_equal(answer["ids"], expected.ids)
     largest = max(1.0, np.abs(expected.scores).max())  # squared distances of 0 round as lengths do
-    np.testing.assert_allclose(found["scores"], expected.scores, rtol=0, atol=1e-5 * largest)
-    assert found["ids"].dtype == np.int64
-    assert found["scores"].dtype == np.float32
+    np.testing.assert_allclose(answer["scores"], expected.scores, rtol=0, atol=1e-5 * largest)
+    assert answer["ids"].dtype == np.int64
+    assert answer["scores"].dtype == np.float32
 
 
-@only_tensorflow
+def searches_of(graph: IndexGraph) -> dict[str, Any]:
+    """The traced searches of a graph, by signature; each takes rows and answers in NumPy."""
+
+    def in_numpy(search: Any) -> Any:
+        def run(rows: Any) -> Arrays:
+            answer = search(embedding=tf.constant(rows))
+            return {name: tensor.numpy() for name, tensor in answer.items()}
+
+        return run
+
+    return {name: in_numpy(trace(*function)) for name, function in graph.functions().items()}
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_search_is_that_of_the_numpy_index(
-    schedule: str, metric: str, tmp_path: Path
-) -> None:
+def test_every_search_is_that_of_the_numpy_index(schedule: str, metric: str) -> None:
     index = index_of(schedule, metric)
     dims = index.schedule.dims
-    with SavedModelSession(export_index(index, tmp_path)) as session:
-        queries = QUERIES[:, : index.width]
-        same(session.run("search", {"embedding": queries}), index.search(queries))
-        for row in (0, 5, 30):
-            one = session.run("search", {"embedding": queries[row : row + 1]})
-            same(one, index.search(queries[row : row + 1]))
-        for dim in dims:
-            alone = ExactIndex.build(
-                GALLERY, FunnelSchedule((dim,), (), index.schedule.k), IDS, metric
-            )
-            found = session.run(f"search_{dim}", {"embedding": queries[:, :dim]})
-            same(found, alone.search(queries))
-        assert {name for name in session.signatures if not name.startswith("__")} == {
-            *("search", "serving_default", "describe"),
-            *(f"search_{dim}" for dim in dims),
-        }
-        default = session.run("serving_default", {"embedding": queries})
-        same(default, index.search(queries))
+    searches = searches_of(IndexGraph(index))
+    queries = QUERIES[:, : index.width]
+    assert_same(searches["search"](queries), index.search(queries))
+    for row in (0, 5, 30):
+        one = queries[row : row + 1]
+        assert_same(searches["search"](one), index.search(one))
+    for dim in dims:
+        alone = ExactIndex.build(GALLERY, FunnelSchedule((dim,), (), index.schedule.k), IDS, metric)
+        assert_same(searches[f"search_{dim}"](queries[:, :dim]), alone.search(queries))
+    assert set(searches) == {"search", *(f"search_{dim}" for dim in dims)}
 
 
-@only_tensorflow
-def test_the_manifest_of_an_index(tmp_path: Path) -> None:
-    version = export_index(index_of(encoder_fingerprint="5e1f"), tmp_path, name="birds", version=7)
-    assert version == tmp_path / "7"
+def test_rows_are_copied_in_parts() -> None:
+    index = index_of()
+    searches = searches_of(IndexGraph(index, rows_at_once=7))
+    assert_same(searches["search"](QUERIES), index.search(QUERIES))
+
+
+# A gallery alone
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The version of an index that was opened from its folder."""
+    folder = tmp_path_factory.mktemp("index")
+    index_of(encoder_fingerprint="5e1f").save(folder / "saved")
+    opened = open_index(folder / "saved")
+    assert isinstance(opened, ExactIndex)
+    return export_index(opened, folder / "served", name="birds", version=7)
+
+
+def test_a_version_answers_as_the_index(version: Path) -> None:
+    index = index_of()
+    with SavedModelSession(version) as session:
+        for signature in ("search", "serving_default"):
+            assert_same(session.run(signature, {"embedding": QUERIES}), index.search(QUERIES))
+        searches = {"search", "search_4", "search_8", "search_16"}
+        assert written_signatures(session) == {*searches, "serving_default", "describe"}
+
+
+def test_the_manifest_of_an_index(version: Path) -> None:
+    assert version.name == "7"
     text = (version / MANIFEST_FILE).read_text()
     manifest = json.loads(text)
     made_with, fingerprint = manifest.pop("made_with"), manifest.pop("fingerprint")
@@ -105,279 +134,182 @@ def test_the_manifest_of_an_index(tmp_path: Path) -> None:
         ]
 
 
-@only_tensorflow
-def test_a_fingerprint_is_of_all_that_answers(tmp_path: Path) -> None:
-    turned = GALLERY.copy()
-    turned[299, 15] *= -1
-    indexes = [
-        index_of(),
-        index_of("one"),
-        index_of(metric="dot"),
-        index_of(encoder_fingerprint="5e1f"),
-        ExactIndex.build(turned, SCHEDULES["three stages"], IDS),
-        ExactIndex.build(GALLERY, SCHEDULES["three stages"]),
-    ]
-    versions = [export_index(index, tmp_path) for index in (*indexes, index_of())]
-    *prints, again = (json.loads((v / MANIFEST_FILE).read_text())["fingerprint"] for v in versions)
-    assert len(set(prints)) == len(indexes)
-    assert again == prints[0]
+def test_no_block_is_gathered_from_and_every_search_is_warmed_up(version: Path) -> None:
+    """TensorFlow copies a variable at each read, once it was gathered from."""
+    saved = SavedModel.FromString((version / "saved_model.pb").read_bytes())
+    used = {op.name for op in saved.meta_graphs[0].meta_info_def.stripped_op_list.op}
+    assert "ReadVariableOp" in used
+    assert "ResourceGather" not in used
+    searches = {"search", "serving_default", "search_4", "search_8", "search_16"}
+    assert warmup_sizes(version) == {name: [1] for name in searches}
 
 
-@only_tensorflow
-def test_an_index_that_was_opened_is_the_same(tmp_path: Path) -> None:
-    index = index_of()
-    index.save(tmp_path / "saved")
-    opened = open_index(tmp_path / "saved")
-    assert isinstance(opened, ExactIndex)
-    with SavedModelSession(export_index(opened, tmp_path / "served")) as session:
-        same(session.run("search", {"embedding": QUERIES}), index.search(QUERIES))
+def test_a_version_is_never_overwritten(version: Path) -> None:
+    with pytest.raises(FileExistsError, match="A published version is never overwritten"):
+        export_index(index_of(), version.parent, version=7)
+    assert os.listdir(version.parent) == ["7"]
 
 
-@only_tensorflow
-def test_rows_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from keras_mrl_export import gallery
-
-    monkeypatch.setattr(gallery, "_ROWS_AT_ONCE", 7)
-    index = index_of()
-    with SavedModelSession(export_index(index, tmp_path)) as session:
-        same(session.run("search", {"embedding": QUERIES}), index.search(QUERIES))
-
-
-def broken(search: Any, wrong: str) -> Any:
-    def other(self: IndexGraph, *args: Any, **kwargs: Any) -> Any:
-        answer = search(self, *args, **kwargs)
-        return {**answer, wrong: answer[wrong] + 1}
-
-    return other
-
-
-@only_tensorflow
-@pytest.mark.parametrize(
-    ("search", "named", "wrong"),
-    [("search", "search", "ids"), ("search", "search", "scores"), ("search_at", "search_4", "ids")],
-)
 def test_a_graph_that_answers_otherwise_is_not_published(
-    search: str, named: str, wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(IndexGraph, search, broken(getattr(IndexGraph, search), wrong))
-    with pytest.raises(ExportError, match=f"Received: {named} differs: "):
+    search = IndexGraph.search
+
+    def with_other_ids(self: IndexGraph, embedding: Any) -> Any:
+        answer = search(self, embedding)
+        return {**answer, "ids": answer["ids"] + 1}
+
+    monkeypatch.setattr(IndexGraph, "search", with_other_ids)
+    with pytest.raises(ExportError, match="Received: search differs: "):
         export_index(index_of(), tmp_path / "alone")
     model, rows = models.encoder(), models.sides()["left"]
-    features = model.predict(rows, verbose=0)
-    index = ExactIndex.build(features, FunnelSchedule((4, DIMS[-1]), (20,), 5))
-    with pytest.raises(ExportError, match=f"Received: {named} differs: "):
+    index = ExactIndex.build(outputs(model, rows), FunnelSchedule((4, DIMS[-1]), (20,), 5))
+    with pytest.raises(ExportError, match="Received: search differs: "):
         export_saved_model(
             model, tmp_path / "both", rows[:3], dims=(4, 16), index=index, signatures=["search"]
         )
     assert os.listdir(tmp_path) == []
 
 
-@only_tensorflow
-@pytest.mark.parametrize("metric", METRICS)
-def test_what_searches_at_one_dim_are_compared_with(
-    metric: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from keras_mrl_export import parity
-
-    monkeypatch.setattr(parity, "_ROWS_AT_ONCE", 7)
-    index = index_of("three stages", metric)
-    found = parity.exact_neighbors(index, QUERIES, [3, 8, 12, WIDTH])
-    assert list(found) == [3, 8, 12, WIDTH]
-    for dim, near in found.items():
-        alone = ExactIndex.build(GALLERY, FunnelSchedule((dim,), (), 10), IDS, metric)
-        expected = alone.search(QUERIES[:, :dim])
-        np.testing.assert_allclose(near.scores, expected.scores, rtol=1e-4, atol=1e-5)
-        apart = np.abs(np.diff(near.scores, axis=1, prepend=np.inf, append=-np.inf)) > 1e-4
-        clear = (apart[:, :-1] & apart[:, 1:])[:, :-1]
-        np.testing.assert_array_equal(near.ids[:, :-1][clear], expected.ids[:, :-1][clear])
-        assert clear.mean() > 0.5
-    assert parity.exact_neighbors(index, QUERIES, []) == {}
+# Encoder and gallery
 
 
-@only_tensorflow
-def test_no_block_is_gathered_from_and_every_search_is_warmed_up(tmp_path: Path) -> None:
-    """TensorFlow copies a variable at each read, once it was gathered from."""
-    import tensorflow as tf
-    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
-    from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
+@dataclass(frozen=True)
+class Served:
+    """An encoder alone, the index of its gallery alone, and the two in one model."""
 
-    version = export_index(index_of(), tmp_path)
-    saved = SavedModel.FromString((version / "saved_model.pb").read_bytes())
-    used = {op.name for op in saved.meta_graphs[0].meta_info_def.stripped_op_list.op}
-    assert "ReadVariableOp" in used
-    assert "ResourceGather" not in used
-    warmed = [
-        PredictionLog.FromString(data.numpy()).predict_log.request.model_spec.signature_name
-        for data in tf.data.TFRecordDataset(
-            str(version / "assets.extra/tf_serving_warmup_requests")
-        )
-    ]
-    searches = {"search", "serving_default", "search_4", "search_8", "search_16"}
-    assert set(warmed) == searches
-
-
-@only_tensorflow
-def test_what_is_refused(tmp_path: Path) -> None:
-    index = FaissIndex.build(GALLERY, SCHEDULES["one"])
-    with pytest.raises(TypeError) as caught:
-        export_index(index, tmp_path)  # type: ignore[arg-type]
-    assert str(caught.value) == (
-        "A gallery in the graph has an exact first stage, as ExactIndex has. Received: FaissIndex. "
-        "Build one of the same embeddings: ExactIndex.build(gallery, schedule, ids)."
-    )
-    export_index(index_of(), tmp_path, version=3)
-    with pytest.raises(FileExistsError, match="A published version is never overwritten"):
-        export_index(index_of(), tmp_path, version=3)
-    assert os.listdir(tmp_path) == ["3"]
-
-
-# Encoder and index, from every backend
+    model: keras.Model
+    rows: Any
+    features: Any
+    index: ExactIndex
+    fingerprint: str
+    encoder: Client
+    gallery: Client
+    both: Client
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """An encoder alone, the index of its gallery alone, and the two in one model; served."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model, rows = models.encoder(), models.sides()["left"]
-    features = model.predict(rows, verbose=0)
-    root = tmp_path_factory.mktemp("both")
+    features = outputs(model, rows)
+    root = tmp_path_factory.mktemp("served")
     encoder = export_saved_model(model, root / "encoder", rows[:8], dims=DIMS)
-    fingerprint = json.loads((encoder / MANIFEST_FILE).read_text())["fingerprint"]
-    schedule = FunnelSchedule(DIMS, (20, 10), 5)
-    ids = np.arange(len(rows)) * 3
+    fingerprint = read_manifest(encoder).fingerprint
+    schedule, ids = FunnelSchedule(DIMS, (20, 10), 5), np.arange(len(rows)) * 3
     index = ExactIndex.build(features, schedule, ids, encoder_fingerprint=fingerprint)
-    export_index(index, root / "index")
-    export_saved_model(model, root / "one", rows[:8], dims=DIMS, index=index)
+    export_index(index, root / "gallery")
+    export_saved_model(model, root / "both", rows[:8], dims=DIMS, index=index)
     with (
         DevServer(root / "encoder") as a,
-        DevServer(root / "index") as b,
-        DevServer(root / "one") as c,
+        DevServer(root / "gallery") as b,
+        DevServer(root / "both") as c,
     ):
-        yield {
-            **{"model": model, "rows": rows, "index": index, "fingerprint": fingerprint},
-            **{"encoder": Client(a), "served": Client(b), "one": Client(c)},
-        }
+        yield Served(model, rows, features, index, fingerprint, Client(a), Client(b), Client(c))
 
 
-@pytest.mark.backend
-def test_neighbours_in_one_call_in_two_and_in_this_process(both: dict[str, Any]) -> None:
-    here = both["encoder"].retrieve(both["rows"], both["index"])
-    for found in (
-        both["encoder"].retrieve(both["rows"], both["served"]),
-        both["one"].retrieve(both["rows"]),
-        both["one"].search(both["one"].embed(both["rows"], DIMS[-1])),
+def test_neighbours_in_one_call_in_two_and_in_this_process(served: Served) -> None:
+    expected = served.encoder.retrieve(served.rows, served.index)
+    for neighbors in (
+        served.encoder.retrieve(served.rows, served.gallery),
+        served.both.retrieve(served.rows),
+        served.both.search(served.both.embed(served.rows, DIMS[-1])),
     ):
-        np.testing.assert_array_equal(found.ids, here.ids)
-        np.testing.assert_allclose(found.scores, here.scores, rtol=0, atol=1e-5)
-    assert here.ids[:, 0].tolist() == both["index"].ids.tolist()
+        np.testing.assert_array_equal(neighbors.ids, expected.ids)
+        np.testing.assert_allclose(neighbors.scores, expected.scores, rtol=0, atol=1e-5)
+    assert expected.ids[:, 0].tolist() == served.index.ids.tolist()
 
 
-@pytest.mark.backend
-def test_a_model_with_its_gallery_still_embeds(both: dict[str, Any]) -> None:
-    manifest = both["one"].describe()
-    assert (manifest.kind, manifest.size) == ("index", len(both["rows"]))
-    assert manifest.fingerprint == manifest.encoder_fingerprint == both["fingerprint"]
-    assert manifest.funnel == both["index"].schedule.to_json()
+def test_a_model_with_its_gallery_still_embeds(served: Served) -> None:
+    manifest = served.both.describe()
+    assert (manifest.kind, manifest.size) == ("index", len(served.rows))
+    assert manifest.fingerprint == manifest.encoder_fingerprint == served.fingerprint
+    assert manifest.funnel == served.index.schedule.to_json()
     for dim in DIMS:
-        np.testing.assert_allclose(
-            both["one"].embed(both["rows"], dim),
-            both["encoder"].embed(both["rows"], dim),
-            atol=1e-6,
-        )
-        exact = ExactIndex.build(
-            both["model"].predict(both["rows"], verbose=0),
-            FunnelSchedule((dim,), (), 5),
-            both["index"].ids,
-        )
-        queries = both["one"].embed(both["rows"], dim)
-        found = both["one"].search(queries, dim, encoder=both["fingerprint"])
-        np.testing.assert_array_equal(found.ids, exact.search(queries).ids)
+        queries = served.both.embed(served.rows, dim)
+        alone = served.encoder.embed(served.rows, dim)
+        np.testing.assert_allclose(queries, alone, atol=1e-6)
+        schedule = FunnelSchedule((dim,), (), 5)
+        exact = ExactIndex.build(served.features, schedule, served.index.ids)
+        neighbors = served.both.search(queries, dim, encoder=served.fingerprint)
+        np.testing.assert_array_equal(neighbors.ids, exact.search(queries).ids)
 
 
-@pytest.mark.backend
-def test_another_encoder_is_refused(both: dict[str, Any], tmp_path: Path) -> None:
+def test_another_encoder_is_refused(served: Served, tmp_path: Path) -> None:
     with pytest.raises(EncoderMismatchError, match="embeddings of the encoder it was built with"):
-        both["served"].search(GALLERY[:2], encoder="dead")
-    features = both["model"].predict(both["rows"], verbose=0)
-    schedule = both["index"].schedule
-    other = ExactIndex.build(features, schedule, encoder_fingerprint="dead")
+        served.gallery.search(GALLERY[:2], encoder="dead")
+    schedule = served.index.schedule
+    other = ExactIndex.build(served.features, schedule, encoder_fingerprint="dead")
     with pytest.raises(EncoderMismatchError, match="'dead'"):
-        export_saved_model(both["model"], tmp_path, both["rows"][:8], dims=DIMS, index=other)
-    assert not tmp_path.exists() or os.listdir(tmp_path) == []
+        export_saved_model(served.model, tmp_path, served.rows[:8], dims=DIMS, index=other)
+    assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.backend
-@pytest.mark.parametrize(
-    ("given", "changes", "error", "text"),
-    [
-        (
-            lambda features: FaissIndex.build(features, FunnelSchedule((DIMS[-1],), (), 1)),
-            {},
-            TypeError,
-            "A gallery in the graph has an exact first stage, as ExactIndex has. "
-            "Received: FaissIndex. "
-            "Build one of the same embeddings: ExactIndex.build(gallery, schedule, ids).",
-        ),
-        (
-            lambda features: ExactIndex.build(features, FunnelSchedule((4,), (), 1)),
-            {},
-            ValueError,
-            "An index that is exported with a model is as wide as the model's last dim. "
-            f"Received: an index of width 4 for dims={DIMS}. "
-            "Give dims= up to its width, or build it at the last dim.",
-        ),
-        *(
-            (
-                lambda features, metric=metric: ExactIndex.build(
-                    features, FunnelSchedule((DIMS[-1],), (), 1), metric=metric
-                ),
-                {},
-                ValueError,
-                "Embeddings of unit length are compared by cosine: their prefixes have other "
-                f"lengths. Received: an index with metric={metric!r} and normalize=True. "
-                "Give normalize=False, or build the index with cosine.",
-            )
-            for metric in ("dot", "l2")
-        ),
-    ],
-)
-def test_indexes_that_do_not_fit_a_model(
-    given: Any, changes: Any, error: Any, text: str, both: dict[str, Any], tmp_path: Path
-) -> None:
-    index = given(both["model"].predict(both["rows"], verbose=0))
-    with pytest.raises(error) as caught:
-        export_saved_model(
-            both["model"], tmp_path, both["rows"][:8], dims=DIMS, index=index, **changes
-        )
-    assert (type(caught.value), str(caught.value)) == (error, text)
-
-
-@pytest.mark.backend
-@pytest.mark.parametrize("metric", ["dot", "l2"])
-def test_raw_embeddings_are_retrieved_by_product_and_by_distance(
-    metric: str, both: dict[str, Any], tmp_path: Path
-) -> None:
-    model, rows = both["model"], both["rows"]
-    features = model.predict(rows, verbose=0)
-    index = ExactIndex.build(features, FunnelSchedule(DIMS, (20, 10), 5), metric=metric)
-    version = export_saved_model(model, tmp_path, rows[:8], dims=DIMS, normalize=False, index=index)
-    assert json.loads((version / MANIFEST_FILE).read_text())["metric"] == metric
+def test_raw_embeddings_are_retrieved_by_distance(served: Served, tmp_path: Path) -> None:
+    """By their product too: that gallery is the one of the fixture `tied`."""
+    index = ExactIndex.build(served.features, FunnelSchedule(DIMS, (20, 10), 5), metric="l2")
+    version = export_saved_model(
+        served.model, tmp_path, served.rows[:8], dims=DIMS, normalize=False, index=index
+    )
+    manifest = read_manifest(version)
+    assert manifest.metric == "l2"
     with SavedModelSession(version) as session:
-        (name,) = json.loads((version / MANIFEST_FILE).read_text())["inputs"]
-        same(session.run("retrieve", {name: rows}), index.search(features))
+        (name,) = manifest.inputs
+        assert_same(session.run("retrieve", {name: served.rows}), index.search(served.features))
+
+
+# Rows of files that are mapped into memory, and are read once.
+
+ROWS = np.arange(4_000_000, dtype=np.float32).reshape(-1, 4)
+
+
+def mapped_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssFile"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    np.save(tmp_path / "rows.npy", ROWS)
+    return tmp_path / "rows.npy"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is in memory")
+def test_rows_that_were_read_leave_the_memory_and_comes_back(file: Path) -> None:
+    rows = np.load(file, mmap_mode="r")
+    before = mapped_kib()
+    assert rows.sum() == ROWS.sum()
+    read = mapped_kib()
+    forget(rows[:, 1:])  # a view is of the same file
+    assert read - before > 15_000
+    assert mapped_kib() - before < 1_000
+    np.testing.assert_array_equal(rows, ROWS)
+
+
+@pytest.mark.parametrize("mode", ["c", "r+"])
+def test_rows_that_were_written_are_never_lost(file: Path, mode: str) -> None:
+    rows = np.load(file, mmap_mode=mode)  # type: ignore[arg-type]
+    rows[3] = -1
+    forget(rows)
+    assert rows[3].tolist() == [-1, -1, -1, -1]
+
+
+def test_an_array_in_memory_is_left_as_it_is() -> None:
+    rows = ROWS.copy()
+    forget(rows)
+    np.testing.assert_array_equal(rows, ROWS)
 
 
 LARGE = """
 import sys
 from pathlib import Path
 from keras_mrl_export import export_index
-from keras_mrl_export.gallery import IndexGraph
 from keras_mrl_serving import open_index
 
 def resident(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
-# The kernel's own mark starts anew: what getrusage gives is inherited from the process before.
+# The kernel's mark starts anew: that of getrusage is inherited from the process before.
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
 export_index(open_index(sys.argv[1], verify=False), sys.argv[2])
@@ -385,7 +317,6 @@ print(resident("VmHWM") - before)
 """
 
 
-@only_tensorflow
 @pytest.mark.soak
 @pytest.mark.skipif(
     not os.environ.get("KERAS_MRL_SOAK"), reason="7 GB of disk; `make soak` runs it"
@@ -412,5 +343,4 @@ def test_a_gallery_of_more_than_two_gigabytes(tmp_path: Path) -> None:
     assert size > 2**31
     assert peak <= 2 * size
     with DevServer(tmp_path / "served") as target, Client(target) as client:
-        found = client.search(queries)
-        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(client.search(queries).ids, expected.ids)

@@ -5,10 +5,8 @@ import tensorflow as tf
 
 from keras_mrl_export.graph import lengths
 from keras_mrl_serving.embeddings import truncate
-from tests.helpers.export_models import only_tensorflow
 
 
-@only_tensorflow
 def test_equal_rows_stay_equal_wherever_they_lie() -> None:
     """As a graph: what TensorFlow rewrites there, it leaves alone outside."""
 
@@ -22,7 +20,6 @@ def test_equal_rows_stay_equal_wherever_they_lie() -> None:
         np.testing.assert_allclose(rows[0], truncate(vector, 8), rtol=3e-7)
 
 
-@only_tensorflow
 def test_a_zero_vector_stays_zero() -> None:
     zeros = np.zeros((2, 3), np.float32)
     np.testing.assert_array_equal((zeros / lengths(zeros)).numpy(), zeros)

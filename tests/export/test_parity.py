@@ -1,29 +1,30 @@
-"""A signature that differs from the Keras model is found, named, and keeps the version back."""
+"""A signature that differs from the Keras model is named, and keeps the version back."""
 
-import dataclasses
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from keras_mrl_export import ExportError, export_saved_model
-from keras_mrl_export.parity import check_parity
+from keras_mrl_export import ExportError
+from keras_mrl_export.graph import trace, trace_describe
+from keras_mrl_export.parity import check_parity, compare_searches, exact_neighbors
+from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_serving.funnel import FunnelSchedule
+from keras_mrl_serving.index import ExactIndex
 from tests.helpers import export_models as models
-from tests.helpers.export_models import DIMS, NAMES, TEMPERATURES, TOP_K, Exported, only_tensorflow
-
-pytestmark = pytest.mark.backend
+from tests.helpers.export_galleries import GALLERY, IDS, METRICS, QUERIES, WIDTH, index_of
+from tests.helpers.export_models import DIMS, NAMES, TEMPERATURES, Exported
 
 Change = dict[str, Any]
 
 
 def differs(signature: str, how: str) -> str:
-    """The whole text; `how` is a pattern."""
+    """The whole error; `how` is a pattern."""
     return re.escape(
         "Every signature must equal the Keras model on the sample. "
         f"Received: {signature} differs: HOW. Nothing was published. "
@@ -31,18 +32,18 @@ def differs(signature: str, how: str) -> str:
     ).replace("HOW", how)
 
 
-def policy_of(version: Exported) -> CascadePolicy:
-    assert version.policy is not None
-    return version.policy
+def assert_differs(version: Exported, changes: Change, signature: str, how: str) -> None:
+    with pytest.raises(ExportError, match=rf"\A{differs(signature, how)}\Z"):
+        check_parity(version.session, version.manifest, replace(version.job, **changes))
 
 
-def shifted(version: Exported, **by: float) -> Change:
+def shifted(version: Exported, **shares: float) -> Change:
     """The features or the logits of the trained model, one of them moved by a share of the largest.
 
     It is the smallest of its row, which shows in no probability.
     """
     changes = {}
-    for name, share in by.items():
+    for name, share in shares.items():
         array = getattr(version.job, name).copy()
         rows = array.reshape(-1, array.shape[-1])  # a view
         rows[3, rows[3].argmin()] -= share * np.abs(rows[3]).max()
@@ -50,25 +51,26 @@ def shifted(version: Exported, **by: float) -> Change:
     return changes
 
 
-def of_temperature(version: Exported, dim: int, temperature: float) -> Change:
-    stages = policy_of(version).stages
+def with_temperature(version: Exported, dim: int, temperature: float) -> Change:
+    stages = version.policy.stages
     changed = [replace(s, temperature=temperature) if s.dim == dim else s for s in stages]
     return {"policy": CascadePolicy(tuple(changed))}
 
 
-def of_threshold(version: Exported, threshold: float) -> Change:
-    first, *rest = policy_of(version).stages
+def with_threshold(version: Exported, threshold: float) -> Change:
+    first, *rest = version.policy.stages
     return {"policy": CascadePolicy((replace(first, threshold=threshold), *rest))}
 
 
 SMALL = r"by \d+\.?\d*(e-\d\d)?"
+MAGNITUDE = rf"{SMALL} on rows of magnitude \d+\.?\d*"
 
-# What the trained model would have to be for the SavedModel to be wrong, and what is said of it.
+# How the trained model would have to differ for the SavedModel to be wrong, and the error.
 WRONG: dict[str, tuple[Callable[[Exported], Change], str, str]] = {
     "features": (
         lambda v: shifted(v, features=1e-4),
         "features",
-        rf"{SMALL} on rows of magnitude \d+\.?\d*",
+        MAGNITUDE,
     ),
     "fewer features": (
         lambda v: {"features": v.job.features[:-1]},
@@ -78,10 +80,10 @@ WRONG: dict[str, tuple[Callable[[Exported], Change], str, str]] = {
     "logits": (
         lambda v: shifted(v, logits=1e-4),
         f"head_{DIMS[0]}",
-        rf"{SMALL} on rows of magnitude \d+\.?\d*",
+        MAGNITUDE,
     ),
     "temperature": (
-        lambda v: of_temperature(v, DIMS[1], 1.01),
+        lambda v: with_temperature(v, DIMS[1], 1.01),
         f"classify_{DIMS[1]}",
         f"{SMALL} in its probabilities",
     ),
@@ -91,12 +93,12 @@ WRONG: dict[str, tuple[Callable[[Exported], Change], str, str]] = {
         "its labels do not name its class ids",
     ),
     "a threshold above all": (
-        lambda v: of_threshold(v, 1.0),
+        lambda v: with_threshold(v, 1.0),
         "classify_adaptive",
         rf"row \d+ stops at dim {DIMS[0]} for ({DIMS[1]}|{DIMS[2]})",
     ),
     "a threshold below all": (
-        lambda v: of_threshold(v, 0.0),
+        lambda v: with_threshold(v, 0.0),
         "classify_adaptive",
         rf"row \d+ stops at dim ({DIMS[1]}|{DIMS[2]}) for {DIMS[0]}",
     ),
@@ -106,14 +108,19 @@ WRONG: dict[str, tuple[Callable[[Exported], Change], str, str]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_difference_is_named(untied: Exported, wrong: str) -> None:
     change, signature, how = WRONG[wrong]
-    with pytest.raises(ExportError, match=rf"\A{differs(signature, how)}\Z"):
-        check_parity(untied.path, untied.manifest, replace(untied.job, **change(untied)))
+    assert_differs(untied, change(untied), signature, how)
+
+
+def test_a_confidence_by_another_measure_is_named(untied: Exported) -> None:
+    policy = CascadePolicy(untied.policy.stages, "margin")
+    how = "its confidence is not its margin"
+    assert_differs(untied, {"policy": policy}, f"classify_{DIMS[0]}", how)
 
 
 @pytest.mark.parametrize(
     ("changes", "of_job", "signature", "how"),
     [
-        ({"normalize": False}, {}, "embed_8", rf"{SMALL} on rows of magnitude \d+\.?\d*"),
+        ({"normalize": False}, {}, "embed_8", MAGNITUDE),
         ({"name": "another"}, {}, "describe", "it is not the manifest"),
         ({"dims": (8, 12, 20)}, {"signatures": ("embed_12",)}, "embed_12", "it is missing"),
         (
@@ -124,115 +131,169 @@ def test_a_difference_is_named(untied: Exported, wrong: str) -> None:
         ),
     ],
 )
-def test_a_manifest_that_lies_is_found(
+def test_a_manifest_that_does_not_fit_is_found(
     encoder: Exported, changes: Change, of_job: Change, signature: str, how: str
 ) -> None:
     manifest, job = replace(encoder.manifest, **changes), replace(encoder.job, **of_job)
     with pytest.raises(ExportError, match=rf"\A{differs(signature, how)}\Z"):
-        check_parity(encoder.path, manifest, job)
+        check_parity(encoder.session, manifest, job)
 
 
 def test_what_was_published_is_equal(classifier: Exported, encoder: Exported) -> None:
     for version in (classifier, encoder):
-        check_parity(version.path, version.manifest, version.job)
+        report = check_parity(version.session, version.manifest, version.job)
+        assert (report["rows"], report["tolerance"]) == (16, 1e-5)
+        shares = report["largest_difference"]
+        assert shares.keys() == {*version.job.signatures, "serving_default"}
+        assert all(0 <= share <= 1e-5 for share in shares.values())
 
 
 def test_a_difference_of_rounding_is_none(untied: Exported) -> None:
     for by in ({"features": 5e-6}, {"logits": 5e-6}):
-        check_parity(untied.path, untied.manifest, replace(untied.job, **shifted(untied, **by)))
+        job = replace(untied.job, **shifted(untied, **by))
+        check_parity(untied.session, untied.manifest, job)
 
 
 def test_a_row_that_rounding_may_send_either_way_is_no_difference(untied: Exported) -> None:
     """A threshold moved across one confidence by less than the tolerance."""
-    sure = models.confidence(untied.job.logits[:, 0], TEMPERATURES[DIMS[0]])  # type: ignore[index]
-    first, *rest = policy_of(untied).stages
+    confidences = models.confidence(untied.logits[: models.SAMPLED, 0], TEMPERATURES[DIMS[0]])
+    first, *rest = untied.policy.stages
     assert first.threshold is not None
-    row = int(np.argmin(np.where(sure > first.threshold, sure, 2)))
+    row = int(np.argmin(np.where(confidences > first.threshold, confidences, 2)))
 
     def moved(by: float) -> Any:
-        policy = CascadePolicy((replace(first, threshold=float(sure[row] + by)), *rest))
-        return replace(untied.job, policy=policy)
+        stage = replace(first, threshold=float(confidences[row] + by))
+        return replace(untied.job, policy=CascadePolicy((stage, *rest)))
 
-    check_parity(untied.path, untied.manifest, moved(2e-6))
+    check_parity(untied.session, untied.manifest, moved(2e-6))
     with pytest.raises(ExportError, match=rf"row {row} stops at dim {DIMS[0]} for"):
-        check_parity(untied.path, untied.manifest, moved(1e-3))
+        check_parity(untied.session, untied.manifest, moved(1e-3))
 
 
-def broken_temperature(served: Any, patch: pytest.MonkeyPatch) -> None:
-    make = served.__init__
-
-    def init(self: Any, *args: Any) -> None:
-        make(self, *args)
-        self._temperatures[DIMS[1]] = 1.1
-
-    patch.setattr(served, "__init__", init)
+# A SavedModel that is wrong: the published one, saved again with a fault in each signature.
 
 
-def broken_scaling(served: Any, patch: pytest.MonkeyPatch) -> None:
-    def embed_at(self: Any, dim: int) -> Any:
-        return lambda **inputs: {"embedding": self._features(**inputs)[:, :dim]}
+@pytest.fixture(scope="module")
+def faulty(
+    untied: Exported, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SavedModelSession]:
+    loaded = tf.saved_model.load(str(untied.path))
+    right = loaded.signatures
+    first, second, last = DIMS
 
-    patch.setattr(served, "_embed_at", embed_at)
+    def features(image: Any) -> Any:
+        return right["features"](image=image)["features"]
+
+    def head(dim: int, features: Any) -> Any:
+        outputs = right[f"head_{dim}"](features=features)
+        return {name: outputs[name] for name in outputs if name != "logits"}
+
+    def of_the_last_columns(image: Any) -> Any:
+        return head(first, features(image)[:, -first:])
+
+    def of_another_temperature(image: Any) -> Any:
+        outputs = right[f"head_{second}"](features=features(image)[:, :second])
+        shares = tf.nn.softmax(outputs["logits"] / 1.1)
+        best = tf.gather(shares, outputs["class_ids"], batch_dims=1)
+        names = {"class_ids": outputs["class_ids"], "labels": outputs["labels"]}
+        return {**names, "probabilities": best, "confidence": best[:, 0]}
+
+    def with_ids_reversed(image: Any) -> Any:
+        outputs = right[f"classify_{last}"](image=image)
+        return {**outputs, "class_ids": outputs["class_ids"][:, ::-1]}
+
+    def always_at_the_last_dim(image: Any) -> Any:
+        outputs = right["classify_adaptive"](image=image)
+        return {**outputs, "dim": tf.fill(tf.shape(outputs["dim"]), last)}
+
+    def of_reversed_features(features: Any) -> Any:
+        return right[f"head_{second}"](features=features[:, ::-1])
+
+    image = {"image": tf.TensorSpec([None, 6, 6, 3], tf.float32, "image")}
+    prefix = {"features": tf.TensorSpec([None, second], tf.float32, "features")}
+    wrong = {
+        f"embed_{first}": trace(lambda image: {"embedding": features(image)[:, :first]}, image),
+        f"classify_{first}": trace(of_the_last_columns, image),
+        f"classify_{second}": trace(of_another_temperature, image),
+        f"classify_{last}": trace(with_ids_reversed, image),
+        f"head_{second}": trace(of_reversed_features, prefix),
+        "classify_adaptive": trace(always_at_the_last_dim, image),
+        "serving_default": trace(of_the_last_columns, image),
+        "describe": trace_describe(replace(untied.manifest, name="another")),
+    }
+    folder = str(tmp_path_factory.mktemp("faulty") / "1")
+    tf.saved_model.save(loaded, folder, signatures={**right, **wrong})
+    with SavedModelSession(folder) as session:
+        yield session
 
 
-def broken_head(served: Any, patch: pytest.MonkeyPatch) -> None:
-    logits = served._logits
-    patch.setattr(served, "_logits", lambda self, prefix, dim: logits(self, prefix[:, ::-1], dim))
-
-
-def broken_prefix(served: Any, patch: pytest.MonkeyPatch) -> None:
-    """Heads that are right about the features they are given, and given the wrong ones."""
-
-    def classify_at(self: Any, dim: int) -> Any:
-        return lambda **inputs: self._all_rows(
-            self._logits(self._features(**inputs)[:, -dim:], dim), dim
-        )
-
-    patch.setattr(served, "_classify_at", classify_at)
-
-
-def broken_ids(served: Any, patch: pytest.MonkeyPatch) -> None:
-    classification = served._classification
-
-    def reversed_ids(self: Any, likeliest: Any, rows: Any) -> Any:
-        answer = classification(self, likeliest, rows)
-        return {**answer, "class_ids": answer["class_ids"][:, ::-1]}
-
-    patch.setattr(served, "_classification", reversed_ids)
-
-
-def broken_description(served: Any, patch: pytest.MonkeyPatch) -> None:
-    del served
-    from keras_mrl_export import signatures
-    from keras_mrl_export.graph import describing
-
-    patch.setattr(signatures, "describing", lambda m: describing(dataclasses.replace(m, name="x")))
-
-
-@only_tensorflow
 @pytest.mark.parametrize(
-    ("break_it", "signature", "how"),
+    ("signature", "how"),
     [
-        (broken_scaling, f"embed_{DIMS[0]}", rf"{SMALL} on rows of magnitude 1"),
-        (broken_temperature, f"classify_{DIMS[1]}", f"{SMALL} in its probabilities"),
-        (broken_head, f"classify_{DIMS[0]}", f"{SMALL} in its probabilities"),
-        (broken_prefix, f"classify_{DIMS[0]}", f"{SMALL} in its probabilities"),
-        (broken_ids, f"classify_{DIMS[0]}", f"{SMALL} in its probabilities"),
-        (broken_description, "describe", "it is not the manifest"),
+        (f"embed_{DIMS[0]}", rf"{SMALL} on rows of magnitude 1"),
+        *((f"classify_{dim}", f"{SMALL} in its probabilities") for dim in DIMS),
+        (f"head_{DIMS[1]}", MAGNITUDE),
+        ("classify_adaptive", rf"row \d+ stops at dim {DIMS[2]} for ({DIMS[0]}|{DIMS[1]})"),
+        ("serving_default", f"{SMALL} in its probabilities"),
+        ("describe", "it is not the manifest"),
     ],
 )
-def test_a_signature_that_is_wrong_is_not_published(
-    untied: Exported,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    break_it: Callable[[Any, pytest.MonkeyPatch], None],
-    signature: str,
-    how: str,
+def test_a_signature_that_is_wrong_is_named(
+    untied: Exported, faulty: SavedModelSession, signature: str, how: str
 ) -> None:
-    from keras_mrl_export.signatures import ServedModel
+    class Repaired:
+        """The right signatures, and one that is wrong."""
 
-    break_it(ServedModel, monkeypatch)
-    sample = models.images(models.SAMPLED)
+        signatures = untied.session.signatures
+
+        def run(self, name: str, inputs: Any) -> Any:
+            return (faulty if name == signature else untied.session).run(name, inputs)
+
+    session: Any = Repaired()
     with pytest.raises(ExportError, match=rf"\A{differs(signature, how)}\Z"):
-        export_saved_model(untied.model, tmp_path, sample, untied.policy, labels=NAMES, top_k=TOP_K)
-    assert os.listdir(tmp_path) == []
+        check_parity(session, untied.manifest, untied.job)
+
+
+# Searches of a gallery
+
+
+@pytest.mark.parametrize(
+    ("signature", "wrong", "how"),
+    [
+        ("search", "ids", "it finds other neighbours"),
+        ("search", "scores", MAGNITUDE),
+        ("search_4", "ids", "it finds other neighbours"),
+    ],
+)
+def test_a_search_that_answers_otherwise_is_named(signature: str, wrong: str, how: str) -> None:
+    index = index_of()
+
+    def run(name: str, inputs: Any) -> Any:
+        queries = inputs["embedding"]
+        if name == "search":
+            neighbors = index.search(queries)
+        else:
+            neighbors = exact_neighbors(index, queries, [queries.shape[1]])[queries.shape[1]]
+        answer = {"ids": neighbors.ids, "scores": neighbors.scores.astype(np.float32)}
+        return {**answer, wrong: answer[wrong] + 1} if name == signature else answer
+
+    with pytest.raises(ExportError, match=rf"\A{differs(signature, how)}\Z"):
+        compare_searches(run, index, QUERIES, ["search", "search_4", "search_16"])
+    shares = compare_searches(run, index, QUERIES, {"search_8", "embed_4"})
+    assert list(shares) == ["search_8"]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_searches_at_one_dim_are_compared_with_the_nearest_of_all_rows(metric: str) -> None:
+    index = index_of("three stages", metric)
+    neighbors_by_dim = exact_neighbors(index, QUERIES, [3, 8, 12, WIDTH], rows_at_once=7)
+    assert list(neighbors_by_dim) == [3, 8, 12, WIDTH]
+    for dim, neighbors in neighbors_by_dim.items():
+        alone = ExactIndex.build(GALLERY, FunnelSchedule((dim,), (), 10), IDS, metric)
+        expected = alone.search(QUERIES[:, :dim])
+        np.testing.assert_allclose(neighbors.scores, expected.scores, rtol=1e-4, atol=1e-5)
+        gaps = np.abs(np.diff(neighbors.scores, axis=1, prepend=np.inf, append=-np.inf)) > 1e-4
+        clear = (gaps[:, :-1] & gaps[:, 1:])[:, :-1]
+        np.testing.assert_array_equal(neighbors.ids[:, :-1][clear], expected.ids[:, :-1][clear])
+        assert clear.mean() > 0.5
+    assert exact_neighbors(index, QUERIES, []) == {}

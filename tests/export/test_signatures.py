@@ -1,16 +1,21 @@
-"""Every signature of the contract equals the Keras model's own outputs, counted in NumPy."""
+"""Every signature of the contract equals the Keras model's own outputs, computed in NumPy.
 
-from collections.abc import Iterator
+The tests marked `backend` ask versions of models that each backend trained; the others ask about
+the graph alone, which TensorFlow makes of every model.
+"""
+
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_export.signatures import Likeliest, classify_adaptively, run_length
+from keras_mrl_serving.cascade.confidence import CONFIDENCES, confidence_of, midway
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import MANIFEST_FILE
-from tests.helpers import export_models as models
 from tests.helpers.export_models import (
     DIMS,
     NUM_CLASSES,
@@ -23,9 +28,11 @@ from tests.helpers.export_models import (
     cascade,
     classification,
     exported,
+    probabilities,
+    written_signatures,
 )
 
-pytestmark = pytest.mark.backend
+backend = pytest.mark.backend
 
 # Rows the export did not see. An empty batch has a test of its own, without convolutions: those
 # of TensorFlow with oneDNN return it in the shape of their input.
@@ -35,29 +42,26 @@ BATCHES = pytest.mark.parametrize("part", [ONE, SEVEN], ids=["one", "seven"])
 
 def assert_answers(answer: Arrays, expected: Arrays) -> None:
     assert set(answer) == set(expected)
-    dtypes = {"class_ids": np.int64, "labels": np.object_, "dim": np.int32}
+    dtypes = {"class_ids": np.int64, "labels": np.object_, "dim": np.int32, "ids": np.int64}
     for name, array in answer.items():
         assert array.dtype == dtypes.get(name, np.float32), name
         assert_equal_rows(array, expected[name])
 
 
-def policy_of(version: Exported) -> CascadePolicy:
-    assert version.policy is not None
-    return version.policy
+def expected_classes(version: Exported, part: slice, column: int, temperature: float) -> Arrays:
+    top_k, labels = version.manifest.top_k, version.manifest.labels
+    assert top_k is not None
+    return classification(version.logits[part, column], temperature, top_k, labels)
 
 
-def expected_classes(version: Exported, part: slice, index: int, temperature: float) -> Arrays:
-    manifest = version.manifest
-    assert manifest.top_k is not None
-    return classification(version.logits[part, index], temperature, manifest.top_k, manifest.labels)
-
-
+@backend
 @BATCHES
 def test_features_are_raw(classifier: Exported, part: slice) -> None:
     answer = classifier.ask("features", part)
     assert_answers(answer, {"features": classifier.features[part, : DIMS[-1]]})
 
 
+@backend
 @BATCHES
 @pytest.mark.parametrize("dim", DIMS)
 def test_embed_cuts_then_scales(untied: Exported, dim: int, part: slice) -> None:
@@ -66,39 +70,44 @@ def test_embed_cuts_then_scales(untied: Exported, dim: int, part: slice) -> None
     assert_answers(untied.ask(f"embed_{dim}", part), {"embedding": prefix / lengths})
 
 
+@backend
 @pytest.mark.parametrize("dim", DIMS)
 def test_embed_only_cuts_where_nothing_is_scaled(tied: Exported, dim: int) -> None:
     answer = tied.ask(f"embed_{dim}", SEVEN)
     assert_answers(answer, {"embedding": tied.features[SEVEN, :dim]})
 
 
+@backend
 @BATCHES
-@pytest.mark.parametrize("index", range(len(DIMS)))
-def test_classify(classifier: Exported, index: int, part: slice) -> None:
-    dim = DIMS[index]
-    expected = expected_classes(classifier, part, index, TEMPERATURES[dim])
+@pytest.mark.parametrize("column", range(len(DIMS)))
+def test_classify(classifier: Exported, column: int, part: slice) -> None:
+    dim = DIMS[column]
+    expected = expected_classes(classifier, part, column, TEMPERATURES[dim])
     assert_answers(classifier.ask(f"classify_{dim}", part), expected)
 
 
+@backend
 @BATCHES
-@pytest.mark.parametrize("index", range(len(DIMS)))
-def test_head_reads_given_features(classifier: Exported, index: int, part: slice) -> None:
-    dim = DIMS[index]
+@pytest.mark.parametrize("column", range(len(DIMS)))
+def test_head_reads_features_of_the_caller(classifier: Exported, column: int, part: slice) -> None:
+    dim = DIMS[column]
     prefix = np.ascontiguousarray(classifier.features[part, :dim])
     answer = classifier.session.run(f"head_{dim}", {"features": prefix})
-    expected = expected_classes(classifier, part, index, TEMPERATURES[dim])
-    assert_answers(answer, {**expected, "logits": classifier.logits[part, index]})
+    expected = expected_classes(classifier, part, column, TEMPERATURES[dim])
+    assert_answers(answer, {**expected, "logits": classifier.logits[part, column]})
 
 
+@backend
 @BATCHES
 def test_classify_adaptive(classifier: Exported, part: slice) -> None:
     manifest = classifier.manifest
     assert manifest.top_k is not None
-    whole = cascade(classifier.logits, policy_of(classifier), manifest.top_k, manifest.labels)
+    whole = cascade(classifier.logits, classifier.policy, manifest.top_k, manifest.labels)
     expected = {name: array[part] for name, array in whole.items()}
     assert_answers(classifier.ask("classify_adaptive", part), expected)
 
 
+@backend
 def test_the_rows_of_the_cascade_stop_at_every_stage(classifier: Exported) -> None:
     stopped = classifier.ask("classify_adaptive", slice(None))["dim"]
     dims, counts = np.unique(stopped, return_counts=True)
@@ -106,13 +115,27 @@ def test_the_rows_of_the_cascade_stop_at_every_stage(classifier: Exported) -> No
     assert counts.tolist() == [ROWS // 2, ROWS // 4, ROWS // 4]
 
 
-def test_an_adaptive_answer_never_depends_on_its_neighbours(classifier: Exported) -> None:
-    together = classifier.ask("classify_adaptive", slice(None))
-    alone = [classifier.ask("classify_adaptive", slice(row, row + 1)) for row in range(ROWS)]
-    backwards = classifier.session.run(
-        "classify_adaptive",
-        {name: array[::-1] for name, array in classifier.inputs(slice(None)).items()},
-    )
+@backend
+def test_searches_are_those_of_the_gallery_that_was_exported_with_the_model(tied: Exported) -> None:
+    index = tied.job.index
+    assert index is not None
+    queries = np.ascontiguousarray(tied.features[SEVEN, : DIMS[-1]])
+    neighbors = index.search(queries)
+    expected = {"ids": neighbors.ids, "scores": neighbors.scores}
+    assert_answers(tied.ask("retrieve", SEVEN), expected)
+    assert_answers(tied.session.run("search", {"embedding": queries}), expected)
+
+
+@backend
+def test_the_trained_model_keeps_its_precision(tied: Exported) -> None:
+    assert tied.model.layers[-1].compute_dtype == "bfloat16"
+    assert {spec["dtype"] for spec in tied.manifest.inputs.values()} == {"float32"}
+
+
+def test_an_adaptive_answer_never_depends_on_its_neighbours(untied: Exported) -> None:
+    together = untied.ask("classify_adaptive", slice(None))
+    alone = [untied.ask("classify_adaptive", slice(row, row + 1)) for row in range(ROWS)]
+    backwards = untied.ask("classify_adaptive", slice(None, None, -1))
     for name, array in together.items():
         assert_equal_rows(np.concatenate([answer[name] for answer in alone]), array)
         assert_equal_rows(backwards[name][::-1], array)
@@ -146,8 +169,8 @@ def test_describe_repeats_the_manifest_of_the_file(classifier: Exported, rows: i
 
 
 def test_without_names_or_policy_a_temperature_is_one(of_tokens: Exported) -> None:
-    for index, dim in enumerate(DIMS):
-        expected = expected_classes(of_tokens, SEVEN, index, 1.0)
+    for column, dim in enumerate(DIMS):
+        expected = expected_classes(of_tokens, SEVEN, column, 1.0)
         assert list(expected) == ["class_ids", "probabilities", "confidence"]
         assert_answers(of_tokens.ask(f"classify_{dim}", SEVEN), expected)
 
@@ -157,6 +180,11 @@ def test_an_encoder_embeds(encoder: Exported) -> None:
         prefix = encoder.features[SEVEN, :dim].astype(np.float64)
         scaled = prefix / np.linalg.norm(prefix, axis=-1, keepdims=True)
         assert_answers(encoder.ask(f"embed_{dim}", SEVEN), {"embedding": scaled})
+
+
+def test_a_row_of_zeros_is_not_scaled(encoder: Exported) -> None:
+    silent = encoder.session.run("embed_8", {"inputs": np.zeros((1, 7), np.float32)})["embedding"]
+    assert np.isfinite(silent).all()
 
 
 INPUTS: dict[str, dict[str, Any]] = {
@@ -183,12 +211,24 @@ def tensors(infos: Any) -> dict[str, Any]:
     }
 
 
+NEIGHBORS = {"ids": (tf.int64, [-1, 4]), "scores": (tf.float32, [-1, 4])}
+
+
 @pytest.mark.parametrize(
-    ("fixture", "top_k", "labels", "policy"),
-    [("untied", 3, True, True), ("tied", 5, True, True), ("of_tokens", 5, False, False)],
+    ("fixture", "top_k", "labels", "policy", "index"),
+    [
+        ("untied", 3, True, True, False),
+        ("tied", 5, True, True, True),
+        ("of_tokens", 5, False, False, False),
+    ],
 )
 def test_the_signatures_of_a_classifier_are_those_of_the_contract(
-    request: pytest.FixtureRequest, fixture: str, top_k: int, labels: bool, policy: bool
+    request: pytest.FixtureRequest,
+    fixture: str,
+    top_k: int,
+    labels: bool,
+    policy: bool,
+    index: bool,
 ) -> None:
     version: Exported = request.getfixturevalue(fixture)
     inputs, answer = INPUTS[fixture], classes(top_k, labels)
@@ -202,8 +242,13 @@ def test_the_signatures_of_a_classifier_are_those_of_the_contract(
         expected[f"classify_{dim}"] = (inputs, answer)
         logits = {"logits": (tf.float32, [-1, NUM_CLASSES])}
         expected[f"head_{dim}"] = ({"features": (tf.float32, [-1, dim])}, answer | logits)
+        if index:
+            expected[f"search_{dim}"] = ({"embedding": (tf.float32, [-1, dim])}, NEIGHBORS)
     if policy:
         expected["classify_adaptive"] = (inputs, answer | {"dim": (tf.int32, [-1])})
+    if index:
+        expected["retrieve"] = (inputs, NEIGHBORS)
+        expected["search"] = expected[f"search_{DIMS[-1]}"]
     assert {
         name: (tensors(signature.inputs), tensors(signature.outputs))
         for name, signature in version.session.signatures.items()
@@ -212,20 +257,10 @@ def test_the_signatures_of_a_classifier_are_those_of_the_contract(
 
 
 def test_the_signatures_of_an_encoder_are_those_of_the_contract(encoder: Exported) -> None:
-    assert sorted(set(encoder.session.signatures) - {"__saved_model_init_op"}) == [
-        "describe",
-        "embed_16",
-        "embed_20",
-        "embed_8",
-        "features",
-        "serving_default",
-    ]
+    embeds = {f"embed_{dim}" for dim in (8, 16, 20)}
+    expected = {"describe", "features", "serving_default", *embeds}
+    assert written_signatures(encoder.session) == expected
     assert tensors(encoder.session.signatures["embed_8"].inputs) == INPUTS["encoder"]
-
-
-def test_a_row_of_zeros_is_not_scaled(encoder: Exported) -> None:
-    silent = encoder.session.run("embed_8", {"inputs": np.zeros((1, 7), np.float32)})["embedding"]
-    assert np.isfinite(silent).all()
 
 
 def test_no_variable_is_stored_twice(untied: Exported) -> None:
@@ -235,34 +270,242 @@ def test_no_variable_is_stored_twice(untied: Exported) -> None:
     assert len(stored) == sum(len(part.variables) for part in parts)
 
 
-@pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
-    """A model that computes in bfloat16."""
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    try:
-        model = models.untied()
-    finally:
-        keras.config.set_dtype_policy("float32")
-    rows = {"": models.images()}
-    base_path = tmp_path_factory.mktemp("halves")
-    with exported(model, model.backbone, rows, base_path) as version:
-        yield version
+@pytest.mark.parametrize("measure", ["margin", "entropy"])
+def test_every_class_signature_has_the_confidence_of_its_policy(
+    untied: Exported, tmp_path: Path, measure: str
+) -> None:
+    logits = untied.logits
+    stages = []
+    for column, dim in enumerate(DIMS[:-1]):
+        confidences = np.sort(confidence_of(measure, logits[:, column], TEMPERATURES[dim]))
+        threshold = midway(confidences, len(confidences) // 2)
+        stages.append(Stage(dim, threshold, TEMPERATURES[dim]))
+    policy = CascadePolicy((*stages, Stage(DIMS[-1], None)), measure)
+    with exported(untied.model, untied.rows, tmp_path, policy=policy) as version:
+        assert version.manifest.cascade == policy.to_json()
+        everything = slice(0, None)
+        for column, stage in enumerate(policy.stages):
+            prefix = {"features": np.ascontiguousarray(untied.features[:, : stage.dim])}
+            head = version.session.run(f"head_{stage.dim}", prefix)
+            expected = confidence_of(measure, head["logits"], stage.temperature)
+            np.testing.assert_allclose(head["confidence"], expected, rtol=2e-5, atol=2e-6)
+            # The model's own logits may be off by the contract's tolerance.
+            answer = version.ask(f"classify_{stage.dim}", everything)
+            off = 2e-5 * np.abs(logits[:, column]).max(axis=-1) / stage.temperature
+            expected = confidence_of(measure, logits[:, column], stage.temperature)
+            assert (np.abs(answer["confidence"] - expected) <= np.maximum(off, 2e-6)).all()
+        answer = version.ask("classify_adaptive", everything)
+        class_ids, stage_of = policy.route(logits)
+        assert_equal_rows(answer["dim"], np.array(DIMS)[stage_of])
+        assert_equal_rows(answer["class_ids"][:, 0], class_ids)
+        assert len(set(answer["dim"].tolist())) == len(DIMS)
 
 
-def test_half_precision_is_served_in_float32(halves: Exported) -> None:
-    """The weights are those of the model; what float32 makes of them is `models.untied()`'s."""
-    plain = models.untied()
-    plain.set_weights(halves.model.get_weights())
-    rows = halves.rows[""]
-    features = halves.ask("features", slice(None))["features"]
-    assert_equal_rows(features, np.asarray(plain.backbone.predict(rows, verbose=0)))
-    logits = np.asarray(plain.predict(rows, verbose=0))
-    for index, dim in enumerate(DIMS):
-        prefix = np.ascontiguousarray(features[:, :dim])
-        answer = halves.session.run(f"head_{dim}", {"features": prefix})
-        assert_equal_rows(answer["logits"], logits[:, index])
-    assert halves.manifest.inputs["image"]["dtype"] == "float32"
+# The cascade in the graph: each row as if it were alone, where it stops, and in whose order.
+
+CLASSES, COUNT = 4, 20
+ALL, NOBODY = -1.0, 1.0  # every confidence is above the one, none above the other
+FEATURES = np.random.default_rng(0).normal(size=(COUNT, 6)).astype(np.float32)
+KERNEL = np.random.default_rng(1).normal(size=(6, CLASSES)).astype(np.float32)
 
 
-def test_the_trained_model_keeps_its_precision(halves: Exported) -> None:
-    assert halves.model.head.compute_dtype == "bfloat16"
+def policy(*thresholds: float, dims: tuple[int, ...] = (1, 3, 6)) -> CascadePolicy:
+    stages = [Stage(dim, t, 0.5 + dim) for dim, t in zip(dims, thresholds, strict=False)]
+    return CascadePolicy((*stages, Stage(dims[len(thresholds)], None)))
+
+
+class Heads:
+    """A head per dim that records how many rows it classifies."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def logits_at(self, prefix: Any, dim: int) -> Any:
+        self.calls.append((dim, int(prefix.shape[0])))
+        assert prefix.shape[1] == dim
+        return prefix @ KERNEL[:dim]
+
+    def classification(self, likeliest: Likeliest, rows: Any) -> dict[str, Any]:
+        best, class_ids = likeliest.best(rows, 1)
+        return {"class_id": class_ids[:, 0], "probability": best[:, 0]}
+
+
+def run(policy: CascadePolicy, features: Any = FEATURES) -> tuple[dict[str, Any], Heads]:
+    heads = Heads()
+    answer = classify_adaptively(
+        tf.constant(features), policy, heads.logits_at, heads.classification
+    )
+    return {name: column.numpy() for name, column in answer.items()}, heads
+
+
+def expected(policy: CascadePolicy, row: Any) -> tuple[int, int, float]:
+    """Class, dim and probability of one row, by the words of the contract."""
+    for stage in policy.stages:
+        logits = row[: stage.dim].astype(np.float64) @ KERNEL[: stage.dim]
+        raised = np.exp(logits / stage.temperature)
+        share = float((raised / raised.sum()).max())
+        if stage.threshold is None or share > stage.threshold:
+            break
+    return int(np.argmax(logits)), stage.dim, share
+
+
+def test_each_row_stops_where_it_is_sure_in_the_order_of_the_rows() -> None:
+    two_stops = policy(0.40, 0.32)
+    answer, _ = run(two_stops)
+    rows = [expected(two_stops, row) for row in FEATURES]
+    answers = zip(answer["class_id"].tolist(), answer["dim"].tolist(), strict=True)
+    assert list(answers) == [row[:2] for row in rows]
+    assert set(answer["dim"].tolist()) == {1, 3, 6}
+    np.testing.assert_allclose(answer["probability"], [share for *_, share in rows], rtol=1e-5)
+    assert answer["dim"].dtype == np.int32
+
+
+@pytest.mark.parametrize("measure", CONFIDENCES)
+def test_rows_stop_by_any_measure_as_the_policy_routes_them(measure: str) -> None:
+    dims = (1, 3, 6)
+    logits = np.stack([FEATURES[:, :dim] @ KERNEL[:dim] for dim in dims], axis=1)
+    stages = [Stage(dim, 0.0, 0.5 + dim) for dim in dims[:-1]]
+    sure = [confidence_of(measure, logits[:, i], s.temperature) for i, s in enumerate(stages)]
+    middle = [midway(np.sort(column), COUNT // 2) for column in sure]
+    stages = [replace(s, threshold=t) for s, t in zip(stages, middle, strict=True)]
+    by_measure = CascadePolicy((*stages, Stage(6, None)), measure)
+    answer, _ = run(by_measure)
+    class_ids, stage_of = by_measure.route(logits)
+    np.testing.assert_array_equal(answer["class_id"], class_ids)
+    np.testing.assert_array_equal(answer["dim"], np.array(dims)[stage_of])
+    assert len(set(answer["dim"].tolist())) == 3
+
+
+def test_a_row_alone_is_answered_as_among_others() -> None:
+    two_stops = policy(0.40, 0.32)
+    together, _ = run(two_stops)
+    for row in range(COUNT):
+        alone, _ = run(two_stops, FEATURES[row : row + 1])
+        assert {name: column[0] for name, column in alone.items()} == {
+            name: column[row] for name, column in together.items()
+        }
+
+
+def test_wider_heads_are_asked_only_for_rows_still_unsure() -> None:
+    answer, heads = run(policy(0.40, 0.32))
+    unsure = [int((answer["dim"] >= dim).sum()) for dim in (1, 3, 6)]
+    assert heads.calls == list(zip((1, 3, 6), unsure, strict=True))
+    assert COUNT > unsure[1] > unsure[2] > 0
+
+
+def test_a_threshold_below_all_confidences_stops_all_at_the_first_dim() -> None:
+    answer, heads = run(policy(ALL, ALL))
+    assert set(answer["dim"].tolist()) == {1}
+    assert heads.calls == [(1, COUNT), (3, 0), (6, 0)]
+
+
+def test_a_threshold_above_all_confidences_asks_every_dim() -> None:
+    answer, heads = run(policy(NOBODY, NOBODY))
+    assert set(answer["dim"].tolist()) == {6}
+    assert heads.calls == [(1, COUNT), (3, COUNT), (6, COUNT)]
+    np.testing.assert_array_equal(answer["class_id"], np.argmax(FEATURES @ KERNEL, axis=-1))
+
+
+def test_a_confidence_equal_to_the_threshold_is_not_above_it() -> None:
+    level = np.zeros((1, 6), np.float32)  # four equal logits: a confidence of exactly 1/4
+    assert run(policy(0.25, ALL), level)[0]["dim"].tolist() == [3]
+    assert run(policy(np.nextafter(np.float32(0.25), 0), ALL), level)[0]["dim"].tolist() == [1]
+
+
+def test_one_stage_is_that_dim() -> None:
+    answer, _ = run(CascadePolicy((Stage(3, None),)))
+    assert set(answer["dim"].tolist()) == {3}
+    np.testing.assert_array_equal(
+        answer["class_id"], np.argmax(FEATURES[:, :3] @ KERNEL[:3], axis=-1)
+    )
+
+
+def test_no_rows_have_no_answers() -> None:
+    answer, _ = run(policy(0.3, 0.35), FEATURES[:0])
+    assert {name: column.shape for name, column in answer.items()} == {
+        "class_id": (0,),
+        "probability": (0,),
+        "dim": (0,),
+    }
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf])
+def test_a_spoilt_row_spoils_no_other(spoilt: float) -> None:
+    features = FEATURES.copy()
+    features[7] = spoilt
+    (answer, _), (clean, _) = run(policy(0.40, 0.32), features), run(policy(0.40, 0.32))
+    others = np.arange(COUNT) != 7
+    for name, column in answer.items():
+        np.testing.assert_array_equal(column[others], clean[name][others])
+
+
+def test_large_logits_do_not_overflow() -> None:
+    answer, _ = run(policy(0.9, 0.9), 1e4 * np.abs(FEATURES))
+    assert set(answer["dim"].tolist()) == {1}
+
+
+# The likeliest classes are those of `top_k`, at any number of classes.
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("classes", [1, 7, 100, 4095, 4096, 4097, 5000, 10_000, 100_000])
+@pytest.mark.parametrize("ties", [False, True])
+def test_they_are_those_of_top_k(classes: int, ties: bool) -> None:
+    logits = RNG.normal(size=(9, classes), scale=2).astype(np.float32)
+    if ties:
+        logits = np.round(logits)
+    likeliest = Likeliest(tf.constant(logits), 1.0)
+    rows = np.array([8, 0, 3, 3], np.int32)
+    shares = tf.nn.softmax(logits)
+    np.testing.assert_array_equal(
+        likeliest.confidence("max_probability"), tf.reduce_max(shares, -1)
+    )
+    for k in (1, 5, 20):
+        if k > classes:
+            continue
+        best, ids = likeliest.best(tf.constant(rows), k)
+        expected = tf.math.top_k(tf.gather(shares, rows), k)
+        np.testing.assert_array_equal(ids, expected.indices)
+        np.testing.assert_array_equal(best, expected.values)
+
+
+def test_a_temperature_divides_the_logits() -> None:
+    logits = RNG.normal(size=(3, 5000)).astype(np.float32)
+    confidence = Likeliest(tf.constant(logits), 0.25).confidence("max_probability")
+    np.testing.assert_allclose(confidence, probabilities(logits, 0.25).max(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 100, 10_000])
+@pytest.mark.parametrize("measure", CONFIDENCES)
+def test_confidences_are_those_of_numpy(classes: int, measure: str) -> None:
+    logits = RNG.normal(size=(6, classes), scale=3).astype(np.float32)
+    logits[0, 0] = 500  # as sure as can be: 0 log 0 is 0
+    confidence = Likeliest(tf.constant(logits), 0.5).confidence(measure)
+    np.testing.assert_allclose(
+        confidence, confidence_of(measure, logits, 0.5), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_of_no_rows_there_are_none() -> None:
+    likeliest = Likeliest(tf.zeros((0, 5000)), 1.0)
+    best, ids = likeliest.best(tf.zeros((0,), tf.int32), 3)
+    assert best.shape == ids.shape == (0, 3)
+    assert likeliest.confidence("max_probability").shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("classes", "run"),
+    [(1000, 1), (4095, 1), (4096, 64), (4099, 1), (10_000, 100), (100_000, 320)],
+)
+def test_runs_are_near_the_root(classes: int, run: int) -> None:
+    length = run_length(classes)
+    assert classes % length == 0
+    assert length == run or abs(np.log(length / np.sqrt(classes))) < np.log(4)
+    assert (length == 1) == (run == 1)
+
+
+def test_as_many_as_there_are_runs() -> None:
+    logits = RNG.normal(size=(2, 4096)).astype(np.float32)
+    _, ids = Likeliest(tf.constant(logits), 1.0).best(tf.range(2), 64)
+    np.testing.assert_array_equal(ids, tf.math.top_k(logits, 64).indices)

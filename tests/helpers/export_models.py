@@ -1,8 +1,8 @@
-"""Small models with fixed weights, and what they should answer, counted in NumPy."""
+"""Small models with fixed weights, their exports, and the answers expected of them, in NumPy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +13,13 @@ import keras
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tensorflow as tf
+from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
+from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, split
 from keras_mrl_export import export, export_saved_model, process
 from keras_mrl_export.job import Job
+from keras_mrl_export.warmup import WARMUP_FILE
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
@@ -28,6 +31,7 @@ DIMS, NUM_CLASSES, TOP_K = (2, 4, 16), 10, 3
 NAMES = tuple("null eins zwei drei vier fünf sechs sieben acht neun".split())
 TEMPERATURES = {2: 0.5, 4: 1.0, 16: 2.5}
 ROWS, SAMPLED = 48, 16  # the sample is the first rows; the tests ask for others
+X = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
 
 only_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="the export runs in this process only there"
@@ -84,10 +88,19 @@ def of_tokens() -> keras.Model:
 
 
 def encoder() -> keras.Model:
-    """A model without a head, whose input has the name Keras made up for it."""
+    """A model without a head, with an input that has only a name of Keras' own making."""
     inputs = keras.Input((7,))
     features = keras.layers.Dense(20)(keras.layers.Dense(9, activation="relu")(inputs))
     return with_fixed_weights(keras.Model(inputs, features, name="encoder"), {"": sides()["left"]})
+
+
+def dense(head: bool = False, width: int = 8) -> keras.Model:
+    """The smallest model of all: one layer, of rows like `X`, with a head or without."""
+    inputs = keras.Input((5,), name="x")
+    features = keras.layers.Dense(width)(inputs)
+    if head:
+        features = MatryoshkaHead(3, dims=(2, 4, width))(features)
+    return keras.Model(inputs, features, name="small")
 
 
 def images(rows: int = ROWS) -> Array:
@@ -108,7 +121,7 @@ def tokens(rows: int = ROWS) -> Array:
 
 def with_fixed_weights(model: keras.Model, rows: Arrays) -> keras.Model:
     """Build the model and give it the same weights on every backend, statistics included."""
-    model.predict(given(rows, slice(0, 1)), verbose=0)
+    model(as_sample(rows, slice(0, 1)))
     rng = np.random.default_rng(0)
     values = [rng.normal(size=w.shape, scale=0.6).astype(np.float32) for w in model.weights]
     for weight, value in zip(model.weights, values, strict=True):
@@ -116,25 +129,30 @@ def with_fixed_weights(model: keras.Model, rows: Arrays) -> keras.Model:
     return model
 
 
-def given(rows: Arrays, part: slice) -> Any:
-    """What a caller gives: a bare array, or arrays by name."""
-    cut = {name: array[part] for name, array in rows.items()}
-    return cut[""] if set(cut) == {""} else cut
+def as_sample(rows: Arrays, part: slice) -> Any:
+    """Some rows as a caller gives them: a bare array, or arrays by name."""
+    arrays = {name: array[part] for name, array in rows.items()}
+    return arrays[""] if set(arrays) == {""} else arrays
+
+
+def outputs(model: keras.Model, rows: Any) -> Array:
+    """The outputs of a Keras model, in NumPy, without a compilation."""
+    return np.asarray(keras.ops.convert_to_numpy(model(rows, training=False)), np.float32)
 
 
 @contextmanager
-def jobs_seen() -> Iterator[list[Job]]:
-    """The jobs that exports build meanwhile."""
-    seen: list[Job] = []
+def recorded_jobs() -> Iterator[list[Job]]:
+    """A list of the jobs that are built meanwhile."""
+    jobs: list[Job] = []
     build = process.build_on_tensorflow
 
-    def watched(model: keras.Model, job: Job) -> Path:
-        seen.append(job)
+    def record(model: keras.Model, job: Job) -> Path:
+        jobs.append(job)
         return build(model, job)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "build_on_tensorflow", watched)
-        yield seen
+        patch.setattr(export, "build_on_tensorflow", record)
+        yield jobs
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,29 +160,24 @@ class Exported:
     """A published version, the Keras model it was made of, and rows to ask both."""
 
     model: keras.Model
-    backbone: keras.Model
+    features: Array
+    logits: Array  # (rows, dims, classes), or the features without a head
     rows: Arrays
     path: Path
     job: Job
     session: SavedModelSession
-    policy: CascadePolicy | None = None
-    quality: Mapping[int, Mapping[str, float]] | None = None
 
     @cached_property
     def manifest(self) -> Manifest:
-        return Manifest.from_json((self.path / MANIFEST_FILE).read_text())
+        return read_manifest(self.path)
 
-    @cached_property
-    def features(self) -> Array:
-        return np.asarray(self.backbone.predict(given(self.rows, slice(None)), verbose=0))
-
-    @cached_property
-    def logits(self) -> Array:
-        """By dim."""
-        return np.asarray(self.model.predict(given(self.rows, slice(None)), verbose=0))
+    @property
+    def policy(self) -> CascadePolicy:
+        assert self.job.policy is not None
+        return self.job.policy
 
     def inputs(self, part: slice) -> Arrays:
-        """By the names that are served."""
+        """Some rows by the names that are served."""
         return {self.job.input_names[key]: array[part] for key, array in self.rows.items()}
 
     def ask(self, signature: str, part: slice) -> Arrays:
@@ -174,30 +187,57 @@ class Exported:
 @contextmanager
 def exported(
     model: keras.Model,
-    backbone: keras.Model,
     rows: Arrays,
     base_path: Path,
-    policy: CascadePolicy | None = None,
-    quality: Mapping[int, Mapping[str, float]] | None = None,
+    *,
+    reference: keras.Model | None = None,
     **arguments: Any,
 ) -> Iterator[Exported]:
-    sample = given(rows, slice(0, SAMPLED))
-    with jobs_seen() as jobs:
-        path = export_saved_model(model, base_path, sample, policy, quality=quality, **arguments)
+    """Export a model; `reference` answers in its place where its own answers are less exact."""
+    reference, everything = reference or model, as_sample(rows, slice(None))
+    features, logits = outputs(split(reference)[0], everything), outputs(reference, everything)
+    with recorded_jobs() as jobs:
+        path = export_saved_model(model, base_path, as_sample(rows, slice(SAMPLED)), **arguments)
     with SavedModelSession(path) as session:
-        yield Exported(model, backbone, rows, path, jobs[0], session, policy, quality)
+        yield Exported(model, features, logits, rows, path, jobs[0], session)
+
+
+def read_manifest(path: Path) -> Manifest:
+    return Manifest.from_json((path / MANIFEST_FILE).read_bytes())
+
+
+def warmup_sizes(path: Path) -> dict[str, list[int]]:
+    """The batch sizes of the warm-up records of each signature."""
+    sizes: dict[str, list[int]] = {}
+    for signature, inputs in warmup_records(path):
+        (size,) = {len(array) for array in inputs.values()}
+        sizes.setdefault(signature, []).append(size)
+    return sizes
+
+
+def warmup_records(path: Path) -> Iterator[tuple[str, Arrays]]:
+    """The warm-up records of a version: each a signature with its inputs."""
+    for record in tf.data.TFRecordDataset(str(path / WARMUP_FILE)):
+        request = PredictionLog.FromString(record.numpy()).predict_log.request
+        inputs = {name: tf.make_ndarray(proto) for name, proto in request.inputs.items()}
+        yield request.model_spec.signature_name, inputs
+
+
+def written_signatures(session: SavedModelSession) -> set[str]:
+    """The names of all signatures, without one that TensorFlow adds."""
+    return set(session.signatures) - {"__saved_model_init_op"}
 
 
 def halving_policy(logits: Array) -> CascadePolicy:
-    """A cascade at each of whose stages half of the rows stop, half of those left at the next."""
+    """A cascade at each stage of which half of the rows stop that reach it."""
     stages = []
-    left = np.arange(len(logits))
-    for index, dim in enumerate(DIMS[:-1]):
-        sure = confidence(logits[left, index], TEMPERATURES[dim])
-        low, high = np.sort(sure)[len(sure) // 2 - 1 : len(sure) // 2 + 1]
+    unsure = np.arange(len(logits))
+    for column, dim in enumerate(DIMS[:-1]):
+        confidences = confidence(logits[unsure, column], TEMPERATURES[dim])
+        low, high = np.sort(confidences)[len(unsure) // 2 - 1 : len(unsure) // 2 + 1]
         threshold = float(np.float32(low + (high - low) / 2))
         stages.append(Stage(dim, threshold, TEMPERATURES[dim]))
-        left = left[sure <= threshold]
+        unsure = unsure[confidences <= threshold]
     return CascadePolicy((*stages, Stage(DIMS[-1], None, TEMPERATURES[DIMS[-1]])))
 
 
