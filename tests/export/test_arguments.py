@@ -1,4 +1,4 @@
-"""Where a version may go, and what it may be called."""
+"""Which arguments an export takes, and the whole error for each one it refuses."""
 
 import os
 from pathlib import Path
@@ -8,22 +8,273 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mrl_cli.deploying.work import _NAME
-from keras_mrl_export import arguments, export_index, export_saved_model
+from keras_mrl_export import export_index, export_saved_model
+from keras_mrl_export.arguments import (
+    check_base_path,
+    check_batch_sizes,
+    check_name,
+    check_policy_is_used,
+    choose_signatures,
+)
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.funnel import FunnelSchedule
-from keras_mrl_serving.index import ExactIndex
+from keras_mrl_serving.index import ExactIndex, FaissIndex
+from tests.helpers.export_models import NAMES, X, dense
 
-X = np.ones((4, 8), np.float32)
+CLASSIFIER, ENCODER = dense(head=True), dense(width=20)
+ROWS = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+
+
+def refusal(
+    base_path: Path, kind: type[Exception], model: keras.Model = CLASSIFIER, **arguments: Any
+) -> str:
+    """The error for arguments that do not fit; the attempt may leave nothing."""
+    with pytest.raises(kind) as caught:
+        export_saved_model(model, base_path, X, **arguments)
+    assert type(caught.value) is kind
+    assert not base_path.exists()
+    return str(caught.value)
+
+
+UNKNOWN_DIMS = "dims must be dims of the model: (2, 4, 8). "
+CHECKED_DIMS = "dims must be strictly increasing positive integers. "
+LABELS = "labels must name each of the 3 classes on one line. "
+ONE_EACH = "Give one non-empty string of UTF-8 per class id, without line breaks or outer blanks."
+QUALITY = "quality must give finite numbers for exported dims: (2, 4, 8). "
+NO_QUALITY = "quality must give measures by dim, and a number by measure. "
+WEIGHTS = "weights must hold one number per dim. "
+ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown dim": (
+        {"dims": (2, 3)},
+        UNKNOWN_DIMS + "Received: dims=(2, 3). Leave dims out to export all of them.",
+    ),
+    "no dims": (
+        {"dims": ()},
+        CHECKED_DIMS + "Received: dims=(). Give prefix lengths, for example dims=(8, 16, 32).",
+    ),
+    "dims between integers": (
+        {"dims": (8.7,)},
+        CHECKED_DIMS + "Received: dims=(8.7,). Give prefix lengths, for example dims=(8, 16, 32).",
+    ),
+    "dim zero": (
+        {"dims": (0, 2)},
+        CHECKED_DIMS + "Received: dims=(0, 2). Sort them and drop repeats: dims=(2,).",
+    ),
+    "top_k=0": (
+        {"top_k": 0},
+        "top_k must be a positive integer. Received: top_k=0. Give for example 5.",
+    ),
+    "top_k=1.5": (
+        {"top_k": 1.5},
+        "top_k must be a positive integer. Received: top_k=1.5. Give for example 5.",
+    ),
+    "version=-1": (
+        {"version": -1},
+        "version must be a non-negative integer. Received: version=-1. "
+        "Leave it out to take the next number.",
+    ),
+    "too few labels": (
+        {"labels": ["a", "b"]},
+        LABELS + "Received: 2 labels ['a', 'b']. " + ONE_EACH,
+    ),
+    "a label of two lines": (
+        {"labels": ["a", "b\nc", "d"]},
+        LABELS + "Received: 3 labels ['a', 'b\\nc', 'd']. " + ONE_EACH,
+    ),
+    "an empty label": (
+        {"labels": ["a", "", "d"]},
+        LABELS + "Received: 3 labels ['a', '', 'd']. " + ONE_EACH,
+    ),
+    "a label with a blank around it": (
+        {"labels": ["a", "b ", "c"]},
+        LABELS + "Received: 3 labels ['a', 'b ', 'c']. " + ONE_EACH,
+    ),
+    "labels that are numbers": (
+        {"labels": [0, 1, 2]},
+        LABELS + "Received: 3 labels [0, 1, 2]. " + ONE_EACH,
+    ),
+    "a label that is no UTF-8": (
+        {"labels": ["a", "\ud800", "c"]},
+        LABELS + "Received: 3 labels ['a', '\\ud800', 'c']. " + ONE_EACH,
+    ),
+    "a label with a carriage return, which TensorFlow would drop": (
+        {"labels": ["a", "b\rc", "d"]},
+        LABELS + "Received: 3 labels ['a', 'b\\rc', 'd']. " + ONE_EACH,
+    ),
+    "dims of several types": (
+        {"dims": ["8", 4]},
+        CHECKED_DIMS
+        + "Received: dims=('8', 4). Give prefix lengths, for example dims=(8, 16, 32).",
+    ),
+    "signatures in lists": (
+        {"signatures": [["embed"], 5]},
+        "signatures must be of those the model can have: embed_2, embed_4, embed_8, classify_2, "
+        "classify_4, classify_8, features, head_2, head_4, head_8. "
+        "Received: ['embed'], 5. Give those names, or a family of them: \"embed\".",
+    ),
+    "quality without measures": (
+        {"quality": {8: 0.9}},
+        NO_QUALITY + "Received: quality={8: 0.9}. Give for example {8: {'top1': 0.93}}.",
+    ),
+    "quality without dims": (
+        {"quality": 0.9},
+        NO_QUALITY + "Received: quality=0.9. Give for example {8: {'top1': 0.93}}.",
+    ),
+    "quality in words": (
+        {"quality": {"full": {"top1": "good"}}},
+        NO_QUALITY
+        + "Received: quality={'full': {'top1': 'good'}}. Give for example {8: {'top1': 0.93}}.",
+    ),
+    "a policy over unknown dims": (
+        {"policy": CascadePolicy((Stage(2, 0.5), Stage(6, None)))},
+        "The policy's dims must be exported dims. "
+        "Received: a policy over (2, 6) for dims=(2, 4, 8). Learn it on these dims.",
+    ),
+    "a policy over dims left out": (
+        {"policy": CascadePolicy((Stage(2, 0.5), Stage(4, None))), "dims": (2, 8)},
+        "The policy's dims must be exported dims. "
+        "Received: a policy over (2, 4) for dims=(2, 8). Learn it on these dims.",
+    ),
+    "quality of unknown dims": (
+        {"quality": {16: {"top1": 0.5}}},
+        QUALITY + "Received: quality={16: {'top1': 0.5}}. Leave out what was not measured.",
+    ),
+    "quality that is not a number": (
+        {"quality": {8: {"top1": float("nan")}}},
+        QUALITY + "Received: quality={8: {'top1': nan}}. Leave out what was not measured.",
+    ),
+    "too few weights": (
+        {"weights": (1.0, 2.0)},
+        WEIGHTS + "Received: 2 weights (1.0, 2.0) for 3 dims. "
+        "Give as many weights as the head has dims, or weights=None for ones.",
+    ),
+    "dims that are a number": (
+        {"dims": 5},
+        CHECKED_DIMS + "Received: dims=5. Give prefix lengths, for example dims=(8, 16, 32).",
+    ),
+    "batch sizes that are a number": (
+        {"warmup_batch_sizes": 5},
+        "warmup_batch_sizes must be positive integers. Received: 5. "
+        "Give for example (1, 32), or () for no warm-up.",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", ARGUMENTS)
+def test_arguments_that_do_not_fit(tmp_path: Path, wrong: str) -> None:
+    arguments, text = ARGUMENTS[wrong]
+    assert refusal(tmp_path / "m", ValueError, **arguments) == text
+
+
+EXACT = (
+    "A gallery in the graph has an exact first stage, as ExactIndex has. Received: FaissIndex. "
+    "Build one of the same embeddings: ExactIndex.build(gallery, schedule, ids)."
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"signatures": 5},
+            "signatures must be names or families of signatures. Received: signatures=5. "
+            'Give for example ["embed", "classify_64"], or None for all.',
+        ),
+        (
+            {"policy": {}},
+            "policy must be a CascadePolicy. Received: dict. Learn one with "
+            "CascadePolicy.learn, or read a manifest's with CascadePolicy.from_json.",
+        ),
+        (
+            {"labels": "abc"},
+            "labels must be a list of class names. Received: labels='abc'. "
+            "Give one string per class id.",
+        ),
+        (
+            {"decoder": {}},
+            "decoder must be an ImageDecoder. Received: dict. "
+            "Give one of the model's input: ImageDecoder(height=32, width=32).",
+        ),
+        ({"index": FaissIndex.build(ROWS, FunnelSchedule((8,), (), 1))}, EXACT),
+    ],
+)
+def test_arguments_of_another_type(tmp_path: Path, arguments: Any, text: str) -> None:
+    assert refusal(tmp_path / "m", TypeError, **arguments) == text
+
+
+def test_a_gallery_of_another_type(tmp_path: Path) -> None:
+    index: Any = FaissIndex.build(ROWS, FunnelSchedule((8,), (), 1))
+    with pytest.raises(TypeError) as caught:
+        export_index(index, tmp_path / "m")
+    assert str(caught.value) == EXACT
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("index", "text"),
+    [
+        (
+            ExactIndex.build(ROWS, FunnelSchedule((4,), (), 1)),
+            "An index that is exported with a model is as wide as the model's last dim. "
+            "Received: an index of width 4 for dims=(2, 4, 8). "
+            "Give dims= up to its width, or build it at the last dim.",
+        ),
+        *(
+            (
+                ExactIndex.build(ROWS, FunnelSchedule((8,), (), 1), metric=metric),
+                "Embeddings of unit length are compared by cosine: their prefixes have other "
+                f"lengths. Received: an index with metric={metric!r} and normalize=True. "
+                "Give normalize=False, or build the index with cosine.",
+            )
+            for metric in ("dot", "l2")
+        ),
+    ],
+)
+def test_indexes_that_do_not_fit_a_model(index: ExactIndex, text: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path / "m", ValueError, index=index) == text
+
+
+def test_an_encoder_has_no_use_for_arguments_of_a_head(tmp_path: Path) -> None:
+    policy = CascadePolicy((Stage(8, 0.5), Stage(20, None)))
+    for arguments in ({"policy": policy}, {"labels": NAMES}):
+        assert refusal(tmp_path / "m", ValueError, ENCODER, **arguments) == (
+            "policy and labels belong to a model with a head. "
+            "Received: a model that does not end in a MatryoshkaHead. "
+            "Leave them out, or export a MatryoshkaClassifier."
+        )
+
+
+def test_the_dims_of_an_encoder_are_within_its_width(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "m", ValueError, ENCODER, dims=(8, 21)) == (
+        "dims must be dims of the model: 1..20. "
+        "Received: dims=(8, 21). Leave dims out to export all of them."
+    )
+
+
+@pytest.mark.parametrize("sizes", [(1, 5), np.array([1, 5]), (size for size in (1, 5))])
+def test_batch_sizes_may_come_in_any_sequence(sizes: Any) -> None:
+    assert check_batch_sizes(sizes) == (1, 5)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (True,), (1.5,)])
+def test_batch_sizes_that_are_none(sizes: Any) -> None:
+    with pytest.raises(ValueError, match="warmup_batch_sizes") as caught:
+        check_batch_sizes(sizes)
+    assert str(caught.value) == (
+        f"warmup_batch_sizes must be positive integers. Received: {sizes}. "
+        "Give for example (1, 32), or () for no warm-up."
+    )
+
+
+# Where a version may go, and what it may be called.
 
 
 def to_model(base_path: Any, **arguments: Any) -> Path:
-    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8)])
-    return export_saved_model(model, base_path, X, **arguments)
+    return export_saved_model(ENCODER, base_path, X, **arguments)
 
 
 def to_index(base_path: Any, **arguments: Any) -> Path:
-    index = ExactIndex.build(X, FunnelSchedule((8,), (), 1))
-    return export_index(index, base_path, **arguments)
+    return export_index(ExactIndex.build(ROWS, FunnelSchedule((8,), (), 1)), base_path, **arguments)
 
 
 EXPORTS = pytest.mark.parametrize("export", [to_model, to_index])
@@ -31,16 +282,16 @@ URLS = ["gs://bucket/birds", "s3://bucket/birds", "hdfs://host/birds", "file:///
 
 
 @EXPORTS
-@pytest.mark.parametrize("given", [*URLS, Path("gs://bucket/birds"), ""])
+@pytest.mark.parametrize("base_path", [*URLS, Path("gs://bucket/birds"), ""])
 def test_a_base_path_that_is_no_folder(
-    export: Any, given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Any, base_path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="base_path") as caught:
-        export(given)
+        export(base_path)
     assert str(caught.value) == (
         "base_path must be a folder of a file system. "
-        f"Received: base_path={str(given) if given else ''!r}. "
+        f"Received: base_path={str(base_path) if base_path else ''!r}. "
         "Export to a folder, then copy the version's folder to where servers read."
     )
     assert os.listdir(tmp_path) == []
@@ -56,9 +307,9 @@ def test_a_base_path_of_another_kind(export: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("given", ["a:b", "C:/models", "models/gs://x", "./s3:/x", "~x", "/a"])
-def test_folders_of_odd_names_are_folders(given: str) -> None:
-    assert arguments.checked_base_path(given) == Path(given)
+@pytest.mark.parametrize("base_path", ["a:b", "C:/models", "models/gs://x", "./s3:/x", "~x", "/a"])
+def test_folders_of_odd_names_are_folders(base_path: str) -> None:
+    assert check_base_path(base_path) == Path(base_path)
 
 
 @EXPORTS
@@ -82,7 +333,76 @@ def test_a_gallery_has_no_name_of_its_own(tmp_path: Path) -> None:
         to_index(tmp_path, name=None)
 
 
-def test_a_name_is_what_deploy_takes() -> None:
-    assert arguments._NAME == _NAME
-    for name in ("a", "birds", "tiny_One", "v1.2-beta"):
-        assert arguments.checked_name(name) == name
+@pytest.mark.parametrize("name", ["a", "birds", "tiny_One", "v1.2-beta"])
+def test_a_name(name: str) -> None:
+    assert check_name(name) == name
+
+
+# Which signatures are written: all of the model's, or those that were requested.
+
+POLICY = CascadePolicy((Stage(2, 0.5), Stage(4, None)))
+INDEX = ExactIndex.build(np.eye(8, 4, dtype=np.float32), FunnelSchedule((2, 4), (3,), 1))
+
+
+def chosen(requested: Any, policy: Any = POLICY, index: Any = None) -> tuple[str, ...]:
+    return choose_signatures(requested, (2, 4), True, policy, index)
+
+
+def test_all_unless_some_are_requested() -> None:
+    assert chosen(None) == (
+        *("embed_2", "embed_4", "classify_2", "classify_4", "features", "head_2", "head_4"),
+        "classify_adaptive",
+    )
+    assert chosen(None, index=INDEX)[-4:] == ("retrieve", "search", "search_2", "search_4")
+    assert choose_signatures(None, (8,), False, None, None) == ("embed_8", "features")
+
+
+@pytest.mark.parametrize(
+    ("requested", "names"),
+    [
+        (["embed"], ("embed_2", "embed_4")),
+        ("embed", ("embed_2", "embed_4")),
+        (["head_4", "embed_2", "embed_2"], ("embed_2", "head_4")),
+        (["classify"], ("classify_2", "classify_4")),
+        (["classify_adaptive"], ("classify_adaptive",)),
+        (["describe", "serving_default"], ()),
+        ([], ()),
+    ],
+)
+def test_names_and_families(requested: Any, names: tuple[str, ...]) -> None:
+    assert chosen(requested) == names
+
+
+def test_search_is_the_funnel_and_its_family() -> None:
+    assert chosen(["search"], index=INDEX) == ("search", "search_2", "search_4")
+
+
+def test_signatures_that_the_model_cannot_have() -> None:
+    with pytest.raises(ValueError, match="signatures must be of those") as caught:
+        choose_signatures(["embed", "classify", "embed_3"], (2, 4), False, None, None)
+    assert str(caught.value) == (
+        "signatures must be of those the model can have: embed_2, embed_4, features. "
+        "Received: 'classify', 'embed_3'. Give those names, or a family of them: \"embed\"."
+    )
+
+
+def test_a_policy_that_no_signature_uses_is_refused() -> None:
+    warm = CascadePolicy((Stage(2, 0.5, 3.0), Stage(4, None)))
+    refused = [
+        (POLICY, ["embed", "classify", "head"]),
+        (warm, ["embed", "classify_4", "features"]),
+    ]
+    for policy, signatures in refused:
+        with pytest.raises(ValueError, match="policy") as caught:
+            check_policy_is_used(policy, chosen(signatures, policy), (2, 4))
+        assert str(caught.value) == (
+            "policy is what classify_adaptive decides by, and its temperatures are those of "
+            "classify_<m>. Received: a policy, and signatures that use neither. "
+            "Add classify_adaptive to signatures, or leave policy out."
+        )
+    default = CascadePolicy((Stage(2, 0.5), Stage(4, None, 3.0)))
+    used = [(warm, ["head_2"]), (warm, ["classify"]), (POLICY, ["classify_adaptive"])]
+    for policy, signatures in [*used, (default, ["embed"])]:
+        check_policy_is_used(policy, chosen(signatures, policy), (2, 4))
+    check_policy_is_used(POLICY, chosen(None), (2, 4))
+    check_policy_is_used(None, chosen(["embed"], None), (2, 4))
