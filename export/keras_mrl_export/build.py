@@ -26,6 +26,7 @@ from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.version import __version__
 
+from .decoder import ImageDecoder
 from .gallery import IndexGraph, forget
 from .graph import trace, trace_describe
 from .job import ExportError, Job
@@ -123,7 +124,7 @@ def _manifest(
     model: keras.Model, saved: Path, backbone: keras.Model, head: Any, job: Job
 ) -> Manifest:
     index, inputs = job.index, _input_specs(backbone, job)
-    fingerprint = fingerprint_of(model, saved, inputs, job)
+    fingerprint = fingerprint_of(model, saved, inputs, job.decoder, job.normalize)
     if index is not None:
         flows.check_encoder(index.encoder_fingerprint, fingerprint)
     # Temperatures alone decide nothing: without its signature there is no cascade.
@@ -184,7 +185,11 @@ def _served_dtype(dtype: Any) -> str:
 
 
 def fingerprint_of(
-    model: keras.Model, saved: Path, inputs: Mapping[str, Mapping[str, Any]], job: Job
+    model: keras.Model,
+    saved: Path,
+    inputs: Mapping[str, Mapping[str, Any]],
+    decoder: ImageDecoder | None,
+    normalize: bool,
 ) -> str:
     """Return the SHA-256 of all that makes an embedding out of an input.
 
@@ -197,12 +202,13 @@ def fingerprint_of(
         model: The model as it is served.
         saved: The `.keras` file it was loaded from.
         inputs: The inputs of the manifest.
-        job: Decoder and scaling.
+        decoder: Decodes images in the served graph.
+        normalize: Whether embeddings are scaled to unit length.
     """
     digest = hashlib.sha256(model.to_json(sort_keys=True).encode())
     served = {
-        "decoder": None if job.decoder is None else job.decoder.to_json(),
-        "normalize": bool(job.normalize),
+        "decoder": None if decoder is None else decoder.to_json(),
+        "normalize": bool(normalize),
         "dtypes": [inputs[name]["dtype"] for name in sorted(inputs)],
     }
     digest.update(json.dumps(served, sort_keys=True).encode())

@@ -137,6 +137,7 @@ def run_child(command: list[str], environment: dict[str, str], log: Path) -> int
             return process.wait()
         except BaseException:  # the caller removes the folders the child writes in
             process.kill()
+            process.wait()
             raise
 
 

@@ -1,6 +1,7 @@
-"""A fingerprint is of all that makes an embedding, and of nothing else."""
+"""A fingerprint is of all that makes an embedding; a graph holds operations of TensorFlow alone."""
 
-import io
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,68 +9,81 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from PIL import Image
 
-from keras_mrl_export import ImageDecoder, export_saved_model
-from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
-from tests.helpers.export_models import only_tensorflow
+from keras_mrl_export import ExportError, ImageDecoder, export_saved_model
+from keras_mrl_export.build import fingerprint_of, fingerprint_of_index
+from keras_mrl_export.model_file import load, save
+from keras_mrl_serving.index import ExactIndex
+from tests.helpers.export_galleries import GALLERY, IDS, SCHEDULES, index_of
+from tests.helpers.export_models import X, dense, read_manifest
 
-pytestmark = [pytest.mark.backend, only_tensorflow]
-
-X = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+FLOATS = {"inputs": {"dtype": "float32", "shape": [None, 5]}}
 
 
-def fingerprint(model: keras.Model, base_path: Path, sample: Any = X, **arguments: Any) -> str:
-    arguments = {"signatures": [], **arguments}
+def fingerprint(
+    model: keras.Model,
+    folder: Path,
+    inputs: Any = FLOATS,
+    decoder: ImageDecoder | None = None,
+    normalize: bool = True,
+) -> str:
+    """The fingerprint of a model as it is loaded from its file."""
+    save(model, folder / "model.keras")
+    loaded = load(folder / "model.keras", {type(model).__name__: type(model)})
+    return fingerprint_of(loaded, folder / "model.keras", inputs, decoder, normalize)
+
+
+def exported_fingerprint(
+    model: keras.Model, base_path: Path, sample: Any = X, **arguments: Any
+) -> str:
+    arguments = {"signatures": [], "warmup_batch_sizes": (), **arguments}
     path = export_saved_model(model, base_path, sample, **arguments)
-    return Manifest.from_json((path / MANIFEST_FILE).read_bytes()).fingerprint
+    return read_manifest(path).fingerprint
 
 
-def test_of_one_model_served_alike(tmp_path: Path) -> None:
-    model = keras.Sequential([keras.Input((5,), name="x"), keras.layers.Dense(8)])
-    same = [
-        fingerprint(model, tmp_path),
-        fingerprint(model, tmp_path, {"x": X[:2].astype(np.float64)}),
-        fingerprint(model, tmp_path, dims=(2, 4), name="other", signatures=["embed"]),
-        fingerprint(model, tmp_path, quality={8: {"top1": 0.5}}, warmup_batch_sizes=()),
-    ]
-    assert len(set(same)) == 1
-    assert fingerprint(model, tmp_path, normalize=False) != same[0]
-
-
-def test_of_decoders(tmp_path: Path) -> None:
-    file = io.BytesIO()
-    Image.fromarray(np.full((4, 4, 3), 7, np.uint8)).save(file, "PNG")
-    model = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Flatten()])
-    found = [
-        fingerprint(model, tmp_path, [file.getvalue()], decoder=decoder)
-        for decoder in (
-            ImageDecoder(height=4, width=4),
-            ImageDecoder(height=4, width=4, scale=0.5),
-            ImageDecoder(height=4, width=4, offset=(0, 0, 1)),
-        )
-    ]
-    found.append(fingerprint(model, tmp_path, np.ones((1, 4, 4, 3), np.float32)))
-    assert len(set(found)) == len(found)
-
-
-class Doubled(keras.Model):
-    """A model that declares no input: in bytes, twice 200 is 144."""
-
-    def call(self, x: Any) -> Any:
-        return keras.ops.cast(x * 2, "float32")
-
-
-def test_of_the_types_that_inputs_are_cast_to(tmp_path: Path) -> None:
-    model = Doubled()
-    rows = np.full((2, 3), 200)
-    assert fingerprint(model, tmp_path, rows.astype(np.uint8)) != fingerprint(
-        model, tmp_path, rows.astype(np.float32)
+def test_a_fingerprint_is_of_one_model_served_alike(tmp_path: Path) -> None:
+    model = dense()
+    expected = exported_fingerprint(model, tmp_path)
+    assert expected == exported_fingerprint(
+        model,
+        tmp_path,
+        {"x": X[:2].astype(np.float64)},
+        dims=(2, 8),
+        name="other",
+        signatures=["embed"],
+        quality={8: {"top1": 0.5}},
+        warmup_batch_sizes=(2,),
     )
+    before = fingerprint(model, tmp_path)
+    assert fingerprint(model, tmp_path) == before
+    assert fingerprint(model, tmp_path, normalize=False) != before
+    model.weights[0].assign(model.weights[0] + 1.0)
+    assert fingerprint(model, tmp_path) != before
+
+
+def test_a_fingerprint_is_of_the_decoder(tmp_path: Path) -> None:
+    decoders = (
+        None,
+        ImageDecoder(height=4, width=4),
+        ImageDecoder(height=4, width=4, scale=0.5),
+        ImageDecoder(height=4, width=4, offset=(0, 0, 1)),
+    )
+    prints = [fingerprint(dense(), tmp_path, decoder=decoder) for decoder in decoders]
+    assert len(set(prints)) == len(decoders)
+
+
+def test_a_fingerprint_is_of_the_types_that_inputs_are_cast_to(tmp_path: Path) -> None:
+    """In bytes, twice 200 is 144."""
+    prints = {
+        fingerprint(dense(), tmp_path, {"inputs": {"dtype": dtype, "shape": [None, 3]}})
+        for dtype in ("uint8", "float32")
+    }
+    assert len(prints) == 2
 
 
 def of_texts(texts: Sequence[str], **arguments: Any) -> keras.Model:
     """A model whose layer learned its words from some texts."""
+    keras.backend.clear_session()  # for the same names of layers
     words = keras.layers.TextVectorization(name="words", **arguments)
     words.adapt(list(texts))
     inputs = keras.Input((), dtype="string", name="text")
@@ -91,12 +105,87 @@ def of_texts(texts: Sequence[str], **arguments: Any) -> keras.Model:
     ],
     ids=["vocabulary", "document frequencies"],
 )
-def test_of_what_layers_learned_besides_weights(
+def test_a_fingerprint_is_of_what_layers_learned_besides_weights(
     tmp_path: Path, arguments: Any, texts: list[Sequence[str]]
 ) -> None:
-    keras.backend.clear_session()
-    found = []
-    for known in texts:
-        keras.backend.clear_session()
-        found.append(fingerprint(of_texts(known, **arguments), tmp_path, ["a cat", "a"]))
-    assert found[0] == found[2] != found[1]
+    first, other, again = (
+        fingerprint(of_texts(learned, **arguments), tmp_path) for learned in texts
+    )
+    assert first == again != other
+
+
+def test_the_fingerprint_of_an_index_is_of_all_that_answers() -> None:
+    turned = GALLERY.copy()
+    turned[299, 15] *= -1
+    indexes = [
+        index_of(),
+        index_of("one"),
+        index_of(metric="dot"),
+        index_of(encoder_fingerprint="5e1f"),
+        ExactIndex.build(turned, SCHEDULES["three stages"], IDS),
+        ExactIndex.build(GALLERY, SCHEDULES["three stages"]),
+    ]
+    prints = [fingerprint_of_index(index) for index in indexes]
+    assert len(set(prints)) == len(indexes)
+    assert fingerprint_of_index(index_of()) == prints[0]
+
+
+# Operations
+
+
+def refused_operations(model: keras.Model, base_path: Path, sample: Any) -> list[str]:
+    with pytest.raises(ExportError) as caught:
+        export_saved_model(model, base_path, sample)
+    assert list(base_path.iterdir()) == []
+    match = re.fullmatch(
+        r"A served graph may hold only operations of TensorFlow itself\. "
+        r"Received: a model that needs (.*)\. Do this before the model, in the client, or by "
+        r"layers of Keras: TextVectorization for a tokenizer of tensorflow-text, keras\.ops for "
+        r"tf\.py_function\.",
+        str(caught.value),
+    )
+    assert match
+    return match[1].split(", ")
+
+
+def test_a_tokenizer_that_no_server_has_is_refused(tmp_path: Path) -> None:
+    """It runs in this process, where tensorflow-text is imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizers = pytest.importorskip("keras_hub").tokenizers
+    words = tokenizers.WordPieceTokenizer(
+        vocabulary=["[PAD]", "[UNK]", "a", "cat", "##s"], sequence_length=4
+    )
+    inputs = keras.Input((), dtype="string", name="text")
+    vectors = keras.layers.Embedding(5, 4)(words(inputs))
+    model = keras.Model(inputs, keras.layers.Flatten()(vectors))
+    needed = refused_operations(model, tmp_path, np.array(["a cat", "cats"], dtype=object))
+    assert "WordpieceTokenizeWithOffsets" in "".join(needed)
+
+
+class Python(keras.layers.Layer):
+    """A layer that calls Python from the graph."""
+
+    def call(self, x: Any) -> Any:
+        import tensorflow as tf
+
+        twice = tf.py_function(lambda array: 2 * array, [x], tf.float32)
+        twice.set_shape(x.shape)
+        return twice
+
+
+def test_python_inside_the_graph_is_refused(tmp_path: Path) -> None:
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, keras.layers.Dense(8)(Python()(inputs)))
+    assert refused_operations(model, tmp_path, X) == ["EagerPyFunc"]
+
+
+def test_operations_that_keras_uses_beside_the_public_ones_are_taken(tmp_path: Path) -> None:
+    class Updated(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            return keras.ops.slice_update(x, [0, 0], x[:1, :1] * 2)
+
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, keras.layers.Dense(8)(Updated()(inputs)))
+    path = export_saved_model(model, tmp_path, X, signatures=["features"])
+    assert b"XlaDynamicUpdateSlice" in (path / "saved_model.pb").read_bytes()

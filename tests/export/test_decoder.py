@@ -1,6 +1,5 @@
 """Encoded images go in as they are: the graph decodes them as they were decoded for the model."""
 
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -10,39 +9,17 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from PIL import Image
 
-from keras_mrl import MatryoshkaHead
 from keras_mrl_export import ImageDecoder, export_saved_model
 from keras_mrl_serving import Client, KerasMrlError
-from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.server import DevServer
-
-pytestmark = pytest.mark.backend
-
-DECODER = ImageDecoder(height=6, width=5, scale=1 / 255)
-
-
-def encoded(pixels: Any, form: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, form)
-    return file.getvalue()
-
-
-RNG = np.random.default_rng(0)
-EXACT = [RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8) for _ in range(4)]
-SMOOTH = np.add.outer(np.arange(60), np.arange(40))[..., None].repeat(3, -1).astype(np.uint8)
-
-
-def model() -> keras.Model:
-    inputs = keras.Input((6, 5, 3), name="image")
-    features = keras.layers.Dense(8)(keras.layers.Flatten()(inputs))
-    return keras.Model(inputs, MatryoshkaHead(3, dims=(2, 8))(features), name="eyes")
+from tests.helpers.export_images import DECODER, EXACT, SMOOTH, encoded, model_of_images
+from tests.helpers.export_models import outputs, probabilities, read_manifest
 
 
 @pytest.fixture(scope="module")
 def trained() -> keras.Model:
-    return model()
+    return model_of_images()
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +30,8 @@ def version(trained: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def client(version: Path) -> Iterator[Client]:
-    with DevServer(version.parent, model_name="eyes") as target, Client(target, "eyes") as asking:
-        yield asking
+    with DevServer(version.parent, model_name="eyes") as target, Client(target, "eyes") as client:
+        yield client
 
 
 def test_an_image_of_the_models_size_is_its_pixels() -> None:
@@ -66,9 +43,9 @@ def test_an_image_of_the_models_size_is_its_pixels() -> None:
 
 def test_others_are_resized_and_a_grey_one_gets_colours() -> None:
     grey = encoded(SMOOTH[..., 0])
-    found = DECODER.pixels([encoded(SMOOTH), encoded(SMOOTH, "JPEG"), grey])
+    pixels = DECODER.pixels([encoded(SMOOTH), encoded(SMOOTH, "JPEG"), grey])
     rows = np.add.outer(np.arange(4.5, 60, 10), np.arange(3.5, 40, 8)) / 255
-    assert np.abs(found - rows[..., None]).max() < 0.01
+    assert np.abs(pixels - rows[..., None]).max() < 0.01
 
 
 def test_channels_have_numbers_of_their_own() -> None:
@@ -79,15 +56,15 @@ def test_channels_have_numbers_of_their_own() -> None:
 
 def test_what_is_served_is_the_model(client: Client, trained: keras.Model) -> None:
     files = [encoded(image) for image in EXACT]
-    logits = trained.predict(np.stack(EXACT).astype(np.float32) / 255, verbose=0)
-    expected = np.exp(logits[:, 0]) / np.exp(logits[:, 0]).sum(-1, keepdims=True)
+    logits = outputs(trained, np.stack(EXACT).astype(np.float32) / 255)
+    expected = probabilities(logits[:, 0], 1.0)
     answer = client.classify(files, dim=2)
     np.testing.assert_allclose(answer.probabilities, -np.sort(-expected, -1), rtol=1e-4)
     assert client.embed(files[:1], dim=8).shape == (1, 8)
 
 
 def test_the_manifest_says_how(version: Path) -> None:
-    manifest = Manifest.from_json((version / MANIFEST_FILE).read_text())
+    manifest = read_manifest(version)
     assert manifest.inputs == {"inputs": {"dtype": "string", "shape": [None]}}
     assert manifest.decoder == {
         **{"height": 6, "width": 5, "channels": 3, "scale": 1 / 255, "offset": 0.0},
@@ -140,21 +117,23 @@ def test_a_model_of_two_inputs_has_no_use_for_a_decoder(tmp_path: Path) -> None:
 DECODED = {1: {"JPEG", "PNG"}, 3: {"JPEG", "PNG", "GIF", "BMP"}, 4: {"PNG", "BMP"}}
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP"])
 @pytest.mark.parametrize("channels", DECODED)
-def test_a_format_is_decoded_to_the_channels_it_is_promised_for(channels: int, form: str) -> None:
+def test_a_format_is_decoded_to_the_channels_it_is_promised_for(
+    channels: int, image_format: str
+) -> None:
     decoder = ImageDecoder(height=60, width=40, channels=channels)
     assert decoder.to_json()["formats"] == [
         name for name in ("jpeg", "png", "gif", "bmp") if name.upper() in DECODED[channels]
     ]
-    if form not in DECODED[channels]:
-        with pytest.raises(ValueError, match=rf"channels.*{form}|{form}.*channels"):
-            decoder.pixels([encoded(SMOOTH, form)])
+    if image_format not in DECODED[channels]:
+        with pytest.raises(ValueError, match=rf"channels.*{image_format}|{image_format}.*channels"):
+            decoder.pixels([encoded(SMOOTH, image_format)])
         return
-    found = decoder.pixels([encoded(SMOOTH, form)])[0]
-    assert found.shape == (60, 40, channels)
-    assert np.abs(found[..., 0] - SMOOTH[..., 0]).max() <= 2
-    assert channels < 4 or (found[..., 3] == 255).all()
+    pixels = decoder.pixels([encoded(SMOOTH, image_format)])[0]
+    assert pixels.shape == (60, 40, channels)
+    assert np.abs(pixels[..., 0] - SMOOTH[..., 0]).max() <= 2
+    assert channels < 4 or (pixels[..., 3] == 255).all()
 
 
 def test_numbers_of_numpy_are_taken_and_written_down() -> None:
@@ -167,15 +146,6 @@ def test_numbers_of_numpy_are_taken_and_written_down() -> None:
     assert decoder == ImageDecoder(height=6, width=5, scale=0.5, offset=(0.0, 1.0, 2.0))
     assert json.loads(json.dumps(decoder.to_json()))["offset"] == [0.0, 1.0, 2.0]
     assert hash(decoder) == hash(ImageDecoder(height=6, width=5, scale=0.5, offset=(0, 1, 2)))
-
-
-def test_what_is_no_decoder(trained: Any, tmp_path: Path) -> None:
-    with pytest.raises(TypeError) as caught:
-        export_saved_model(trained, tmp_path, [b""], decoder={})  # type: ignore[arg-type]
-    assert str(caught.value) == (
-        "decoder must be an ImageDecoder. Received: dict. "
-        "Give one of the model's input: ImageDecoder(height=32, width=32)."
-    )
 
 
 def test_another_size_than_the_models(trained: keras.Model, tmp_path: Path) -> None:
@@ -213,28 +183,28 @@ def test_another_size_than_the_models(trained: keras.Model, tmp_path: Path) -> N
         ),
         *(
             (
-                {"scale": given},
-                f"scale must be one finite number, or one per channel. Received: scale={given!r} "
+                {"scale": scale},
+                f"scale must be one finite number, or one per channel. Received: scale={scale!r} "
                 "for 3 channels. Give scale=1 / 255, or a tuple of 3.",
             )
-            for given in ("x", "1", 1e300, None, True, (1, (2, 3)))
+            for scale in ("x", "1", 1e300, None, True, (1, (2, 3)))
         ),
         *(
             (
-                {"scale": given},
+                {"scale": scale},
                 "scale must not be 0, which makes every image the same. "
-                f"Received: scale={given!r}. Give scale=1 / 255, or leave it out.",
+                f"Received: scale={scale!r}. Give scale=1 / 255, or leave it out.",
             )
-            for given in (0, 1e-50, (1.0, 0.0, 1.0))
+            for scale in (0, 1e-50, (1.0, 0.0, 1.0))
         ),
         *(
             (
-                {"channels": given},
+                {"channels": channels},
                 "An image has a height and a width in pixels, and 1, 3 or 4 channels. Received: "
-                f"height=6, width=5, channels={given!r}. "
+                f"height=6, width=5, channels={channels!r}. "
                 "Give those of the model's input: ImageDecoder(height=32, width=32).",
             )
-            for given in (True, 3.0)
+            for channels in (True, 3.0)
         ),
     ],
 )

@@ -1,5 +1,7 @@
-"""What computed in half precision computes in float32 when it is served, in every part."""
+"""A model's file: in what precision it computes, and which classes and functions are the user's."""
 
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,9 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_mrl_export import export_saved_model
-from keras_mrl_export.model_file import in_float32, load, save
-from tests.helpers.export_models import only_tensorflow
-
-pytestmark = pytest.mark.backend
+from keras_mrl_export import ExportError
+from keras_mrl_export.model_file import in_float32, load, save, user_modules, user_objects
+from tests.helpers.export_models import outputs
 
 X = np.random.default_rng(0).normal(size=(6, 5, 5, 2)).astype(np.float32)
 HALVES = ("mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
@@ -34,7 +34,7 @@ class Holder(layers.Layer):
 
 
 class Third(layers.Layer):
-    """A layer that casts what it holds when it is made."""
+    """A layer that casts a value in its constructor."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -65,6 +65,7 @@ def policy() -> Iterator[None]:
     keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("trained_in", HALVES)
 @pytest.mark.parametrize("exported_in", ["as it was trained", "float32"])
 def test_every_part_computes_in_float32(trained_in: str, exported_in: str) -> None:
@@ -79,9 +80,7 @@ def test_every_part_computes_in_float32(trained_in: str, exported_in: str) -> No
     keras.config.set_dtype_policy("float32")
     plain = model_of(*parts())
     plain.set_weights(copy.get_weights())
-    np.testing.assert_allclose(
-        copy.predict(X, verbose=0), plain.predict(X, verbose=0), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(outputs(copy, X), outputs(plain, X), rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_in_float32_is_not_copied() -> None:
@@ -90,7 +89,7 @@ def test_a_model_in_float32_is_not_copied() -> None:
     assert in_float32(model) is model
 
 
-def test_loading_takes_no_precision_of_the_callers_and_leaves_it(tmp_path: Path) -> None:
+def test_loading_takes_no_precision_of_the_caller_and_leaves_it(tmp_path: Path) -> None:
     save(model_of(Holder()), tmp_path / "model.keras")
     keras.config.set_dtype_policy("mixed_float16")
     loaded = load(tmp_path / "model.keras", {"Holder": Holder})
@@ -98,9 +97,104 @@ def test_loading_takes_no_precision_of_the_callers_and_leaves_it(tmp_path: Path)
     assert keras.config.dtype_policy().name == "mixed_float16"
 
 
-@only_tensorflow
-def test_a_model_is_exported_where_it_was_trained_in_half_precision(tmp_path: Path) -> None:
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    model = model_of(*parts())
-    path = export_saved_model(model, tmp_path, X, signatures=["features"])
-    assert path == tmp_path / "1"
+# Classes and functions of the user
+
+
+def model_with(*middle: layers.Layer) -> keras.Model:
+    inputs = keras.Input((5,))
+    features: Any = inputs
+    for layer in middle:
+        features = layer(features)
+    return keras.Model(inputs, features)
+
+
+class Secretive(layers.Layer):
+    """A layer that does not say how to make it again."""
+
+    def __init__(self, part: object, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.part = part
+
+    def call(self, x: Any) -> Any:
+        return x
+
+
+def test_a_layer_that_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as caught:
+        save(model_with(Secretive(object())), tmp_path / "model.keras")
+    text = str(caught.value)
+    assert text.startswith(
+        "A model travels in Keras' own .keras form, so every part of it must be saveable. "
+        "Received: NotImplementedError: \nObject Secretive was created by passing\n"
+    )
+    assert text.endswith("Give layers of your own a get_config(), and activations a name.")
+
+
+def test_a_lambda_layer_does_not_load(tmp_path: Path) -> None:
+    save(model_with(layers.Lambda(lambda x: 2 * x)), tmp_path / "model.keras")
+    with pytest.raises(ExportError) as caught:
+        load(tmp_path / "model.keras", {})
+    text = str(caught.value)
+    assert text.startswith(
+        "The model must load on the TensorFlow backend from its .keras form. Received: ValueError: "
+    )
+    assert "`Lambda` layer whose `function` is a Python lambda" in text
+    assert text.endswith(
+        "Give layers of your own a get_config() and keras.ops; replace Lambda layers by them."
+    )
+
+
+def module(name: str) -> types.ModuleType:
+    """A module of the user's with a layer, a function and a regularizer in it."""
+    made = types.ModuleType(name)
+    exec(
+        "import keras\n"
+        "def act(x):\n    return 2 * x\n"
+        "class Block(keras.layers.Layer):\n    def call(self, x):\n        return x\n"
+        "class Punishing(keras.regularizers.L2):\n    pass\n",
+        made.__dict__,
+    )
+    return made
+
+
+def test_two_classes_of_one_name_are_refused() -> None:
+    first, second = module("first"), module("second")
+    with pytest.raises(ExportError) as caught:
+        user_objects(model_with(first.Block(), second.Block()))
+    assert str(caught.value) == (
+        "Keras finds what is yours by its name, so no two may share one. "
+        "Received: Block, of first and of second. Rename one, or decorate it with "
+        "@keras.saving.register_keras_serializable(package='...')."
+    )
+
+
+class Containers(layers.Layer):
+    """A layer that keeps what it uses inside containers."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.parts = {"functions": [NESTED.act], "regularizer": (NESTED.Punishing(),)}
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+
+    def call(self, x: Any) -> Any:
+        return x
+
+
+NESTED, MINE = module("nested"), module("mine")
+
+
+def test_the_users_parts_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = layers.Dense(5, activation="relu", kernel_regularizer=MINE.Punishing())
+    objects = user_objects(model_with(dense, MINE.Block()))
+    assert objects == {"Block": MINE.Block, "Punishing": MINE.Punishing}
+    objects = user_objects(model_with(Containers(), Containers()))
+    assert objects == {"Containers": Containers, "act": NESTED.act, "Punishing": NESTED.Punishing}
+    monkeypatch.setitem(sys.modules, "mine", MINE)
+    assert user_modules({"act": MINE.act}) == [MINE]
+
+
+def test_no_part_of_keras_or_of_ours_is_the_users() -> None:
+    dense = layers.Dense(5, activation="relu", kernel_regularizer="l2")
+    assert user_objects(model_with(dense, layers.BatchNormalization())) == {}

@@ -1,34 +1,37 @@
-"""Models with parts of the user's own: what travels to TensorFlow, and what is said of the rest."""
+"""A model of any backend is rebuilt on TensorFlow, in a process that ends with this one."""
 
 import importlib
 import os
 import random
 import re
+import shutil
+import signal
+import subprocess
 import sys
 import threading
-import types
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import pytest
 
 from keras_mrl import MatryoshkaHead
 from keras_mrl_export import ExportError, export_saved_model
-from keras_mrl_export.model_file import user_modules, user_objects
-from tests.helpers.export_models import only_tensorflow
-
-pytestmark = pytest.mark.backend
+from keras_mrl_export.process import module_search_path, remove_folders, run_child
+from keras_mrl_serving._session import SavedModelSession
+from tests.helpers import user_scripts
+from tests.helpers.export_models import X, read_manifest
 
 BACKEND = keras.backend.backend()
-# The functions of the backend itself, which a layer ought not to use.
+# The backend's own functions, which a layer ought not to use.
 NATIVE = importlib.import_module({"jax": "jax.numpy"}.get(BACKEND, BACKEND))
 LOCK = threading.Lock()
-X = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
 
 
-def model_of(*layers: keras.layers.Layer) -> keras.Model:
+def model_with(*layers: keras.layers.Layer) -> keras.Model:
     inputs = keras.Input((5,), name="x")
     features = inputs
     for layer in layers:
@@ -50,8 +53,9 @@ class Native(keras.layers.Layer):
         return NATIVE.tanh(x)
 
 
+@pytest.mark.backend
 def test_a_layer_of_the_backends_own_functions(tmp_path: Path) -> None:
-    model = model_of(Native())
+    model = model_with(Native())
     if BACKEND == "tensorflow":
         assert export_saved_model(model, tmp_path, X) == tmp_path / "1"
         return
@@ -73,7 +77,7 @@ class Moody(keras.layers.Layer):
 
 
 def test_a_layer_that_differs_is_not_published(tmp_path: Path) -> None:
-    text = refusal(tmp_path, model_of(Moody()))
+    text = refusal(tmp_path, model_with(Moody()))
     assert re.fullmatch(
         r"Every signature must equal the Keras model on the sample\. "
         r"Received: features differs: by \d+\.?\d*(e-\d+)? on rows of magnitude \d\.\d*\. "
@@ -83,28 +87,17 @@ def test_a_layer_that_differs_is_not_published(tmp_path: Path) -> None:
     )
 
 
-@only_tensorflow
-def test_a_lambda_layer_is_refused(tmp_path: Path) -> None:
-    text = refusal(tmp_path, model_of(keras.layers.Lambda(lambda x: 2 * x)))
-    assert text.startswith(
-        "The model must load on the TensorFlow backend from its .keras form. Received: ValueError: "
-    )
-    assert "`Lambda` layer whose `function` is a Python lambda" in text
-    assert text.endswith(
-        "Give layers of your own a get_config() and keras.ops; replace Lambda layers by them."
-    )
-
-
 class Locked(keras.layers.Layer):
-    """A layer whose code holds what does not travel."""
+    """A layer whose code holds a lock, which does not travel."""
 
     def call(self, x: Any) -> Any:
         with LOCK:
             return keras.ops.tanh(x)
 
 
+@pytest.mark.backend
 def test_code_that_does_not_travel(tmp_path: Path) -> None:
-    model = model_of(Locked())
+    model = model_with(Locked())
     if BACKEND == "tensorflow":
         assert export_saved_model(model, tmp_path, X) == tmp_path / "1"
         return
@@ -115,75 +108,133 @@ def test_code_that_does_not_travel(tmp_path: Path) -> None:
     )
 
 
-class Secretive(keras.layers.Layer):
-    """A layer that does not say how to make it again."""
-
-    def __init__(self, held: object, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.held = held
-
-    def call(self, x: Any) -> Any:
-        return x
+# Scripts of the user's own
 
 
-def test_a_layer_that_cannot_be_saved(tmp_path: Path) -> None:
-    text = refusal(tmp_path, model_of(Secretive(object())))
-    assert text.startswith(
-        "A model travels in Keras' own .keras form, so every part of it must be saveable. "
-        "Received: NotImplementedError: \nObject Secretive was created by passing\n"
-    )
-    assert text.endswith("Give layers of your own a get_config(), and activations a name.")
+@pytest.mark.backend
+@pytest.mark.parametrize("name", user_scripts.SCRIPTS)
+def test_a_script_exports_parts_of_its_own_and_runs_once(tmp_path: Path, name: str) -> None:
+    if name == "inline" and BACKEND != "jax":
+        pytest.skip("one backend's time is enough")
+    ended = user_scripts.run(tmp_path, name)
+    assert ended.status == 0, ended.errors
+    version = ended.base_path / "1"
+    # Importing the export imports TensorFlow only where Keras runs on it.
+    is_imported = str(BACKEND == "tensorflow")
+    assert ended.output.splitlines() == [is_imported, "training", str(version)]
+    assert ended.runs.read_text() == "once\n"
+    assert os.listdir(ended.base_path) == ["1"]
+    assert read_manifest(version).made_with["trained_on"] == BACKEND
+    with SavedModelSession(version) as session:
+        assert "classify_8" in session.signatures
 
 
-def module(name: str) -> types.ModuleType:
-    """A module of the user's with a layer and a function in it."""
-    made = types.ModuleType(name)
-    exec(
-        "import keras\n"
-        "def act(x):\n    return 2 * x\n"
-        "class Block(keras.layers.Layer):\n    def call(self, x):\n        return x\n"
-        "class Punishing(keras.regularizers.L2):\n    pass\n",
-        made.__dict__,
-    )
-    return made
+# The end of a process
 
 
-def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
-    first, second = module("first"), module("second")
-    assert refusal(tmp_path, model_of(first.Block(), second.Block())) == (
-        "Keras finds what is yours by its name, so no two may share one. "
-        "Received: Block, of first and of second. Rename one, or decorate it with "
-        "@keras.saving.register_keras_serializable(package='...')."
-    )
+_DEADLINE_S = 120
+
+WRITES = """
+import sys
+from pathlib import Path
+from keras_mrl_export.process import end_with_parent
+
+folders = [Path(argument) for argument in sys.argv[1:]]
+ending = end_with_parent(folders)
+try:
+    for number in range(100_000):
+        (folders[number % 2] / str(number)).write_text("x")
+finally:
+    ending.acquire()
+"""
+EXPORTS = """
+import sys
+import keras
+import numpy as np
+from keras_mrl_export import export_saved_model
+
+model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(64)])
+export_saved_model(model, sys.argv[1], np.ones((4, 5), "float32"))
+"""
 
 
-class Holder(keras.layers.Layer):
-    """A layer that keeps what it uses inside containers."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.parts = {"functions": [NESTED.act], "regularizer": (NESTED.Punishing(),)}
-
-    def build(self, input_shape: Any) -> None:
-        super().build(input_shape)
-
-    def call(self, x: Any) -> Any:
-        return x
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + _DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-NESTED, MINE = module("nested"), module("mine")
+@contextmanager
+def killed_at_last(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A test that fails must not wait for a process it started."""
+    try:
+        yield
+    finally:
+        process.kill()
 
 
-def test_what_is_the_users_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = keras.layers.Dense(5, activation="relu", kernel_regularizer=MINE.Punishing())
-    objects = user_objects(model_of(dense, MINE.Block()))
-    assert objects == {"Block": MINE.Block, "Punishing": MINE.Punishing}
-    objects = user_objects(model_of(Holder(), Holder()))
-    assert objects == {"Holder": Holder, "act": NESTED.act, "Punishing": NESTED.Punishing}
-    monkeypatch.setitem(sys.modules, "mine", MINE)
-    assert user_modules({"act": MINE.act}) == [MINE]
+def test_a_process_ends_with_its_parent_and_takes_its_folders_along(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    command = [sys.executable, "-c", WRITES, *map(str, folders)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with killed_at_last(process):
+            wait_until(lambda: (folders[1] / "301").exists())
+            assert process.poll() is None
+            assert process.stdin is not None
+            process.stdin.close()
+            assert process.wait(_DEADLINE_S) == 1
+    assert os.listdir(tmp_path) == []
 
 
-def test_nothing_of_keras_or_of_ours_is_the_users() -> None:
-    dense = keras.layers.Dense(5, activation="relu", kernel_regularizer="l2")
-    assert user_objects(model_of(dense, keras.layers.BatchNormalization())) == {}
+def test_folders_are_removed_again_where_something_was_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, remove = tmp_path / "a", shutil.rmtree
+    folder.mkdir()
+    tries: list[Callable[[Path], object]] = [remove, str, str]
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: tries.pop()(path))
+    remove_folders([folder])
+    assert os.listdir(tmp_path) == []
+    assert tries == []
+
+
+def test_a_child_ends_where_waiting_for_it_is_interrupted(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = "import os, time; os.write(2, str(os.getpid()).encode()); time.sleep(600)"
+
+    def interrupt() -> None:
+        wait_until(lambda: log.exists() and log.read_text())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_child([sys.executable, "-c", code], dict(os.environ), log)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+@pytest.mark.backend
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="that export is one process")
+def test_an_export_that_is_killed_publishes_nothing(tmp_path: Path) -> None:
+    base_path, temporary = tmp_path / "models", tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "KERAS_BACKEND": BACKEND, "TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", EXPORTS, str(base_path)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        # The child writes: it would be done in a second or two, and this version published.
+        with killed_at_last(process):
+            wait_until(
+                lambda: list(base_path.glob(".unfinished-*/model/variables")) or process.poll()
+            )
+            process.kill()
+            assert process.wait(_DEADLINE_S) == -signal.SIGKILL
+    wait_until(lambda: not list(temporary.glob("keras-mrl-*")))
+    wait_until(lambda: not os.listdir(base_path))
+
+
+def test_a_place_of_modules_that_is_no_str_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", ["/a", Path("/b"), "", b"/c", None])
+    assert module_search_path() == os.pathsep.join(["/a", os.getcwd()])

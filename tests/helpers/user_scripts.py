@@ -1,9 +1,8 @@
-"""Training scripts as users write them, each with a layer, an activation and an initializer."""
+"""Training scripts as users write them, with layer, activation and initializer of their own."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +10,15 @@ from pathlib import Path
 
 import keras
 
+HEAD = """
+import os, sys
+import keras
+import numpy as np
+from keras import ops
+from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss
+from keras_mrl_export import export_saved_model
+print("tensorflow" in sys.modules)
+"""
 PARTS = """
 import keras
 from keras import ops
@@ -23,7 +31,8 @@ def wobble(x):
 class Halves(keras.initializers.Initializer):
     def __call__(self, shape, dtype=None):
         return ops.full(shape, 0.5, dtype)
-
+"""
+LAYER = """
 class Scaled(keras.layers.Layer):
     def __init__(self, factor, **kwargs):
         super().__init__(**kwargs)
@@ -38,17 +47,9 @@ class Scaled(keras.layers.Layer):
     def get_config(self):
         return {**super().get_config(), "factor": self.factor}
 """
-IMPORTS = """
-import os, sys
-import keras
-import numpy as np
-from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss
-from keras_mrl_export import export_saved_model
-print("tensorflow" in sys.modules)
-"""
 BODY = """
 print("training")
-with open(os.environ["RAN"], "a") as file:
+with open(os.environ["RUNS"], "a") as file:
     file.write("once\\n")
 x = np.random.default_rng(0).normal(size=(16, 5)).astype("float32")
 backbone = keras.Sequential([
@@ -62,48 +63,43 @@ model.compile(optimizer="sgd", loss=MatryoshkaLoss(inner))
 model.fit(x, np.arange(16) % 3, batch_size=16, verbose=0)
 print(export_saved_model(model, os.environ["OUT"], x[:4]))
 """
-GUARDED = (
-    "def main():\n" + re.sub("(?m)^", "    ", BODY) + "\nif __name__ == '__main__':\n    main()"
-)
-# What stands in the script, what in a module beside it, and whether it is given with -c.
+# Each script and the module beside it: one is a file with some of its parts beside it, the other
+# is run with -c and holds everything itself.
 SCRIPTS = {
-    "guarded": (IMPORTS + PARTS + GUARDED, "", False),
-    "unguarded": (IMPORTS + PARTS + BODY, "", False),
-    "-c": (IMPORTS + PARTS + BODY, "", True),
-    "beside": (IMPORTS + "from parts import wobble, Halves, Scaled" + BODY, PARTS, False),
+    "file": (HEAD + "from parts import wobble, Halves" + LAYER + BODY, PARTS),
+    "inline": (HEAD + PARTS + LAYER + BODY, ""),
 }
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A script that has ended, and where it was to publish and to note that it ran."""
+class Ended:
+    """A script that has ended, where it published, and the file with a line for each run."""
 
     status: int
-    out: str
-    err: str
+    output: str
+    errors: str
     base_path: Path
-    notes: Path
+    runs: Path
 
 
-def run(folder: Path, name: str) -> Ran:
+def run(folder: Path, name: str) -> Ended:
     """Run one of the scripts in `folder`, on the backend of this process."""
-    text, beside, inline = SCRIPTS[name]
-    (folder / "train.py").write_text(text)
-    if beside:
-        (folder / "parts.py").write_text(beside)
-    base_path, notes = folder / "models", folder / "ran"
+    script, beside = SCRIPTS[name]
+    (folder / "train.py").write_text(script)
+    (folder / "parts.py").write_text(beside)
+    base_path, runs = folder / "models", folder / "runs"
     done = subprocess.run(
-        [sys.executable, *(["-c", text] if inline else ["train.py"])],
+        [sys.executable, *(["-c", script] if name == "inline" else ["train.py"])],
         cwd=folder,
         env={
             **os.environ,
             "KERAS_BACKEND": keras.backend.backend(),
             "OUT": str(base_path),
-            "RAN": str(notes),
+            "RUNS": str(runs),
         },
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
-    return Ran(done.returncode, done.stdout, done.stderr, base_path, notes)
+    return Ended(done.returncode, done.stdout, done.stderr, base_path, runs)

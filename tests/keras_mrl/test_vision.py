@@ -1,9 +1,7 @@
 """Backbones of others, from their constructor to a trained, cut and saved classifier."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
@@ -12,6 +10,7 @@ from keras import layers
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
 from tests.helpers.small_models import NUM_CLASSES, accuracy, as_numpy, compiled
+from tests.helpers.vision_backbones import SHAPE, keras_cv, keras_hub
 
 pytestmark = [
     pytest.mark.backend,
@@ -20,42 +19,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*compile.* was not called as part of model loading"),
 ]
 
-SHAPE = (32, 32, 3)
 DIMS = (2, 4, 8)
 IMAGES = np.random.default_rng(0).uniform(0, 255, size=(12, *SHAPE)).astype("float32")
 LABELS = np.arange(12) % NUM_CLASSES
-
-
-def keras_cv() -> keras.Model:
-    """Two blocks at least: with one, keras-cv gives two layers the same name."""
-    models = imported("keras_cv").models
-    return models.ResNetV2Backbone(
-        stackwise_filters=[64],
-        stackwise_blocks=[2],
-        stackwise_strides=[1],
-        block_type="basic_block",
-        include_rescaling=True,
-        input_shape=SHAPE,
-    )
-
-
-def keras_hub() -> keras.Model:
-    models = imported("keras_hub").models
-    return models.ResNetBackbone(
-        input_conv_filters=[64],
-        input_conv_kernel_sizes=[3],
-        stackwise_num_filters=[64],
-        stackwise_num_blocks=[1],
-        stackwise_num_strides=[1],
-        block_type="basic_block",
-        image_shape=SHAPE,
-    )
-
-
-def imported(name: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name)
 
 
 def pooled(body: keras.Model) -> keras.Model:
