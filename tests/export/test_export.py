@@ -1,4 +1,4 @@
-"""What `export_saved_model` writes, and whole models: from their training to answers of a server."""
+"""What `export_saved_model` writes, and whole models from their training to a server's answers."""
 
 import doctest
 import importlib
@@ -347,7 +347,7 @@ def test_images_leave_the_cascade_at_every_dim(seen: Seen) -> None:
     )
 
 
-# A language model, trained on PyTorch: tokens answer with the next one, and a text is written by asking.
+# A language model, trained on PyTorch: tokens answer with the next one, and so write a text.
 
 RANDOM = np.random.default_rng(0)
 # Mostly counted upwards: some tokens are easy to foretell, some are not.

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from keras_mrl import next_token
@@ -24,22 +23,27 @@ from keras_mrl_export import export_saved_model
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex
-from tests.export.test_decoder import DECODER, EXACT, encoded
-from tests.export.test_decoder import model as of_images
 from tests.helpers import export_models as models
 from tests.helpers import old_tensorflow
-from tests.helpers.export_models import DIMS, assert_equal_rows, halving_policy, only_tensorflow
+from tests.helpers.export_images import DECODER, EXACT, encoded, model_of_images
+from tests.helpers.export_models import (
+    DIMS,
+    Arrays,
+    assert_equal_rows,
+    halving_policy,
+    outputs,
+    warmup_records,
+    written_signatures,
+)
 from tests.helpers.language_models import LENGTH, TOKENS, language_model
 
 pytestmark = [
-    only_tensorflow,
     pytest.mark.soak,
     pytest.mark.skipif(
         not os.environ.get("KERAS_MRL_SOAK"), reason="installs TensorFlow; `make soak` runs it"
     ),
 ]
 ROWS = 5
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +52,9 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, A
     folder = tmp_path_factory.mktemp("exported")
     more: dict[str, Any] = {"warmup_batch_sizes": (ROWS,)}
     images, classifier = models.images(), models.untied()
-    gallery = np.asarray(classifier.backbone.predict(images, verbose=0))
+    gallery = outputs(classifier.backbone, images)
     index = ExactIndex.build(gallery, FunnelSchedule(DIMS, (20, 10), 4), metric="cosine")
-    policy = halving_policy(classifier.predict(images, verbose=0))
+    policy = halving_policy(outputs(classifier, images))
     files = [encoded(pixels) for pixels in (*EXACT, EXACT[0][::-1])]
     words = next_token(language_model(tied=True, dims=(2, 8)))
     texts = np.arange(3 * LENGTH, dtype=np.int32).reshape(3, LENGTH) % TOKENS
@@ -60,22 +64,9 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, A
         ),
         export_saved_model(models.of_tokens(), folder / "tokens", models.tokens(), **more),
         export_saved_model(words, folder / "words", texts, **more),
-        export_saved_model(of_images(), folder / "bytes", files, decoder=DECODER, **more),
+        export_saved_model(model_of_images(), folder / "bytes", files, decoder=DECODER, **more),
     ]
-    return {path: recorded(path) for path in paths}
-
-
-def recorded(path: Path) -> dict[str, Arrays]:
-    import tensorflow as tf
-    from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
-
-    found = {}
-    file = path / "assets.extra" / "tf_serving_warmup_requests"
-    for record in tf.data.TFRecordDataset(str(file)):
-        request = PredictionLog.FromString(record.numpy()).predict_log.request
-        inputs = {name: tf.make_ndarray(proto) for name, proto in request.inputs.items()}
-        found[request.model_spec.signature_name] = inputs
-    return found
+    return {path: dict(warmup_records(path)) for path in paths}
 
 
 @contextmanager
@@ -97,15 +88,15 @@ def test_it_answers_as_the_present_tensorflow(
 ) -> None:
     if version < "2.20" and sys.version_info >= (3, 13):
         pytest.skip("there is no such TensorFlow for this Python")
-    asked = {
+    questions = {
         str(path): {
             name: {key: old_tensorflow.to_json(value) for key, value in inputs.items()}
             for name, inputs in signatures.items()
         }
         for path, signatures in versions.items()
     }
-    files = [str(tmp_path / name) for name in ("asked.json", "answers.json")]
-    Path(files[0]).write_text(json.dumps(asked))
+    files = [str(tmp_path / name) for name in ("questions.json", "answers.json")]
+    Path(files[0]).write_text(json.dumps(questions))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     with installed(version) as python:
         done = subprocess.run(
@@ -116,14 +107,14 @@ def test_it_answers_as_the_present_tensorflow(
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    found = json.loads(Path(files[1]).read_text())
-    assert found["tensorflow"] == version
+    old = json.loads(Path(files[1]).read_text())
+    assert old["tensorflow"] == version
     for path, signatures in versions.items():
         with SavedModelSession(path) as session:
-            assert set(signatures) == {n for n in session.signatures if not n.startswith("__")}
+            assert set(signatures) == written_signatures(session)
             for name, inputs in signatures.items():
-                wanted = session.run(name, inputs)
-                answers = found["answers"][str(path)][name]
-                assert set(answers) == set(wanted)
-                for key, value in wanted.items():
-                    assert_equal_rows(old_tensorflow.from_json(answers[key]), value)
+                expected = session.run(name, inputs)
+                answer = old["answers"][str(path)][name]
+                assert set(answer) == set(expected)
+                for key, value in expected.items():
+                    assert_equal_rows(old_tensorflow.from_json(answer[key]), value)

@@ -18,7 +18,7 @@ from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex
 from tests.helpers import export_models as models
 from tests.helpers.export_galleries import GALLERY, IDS, METRICS, QUERIES, WIDTH, index_of
-from tests.helpers.export_models import DIMS, NAMES, TEMPERATURES, Exported
+from tests.helpers.export_models import DIMS, NAMES, TEMPERATURES, Arrays, Exported
 
 Change = dict[str, Any]
 
@@ -274,7 +274,7 @@ def test_a_search_that_answers_otherwise_is_named(signature: str, wrong: str, ho
             neighbors = index.search(queries)
         else:
             neighbors = exact_neighbors(index, queries, [queries.shape[1]])[queries.shape[1]]
-        answer = {"ids": neighbors.ids, "scores": neighbors.scores.astype(np.float32)}
+        answer: Arrays = {"ids": neighbors.ids, "scores": neighbors.scores.astype(np.float32)}
         return {**answer, wrong: answer[wrong] + 1} if name == signature else answer
 
     with pytest.raises(ExportError, match=rf"\A{differs(signature, how)}\Z"):

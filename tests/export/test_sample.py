@@ -139,7 +139,7 @@ def test_a_name_tensorflow_would_change_is_refused(name: str) -> None:
     )
 
 
-MODELS = {
+MODELS: dict[str, tuple[Callable[[], keras.Model], Any]] = {
     "sequential": (lambda: sequential("image"), X),
     "called": (called, X),
     "two": (lambda: functional("right", "left"), {"left": X, "right": 2 * X}),

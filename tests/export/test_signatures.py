@@ -121,7 +121,7 @@ def test_searches_are_those_of_the_gallery_that_was_exported_with_the_model(tied
     assert index is not None
     queries = np.ascontiguousarray(tied.features[SEVEN, : DIMS[-1]])
     neighbors = index.search(queries)
-    expected = {"ids": neighbors.ids, "scores": neighbors.scores}
+    expected: Arrays = {"ids": neighbors.ids, "scores": neighbors.scores}
     assert_answers(tied.ask("retrieve", SEVEN), expected)
     assert_answers(tied.session.run("search", {"embedding": queries}), expected)
 

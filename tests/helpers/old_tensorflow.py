@@ -1,4 +1,4 @@
-"""Asks SavedModels; runs where an older TensorFlow and NumPy are installed, and nothing of ours."""
+"""Runs SavedModels in an environment with an older TensorFlow, without any package of ours."""
 
 import base64
 import json
@@ -16,18 +16,18 @@ def to_json(array: Any) -> dict[str, Any]:
     return {"dtype": str(array.dtype), "shape": array.shape, "values": values}
 
 
-def from_json(given: dict[str, Any]) -> Any:
-    values = given["values"]
-    if given["dtype"] == "object":
+def from_json(array: dict[str, Any]) -> Any:
+    values = array["values"]
+    if array["dtype"] == "object":
         values = [base64.b64decode(value) for value in values]
-    return np.array(values, given["dtype"]).reshape(given["shape"])
+    return np.array(values, array["dtype"]).reshape(array["shape"])
 
 
 def ask(path: str, signatures: dict[str, Any]) -> dict[str, Any]:
     """The outputs of every signature of one SavedModel, loaded as TensorFlow Serving loads it."""
     import tensorflow as tf
 
-    found = {}
+    answers = {}
     with tf.compat.v1.Session(graph=tf.Graph()) as session:
         graph = tf.compat.v1.saved_model.loader.load(session, ["serve"], path)
         for name, inputs in signatures.items():
@@ -35,13 +35,13 @@ def ask(path: str, signatures: dict[str, Any]) -> dict[str, Any]:
             fetches = {key: info.name for key, info in signature.outputs.items()}
             feeds = {signature.inputs[key].name: from_json(v) for key, v in inputs.items()}
             answer = session.run(fetches, feeds)
-            found[name] = {key: to_json(value) for key, value in answer.items()}
-    return found
+            answers[name] = {key: to_json(value) for key, value in answer.items()}
+    return answers
 
 
 if __name__ == "__main__":
     import tensorflow as tf
 
-    asked = json.loads(Path(sys.argv[1]).read_text())
-    answers = {path: ask(path, signatures) for path, signatures in asked.items()}
+    questions = json.loads(Path(sys.argv[1]).read_text())
+    answers = {path: ask(path, signatures) for path, signatures in questions.items()}
     Path(sys.argv[2]).write_text(json.dumps({"tensorflow": tf.__version__, "answers": answers}))
