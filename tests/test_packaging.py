@@ -1,4 +1,4 @@
-"""What is shipped: one distribution, four import packages, the client's three dependencies."""
+"""What is shipped: one distribution, four import packages, four dependencies."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from keras_mrl_cli.deploying.work import FILES
+from keras_mrl_cli.deploy import FILES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"keras_mrl", "keras_mrl_cli", "keras_mrl_export", "keras_mrl_serving"}
@@ -61,11 +61,11 @@ def test_every_module_is_shipped(wheel: zipfile.ZipFile) -> None:
     assert others <= set(wheel.namelist())
 
 
-def test_the_base_needs_what_the_client_needs(wheel: zipfile.ZipFile) -> None:
+def test_the_base_needs_what_the_client_and_the_command_line_need(wheel: zipfile.ZipFile) -> None:
     name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = Parser().parsestr(wheel.read(name).decode())
     base = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
-    assert sorted(base) == ["grpcio>=1.75", "numpy>=2.0", "protobuf>=6.31.1"]
+    assert sorted(base) == ["click>=8.5", "grpcio>=1.75", "numpy>=2.0", "protobuf>=6.31.1"]
 
 
 def test_every_requirement_is_pinned_in_the_constraints() -> None:

@@ -1,4 +1,4 @@
-"""Ask a server for the classes of images, or of rows in .npy and .npz files.
+"""Ask a server for the classes of images, or of rows of arrays.
 
 Prints the best class of each row, its probability and the dim that decided it. Without --dim the
 model's own policy decides, wider dims only for rows still unsure; a model without a policy is
@@ -6,40 +6,110 @@ asked at its full dim. A file that is bad is reported, the others are answered a
 the exit status is 1. Images are sent as they are to a model that decodes them itself; for one that
 takes pixels they are decoded and resized here (pip install 'keras-mrl[images]').
 
-  keras-mrl classify localhost:8500 birds/*.jpg --model birds --top 3
-  keras-mrl classify localhost:8500 test.npy --model digits --dim 16 --json > answers.jsonl
+  keras-mrl classify --target localhost:8500 --model birds birds/*.jpg --top 3
+  keras-mrl classify --target localhost:8500 test.npy --dim 16 --json
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-from . import asking
-from .refuse import refuse
+from .output import Table, file_width, print_json
+from .shared import (
+    MISUSED,
+    Option,
+    RefusalError,
+    check_one_of,
+    command,
+    file_options,
+    files_argument,
+    json_option,
+    server_options,
+    take_target,
+    target_option,
+)
+
+if TYPE_CHECKING:
+    from keras_mrl_serving import Classification, Manifest
+
+    from .files import Arrays
+
+Classes = list[tuple[int, str | None, float]]  # class id, label and probability, best first
+ShowRow = Callable[[str, int, int, float, Classes], None]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    asking.add_arguments(parser)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--dim", type=int, metavar="M", help="ask the head of this dim alone")
-    how.add_argument(
-        "--policy", metavar="FILE", help="JSON of a CascadePolicy to ask by (the model's own)"
-    )
-    parser.add_argument(
-        "--top", type=int, default=1, metavar="K", help="how many classes of each row (1)"
-    )
-
-
-def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Classify every row of every file."""
+@command(
+    __doc__,
+    files_argument(),
+    target_option(),
+    *server_options(),
+    Option("--dim", type=int, metavar="M", help="ask the head of this dim alone"),
+    Option("--policy", metavar="FILE", help="JSON of a CascadePolicy to ask by (the model's own)"),
+    Option("--top", type=int, default=1, metavar="K", help="how many classes of each row (1)"),
+    *file_options(),
+    json_option("print one JSON object per row"),
+)
+def classify(arguments: SimpleNamespace) -> int:
+    """Print the classes of every row of every file."""
+    take_target(arguments)
+    check_one_of(arguments, "dim", "policy")
     if arguments.top < 1:
-        return refuse(f"--top must be at least 1. Received: {arguments.top}. Try 3.", status=2)
-    return asking.run(arguments, rest, _work)
+        raise RefusalError(f"--top must be at least 1. Received: {arguments.top}. Try 3.", MISUSED)
+    from .client import ask_files, described
+    from .files import load_policy
+
+    policy = None if arguments.policy is None else load_policy(arguments.policy)
+    with described(arguments) as (client, manifest):
+        manifest.check_head()
+        _check_top(arguments.top, manifest)
+        dim = None if arguments.dim is None else manifest.check_dim(arguments.dim)
+        if dim is None and policy is None and manifest.cascade is None:
+            dim = manifest.width
+        show_row = _print_json if arguments.json else _table(arguments, manifest)
+
+        def ask(rows: Arrays, progress: Callable[[int, int], object]) -> Classification:
+            if dim is None:
+                return client.classify_adaptive(rows, policy, progress=progress)
+            return client.classify(rows, dim, progress=progress)
+
+        def show(file: str, row: int, answer: Classification) -> None:
+            best = answer[0]
+            labels = best.labels or (None,) * len(best.class_ids)
+            classes = list(zip(best.class_ids, labels, best.probabilities, strict=True))
+            show_row(file, row, best.dim, best.confidence, classes[: arguments.top])
+
+        return ask_files(arguments, client, manifest, ask, show)
 
 
-def _work(arguments: argparse.Namespace) -> int:
-    from .asking.classes import classify
+def _check_top(top: int, manifest: Manifest) -> None:
+    if manifest.top_k is not None and top > manifest.top_k:
+        raise RefusalError(
+            f"--top must lie in 1..{manifest.top_k}, as many classes as the model names. "
+            f"Received: {top}. Give fewer, or export the model with a larger top_k."
+        )
 
-    return classify(arguments)
+
+def _print_json(file: str, row: int, dim: int, confidence: float, classes: Classes) -> None:
+    objects = [
+        {"class_id": class_id, **({} if label is None else {"label": label}), "probability": p}
+        for class_id, label, p in classes
+    ]
+    print_json(file=file, row=row, dim=dim, confidence=confidence, classes=objects)
+
+
+def _table(arguments: SimpleNamespace, manifest: Manifest) -> ShowRow:
+    rank = {"RANK": -4} if arguments.top > 1 else {}
+    last = "LABEL" if manifest.labels else "CLASS"
+    width = file_width(arguments.files)
+    digits = len(str(manifest.width))
+    table = Table({"FILE": width, "ROW": -6, "DIM": -digits, **rank, "PROBABILITY": -6, last: 0})
+
+    def show_row(file: str, row: int, dim: int, confidence: float, classes: Classes) -> None:
+        del confidence
+        for number, (class_id, label, probability) in enumerate(classes, 1):
+            name = class_id if label is None else label
+            table.row(file, row, dim, *([number] if rank else []), f"{probability:.4f}", name)
+
+    return show_row

@@ -1,78 +1,234 @@
-"""Write what runs tensorflow/serving over a model: docker compose, Kubernetes, configs.
+"""Write docker compose, Kubernetes and config files for a model.
 
-The files are made for the highest version under the base path: its name, its dims, its size on
-disk. A README.md among them says how to start, and how clients name the servers.
+They run tensorflow/serving over the model's folder, and are made for the highest version in it:
+its name, its dims, its size on disk. A README.md among them says how to start, and how clients
+name the servers.
 
-  keras-mrl deploy deploy/digits --model-base-path models/digits
+  keras-mrl deploy deploy/digits --base-path models/digits
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from textwrap import indent
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-from . import asking
-from .refuse import refuse, unknown_flags
+import click
 
+from .output import in_bytes
+from .shared import DONE, MISUSED, Option, RefusalError, command, flag_of, refused
+
+if TYPE_CHECKING:
+    from keras_mrl_serving import Manifest
+
+FILES = (
+    "README.md",
+    "docker-compose.yml",
+    "kubernetes.yaml",
+    "kustomization.yaml",
+    "models.config",
+    "batching.config",
+    "monitoring.config",
+)
 _MOST_ROWS = 1024
 _MAX_PORT = 2**16 - 1
+_CONNECTION_AGE_S = 60
+MODEL_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
+# An image as containers name one: host and port, a path in lower case, a tag, a digest.
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
+_PART = "[a-z0-9]+((\\.|_{1,2}|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(
+    f"({_LABEL}(\\.{_LABEL})*(:[0-9]+)?/)?{_PART}(/{_PART})*"
+    "(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@[A-Za-z][A-Za-z0-9]*:[0-9a-fA-F]{32,})?"
+)
+_ALONE = re.compile(r"^(?P<margin> *)\$(?P<key>[a-z_]+)$", re.MULTILINE)
+_MOST_SLUG = 40  # Kubernetes allows 63, and names of ours are longer by a suffix
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("out", metavar="OUT_DIR", help="folder to write to")
-    parser.add_argument(
-        "--model-base-path", required=True, metavar="DIR", help="folder of the model's versions"
-    )
-    parser.add_argument("--name", help="name clients ask for (the manifest's)")
-    parser.add_argument(
+@command(
+    __doc__,
+    click.Argument(["out"], metavar="OUT_DIR", help="folder to write to"),
+    Option(
+        "--base-path",
+        old=["--model-base-path"],
+        required=True,
+        metavar="DIR",
+        help="folder of the model's versions",
+    ),
+    Option("--name", metavar="NAME", help="name clients ask for (the manifest's)"),
+    Option(
         "--image",
         default="tensorflow/serving:2.20.0",
+        metavar="IMAGE",
         help="image of the server (tensorflow/serving:2.20.0)",
-    )
-    parser.add_argument("--replicas", type=int, default=2, metavar="N", help="servers (2)")
-    parser.add_argument("--port", type=int, default=8500, help="gRPC port (8500)")
-    parser.add_argument("--rest-port", type=int, default=8501, help="HTTP port (8501)")
-    parser.add_argument(
+    ),
+    Option("--replicas", type=int, default=2, metavar="N", help="servers (2)"),
+    Option("--port", type=int, default=8500, metavar="PORT", help="gRPC port (8500)"),
+    Option("--rest-port", type=int, default=8501, metavar="PORT", help="HTTP port (8501)"),
+    Option(
         "--memory",
         type=int,
         metavar="MIB",
         help="what a server may take, in MiB (1024 and three times the version's size on disk)",
-    )
-    parser.add_argument(
-        "--max-batch-size", type=int, default=128, metavar="ROWS", help="rows of a batch (128)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    ),
+    Option("--max-batch-size", type=int, default=128, metavar="ROWS", help="rows of a batch (128)"),
+    Option("--force", is_flag=True, help="replace files that are there"),
+)
+def deploy(arguments: SimpleNamespace) -> int:
+    """Render every template into the folder, and print each file's path."""
+    _check(arguments)
+    values = _values(arguments)
+    out = Path(arguments.out)
+    text_by_name = {name: _rendered(name, values) for name in FILES}
+    with refused(
+        rule="OUT_DIR must be a folder that can be written.", remedy="Name another.", place=str(out)
+    ):
+        out.mkdir(parents=True, exist_ok=True)
+        there = [name for name in FILES if (out / name).exists()]
+        if there and not arguments.force:
+            raise RefusalError(
+                "Files are replaced only with --force. "
+                f"Received: {out}, which holds {there[0]}. Add --force, or name another folder."
+            )
+        for name, text in text_by_name.items():
+            (out / name).write_text(text, "utf-8")
+    for name in FILES:
+        print(out / name)
+    return DONE
 
 
-def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Write the files."""
-    if rest:
-        return refuse(unknown_flags(rest), status=2)
-    return asking.finished(lambda: _work(arguments))
-
-
-def _work(arguments: argparse.Namespace) -> int:
-    for flag, most, usual in (
+def _check(arguments: SimpleNamespace) -> None:
+    for name, most, usual in (
         ("replicas", 1000, "2"),
         ("port", _MAX_PORT, "8500"),
         ("rest_port", _MAX_PORT, "8501"),
         ("memory", 2**31 - 1, "a first guess"),
         ("max_batch_size", _MOST_ROWS, "128"),
     ):
-        value = getattr(arguments, flag)
+        value = getattr(arguments, name)
         if value is not None and not 0 < value <= most:
-            raise asking.RefusalError(
-                f"--{flag.replace('_', '-')} must lie in 1..{most}. Received: {value}. "
+            raise RefusalError(
+                f"{flag_of(name)} must lie in 1..{most}. Received: {value}. "
                 f"Leave it out for {usual}.",
-                status=2,
+                MISUSED,
             )
     if arguments.port == arguments.rest_port:
-        raise asking.RefusalError(
+        raise RefusalError(
             "gRPC and HTTP need a port each. "
             f"Received: --port and --rest-port {arguments.port}. Name another.",
-            status=2,
+            MISUSED,
         )
-    from .deploying.work import deploy
 
-    return deploy(arguments)
+
+def _rendered(name: str, values: dict[str, str]) -> str:
+    """Return a template's text with these values; one alone on its line keeps its margin."""
+    text = (files("keras_mrl_serving") / "deploy" / name).read_text("utf-8")
+    spread = _ALONE.sub(lambda line: indent(values[line["key"]], line["margin"]), text)
+    return Template(spread).substitute(values)
+
+
+def _values(arguments: SimpleNamespace) -> dict[str, str]:
+    from keras_mrl_serving.saved_model import sizes
+
+    folder, manifest = _model(arguments.base_path)
+    name = _checked_name(manifest.name if arguments.name is None else arguments.name)
+    if not _IMAGE.fullmatch(arguments.image):
+        raise RefusalError(
+            "--image must be the name of an image. "
+            f"Received: {arguments.image!r}. Give for example tensorflow/serving:2.20.0.",
+            MISUSED,
+        )
+    disk_bytes = sum(sizes(folder).values())
+    memory_mib, why_memory = arguments.memory, "given to keras-mrl deploy"
+    if memory_mib is None:
+        memory_mib = 1024 + 3 * -(-disk_bytes // 2**20)
+        on_disk = f"{in_bytes(disk_bytes)} of version {folder.name} on disk"
+        why_memory = f"1024 MiB and three times the {on_disk}"
+    batch = arguments.max_batch_size
+    allowed = [2**power for power in range(batch.bit_length()) if 2**power < batch]
+    path = json.dumps(str(folder.parent.absolute()), ensure_ascii=False)
+    batching_flags, why_batching = _batching(manifest)
+    return {
+        "name": name,
+        "slug": _slug(name),
+        "kind": manifest.kind,
+        "version": folder.name,
+        "dims": ", ".join(map(str, manifest.dims)),
+        "base_path": path.replace("$", "$$"),  # compose's escape
+        "batching_flags": batching_flags,
+        "batching_why": why_batching,
+        "image": arguments.image,
+        "replicas": str(arguments.replicas),
+        "port": str(arguments.port),
+        "rest_port": str(arguments.rest_port),
+        "memory_mib": str(memory_mib),
+        "memory_why": why_memory,
+        "max_batch_size": str(batch),
+        "allowed_batch_sizes": "\n".join(f"allowed_batch_sizes: {n}" for n in [*allowed, batch]),
+        "connection_age_s": str(_CONNECTION_AGE_S),
+        "connection_age_ms": str(_CONNECTION_AGE_S * 1000),
+    }
+
+
+def _batching(manifest: Manifest) -> tuple[str, str]:
+    """Return the flags of batching, and why: only rows of equal shapes are put together."""
+    open_ended = [name for name, spec in manifest.inputs.items() if None in spec["shape"][1:]]
+    if not open_ended:
+        return (
+            "- --enable_batching=true\n- --batching_parameters_file=/config/batching.config",
+            "In use: every row of the model's inputs has one shape.",
+        )
+    why = (
+        f"Not in use: requests differ in the shape of {', '.join(open_ended)}, and only equal "
+        "shapes are batched."
+    )
+    return f"# {why}\n- --enable_batching=false", why
+
+
+def _model(base_path: str) -> tuple[Path, Manifest]:
+    """Return the folder of the highest version, and its manifest."""
+    from keras_mrl_serving import ManifestError
+    from keras_mrl_serving.saved_model import read_manifest, read_signatures
+
+    from .files import find_version
+
+    with refused(
+        ManifestError,
+        rule="--base-path must be a folder that can be read.",
+        remedy="Correct the path.",
+        place=base_path,
+    ):
+        folder, versions = find_version(base_path)
+        manifest = read_manifest(folder)
+        read_signatures(folder)  # a version that cannot be read is not deployed
+    if not versions:
+        raise RefusalError(
+            "--base-path must be the folder above the versions. "
+            f"Received: {base_path}, which is itself a version. Give {folder.absolute().parent}."
+        )
+    if manifest is None:
+        raise RefusalError(
+            "A deployment is made for a model that carries a manifest. "
+            f"Received: {folder}, which has none. Export it with keras-mrl export."
+        )
+    return folder, manifest
+
+
+def _checked_name(name: str) -> str:
+    if not MODEL_NAME.fullmatch(name):
+        raise RefusalError(
+            "The name of a model that is served is of letters, digits, '_', '.' and '-', the first "
+            f"and the last a letter or digit. Received: {name!r}. Give another: --name."
+        )
+    return name
+
+
+def _slug(name: str) -> str:
+    """Return the name as Kubernetes takes one: lower case, digits and '-', a letter first."""
+    slug = re.sub("[^a-z0-9]+", "-", name.lower())[:_MOST_SLUG].strip("-")
+    return slug if slug[0].isalpha() else f"model-{slug}"

@@ -1,4 +1,4 @@
-"""Ask a server for the embeddings of images, or of rows in .npy and .npz files.
+"""Ask a server for the embeddings of images, or of rows of arrays.
 
 Prints the first coordinates of each row, or all of them with --json. With --out they are written
 to one .npy file instead, a row for every row of the files in the order given. If that is
@@ -8,54 +8,175 @@ answered all the same, and the exit status is 1. .npy files are memory-mapped an
 larger than the memory. Images are sent as they are to a model that decodes them itself; for one
 that takes pixels they are decoded and resized here (pip install 'keras-mrl[images]').
 
-  keras-mrl embed localhost:8500 part1.npy part2.npy --model digits --quality 0.98 --out E.npy
-  keras-mrl embed localhost:8500 birds/*.jpg --model birds --dim 64 --json > embeddings.jsonl
+  keras-mrl embed --target localhost:8500 a.npy b.npy --out E.npy
+  keras-mrl embed --target localhost:8500 birds/*.jpg --quality 0.98 --json
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from . import asking
+import click
+
+from .output import Progress, Table, file_width, print_json
+from .shared import (
+    DONE,
+    Option,
+    RefusalError,
+    check_one_of,
+    command,
+    file_options,
+    files_argument,
+    json_option,
+    one_line,
+    refused,
+    server_options,
+    take_target,
+    target_option,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from keras_mrl_serving import Client, Manifest
+
+    from .files import Arrays
+
+    Embeddings = npt.NDArray[np.float32]  # (rows, dim)
+
+_COORDINATES = 6  # shown by a table
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    asking.add_arguments(parser)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--dim", type=int, metavar="M", help="dim of the embeddings (the full one)")
-    which.add_argument(
+class Quality(click.ParamType[tuple[str | None, float]]):
+    """A share, after the name of a measure and `=` if there is one."""
+
+    name = "[MEASURE=]SHARE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str | None, float]:
+        """Return the name of the measure and the share."""
+        measure, _, text = value.rpartition("=")
+        try:
+            share = float(text)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            self.fail(
+                f"it must end in a share in (0, 1]. Received: {value!r}. Give for example 0.98.",
+                param,
+                ctx,
+            )
+        return measure or None, share
+
+
+@command(
+    __doc__,
+    files_argument(),
+    target_option(),
+    *server_options(),
+    Option("--dim", type=int, metavar="M", help="dim of the embeddings (the full one)"),
+    Option(
         "--quality",
-        type=_quality,
-        metavar="[MEASURE=]SHARE",
+        type=Quality(),
+        metavar=Quality.name,
         help="take the smallest dim that keeps this share of the full one's quality, by the "
         "manifest's measure of this name, or its only one",
-    )
-    parser.add_argument(
-        "--out", metavar="E.npy", help="write there, and go on there after an interruption"
-    )
+    ),
+    Option("--out", metavar="E.npy", help="write there, and go on there after an interruption"),
+    *file_options(),
+    json_option("print one JSON object per row"),
+)
+def embed(arguments: SimpleNamespace) -> int:
+    """Print or write the embeddings of every row of every file."""
+    take_target(arguments)
+    check_one_of(arguments, "dim", "quality")
+    from keras_mrl_serving.contract import cheapest_dim
+
+    from .client import ask_files, described
+
+    with described(arguments) as (client, manifest):
+        dim = manifest.width
+        if arguments.dim is not None:
+            dim = manifest.check_dim(arguments.dim)
+        elif arguments.quality is not None:
+            measure, share = arguments.quality
+            with refused(ValueError):
+                dim = cheapest_dim(manifest, share, measure)
+        if arguments.out is not None:
+            return _write(arguments, client, manifest, dim)
+
+        def ask(rows: Arrays, progress: Callable[[int, int], object]) -> Embeddings:
+            return client.embed(rows, dim, progress=progress)
+
+        show = _print_json if arguments.json else _table(arguments, dim)
+        return ask_files(arguments, client, manifest, ask, show)
 
 
-def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Embed every row of every file."""
-    return asking.run(arguments, rest, _work)
+def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: int) -> int:
+    from keras_mrl_serving import KerasMrlError
 
+    from .files import load_rows
 
-def _quality(text: str) -> tuple[str | None, float]:
-    measure, _, share = text.rpartition("=")
+    total = _checked_rows(arguments, manifest)
+    batches = (load_rows(file, manifest, arguments.scale) for file in arguments.files)
     try:
-        number = float(share)
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(
-            f"it must end in a share in (0, 1]. Received: {text!r}. Give for example 0.98."
-        )
-    return measure or None, number
+        with Progress(lambda: total) as progress, refused(KerasMrlError, ValueError):
+            embeddings = client.embed_dataset(
+                batches,
+                dim,
+                arguments.out,
+                progress=lambda done, _: progress.show(done),
+                manifest=manifest,
+            )
+    except OSError as error:
+        if error.errno is None:  # a sentence of the client
+            raise RefusalError(one_line(error)) from error
+        raise RefusalError(
+            "--out must be a file that can be written. "
+            f"Received: {arguments.out} ({error.strerror}). Name another."
+        ) from error
+    if arguments.json:
+        print_json(out=arguments.out, rows=len(embeddings), dim=dim)
+    else:
+        print(f"{len(embeddings)} rows of dim {dim} are in {arguments.out}.")
+    return DONE
 
 
-def _work(arguments: argparse.Namespace) -> int:
-    from .asking.embeddings import embed
+def _checked_rows(arguments: SimpleNamespace, manifest: Manifest) -> int:
+    """Return how many rows all files have; raise `RefusalError` for the first that is bad."""
+    from .files import load_rows
 
-    return embed(arguments)
+    total = 0
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in arguments.files:
+        arrays = load_rows(file, manifest, arguments.scale)
+        for name, array in arrays.items():
+            if shapes.setdefault(name, array.shape[1:]) != array.shape[1:]:
+                raise RefusalError(
+                    "The rows of one --out must be of one size. "
+                    f"Received: {file} with {array.shape[1:]} after {shapes[name]}. "
+                    "Resize them, or write several."
+                )
+        total += len(next(iter(arrays.values())))
+    return total
+
+
+def _print_json(file: str, row: int, answer: Embeddings) -> None:
+    coordinates: list[Any] = answer[0].tolist()
+    print_json(file=file, row=row, dim=len(coordinates), embedding=coordinates)
+
+
+def _table(arguments: SimpleNamespace, dim: int) -> Callable[[str, int, Embeddings], None]:
+    columns = {"FILE": file_width(arguments.files), "ROW": -6, "DIM": -len(str(dim))}
+    table = Table({**columns, "EMBEDDING": 0})
+    more = " ..." if dim > _COORDINATES else ""
+
+    def show(file: str, row: int, answer: Embeddings) -> None:
+        first = " ".join(f"{value:8.4f}" for value in answer[0, :_COORDINATES])
+        table.row(file, row, answer.shape[1], first + more)
+
+    return show

@@ -1,117 +1,322 @@
-"""Write a .keras file as the next version that TensorFlow Serving serves.
+"""Write a .keras file as a version that TensorFlow Serving serves.
 
 The model is loaded on the backend of KERAS_BACKEND, rebuilt on TensorFlow, and compared with
 itself signature by signature before the version gets its number. The last line on stdout is the
 folder of the version.
 
-  keras-mrl export digits.keras --base-path models/digits --sample few.npy --policy policy.json
-  keras-mrl export birds.keras --base-path models/birds --images few/*.jpg --pixel-scale 0.00392157
-  keras-mrl export own.keras --base-path models/own --import my_layers --sample few.npz
+  keras-mrl export digits.keras --base-path models/digits --sample few.npy
+  keras-mrl export birds.keras --base-path models/birds --images few/*.jpg
+  keras-mrl export own.keras --base-path models/own --import my_layers
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import math
+import os
 import struct
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from . import asking
-from .refuse import refuse, unknown_flags
+import click
+
+from .shared import (
+    DONE,
+    Dims,
+    Option,
+    RefusalError,
+    command,
+    ended_by_signals,
+    one_line,
+    refused,
+)
+
+if TYPE_CHECKING:
+    from keras_mrl_export import ImageDecoder
+
+_ROWS = 8  # of a random sample
+_RANDOM_ROWS = "The export is verified on random rows in [0, 1); real rows verify more: --sample."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("model", metavar="MODEL.keras", help="what model.save wrote")
-    parser.add_argument(
-        "--base-path", required=True, metavar="DIR", help="folder of the model's versions"
-    )
-    parser.add_argument(
+class Names(click.ParamType[list[str]]):
+    """Names with commas."""
+
+    name = "S,S"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[str]:
+        """Return the names."""
+        names = [part.strip() for part in value.split(",") if part.strip()]
+        if not names:
+            self.fail(
+                f"must be names with commas. Received: {value!r}. Give for example "
+                "embed,classify_64.",
+                param,
+                ctx,
+            )
+        return names
+
+
+class Scale(click.ParamType[float]):
+    """A number that float32 has, for the graph computes in float32."""
+
+    name = "X"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number."""
+        try:
+            scale = float(value)
+            in_float32 = struct.unpack("f", struct.pack("f", scale))[0]
+        except (ValueError, OverflowError):
+            in_float32 = math.nan
+        if not math.isfinite(in_float32) or in_float32 == 0:
+            self.fail(
+                f"must be a finite number other than 0. Received: {value!r}. "
+                "Give for example 0.00392157, which is 1 / 255.",
+                param,
+                ctx,
+            )
+        return scale
+
+
+@command(
+    __doc__,
+    click.Argument(["model"], metavar="MODEL.keras", help="the file that model.save wrote"),
+    Option("--base-path", required=True, metavar="DIR", help="folder of the model's versions"),
+    Option(
         "--sample",
         metavar="FILE",
         help="a few real rows to compare on, .npy, or .npz by input name (random floats)",
-    )
-    parser.add_argument("--policy", metavar="FILE", help="JSON of a CascadePolicy (no cascade)")
-    parser.add_argument("--labels", metavar="FILE", help="class names, one a line (no names)")
-    parser.add_argument(
-        "--dims", type=asking.dims, metavar="M,M", help="dims to export (those of the model's head)"
-    )
-    parser.add_argument(
+    ),
+    Option("--policy", metavar="FILE", help="JSON of a CascadePolicy (no cascade)"),
+    Option("--labels", metavar="FILE", help="class names, one a line (no names)"),
+    Option(
+        "--dims", type=Dims(), metavar=Dims.name, help="dims to export (those of the model's head)"
+    ),
+    Option(
         "--signatures",
-        type=_names,
-        metavar="S,S",
+        type=Names(),
+        metavar=Names.name,
         help="signatures to write, by name or family: embed,classify_64 (all)",
-    )
-    parser.add_argument(
+    ),
+    Option(
         "--images",
-        nargs="+",
-        metavar="FILE",
+        many=True,
+        metavar="FILE...",
         help="a few JPEG or PNG files: the version then takes the bytes of such files, decoded "
         "in its graph to the size of the model's input (it takes pixels)",
-    )
-    parser.add_argument(
+    ),
+    Option(
         "--pixel-scale",
-        type=_scale,
-        metavar="X",
-        help="with --images: what pixels of 0..255 are multiplied by (1)",
-    )
-    parser.add_argument("--top-k", type=int, metavar="K", help="classes that are named (5)")
-    parser.add_argument("--name", help="name in the manifest (the model's own)")
-    parser.add_argument("--version", type=int, metavar="N", help="its number (the next)")
-    parser.add_argument(
-        "--no-normalize", action="store_true", help="do not scale embeddings to unit length"
-    )
-    parser.add_argument(
+        type=Scale(),
+        metavar=Scale.name,
+        help="with --images: pixels of 0..255 are multiplied by it (1)",
+    ),
+    Option("--top-k", type=int, metavar="K", help="how many classes are named (5)"),
+    Option("--name", metavar="NAME", help="name in the manifest (the model's own)"),
+    Option("--version", type=int, metavar="N", help="its number (the next)"),
+    Option("--no-normalize", is_flag=True, help="do not scale embeddings to unit length"),
+    Option(
         "--import",
-        dest="modules",
-        action="append",
-        default=[],
+        "modules",
+        multiple=True,
         metavar="MODULE",
         help="imported before the model is loaded, as it registers classes; may be given again",
-    )
-
-
-def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Export a model."""
-    if rest:
-        return refuse(unknown_flags(rest), status=2)
-    return asking.finished(lambda: _work(arguments))
-
-
-def _names(text: str) -> list[str]:
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError(
-            f"must be names with commas. Received: {text!r}. Give for example embed,classify_64."
-        )
-    return names
-
-
-def _scale(text: str) -> float:
-    """A number that float32 has, for that is what the graph computes in."""
-    try:
-        scale = float(text)
-        served = struct.unpack("f", struct.pack("f", scale))[0]
-    except (ValueError, OverflowError):
-        served = math.nan
-    if not math.isfinite(served) or served == 0:
-        raise argparse.ArgumentTypeError(
-            f"must be a finite number other than 0. Received: {text!r}. "
-            "Give for example 0.00392157, which is 1 / 255."
-        )
-    return scale
-
-
-def _work(arguments: argparse.Namespace) -> int:
-    import os
-
+    ),
+)
+def export(arguments: SimpleNamespace) -> int:
+    """Load the model, export it, and print the folder of the version."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        from .exporting.work import export
-
-        return export(arguments)
+        return _export(arguments)
     except ImportError as error:
-        raise asking.RefusalError(
+        raise RefusalError(
             "An export loads the model with Keras and writes it with TensorFlow. "
             f"Received: {error}. Install what it needs: pip install 'keras-mrl[export]'."
         ) from error
+
+
+def _export(arguments: SimpleNamespace) -> int:
+    import keras
+
+    from keras_mrl_export import ExportError, export_saved_model
+    from keras_mrl_serving import KerasMrlError
+
+    from .files import load_arrays, load_policy
+
+    if arguments.images and arguments.sample:
+        raise RefusalError(
+            "An export is verified on rows or on images. Received: --sample and --images. "
+            "Give --images for a version that takes files, --sample for one that takes pixels."
+        )
+    if arguments.pixel_scale is not None and not arguments.images:
+        raise RefusalError(
+            "--pixel-scale is of images that the version decodes. Received: no --images. "
+            "Give a few: --images FILE FILE."
+        )
+    policy = None if arguments.policy is None else load_policy(arguments.policy)
+    labels = None if arguments.labels is None else _labels(arguments.labels)
+    sample: Any = None if arguments.sample is None else load_arrays(arguments.sample)
+    if sample is not None:
+        sample = sample[""] if set(sample) == {""} else dict(sample)
+    _import(arguments.modules)
+    _report(f"Loading {arguments.model} on {keras.backend.backend()} ...")
+    model = _load(arguments.model)
+    optional = {name: getattr(arguments, name) for name in ("dims", "signatures", "top_k", "name")}
+    with refused(
+        ExportError,
+        KerasMrlError,
+        ValueError,
+        rule="--base-path must be a folder that can be written.",
+        remedy="Name another.",
+        place=arguments.base_path,
+    ):
+        decoder = None
+        if arguments.images:
+            scale = 1.0 if arguments.pixel_scale is None else arguments.pixel_scale
+            sample, decoder = _encoded_images(model, arguments.images, scale)
+        elif sample is None:
+            sample = _random_rows(model)
+            _report(_RANDOM_ROWS)
+        _report("Exporting, and comparing every signature with the model ...")
+        with ended_by_signals():
+            version = export_saved_model(
+                model,
+                arguments.base_path,
+                sample,
+                policy,
+                labels,
+                version=arguments.version,
+                normalize=not arguments.no_normalize,
+                decoder=decoder,
+                **{name: value for name, value in optional.items() if value is not None},
+            )
+    print(Path(arguments.base_path) / version.name)  # a relative base path stays one
+    return DONE
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _labels(file: str) -> list[str]:
+    try:
+        return Path(file).read_text("utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise RefusalError(
+            f"--labels must be a text in UTF-8. Received: {file} ({error.reason}). "
+            "Write one class name a line."
+        ) from error
+    except OSError as error:
+        raise RefusalError(
+            "--labels must be a file that can be read. "
+            f"Received: {file} ({error.strerror}). Correct the path."
+        ) from error
+
+
+def _import(modules: Sequence[str]) -> None:
+    if modules:  # as `python script.py` would: the console script does not look where it is run
+        sys.path.insert(0, os.getcwd())
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except SystemExit as error:  # a script that is no module
+            raise _not_imported(module, f"it ends by sys.exit({error.code!r})") from error
+        except Exception as error:  # a module of the user's may raise anything
+            raise _not_imported(module, f"{type(error).__name__}: {one_line(error)}") from error
+
+
+def _not_imported(module: str, why: str) -> RefusalError:
+    return RefusalError(
+        "--import must name a module that can be imported, here or installed. "
+        f"Received: {module} ({why}). Name it as in an import statement, without .py."
+    )
+
+
+def _load(file: str) -> Any:
+    import keras
+
+    if not Path(file).is_file():
+        raise RefusalError(
+            "A model to export must be a .keras file. "
+            f"Received: {file}, which is none. Correct the path, or write it: model.save(...)."
+        )
+    try:
+        return keras.saving.load_model(file, compile=False)
+    except Exception as error:  # Keras raises whatever a layer raises
+        raise RefusalError(
+            "The .keras file must load on this backend. "
+            f"Received: {file} on {keras.backend.backend()}, {type(error).__name__}: "
+            f"{one_line(error)} Import the modules that register classes of your own with "
+            "--import, and make Lambda layers classes."
+        ) from error
+
+
+def _declared_inputs(model: Any) -> dict[str, Any]:
+    """Return the symbolic inputs of a model's backbone by name."""
+    from keras_mrl import split
+    from keras_mrl_export.sample import declared_inputs
+
+    backbone, _ = split(model)
+    return dict(declared_inputs(backbone))
+
+
+def _random_rows(model: Any) -> Any:
+    """Return random rows in [0, 1), an array or arrays by input name.
+
+    Raises:
+        RefusalError: If the model takes anything but floats of known shape.
+    """
+    import numpy as np
+
+    inputs = _declared_inputs(model)
+    others = [
+        f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        for name, tensor in inputs.items()
+        if "float" not in str(tensor.dtype) or None in tensor.shape[1:]
+    ]
+    if others or not inputs:
+        raise RefusalError(
+            "An export is verified on rows, and random ones stand only for floats of known shape. "
+            f"Received: {', '.join(others) or 'a model that declares no inputs'}. "
+            "Give a few real rows: --sample FILE.npy, or .npz by input name."
+        )
+    rng = np.random.default_rng(0)
+    rows = {
+        name: rng.random((_ROWS, *tensor.shape[1:]), np.float32) for name, tensor in inputs.items()
+    }
+    return next(iter(rows.values())) if len(rows) == 1 else rows
+
+
+def _encoded_images(
+    model: Any, files: Sequence[str], scale: float
+) -> tuple[list[bytes], ImageDecoder]:
+    """Return the bytes of image files, and the decoder that makes the model's input of them.
+
+    Raises:
+        RefusalError: If a file does not read, or the model takes no image of known size.
+    """
+    from keras_mrl_export import ImageDecoder
+
+    shapes = [tuple(tensor.shape[1:]) for tensor in _declared_inputs(model).values()]
+    if len(shapes) != 1 or len(shapes[0]) != 3 or None in shapes[0]:
+        raise RefusalError(
+            "Images are decoded to the one input of a model: height, width and channels. "
+            f"Received: a model with inputs of shapes {shapes}. Put an input of known size before "
+            "it: x = keras.Input((224, 224, 3)); keras.Model(x, model(x))."
+        )
+    height, width, channels = shapes[0]
+    try:
+        encoded = [Path(file).read_bytes() for file in files]
+    except OSError as error:
+        raise RefusalError(
+            "--images must name files that can be read. "
+            f"Received: {error.filename} ({error.strerror}). Correct the path."
+        ) from error
+    return encoded, ImageDecoder(height=height, width=width, channels=channels, scale=scale)

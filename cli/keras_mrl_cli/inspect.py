@@ -1,37 +1,261 @@
-"""Say what an exported model is: its signatures, its manifest, its sizes.
+"""Show an exported model: its signatures, its manifest, its sizes.
 
-WHAT is a version's folder, the folder above the versions, or a server's gRPC port. Neither needs
-TensorFlow. Of the folder above, the highest version is shown, as that is the one a server takes.
+FOLDER is a version's folder, or the folder above the versions, of which the highest is shown:
+a server takes that one. A model that is served is shown with --target. Neither needs TensorFlow.
 
   keras-mrl inspect models/digits
-  keras-mrl inspect localhost:8500 --model digits --json
+  keras-mrl inspect --target localhost:8500 --model digits --json
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from . import asking
-from .refuse import refuse, unknown_flags
+import click
+
+from .output import Table, in_bytes, print_json, printable
+from .shared import (
+    DONE,
+    MISUSED,
+    SERVER_FLAGS,
+    RefusalError,
+    command,
+    given,
+    json_option,
+    refused,
+    server_options,
+    target_option,
+)
+
+if TYPE_CHECKING:
+    from keras_mrl_serving import Manifest
+    from keras_mrl_serving.calls import Signature
+
+_SERVED = "A model that is served"
+# A word that is no path: with a scheme, several addresses, or a host and its port.
+_ADDRESS = re.compile(r"\w+:(//)?/.*|[^/]*,[^/]*|[^/]*:\d+")
+_FOREIGN = "none: another tool exported it, and only `predict` of a client can ask it"
+_REPORTED = ("holdout_size", "accuracy", "full_accuracy", "expected_dim", "cumulative_dim")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("what", metavar="WHAT", help="folder, or host:port of a server's gRPC port")
-    asking.add_server_arguments(parser.add_argument_group("a model that is served"))
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+@command(
+    __doc__,
+    click.Argument(
+        ["folder"], required=False, metavar="FOLDER", help="version, or folder above the versions"
+    ),
+    json_option(),
+    target_option(section=_SERVED),
+    *server_options(_SERVED),
+)
+def inspect(arguments: SimpleNamespace) -> int:
+    """Print what the folder or the server says of a model."""
+    folder = arguments.folder
+    if folder is not None and not Path(folder).exists() and _ADDRESS.fullmatch(folder):
+        folder, arguments.target = None, arguments.target or folder  # its old place
+    if (folder is None) == (arguments.target is None):
+        raise RefusalError(
+            "A model is shown from its folder, or from its server. "
+            f"Received: {'neither' if folder is None else 'both'}. "
+            "Give a folder, for example models/digits, or --target localhost:8500.",
+            MISUSED,
+        )
+    if folder is None:
+        model = _of_server(arguments)
+    elif flags := given(arguments, SERVER_FLAGS):
+        raise RefusalError(
+            "A folder is read without a server. "
+            f"Received: {', '.join(flags)} for {folder}. Leave them out, or name HOST:PORT."
+        )
+    else:
+        model = _of_folder(folder)
+    if arguments.json:
+        print_json(**model)
+    else:
+        print_model(model)
+    return DONE
 
 
-def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Show a model."""
-    if rest:
-        return refuse(unknown_flags(rest), status=2)
-    return asking.finished(lambda: _work(arguments))
+def _of_folder(path: str) -> dict[str, Any]:
+    from keras_mrl_serving import KerasMrlError
+    from keras_mrl_serving.saved_model import read_manifest, read_signatures, sizes
+
+    from .files import find_version, stray_files
+
+    with refused(
+        KerasMrlError,
+        rule="A model must lie in a folder that can be read.",
+        remedy="Correct the path.",
+        place=path,
+    ):
+        folder, versions = find_version(path)
+        manifest, signatures = read_manifest(folder), read_signatures(folder)
+        return {
+            "path": str(folder),
+            "versions": [
+                {"version": number, "bytes": sum(sizes(version).values())}
+                for number, version in versions.items()
+            ],
+            "strays": stray_files(path) if versions else [],
+            "sizes": sizes(folder),
+            **_described(manifest, signatures),
+        }
 
 
-def _work(arguments: argparse.Namespace) -> int:
-    asking.check_server_arguments(arguments)
-    from .inspecting.show import show
+def _of_server(arguments: SimpleNamespace) -> dict[str, Any]:
+    from keras_mrl_serving.contract import DESCRIBE
 
-    return show(arguments)
+    from .client import connected
+
+    with connected(arguments) as client:
+        signatures = client.signatures()
+        manifest = client.describe() if DESCRIBE in signatures else None
+        return {
+            "target": client.target,
+            "model": client.model,
+            "versions": [asdict(version) for version in client.status()],
+            **_described(manifest, signatures),
+        }
+
+
+def _described(manifest: Manifest | None, signatures: Mapping[str, Signature]) -> dict[str, Any]:
+    return {
+        "manifest": None if manifest is None else json.loads(manifest.to_json()),
+        "signatures": {name: asdict(signature) for name, signature in signatures.items()},
+    }
+
+
+def print_model(model: Mapping[str, Any]) -> None:
+    """Print what a model is for a person: the manifest first, the signatures last.
+
+    Args:
+        model: As `--json` prints it.
+    """
+    manifest = model["manifest"]
+    kind = "" if manifest is None else f": {manifest['name']}, {manifest['kind']}"
+    place = model["path"] if "path" in model else f"{model['model']} at {model['target']}"
+    print(printable(place + kind))
+    if manifest is None:
+        _line("manifest", _FOREIGN)
+    else:
+        _print_manifest(manifest)
+    if "sizes" in model:
+        parts = [f"{name} {in_bytes(size)}" for name, size in model["sizes"].items()]
+        _line("on disk", f"{in_bytes(sum(model['sizes'].values()))}: {', '.join(parts)}")
+    for version in model["versions"]:
+        _line("version", _version(version))
+    for name in model.get("strays", ()):
+        _line("no version", f"{name}, a file: a server takes it for a version and cannot load it")
+    if manifest is not None:
+        if manifest["cascade"] is not None:
+            _print_cascade(manifest["cascade"])
+        if manifest["quality"]:
+            _print_quality(manifest["quality"])
+    print("\nsignatures")
+    for name in sorted(model["signatures"], key=_by_number):
+        signature = model["signatures"][name]
+        print(printable(f"  {name}: {_specs(signature['inputs'])}"))
+        print(printable(f"    -> {_specs(signature['outputs'])}"))
+
+
+def _by_number(name: str) -> tuple[str, int]:
+    """Return a key by which embed_16 comes after embed_8."""
+    kind, _, dim = name.rpartition("_")
+    return (kind, int(dim)) if dim.isdecimal() else (name, 0)
+
+
+def _line(name: str, value: object) -> None:
+    print(f"  {name:12} {printable(str(value))}")
+
+
+def _version(version: Mapping[str, Any]) -> str:
+    if "state" not in version:
+        return f"{version['version']}, {in_bytes(version['bytes'])}"
+    error = f" ({version['error']})" if version["error"] else ""
+    return f"{version['version']}, {version['state']}{error}"
+
+
+def _print_manifest(manifest: Mapping[str, Any]) -> None:
+    _line("dims", _numbers(manifest["dims"]))
+    if manifest["weights"] is not None:
+        _line("weights", _numbers(manifest["weights"]))
+    _line("inputs", _specs(manifest["inputs"]))
+    if manifest["decoder"] is not None:
+        _line("decoder", ", ".join(f"{key} {value}" for key, value in manifest["decoder"].items()))
+    scaled = "of unit length" if manifest["normalize"] else "as they are"
+    _line("embeddings", f"{scaled}, compared by {manifest['metric']}")
+    if manifest["num_classes"] is not None:
+        names = "with names" if manifest["labels"] else "without names"
+        tied = "one kernel for all dims" if manifest["tied"] else "a kernel for each dim"
+        _line("classes", f"{manifest['num_classes']} {names}, top {manifest['top_k']}; {tied}")
+    if manifest["size"] is not None:
+        _line("gallery", f"{manifest['size']} rows")
+    if manifest["funnel"] is not None:
+        funnel = manifest["funnel"]
+        shortlists = _numbers(funnel["shortlists"]) or "none"
+        dims = " -> ".join(map(str, funnel["dims"]))
+        _line("funnel", f"{dims}, shortlists {shortlists}, k {funnel['k']}")
+    _line("fingerprint", manifest["fingerprint"])
+    if manifest["encoder_fingerprint"] is not None:
+        _line("encoder", manifest["encoder_fingerprint"])
+    made = {key.replace("_", " "): value for key, value in manifest["made_with"].items()}
+    _line("made with", ", ".join(f"{name} {value}" for name, value in made.items()))
+
+
+def _print_cascade(cascade: Mapping[str, Any]) -> None:
+    print()
+    print(printable(f"cascade by {cascade['confidence']}"))
+    table = Table({"  DIM": -5, "ABOVE": -9, "TEMPERATURE": -9, "ROWS": -6})
+    shares = cascade.get("exit_fractions", [])
+    if len(shares) != len(cascade["stages"]):  # the report was cut: unknown
+        shares = [None] * len(cascade["stages"])
+    for stage, share in zip(cascade["stages"], shares, strict=True):
+        is_last = stage["threshold"] is None
+        table.row(
+            stage["dim"],
+            "-" if is_last else f"{stage['threshold']:.6f}",
+            f"{stage.get('temperature', 1.0):g}",
+            "-" if share is None else f"{share:.1%}",
+        )
+    if all(cascade.get(name) is not None for name in _REPORTED):
+        print(
+            f"  on {cascade['holdout_size']} rows: accuracy {cascade['accuracy']:.4f}, "
+            f"{cascade['full_accuracy']:.4f} at the full dim; "
+            f"expected dim {cascade['expected_dim']:.1f}, "
+            f"cumulative {cascade['cumulative_dim']:.1f}"
+        )
+    promise = cascade.get("guarantee")
+    if promise is not None:
+        print(
+            f"  promised with delta {promise['delta']:g}: right at the full dim and wrong here "
+            f"in at most {promise['risk']:g} of rows; certified on {promise['size']} rows, "
+            f"{promise['errors']} of them so"
+        )
+
+
+def _print_quality(quality: Mapping[str, Mapping[str, float]]) -> None:
+    print("\nquality")
+    measures = list(dict.fromkeys(name for row in quality.values() for name in row))
+    table = Table({"  DIM": -5, **{name: -8 for name in measures}})
+    for dim, row in quality.items():
+        table.row(dim, *(f"{row[name]:.4f}" if name in row else "-" for name in measures))
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _specs(specs: Mapping[str, Mapping[str, Any]]) -> str:
+    return ", ".join(f"{n} {spec['dtype']} {_shape(spec['shape'])}" for n, spec in specs.items())
+
+
+def _shape(shape: Sequence[int | None] | None) -> str:
+    if shape is None:
+        return "of any shape"
+    sizes = ["any" if size is None else str(size) for size in shape]
+    return f"({', '.join(sizes)})"

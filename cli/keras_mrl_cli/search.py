@@ -1,86 +1,194 @@
-"""Search an index for the nearest rows of embeddings, or of images that a server embeds.
+"""Search an index by embeddings, or by images that a server embeds.
 
 Prints a line for each query, its nearest rows as id:score, best first; a higher score is nearer.
 With --query the rows of an .npy file are the queries, as wide as the index or wider. With
 --target the files go to a model that is served, are embedded at the index's width and then
 searched: images as they are, or .npy and .npz of the model's inputs. An index that knows its
-encoder refuses embeddings of another model; of the rows of --query nobody knows. A file that is
+encoder refuses embeddings of another model; the rows of --query cannot be checked. A file that is
 bad is reported, the others are answered all the same, and the exit status is 1.
 
   keras-mrl search birds.index --query queries.npy --k 5
-  keras-mrl search birds.index --target localhost:8500 --model birds new/*.jpg --json
+  keras-mrl search birds.index --target localhost:8500 --model birds new/*.jpg
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from . import asking
+import click
+
+from .output import Progress, Table, file_width, print_json
+from .shared import (
+    DONE,
+    FILE_FLAGS,
+    MISUSED,
+    SERVER_FLAGS,
+    Option,
+    RefusalError,
+    command,
+    file_options,
+    files_argument,
+    given,
+    index_refused,
+    json_option,
+    server_options,
+    target_option,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from keras_mrl_serving import Neighbors, Partial
+    from keras_mrl_serving.index import Index
+
+    from .files import Arrays
+
+    Search = Callable[[npt.NDArray[np.float32]], Neighbors]
+
+_AT_ONCE = 1000  # rows of --query
+_SHOWN = 5  # neighbours that a table shows without --k
+_SERVED = "A model that embeds the queries"
+
+Show = Callable[[str, int, "Neighbors"], None]  # a file, the number of its row, its one answer
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("index", metavar="DIR", help="folder of the index")
-    parser.add_argument(
-        "files",
-        metavar="FILES",
-        nargs="*",
-        help="with --target: images (.jpg .jpeg .png), .npy of rows, .npz of rows by input name",
-    )
-    parser.add_argument("--query", metavar="Q.npy", help="embeddings to search by, a row each")
-    parser.add_argument("--k", type=int, help="neighbours of each query (as many as the funnel's)")
-    parser.add_argument(
-        "--among", metavar="IDS.npy", help="the only ids that may be returned, integers (all)"
-    )
-    parser.add_argument(
+@command(
+    __doc__,
+    click.Argument(["index"], metavar="DIR", help="folder of the index"),
+    files_argument("with --target: "),
+    Option("--query", metavar="Q.npy", help="embeddings to search by, a row each"),
+    Option("--k", type=int, metavar="K", help="neighbours of each query (as many as the funnel's)"),
+    Option("--among", metavar="IDS.npy", help="the only ids that may be returned, integers (all)"),
+    Option(
         "--no-verify",
-        action="store_true",
+        is_flag=True,
         help="do not compare the index with its digests, which reads all of it once",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per query")
-    served = parser.add_argument_group("a model that embeds the queries")
-    served.add_argument(
-        "--target", metavar="HOST:PORT", help="the server's gRPC port; several with commas"
-    )
-    asking.add_server_arguments(served)
-    asking.add_file_arguments(served)
-
-
-def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Search for every query."""
-    return asking.run(arguments, rest, _work)
-
-
-def _work(arguments: argparse.Namespace) -> int:
+    ),
+    json_option("print one JSON object per query"),
+    target_option(section=_SERVED),
+    *server_options(_SERVED),
+    *file_options(_SERVED),
+)
+def search(arguments: SimpleNamespace) -> int:
+    """Print the neighbours of every query."""
     _check(arguments)
-    from .indexing.searching import search
+    from keras_mrl_serving import open_index
+    from keras_mrl_serving.index.base import check_among
 
-    return search(arguments)
+    from .files import load_array
+
+    with index_refused():
+        index = open_index(arguments.index, verify=not arguments.no_verify)
+        k = index.facts.check_k(arguments.k)
+        among = None if arguments.among is None else check_among(load_array(arguments.among))
+        files = arguments.files if arguments.query is None else [arguments.query]
+        shown = min(k, arguments.k or _SHOWN)
+        show = _print_json if arguments.json else _table(files, shown)
+        if arguments.query is not None:
+            return _search_rows(arguments.query, partial(index.search, k=k, among=among), show)
+        return _search_files(arguments, index, k, among, show)
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    flags = asking.server_flags(arguments) + asking.file_flags(arguments)
-    if arguments.target is not None:
-        flags.insert(0, "--target")
+def _check(arguments: SimpleNamespace) -> None:
+    flags = given(arguments, ("target", *SERVER_FLAGS, *FILE_FLAGS))
     if (arguments.query is None) == (not arguments.files):
-        raise asking.RefusalError(
+        raise RefusalError(
             "Queries are the rows of --query, or files that a served model embeds. "
             f"Received: {'neither' if arguments.query is None else 'both'}. "
             "Give for example --query Q.npy, or --target localhost:8500 new.jpg.",
-            status=2,
+            MISUSED,
         )
     if arguments.query is not None and flags:
-        raise asking.RefusalError(
+        raise RefusalError(
             "The rows of --query are searched as they are, and no server is asked. "
             f"Received: {', '.join(flags)} with --query. Leave it out, or give files instead.",
-            status=2,
+            MISUSED,
         )
     if arguments.files and arguments.target is None:
-        raise asking.RefusalError(
+        raise RefusalError(
             "Files are embedded by a model that is served. "
             f"Received: {arguments.files[0]} without --target. "
             "Name the server's gRPC port, for example --target localhost:8500, "
             "or give embeddings as --query.",
-            status=2,
+            MISUSED,
         )
+
+
+def _search_rows(file: str, search: Search, show: Show) -> int:
+    from .files import load_embeddings
+
+    queries = load_embeddings("--query", file)
+    with Progress(lambda: len(queries)) as progress:
+        for start in range(0, max(len(queries), 1), _AT_ONCE):
+            neighbors = search(queries[start : start + _AT_ONCE])
+            progress.clear()
+            for row in range(len(neighbors)):
+                show(file, start + row, neighbors[row : row + 1])
+            progress.show(start + len(neighbors))
+    return DONE
+
+
+def _search_files(
+    arguments: SimpleNamespace,
+    index: Index,
+    k: int,
+    among: npt.NDArray[np.int64] | None,
+    show: Show,
+) -> int:
+    from keras_mrl_serving import InvalidInputError, KerasMrlError
+    from keras_mrl_serving.flows import check_encoder
+
+    from .client import ask_files, described
+
+    with described(arguments) as (client, manifest):
+        check_encoder(index.encoder_fingerprint, manifest.fingerprint)
+        manifest.check_dim(index.width)
+
+        def ask(rows: Arrays, progress: Callable[[int, int], object]) -> Neighbors:
+            try:
+                neighbors = client.retrieve(rows, index, k=k, among=among)
+            except KerasMrlError as error:
+                search = partial(index.search, k=k, among=among)
+                error.partial = _neighbors_of(error.partial, search)
+                raise
+            except ValueError as error:  # of the index: it cannot search by these embeddings
+                raise InvalidInputError(str(error)) from error
+            progress(len(neighbors), len(neighbors))
+            return neighbors
+
+        return ask_files(arguments, client, manifest, ask, show)
+
+
+def _neighbors_of(embedded: Partial | None, search: Search) -> Partial | None:
+    """Return the neighbours of the rows that were embedded before an error."""
+    from keras_mrl_serving import Partial
+    from keras_mrl_serving.results import Embedded
+
+    if embedded is None:
+        return None
+    answer: Any = embedded.answer
+    embeddings = answer.embeddings if isinstance(answer, Embedded) else answer
+    try:
+        return Partial(embedded.rows, search(embeddings))
+    except ValueError:
+        return None
+
+
+def _print_json(file: str, row: int, neighbors: Neighbors) -> None:
+    ids, scores = neighbors.ids[0].tolist(), neighbors.scores[0].tolist()
+    print_json(file=file, row=row, ids=ids, scores=scores)
+
+
+def _table(files: Sequence[str], shown: int) -> Show:
+    table = Table({"FILE": file_width(files), "ROW": -6, "NEIGHBORS": 0})
+
+    def show(file: str, row: int, neighbors: Neighbors) -> None:
+        pairs = [f"{id_}:{score:.4f}" for id_, score in neighbors[0][:shown]]
+        more = ["..."] if neighbors.ids.shape[1] > shown else []
+        table.row(file, row, " ".join(pairs + more))
+
+    return show

@@ -1,75 +1,185 @@
-"""Serve a model over gRPC and REST, with TensorFlow Serving's own flags.
+"""Serve a model over gRPC and REST, with TensorFlow Serving's flags.
 
 Where `tensorflow_model_server` is on PATH this command becomes it, with the flags as they were
 given. Elsewhere, or with --dev, the development server of keras-mrl serves the same files: it is
 for development and tests, and production runs tensorflow/serving.
 
-  keras-mrl serve --model_name digits --model_base_path keras-mrl-demo/models/digits --port 8500
+  keras-mrl serve --model_base_path models/digits --model_name digits
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
-from .refuse import refuse, unknown_flags
-from .server_flags import add_flags, as_text, given, lacking
+import click
+
+from .shared import DONE, MISUSED, Option, RefusalError, command
 
 _REAL_SERVER = "tensorflow_model_server"
 _MAX_PORT = 2**16 - 1
 _DEFAULTS = {"model_name": "default", "port": 8500, "file_system_poll_wait_seconds": 1}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags; they are those of `tensorflow_model_server`."""
-    add_flags(parser)
-    parser.add_argument(
+class Truth(click.ParamType[bool]):
+    """A boolean as TensorFlow's flags spell it."""
+
+    name = "true|false"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        """Return the boolean."""
+        if value not in ("true", "false"):
+            self.fail(f"must be true or false. Received: {value}", param, ctx)
+        return bool(value == "true")
+
+
+# By name: how a value is read, and the help; in brackets, the value without the flag.
+FLAGS: Mapping[str, tuple[type, str]] = {
+    "model_base_path": (
+        str,
+        "folder that holds the model's versions, each in a folder named by its number",
+    ),
+    "model_name": (str, "name clients ask for (default)"),
+    "port": (int, "gRPC port; 0 lets the system choose (8500)"),
+    "file_system_poll_wait_seconds": (
+        int,
+        "seconds between looks for new versions; 0 means only at start, below 0 never (1)",
+    ),
+    "model_config_file": (
+        str,
+        "text proto of ModelServerConfig: many models, version policies, labels; takes the place "
+        "of --model_base_path and --model_name (none)",
+    ),
+    "model_config_file_poll_wait_seconds": (
+        int,
+        "seconds between reloads of that file; 0 means never (0)",
+    ),
+    "rest_api_port": (int, "HTTP port of the REST API; 0 lets the system choose (no REST)"),
+    "rest_api_timeout_in_ms": (int, "how long a REST call may compute, in milliseconds (30000)"),
+    "grpc_socket_path": (str, "Unix domain socket to listen on as well (none)"),
+    "grpc_channel_arguments": (
+        str,
+        "options of the gRPC server, as in grpc.max_connection_age_ms=60000,key=value (none)",
+    ),
+    "ssl_config_file": (
+        str,
+        "text proto of SSLConfig; with it the gRPC port speaks TLS (no TLS)",
+    ),
+    "enable_batching": (bool, "compute requests in batches (false)"),
+    "batching_parameters_file": (str, "text proto of BatchingParameters (its defaults)"),
+    "enable_model_warmup": (bool, "replay warm-up records before a version serves (true)"),
+    "enable_grpc_healthcheck_service": (bool, "serve grpc.health.v1 (false)"),
+    "enable_serialization_as_tensor_content": (
+        bool,
+        "answer in bytes instead of one field per dtype (false)",
+    ),
+    "allow_version_labels_for_unavailable_models": (
+        bool,
+        "let new labels stand for versions that are not available, as none is at start (false)",
+    ),
+    "max_num_load_retries": (int, "how often a version that does not load is tried again (5)"),
+    "load_retry_interval_micros": (int, "microseconds between two tries (60000000)"),
+}
+# The flags that the real server has besides, up to 2.20.
+_ONLY_REAL = frozenset(
+    """
+    enable_per_model_batching_parameters enable_profiler enable_signature_method_name_check
+    flush_filesystem_caches grpc_max_threads mixed_precision monitoring_config_file num_load_threads
+    num_request_iterations_for_warmup num_tflite_interpreters_per_pool num_tflite_pools
+    num_unload_threads per_process_gpu_memory_fraction platform_config_file prefer_tflite_model
+    remove_unused_fields_from_bundle_metagraph rest_api_enable_cors_support rest_api_num_threads
+    saved_model_tags skip_initialize_tpu tensorflow_inter_op_parallelism
+    tensorflow_intra_op_parallelism tensorflow_session_config_file tensorflow_session_parallelism
+    thread_pool_factory_config_file use_alts_credentials version xla_cpu_compilation_enabled
+    xla_gpu_compilation_enabled
+    """.split()
+)
+
+
+def _option(name: str, kind: type, text: str) -> Option:
+    if kind is bool:  # without a value it is true
+        return Option(
+            f"--{name}",
+            type=Truth(),
+            is_flag=False,
+            flag_value="true",
+            metavar=Truth.name,
+            help=text,
+        )
+    metavar = {int: "N", str: "TEXT"}[kind]
+    return Option(f"--{name}", type=kind, metavar=metavar, help=text)
+
+
+@command(
+    __doc__,
+    *(_option(name, kind, text) for name, (kind, text) in FLAGS.items()),
+    Option(
         "--dev",
-        action="store_true",
+        is_flag=True,
         help=f"run the development server even where {_REAL_SERVER} is on PATH",
-    )
-
-
-def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    ),
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def serve(arguments: SimpleNamespace) -> int:
     """Become the real server, or run the development server until a signal ends it."""
-    flags = given(arguments)
+    flags = {name: getattr(arguments, name) for name in FLAGS}
+    flags = {name: value for name, value in flags.items() if value is not None}
     for name in ("port", "rest_api_port"):
         port = flags.get(name, 0)
-        if not 0 <= port <= _MAX_PORT:  # gRPC would take what is left of it modulo 2**16
-            return refuse(
+        if not 0 <= port <= _MAX_PORT:  # gRPC would take it modulo 2**16
+            raise RefusalError(
                 f"--{name} must lie in 0..{_MAX_PORT}. Received: {port}. "
                 "Choose another, or 0 for any free one.",
-                status=2,
+                MISUSED,
             )
     if not flags.get("model_base_path") and not flags.get("model_config_file"):
-        return refuse(
+        raise RefusalError(
             "A server must have models. Received: neither --model_base_path nor "
             "--model_config_file. Give one of them.",
-            status=2,
+            MISUSED,
         )
     # The real server refuses relative paths; so that a path means one thing, both get this one.
     if (base_path := flags.get("model_base_path")) and "://" not in base_path:
         flags["model_base_path"] = str(Path(base_path).absolute())
+    flags = _DEFAULTS | flags
     real = shutil.which(_REAL_SERVER)
     if real and not arguments.dev:
-        os.execv(real, [real, *as_text(_DEFAULTS | flags), *rest])
-    if others := lacking(rest):
-        return refuse(
+        os.execv(real, [real, *_as_words(flags), *arguments.rest])
+    _check_rest(arguments.rest)
+    return _run_development_server(flags)
+
+
+def _as_words(flags: Mapping[str, Any]) -> list[str]:
+    """Return flags as TensorFlow's own parser reads them."""
+    values = {name: flags[name] for name in FLAGS if name in flags}
+    return [
+        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in values.items()
+    ]
+
+
+def _check_rest(words: Sequence[str]) -> None:
+    """Raise `RefusalError` for words that are no flags of the development server."""
+    only_real = [word for word in words if word.removeprefix("--").partition("=")[0] in _ONLY_REAL]
+    if only_real:
+        raise RefusalError(
             "The development server must be started with flags it has. Received: "
-            f"{' '.join(others)}, of {_REAL_SERVER} alone. Leave them out here, and give them to "
-            "tensorflow/serving.",
-            status=2,
+            f"{' '.join(only_real)}, of {_REAL_SERVER} alone. Leave them out here, and give them "
+            "to tensorflow/serving.",
+            MISUSED,
         )
-    if rest:
-        return refuse(unknown_flags(rest) + f" {_REAL_SERVER} may know more.", status=2)
-    return _run_development_server(_DEFAULTS | flags)
+    if words:
+        raise RefusalError(
+            f"Only known flags are taken. Received: {' '.join(words)}. "
+            f"See the command's --help for those there are. {_REAL_SERVER} may know more.",
+            MISUSED,
+        )
 
 
 def _run_development_server(flags: dict[str, Any]) -> int:
@@ -79,10 +189,10 @@ def _run_development_server(flags: dict[str, Any]) -> int:
     try:
         from keras_mrl_serving.server import DevServer
     except ImportError as error:
-        return refuse(
+        raise RefusalError(
             "The development server runs SavedModels with TensorFlow. "
             f"Received: {error}. Install it: pip install 'keras-mrl[server]'."
-        )
+        ) from error
     served = repr(flags["model_name"])
     if flags.get("model_config_file"):
         served = f"the models of {flags['model_config_file']!r}"
@@ -90,19 +200,19 @@ def _run_development_server(flags: dict[str, Any]) -> int:
     try:
         target = server.start()
     except (OSError, RuntimeError, ValueError) as error:
-        return refuse(str(error))
+        raise RefusalError(str(error)) from error
 
     def stop(number: int, frame: FrameType | None) -> None:
         del number, frame
         server.stop()
 
     signal.signal(signal.SIGTERM, stop)
-    rest = ""
+    rest_target = ""
     if server.rest_api_port is not None:
-        rest = f" and http://{target.rpartition(':')[0]}:{server.rest_api_port}"
-    print(f"Serving {served} at {target}{rest}. Stop with Ctrl-C.", flush=True)
+        rest_target = f" and http://{target.rpartition(':')[0]}:{server.rest_api_port}"
+    print(f"Serving {served} at {target}{rest_target}. Stop with Ctrl-C.", flush=True)
     try:
         server.wait()
     except KeyboardInterrupt:
         server.stop()
-    return 0
+    return DONE

@@ -6,6 +6,8 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from copy import copy
+from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 
@@ -90,6 +92,13 @@ class AsyncClient:
         """Return the smallest dim that keeps this share of the full dim's quality."""
         return cheapest_dim(await self.describe(), quality, measure)
 
+    def with_batch_size(self, rows: int | None) -> AsyncClient:
+        """Return a client of the same connection and knowledge, with another `max_batch_size`."""
+        other = copy(self)
+        other.options = replace(self.options, max_batch_size=rows)
+        other._conversation = self._conversation.with_options(other.options)
+        return other
+
     async def embed(
         self, inputs: Inputs, dim: int, *, progress: Progress | None = None
     ) -> npt.NDArray[np.float32]:
@@ -158,9 +167,11 @@ class AsyncClient:
         path: str | os.PathLike[str],
         *,
         progress: corpus.Progress | None = None,
+        manifest: Manifest | None = None,
     ) -> npt.NDArray[np.float32]:
         """Embed a corpus of any size into an `.npy` file; call again to resume after a crash."""
-        return await self._run(self._conversation.embed_dataset(data, dim, path, progress))
+        embed = self._conversation.embed_dataset
+        return await self._run(embed(data, dim, path, progress, manifest))
 
     async def close(self) -> None:
         """Close the connection."""

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
+from copy import copy
+from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 
@@ -97,6 +99,17 @@ class Client:
             measure: One of the manifest's measures; None means the only one, or `top1`.
         """
         return cheapest_dim(self.describe(), quality, measure)
+
+    def with_batch_size(self, rows: int | None) -> Client:
+        """Return a client of the same connection and knowledge, with another `max_batch_size`.
+
+        Args:
+            rows: Rows of one call; None for no limit. Closing either client closes both.
+        """
+        other = copy(self)
+        other.options = replace(self.options, max_batch_size=rows)
+        other._conversation = self._conversation.with_options(other.options)
+        return other
 
     def embed(
         self, inputs: Inputs, dim: int, *, progress: Progress | None = None
@@ -207,6 +220,7 @@ class Client:
         path: str | os.PathLike[str],
         *,
         progress: corpus.Progress | None = None,
+        manifest: Manifest | None = None,
     ) -> npt.NDArray[np.float32]:
         """Embed a corpus of any size into an `.npy` file; call again to resume after a crash.
 
@@ -216,11 +230,12 @@ class Client:
             dim: One of `describe().dims`.
             path: The file. Until all rows are embedded, they are in `PATH.partial`.
             progress: Called with the rows embedded so far and all rows; None for an unknown number.
+            manifest: As `describe` has just returned it; None asks for it.
 
         Returns:
             The embeddings `(rows, dim)`, memory-mapped, read-only.
         """
-        return self._run(self._conversation.embed_dataset(data, dim, path, progress))
+        return self._run(self._conversation.embed_dataset(data, dim, path, progress, manifest))
 
     def close(self) -> None:
         """Close the connection."""

@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from copy import copy
 from typing import Any, TypeVar
 
 import numpy as np
@@ -190,6 +191,12 @@ class Conversation:
         self._clock = clock
         self._knowledge = Knowledge()
 
+    def with_options(self, options: Options) -> Conversation:
+        """Return a conversation that shares this one's knowledge, and asks by other options."""
+        other = copy(self)
+        other._options = options
+        return other
+
     def run(self, flow: Flow[T]) -> Rounds[T]:
         """Run a flow that needs no manifest and has no rows, such as `flows.status()`."""
         answer: T = (yield from self._run_talk(self._talk(flow, None, self._deadline())))[0]
@@ -205,9 +212,10 @@ class Conversation:
         dim: int,
         path: str | os.PathLike[str],
         progress: corpus.Progress | None = None,
+        manifest: Manifest | None = None,
     ) -> Rounds[npt.NDArray[np.float32]]:
         """Embed a corpus window by window into a file: see `Client.embed_dataset`."""
-        manifest = yield from self.describe()
+        manifest = manifest or (yield from self.describe())
         dim = manifest.check_dim(dim)
         total = corpus.count_rows(data)
         digest = corpus.digest(data)

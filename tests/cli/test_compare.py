@@ -8,32 +8,45 @@ import pytest
 
 from keras_mrl import comparison
 from keras_mrl.comparison import Plan
-from keras_mrl_cli.__main__ import main
+from tests.helpers.cli import Call
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--dims", "8,4"], "must be two or more rising integers"),
-        (["--dims", "8"], "must be two or more rising integers"),
-        (["--dims", "8,x"], "must be integers with commas"),
-        (["--epochs", "0"], "--epochs must be at least 1"),
-        (["--budget", "nan"], "--budget must be at least 0.1"),
-        (["--budget", "5", "--epochs", "3"], "Received: --budget with --epochs."),
-        (["--nets", "3"], "--nets"),
+        (
+            ["--dims", "8,4"],
+            "--dims must be two or more rising integers. Received: 8,4. Give for example 8,16,32.",
+        ),
+        (
+            ["--dims", "8"],
+            "--dims must be two or more rising integers. Received: 8. Give for example 8,16,32.",
+        ),
+        (
+            ["--epochs", "0"],
+            "--epochs must be at least 1, and below a million. Received: 0. "
+            "Leave it out for the usual.",
+        ),
+        (
+            ["--budget", "nan"],
+            "--budget must be at least 0.1, and below a million. Received: nan. "
+            "Leave it out for the usual.",
+        ),
+        (
+            ["--budget", "5", "--epochs", "3"],
+            "A budget chooses epochs and filters itself. Received: --budget with --epochs. "
+            "Leave out one or the other.",
+        ),
+        (
+            ["--dims", "8,x"],
+            "Invalid value for '--dims': must be integers with commas. Received: '8,x'. "
+            "Give for example 8,16. Try 'keras-mrl compare --help'.",
+        ),
     ],
 )
-def test_what_no_comparison_can_mean_is_refused(
-    flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["compare", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *flags]
-    try:
-        status = main(command)
-    except SystemExit as stopped:
-        status = int(str(stopped.code))
-    assert status == 2
-    assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_flags_that_do_not_fit(flags: list[str], sentence: str, call: Call, folder: Path) -> None:
+    assert call.refused("compare", "--data", "a.npz", "b", *flags, status=2) == sentence
+    assert list(folder.iterdir()) == []
 
 
 @pytest.fixture
@@ -65,30 +78,33 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     ],
 )
 def test_flags_are_arguments_of_the_library(
-    flags: list[str], plan: Plan, settings: dict[str, Any], calls: list[Any], tmp_path: Path
+    flags: list[str],
+    plan: Plan,
+    settings: dict[str, Any],
+    calls: list[Any],
+    call: Call,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    assert main(["compare", "--data", "a.npz", "b", "--out", str(out), *flags]) == 0
+    words = ("compare", "--data", "a.npz", "b", "--out", str(out), *flags)
+    assert call(*words).status == 0
     defaults = {"test": None, "budget_minutes": None, "size": None}
     assert calls == [(["a.npz", "b"], out, plan, defaults | settings)]
 
 
 def test_findings_are_printed_and_with_json_the_results(
-    calls: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    calls: list[Any], call: Call, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert main(["compare", "--data", "a.npz", "--out", str(out), "--json"]) == 0
+    ended = call("compare", "--data", "a.npz", "--out", str(out), "--json")
+    assert ended.status == 0
     assert len(calls) == 1
-    *lines, last = capsys.readouterr().out.splitlines()
+    *lines, last = ended.out.splitlines()
     assert lines == ["- MRL is ahead.", "- FF is not.", "", f"The report is {out / 'report.html'}."]
     assert json.loads(last) == {"top1": 0.5}
 
 
-def test_a_refusal_of_the_library_is_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refusal_of_the_library_is_one_sentence(call: Call, tmp_path: Path) -> None:
     place = tmp_path / "missing"
-    assert main(["compare", "--data", str(place), "--out", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert f"Received: {place}, which is none of them." in error
-    assert "Traceback" not in error
+    sentence = call.refused("compare", "--data", str(place), "--out", str(tmp_path / "out"))
+    assert f"Received: {place}, which is none of them." in sentence

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -17,9 +16,8 @@ import pytest
 from matplotlib.image import imread
 from sklearn.datasets import load_digits
 
-from keras_mrl_cli.demo.data import load, with_shifts
-
-pytestmark = pytest.mark.backend
+from keras_mrl_cli.demo import load_parts, with_shifts
+from tests.helpers.cli import KERAS_MRL, Call
 
 BACKEND = keras.backend.backend()
 DIMS = (2, 4, 8, 16, 32, 64)
@@ -46,9 +44,8 @@ class Run:
 
 
 def run(out: Path, *flags: str) -> Run:
-    door = (sys.executable, "-m", "keras_mrl_cli")
     done = subprocess.run(
-        [*door, "demo", "--json", f"--backend={BACKEND}", f"--out={out}", *flags],
+        [*KERAS_MRL, "demo", "--json", f"--backend={BACKEND}", f"--out={out}", *flags],
         cwd=out.parent,
         capture_output=True,
         text=True,
@@ -145,7 +142,7 @@ def test_every_number_of_the_report_is_in_the_answers(demo: Run) -> None:
 
 
 def test_the_answers_are_to_the_right_questions(demo: Run) -> None:
-    training, holdout, test = load(seed=0)
+    training, holdout, test = load_parts(seed=0)
     answers = demo.answers
     np.testing.assert_array_equal(answers["dims"], DIMS)
     np.testing.assert_array_equal(answers["test_labels"], test.labels)
@@ -161,7 +158,7 @@ def test_the_answers_are_to_the_right_questions(demo: Run) -> None:
 
 
 def test_the_parts_share_no_image() -> None:
-    parts = load(seed=0)
+    parts = load_parts(seed=0)
     digits = load_digits()
     pixels = np.concatenate([part.images.reshape(-1, 64) * 16 for part in parts])
     labels = np.concatenate([part.labels for part in parts])
@@ -176,7 +173,7 @@ def test_the_parts_share_no_image() -> None:
 
 
 def test_images_moved_by_a_pixel() -> None:
-    part = load(seed=0)[0]
+    part = load_parts(seed=0)[0]
     moved = with_shifts(part)
     rows = len(part.labels)
     images = moved.images.reshape(5, rows, 8, 8)
@@ -261,3 +258,40 @@ def test_a_second_run_publishes_version_2_beside_version_1(demo: Run) -> None:
     assert (second.report["epochs"], second.report["seed"]) == (1, 3)
     assert second.report != report
     assert json.loads((demo.out / "report.json").read_text()) == second.report
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1. Received: 0. Try 10."),
+        (["--seed=-1"], "--seed must lie in 0..4294967295. Received: -1. Leave it out for 0."),
+        (
+            ["--seed", "4294967296"],
+            "--seed must lie in 0..4294967295. Received: 4294967296. Leave it out for 0.",
+        ),
+    ],
+)
+def test_values_the_demo_cannot_use(words: list[str], text: str, call: Call, folder: Path) -> None:
+    assert call.refused("demo", "--out", "o", *words, status=2) == text
+    assert os.listdir(folder) == []
+
+
+def test_a_backend_of_the_environment_is_checked_too(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del folder
+    monkeypatch.setenv("KERAS_BACKEND", "openvino")
+    assert call.refused("demo", "--out", "o", status=2) == (
+        "KERAS_BACKEND must be one of tensorflow, jax, torch for the demo. "
+        "Received: openvino. Give --backend."
+    )
+
+
+def test_out_must_be_a_folder(call: Call, folder: Path) -> None:
+    file = folder / "file"
+    file.write_text("mine")
+    for out, why in ((file, "File exists"), (file / "below", "Not a directory")):
+        assert call.refused("demo", "--out", str(out)) == (
+            f"--out must be a folder that can be written. Received: {out} ({why}). Name another."
+        )
+    assert file.read_text() == "mine"

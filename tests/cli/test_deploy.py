@@ -14,24 +14,24 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
 
-from keras_mrl_cli.__main__ import main
-from keras_mrl_cli.deploying.work import FILES
+from keras_mrl_cli.deploy import FILES
+from keras_mrl_cli.serve import FLAGS
 from keras_mrl_serving import Client, InvalidInputError, Options
 from keras_mrl_serving import _wire_pb2 as wire
 from keras_mrl_serving.server import DevServer
 from keras_mrl_serving.server.batching_config import batching_options, read_batching_parameters
-from tests.cli.conftest import KERAS_MRL, Exported
-from tests.cli.test_main import refusal, run
+from tests.helpers.cli import FRAMEWORKS, KERAS_MRL, Call, Exported, run_without
 
 ROOT = Path(__file__).parents[2]
 GRAPH = wire.SavedModel(meta_graphs=[wire.MetaGraphDef()]).SerializeToString()
 
 
 @pytest.fixture
-def deployed(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+def deployed(exported: Exported, tmp_path: Path, call: Call) -> Path:
     out = tmp_path / "a" / "deploy"
-    assert main(["deploy", str(out), "--model-base-path", str(exported.base_path)]) == 0
-    assert capsys.readouterr().out.splitlines() == [str(out / name) for name in FILES]
+    ended = call("deploy", str(out), "--base-path", str(exported.base_path))
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.splitlines() == [str(out / name) for name in FILES]
     return out
 
 
@@ -66,10 +66,10 @@ def test_the_batching_is_one_the_server_takes(deployed: Path) -> None:
     ("rows", "allowed"), [("1", (1,)), ("2", (1, 2)), ("48", (1, 2, 4, 8, 16, 32, 48))]
 )
 def test_the_allowed_sizes_end_at_the_largest(
-    exported: Exported, tmp_path: Path, rows: str, allowed: tuple[int, ...]
+    exported: Exported, tmp_path: Path, rows: str, allowed: tuple[int, ...], call: Call
 ) -> None:
-    command = ["deploy", str(tmp_path), "--model-base-path", str(exported.base_path)]
-    assert main([*command, "--max-batch-size", rows]) == 0
+    command = ["deploy", str(tmp_path), "--base-path", str(exported.base_path)]
+    assert call(*command, "--max-batch-size", rows).status == 0
     options = batching_options(read_batching_parameters(str(tmp_path / "batching.config")))
     assert options.allowed_batch_sizes == allowed
     assert f"Options(max_batch_size={rows})" in (tmp_path / "README.md").read_text()
@@ -100,8 +100,8 @@ def test_the_monitoring_is_a_monitoring_config(deployed: Path) -> None:
 def test_compose_and_kubernetes_start_the_same_server(deployed: Path, exported: Exported) -> None:
     compose = yaml.safe_load((deployed / "docker-compose.yml").read_text())
     (service,) = compose["services"].values()
-    found = documents(deployed / "kubernetes.yaml")
-    pod = found["Deployment"]["spec"]["template"]["spec"]
+    kinds = documents(deployed / "kubernetes.yaml")
+    pod = kinds["Deployment"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert flags(service["command"]) == flags(container["args"])
     assert service["entrypoint"] == container["command"] == ["tensorflow_model_server"]
@@ -121,8 +121,6 @@ def test_compose_and_kubernetes_start_the_same_server(deployed: Path, exported: 
 
 
 def test_the_flags_are_those_of_the_real_server(deployed: Path) -> None:
-    from keras_mrl_cli.server_flags import FLAGS
-
     compose = yaml.safe_load((deployed / "docker-compose.yml").read_text())
     (service,) = compose["services"].values()
     # The one flag that the development server lacks.
@@ -148,38 +146,38 @@ def test_the_development_server_serves_by_them(deployed: Path, exported: Exporte
         grpc.insecure_channel(target) as channel,
     ):
         assert client.classify(rows, 4).class_ids.shape == (200, 3)
-        call = HealthStub(channel).Check(HealthCheckRequest(), timeout=30)
-        assert call.status == HealthCheckResponse.SERVING
+        health = HealthStub(channel).Check(HealthCheckRequest(), timeout=30)
+        assert health.status == HealthCheckResponse.SERVING
         with Client(target, "tiny_One") as unaware, pytest.raises(InvalidInputError) as caught:
             unaware.classify(rows, 4)
     assert "Task size 200 is larger than maximum input batch size 128" in str(caught.value)
 
 
 def test_the_service_is_headless_and_leads_to_the_pods(deployed: Path) -> None:
-    found = documents(deployed / "kubernetes.yaml")
-    assert set(found) == {"Service", "Deployment", "PodDisruptionBudget"}
-    service, deployment = found["Service"]["spec"], found["Deployment"]["spec"]
+    kinds = documents(deployed / "kubernetes.yaml")
+    assert set(kinds) == {"Service", "Deployment", "PodDisruptionBudget"}
+    service, deployment = kinds["Service"]["spec"], kinds["Deployment"]["spec"]
     assert service["clusterIP"] == "None"
     labels = deployment["template"]["metadata"]["labels"]
     assert service["selector"] == labels == {"app": "tiny-one"}
     assert deployment["selector"]["matchLabels"] == labels
-    assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    assert kinds["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
     (container,) = deployment["template"]["spec"]["containers"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["grpc"] == {"port": 8500}  # the health service, without a name
     assert flags(container["args"])["enable_grpc_healthcheck_service"] == "true"
-    assert found["Service"]["metadata"]["name"] == "tiny-one"
+    assert kinds["Service"]["metadata"]["name"] == "tiny-one"
     assert "dns:///tiny-one:8500" in (deployed / "README.md").read_text()
 
 
-def test_what_is_asked_for(exported: Exported, tmp_path: Path) -> None:
+def test_what_is_asked_for(exported: Exported, tmp_path: Path, call: Call) -> None:
     image = f"registry:5000/tfs@sha256:{'5e1f' * 16}"
-    asked = f"--name birds --image {image} --replicas 5 --port 9000"
-    more = "--rest-port 9001 --memory 4096"
-    command = ["deploy", str(tmp_path), "--model-base-path", str(exported.base_path)]
-    assert main([*command, *asked.split(), *more.split()]) == 0
-    found = documents(tmp_path / "kubernetes.yaml")
-    deployment = found["Deployment"]["spec"]
+    flags_given = f"--name birds --image {image} --replicas 5 --port 9000 --rest-port 9001"
+    flags_given += " --memory 4096"
+    command = ["deploy", str(tmp_path), "--base-path", str(exported.base_path)]
+    assert call(*command, *flags_given.split()).status == 0
+    kinds = documents(tmp_path / "kubernetes.yaml")
+    deployment = kinds["Deployment"]["spec"]
     assert deployment["replicas"] == 5
     (container,) = deployment["template"]["spec"]["containers"]
     assert container["image"] == image
@@ -193,7 +191,7 @@ def test_what_is_asked_for(exported: Exported, tmp_path: Path) -> None:
     assert 'name: "birds"' in (tmp_path / "models.config").read_text()
 
 
-def test_the_memory_grows_with_the_model(exported: Exported, tmp_path: Path) -> None:
+def test_the_memory_grows_with_the_model(exported: Exported, tmp_path: Path, call: Call) -> None:
     version = tmp_path / "models" / "1"
     (version / "assets.extra").mkdir(parents=True)
     (version / "saved_model.pb").write_bytes(GRAPH)
@@ -201,20 +199,22 @@ def test_the_memory_grows_with_the_model(exported: Exported, tmp_path: Path) -> 
     (version / manifest).write_bytes((exported.base_path / "1" / manifest).read_bytes())
     with open(version / "variables", "wb") as file:
         file.truncate(100 * 2**20 - 5000)  # a hole: no disk is used
-    assert main(["deploy", str(tmp_path), "--model-base-path", str(version.parent)]) == 0
+    assert call("deploy", str(tmp_path), "--base-path", str(version.parent)).status == 0
     compose = yaml.safe_load((tmp_path / "docker-compose.yml").read_text())
     assert compose["services"]["tiny-one"]["mem_limit"] == f"{1024 + 300}m"
 
 
-def test_what_differs_in_shape_is_not_batched(exported: Exported, tmp_path: Path) -> None:
+def test_what_differs_in_shape_is_not_batched(
+    exported: Exported, tmp_path: Path, call: Call
+) -> None:
     """Prompts, say: TensorFlow Serving would refuse those that meet others of another length."""
     version = shutil.copytree(exported.base_path / "1", tmp_path / "models" / "1")
     manifest = version / "assets.extra" / "keras_mrl.json"
-    said = json.loads(manifest.read_text())
-    said["inputs"] = {"x": {"dtype": "float32", "shape": [None, None]}}
-    manifest.write_text(json.dumps(said))
+    fields = json.loads(manifest.read_text())
+    fields["inputs"] = {"x": {"dtype": "float32", "shape": [None, None]}}
+    manifest.write_text(json.dumps(fields))
     out = tmp_path / "out"
-    assert main(["deploy", str(out), "--model-base-path", str(version.parent)]) == 0
+    assert call("deploy", str(out), "--base-path", str(version.parent)).status == 0
     compose = yaml.safe_load((out / "docker-compose.yml").read_text())
     pods = documents(out / "kubernetes.yaml")["Deployment"]["spec"]["template"]["spec"]
     for lines in (compose["services"]["tiny-one"]["command"], pods["containers"][0]["args"]):
@@ -225,12 +225,14 @@ def test_what_differs_in_shape_is_not_batched(exported: Exported, tmp_path: Path
     assert why in (out / "docker-compose.yml").read_text()
 
 
-def test_a_path_is_a_string_to_yaml_and_to_compose(exported: Exported, tmp_path: Path) -> None:
+def test_a_path_is_a_string_to_yaml_and_to_compose(
+    exported: Exported, tmp_path: Path, call: Call
+) -> None:
     base = tmp_path / 'a "b" $HOME: #c 😀'
     base.mkdir()
     (base / "1").symlink_to(exported.base_path / "1")
     out = tmp_path / "out"
-    assert main(["deploy", str(out), "--model-base-path", str(base)]) == 0
+    assert call("deploy", str(out), "--base-path", str(base)).status == 0
     compose = yaml.safe_load((out / "docker-compose.yml").read_text())
     source = compose["services"]["tiny-one"]["volumes"][0]["source"]
     assert source.replace("$$", "$") == str(base)
@@ -240,16 +242,18 @@ def test_a_path_is_a_string_to_yaml_and_to_compose(exported: Exported, tmp_path:
 @pytest.mark.parametrize(
     "name", ["on", "No", "y", "null", "true", "1e3", "0x1F", "0o7", "12", "1.5", "2026-11-25"]
 )
-def test_a_name_is_a_string_to_yaml(name: str, exported: Exported, tmp_path: Path) -> None:
-    command = ["deploy", str(tmp_path), "--model-base-path", str(exported.base_path)]
-    assert main([*command, "--name", name]) == 0
+def test_a_name_is_a_string_to_yaml(
+    name: str, exported: Exported, tmp_path: Path, call: Call
+) -> None:
+    command = ["deploy", str(tmp_path), "--base-path", str(exported.base_path)]
+    assert call(*command, "--name", name).status == 0
     (service,) = yaml.safe_load((tmp_path / "docker-compose.yml").read_text())["services"]
-    found = documents(tmp_path / "kubernetes.yaml")
-    slug = found["Service"]["metadata"]["name"]
+    kinds = documents(tmp_path / "kubernetes.yaml")
+    slug = kinds["Service"]["metadata"]["name"]
     assert isinstance(slug, str)
     assert service == slug
     kustomization = yaml.safe_load((tmp_path / "kustomization.yaml").read_text())
-    everything = [*strings([*found.values(), kustomization])]
+    everything = [*strings([*kinds.values(), kustomization])]
     assert everything.count(slug) == 9  # 3 names, the labels and selectors that repeat them
     assert {f"{slug}-models", f"{slug}-config", f"/models/{name}"} <= set(everything)
 
@@ -268,10 +272,10 @@ def strings(value: Any) -> list[str]:
      "tfs@sha256:5e1f", "a: b", "tfs:1:2", "http://a/b", "tfs\n", "täs"],
 )  # fmt: skip
 def test_what_is_no_image_is_refused(
-    image: str, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    image: str, exported: Exported, tmp_path: Path, call: Call
 ) -> None:
-    command = ["deploy", str(tmp_path / "out"), "--model-base-path", str(exported.base_path)]
-    assert refusal([*command, "--image", image], 2, capsys) == (
+    command = ["deploy", str(tmp_path / "out"), "--base-path", str(exported.base_path)]
+    assert call.refused(*command, "--image", image, status=2) == (
         "--image must be the name of an image. "
         f"Received: {image!r}. Give for example tensorflow/serving:2.20.0."
     )
@@ -283,74 +287,71 @@ def test_what_is_no_image_is_refused(
     ["on", "null", "tensorflow/serving:2.20.0-gpu", "localhost:5000/a/b_c__d-e.f:V1_2",
      "a.b-c.io/x"],
 )  # fmt: skip
-def test_an_image_is_a_string_to_yaml(image: str, exported: Exported, tmp_path: Path) -> None:
-    command = ["deploy", str(tmp_path), "--model-base-path", str(exported.base_path)]
-    assert main([*command, "--image", image]) == 0
+def test_an_image_is_a_string_to_yaml(
+    image: str, exported: Exported, tmp_path: Path, call: Call
+) -> None:
+    command = ["deploy", str(tmp_path), "--base-path", str(exported.base_path)]
+    assert call(*command, "--image", image).status == 0
     (service,) = yaml.safe_load((tmp_path / "docker-compose.yml").read_text())["services"].values()
     pod = documents(tmp_path / "kubernetes.yaml")["Deployment"]["spec"]["template"]["spec"]
     assert service["image"] == pod["containers"][0]["image"] == image
 
 
-def test_nothing_is_replaced_without_force(
-    deployed: Path, exported: Exported, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_replaced_without_force(deployed: Path, exported: Exported, call: Call) -> None:
     (deployed / "README.md").unlink()
     mine = deployed / "models.config"
     mine.write_text("mine")
-    command = ["deploy", str(deployed), "--model-base-path", str(exported.base_path)]
-    assert refusal(command, 1, capsys) == (
+    command = ["deploy", str(deployed), "--base-path", str(exported.base_path)]
+    assert call.refused(*command) == (
         f"Files are replaced only with --force. Received: {deployed}, which holds "
         "docker-compose.yml. Add --force, or name another folder."
     )
     assert mine.read_text() == "mine"
     assert not (deployed / "README.md").exists()
-    assert main([*command, "--force"]) == 0
+    assert call(*command, "--force").status == 0
     assert mine.read_text() != "mine"
 
 
-def test_what_cannot_be_deployed(
-    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_deployed(exported: Exported, tmp_path: Path, call: Call) -> None:
     out, base = str(tmp_path / "out"), str(exported.base_path)
     version = exported.base_path / "1"
-    assert refusal(["deploy", out, "--model-base-path", str(version)], 1, capsys) == (
-        "--model-base-path must be the folder above the versions. "
+    assert call.refused("deploy", out, "--base-path", str(version)) == (
+        "--base-path must be the folder above the versions. "
         f"Received: {version}, which is itself a version. Give {exported.base_path}."
     )
     foreign = tmp_path / "foreign" / "3"
     foreign.mkdir(parents=True)
     (foreign / "saved_model.pb").write_bytes(GRAPH)
-    assert refusal(["deploy", out, "--model-base-path", str(foreign.parent)], 1, capsys) == (
+    assert call.refused("deploy", out, "--base-path", str(foreign.parent)) == (
         "A deployment is made for a model that carries a manifest. "
         f"Received: {foreign}, which has none. Export it with keras-mrl export."
     )
-    assert refusal(["deploy", out, "--model-base-path", base, "--name", 'a"b'], 1, capsys) == (
+    assert call.refused("deploy", out, "--base-path", base, "--name", 'a"b') == (
         "The name of a model that is served is of letters, digits, '_', '.' and '-', the first and "
         "the last a letter or digit. Received: 'a\"b'. Give another: --name."
     )
-    assert refusal(["deploy", out, "--model-base-path", base, "--name", ""], 1, capsys) == (
+    assert call.refused("deploy", out, "--base-path", base, "--name", "") == (
         "The name of a model that is served is of letters, digits, '_', '.' and '-', the first and "
         "the last a letter or digit. Received: ''. Give another: --name."
     )
-    assert refusal(["deploy", out, "--model-base-path", base, "--port", "8501"], 2, capsys) == (
+    assert call.refused("deploy", out, "--base-path", base, "--port", "8501", status=2) == (
         "gRPC and HTTP need a port each. Received: --port and --rest-port 8501. Name another."
     )
-    assert refusal(["deploy", out, "--model-base-path", base, "--replicas", "0"], 2, capsys) == (
+    assert call.refused("deploy", out, "--base-path", base, "--replicas", "0", status=2) == (
         "--replicas must lie in 1..1000. Received: 0. Leave it out for 2."
     )
     assert not (tmp_path / "out").exists()
     file = tmp_path / "file"
     file.touch()
-    assert refusal(["deploy", str(file), "--model-base-path", base], 1, capsys) == (
+    assert call.refused("deploy", str(file), "--base-path", base) == (
         f"OUT_DIR must be a folder that can be written. Received: {file} (File exists). "
         "Name another."
     )
 
 
 def test_it_needs_the_client_alone(exported: Exported, tmp_path: Path) -> None:
-    blocked = ("keras", "tensorflow", "tensorflow_serving", "jax", "torch", "keras_mrl")
-    command = [*KERAS_MRL, "deploy", "out", "--model-base-path", str(exported.base_path)]
-    status, out, err = run(tmp_path, command, blocked)
+    words = [*KERAS_MRL, "deploy", "out", "--base-path", str(exported.base_path)]
+    status, out, err = run_without(FRAMEWORKS, tmp_path, *words)
     assert (status, err) == (0, "")
     assert out.splitlines() == [f"out/{name}" for name in FILES]
 

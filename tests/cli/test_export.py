@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_mrl_cli.__main__ import main
 from keras_mrl_serving import Manifest
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import MANIFEST_FILE
-from tests.cli.conftest import CASCADE, LABELS, Exported
-from tests.cli.test_main import refusal
 from tests.helpers import export_models as models
+from tests.helpers.cli import CASCADE, KERAS_MRL, LABELS, Call, Exported
 
-pytestmark = pytest.mark.backend
+_DEADLINE_S = 120
 BACKEND = keras.backend.backend()
 TWO_INPUTS = {"left": (7,), "right": (5,)}
 
@@ -38,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of the test's own; what the command changes of the process is put back."""
+    """A folder of the test's own; whatever the command changes of the process is put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.setattr(os, "environ", os.environ.copy())
@@ -46,39 +47,43 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 Export = Callable[..., tuple[Path, Manifest, str]]
+Refused = Callable[..., str]
 
 
 @pytest.fixture
-def export(files: Path, capsys: pytest.CaptureFixture[str]) -> Export:
-    """The version that a command wrote, its manifest, and what was said on stderr."""
+def export(files: Path, call: Call) -> Export:
+    """Export a model; the version, its manifest, and the lines on stderr."""
 
-    def export(model: str, *arguments: str) -> tuple[Path, Manifest, str]:
-        capsys.readouterr()
-        command = ["export", str(files / f"{model}.keras"), "--base-path", "base", *arguments]
-        assert main(command) == 0
-        printed = capsys.readouterr()
-        version = Path(printed.out.splitlines()[-1])
-        return version, Manifest.from_json((version / MANIFEST_FILE).read_text()), printed.err
+    def export(model: str, *words: str) -> tuple[Path, Manifest, str]:
+        status, out, err = call("export", str(files / f"{model}.keras"), "--base-path=base", *words)
+        assert status == 0, err
+        version = Path(out.splitlines()[-1])
+        return version, Manifest.from_json((version / MANIFEST_FILE).read_text()), err
 
     return export
 
 
 @pytest.fixture
-def refused(files: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(files: Path, call: Call) -> Refused:
     """The last line on stderr of an export that cannot be; it leaves nothing."""
 
-    def refused(model: str, *arguments: str) -> str:
-        capsys.readouterr()
-        command = ["export", str(files / f"{model}.keras"), "--base-path", "base", *arguments]
-        assert main(command) == 1
-        printed = capsys.readouterr()
-        assert printed.out == ""
+    def refused(model: str, *words: str) -> str:
+        file = str(files / f"{model}.keras")
+        sentence = refusal_at_the_end(call.of("export", file, "--base-path=base", *words))
         assert not list(Path().glob("base/*"))
-        return printed.err.splitlines()[-1].removeprefix("keras-mrl: ")
+        return sentence
 
     return refused
 
 
+def refusal_at_the_end(export: Call) -> str:
+    """The last line on stderr; progress comes before it."""
+    status, out, err = export()
+    assert (status, out) == (1, "")
+    return err.splitlines()[-1].removeprefix("keras-mrl: ")
+
+
+@pytest.mark.backend
 def test_everything_that_can_be_said(export: Export) -> None:
     policy = {"stages": CASCADE["stages"], "confidence": "max_probability"}
     Path("policy.json").write_text(json.dumps(policy))
@@ -86,7 +91,7 @@ def test_everything_that_can_be_said(export: Export) -> None:
     np.save("sample.npy", models.images(4))
     files = "--policy policy.json --labels labels.txt --sample sample.npy"
     more = "--dims 16,2 --name other --version 7 --top-k 3 --no-normalize"
-    version, manifest, said = export("untied", *files.split(), *more.split())
+    version, manifest, err = export("untied", *files.split(), *more.split())
     assert version == Path("base/7")
     assert manifest.dims == (2, 16)
     assert (manifest.name, manifest.top_k, manifest.normalize) == ("other", 3, False)
@@ -96,11 +101,10 @@ def test_everything_that_can_be_said(export: Export) -> None:
     names = (version / "assets" / "labels.txt").read_bytes()
     assert names == "".join(f"{name}\n" for name in models.NAMES).encode()
     assert manifest.made_with["trained_on"] == BACKEND
-    assert f"on {BACKEND} ..." in said
-    assert "random rows" not in said
+    assert f"on {BACKEND} ..." in err
+    assert "random rows" not in err
 
 
-@models.only_tensorflow
 def test_images_as_files(export: Export) -> None:
     for name in ("a.png", "b.jpg"):
         Image.fromarray(np.full((9, 12, 3), 128, np.uint8)).save(name)
@@ -116,7 +120,7 @@ def test_images_as_files(export: Export) -> None:
         assert session.run("embed_2", {"inputs": files})["embedding"].shape == (1, 2)
 
 
-def test_images_that_cannot_be(refused: Callable[..., str]) -> None:
+def test_images_that_cannot_be(refused: Refused) -> None:
     assert refused("untied", "--images", "none.png") == (
         "--images must name files that can be read. "
         "Received: none.png (No such file or directory). Correct the path."
@@ -138,41 +142,40 @@ def test_images_that_cannot_be(refused: Callable[..., str]) -> None:
     )
 
 
-@models.only_tensorflow
 def test_random_rows_stand_in_for_floats(export: Export) -> None:
-    version, manifest, said = export("tied")
+    version, manifest, err = export("tied")
     assert version == Path("base/1")
     assert set(manifest.inputs) == set(TWO_INPUTS)
     assert (
         "The export is verified on random rows in [0, 1); real rows verify more: --sample."
-        in said.splitlines()
+        in err.splitlines()
     )
 
 
-@models.only_tensorflow
 def test_an_archive_holds_a_sample_by_input_name(export: Export) -> None:
     rows = models.sides(3)
     np.savez("sample.npz", left=rows["left"], right=rows["right"])
-    _, manifest, said = export("tied", "--sample", "sample.npz")
-    assert "random rows" not in said
+    _, manifest, err = export("tied", "--sample", "sample.npz")
+    assert "random rows" not in err
     assert set(manifest.inputs) == set(TWO_INPUTS)
 
 
-@models.only_tensorflow
 def test_an_encoder_has_an_input_of_no_name(export: Export) -> None:
     version, manifest, _ = export("encoder", "--dims", "4")
     assert (manifest.kind, manifest.dims, set(manifest.inputs)) == ("encoder", (4,), {"inputs"})
     assert version.parent == Path("base")
 
 
-def test_integers_and_unknown_sizes_need_real_rows(refused: Callable[..., str]) -> None:
+@pytest.mark.backend
+def test_integers_and_unknown_sizes_need_real_rows(refused: Refused) -> None:
     rule = "An export is verified on rows, and random ones stand only for floats of known shape. "
     remedy = " Give a few real rows: --sample FILE.npy, or .npz by input name."
     assert refused("of_tokens") == (rule + "Received: a model that declares no inputs." + remedy)
     assert refused("any_length") == (rule + "Received: x float32 (None, None, 3)." + remedy)
 
 
-def test_what_does_not_fit_the_model(refused: Callable[..., str]) -> None:
+@pytest.mark.backend
+def test_what_does_not_fit_the_model(refused: Refused) -> None:
     np.save("sample.npy", np.zeros((2, 3), np.float32))
     assert refused("untied", "--sample", "sample.npy") == (
         "sample must have the shape of the model's input 'image': (any, 6, 6, 3), batch first. "
@@ -183,7 +186,7 @@ def test_what_does_not_fit_the_model(refused: Callable[..., str]) -> None:
     assert refused("untied", "--dims", "3").startswith("dims must be dims of the model: (2, 4, 16)")
 
 
-def test_files_that_are_not_there(refused: Callable[..., str]) -> None:
+def test_files_that_are_not_there(refused: Refused) -> None:
     assert refused("none").startswith("A model to export must be a .keras file. Received: /")
     assert refused("untied", "--labels", "none.txt") == (
         "--labels must be a file that can be read. "
@@ -204,41 +207,35 @@ def test_files_that_are_not_there(refused: Callable[..., str]) -> None:
     )
 
 
-@models.only_tensorflow
-def test_a_version_is_never_overwritten(
-    export: Export, files: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_version_is_never_overwritten(export: Export, files: Path, call: Call) -> None:
     export("encoder", "--version", "3", "--dims", "4")
-    command = ["export", str(files / "encoder.keras"), "--base-path", "base", "--version", "3"]
-    assert main(command) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("keras-mrl: A published version is never overwritten. ")
+    words = ("export", str(files / "encoder.keras"), "--base-path", "base", "--version", "3")
+    assert refusal_at_the_end(call.of(*words)).startswith(
+        "A published version is never overwritten. "
+    )
 
 
-def test_a_base_path_that_is_a_file(refused: Callable[..., str]) -> None:
+def test_a_base_path_that_is_a_file(refused: Refused) -> None:
     Path("base").touch()
     assert refused("encoder", "--dims", "4").startswith(
         "--base-path must be a folder that can be written. "
     )
 
 
-def test_a_base_path_that_is_a_url_and_a_name_that_is_none(
-    files: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["export", str(files / "encoder.keras"), "--base-path"]
-    assert refusal_at_the_end([*command, "gs://bucket/birds"], capsys) == (
-        "keras-mrl: base_path must be a folder of a file system. "
+def test_a_base_path_that_is_a_url_and_a_name_that_is_none(files: Path, call: Call) -> None:
+    export = call.of("export", str(files / "encoder.keras"), "--base-path")
+    assert refusal_at_the_end(export.of("gs://bucket/birds")) == (
+        "base_path must be a folder of a file system. "
         "Received: base_path='gs://bucket/birds'. "
         "Export to a folder, then copy the version's folder to where servers read."
     )
-    assert refusal_at_the_end([*command, "base", "--name", ""], capsys) == (
-        "keras-mrl: name must be of letters, digits, '_', '.' and '-', the first and the last a "
+    assert refusal_at_the_end(export.of("base", "--name", "")) == (
+        "name must be of letters, digits, '_', '.' and '-', the first and the last a "
         "letter or digit. Received: name=''. Give for example 'birds'."
     )
     assert os.listdir() == []
 
 
-@models.only_tensorflow
 @pytest.mark.parametrize("kind", [str, bytes])
 def test_a_sample_of_texts(export: Export, files: Path, kind: type) -> None:
     words = keras.layers.TextVectorization(output_sequence_length=3, vocabulary=["a", "cat"])
@@ -250,37 +247,31 @@ def test_a_sample_of_texts(export: Export, files: Path, kind: type) -> None:
     assert manifest.inputs == {"text": {"dtype": "string", "shape": [None, 1]}}
 
 
-def test_dims_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["export", "m.keras", "--base-path", "base", "--dims", "8;16"])
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "keras-mrl export: error: argument --dims: must be integers with commas. "
-        "Received: '8;16'. Give for example 8,16."
-    )
+@pytest.mark.parametrize(
+    ("flag", "values", "text"),
+    [
+        ("--dims", ["8;16"], "must be integers with commas. {} Give for example 8,16."),
+        (
+            "--pixel-scale",
+            ["0", "1e300", "1e-60", "nan", "inf", "1/255"],
+            "must be a finite number other than 0. {} "
+            "Give for example 0.00392157, which is 1 / 255.",
+        ),
+        (
+            "--signatures",
+            ["", ",", " "],
+            "must be names with commas. {} Give for example embed,classify_64.",
+        ),
+    ],
+)
+def test_values_that_do_not_parse(call: Call, flag: str, values: list[str], text: str) -> None:
+    for value in values:
+        sentence = call.misused("export", "m.keras", "--base-path", "base", flag, value)
+        received = text.format(f"Received: {value!r}.")
+        assert sentence == f"Invalid value for '{flag}': {received}"
 
 
-@pytest.mark.parametrize("scale", ["0", "1e300", "1e-60", "nan", "inf", "1/255"])
-def test_a_pixel_scale_that_is_none(scale: str, capsys: pytest.CaptureFixture[str]) -> None:
-    command = "export m.keras --base-path base --images a.png --pixel-scale".split()
-    with pytest.raises(SystemExit):
-        main([*command, scale])
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "keras-mrl export: error: argument --pixel-scale: must be a finite number other than 0. "
-        f"Received: {scale!r}. Give for example 0.00392157, which is 1 / 255."
-    )
-
-
-@pytest.mark.parametrize("names", ["", ",", " "])
-def test_signatures_that_are_none(names: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["export", "m.keras", "--base-path", "base", "--signatures", names])
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "keras-mrl export: error: argument --signatures: must be names with commas. "
-        f"Received: {names!r}. Give for example embed,classify_64."
-    )
-
-
-def test_a_module_that_cannot_be_imported(refused: Callable[..., str]) -> None:
+def test_a_module_that_cannot_be_imported(refused: Refused) -> None:
     Path("broken.py").write_text("1 / 0")
     rule = "--import must name a module that can be imported, here or installed. "
     remedy = " Name it as in an import statement, without .py."
@@ -298,10 +289,7 @@ def test_a_module_that_cannot_be_imported(refused: Callable[..., str]) -> None:
         )
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="that export has a backend of its own")
-def test_a_layer_of_the_user_s_own_is_imported(
-    exported: Exported, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_layer_of_the_user_s_own_is_imported(exported: Exported, call: Call) -> None:
     assert exported.out == "models/1\n"
     assert [line for line in exported.err.splitlines() if line.endswith(("...", "--sample."))] == [
         "Loading tiny.keras on tensorflow ...",
@@ -311,26 +299,42 @@ def test_a_layer_of_the_user_s_own_is_imported(
     manifest = Manifest.from_json((exported.base_path / "1" / MANIFEST_FILE).read_text())
     assert (manifest.name, manifest.num_classes) == ("tiny_One", len(LABELS))
     model = exported.folder / "tiny.keras"
-    said = refusal_at_the_end(["export", str(model), "--base-path", "base"], capsys)
-    assert said.startswith(
-        f"keras-mrl: The .keras file must load on this backend. Received: {model} on tensorflow, "
+    sentence = refusal_at_the_end(call.of("export", str(model), "--base-path", "base"))
+    assert sentence.startswith(
+        f"The .keras file must load on this backend. Received: {model} on {BACKEND}, "
     )
-    assert said.endswith(
+    assert sentence.endswith(
         " Import the modules that register classes of your own with --import, and make Lambda "
         "layers classes."
     )
 
 
-def refusal_at_the_end(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The last line on stderr; a progress line comes before it."""
-    assert main(command) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    return printed.err.splitlines()[-1]
-
-
-def test_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refusal(["export", "m.keras", "--base-path", "b", "--lables", "x"], 2, capsys) == (
-        "Only known flags are taken. Received: --lables x. "
-        "See the command's --help for those there are."
+@pytest.mark.backend
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_export_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: int) -> None:
+    base_path, temporary = tmp_path / "models", tmp_path / "temporary"
+    temporary.mkdir()
+    file = tmp_path / "plain.keras"
+    keras.Sequential([keras.Input((5,)), keras.layers.Dense(64)]).save(file)
+    np.save(tmp_path / "rows.npy", np.ones((4, 5), np.float32))
+    words = [str(file), "--base-path", str(base_path), "--sample", str(tmp_path / "rows.npy")]
+    # Under nohup a child would ignore what we ignore; what we handle it does not.
+    before = signal.signal(number, lambda *_: None)
+    process = subprocess.Popen(
+        [*KERAS_MRL, "export", *words],
+        env={**os.environ, "KERAS_BACKEND": BACKEND, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
+    signal.signal(number, before)
+    with process:
+        deadline = time.monotonic() + _DEADLINE_S
+        while process.poll() is None and not list(base_path.glob(".unfinished-*/model/variables")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(_DEADLINE_S) == 128 + number
+        assert process.stdout is not None
+        assert process.stdout.read() == b""
+    assert not base_path.exists()
+    assert not list(temporary.glob("keras-mrl-*"))

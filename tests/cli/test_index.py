@@ -1,13 +1,11 @@
 """`keras-mrl index build` and `keras-mrl index show`, on small galleries."""
 
-import io
+import errno
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from keras_mrl_cli.__main__ import main
+from keras_mrl_cli import gallery
+from keras_mrl_cli.files import load_embeddings
 from keras_mrl_serving import ExactIndex, FaissIndex, FunnelSchedule, open_index
 from keras_mrl_serving.index.plan import average_precision_by_label
-from tests.cli.test_ask import BLOCK, save
+from tests.helpers.cli import FRAMEWORKS, KERAS_MRL, Call, Terminal, run_without
 
-Run = Callable[..., tuple[int, str, str]]
 ROWS, WIDTH = 600, 32
 GIVEN = ("--dims", "8,32", "--shortlists", "60")
 BUILD = ("build", "--embeddings", "E.npy", "--out", "a.index")
@@ -34,18 +32,11 @@ def embeddings(rows: int = ROWS, seed: int = 0) -> npt.NDArray[np.float32]:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `index` in a folder of its own, which holds a gallery: status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
+def run(call: Call, folder: Path) -> Call:
+    """Call `index` in a folder that holds a gallery."""
+    del folder
     np.save("E.npy", embeddings())
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main(["index", *arguments])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
+    return call.of("index")
 
 
 def exact(k: int = 10, metric: str = "cosine") -> ExactIndex:
@@ -65,7 +56,7 @@ def recall(index: FaissIndex) -> float:
     return float((found[:, :, None] == true[:, None, :]).any(axis=1).mean())
 
 
-def test_a_plan_is_printed_kept_and_reaches_its_target(run: Run) -> None:
+def test_a_plan_is_printed_kept_and_reaches_its_target(run: Call) -> None:
     status, out, err = run(*BUILD, "--target-recall", "0.9")
     assert status == 0
     assert err.splitlines()[0] == f"exact neighbours of 60 queries at dim {WIDTH}"
@@ -87,7 +78,7 @@ def test_a_plan_is_printed_kept_and_reaches_its_target(run: Run) -> None:
     assert len(plan["front"]) == len(front)
 
 
-def test_a_row_of_the_sample_does_not_find_itself(run: Run) -> None:
+def test_a_row_of_the_sample_does_not_find_itself(run: Call) -> None:
     labels = np.arange(ROWS)  # no two rows are alike
     np.save("L.npy", labels)
     status, out, err = run(*BUILD, "--labels", "L.npy", "--target-precision", "0.1")
@@ -99,7 +90,7 @@ def test_a_row_of_the_sample_does_not_find_itself(run: Run) -> None:
     assert sorted(os.listdir()) == ["E.npy", "L.npy"]
 
 
-def test_what_could_be_reached_is_printed(run: Run) -> None:
+def test_what_could_be_reached_is_printed(run: Call) -> None:
     status, out, err = run(*BUILD, "--first-stage", "BFlat", "--target-recall", "0.99")
     assert (status, out) == (1, "")
     assert err.splitlines()[-1].startswith(
@@ -111,9 +102,8 @@ def test_what_could_be_reached_is_printed(run: Run) -> None:
     assert sorted(os.listdir()) == ["E.npy"]
 
 
-def test_a_precision_of_labels_is_planned_for(run: Run) -> None:
-    gallery = embeddings()
-    np.save("L.npy", np.where(gallery[:, 0] > 0, "warm", "cold"))
+def test_a_precision_of_labels_is_planned_for(run: Call) -> None:
+    np.save("L.npy", np.where(embeddings()[:, 0] > 0, "warm", "cold"))
     queries = embeddings(200, seed=1)
     np.save("Q.npy", queries)
     np.save("QL.npy", np.where(queries[:, 0] > 0, "warm", "cold"))
@@ -132,9 +122,9 @@ def test_a_precision_of_labels_is_planned_for(run: Run) -> None:
         assert plan["quality"] >= 0.6
 
 
-def test_the_paper_s_mean_average_precision_is_planned_for(run: Run) -> None:
-    gallery, queries = embeddings(), embeddings(100, seed=1)
-    labels = [np.where(rows[:, 0] > 0, "warm", "cold") for rows in (gallery, queries)]
+def test_the_paper_s_mean_average_precision_is_planned_for(run: Call) -> None:
+    queries = embeddings(100, seed=1)
+    labels = [np.where(rows[:, 0] > 0, "warm", "cold") for rows in (embeddings(), queries)]
     for name, rows in (("Q.npy", queries), ("L.npy", labels[0]), ("QL.npy", labels[1])):
         np.save(name, rows)
     given = ("--queries", "Q.npy", "--labels", "L.npy", "--query-labels", "QL.npy")
@@ -147,7 +137,7 @@ def test_the_paper_s_mean_average_precision_is_planned_for(run: Run) -> None:
     assert plan["quality"] == pytest.approx(reached, abs=1e-5)
 
 
-def test_the_dims_first_stage_and_batch_of_a_plan(run: Run) -> None:
+def test_the_dims_first_stage_and_batch_of_a_plan(run: Call) -> None:
     np.save("Q.npy", embeddings(40, seed=1))
     arguments = ("--dims", "8,24", "--first-stage", "Flat", "--queries", "Q.npy", "--batch", "20")
     status, out, err = run(*BUILD, *arguments, "--target-recall", "0.7", "--k", "5", "--json")
@@ -163,17 +153,15 @@ def test_the_dims_first_stage_and_batch_of_a_plan(run: Run) -> None:
 
 
 def test_a_graph_s_settings_are_where_a_plan_begins(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keras_mrl_cli.indexing import planning
-
     seen: list[Any] = []
 
     def noted(*_: object, first_stages: Any, **__: object) -> None:
         seen.extend(first_stages)
         raise ValueError("Enough is seen. Received: it. Stop.")
 
-    monkeypatch.setattr(planning, "plan_funnel", noted)
+    monkeypatch.setattr(gallery, "plan_funnel", noted)
     for kind in (
         ("HNSW16",),
         ("HNSW16", "--settings", "efSearch=5"),
@@ -189,17 +177,15 @@ def test_a_graph_s_settings_are_where_a_plan_begins(
     ]
 
 
-def test_samples_are_drawn_by_their_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from keras_mrl_cli.indexing import planning
-
+def test_samples_are_drawn_by_their_seed(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def noted(gallery: Any, queries: Any, *_: object, own_rows: Any, **__: object) -> None:
-        np.testing.assert_array_equal(gallery[own_rows], queries)
+    def noted(rows: Any, queries: Any, *_: object, own_rows: Any, **__: object) -> None:
+        np.testing.assert_array_equal(rows[own_rows], queries)
         seen.append(own_rows.tolist())
         raise ValueError("Enough is seen. Received: it. Stop.")
 
-    monkeypatch.setattr(planning, "plan_funnel", noted)
+    monkeypatch.setattr(gallery, "plan_funnel", noted)
     for seed in "0", "0", "1":
         run(*BUILD, "--sample", "50", "--seed", seed)
     run(*BUILD, "--sample", "5000")
@@ -208,7 +194,7 @@ def test_samples_are_drawn_by_their_seed(run: Run, monkeypatch: pytest.MonkeyPat
     assert seen[3] == list(range(ROWS))
 
 
-def test_a_funnel_that_is_given_is_not_planned(run: Run) -> None:
+def test_a_funnel_that_is_given_is_not_planned(run: Call) -> None:
     assert run(*BUILD, *GIVEN, "--k", "7", "--metric", "l2")[::2] == (0, "")
     index = opened("a.index")
     assert index.schedule == FunnelSchedule((8, 32), (60,), 7)
@@ -217,7 +203,7 @@ def test_a_funnel_that_is_given_is_not_planned(run: Run) -> None:
     assert recall(index) > 0.8
 
 
-def test_what_is_printed_of_a_given_funnel(run: Run) -> None:
+def test_what_is_printed_of_a_given_funnel(run: Call) -> None:
     status, out, err = run(*BUILD, *GIVEN, "--first-stage", "Flat", "--fingerprint", "5e1f")
     assert (status, err) == (0, "")
     place = Path("a.index")
@@ -251,7 +237,7 @@ def test_what_is_printed_of_a_given_funnel(run: Run) -> None:
     ],
 )
 def test_first_stages_have_the_usual_settings_of_their_kind(
-    run: Run, given: tuple[str, ...], settings: str
+    run: Call, given: tuple[str, ...], settings: str
 ) -> None:
     status, out, _ = run(*BUILD, *GIVEN, *given, "--json")
     assert status == 0
@@ -260,7 +246,7 @@ def test_first_stages_have_the_usual_settings_of_their_kind(
     assert found["first_stage"]["factory"] == (given[1] if given else "HNSW32")
 
 
-def test_ids_are_the_rows_of_a_file(run: Run) -> None:
+def test_ids_are_the_rows_of_a_file(run: Call) -> None:
     ids = np.arange(ROWS)[::-1] * 3
     np.save("I.npy", ids)
     assert run(*BUILD, *GIVEN, "--ids", "I.npy")[0] == 0
@@ -270,7 +256,7 @@ def test_ids_are_the_rows_of_a_file(run: Run) -> None:
 
 
 def test_the_exact_engine_is_exhaustive_unless_told(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     queries = embeddings(20, seed=1)
@@ -294,7 +280,7 @@ def test_the_exact_engine_is_exhaustive_unless_told(
         assert open_index("a.index").schedule == schedule
 
 
-def test_json_of_an_index_is_the_same_when_it_is_shown(run: Run) -> None:
+def test_json_of_an_index_is_the_same_when_it_is_shown(run: Call) -> None:
     status, out, err = run(*BUILD, *GIVEN, "--json")
     assert (status, err) == (0, "")
     built = json.loads(out)
@@ -309,7 +295,7 @@ def test_json_of_an_index_is_the_same_when_it_is_shown(run: Run) -> None:
     assert built["first_stage_bytes"] == first
 
 
-def test_show_prints_files_digests_and_plan(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_prints_files_digests_and_plan(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     table = run(*BUILD, "--dims", "16,32", "--target-recall", "0.9")[1].split("a.index")[0]
     monkeypatch.setitem(sys.modules, "faiss", None)  # a look needs none
     status, out, err = run("show", "a.index")
@@ -325,7 +311,7 @@ def test_show_prints_files_digests_and_plan(run: Run, monkeypatch: pytest.Monkey
     assert table.count("<- chosen") == 1
 
 
-def test_a_damaged_index_is_one_sentence(run: Run) -> None:
+def test_a_damaged_index_is_one_sentence(run: Call) -> None:
     assert run(*BUILD, *GIVEN)[0] == 0
     (file,) = Path("a.index").glob("rows_32-*.npy")
     data = bytearray(file.read_bytes())
@@ -342,22 +328,17 @@ def test_a_damaged_index_is_one_sentence(run: Run) -> None:
     )
 
 
-def test_a_folder_without_an_index(run: Run) -> None:
+def test_a_folder_without_an_index(run: Call) -> None:
     assert run("show", "nowhere") == (
         1,
         "",
         "keras-mrl: A saved index is a folder with a file index.json. Received: 'nowhere', which "
         "has none. Build one: `keras-mrl index build --help`.\n",
     )
-    assert run("show", "a", "b") == (
-        2,
-        "",
-        "keras-mrl: Only known flags are taken. Received: b. "
-        "See the command's --help for those there are.\n",
-    )
+    assert run.misused("show", "a", "b") == "Got unexpected extra argument (b)"
 
 
-def test_an_index_is_replaced_only_with_force(run: Run) -> None:
+def test_an_index_is_replaced_only_with_force(run: Call) -> None:
     assert run(*BUILD, *GIVEN)[0] == 0
     before = sorted(os.listdir("a.index"))
     assert run(*BUILD, *GIVEN) == (
@@ -384,7 +365,7 @@ def test_an_index_is_replaced_only_with_force(run: Run) -> None:
     assert not set(os.listdir("a.index")) & set(before) - {"index.json"}
 
 
-def test_an_index_has_a_folder_of_its_own(run: Run) -> None:
+def test_an_index_has_a_folder_of_its_own(run: Call) -> None:
     Path("a.index").mkdir()
     Path("a.index", "thesis.txt").write_text("mine")
     sentence = (
@@ -399,7 +380,7 @@ def test_an_index_has_a_folder_of_its_own(run: Run) -> None:
     assert not Path("a.index", "rows_32-0123456789abcdef.npy").exists()
 
 
-def test_out_must_be_a_folder(run: Run) -> None:
+def test_out_must_be_a_folder(run: Call) -> None:
     rule = "keras-mrl: --out must be a folder that can be written. Received: "
     arguments = ("build", "--embeddings", "E.npy", *GIVEN, "--out")
     assert run(*arguments, "E.npy") == (1, "", f"{rule}E.npy, which is a file. Name another.\n")
@@ -409,7 +390,7 @@ def test_out_must_be_a_folder(run: Run) -> None:
     np.testing.assert_array_equal(np.load("E.npy"), embeddings())
 
 
-def test_a_folder_that_may_not_be_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_written(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert run(*BUILD, *GIVEN) == (
         1,
@@ -419,7 +400,7 @@ def test_a_folder_that_may_not_be_written(run: Run, monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_a_disk_that_is_too_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_full(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50_000))
     assert run(*BUILD, *GIVEN) == (
@@ -431,7 +412,7 @@ def test_a_disk_that_is_too_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert not Path("a.index").exists()
 
 
-def test_without_faiss_the_remedy_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_faiss_the_remedy_is_named(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     for more in (), GIVEN:
         assert run(*BUILD, *more) == (
@@ -442,7 +423,7 @@ def test_without_faiss_the_remedy_is_named(run: Run, monkeypatch: pytest.MonkeyP
         )
 
 
-def test_files_that_hold_something_else(run: Run) -> None:
+def test_files_that_hold_something_else(run: Call) -> None:
     np.save("flat.npy", np.zeros(3))
     np.save("number.npy", np.float32(3))
     np.save("words.npy", np.array([["a", "b"]]))
@@ -450,7 +431,7 @@ def test_files_that_hold_something_else(run: Run) -> None:
     Path("text.npy").write_text("no array")
     rule = "keras-mrl: --embeddings must hold embeddings, numbers of shape (rows, width). Received:"
     remedy = "Write them with `keras-mrl embed --out`, or numpy.save.\n"
-    said = {
+    sentence_by_words = {
         "flat.npy": f"{rule} flat.npy with float64 (3,). {remedy}",
         "number.npy": f"{rule} number.npy with float32 (). {remedy}",
         "words.npy": f"{rule} words.npy with <U1 (1, 2). {remedy}",
@@ -460,19 +441,19 @@ def test_files_that_hold_something_else(run: Run) -> None:
         "gone.npy": "keras-mrl: Every file must be one that can be read. Received: gone.npy "
         "(No such file or directory). Correct the path.\n",
     }
-    for file, sentence in said.items():
+    for file, sentence in sentence_by_words.items():
         assert run("build", "--embeddings", file, "--out", "a.index") == (1, "", sentence)
     assert not Path("a.index").exists()
 
 
-def test_ids_labels_and_queries_that_do_not_fit(run: Run) -> None:
+def test_ids_labels_and_queries_that_do_not_fit(run: Call) -> None:
     np.save("twice.npy", np.zeros(ROWS, int))
     np.save("short.npy", np.arange(3))
     np.save("narrow.npy", np.zeros((9, 5)))
     np.save("L.npy", np.zeros(ROWS, int))
     np.save("Q.npy", embeddings(9))
     precision = ("--target-precision", "0.5", "--labels")
-    said = {
+    sentence_by_words = {
         ("--ids", "twice.npy"): f"ids must differ from row to row. Received: {ROWS - 1} that "
         "repeat another. Give every row its own.",
         ("--ids", "short.npy"): "ids must be one int64 >= 0 per gallery row. Received: int64 ids "
@@ -489,7 +470,7 @@ def test_ids_labels_and_queries_that_do_not_fit(run: Run) -> None:
         f"Received: L.npy with int64 ({ROWS},). "
         "Write them with `keras-mrl embed --out`, or numpy.save.",
     }
-    for arguments, sentence in said.items():
+    for arguments, sentence in sentence_by_words.items():
         assert run(*BUILD, *arguments) == (1, "", f"keras-mrl: {sentence}\n")
     assert not Path("a.index").exists()
 
@@ -583,56 +564,50 @@ NO_PLAN += "Leave them out, or let the funnel be planned."
             "A target must be 'host:port'. Received: 'localhost'. "
             "Give the server's gRPC port, for example localhost:8500.",
         ),
-        (
-            ["--recall", "1"],
-            "Only known flags are taken. Received: --recall 1. "
-            "See the command's --help for those there are.",
-        ),
     ],
 )
-def test_arguments_that_do_not_fit(run: Run, arguments: list[str], text: str) -> None:
-    assert run(*BUILD, *arguments) == (2, "", f"keras-mrl: {text}\n")
+def test_arguments_that_do_not_fit(run: Call, arguments: list[str], text: str) -> None:
+    assert run.refused(*BUILD, *arguments, status=2) == text
     assert os.listdir() == ["E.npy"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("words", "text"),
     [
-        (
-            ["--metric", "hamming"],
-            "argument --metric: invalid choice: 'hamming' (choose from 'cosine', 'dot', 'l2')",
-        ),
+        (["--metric", "x"], "'--metric': 'x' is not one of 'cosine', 'dot', 'l2'."),
         (
             ["--dims", "8,x"],
-            "argument --dims: it must be whole numbers with commas. Received: '8,x'. "
-            "Give for example 16,512.",
+            "'--dims': must be integers with commas. Received: '8,x'. Give for example 8,16.",
+        ),
+        (
+            ["--shortlists", "many"],
+            "'--shortlists': must be integers with commas. Received: 'many'. "
+            "Give for example 8,16.",
         ),
         (
             ["--target-recall", "95"],
-            "argument --target-recall: it must be a share in (0, 1]. Received: '95'. "
-            "Give for example 0.95.",
-        ),
-        (
-            ["--target-recall", "0.9", "--target-precision", "0.9"],
-            "argument --target-precision: not allowed with argument --target-recall",
-        ),
-        (
-            ["--fingerprint", "f", "--target", "t:1"],
-            "argument --target: not allowed with argument --fingerprint",
+            "'--target-recall': must be a share in (0, 1]. Received: '95'. Give for example 0.95.",
         ),
     ],
 )
-def test_words_that_do_not_parse(
-    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["index", *BUILD, *arguments])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.endswith(f"keras-mrl index build: error: {text}\n")
+def test_words_that_do_not_parse(run: Call, words: list[str], text: str) -> None:
+    assert run.misused(*BUILD, *words) == f"Invalid value for {text}"
 
 
-def test_galleries_and_first_stages_the_index_refuses(run: Run) -> None:
-    said = {
+def test_flags_that_exclude_each_other(run: Call) -> None:
+    words = (*BUILD, "--target-recall", "0.9", "--target-precision", "0.9")
+    assert run.refused(*words, status=2) == (
+        "Only one of --target-recall, --target-precision, --target-map can be given. "
+        "Received: --target-recall with --target-precision. Leave out one."
+    )
+    assert run.refused(*BUILD, "--fingerprint", "f", "--target", "t:1", status=2) == (
+        "Only one of --fingerprint, --target can be given. "
+        "Received: --fingerprint with --target. Leave out one."
+    )
+
+
+def test_galleries_and_first_stages_the_index_refuses(run: Call) -> None:
+    sentence_by_words = {
         (*GIVEN, "--k", "601", "--shortlists", "601"): "A gallery needs at least as many rows as "
         f"the funnel returns. Received: {ROWS} rows for k=601. Lower k, or add rows.",
         ("--k", "600"): "A plan needs a target in (0, 1], a k below the gallery's rows, and a "
@@ -642,7 +617,7 @@ def test_galleries_and_first_stages_the_index_refuses(run: Run) -> None:
         f"of at least 64. Received: shape ({ROWS}, {WIDTH}). Embed them at the funnel's last dim, "
         "one row each.",
     }
-    for arguments, sentence in said.items():
+    for arguments, sentence in sentence_by_words.items():
         assert run(*BUILD, *arguments) == (1, "", f"keras-mrl: {sentence}\n")
     status, out, err = run(*BUILD, *GIVEN, "--first-stage", "Maze")
     assert (status, out) == (1, "")
@@ -654,11 +629,7 @@ def test_galleries_and_first_stages_the_index_refuses(run: Run) -> None:
     assert not Path("a.index", "index.json").exists()
 
 
-def test_progress_is_on_the_terminal_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
+def test_progress_is_on_the_terminal_alone(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
@@ -670,20 +641,16 @@ def test_progress_is_on_the_terminal_alone(run: Run, monkeypatch: pytest.MonkeyP
     assert passes[-1] == ""
 
 
-def test_embeddings_are_mapped_not_read(run: Run) -> None:
-    from keras_mrl_cli.indexing.reading import load_embeddings
-
+def test_embeddings_are_mapped_not_read(run: Call) -> None:
     del run  # its folder holds the gallery
     assert isinstance(load_embeddings("--embeddings", "E.npy"), np.memmap)
 
 
-def test_no_memory_is_a_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from keras_mrl_cli.indexing import planning
-
+def test_no_memory_is_a_sentence(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(*_: object, **__: object) -> None:
         np.empty(2**60, np.float32)
 
-    monkeypatch.setattr(planning, "plan_funnel", too_large)
+    monkeypatch.setattr(gallery, "plan_funnel", too_large)
     status, out, err = run(*BUILD)
     assert (status, out) == (1, "")
     assert re.fullmatch(
@@ -694,9 +661,7 @@ def test_no_memory_is_a_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-def test_errors_of_the_system_are_sentences(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-
+def test_errors_of_the_system_are_sentences(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -710,18 +675,7 @@ def test_errors_of_the_system_are_sentences(run: Run, monkeypatch: pytest.Monkey
     assert not os.path.exists("a.index")
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of an encoder of three numbers, by dims 1 and 3."""
-    from keras_mrl_serving.server import DevServer
-
-    folder = tmp_path_factory.mktemp("served")
-    save("rows", folder / "rows" / "1")
-    with DevServer(folder / "rows", model_name="rows", file_system_poll_wait_seconds=0) as target:
-        yield target
-
-
-def test_a_server_tells_the_fingerprint_and_the_dims(run: Run, target: str) -> None:
+def test_a_server_tells_the_fingerprint_and_the_dims(run: Call, target: str) -> None:
     np.save("three.npy", embeddings()[:, :3])
     build = ("build", "--embeddings", "three.npy", "--out", "a.index", "--json")
     served = ("--target", target, "--model", "rows")
@@ -750,21 +704,12 @@ def test_a_server_tells_the_fingerprint_and_the_dims(run: Run, target: str) -> N
     assert "'nobody'" in err
 
 
-def test_no_framework_is_needed(run: Run) -> None:
+def test_no_framework_is_needed(run: Call, tmp_path: Path) -> None:
     del run
-    for arguments in (
+    for words in (
         [*BUILD, "--dims", "16,32", "--target-recall", "0.9"],
         ["show", "a.index", "--json"],
     ):
-        program = [sys.executable, "-c", BLOCK, "index", *arguments]
-        done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
-        assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["verified"] is True
-
-
-@pytest.mark.parametrize("part", ["build", "show"])
-def test_the_help_teaches_by_examples(part: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["index", part, "--help"])
-    examples = re.findall(rf"\n  keras-mrl index {part} ", capsys.readouterr().out)
-    assert len(examples) == (2 if part == "build" else 1)
+        ended = run_without(FRAMEWORKS, tmp_path, *KERAS_MRL, "index", *words)
+        assert ended.status == 0, ended.err
+    assert json.loads(ended.out)["verified"] is True

@@ -1,68 +1,43 @@
-"""`keras-mrl search`, by embeddings and through an encoder of the development server."""
+"""`keras-mrl search`, by embeddings and through an encoder that is served."""
 
-import io
-import json
 import re
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from PIL import Image
 
-from keras_mrl_cli.__main__ import main
-from keras_mrl_serving import (
-    Client,
-    ExactIndex,
-    FaissIndex,
-    FirstStage,
-    FunnelSchedule,
-    Options,
-    open_index,
+from keras_mrl_serving import ExactIndex, FaissIndex, FirstStage, FunnelSchedule, open_index
+from keras_mrl_serving.calls import Arrays
+from keras_mrl_serving.calls import Call as Asking
+from tests.helpers.cli import (
+    BLUE,
+    FRAMEWORKS,
+    GREEN,
+    KERAS_MRL,
+    RED,
+    Call,
+    Terminal,
+    end_reading_early,
+    lines,
+    paint,
+    run_without,
 )
-from keras_mrl_serving.errors import ServerUnavailableError
-from keras_mrl_serving.results import Embedded
-from tests.cli.test_ask import BLOCK, BLUE, GREEN, RED, lines, paint, save
+from tests.helpers.faulty_server import Asked, Faulty, echo, rows
 
-Run = Callable[..., tuple[int, str, str]]
-MODELS = ("pixels", "bytes", "rows")
 # What the models embed plain images to, the nearest of each a colour of its own.
 COLOURS = np.array([RED, GREEN, BLUE, (255, 255, 0), (255, 255, 255)], np.float32)
 IDS = [10, 20, 30, 40, 50]
 
 
-@pytest.fixture(scope="module")
-def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
-    """A server of each model, under its name; dims 1 and 3, fingerprints their names."""
-    from keras_mrl_serving.server import DevServer
-
-    folder = tmp_path_factory.mktemp("encoders")
-    servers = {}
-    for name in MODELS:
-        save(name, folder / name / "1")
-        servers[name] = DevServer(folder / name, model_name=name, file_system_poll_wait_seconds=0)
-    yield {name: server.start() for name, server in servers.items()}
-    for server in servers.values():
-        server.stop()
-
-
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `search` in a folder of its own, which holds an index: status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    schedule = FunnelSchedule((1, 3), (5,), 4)
-    ExactIndex.build(COLOURS, schedule, IDS).save("a.index")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main(["search", *arguments])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
+def run(call: Call, folder: Path) -> Call:
+    """Call `search` in a folder that holds an index."""
+    del folder
+    ExactIndex.build(COLOURS, FunnelSchedule((1, 3), (5,), 4), IDS).save("a.index")
+    return call.of("search")
 
 
 def bind(fingerprint: str) -> None:
@@ -71,7 +46,7 @@ def bind(fingerprint: str) -> None:
     ExactIndex.build(COLOURS, schedule, IDS, encoder_fingerprint=fingerprint).save("a.index")
 
 
-def test_a_table_of_neighbours(run: Run) -> None:
+def test_a_table_of_neighbours(run: Call) -> None:
     np.save("Q.npy", np.array([[1, 0, 0], [0, 3, 0]]))
     assert run("a.index", "--query", "Q.npy", "--k", "3") == (
         0,
@@ -85,7 +60,7 @@ def test_a_table_of_neighbours(run: Run) -> None:
     )
 
 
-def test_a_table_is_shortened_unless_k_is_named(run: Run) -> None:
+def test_a_table_is_shortened_unless_k_is_named(run: Call) -> None:
     rng = np.random.default_rng(0)
     gallery = rng.normal(size=(50, 8))
     ExactIndex.build(gallery, FunnelSchedule((8,), (), 7)).save("b.index")
@@ -98,7 +73,7 @@ def test_a_table_is_shortened_unless_k_is_named(run: Run) -> None:
         assert row[2] == "0:1.0000"
 
 
-def test_json_holds_every_id_and_score(run: Run) -> None:
+def test_json_holds_every_id_and_score(run: Call) -> None:
     rng = np.random.default_rng(0)
     gallery, queries = rng.normal(size=(300, 16)), rng.normal(size=(2500, 20))
     schedule = FunnelSchedule((4, 16), (40,), 7)
@@ -107,13 +82,13 @@ def test_json_holds_every_id_and_score(run: Run) -> None:
     status, out, err = run("b.index", "--query", "Q.npy", "--json")
     assert (status, err) == (0, "")
     true = open_index("b.index").search(queries)
-    rows = lines(out)
-    assert [(row["file"], row["row"]) for row in rows] == [("Q.npy", n) for n in range(2500)]
-    assert [row["ids"] for row in rows] == true.ids.tolist()
-    np.testing.assert_allclose([row["scores"] for row in rows], true.scores, rtol=1e-5)
+    answers = lines(out)
+    assert [(row["file"], row["row"]) for row in answers] == [("Q.npy", n) for n in range(2500)]
+    assert [row["ids"] for row in answers] == true.ids.tolist()
+    np.testing.assert_allclose([row["scores"] for row in answers], true.scores, rtol=1e-5)
 
 
-def test_only_some_ids_may_be_returned(run: Run) -> None:
+def test_only_some_ids_may_be_returned(run: Call) -> None:
     np.save("Q.npy", np.array([[1, 0, 0]]))
     np.save("some.npy", np.array([50, 20, 7]))
     np.save("other.npy", np.array([7]))
@@ -129,12 +104,12 @@ def test_only_some_ids_may_be_returned(run: Run) -> None:
     )
 
 
-def test_queries_and_k_that_do_not_fit(run: Run) -> None:
+def test_queries_and_k_that_do_not_fit(run: Call) -> None:
     np.save("narrow.npy", np.zeros((0, 2)))
     np.save("flat.npy", np.zeros(3))
     np.save("nan.npy", np.array([[1, np.nan, 0]]))
     np.save("none.npy", np.zeros((0, 3)))
-    said = {
+    sentence_by_words = {
         ("narrow.npy",): "The queries must be (rows, width) with a width of at least 3. Received: "
         "shape (0, 2). Embed them at the funnel's last dim, one row each.",
         ("flat.npy",): "--query must hold embeddings, numbers of shape (rows, width). Received: "
@@ -149,12 +124,12 @@ def test_queries_and_k_that_do_not_fit(run: Run) -> None:
         ("none.npy", "--k", "0"): "k must lie in 1..4, as many as the funnel returns. Received: "
         "k=0. Search with a schedule whose k is larger.",
     }
-    for arguments, sentence in said.items():
+    for arguments, sentence in sentence_by_words.items():
         assert run("a.index", "--query", *arguments) == (1, "", f"keras-mrl: {sentence}\n")
     assert run("a.index", "--query", "none.npy") == (0, "", "")
 
 
-def test_folders_that_hold_no_whole_index(run: Run) -> None:
+def test_folders_that_hold_no_whole_index(run: Call) -> None:
     np.save("Q.npy", np.array([[1, 0, 0]]))
     assert run("nowhere", "--query", "Q.npy") == (
         1,
@@ -174,7 +149,7 @@ def test_folders_that_hold_no_whole_index(run: Run) -> None:
     assert run("a.index", "--query", "Q.npy", "--no-verify")[0] == 0
 
 
-def test_a_first_stage_that_does_not_read_is_a_sentence(run: Run) -> None:
+def test_a_first_stage_that_does_not_read_is_a_sentence(run: Call) -> None:
     np.save("Q.npy", np.array([[1, 0, 0]]))
     flat = FirstStage("Flat", "")
     FaissIndex.build(COLOURS, FunnelSchedule((1, 3), (5,), 4), first_stage=flat, path="b.index")
@@ -190,7 +165,7 @@ def test_a_first_stage_that_does_not_read_is_a_sentence(run: Run) -> None:
     )
 
 
-def test_without_faiss_the_remedy_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_faiss_the_remedy_is_named(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save("Q.npy", np.array([[1, 0, 0]]))
     flat = FirstStage("Flat", "")
     FaissIndex.build(COLOURS, FunnelSchedule((1, 3), (5,), 4), first_stage=flat, path="b.index")
@@ -204,18 +179,16 @@ def test_without_faiss_the_remedy_is_named(run: Run, monkeypatch: pytest.MonkeyP
     assert run("a.index", "--query", "Q.npy")[0] == 0
 
 
-def served(targets: Mapping[str, str], model: str) -> tuple[str, ...]:
-    return ("a.index", "--target", targets[model], "--model", model)
+def served(target: str, model: str) -> tuple[str, ...]:
+    return ("a.index", "--target", target, "--model", model)
 
 
 @pytest.mark.parametrize("model", ["pixels", "bytes"])
-def test_images_are_embedded_by_the_server(
-    run: Run, targets: Mapping[str, str], model: str
-) -> None:
+def test_images_are_embedded_by_the_server(run: Call, target: str, model: str) -> None:
     bind(model)
     paint("red.png", RED)
     paint("a green one.PNG", GREEN)
-    assert run(*served(targets, model), "red.png", "a green one.PNG", "--k", "2") == (
+    assert run(*served(target, model), "red.png", "a green one.PNG", "--k", "2") == (
         0,
         "FILE                ROW  NEIGHBORS\n"
         "red.png               0  10:1.0000 40:0.7071\n"
@@ -224,12 +197,12 @@ def test_images_are_embedded_by_the_server(
     )
 
 
-def test_files_after_a_flag_rows_and_some_ids(run: Run, targets: Mapping[str, str]) -> None:
+def test_files_after_a_flag_rows_and_some_ids(run: Call, target: str) -> None:
     np.save("x.npy", np.array([[0, 0, 9], [9, 9, 0]], np.float32))
     np.savez("y.npz", x=np.array([[0, 9, 0]], np.float32))
     np.save("some.npy", np.array([10, 30, 40]))
     more = ("--among", "some.npy", "--k=1", "--json")
-    status, out, err = run(*served(targets, "rows"), "x.npy", *more, "y.npz")
+    status, out, err = run(*served(target, "rows"), "x.npy", *more, "y.npz")
     assert (status, err) == (0, "")
     assert [(row["file"], row["row"], row["ids"]) for row in lines(out)] == [
         *(("x.npy", 0, [30]), ("x.npy", 1, [40]), ("y.npz", 0, [40]))
@@ -237,13 +210,11 @@ def test_files_after_a_flag_rows_and_some_ids(run: Run, targets: Mapping[str, st
     assert lines(out)[0]["scores"] == [pytest.approx(1)]
 
 
-def test_queries_are_embedded_at_the_width_of_the_index(
-    run: Run, targets: Mapping[str, str]
-) -> None:
+def test_queries_are_embedded_at_the_width_of_the_index(run: Call, target: str) -> None:
     np.save("x.npy", np.array([[-5, 1, 1]], np.float32))
     for dims, unknown in ((1,), False), ((2,), True):
         ExactIndex.build(COLOURS[:, :2], FunnelSchedule(dims, (), 1), metric="dot").save("a.index")
-        status, out, err = run(*served(targets, "rows"), "x.npy", "--json")
+        status, out, err = run(*served(target, "rows"), "x.npy", "--json")
         if unknown:
             assert (status, out) == (1, "")
             assert err == (
@@ -254,54 +225,72 @@ def test_queries_are_embedded_at_the_width_of_the_index(
             assert lines(out)[0] == {"file": "x.npy", "row": 0, "ids": [1], "scores": [0]}
 
 
-def test_an_index_refuses_another_encoder(
-    run: Run, targets: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_refuses_another_encoder(run: Call, target: str) -> None:
     np.save("x.npy", np.zeros((1, 3), np.float32))
-    sentence = (
-        "keras-mrl: An index answers embeddings of the encoder it was built with. Received: "
-        "embeddings of the model with fingerprint 'rows', for an index built with 'pixels'. Embed "
-        "the gallery anew with the model that is served, or serve the model the index was built "
-        "with.\n"
-    )
     bind("pixels")
-    with monkeypatch.context() as patch:
-        patch.delattr(Client, "retrieve")  # nothing is sent
-        assert run(*served(targets, "rows"), "x.npy") == (1, "", sentence)
-    # The encoder that answers is the one that counts, should another version take over meanwhile.
-    monkeypatch.setattr("keras_mrl_cli.indexing.searching.check_encoder", lambda *_: None)
-    assert run(*served(targets, "rows"), "x.npy") == (1, "", sentence)
+    assert run.refused(*served(target, "rows"), "x.npy") == refusal_of("rows", "pixels")
     bind("rows")
-    assert run(*served(targets, "rows"), "x.npy")[::2] == (0, "")
+    ended = run(*served(target, "rows"), "x.npy")
+    assert (ended.status, ended.err) == (0, "")
+
+
+def refusal_of(encoder: str, built_with: str) -> str:
+    return (
+        "An index answers embeddings of the encoder it was built with. Received: embeddings of "
+        f"the model with fingerprint {encoder!r}, for an index built with {built_with!r}. Embed "
+        "the gallery anew with the model that is served, or serve the model the index was built "
+        "with."
+    )
+
+
+def test_the_encoder_that_answers_is_the_one_that_counts(run: Call) -> None:
+    np.save("x.npy", rows(3))
+    schedule = FunnelSchedule((2, 4), (5,), 4)
+    gallery = rows(9)
+    ExactIndex.build(gallery, schedule, encoder_fingerprint="v1").save("b.index")
+
+    def replace_version(asked: Asked, _: grpc.ServicerContext) -> None:
+        if asked.signature.startswith("embed"):
+            server.versions = {2: echo(2)}
+
+    with Faulty() as server:
+        search = run.of("b.index", "--target", server.target)
+        assert search("x.npy").status == 0
+        assert [asked.signature for asked in server.asked] == ["describe", "embed_4"]
+        server.before = replace_version
+        assert search.refused("x.npy") == refusal_of("v2", "v1")
+        server.asked.clear()
+        assert search.refused("x.npy") == refusal_of("v2", "v1")
+        assert not server.sent("embed_4")  # nothing is sent to a model of another fingerprint
 
 
 @pytest.mark.parametrize("model", ["pixels", "bytes"])
 def test_a_bad_image_is_reported_and_the_others_answered(
-    run: Run, targets: Mapping[str, str], model: str
+    run: Call, target: str, model: str
 ) -> None:
     paint("red.png", RED)
     Path("text.jpg").write_text("no image")
     paint("blue.png", BLUE)
     files = ("red.png", "text.jpg", "gone.png", "blue.png")
-    status, out, err = run(*served(targets, model), *files, "--json")
+    status, out, err = run(*served(target, model), *files, "--json")
     assert status == 1
     assert [(row["file"], row["ids"][0]) for row in lines(out)] == [
         *(("red.png", 10), ("blue.png", 30))
     ]
-    said = err.splitlines()
-    assert len(said) == 2
-    assert all(line.startswith("keras-mrl: ") for line in said)
-    assert sum("text.jpg" in line for line in said) == 1
+    sentences = err.splitlines()
+    assert len(sentences) == 2
+    assert all(line.startswith("keras-mrl: ") for line in sentences)
+    assert sum("text.jpg" in line for line in sentences) == 1
     assert (
         "keras-mrl: Every file must be one that can be read. "
-        "Received: gone.png (No such file or directory). Correct the path." in said
+        "Received: gone.png (No such file or directory). Correct the path." in sentences
     )
 
 
-def test_rows_that_embed_to_nothing_are_reported(run: Run, targets: Mapping[str, str]) -> None:
+def test_rows_that_embed_to_nothing_are_reported(run: Call, target: str) -> None:
     np.save("good.npy", np.array([[0, 0, 9]], np.float32))
     np.save("nan.npy", np.array([[0, np.nan, 9]], np.float32))
-    status, out, err = run(*served(targets, "rows"), "nan.npy", "good.npy", "--json")
+    status, out, err = run(*served(target, "rows"), "nan.npy", "good.npy", "--json")
     assert status == 1
     assert [(row["file"], row["ids"][0]) for row in lines(out)] == [("good.npy", 30)]
     assert err == (
@@ -312,60 +301,42 @@ def test_rows_that_embed_to_nothing_are_reported(run: Run, targets: Mapping[str,
 
 
 @pytest.mark.parametrize("nan", [False, True])
-def test_what_was_answered_before_an_error_is_printed(
-    run: Run, targets: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, nan: bool
-) -> None:
-    corpus = np.arange(150, dtype=np.float32).reshape(50, 3)
+def test_what_was_answered_before_an_error_is_printed(run: Call, nan: bool) -> None:
+    corpus = rows(50)
     if nan:
-        corpus[17] = np.nan  # of the second window, none of which can be searched by then
+        corpus[17, 3] = np.nan  # of the second window, none of which can be searched by then
     np.save("x.npy", corpus)
-    outcome = Client._outcome
+    schedule = FunnelSchedule((2, 4), (5,), 4)
+    ExactIndex.build(rows(9), schedule).save("b.index")
 
-    def failing(client: Client, round: Any, talk: Any) -> Any:
-        found = outcome(client, round, talk)
-        embedded = found[0] if isinstance(found, tuple) else None
-        if isinstance(embedded, Embedded) and np.array_equal(embedded[0], corpus[20:21]):
-            return ServerUnavailableError("No server answers. Received: rows. Start it.")
-        return found
+    def fail_at_20(asked: Asked, context: grpc.ServicerContext) -> None:
+        if asked.first == 21 and asked.signature == "embed_4":  # rows count from 1
+            context.abort(grpc.StatusCode.INTERNAL, "out of memory")
 
-    monkeypatch.setattr(Client, "_outcome", failing)
-    status, out, err = run(*served(targets, "rows"), "x.npy", "--max-batch-size", "1", "--json")
-    assert (status, err) == (1, "keras-mrl: No server answers. Received: rows. Start it.\n")
-    rows = [row["row"] for row in lines(out)]
-    assert rows[:16] == list(range(16))
-    assert (16 in rows) != nan
-    assert 20 not in rows
-    true = open_index("a.index").search(corpus[rows])
+    def answer(call: Asking) -> Arrays:
+        outputs = echo(1)(call)
+        if call.signature == "embed_4":
+            outputs = {"embedding": call.inputs["x"]}
+        return outputs
+
+    words = ("b.index", "x.npy", "--max-batch-size", "1", "--json")
+    with Faulty({1: answer}, fail_at_20) as server:
+        status, out, err = run(*words, "--target", server.target)
+    assert status == 1
+    assert "out of memory" in err
+    numbers = [row["row"] for row in lines(out)]
+    assert numbers[:16] == list(range(16))
+    assert (16 in numbers) != nan
+    assert 20 not in numbers
+    true = open_index("b.index").search(corpus[numbers])
     assert [row["ids"] for row in lines(out)] == true.ids.tolist()
 
 
-def test_the_options_reach_the_client(
-    run: Run, targets: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    np.save("x.npy", np.zeros((1, 3), np.float32))
-    seen: list[Options] = []
-    begin = Client.__init__
-
-    def noted(client: Client, target: Any, model: str, *, options: Options) -> None:
-        seen.append(options)
-        begin(client, target, model, options=options)
-
-    monkeypatch.setattr(Client, "__init__", noted)
-    given = ("--timeout=3", "--max-batch-size=7", "--metadata=Auth=a=b")
-    assert run(*served(targets, "rows"), "x.npy", *given)[0] == 0
-    assert (seen[-1].timeout_s, seen[-1].max_batch_size) == (3, 7)
-    assert seen[-1].headers() == (("auth", "a=b"),)
-    Path("ca.pem").write_bytes(b"whoever")
-    assert run(*served(targets, "rows"), "x.npy", "--tls-ca=ca.pem", "--timeout=0.2")[0] == 1
-    assert seen[-1].tls is not None
-    assert seen[-1].tls.root_certificates == b"whoever"
-
-
-def test_pixels_are_scaled(run: Run, targets: Mapping[str, str]) -> None:
+def test_pixels_are_scaled(run: Call, target: str) -> None:
     ExactIndex.build(COLOURS, FunnelSchedule((3,), (), 1), metric="dot").save("a.index")
     Image.new("RGB", (6, 8), RED).save("red.png")
     for scale in 1.0, 0.5:
-        out = run(*served(targets, "pixels"), "red.png", "--json", "--scale", str(scale))[1]
+        out = run(*served(target, "pixels"), "red.png", "--json", "--scale", str(scale))[1]
         assert lines(out)[0]["scores"] == [pytest.approx(255 * 255 * scale)]
 
 
@@ -418,72 +389,45 @@ def test_pixels_are_scaled(run: Run, targets: Mapping[str, str]) -> None:
             "A target must be 'host:port'. Received: 'localhost'. "
             "Give the server's gRPC port, for example localhost:8500.",
         ),
-        (
-            ["--query", "Q.npy", "--top", "3"],
-            "Only known flags are taken. Received: --top 3. "
-            "See the command's --help for those there are.",
-        ),
     ],
 )
-def test_arguments_that_do_not_fit(run: Run, arguments: list[str], text: str) -> None:
-    assert run("a.index", *arguments) == (2, "", f"keras-mrl: {text}\n")
+def test_arguments_that_do_not_fit(run: Call, arguments: list[str], text: str) -> None:
+    assert run.refused("a.index", *arguments, status=2) == text
 
 
 def test_progress_is_on_the_terminal_alone(
-    run: Run, targets: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+    run: Call, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     np.save("x.npy", np.ones((1200, 3), np.float32))
-    for more in ("a.index", "--query", "x.npy"), (*served(targets, "rows"), "x.npy"):
+    for words in ("a.index", "--query", "x.npy"), (*served(target, "rows"), "x.npy"):
         terminal = Terminal()
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stderr", terminal)
-            status, out, _ = run(*more)
-        assert status == 0
-        assert "rows/s" not in out
-        assert len(out.splitlines()) == 1201
+            ended = run(*words)
+        assert ended.status == 0
+        assert "rows/s" not in ended.out
+        assert len(ended.out.splitlines()) == 1201
         assert "1,200/1,200 rows, " in terminal.getvalue()
         assert terminal.getvalue().endswith("\r\x1b[K")
 
 
-def test_names_that_would_break_the_table_are_escaped(run: Run) -> None:
+def test_names_that_would_break_the_table_are_escaped(run: Call) -> None:
     np.save("a\nb.npy", np.array([[1, 0, 0]]))
     assert run("a.index", "--query", "a\nb.npy")[1].splitlines()[1].startswith("a\\nb.npy ")
 
 
-def test_no_framework_is_needed(run: Run, targets: Mapping[str, str]) -> None:
+def test_no_framework_is_needed(run: Call, target: str, tmp_path: Path) -> None:
     del run
     flat = FirstStage("Flat", "")
     FaissIndex.build(COLOURS, FunnelSchedule((1, 3), (5,), 4), first_stage=flat, path="a.index")
-    file = paint("red.png", RED)
-    arguments = ["search", *served(targets, "pixels"), file, "--json"]
-    program = [sys.executable, "-c", BLOCK, *arguments]
-    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["ids"][0] == 0
+    words = [*KERAS_MRL, "search", *served(target, "pixels"), paint("red.png", RED), "--json"]
+    status, out, err = run_without(FRAMEWORKS, tmp_path, *words)
+    assert (status, err) == (0, "")
+    assert lines(out)[0]["ids"][0] == 0
 
 
-def test_a_reader_that_has_enough_is_no_traceback(run: Run) -> None:
+def test_a_reader_that_has_enough_is_no_traceback(run: Call, tmp_path: Path) -> None:
     del run
     np.save("Q.npy", np.ones((20_000, 3), np.float32))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "keras_mrl_cli", "search", "a.index", "--query", "Q.npy"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait(timeout=60) == 1
-    process.stderr.close()
-
-
-def test_the_help_teaches_by_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["search", "--help"])
-    assert capsys.readouterr().out.count("\n  keras-mrl search birds.index --") == 2
+    words = ("search", "a.index", "--query", "Q.npy")
+    assert end_reading_early(tmp_path, *words) == (1, b"")

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,9 @@ import numpy as np
 import pytest
 import trustme
 
-from keras_mrl_cli.__main__ import main
+from keras_mrl_cli.serve import FLAGS
 from keras_mrl_serving import Client
+from tests.helpers.cli import KERAS_MRL, Call
 
 EXPORT = """
 import sys
@@ -30,7 +30,7 @@ from keras_mrl_export import export_saved_model
 model = keras.Sequential([keras.Input((3,), name="x"), keras.layers.Dense(8)])
 export_saved_model(model, sys.argv[1], np.eye(3, dtype="float32"), dims=(2, 8))
 """
-SERVE = [sys.executable, "-m", "keras_mrl_cli", "serve"]
+SERVE = [*KERAS_MRL, "serve"]
 X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
 
 
@@ -87,9 +87,7 @@ def test_it_serves_until_a_signal_ends_it(base_path: Path, number: signal.Signal
             lengths = np.linalg.norm(client.embed(X, dim=2), axis=1)
             np.testing.assert_allclose(lengths, 1, rtol=1e-5)
         process.send_signal(number)
-        start = time.monotonic()
         out, err = process.communicate(timeout=30)
-        assert time.monotonic() - start < 8
     assert process.returncode == 0
     assert out == ""
     assert "Traceback" not in err
@@ -132,40 +130,37 @@ def test_it_serves_rest_and_tls(base_path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_real_server")
-def test_a_tls_file_that_is_none(
-    base_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tls_file_that_is_none(base_path: Path, tmp_path: Path, call: Call) -> None:
     config = tmp_path / "tls.txt"
     flags = (f"--model_base_path={base_path}", "--port=0", f"--ssl_config_file={config}")
-    assert refusal(capsys, *flags) == (
+    assert refusal(call, *flags) == (
         f"ssl_config_file must be a file that can be read. Received: ssl_config_file='{config}' "
         "(No such file or directory). Correct the path."
     )
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """The one line on stderr of a server that does not start."""
-    assert main(["serve", "--model_name", "m", *flags]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    said = [line for line in printed.err.splitlines() if line.startswith("keras-mrl: ")]
-    assert printed.err.endswith(f"{said[0]}\n")
-    return said[0].removeprefix("keras-mrl: ")
+def refusal(call: Call, *flags: str) -> str:
+    """The last line on stderr of a server that does not start; its log comes before."""
+    status, out, err = call("serve", "--model_name", "m", *flags)
+    assert (status, out) == (1, "")
+    line = err.splitlines()[-1]
+    assert line.startswith("keras-mrl: ")
+    return line.removeprefix("keras-mrl: ")
 
 
 @pytest.mark.usefixtures("no_real_server")
-def test_a_base_path_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_path_that_is_not_there(tmp_path: Path, call: Call) -> None:
     missing = tmp_path / "none"
-    assert refusal(capsys, f"--model_base_path={missing}") == (
+    assert refusal(call, f"--model_base_path={missing}") == (
         f"base_path must be a folder that can be read. Received: base_path='{missing}' "
         f"(No such file or directory). Export a model to {missing}/1 first, or correct the path."
     )
 
 
 @pytest.mark.usefixtures("no_real_server")
-def test_a_base_path_without_versions(base_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_path_without_versions(base_path: Path, call: Call) -> None:
     leaf = base_path / "1"
-    assert refusal(capsys, f"--model_base_path={leaf}") == (
+    assert refusal(call, f"--model_base_path={leaf}") == (
         "base_path must hold a version of the model. Received: No versions of servable m found "
         f"under base path {leaf}. Did you forget to name your leaf directory as a number (eg. "
         f"'/1/')? Put the SavedModel at {leaf}/1, or give the folder above the numbered one."
@@ -173,11 +168,11 @@ def test_a_base_path_without_versions(base_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("no_real_server")
-def test_a_port_in_use(base_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use(base_path: Path, call: Call) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        said = refusal(capsys, f"--model_base_path={base_path}", f"--port={port}")
-    assert said == (
+        sentence = refusal(call, f"--model_base_path={base_path}", f"--port={port}")
+    assert sentence == (
         f"The address must be free. Received: host='127.0.0.1', port={port}, which cannot be "
         "bound. Choose another port, or port=0 for any free one."
     )
@@ -185,11 +180,9 @@ def test_a_port_in_use(base_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("flag", ["port", "rest_api_port"])
 @pytest.mark.parametrize("port", [-1, 65536, 70000])
-def test_a_port_that_is_none(flag: str, port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--model_base_path=x", f"--{flag}={port}"]) == 2
-    assert capsys.readouterr().err == (
-        f"keras-mrl: --{flag} must lie in 0..65535. Received: {port}. "
-        "Choose another, or 0 for any free one.\n"
+def test_a_port_that_is_none(flag: str, port: int, call: Call) -> None:
+    assert call.refused("serve", "--model_base_path=x", f"--{flag}={port}", status=2) == (
+        f"--{flag} must lie in 0..65535. Received: {port}. Choose another, or 0 for any free one."
     )
 
 
@@ -256,11 +249,11 @@ def test_dev_asks_for_the_development_server_all_the_same(
     fake_server: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
 ) -> None:
     monkeypatch.setenv("PATH", str(fake_server.parent))
-    said = refusal(capsys, "--dev", f"--model_base_path={tmp_path / 'none'}")
-    assert said.startswith("base_path must be a folder that can be read. ")
+    sentence = refusal(call, "--dev", f"--model_base_path={tmp_path / 'none'}")
+    assert sentence.startswith("base_path must be a folder that can be read. ")
 
 
 def test_a_config_file_needs_no_base_path(fake_server: Path) -> None:
@@ -273,19 +266,16 @@ def test_a_config_file_needs_no_base_path(fake_server: Path) -> None:
     ]
 
 
-def test_neither_a_base_path_nor_a_config_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--port=1"]) == 2
-    assert capsys.readouterr().err == (
-        "keras-mrl: A server must have models. Received: neither --model_base_path nor "
-        "--model_config_file. Give one of them.\n"
+def test_neither_a_base_path_nor_a_config_file(call: Call) -> None:
+    assert call.refused("serve", "--port=1", status=2) == (
+        "A server must have models. Received: neither --model_base_path nor "
+        "--model_config_file. Give one of them."
     )
 
 
-def test_a_boolean_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["serve", "--model_base_path=x", "--enable_batching=maybe"])
-    assert capsys.readouterr().err.endswith(
-        "argument --enable_batching: must be true or false. Received: maybe\n"
+def test_a_boolean_that_is_none(call: Call) -> None:
+    assert call.misused("serve", "--model_base_path=x", "--enable_batching=maybe") == (
+        "Invalid value for '--enable_batching': must be true or false. Received: maybe"
     )
 
 
@@ -293,31 +283,30 @@ def test_a_boolean_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
 def test_dev_refuses_flags_of_the_real_server_by_name(
     fake_server: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
     flag: str,
 ) -> None:
     monkeypatch.setenv("PATH", str(fake_server.parent))
-    assert main(["serve", "--dev", "--model_base_path=x", flag, "--prot=1"]) == 2
-    assert capsys.readouterr().err == (
-        "keras-mrl: The development server must be started with flags it has. Received: "
+    words = ("serve", "--dev", "--model_base_path=x", flag, "--prot=1")
+    assert call.refused(*words, status=2) == (
+        "The development server must be started with flags it has. Received: "
         f"{flag}, of tensorflow_model_server alone. Leave them out here, and give them to "
-        "tensorflow/serving.\n"
+        "tensorflow/serving."
     )
 
 
 def test_dev_refuses_flags_that_nobody_has(
-    fake_server: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fake_server: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     monkeypatch.setenv("PATH", str(fake_server.parent))
-    assert main(["serve", "--dev", "--model_base_path=x", "--prot=1"]) == 2
-    assert capsys.readouterr().err == (
-        "keras-mrl: Only known flags are taken. Received: --prot=1. See the command's "
-        "--help for those there are. tensorflow_model_server may know more.\n"
+    assert call.refused("serve", "--dev", "--model_base_path=x", "--prot=1", status=2) == (
+        "Only known flags are taken. Received: --prot=1. See the command's "
+        "--help for those there are. tensorflow_model_server may know more."
     )
 
 
 def test_every_flag_is_an_argument_of_the_development_server(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: Call
 ) -> None:
     from keras_mrl_serving.server import DevServer
 
@@ -354,9 +343,27 @@ def test_every_flag_is_an_argument_of_the_development_server(
         "load_retry_interval_micros": -1,
     }
     texts = [f"--{name}={str(value).lower()}" for name, value in values.items()]
-    assert main(["serve", "--model_base_path=/models", *texts]) == 1
-    assert capsys.readouterr().err.endswith("keras-mrl: enough\n")
+    ended = call("serve", "--model_base_path=/models", *texts)
+    assert ended.status == 1
+    assert ended.err.endswith("keras-mrl: enough\n")
     assert taken == {**values, "base_path": "/models"}
+    assert set(values) | {"model_base_path"} == set(FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [(["true"], "true"), (["false"], "false"), ([], "true"), (["--dev"], "true")],
+)
+def test_a_boolean_may_have_a_word_or_none(fake_server: Path, words: list[str], value: str) -> None:
+    flags = ["--model_base_path=/models", "--enable_batching", *words]
+    _, out, _ = start_with(fake_server, *flags)
+    assert f"--enable_batching={value}" in out
+
+
+def test_unknown_flags_reach_the_real_server_with_their_words(fake_server: Path) -> None:
+    flags = ["--model_base_path=/models", "--grpc_max_threads", "4", "--num_load_threads=2"]
+    _, out, _ = start_with(fake_server, *flags)
+    assert out[-3:] == ["--grpc_max_threads", "4", "--num_load_threads=2"]
 
 
 @pytest.mark.usefixtures("no_real_server")

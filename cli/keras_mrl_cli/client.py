@@ -1,0 +1,242 @@
+"""The one connection of a command that asks a server, and the files it asks about.
+
+Rows of several files go out together, in windows of as many rows as the client has under way at
+once. If a window is refused as invalid input, its halves are asked, down to the file that is bad;
+that file is reported, and the walk goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from keras_mrl_serving import Client, InvalidInputError, KerasMrlError, Manifest, Options, Tls
+from keras_mrl_serving.corpus import window_rows
+
+from .files import Arrays, count_rows, is_image, load_rows
+from .output import Progress
+from .shared import DONE, MISUSED, RefusalError, one_line, refuse, refused
+
+Ask = Callable[[Arrays, Callable[[int, int], object]], Any]
+Show = Callable[[str, int, Any], None]  # a file, the number of its row, and that row's answer
+
+_METADATA_NAME = re.compile(r"[0-9a-z_.-]+")
+_CALL_BYTES = 2**24  # of one call, where --max-batch-size does not say how many rows
+_MOST_ROWS = 1000
+
+
+@contextmanager
+def connected(arguments: SimpleNamespace) -> Iterator[Client]:
+    """Give a client of `--target`, whose errors are refusals.
+
+    Raises:
+        RefusalError: If a flag does not fit, or for every `KerasMrlError` meanwhile.
+    """
+    options = _options(arguments)
+    with refused(KerasMrlError):
+        try:
+            client = Client(arguments.target.split(","), arguments.model, options=options)
+        except ValueError as error:
+            raise RefusalError(str(error), MISUSED) from error
+        with client:
+            yield client
+
+
+@contextmanager
+def described(arguments: SimpleNamespace) -> Iterator[tuple[Client, Manifest]]:
+    """Give a client whose calls have as many rows as suit the model and the files; its manifest.
+
+    Raises:
+        RefusalError: If a flag does not fit, or for every `KerasMrlError` meanwhile.
+    """
+    with connected(arguments) as client:
+        manifest = client.describe()
+        if arguments.max_batch_size is None:
+            client = client.with_batch_size(_rows_of_a_call(manifest, arguments.files))
+        yield client, manifest
+
+
+def _options(arguments: SimpleNamespace) -> Options:
+    options = Options(metadata=_metadata(arguments.metadata))
+    if arguments.timeout is not None:
+        options = replace(options, timeout_s=arguments.timeout)
+    if getattr(arguments, "max_batch_size", None) is not None:
+        options = replace(options, max_batch_size=arguments.max_batch_size)
+    if arguments.tls_ca is not None:
+        try:
+            tls = Tls.from_files(arguments.tls_ca)
+        except OSError as error:
+            raise RefusalError(
+                "--tls-ca must be a file that can be read. "
+                f"Received: {arguments.tls_ca} ({error.strerror}). Correct the path."
+            ) from error
+        options = replace(options, tls=tls)
+    return options
+
+
+def _metadata(pairs: Sequence[str]) -> dict[str, str]:
+    """Return the metadata of every call; raise `RefusalError` for a pair gRPC cannot send."""
+    value_by_key = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        key = key.lower()
+        sendable = value.isascii() and value.isprintable() and not key.endswith("-bin")
+        if not equals or not sendable or not _METADATA_NAME.fullmatch(key):
+            raise RefusalError(
+                "--metadata must be KEY=VALUE in printable ASCII, its key of letters, digits and "
+                f"_.- and not ending in -bin. Received: {pair!r}. "
+                "Give for example --metadata authorization='Bearer 5e1f'.",
+                MISUSED,
+            )
+        value_by_key[key] = value
+    return value_by_key
+
+
+def _rows_of_a_call(manifest: Manifest, files: Sequence[str]) -> int:
+    """Return so few that neither a call nor the rows in memory grow with the size of an image."""
+    largest_image = max(map(_file_bytes, filter(is_image, files)), default=0)
+    row_bytes = 0
+    for spec in manifest.inputs.values():
+        if spec["dtype"] == "string":
+            row_bytes += largest_image
+        else:
+            row_bytes += np.dtype(spec["dtype"]).itemsize * prod(n or 1 for n in spec["shape"])
+    return max(1, min(_MOST_ROWS, _CALL_BYTES // max(row_bytes, 1)))
+
+
+def _file_bytes(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return 0
+
+
+# File after file.
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of a file.
+
+    Args:
+        file: The file.
+        start: Which of its rows is the first.
+        arrays: The rows.
+    """
+
+    file: str
+    start: int
+    arrays: Arrays
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of a row, by input."""
+        return {name: array.shape[1:] for name, array in self.arrays.items()}
+
+
+def ask_files(
+    arguments: SimpleNamespace, client: Client, manifest: Manifest, ask: Ask, show: Show
+) -> int:
+    """Ask about all files; return the exit status.
+
+    Args:
+        arguments: Of the command.
+        client: Whose options say how large a window is.
+        manifest: Of the model that takes the rows.
+        ask: Asks about rows, with a function to be told of progress.
+        show: Prints one row.
+
+    Raises:
+        KerasMrlError: If the server answers no more; the answers before that are shown.
+    """
+    walk = _Walk(ask, show, lambda: sum(map(count_rows, arguments.files)))
+    size = window_rows(client.options)
+    with walk.progress:
+        for window in _windows(arguments, manifest, size, walk.report):
+            walk.ask_window(window)
+    return walk.status
+
+
+def _windows(
+    arguments: SimpleNamespace, manifest: Manifest, size: int, report: Callable[[str], None]
+) -> Iterator[list[Part]]:
+    """Cut the files into windows of rows of one shape; report the files that are bad."""
+    window: list[Part] = []
+    for file in arguments.files:
+        try:
+            whole = Part(file, 0, load_rows(file, manifest, arguments.scale))
+        except RefusalError as refusal:
+            report(str(refusal))
+            continue
+        if window and window[0].shapes != whole.shapes:
+            yield window
+            window = []
+        start = 0
+        while start < len(whole):
+            stop = min(len(whole), start + size - sum(map(len, window)))
+            rows = {name: array[start:stop] for name, array in whole.arrays.items()}
+            window.append(Part(file, start, rows))
+            start = stop
+            if sum(map(len, window)) >= size:
+                yield window
+                window = []
+    if window:
+        yield window
+
+
+class _Walk:
+    """How far a command has come with its files."""
+
+    def __init__(self, ask: Ask, show: Show, count: Callable[[], int]) -> None:
+        self.status = DONE
+        self.progress = Progress(count)
+        self._ask = ask
+        self._show = show
+        self._done = 0
+
+    def report(self, sentence: str) -> None:
+        """Say that a file is bad; the exit status says so too."""
+        self.progress.clear()
+        self.status = refuse(sentence)
+
+    def ask_window(self, window: list[Part]) -> None:
+        """Ask about the rows of a window, and print each answer."""
+        owners = [(part.file, part.start + row) for part in window for row in range(len(part))]
+        rows = {n: np.concatenate([p.arrays[n] for p in window]) for n in window[0].arrays}
+        try:
+            answer = self._ask(rows, lambda done, _: self.progress.show(self._done + done))
+        except InvalidInputError as error:
+            if len(window) > 1:  # one file spoils the call of all
+                half = len(window) // 2
+                self.ask_window(window[:half])
+                self.ask_window(window[half:])
+                return
+            self._show_partial(error, owners)
+            self.report(f"{window[0].file}: {one_line(error)}")
+        except KerasMrlError as error:
+            self._show_partial(error, owners)
+            raise
+        else:
+            self.progress.clear()
+            for number, (file, row) in enumerate(owners):
+                self._show(file, row, answer[number : number + 1])
+        self._done += len(owners)
+
+    def _show_partial(self, error: KerasMrlError, owners: list[tuple[str, int]]) -> None:
+        """Print what was answered before an error."""
+        self.progress.clear()
+        if error.partial is not None:
+            for number, owner in enumerate(error.partial.rows.tolist()):
+                file, row = owners[owner]
+                self._show(file, row, error.partial.answer[number : number + 1])

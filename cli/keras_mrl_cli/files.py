@@ -1,0 +1,350 @@
+"""The files a user names: rows for a model, embeddings, labels, a policy, the folder of a model.
+
+Arrays of `.npy` files are memory-mapped, and checked by their first row, so they may be larger than
+the memory. Pillow decodes images, and is imported only for a model that takes pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_mrl_serving import CascadePolicy, InvalidInputError, Manifest, ManifestError
+from keras_mrl_serving.inputs import check_inputs
+from keras_mrl_serving.saved_model import GRAPH_FILE, list_versions
+
+from .shared import RefusalError
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+IMAGES = (".jpg", ".jpeg", ".png")
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+
+
+def is_image(file: str) -> bool:
+    """Whether the name of a file says that it is an image."""
+    return Path(file).suffix.lower() in IMAGES
+
+
+def count_rows(file: str) -> int:
+    """Return how many rows a file has, 0 where it does not read; images are not opened."""
+    try:
+        arrays = _npz(file) if file.lower().endswith(".npz") else None
+        if file.lower().endswith(".npy"):
+            arrays = {"": _npy(file)}
+    except (OSError, RefusalError):
+        return 0
+    if arrays is None:
+        return int(is_image(file))
+    return max((len(array) for array in arrays.values() if array.ndim), default=0)
+
+
+# The rows a model takes.
+
+
+def load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
+    """Return the rows of a file by input name, as many in each; those of .npy memory-mapped.
+
+    Args:
+        file: An image, an .npy or an .npz.
+        manifest: Of the model that takes them.
+        scale: Multiplies the pixels of an image that is decoded here.
+
+    Raises:
+        RefusalError: If the file does not read, or holds no rows of this model.
+    """
+    suffix = Path(file).suffix.lower()
+    try:
+        if suffix in IMAGES:
+            return _image_row(file, manifest, scale)
+        if suffix in (".npy", ".npz"):
+            return _checked(file, _by_input(file, load_arrays(file), manifest), manifest)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    raise RefusalError(
+        f"Files must be .jpg, .jpeg, .png, .npy or .npz. Received: {file}. "
+        "Save the rows with numpy.save."
+    )
+
+
+def _by_input(file: str, arrays: Arrays, manifest: Manifest) -> Arrays:
+    if len(arrays) == len(manifest.inputs) == 1:
+        return dict(zip(manifest.inputs, arrays.values(), strict=True))
+    if set(arrays) != set(manifest.inputs):
+        names = ", ".join(filter(None, arrays)) or "no names"
+        raise RefusalError(
+            f"A file for model {manifest.name!r} must hold arrays named "
+            f"{', '.join(manifest.inputs)}. Received: {file} with {names}. "
+            "Save them by name with numpy.savez."
+        )
+    return arrays
+
+
+def _checked(file: str, arrays: Arrays, manifest: Manifest) -> Arrays:
+    """Check shapes and dtypes by one row, so that a memory-mapped array is not read."""
+    lengths = {len(array) if array.ndim else None for array in arrays.values()}
+    try:
+        if None not in lengths:
+            check_inputs(manifest.inputs, {name: array[:1] for name, array in arrays.items()})
+        if None in lengths or len(lengths) > 1:
+            raise InvalidInputError
+    except InvalidInputError as error:
+        specs = {n: {"dtype": a.dtype, "shape": a.shape} for n, a in arrays.items()}
+        raise RefusalError(
+            f"A file must hold rows as model {manifest.name!r} takes them: "
+            f"{_in_words(manifest.inputs)}. Received: {file} with {_in_words(specs)}. "
+            "Prepare the rows as in training."
+        ) from error
+    return arrays
+
+
+def _in_words(inputs: Mapping[str, Mapping[str, Any]]) -> str:
+    shapes = {
+        name: ", ".join("any" if n is None else str(n) for n in spec["shape"])
+        for name, spec in inputs.items()
+    }
+    return " and ".join(f"{n} {inputs[n]['dtype']} ({shape})" for n, shape in shapes.items())
+
+
+# Images.
+
+
+def _image_row(file: str, manifest: Manifest, scale: float) -> Arrays:
+    """Return one row: the file's bytes for a model that decodes them itself, else its pixels."""
+    if len(manifest.inputs) != 1:
+        raise _not_for_images(file, manifest)
+    name, spec = next(iter(manifest.inputs.items()))
+    shape = spec["shape"]
+    if spec["dtype"] == "string" and shape == [None]:
+        if scale != 1:
+            raise RefusalError(
+                "--scale multiplies pixels that are decoded here. Received: "
+                f"--scale {scale} for model {manifest.name!r}, which decodes images itself. "
+                "Leave it out."
+            )
+        encoded = Path(file).read_bytes()
+        if not encoded:
+            raise _damaged(file, "it is empty")
+        row = np.empty(1, object)
+        row[0] = encoded
+        return {name: row}
+    if spec["dtype"] == "string" or len(shape) != 4 or shape[3] not in _MODES:
+        raise _not_for_images(file, manifest)
+    pixels = _decoded(file, shape[1], shape[2], shape[3])
+    if np.dtype(spec["dtype"]).kind != "f":
+        if scale != 1:
+            raise RefusalError(
+                "--scale is for models that take fractions. Received: "
+                f"--scale {scale} for model {manifest.name!r}, which takes {spec['dtype']}. "
+                "Leave it out."
+            )
+        return {name: pixels[None].astype(spec["dtype"])}
+    return {name: (pixels[None] * np.float32(scale)).astype(spec["dtype"], copy=False)}
+
+
+def _not_for_images(file: str, manifest: Manifest) -> RefusalError:
+    return RefusalError(
+        "An image can be sent to a model of one input, of encoded images, string (any), or of "
+        "pixels, (any, height, width, channels) with 1, 3 or 4 channels. "
+        f"Received: {file} for model {manifest.name!r}, which takes {_in_words(manifest.inputs)}. "
+        "Prepare the rows as in training and give them as .npy or .npz."
+    )
+
+
+def _decoded(file: str, height: int | None, width: int | None, channels: int) -> npt.NDArray[Any]:
+    """Return the uint8 pixels `(height, width, channels)` of an image.
+
+    It is resized bilinearly and not rotated by its EXIF orientation; a height or width of None is
+    the image's own.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise RefusalError(
+            "Images for a model that takes pixels are decoded by Pillow. "
+            f"Received: {error}. Install it: pip install 'keras-mrl[images]'."
+        ) from error
+    with open(file, "rb") as stream:  # so that an OSError below is Pillow's, about the content
+        try:
+            with Image.open(stream) as image:
+                if image.mode not in _EIGHT_BITS:
+                    raise ValueError(f"pixels of mode {image.mode}, not of 8 bits")
+                pixels = image.convert(_MODES[channels])
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            why = "it is no image" if isinstance(error, UnidentifiedImageError) else error
+            raise RefusalError(
+                f"An image must be one that Pillow decodes. Received: {file} "
+                f"({str(why).rstrip('.')}). Save it anew as an 8-bit PNG or JPEG, or leave it out."
+            ) from error
+    size = (width or pixels.width, height or pixels.height)
+    if size != pixels.size:
+        pixels = pixels.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(pixels).reshape(size[1], size[0], channels)
+
+
+# Arrays.
+
+
+def load_arrays(file: str) -> Arrays:
+    """Return the arrays of an .npz by name, or the one of an .npy under "", memory-mapped.
+
+    Raises:
+        RefusalError: If the file does not read, or holds none.
+    """
+    try:
+        return _npz(file) if Path(file).suffix.lower() == ".npz" else {"": _npy(file)}
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def load_array(file: str) -> npt.NDArray[Any]:
+    """Return the array of an .npy file, memory-mapped.
+
+    Raises:
+        RefusalError: If the file does not read, or holds none.
+    """
+    try:
+        return _npy(file)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def load_embeddings(flag: str, file: str) -> npt.NDArray[Any]:
+    """Return the rows `(rows, width)` of the .npy file of a flag, memory-mapped.
+
+    Raises:
+        RefusalError: If the file does not read, or its rows are no vectors of numbers.
+    """
+    array = load_array(file)
+    if array.ndim != 2 or array.dtype.kind not in "fiu":
+        raise RefusalError(
+            f"{flag} must hold embeddings, numbers of shape (rows, width). "
+            f"Received: {file} with {array.dtype} {array.shape}. "
+            "Write them with `keras-mrl embed --out`, or numpy.save."
+        )
+    return array
+
+
+def load_labels(flag: str, file: str, rows: int) -> npt.NDArray[Any]:
+    """Return one label per row of the .npy file of a flag.
+
+    Raises:
+        RefusalError: If the file does not read, or holds something else.
+    """
+    labels = load_array(file)
+    if labels.shape != (rows,):
+        raise RefusalError(
+            f"{flag} must hold one label per row. "
+            f"Received: {file} of shape {labels.shape} for {rows} rows. "
+            "Save them in the order of the rows."
+        )
+    return labels
+
+
+def _npy(file: str) -> npt.NDArray[Any]:
+    try:
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except ValueError:  # an array without rows cannot be mapped
+            array = np.load(file, allow_pickle=False)
+            if isinstance(array, np.ndarray) and array.size:
+                raise
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise _damaged(file, "no .npy of numbers, or not a whole one") from error
+    if not isinstance(array, np.ndarray):
+        raise _damaged(file, "it is an .npz")
+    return array
+
+
+def _npz(file: str) -> dict[str, npt.NDArray[Any]]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise _damaged(file, "no .npz of numbers, or not a whole one") from error
+
+
+def _damaged(file: str, why: str) -> RefusalError:
+    return RefusalError(
+        f"A file must hold what its name says. Received: {file} ({why}). "
+        "Make it anew, or leave it out."
+    )
+
+
+def _unreadable(file: str, error: OSError) -> RefusalError:
+    return RefusalError(
+        f"Every file must be one that can be read. Received: {file} "
+        f"({error.strerror or error}). Correct the path."
+    )
+
+
+# A policy.
+
+
+def load_policy(file: str) -> CascadePolicy:
+    """Return the cascade policy of the JSON file of `--policy`.
+
+    Raises:
+        RefusalError: If the file does not read, or holds none.
+    """
+    try:
+        return CascadePolicy.from_json(json.loads(Path(file).read_bytes()))
+    except OSError as error:
+        raise RefusalError(
+            "--policy must be a file that can be read. "
+            f"Received: {file} ({error.strerror}). Correct the path."
+        ) from error
+    except ManifestError as error:
+        raise RefusalError(f"{file}: {error}") from error
+    except ValueError as error:
+        raise RefusalError(
+            "--policy must be the JSON of a CascadePolicy. "
+            f"Received: {file} ({error}). Write it with json.dump(policy.to_json(), file)."
+        ) from error
+
+
+# The folder of a version, and the folder above the versions.
+
+
+def find_version(path: str) -> tuple[Path, dict[int, Path]]:
+    """Return the version a path names, and all versions by number if it is the folder above.
+
+    Of several the highest is returned: a server takes that one.
+
+    Raises:
+        RefusalError: If there is none.
+        OSError: If the folder cannot be read.
+    """
+    folder = Path(path)
+    if (folder / GRAPH_FILE).exists():
+        return folder, {}
+    versions = {}
+    if folder.is_dir():
+        entries = {number: Path(entry) for number, entry in list_versions(folder).items()}
+        versions = {number: entry for number, entry in entries.items() if entry.is_dir()}
+    if not versions:
+        raise RefusalError(
+            f"A model is a folder with {GRAPH_FILE}, or the folder above such, each named by its "
+            f"number. Received: {path}. Correct the path, or export one with keras-mrl export."
+        )
+    highest = list(versions.values())[-1]
+    if not (highest / GRAPH_FILE).exists():
+        raise RefusalError(
+            f"A version is a folder with {GRAPH_FILE}. Received: {highest} without one. "
+            "Copy it again under a name that is no number, and rename it."
+        )
+    return highest, versions
+
+
+def stray_files(base_path: str) -> list[str]:
+    """Return the names of files that a server takes for versions, and cannot load."""
+    entries = list_versions(Path(base_path)).values()
+    return [os.path.basename(entry) for entry in entries if not os.path.isdir(entry)]

@@ -1,0 +1,374 @@
+"""From a gallery's embeddings to a saved index, and from a saved index to its description."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_mrl_serving import ExactIndex, FaissIndex, FirstStage, FunnelSchedule, Manifest
+from keras_mrl_serving.errors import TargetNotReachedError
+from keras_mrl_serving.index.base import IndexFacts, check_ids
+from keras_mrl_serving.index.first_stage import import_faiss
+from keras_mrl_serving.index.plan import (
+    Measure,
+    Plan,
+    average_precision_by_label,
+    precision_by_label,
+    table,
+)
+from keras_mrl_serving.index.planner import LEAST_SAMPLE, plan_funnel
+from keras_mrl_serving.index.storage import CARD, is_ours, read
+
+from .client import connected
+from .files import load_array, load_embeddings, load_labels
+from .output import Progress, in_bytes, print_json, printable
+from .shared import DONE, MISUSED, RefusalError, index_refused
+
+Array = npt.NDArray[Any]
+# The schedule, the first stage of FAISS, and what is kept of the plan beside the index.
+Funnel = tuple[FunnelSchedule, FirstStage | None, dict[str, Any] | None]
+
+_COORDINATE_BYTES = 4
+
+
+def build_index(arguments: SimpleNamespace, is_planned: bool, usual_sample: int) -> int:
+    """Choose a funnel or take the one of the flags, build its index and print what it is.
+
+    Args:
+        arguments: Of `index build`.
+        is_planned: Whether the funnel is chosen by measurement.
+        usual_sample: Rows of the gallery that a plan measures by, if there are ten times as many.
+    """
+    first_stage = _first_stage(arguments, is_planned)
+    with index_refused():
+        _check_out(arguments.out, arguments.force)
+        if arguments.engine == "faiss":
+            import_faiss()
+        gallery = load_embeddings("--embeddings", arguments.embeddings)
+        ids = None if arguments.ids is None else load_array(arguments.ids)
+        check_ids(ids, len(gallery))
+        manifest = None if arguments.target is None else _encoder(arguments, gallery)
+        if is_planned:
+            funnel = _planned(arguments, gallery, manifest, first_stage, usual_sample)
+        else:
+            funnel = _given(arguments, gallery, manifest, first_stage)
+        seconds = _build(arguments, gallery, ids, manifest, funnel)
+        index = _read(arguments.out, verify=False)
+    if arguments.json:
+        print_json(**index, seconds=round(seconds, 3))
+    else:
+        _print(index)
+        print(f"  built in     {seconds:.1f} s")
+    return DONE
+
+
+def _build(
+    arguments: SimpleNamespace,
+    gallery: Array,
+    ids: Array | None,
+    manifest: Manifest | None,
+    funnel: Funnel,
+) -> float:
+    """Write the index; return the seconds it took."""
+    schedule, first_stage, plan = funnel
+    columns = schedule.dims[-1] if arguments.engine == "exact" else sum(schedule.dims)
+    _check_room(arguments.out, len(gallery) * columns * _COORDINATE_BYTES)
+    fingerprint = arguments.fingerprint if manifest is None else manifest.fingerprint
+    facts = (schedule, ids, arguments.metric, fingerprint)
+    start = time.perf_counter()
+    if arguments.engine == "exact":
+        ExactIndex.build(gallery, *facts).save(arguments.out)
+    else:
+        with _Passes() as progress:
+            FaissIndex.build(
+                gallery,
+                *facts,
+                first_stage=first_stage,
+                path=arguments.out,
+                progress=progress,
+                plan=plan,
+            )
+    return time.perf_counter() - start
+
+
+class _Passes:
+    """A progress line for each time FAISS goes over the rows."""
+
+    def __init__(self) -> None:
+        self._line: Progress | None = None
+        self._last = 0
+
+    def __call__(self, done: int, rows: int) -> None:
+        if self._line is None or done <= self._last:
+            self._clear()
+            self._line = Progress(lambda: rows)
+        self._line.show(done)
+        self._last = done
+
+    def _clear(self) -> None:
+        if self._line is not None:
+            self._line.clear()
+
+    def __enter__(self) -> _Passes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clear()
+
+
+def _encoder(arguments: SimpleNamespace, gallery: Array) -> Manifest:
+    """Return the manifest of the encoder that `--target` serves."""
+    with connected(arguments) as client:
+        manifest = client.describe()
+    width = gallery.shape[1]
+    if width not in (*manifest.dims, manifest.width):
+        raise RefusalError(
+            "A gallery is of a model's embeddings, as wide as one of its dims. "
+            f"Received: {arguments.embeddings} of width {width} for model {manifest.name!r} with "
+            f"{', '.join(map(str, manifest.dims))}. "
+            "Embed it with `keras-mrl embed --out`, or name the model it is of."
+        )
+    return manifest
+
+
+# The folder.
+
+
+def _check_out(out: str, force: bool) -> None:
+    """Raise `RefusalError` for a folder that holds an index already, or something else."""
+    place = Path(out)
+    if not place.exists():
+        _check_writable(next(p for p in place.absolute().parents if p.exists()), out)
+        return
+    if not place.is_dir():
+        raise _not_writable(f"{out}, which is a file")
+    _check_writable(place, out)
+    names = sorted(os.listdir(place))
+    if CARD in names:
+        if not force:
+            raise RefusalError(
+                "An index is replaced only with --force. "
+                f"Received: --out {out}, which holds one. Add --force, or name another folder."
+            )
+        return
+    others = [name for name in names if not is_ours(name)]
+    if others:
+        raise RefusalError(
+            "An index is built in a folder of its own. "
+            f"Received: --out {out}, which holds {others[0]}. Name a new folder."
+        )
+
+
+def _check_writable(folder: Path, out: str) -> None:
+    if not folder.is_dir():
+        raise _not_writable(f"{out}, for {folder} is a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _not_writable(f"{out} (Permission denied)")
+
+
+def _not_writable(received: str) -> RefusalError:
+    return RefusalError(
+        f"--out must be a folder that can be written. Received: {received}. Name another."
+    )
+
+
+def _check_room(out: str, needed: int) -> None:
+    """Raise `RefusalError` if the disk is too full: a memory-mapped file cannot say so later."""
+    place = Path(out).absolute()
+    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+    if free < needed:
+        raise RefusalError(
+            f"An index of these rows takes {in_bytes(needed)} of disk. "
+            f"Received: --out {out} with {in_bytes(free)} left. "
+            "Make room, name another disk, or give fewer or narrower --dims."
+        )
+
+
+# The funnel.
+
+
+def _first_stage(arguments: SimpleNamespace, is_planned: bool) -> FirstStage | None:
+    factory, settings = arguments.first_stage, arguments.settings
+    if factory is None:
+        return None
+    if settings is None:
+        return FirstStage.least(factory) if is_planned else FirstStage.usual(factory)
+    with index_refused(MISUSED):
+        return FirstStage(factory, settings)
+
+
+def _given(
+    arguments: SimpleNamespace,
+    gallery: Array,
+    manifest: Manifest | None,
+    first_stage: FirstStage | None,
+) -> Funnel:
+    """Return the funnel that the flags name."""
+    dims = arguments.dims or (gallery.shape[1],)
+    with index_refused(MISUSED):
+        schedule = FunnelSchedule(dims, arguments.shortlists or (), arguments.k)
+    if manifest is not None:
+        manifest.check_dim(schedule.dims[-1])
+    return schedule, first_stage, None
+
+
+def _planned(
+    arguments: SimpleNamespace,
+    gallery: Array,
+    manifest: Manifest | None,
+    first_stage: FirstStage | None,
+    usual_sample: int,
+) -> Funnel:
+    """Choose a funnel by measurement; print each trial on stderr, and the front of the best.
+
+    Raises:
+        TargetNotReachedError: If no funnel reaches the target; the front is on stderr.
+    """
+    dims: Sequence[int] | None = arguments.dims
+    if manifest is not None:
+        if dims is None:
+            dims = [dim for dim in manifest.dims if dim <= gallery.shape[1]]
+        manifest.check_dim(dims[-1])  # at which the queries will be embedded
+    own_rows = None
+    if arguments.queries is not None:
+        queries = load_embeddings("--queries", arguments.queries)
+    else:
+        # The sample is left out of what is searched, so it stays a small part of it.
+        usual = min(usual_sample, max(LEAST_SAMPLE, len(gallery) // 10))
+        own_rows = _sample(len(gallery), arguments.sample or usual, arguments.seed)
+        queries = gallery[own_rows]
+    if dims is not None and dims[-1] < gallery.shape[1]:
+        _report(
+            f"recall is of the neighbours at dim {dims[-1]}; the gallery is {gallery.shape[1]} wide"
+        )
+    name, target, measure_by_label = _target(arguments)
+    measure = None
+    if measure_by_label is not None:
+        measure = measure_by_label(*_labels(arguments, len(gallery), len(queries), own_rows))
+    try:
+        plan = plan_funnel(
+            gallery,
+            queries,
+            target,
+            k=arguments.k,
+            dims=dims,
+            metric=arguments.metric,
+            measure=measure,
+            own_rows=own_rows,
+            first_stages=None if first_stage is None else [first_stage],
+            batch=arguments.batch,
+            says=_report,
+        )
+    except TargetNotReachedError as error:
+        if error.front:
+            print(table(error.front), file=sys.stderr)
+        raise
+    if not arguments.json:
+        print(plan.table(), flush=True)
+    how = {"measure": name, "queries": len(queries), "batch": arguments.batch}
+    return plan.schedule, plan.first_stage, {**how, **plan.to_json()}
+
+
+def _target(arguments: SimpleNamespace) -> tuple[str, float, Callable[..., Measure] | None]:
+    if arguments.target_precision is not None:
+        return "precision", arguments.target_precision, precision_by_label
+    if arguments.target_map is not None:
+        return "map", arguments.target_map, average_precision_by_label
+    return "recall", arguments.target_recall, None
+
+
+def _sample(rows: int, size: int, seed: int) -> npt.NDArray[np.int64]:
+    chosen = np.random.default_rng(seed).choice(rows, min(size, rows), replace=False)
+    return np.sort(chosen).astype(np.int64)
+
+
+def _labels(
+    arguments: SimpleNamespace, rows: int, queries: int, own_rows: Array | None
+) -> tuple[Array, Array]:
+    """Return the labels of the gallery and of the queries."""
+    labels = load_labels("--labels", arguments.labels, rows)
+    if own_rows is not None:
+        return labels, labels[own_rows]
+    return labels, load_labels("--query-labels", arguments.query_labels, queries)
+
+
+def _report(text: str) -> None:
+    print(printable(" ".join(text.split())), file=sys.stderr, flush=True)
+
+
+# What an index is.
+
+
+def show_index(path: str, as_json: bool) -> int:
+    """Print what an index is, its files and its plan, after a look at every byte."""
+    with index_refused():
+        index = _read(path, verify=True)
+    if as_json:
+        print_json(**index, verified=True)
+        return DONE
+    _print(index)
+    print(f"  made with    keras-mrl {index['made_with']}")
+    for name, size in index["files"].items():
+        print(f"  {'file':11}  {name}, {in_bytes(size)}")
+    print("  digests      every file is as it was written")
+    plan = index["plan"]
+    if plan is not None:
+        measure = plan.get("measure", "quality")
+        print(
+            f"  planned for  {measure} {plan['target']}: {plan['quality']:.4f} "
+            f"with a standard error of {plan['error']:.4f}"
+        )
+        print(Plan.from_json(plan).table())
+    return DONE
+
+
+def _read(path: str, *, verify: bool) -> dict[str, Any]:
+    """Return what an index is, as JSON."""
+    saved = read(path, verify=verify)
+    facts = IndexFacts.from_json(saved.card)
+    sizes = {place.name: place.stat().st_size for place in saved.files.values()}
+    first = saved.files["first" if "first" in saved.files else "columns_0"]
+    return {
+        "index": path,
+        "engine": saved.card["engine"],
+        "rows": len(saved.array("ids")),
+        **facts.to_json(),
+        "first_stage": saved.card.get("first_stage"),
+        "first_stage_bytes": sizes[first.name],
+        "disk_bytes": sum(sizes.values()),
+        "files": sizes,
+        "made_with": saved.card["made_with"],
+        "plan": saved.card.get("plan"),
+    }
+
+
+def _print(index: dict[str, Any]) -> None:
+    size = in_bytes(index["first_stage_bytes"])
+    stage = index["first_stage"]
+    first = f"every row, in NumPy, {size} read by each search"
+    if stage is not None:
+        first = f"{stage['factory']} {stage['settings']}".rstrip() + f", {size} of memory"
+    encoder = index["encoder_fingerprint"]
+    print(
+        f"{printable(index['index'])}: {index['rows']} rows, {index['engine']}, {index['metric']}"
+    )
+    print(f"  funnel       {_funnel(FunnelSchedule.from_json(index['schedule']))}")
+    print(f"  first stage  {first}")
+    print(f"  encoder      {'unknown, nobody checks' if encoder is None else printable(encoder)}")
+    print(f"  on disk      {in_bytes(index['disk_bytes'])}")
+
+
+def _funnel(schedule: FunnelSchedule) -> str:
+    dims = " -> ".join(map(str, schedule.dims))
+    shortlists = ", ".join(map(str, schedule.shortlists))
+    stages = f"{dims}, shortlist {shortlists}" if shortlists else f"{dims} alone"
+    return f"{stages}, k {schedule.k}"

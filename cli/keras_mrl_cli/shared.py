@@ -1,0 +1,467 @@
+"""What every command shares: how flags are declared, how a command refuses, what ends it.
+
+A command is a function of one namespace, declared with `@command(text, *params)`. It returns its
+exit status: 0 done, 1 could not. `RefusalError` ends it with one sentence and a status, 2 for
+arguments that do not fit; `main` alone prints that sentence. No room of the project is imported
+with this module, so that help is quick and needs nothing installed.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import click
+
+DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
+
+Run = Callable[[SimpleNamespace], int]
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_MOST_ROWS = 2**31 - 1
+
+
+class RefusalError(Exception):
+    """Ends a command with one sentence.
+
+    Args:
+        sentence: Rule, received, remedy.
+        status: Exit status.
+    """
+
+    def __init__(self, sentence: str, status: int = FAILED) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def refuse(sentence: str, status: int = FAILED) -> int:
+    """Print a sentence where errors go, and return the exit status."""
+    print(f"keras-mrl: {sentence}", file=sys.stderr)
+    return status
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text in one line; it may quote a server that used many."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def refused(
+    *kinds: type[Exception],
+    rule: str = "",
+    remedy: str = "",
+    place: str = "",
+    status: int = FAILED,
+) -> Iterator[None]:
+    """Turn errors of a room into refusals; the rooms write sentences of three clauses already.
+
+    Args:
+        kinds: Classes of error, besides an `OSError` with a sentence of a room.
+        rule: First clause of the sentence for an error of the system; empty lets it pass.
+        remedy: Its last clause.
+        place: The file or folder it names where the error names none.
+        status: Exit status.
+
+    Raises:
+        RefusalError: For these errors.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise RefusalError(one_line(error), status) from error
+    except BrokenPipeError:  # the reader of our output has enough: `main` ends quietly
+        raise
+    except OSError as error:
+        if not rule:
+            raise
+        if error.errno is None:
+            raise RefusalError(one_line(error), status) from error
+        named = error.filename or place
+        received = f"{named} ({error.strerror})" if named else error.strerror
+        raise RefusalError(f"{rule} Received: {received}. {remedy}") from error
+
+
+@contextmanager
+def index_refused(status: int = FAILED) -> Iterator[None]:
+    """Turn errors of an index, its files and its libraries into refusals."""
+    from keras_mrl_serving import KerasMrlError
+
+    rule = "An index lies in a folder that can be read, and written to build it."
+    remedy = "Correct the path, or make room there."
+    kinds = (KerasMrlError, ImportError, ValueError)
+    try:
+        with refused(*kinds, rule=rule, remedy=remedy, status=status):
+            yield
+    except MemoryError as error:
+        raise RefusalError(
+            "A plan holds a scaled copy of the gallery in memory, and an index its first stage. "
+            f"Received: {one_line(error).rstrip('.') or 'no memory is left'}. "
+            "Give --dims and --shortlists with a small first dim, and nothing is planned."
+        ) from error
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise `SystemExit` meanwhile, so that `finally` clauses run.
+
+    A signal that is ignored, as under nohup, stays so.
+    """
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    taken = [number for number, handler in before.items() if handler is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    del frame  # that of the interrupted code
+    raise SystemExit(128 + number)
+
+
+# Flags.
+
+
+class Option(click.Option):
+    """A flag that remembers its old spellings, and may take several words.
+
+    Args:
+        names: Its spelling, and the name of its value where that differs.
+        old: Spellings of before, which are accepted and not shown.
+        many: Whether it takes every word up to the next flag, as in `--data A B`.
+        section: Heading of the help it stands under.
+        settings: As of `click.Option`.
+    """
+
+    def __init__(
+        self,
+        *names: str,
+        old: Sequence[str] = (),
+        many: bool = False,
+        section: str = "Options",
+        **settings: Any,
+    ) -> None:
+        super().__init__(names, multiple=many or settings.pop("multiple", False), **settings)
+        self.old = tuple(old)
+        self.many = many
+        self.section = section
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Accept the old spellings too."""
+        shown, self.opts = self.opts, [*self.opts, *self.old]
+        super().add_to_parser(parser, ctx)
+        self.opts = shown
+
+
+class Command(click.Command):
+    """A command: a function of one namespace, with flags under headings.
+
+    Args:
+        run: Does the work, and returns the exit status. Words that are no flag of the command are
+            `rest` of its namespace, where `settings` let such be.
+        text: Summary, explanation and examples; lines that begin with two spaces are kept.
+        params: Flags and arguments.
+        settings: As of `click.Command`.
+    """
+
+    def __init__(
+        self, run: Run, text: str, params: Iterable[click.Parameter], **settings: Any
+    ) -> None:
+        super().__init__(
+            None,
+            callback=run,
+            params=list(params),
+            help=_with_examples(text),
+            short_help=text.partition("\n")[0],
+            **settings,
+        )
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat a flag of many words before each of them: click takes one word a flag."""
+        flags = {
+            name
+            for param in self.params
+            if isinstance(param, Option) and param.many
+            for name in (*param.opts, *param.old)
+        }
+        try:
+            return super().parse_args(ctx, list(_one_word_a_flag(args, flags)))
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx  # so that the hint names this command
+            raise
+
+    def invoke(self, ctx: click.Context) -> int:
+        """Do the work; return the exit status."""
+        run: Run = self.callback  # type: ignore[assignment]
+        return run(SimpleNamespace(**ctx.params, rest=ctx.args))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the flags under their headings."""
+        records_by_section: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)):
+                section = getattr(param, "section", "Options")
+                records_by_section.setdefault(section, []).append(record)
+        for title, records in records_by_section.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def command(
+    text: str | None, *params: click.Parameter, **settings: Any
+) -> Callable[[Run], Command]:
+    """Return a decorator that makes a command of a function; its help is `text`."""
+    settings.setdefault("context_settings", {}).update(HELP)
+    return lambda run: Command(run, text or "", params, **settings)
+
+
+def group(text: str | None, **commands: click.Command) -> click.Group:
+    """Return a command that has commands of its own."""
+    return click.Group(
+        commands=commands,
+        help=_with_examples(text or ""),
+        no_args_is_help=False,
+        subcommand_metavar="COMMAND ...",
+        context_settings=HELP,
+    )
+
+
+def _with_examples(text: str) -> str:
+    """Return the text with click's mark before each paragraph of examples: do not wrap it."""
+    paragraphs = text.strip("\n").split("\n\n")
+    return "\n\n".join(f"\b\n{part}" if part.startswith("  ") else part for part in paragraphs)
+
+
+def _one_word_a_flag(words: Sequence[str], flags: set[str]) -> Iterator[str]:
+    """Yield the words, with a flag of many words before each of them."""
+    flag = None
+    for number, word in enumerate(words):
+        if word == "--":
+            yield from words[number:]
+            return
+        if _is_flag(word):
+            flag = word if word in flags else None
+            if flag is None:
+                yield word
+            elif number + 1 == len(words) or _is_flag(words[number + 1]):
+                raise click.BadOptionUsage(flag, f"Option '{flag}' requires an argument.")
+        elif flag is None:
+            yield word
+        else:
+            yield from (flag, word)
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and word != "-"
+
+
+class Dims(click.ParamType[tuple[int, ...]]):
+    """Integers with commas."""
+
+    name = "M,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Return the integers."""
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(
+                f"must be integers with commas. Received: {value!r}. Give for example 8,16.",
+                param,
+                ctx,
+            )
+
+
+class Share(click.ParamType[float]):
+    """A number in (0, 1]."""
+
+    name = "SHARE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number."""
+        try:
+            share = float(value)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            self.fail(
+                f"must be a share in (0, 1]. Received: {value!r}. Give for example 0.95.",
+                param,
+                ctx,
+            )
+        return share
+
+
+def flag_of(name: str) -> str:
+    """Return the flag whose value has this name.
+
+    Examples:
+        >>> flag_of("max_batch_size")
+        '--max-batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def given(arguments: SimpleNamespace, names: Iterable[str]) -> list[str]:
+    """Return which of these flags were given: their values differ from what holds without them."""
+    return [
+        flag_of(name)
+        for name in names
+        if getattr(arguments, name) not in (None, (), _DEFAULTS.get(name))
+    ]
+
+
+def check_one_of(arguments: SimpleNamespace, *names: str) -> None:
+    """Raise `RefusalError` where two flags were given that exclude each other."""
+    flags = given(arguments, names)
+    if len(flags) > 1:
+        raise RefusalError(
+            f"Only one of {', '.join(map(flag_of, names))} can be given. "
+            f"Received: {' with '.join(flags)}. Leave out one.",
+            MISUSED,
+        )
+
+
+# Flags that several commands have.
+
+DEFAULT_MODEL = "default"
+SERVER_FLAGS = ("model", "timeout", "tls_ca", "metadata")
+FILE_FLAGS = ("max_batch_size", "scale")
+_DEFAULTS = {"model": DEFAULT_MODEL, "scale": 1.0}
+
+
+def files_argument(before: str = "") -> click.Argument:
+    """Return the files of rows that a server is asked about."""
+    text = f"{before}images (.jpg .jpeg .png), .npy of rows, .npz of rows by input name"
+    return click.Argument(["files"], nargs=-1, metavar="FILES...", help=text)
+
+
+def target_option(
+    text: str = "the server's gRPC port; several with commas", section: str = "Options"
+) -> Option:
+    """Return the flag that names a server."""
+    return Option("--target", metavar="HOST:PORT", help=text, section=section)
+
+
+def take_target(arguments: SimpleNamespace) -> None:
+    """Take the server from the first word, its old place, where `--target` names none.
+
+    Raises:
+        RefusalError: If there is no server, or no file to ask it about.
+    """
+    words = arguments.files
+    if arguments.target is None and words:
+        arguments.target, arguments.files = words[0], words[1:]
+    if not arguments.files:
+        raise RefusalError(
+            "A server is asked about files. "
+            f"Received: {arguments.target or 'neither'}{' alone' if arguments.target else ''}. "
+            "Give both, for example --target localhost:8500 photo.jpg.",
+            MISUSED,
+        )
+
+
+def server_options(section: str = "Options") -> list[Option]:
+    """Return the flags that say how a server is asked."""
+    return [
+        Option(
+            "--model",
+            default=DEFAULT_MODEL,
+            metavar="NAME",
+            help=f"name the server gives it ({DEFAULT_MODEL})",
+            section=section,
+        ),
+        Option(
+            "--timeout",
+            type=float,
+            callback=_seconds,
+            metavar="SECONDS",
+            help="how long an answer may take, retries included (10)",
+            section=section,
+        ),
+        Option(
+            "--tls-ca",
+            metavar="FILE",
+            help="PEM file of who signs the server's certificate (no TLS)",
+            section=section,
+        ),
+        Option(
+            "--metadata",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="sent with every call, such as authorization='Bearer ...'; may be given again",
+            section=section,
+        ),
+    ]
+
+
+def file_options(section: str = "Options") -> list[Option]:
+    """Return the flags that say how the rows of files become calls."""
+    return [
+        Option(
+            "--max-batch-size",
+            type=int,
+            callback=_rows,
+            metavar="ROWS",
+            help="rows of one call (1000, fewer where rows are large)",
+            section=section,
+        ),
+        Option(
+            "--scale",
+            type=float,
+            default=1.0,
+            callback=_factor,
+            metavar="FACTOR",
+            help="multiplies the pixels of decoded images, 0..255 as in Keras's own loaders (1)",
+            section=section,
+        ),
+    ]
+
+
+def json_option(text: str = "print one JSON object") -> Option:
+    """Return the flag that asks for JSON."""
+    return Option("--json", is_flag=True, help=text)
+
+
+def _seconds(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise RefusalError(
+            f"--timeout must be a positive number of seconds. Received: {value}. "
+            "Give for example 10.",
+            MISUSED,
+        )
+    return value
+
+
+def _rows(_ctx: click.Context, _param: click.Parameter, value: int | None) -> int | None:
+    if value is not None and not 0 < value <= _MOST_ROWS:
+        raise RefusalError(
+            f"--max-batch-size must lie in 1..{_MOST_ROWS}. Received: {value}. "
+            "Leave it out for 1000.",
+            MISUSED,
+        )
+    return value
+
+
+def _factor(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
+    if not math.isfinite(value) or value == 0:
+        raise RefusalError(
+            f"--scale must be a finite number other than 0. Received: {value}. "
+            "Give 0.00392156862745098 for pixels in 0..1.",
+            MISUSED,
+        )
+    return value

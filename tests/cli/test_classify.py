@@ -1,0 +1,112 @@
+"""`keras-mrl classify`: classes of files, by the model's own policy, another, or one dim."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from keras_mrl_serving import CascadePolicy
+from keras_mrl_serving.cascade.policy import Stage
+from tests.helpers.cli import GREEN, RED, Call, Ended, lines, paint
+from tests.helpers.faulty_server import Faulty, rows
+
+Ask = Callable[..., Ended]
+
+
+def test_a_table_of_classes_by_the_model_s_own_policy(ask: Ask) -> None:
+    paint("red.png", RED)
+    paint("a green one.PNG", GREEN)
+    assert ask("classify", "pixels", "red.png", "a green one.PNG") == (
+        0,
+        "FILE                ROW  DIM  PROBABILITY  LABEL\n"
+        "red.png               0    1       0.9880  red\n"
+        "a green one.PNG       0    3       0.9880  grün\n",
+        "",
+    )
+
+
+def test_more_than_one_class_has_ranks(ask: Ask) -> None:
+    np.save("two.npy", np.array([[0, 50, 0], [0, 50, 100]], np.float32))
+    assert ask("classify", "rows", "two.npy", "--top", "2") == (
+        0,
+        "FILE        ROW  DIM  RANK  PROBABILITY  CLASS\n"
+        "two.npy       0    3     1       0.5761  1\n"
+        "two.npy       0    3     2       0.2119  0\n"
+        "two.npy       1    3     1       0.6652  2\n"
+        "two.npy       1    3     2       0.2447  1\n",
+        "",
+    )
+
+
+def test_json_lines_of_classes(ask: Ask) -> None:
+    paint("red.png", RED)
+    status, out, err = ask("classify", "pixels", "red.png", "--dim", "3", "--top=2", "--json")
+    assert (status, err) == (0, "")
+    (row,) = lines(out)
+    assert (row["file"], row["row"], row["dim"]) == ("red.png", 0, 3)
+    first, second = row["classes"]
+    assert (first["class_id"], first["label"]) == (0, "red")
+    assert first["probability"] == row["confidence"] == pytest.approx(0.988, abs=1e-3)
+    assert second["probability"] == pytest.approx(0.006, abs=1e-3)
+
+
+def test_without_a_policy_the_full_dim_is_asked(ask: Ask) -> None:
+    np.savez("one.npz", anything=np.array([[0.0, 100, 0]]))
+    row = lines(ask("classify", "rows", "one.npz", "--json")[1])[0]
+    assert row["dim"] == 3
+    assert row["classes"] == [{"class_id": 1, "probability": pytest.approx(0.7870, abs=1e-4)}]
+
+
+def test_a_policy_of_a_file(ask: Ask) -> None:
+    paint("red.png", RED)
+    Path("policy.json").write_text(json.dumps(CascadePolicy((Stage(3, None),)).to_json()))
+    out = ask("classify", "pixels", "red.png", "--policy", "policy.json", "--json")[1]
+    assert lines(out)[0]["dim"] == 3
+
+
+def test_a_server_may_still_be_the_first_word(call: Call, target: str, folder: Path) -> None:
+    del folder
+    np.save("x.npy", np.zeros((1, 3), np.float32))
+    new = call("classify", "x.npy", "--target", target, "--model", "rows")
+    assert new.status == 0
+    assert call("classify", target, "x.npy", "--model", "rows") == new
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], "Received: neither."),
+        (["x.npy"], "Received: x.npy alone."),
+        (["--target", "t:1"], "Received: t:1 alone."),
+    ],
+)
+def test_a_server_and_a_file_are_needed(call: Call, words: list[str], text: str) -> None:
+    for command in ("classify", "embed"):
+        assert call.refused(command, *words, status=2) == (
+            f"A server is asked about files. {text} "
+            "Give both, for example --target localhost:8500 photo.jpg."
+        )
+
+
+def test_one_connection_one_description_one_answer(call: Call, folder: Path) -> None:
+    del folder
+    np.save("x.npy", rows(3))
+    peers = set()
+    with Faulty(before=lambda _, context: peers.add(context.peer())) as server:
+        ended = call("classify", "--target", server.target, "x.npy", "--json")
+    assert ended.status == 0
+    assert [row["row"] for row in lines(ended.out)] == [0, 1, 2]
+    assert [asked.signature for asked in server.asked] == ["describe", "classify_adaptive"]
+    assert len(peers) == 1
+
+
+def test_flags_that_do_not_fit(call: Call) -> None:
+    command = call.of("classify", "--target", "t:1", "x.npy")
+    assert command.refused("--dim", "1", "--policy", "p", status=2) == (
+        "Only one of --dim, --policy can be given. Received: --dim with --policy. Leave out one."
+    )
+    assert command.refused("--top", "0", status=2) == (
+        "--top must be at least 1. Received: 0. Try 3."
+    )

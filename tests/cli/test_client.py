@@ -1,0 +1,275 @@
+"""The one connection of a command that asks a server, and its walk through the files."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import trustme
+from PIL import Image
+
+from keras_mrl_serving import Manifest
+from keras_mrl_serving.calls import Arrays
+from keras_mrl_serving.calls import Call as Asking
+from tests.helpers.cli import (
+    BLUE,
+    FRAMEWORKS,
+    KERAS_MRL,
+    RED,
+    Call,
+    Ended,
+    Terminal,
+    end_reading_early,
+    lines,
+    paint,
+    run_without,
+)
+from tests.helpers.faulty_server import Asked, Faulty, rows
+
+Ask = Callable[..., Ended]
+
+
+def test_rows_keep_their_files_across_windows(ask: Ask) -> None:
+    corpus = np.arange(150, dtype=np.float32).reshape(50, 3)
+    np.save("p.npy", corpus[:37])
+    np.save("none.npy", corpus[:0])
+    np.save("q.npy", corpus[37:])
+    status, out, err = ask(
+        "embed", "rows", "p.npy", "none.npy", "q.npy", "--max-batch-size", "1", "--json"
+    )
+    assert (status, err) == (0, "")
+    answers = lines(out)
+    owners = [("p.npy", row) for row in range(37)] + [("q.npy", row) for row in range(13)]
+    assert [(row["file"], row["row"]) for row in answers] == owners
+    assert [row["embedding"] for row in answers] == corpus.tolist()
+
+
+@pytest.mark.parametrize("model", ["pixels", "bytes"])
+def test_a_bad_image_is_reported_and_the_others_answered(ask: Ask, model: str) -> None:
+    paint("red.png", RED)
+    Path("text.jpg").write_text("no image")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save("cut.png")
+    Path("cut.png").write_bytes(Path("cut.png").read_bytes()[:6000])
+    paint("blue.png", BLUE)
+    files = ("red.png", "text.jpg", "cut.png", "gone.png", "blue.png")
+    status, out, err = ask("classify", model, *files, "--json")
+    assert status == 1
+    assert [row["file"] for row in lines(out)] == ["red.png", "blue.png"]
+    assert [row["classes"][0]["label"] for row in lines(out)] == ["red", "blue"]
+    sentences = err.splitlines()
+    assert len(sentences) == 3
+    assert all(line.startswith("keras-mrl: ") for line in sentences)
+    for file in ("text.jpg", "cut.png", "gone.png"):
+        assert sum(file in line for line in sentences) == 1
+    assert (
+        "keras-mrl: Every file must be one that can be read. "
+        "Received: gone.png (No such file or directory). Correct the path." in sentences
+    )
+    if model == "pixels":
+        assert sentences[0] == (
+            "keras-mrl: An image must be one that Pillow decodes. Received: text.jpg "
+            "(it is no image). Save it anew as an 8-bit PNG or JPEG, or leave it out."
+        )
+
+
+def test_what_was_answered_before_an_error_is_printed(call: Call, folder: Path) -> None:
+    del folder
+    np.save("x.npy", rows(50))
+
+    def fail_at_20(asked: Asked, context: grpc.ServicerContext) -> None:
+        if asked.first == 21 and asked.signature == "embed_4":  # rows count from 1
+            context.abort(grpc.StatusCode.INTERNAL, "out of memory")
+
+    words = ("embed", "x.npy", "--max-batch-size", "1", "--json")
+    with Faulty(before=fail_at_20) as server:
+        status, out, err = call(*words, "--target", server.target)
+    assert status == 1
+    assert err.startswith("keras-mrl: ")
+    assert "out of memory" in err
+    numbers = [row["row"] for row in lines(out)]
+    assert numbers[:17] == list(range(17))  # the first window, and the first row of the second
+    assert 20 not in numbers
+    assert [row["embedding"][0] for row in lines(out)] == [number + 1 for number in numbers]
+
+
+def test_errors_of_the_model_are_sentences(ask: Ask) -> None:
+    np.save("x.npy", np.zeros((1, 3), np.float32))
+    assert ask("classify", "rows", "x.npy", "--dim", "2") == (
+        1,
+        "",
+        "keras-mrl: dim must be one of the dims the model serves. "
+        "Received: dim=2 for model 'rows'. Choose one of 1, 3.\n",
+    )
+    assert ask("classify", "pair", "x.npy")[2].startswith(
+        "keras-mrl: Only a model with a head can classify. Received: "
+    )
+    assert ask("classify", "rows", "x.npy", "--top", "3")[2] == (
+        "keras-mrl: --top must lie in 1..2, as many classes as the model names. Received: 3. "
+        "Give fewer, or export the model with a larger top_k.\n"
+    )
+    status, out, err = ask("classify", "rows", "x.npy", "--model", "nobody")
+    assert (status, out) == (1, "")
+    assert err.startswith("keras-mrl: ")
+    assert "'nobody'" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            ["--timeout", "0"],
+            "--timeout must be a positive number of seconds. Received: 0.0. Give for example 10.",
+        ),
+        (
+            ["--max-batch-size", "0"],
+            "--max-batch-size must lie in 1..2147483647. Received: 0. Leave it out for 1000.",
+        ),
+        (
+            ["--scale", "nan"],
+            "--scale must be a finite number other than 0. Received: nan. "
+            "Give 0.00392156862745098 for pixels in 0..1.",
+        ),
+        *(
+            (
+                ["--metadata", pair],
+                "--metadata must be KEY=VALUE in printable ASCII, its key of letters, digits and "
+                f"_.- and not ending in -bin. Received: {pair!r}. "
+                "Give for example --metadata authorization='Bearer 5e1f'.",
+            )
+            for pair in ("key", "=x", "a b=x", "k=ü", "k-bin=x")
+        ),
+        (
+            ["--target", "localhost"],
+            "A target must be 'host:port'. Received: 'localhost'. "
+            "Give the server's gRPC port, for example localhost:8500.",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit(call: Call, words: list[str], text: str) -> None:
+    for command in ("classify", "embed"):
+        assert call.refused(command, "--target", "t:1", "x.npy", *words, status=2) == text
+
+
+def test_files_after_a_flag_and_several_targets(call: Call, target: str, folder: Path) -> None:
+    del folder
+    np.save("x.npy", np.zeros((1, 3), np.float32))
+    np.save("y.npy", np.ones((1, 3), np.float32))
+    both = f"{target},{target}"
+    ended = call("embed", "x.npy", "--target", both, "--model", "rows", "--json", "y.npy")
+    assert [row["file"] for row in lines(ended.out)] == ["x.npy", "y.npy"]
+
+
+def test_the_flags_reach_the_server(call: Call, folder: Path) -> None:
+    del folder
+    np.save("x.npy", rows(20))
+    seconds: list[float] = []
+    flags = ("--timeout=300", "--max-batch-size=7", "--metadata=Auth=a=b", "--metadata", "k=v")
+    with Faulty(before=lambda _, context: seconds.append(context.time_remaining())) as server:
+        assert call("embed", "x.npy", "--target", server.target, *flags).status == 0
+        assert sorted(asked.count for asked in server.sent("embed_4")) == [6, 7, 7]
+        assert all(100 < remaining < 301 for remaining in seconds)
+        for asked in server.asked:
+            assert (asked.headers["auth"], asked.headers["k"]) == ("a=b", "v")
+        seconds.clear()
+        assert call("embed", "x.npy", "--target", server.target).status == 0
+        assert server.sent("embed_4")[-1].count == 20
+        assert all(remaining < 11 for remaining in seconds)
+
+
+def test_a_call_holds_few_large_images(call: Call, folder: Path) -> None:
+    del folder
+    files = [f"{number}.jpg" for number in range(6)]
+    for file in files:
+        Path(file).write_bytes(bytes(2**22))
+    manifest = Manifest(
+        name="images",
+        kind="encoder",
+        fingerprint="5e1f",
+        dims=(2,),
+        width=2,
+        inputs={"image": {"dtype": "string", "shape": [None]}},
+        made_with={},
+    )
+
+    def answer(images: Asking) -> Arrays:
+        if images.signature == "describe":
+            return {"manifest": np.array([manifest.to_json().encode()], object)}
+        return {"embedding": np.ones((len(images.inputs["image"]), 2), np.float32)}
+
+    with Faulty({1: answer}) as server:
+        assert call("embed", *files, "--target", server.target).status == 0
+    assert sorted(asked.count for asked in server.sent("embed_2")) == [2, 4]
+
+
+def test_tls_by_the_authority_s_file(input_models: Path, call: Call, folder: Path) -> None:
+    from keras_mrl_serving.server import DevServer
+
+    authority = trustme.CA()
+    pair = authority.issue_cert("127.0.0.1")
+    chain = "".join(pem.bytes().decode() for pem in pair.cert_chain_pems)
+    (folder / "tls.txt").write_text(
+        f'server_key: "{pair.private_key_pem.bytes().decode()}"\nserver_cert: "{chain}"\n'
+    )
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    np.save("x.npy", np.zeros((1, 3), np.float32))
+    with DevServer(input_models / "rows", ssl_config_file=folder / "tls.txt") as target:
+        embed = call.of("embed", "--target", target, "x.npy", "--json")
+        assert lines(embed("--tls-ca", "ca.pem").out)[0]["embedding"] == [0, 0, 0]
+        assert embed("--timeout", "1").status == 1
+    assert embed.refused("--tls-ca", "none.pem") == (
+        "--tls-ca must be a file that can be read. "
+        "Received: none.pem (No such file or directory). Correct the path."
+    )
+
+
+def test_progress_is_on_the_terminal_alone(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save("x.npy", np.zeros((40, 3), np.float32))
+    np.savez("y.npz", x=np.zeros((2, 3), np.float32))
+    for more in (), ("--out", "E.npy"):
+        terminal = Terminal()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal)
+            ended = ask("embed", "rows", "x.npy", "y.npz", "--max-batch-size=1", *more)
+        assert ended.status == 0
+        assert "rows/s" not in ended.out
+        text = terminal.getvalue()
+        assert "42/42 rows, " in text
+        assert "16/42 rows, " in text
+        assert text.endswith("\r\x1b[K")
+    assert ask("embed", "rows", "x.npy").err == ""
+
+
+def test_names_that_would_break_the_table_are_escaped(ask: Ask) -> None:
+    file = os.fsdecode(b"a\n\xff.npy")
+    np.save(file, np.zeros((1, 3), np.float32))
+    status, out, err = ask("embed", "rows", file)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[1].startswith("a\\n\\udcff.npy       0    3")
+    assert lines(ask("embed", "rows", file, "--json")[1])[0]["file"] == file
+
+
+@pytest.mark.parametrize(("command", "dim"), [("classify", 1), ("embed", 3)])
+def test_no_framework_is_needed(target: str, folder: Path, command: str, dim: int) -> None:
+    words = [*KERAS_MRL, command, "--target", target, paint("red.png", RED), "--model=pixels"]
+    status, out, err = run_without(FRAMEWORKS, folder, *words, "--json")
+    assert (status, err) == (0, "")
+    assert lines(out)[0]["dim"] == dim
+
+
+def test_a_reader_that_has_enough_is_no_traceback(target: str, folder: Path) -> None:
+    np.save("x.npy", np.zeros((5000, 3), np.float32))
+    words = ("embed", "--target", target, "x.npy", "--model=rows", "--json")
+    assert end_reading_early(folder, *words) == (1, b"")
+
+
+def test_what_a_server_says_in_many_lines_is_one(ask: Ask) -> None:
+    Path("text.jpg").write_text("no image")
+    status, out, err = ask("embed", "bytes", "text.jpg", "--out", "E.npy")
+    assert (status, out) == (1, "")
+    assert err.startswith("keras-mrl: ")
+    assert err.count("\n") == 1
+    assert "decode" in err

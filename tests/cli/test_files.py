@@ -1,0 +1,171 @@
+"""The files a command reads: images, rows of arrays, policies."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_mrl_cli.files import load_rows
+from keras_mrl_serving import Manifest
+from tests.helpers.cli import BLUE, RED, Ended, lines, paint
+from tests.helpers.input_models import SPECS
+
+Ask = Callable[..., Ended]
+
+
+def test_policies_that_are_none(ask: Ask) -> None:
+    paint("red.png", RED)
+    Path("text.json").write_text("no json")
+    Path("other.json").write_text('{"stages": []}')
+    ended = {
+        name: ask("classify", "pixels", "red.png", "--policy", name)
+        for name in ("none.json", "text.json", "other.json")
+    }
+    assert {status for status, _, _ in ended.values()} == {1}
+    assert ended["none.json"].err == (
+        "keras-mrl: --policy must be a file that can be read. "
+        "Received: none.json (No such file or directory). Correct the path.\n"
+    )
+    assert ended["text.json"].err == (
+        "keras-mrl: --policy must be the JSON of a CascadePolicy. Received: text.json "
+        "(Expecting value: line 1 column 1 (char 0)). "
+        "Write it with json.dump(policy.to_json(), file).\n"
+    )
+    assert ended["other.json"].err.startswith("keras-mrl: other.json: A cascade names its stages")
+
+
+def test_pixels_are_resized_and_scaled(ask: Ask) -> None:
+    left = np.zeros((8, 12, 3), np.uint8)
+    left[:, :6] = 200
+    Image.fromarray(left).save("half.png")
+    for scale, factor in ((), 1.0), (("--scale", "0.5"), 0.5):
+        row = lines(ask("embed", "pixels", "half.png", "--json", *scale)[1])[0]
+        assert row["embedding"] == pytest.approx([100 * factor] * 3, abs=2 * factor)
+        assert row["dim"] == 3
+
+
+def test_an_image_of_another_mode_becomes_what_the_model_takes(ask: Ask) -> None:
+    paint("l.png", 90, mode="L")
+    paint("rgba.png", (10, 20, 30, 0), mode="RGBA")
+    rows = lines(ask("embed", "pixels", "l.png", "rgba.png", "--json")[1])
+    assert [row["embedding"] for row in rows] == [
+        pytest.approx([90, 90, 90]),
+        pytest.approx([10, 20, 30]),
+    ]
+
+
+def test_a_model_of_any_size_gets_the_image_s_own(ask: Ask) -> None:
+    paint("small.png", 40, (2, 5), "L")
+    paint("large.png", 80, (7, 9), "L")
+    status, out, err = ask("embed", "gray", "small.png", "large.png", "--json")
+    assert (status, err) == (0, "")
+    assert [row["embedding"] for row in lines(out)] == [[40, 5, 2], [80, 9, 7]]
+    assert ask("embed", "gray", "small.png", "large.png", "--out", "E.npy") == (
+        1,
+        "",
+        "keras-mrl: The rows of one --out must be of one size. Received: large.png with "
+        "(9, 7, 1) after (5, 2, 1). Resize them, or write several.\n",
+    )
+
+
+def test_a_model_that_decodes_gets_the_bytes(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    paint("blue.png", BLUE)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    row = lines(ask("embed", "bytes", "blue.png", "--json")[1])[0]
+    assert row["embedding"] == [0, 0, 255]
+    status, out, err = ask("embed", "bytes", "blue.png", "--scale", "0.5")
+    assert (status, out) == (1, "")
+    assert err == (
+        "keras-mrl: --scale multiplies pixels that are decoded here. Received: --scale 0.5 for "
+        "model 'bytes', which decodes images itself. Leave it out.\n"
+    )
+
+
+def test_without_pillow_the_remedy_is_named(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    paint("blue.png", BLUE)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert ask("classify", "pixels", "blue.png") == (
+        1,
+        "",
+        "keras-mrl: Images for a model that takes pixels are decoded by Pillow. "
+        "Received: import of PIL halted; None in sys.modules. "
+        "Install it: pip install 'keras-mrl[images]'.\n",
+    )
+
+
+def test_files_that_do_not_fit(ask: Ask) -> None:
+    np.save("wide.npy", np.zeros((7, 5), np.float32))
+    np.save("flat.npy", np.zeros(3, np.float32))
+    np.save("number.npy", np.float32(3))
+    Path("text.npy").write_text("no array")
+    Path("text.npz").write_text("no archive")
+    np.save("cut.npy", np.zeros((50, 3), np.float32))
+    Path("cut.npy").write_bytes(Path("cut.npy").read_bytes()[:200])
+    np.save("pickle.npy", np.array([{}], object), allow_pickle=True)
+    np.savez("names.npz", p=np.zeros((1, 3)), q=np.zeros((1, 3)))
+    Path("words.txt").write_text("1 2 3")
+    paint("red.png", RED)
+    takes = "A file must hold rows as model 'rows' takes them: x float32 (any, 3). Received: "
+    torn = "A file must hold what its name says. Received: {} ({}). Make it anew, or leave it out."
+    sentence_by_file = {
+        "wide.npy": takes + "wide.npy with x float32 (7, 5). Prepare the rows as in training.",
+        "flat.npy": takes + "flat.npy with x float32 (3). Prepare the rows as in training.",
+        "number.npy": takes + "number.npy with x float32 (). Prepare the rows as in training.",
+        "text.npy": torn.format("text.npy", "no .npy of numbers, or not a whole one"),
+        "text.npz": torn.format("text.npz", "no .npz of numbers, or not a whole one"),
+        "cut.npy": torn.format("cut.npy", "no .npy of numbers, or not a whole one"),
+        "pickle.npy": torn.format("pickle.npy", "no .npy of numbers, or not a whole one"),
+        "names.npz": "A file for model 'rows' must hold arrays named x. "
+        "Received: names.npz with p, q. Save them by name with numpy.savez.",
+        "words.txt": "Files must be .jpg, .jpeg, .png, .npy or .npz. Received: words.txt. "
+        "Save the rows with numpy.save.",
+        "red.png": "An image can be sent to a model of one input, of encoded images, string "
+        "(any), or of pixels, (any, height, width, channels) with 1, 3 or 4 channels. Received: "
+        "red.png for model 'rows', which takes x float32 (any, 3). "
+        "Prepare the rows as in training and give them as .npy or .npz.",
+    }
+    status, out, err = ask("classify", "rows", *sentence_by_file)
+    assert (status, out) == (1, "")
+    assert err.splitlines() == [f"keras-mrl: {sentence}" for sentence in sentence_by_file.values()]
+    np.save("good.npy", np.zeros((2, 3), np.float32))
+    for file, sentence in sentence_by_file.items():
+        assert ask("embed", "rows", "good.npy", file, "--out", "E.npy") == (
+            1,
+            "",
+            f"keras-mrl: {sentence}\n",
+        )
+    assert not list(Path().glob("E.npy*"))
+
+
+def test_several_inputs_come_by_name(ask: Ask) -> None:
+    a, b = np.arange(8.0).reshape(4, 2), np.arange(4.0).reshape(4, 1)
+    np.savez("pair.npz", a=a, b=b)
+    rows = lines(ask("embed", "pair", "pair.npz", "--json")[1])
+    assert [row["row"] for row in rows] == [0, 1, 2, 3]
+    assert [row["embedding"] for row in rows] == np.hstack([a, b]).tolist()
+    np.savez("uneven.npz", a=a, b=b[:3])
+    np.save("one.npy", a)
+    assert ask("embed", "pair", "uneven.npz", "one.npy")[2].splitlines() == [
+        "keras-mrl: A file must hold rows as model 'pair' takes them: a float32 (any, 2) and "
+        "b float32 (any, 1). Received: uneven.npz with a float64 (4, 2) and b float64 (3, 1). "
+        "Prepare the rows as in training.",
+        "keras-mrl: A file for model 'pair' must hold arrays named a, b. "
+        "Received: one.npy with no names. Save them by name with numpy.savez.",
+    ]
+
+
+def test_arrays_are_mapped_not_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((4, 3), np.float32))
+    manifest = Manifest(
+        name="rows",
+        fingerprint="",
+        dims=(1, 3),
+        width=3,
+        inputs=SPECS["rows"],
+        made_with={},
+        kind="encoder",
+    )
+    assert isinstance(load_rows(str(tmp_path / "x.npy"), manifest, 1.0)["x"], np.memmap)
