@@ -106,5 +106,7 @@ def test_findings_are_printed_and_with_json_the_results(
 
 def test_a_refusal_of_the_library_is_one_sentence(call: Call, tmp_path: Path) -> None:
     place = tmp_path / "missing"
-    sentence = call.refused("compare", "--data", str(place), "--out", str(tmp_path / "out"))
-    assert f"Received: {place}, which is none of them." in sentence
+    status, out, err = call("compare", "--data", str(place), "--out", str(tmp_path / "out"))
+    assert (status, out) == (1, "")
+    assert f"Received: {place}, which is none of them." in err.splitlines()[-1]
+    assert "Traceback" not in err
