@@ -9,7 +9,6 @@ import logging
 import re
 import socket
 import threading
-import time
 import zlib
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -201,14 +200,13 @@ class HttpServer(ThreadingHTTPServer):
         if self._thread.is_alive():
             self.shutdown()
         self.server_close()
-        deadline = time.monotonic() + grace_s
         with self._changed:
             for connection in self._open:
                 try:  # no further request comes in, but the answer still goes out
                     connection.shutdown(socket.SHUT_RD)
                 except OSError:  # the client has closed it already
                     pass
-            self._changed.wait_for(lambda: not self._open, deadline - time.monotonic())
+            self._changed.wait_for(lambda: not self._open, grace_s)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Registers the connection before its thread starts."""
@@ -269,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
         coding = self.headers.get("Transfer-Encoding", "identity").strip().lower()
         if coding == "chunked":
             return self._unpacked(_read_chunks(self.rfile))
-        # If two lengths differ, the bytes between them could be taken for a request of their own.
+        # If two lengths differ, a client could have the rest of its body read as another request.
         text = ", ".join(dict.fromkeys(self.headers.get_all("Content-Length", ["0"]))).strip()
         if coding != "identity" or not (text.isascii() and text.isdigit() and len(text) < 20):
             raise ValueError(

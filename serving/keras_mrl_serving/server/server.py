@@ -1,8 +1,8 @@
 """The development server: models and their pollers, behind a gRPC port and perhaps a REST port.
 
-The ports open once the first versions are loaded, as TensorFlow Serving's do. It would wait for
-base paths and versions that are missing, and would try a version that does not load for five
-minutes; here each of them ends the start at once.
+The ports open once the first versions are loaded, as in TensorFlow Serving. A missing base path or
+version, or a version that does not load, ends the start at once; TensorFlow Serving would wait for
+it, or try it again for five minutes.
 """
 
 import logging

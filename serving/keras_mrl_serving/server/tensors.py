@@ -80,14 +80,14 @@ def encode(array: np.ndarray, proto: Any, *, as_tensor_content: bool = False) ->
     """
     dtype = tf.as_dtype(array.dtype)
     if as_tensor_content:
-        _describe(proto, dtype, array.shape)
-        proto.tensor_content = _strings(array) if dtype == tf.string else array.tobytes()
+        _set_dtype_and_shape(proto, dtype, array.shape)
+        proto.tensor_content = _encoded_strings(array) if dtype == tf.string else array.tobytes()
         return
     if dtype not in _RAW and dtype not in _VALUE_BY_VALUE and dtype not in _HALVES:
         # Quantised and 4- or 8-bit types; TensorFlow Serving may choose another field.
         proto.CopyFrom(tf.make_tensor_proto(array))
         return
-    _describe(proto, dtype, array.shape)
+    _set_dtype_and_shape(proto, dtype, array.shape)
     if dtype in _RAW:
         number = proto.DESCRIPTOR.fields_by_name[_RAW[dtype]].number
         data = array.tobytes()
@@ -123,14 +123,14 @@ def _check_size(proto: Any, dtype: tf.DType) -> None:
         raise ValueError
 
 
-def _describe(proto: Any, dtype: tf.DType, shape: tuple[int, ...]) -> None:
+def _set_dtype_and_shape(proto: Any, dtype: tf.DType, shape: tuple[int, ...]) -> None:
     proto.dtype = dtype.as_datatype_enum
     proto.tensor_shape.SetInParent()
     for size in shape:
         proto.tensor_shape.dim.add(size=size)
 
 
-def _strings(array: np.ndarray) -> bytes:
+def _encoded_strings(array: np.ndarray) -> bytes:
     """All lengths, then all bytes: `EncodeStringList`."""
     strings: list[bytes] = array.ravel().tolist()
     return b"".join((*(_varint(len(string)) for string in strings), *strings))
