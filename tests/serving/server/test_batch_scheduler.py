@@ -114,8 +114,7 @@ def test_queues_are_served_in_turn() -> None:
     assert order == ["busy", "rare", "busy", "busy"]
 
 
-def test_a_worker_that_takes_a_batch_wakes_another_to_time_the_other_queues() -> None:
-    """Two threads: the second must notice by itself that the batch of the slow queue is due."""
+def test_a_batch_becomes_due_while_another_thread_is_busy() -> None:
     entered, gate = threading.Event(), threading.Event()
 
     def blocking(tasks: Sequence[Task]) -> None:
