@@ -38,10 +38,10 @@ class Retries:
 
 @dataclass(eq=False)
 class Version:
-    """A version since it was last aspired; `state` is a `ModelVersionStatus.State`.
+    """One life of a version, which begins when it is aspired and ends when it is unloaded.
 
-    `session` is there exactly while the version is available. `failure` is that of the last try,
-    `retry_at` the time of the next one.
+    `state` is a `ModelVersionStatus.State`; `session` is there exactly while the version is
+    available; `failure` is that of the last try, and `retry_at` the time of the next one.
     """
 
     number: int
@@ -104,7 +104,7 @@ class Models:
             configs: the `ModelConfig` of each model.
 
         Returns:
-            the models that were not served before, each with its versions from earlier times.
+            the models that were not served before, each with the versions it had in earlier configs.
         """
         with self.changed:
             before = {config.name for config in self._configs}
