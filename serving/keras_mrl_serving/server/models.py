@@ -104,7 +104,7 @@ class Models:
             configs: the `ModelConfig` of each model.
 
         Returns:
-            the models that were not served before, each with the versions it had in earlier configs.
+            the models that were not served before, each with the versions it had before.
         """
         with self.changed:
             before = {config.name for config in self._configs}

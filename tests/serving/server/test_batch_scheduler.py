@@ -10,8 +10,17 @@ import pytest
 from google.protobuf import text_format
 
 from keras_mrl_serving.server.batch_scheduler import BatchQueue, BatchScheduler, Task
-from keras_mrl_serving.server.batching_config import batching_options, batching_parameters
+from keras_mrl_serving.server.batching_config import (
+    BatchingOptions,
+    batching_options,
+    batching_parameters,
+)
+from keras_mrl_serving.server.status import StatusError
 from tests.helpers.disk import Clock, wait_until
+
+FULL = "The batch scheduling queue to which this task was submitted is full; "
+SPLIT = """max_batch_size {value: 10} enable_large_batch_splitting {value: true}
+           max_execution_batch_size {value: 4}"""
 
 
 def queue(text: str, clock: Clock | None = None, processed: list[int] | None = None) -> BatchQueue:
@@ -23,9 +32,12 @@ def queue(text: str, clock: Clock | None = None, processed: list[int] | None = N
         for task in tasks:
             task.answer.set_result({})
 
-    parameters: Any = batching_parameters(True, None)
-    options = batching_options(text_format.Parse(text, parameters))
-    return BatchQueue(options, process, clock or Clock())
+    return BatchQueue(options(text), process, clock or Clock())
+
+
+def options(text: str) -> BatchingOptions:
+    empty: Any = batching_parameters(True, None)
+    return batching_options(text_format.Parse(text, empty))
 
 
 def task(size: int) -> Task:
@@ -71,10 +83,7 @@ def test_a_batch_is_due_at_once_if_it_is_full_or_followed_or_the_queue_closed() 
 
 
 def test_a_large_task_fills_batches_from_the_open_one_on() -> None:
-    split = queue(
-        """max_batch_size {value: 10} enable_large_batch_splitting {value: true}
-           max_execution_batch_size {value: 4}"""
-    )
+    split = queue(SPLIT)
     split.put(task(3))
     parts = split.put(task(10))
     assert sizes(parts) == [1, 4, 4, 1]
@@ -82,6 +91,48 @@ def test_a_large_task_fills_batches_from_the_open_one_on() -> None:
         np.concatenate([part.feeds["x"] for part in parts]), np.arange(10)
     )
     assert [sizes(split.take()) for _ in range(4)] == [[3, 1], [4], [4], [1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "accepted", "size", "refusal"),
+    [
+        (
+            "max_batch_size {value: 32}",
+            [32],
+            33,
+            "INVALID_ARGUMENT: Task size 33 is larger than maximum input batch size 32",
+        ),
+        (
+            SPLIT,
+            [10],
+            11,
+            "INVALID_ARGUMENT: Task size 11 is larger than maximum input batch size 10",
+        ),
+        (
+            "max_batch_size {value: 2} max_enqueued_batches {value: 2}",
+            [1, 2],
+            1,
+            f"UNAVAILABLE: {FULL}currently 2 batches enqueued and max_enqueued_batches is 2",
+        ),
+        (
+            f"{SPLIT} max_enqueued_batches {{value: 2}}",
+            [3],
+            6,
+            f"UNAVAILABLE: {FULL}task size is 6 but scheduling capacity is only 5 "
+            "(num_enqueued_batches=1, max_enqueued_batches=2, open_batch_size=3, "
+            "max_execution_batch_size=4)",
+        ),
+    ],
+)
+def test_33_and_34_a_task_that_is_too_large_or_a_queue_that_is_full(
+    text: str, accepted: list[int], size: int, refusal: str
+) -> None:
+    full = queue(text)
+    for accepted_size in accepted:
+        full.put(task(accepted_size))
+    with pytest.raises(StatusError) as caught:
+        full.put(task(size))
+    assert f"{caught.value.code.name}: {caught.value.message}" == refusal
 
 
 def test_queues_are_served_in_turn() -> None:
@@ -97,9 +148,7 @@ def test_queues_are_served_in_turn() -> None:
             for task in tasks:
                 task.answer.set_result({})
 
-        parameters: Any = batching_parameters(True, None)
-        options = batching_options(text_format.Parse("max_batch_size {value: 1}", parameters))
-        return BatchQueue(options, process)
+        return BatchQueue(options("max_batch_size {value: 1}"), process)
 
     scheduler = BatchScheduler()
     busy, rare = named("busy"), named("rare")
@@ -123,12 +172,10 @@ def test_a_batch_becomes_due_while_another_thread_is_busy() -> None:
         for task in tasks:
             task.answer.set_result({})
 
-    parameters: Any = batching_parameters(True, None)
     text = "max_batch_size {value: 2} batch_timeout_micros {value: 50000}"
-    options = batching_options(text_format.Parse(text, parameters))
     scheduler, processed = BatchScheduler(), list[int]()
-    quick = BatchQueue(options, blocking)
-    slow = BatchQueue(options, lambda tasks: processed.append(len(tasks)))
+    quick = BatchQueue(options(text), blocking)
+    slow = BatchQueue(options(text), lambda tasks: processed.append(len(tasks)))
     scheduler.add(slow, 2)
     scheduler.add(quick, 2)
     scheduler.put(slow, task(1))

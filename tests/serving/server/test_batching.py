@@ -1,4 +1,7 @@
-"""Requests that are run together: the same answers as alone, and the refusals."""
+"""Requests that are run together: the same answers as alone, and errors for all of a batch.
+
+test_conformance_batching.py has the refusals that a client sees.
+"""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +25,6 @@ from tests.helpers.disk import Clock, wait_until
 
 Answers = list[Any]
 TOGETHER = "batch_timeout_micros {value: 10000000} num_batch_threads {value: 2}"
-SHAPES = (
-    "Tensors with name 'rows_x:0' from different tasks have different shapes and padding is turned "
-    "off. Set pad_variable_length_inputs to true, or ensure that all tensors with the same name "
-    "have equal dimensions starting with the first dim."
-)
 
 
 @pytest.fixture(scope="module")
@@ -149,15 +147,6 @@ def test_strings_and_several_inputs(path: str) -> None:
     assert [answer["twice"].tolist() for answer in answers] == [[0], [2, 4], [6]]
 
 
-def test_another_set_of_outputs_is_another_queue(path: str) -> None:
-    with loaded(path, "batch_timeout_micros {value: 50000} max_batch_size {value: 2}") as session:
-        answers = at_once(
-            lambda: rows(session, [[1]], ("count",)),
-            lambda: rows(session, [[1]], ("count", "total")),
-        )
-    assert [answer["count"].tolist() for answer in answers] == [[1], [1]]
-
-
 def test_a_batch_is_padded_to_an_allowed_size(path: str) -> None:
     text = "max_batch_size {value: 8} allowed_batch_sizes: [2, 4, 8]"
     with loaded(path, text) as session:
@@ -171,34 +160,6 @@ def test_the_padding_is_the_first_row_of_the_last_request() -> None:
     requests = [{"x": np.array(rows)} for rows in ([[1], [2]], [[3], [4]], np.ones((0, 1), int))]
     assert merge(requests[:2], 3, False)["x"].ravel().tolist() == [1, 2, 3, 4, 3, 3, 3]
     assert merge(requests, 1, False)["x"].ravel().tolist() == [1, 2, 3, 4, 3]
-
-
-def test_33_a_task_larger_than_a_batch(path: str) -> None:
-    with loaded(path, "max_batch_size {value: 32}") as session:
-        assert refused(lambda: rows(session, np.ones((33, 1)))) == (
-            "INVALID_ARGUMENT",
-            "Task size 33 is larger than maximum input batch size 32",
-        )
-        assert rows(session, np.ones((32, 1)))["count"].tolist() == [32] * 32
-
-
-def test_34_a_queue_that_is_full(path: str) -> None:
-    text = "max_batch_size {value: 1} max_enqueued_batches {value: 2} num_batch_threads {value: 1}"
-    with setting(path, text) as (gated, _, session), ThreadPoolExecutor(8) as pool:
-        first = pool.submit(rows, session, [[1]])
-        assert gated.entered.wait(60)
-        others = [pool.submit(rows, session, [[1]]) for _ in range(7)]
-        wait_until(lambda: sum(future.done() for future in others) == 5)
-        gated.gate.set()
-        assert first.result()["count"].tolist() == [1]
-        errors = [error for error in (future.exception() for future in others) if error]
-    assert [(error.code.name, error.message) for error in errors] == [  # type: ignore[attr-defined]
-        (
-            "UNAVAILABLE",
-            "The batch scheduling queue to which this task was submitted is full; currently 2 "
-            "batches enqueued and max_enqueued_batches is 2",
-        )
-    ] * 5
 
 
 def test_35_a_deadline_that_passes_in_the_queue(path: str) -> None:
@@ -236,42 +197,12 @@ def test_a_session_that_is_closed_answers_the_requests_that_wait(path: str) -> N
         assert waiting.result()["count"].tolist() == [1]
 
 
-@pytest.mark.parametrize(
-    ("signature", "inputs", "text"),
-    [
-        ("scalar", {"x": np.float32(1)}, "must have at least one dimension"),
-        (
-            "pair",
-            {"a": np.ones(2, np.float32), "b": np.array([b""], object)},
-            "must have equal 0th-dimension size",
-        ),
-    ],
-)
-def test_36_inputs_without_a_common_dim_0(
-    path: str, signature: str, inputs: dict[str, Any], text: str
-) -> None:
-    with loaded(path, "") as session:
-        assert refused(
-            lambda: session.run(signature, {k: np.asarray(v) for k, v in inputs.items()})
-        ) == ("INVALID_ARGUMENT", f"Batching Run() input tensors {text}")
-
-
 def test_36_no_input_at_all(path: str) -> None:
     with loaded(path, "") as session:
         assert refused(lambda: session.run("pair", {})) == (
             "INVALID_ARGUMENT",
             "Batching Run() must have at least one input tensor",
         )
-
-
-def test_37_inner_shapes_that_differ_fail_every_task(path: str) -> None:
-    with loaded(path, f"max_batch_size {{value: 3}} {TOGETHER}") as session:
-        answers = at_once(
-            lambda: rows(session, [[1, 2]]),
-            lambda: rows(session, [[1, 2]]),
-            lambda: rows(session, [[1, 2, 3]]),
-        )
-        assert answers == [("FAILED_PRECONDITION", SHAPES)] * 3
 
 
 def test_dtypes_that_differ_fail_every_task(path: str) -> None:
@@ -296,25 +227,6 @@ def test_an_error_of_the_runtime_goes_to_every_task(path: str) -> None:
     assert first == second
     assert first[0] == "INVALID_ARGUMENT"
     assert first[1].startswith("Matrix size-incompatible: In[0]: [2,5], In[1]: [4,3]")
-
-
-@pytest.mark.parametrize(
-    ("output", "text"),
-    [
-        ("sum", "Batched output tensor has 0 dimensions"),
-        (
-            "first",
-            "Batched output tensor's 0th dimension does not equal the sum of the 0th dimension "
-            "sizes of the input tensors",
-        ),
-    ],
-)
-def test_38_outputs_without_a_row_per_row(path: str, output: str, text: str) -> None:
-    with loaded(path, "") as session:
-        assert refused(lambda: rows(session, [[1], [2]], (output,))) == (
-            "FAILED_PRECONDITION",
-            text,
-        )
 
 
 def test_shorter_inputs_are_filled_with_their_own_first_element(path: str) -> None:
@@ -345,18 +257,6 @@ def test_a_large_task_is_split_over_batches(path: str) -> None:
         code, error = refused(lambda: session.run("project", {"x": np.ones((9, 5), np.float32)}))
         assert code == "INVALID_ARGUMENT"
         assert error.startswith("Matrix size-incompatible: In[0]: [4,5], In[1]: [4,3]")
-
-
-def test_34_a_queue_too_full_for_all_parts(path: str) -> None:
-    text = """max_batch_size {value: 10} enable_large_batch_splitting {value: true}
-              max_execution_batch_size {value: 4} max_enqueued_batches {value: 2}"""
-    with loaded(path, text) as session:
-        assert refused(lambda: rows(session, np.ones((9, 1)))) == (
-            "UNAVAILABLE",
-            "The batch scheduling queue to which this task was submitted is full; task size is 9 "
-            "but scheduling capacity is only 8 (num_enqueued_batches=1, max_enqueued_batches=2, "
-            "open_batch_size=0, max_execution_batch_size=4)",
-        )
 
 
 def test_32_threads_get_what_they_would_alone(path: str) -> None:

@@ -72,14 +72,6 @@ def labelled(**labels: int) -> str:
     )
 
 
-def test_27_a_name_twice(configuration: Configuration, configure: Configure) -> None:
-    config = configure(m="", n='base_path: "relative"')
-    config.model_config_list.config.add(name="m")
-    assert refusal(lambda: configuration.apply(config)) == (
-        "INVALID_ARGUMENT: Illegal to list model m multiple times in config list"
-    )
-
-
 @pytest.mark.parametrize("path", ["models/m", "./m", "m", "1s3://bucket"])
 def test_28_a_relative_path(configuration: Configuration, configure: Configure, path: str) -> None:
     assert refusal(lambda: configuration.apply(configure(m=f'base_path: "{path}"'))) == (
@@ -123,14 +115,6 @@ def test_29_the_deprecated_type_is_a_platform(
 ) -> None:
     configuration.apply(configure(m="model_type: TENSORFLOW"))
     configuration.apply(configure(m='model_platform: "tensorflow"'))
-
-
-def test_29_a_platform_that_changes(configuration: Configuration, configure: Configure) -> None:
-    configuration.apply(configure(m=""))
-    assert refusal(lambda: configuration.apply(configure(m='model_platform: "caffe"'))) == (
-        "INVALID_ARGUMENT: Illegal to change a model's platform. For model m platform was "
-        "tensorflow and new platform requested is caffe"
-    )
 
 
 def test_29_a_config_without_a_platform_is_stored_and_refuses_every_later_one(

@@ -8,7 +8,6 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -511,23 +510,6 @@ def batching(publish: Publish, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield server
 
 
-def test_batched_answers_are_those_of_one_by_one(batching: DevServer) -> None:
-    rng = np.random.default_rng(0)
-    xs = [rng.normal(size=(int(n), 4)).astype(np.float32) for n in rng.integers(0, 6, 200)]
-    served = Served(f"127.0.0.1:{batching.port}", Path(), 1)
-
-    def y(x: np.ndarray) -> np.ndarray:
-        response = served(predict(("y",), inputs={"x": x}))
-        return np.asarray(tf.make_ndarray(response.outputs["y"]))
-
-    with ThreadPoolExecutor(32) as pool:
-        for x, answer in zip(xs, pool.map(y, xs), strict=True):
-            np.testing.assert_allclose(answer, x @ WEIGHTS, rtol=1e-5, atol=1e-5)
-    check: Any = served.channel.unary_unary("/grpc.health.v1.Health/Check")
-    assert refusal(lambda: check(b"", timeout=TIMEOUT_S)) == ("UNIMPLEMENTED", "Method not found!")
-    served.channel.close()
-
-
 def test_rest_is_batched_too(batching: DevServer) -> None:
     body = {"signature_name": "add", "inputs": {"a": [1], "b": [1, 2]}}
     assert ask(batching, "/default:predict", body) == (
@@ -582,6 +564,13 @@ def test_port_and_socket_answer_in_tensor_content(many_flags: tuple[str, str]) -
         y = response.outputs["y"]
         assert y.tensor_content == (X @ WEIGHTS).tobytes()
         assert not y.float_val
+
+
+def test_without_its_flag_there_is_no_health_service(batching: DevServer) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{batching.port}") as channel:
+        check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+        code, _ = refusal(lambda: check(b"", timeout=TIMEOUT_S))
+        assert code == "UNIMPLEMENTED"
 
 
 def test_health(many_flags: tuple[str, str]) -> None:
