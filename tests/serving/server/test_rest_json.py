@@ -258,6 +258,25 @@ def test_a_dtype_without_json_values() -> None:
     assert refusal({"inputs": [1.5]}, HALF) == ("UNIMPLEMENTED", text)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"instances": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+        b'{"instances": ' + b'{"b64":' * 5_000 + b"1" + b"}" * 5_000 + b"}",
+        b'{"instances": [' + b"9" * 100_000 + b"]}",
+        b'{"instances": [1e999999999]}',
+        b'{"instances": "\\ud800"}',
+        b"\xff\xfe{\x00}\x00",
+        b"null",
+        b"\0" * 1000,
+    ],
+    ids=lambda body: body[:20].decode(errors="replace"),
+)
+def test_a_body_made_to_hurt(body: bytes) -> None:
+    assert refusal(body, X)[0] == "INVALID_ARGUMENT"
+
+
 def test_rows_and_columns_become_the_same_arrays() -> None:
     rows = [[1, 2.5], [-3, 0]]
     for body in (

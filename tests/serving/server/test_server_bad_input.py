@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 import grpc
 import numpy as np
 import pytest
-from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 from tensorflow_serving.apis.predict_pb2 import PredictRequest, PredictResponse
 
 from keras_mrl_serving.server import DevServer
-from tests.helpers.server_target import TIMEOUT_S, UNLIMITED, predict, refusal
+from tests.helpers.server_target import TIMEOUT_S, UNLIMITED, predict
 
 COUNT = 2000 if os.environ.get("KERAS_MRL_SOAK") else 200
 MAX_GROWTH_BYTES = 48 * 2**20  # what allocators keep
@@ -149,45 +148,6 @@ def is_message(data: bytes) -> bool:
     return True
 
 
-@pytest.mark.parametrize("dtype", ["DT_VARIANT", "DT_RESOURCE", "DT_FLOAT_REF", "DT_INVALID"])
-def test_objects_of_the_runtime_are_no_inputs(server: Server, dtype: str) -> None:
-    request = predict(inputs={}, signature="echo")
-    text_format.Parse(
-        f"""dtype: {dtype} tensor_shape {{}} variant_val {{ type_name: "tensorflow::Tensor" }}
-            resource_handle_val {{ name: "weights" }}""",
-        request.inputs["text"],
-    )
-    assert refusal(
-        lambda: predict_call(server)(request.SerializeToString(), timeout=TIMEOUT_S)
-    ) == ("INVALID_ARGUMENT", "tensor parsing error: text")
-
-
-@pytest.mark.parametrize(
-    ("signature", "tensor"),
-    [
-        ("serving_default", "dtype: DT_FLOAT tensor_shape { dim { size: 4611686018427387904 } }"),
-        (
-            "serving_default",
-            "dtype: DT_FLOAT float_val: 1 tensor_shape { dim { size: 9999999 } dim { size: 4 } }",
-        ),
-        (
-            "serving_default",  # no element, and sums along the empty axis
-            "dtype: DT_FLOAT tensor_shape { dim { size: 1099511627776 } dim {} }",
-        ),
-        ("echo", 'dtype: DT_STRING string_val: "a" tensor_shape { dim { size: 1099511627776 } }'),
-    ],
-)
-def test_a_few_bytes_reserve_no_memory(server: Server, signature: str, tensor: str) -> None:
-    name = "text" if signature == "echo" else "x"
-    request = predict(inputs={}, signature=signature)
-    text_format.Parse(tensor, request.inputs[name])
-    before = resident_bytes()
-    assert refusal(
-        lambda: predict_call(server)(request.SerializeToString(), timeout=TIMEOUT_S)
-    ) == ("INVALID_ARGUMENT", f"tensor parsing error: {name}")
-    assert resident_bytes() - before < MAX_GROWTH_BYTES
-
-
 @pytest.mark.soak
 def test_mutated_predict_requests(server: Server) -> None:
     rng = random.Random(0)
@@ -240,30 +200,6 @@ def test_mutated_rest_bodies(server: Server) -> None:
     assert codes[200] > COUNT / 50
     assert codes[400] > COUNT / 3
     assert resident_bytes() - before < MAX_GROWTH_BYTES
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"[" * 100_000,
-        b'{"instances": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
-        b'{"instances": ' + b'{"b64":' * 5_000 + b"1" + b"}" * 5_000 + b"}",
-        b'{"instances": [' + b"9" * 100_000 + b"]}",
-        b'{"instances": [1e999999999]}',
-        b'{"instances": [NaN, Infinity, -Infinity]}',
-        b'{"instances": "\\ud800"}',
-        b'{"inputs": {"x": [[1, 2], [3]]}}',
-        b'{"signature_name": 7, "instances": [1]}',
-        b"\xff\xfe{\x00}\x00",
-        b"null",
-        b"\0" * 1000,
-    ],
-    ids=lambda body: body[:20].decode(errors="replace"),
-)
-def test_a_body_made_to_hurt(server: Server, body: bytes) -> None:
-    status, answer = post(server, body)
-    assert (status, list(answer)) == (400, ["error"])
-    still_serves(server)
 
 
 def test_bytes_that_are_no_http(server: Server) -> None:

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
+from google.protobuf import text_format
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tensorflow.core.framework.tensor_pb2 import TensorProto
@@ -73,6 +74,29 @@ def test_by_default_values_stand_in_their_field() -> None:
 def test_a_dtype_of_half_a_byte_takes_one() -> None:
     proto = content(np.array([1, 7], ml_dtypes.int4))
     assert (proto.dtype, proto.tensor_content) == (tf.as_dtype("int4").as_datatype_enum, b"\1\7")
+
+
+@pytest.mark.parametrize("dtype", ["DT_VARIANT", "DT_RESOURCE", "DT_FLOAT_REF", "DT_INVALID"])
+def test_objects_of_the_runtime_are_no_inputs(dtype: str) -> None:
+    text = f"""dtype: {dtype} tensor_shape {{}} variant_val {{ type_name: "tensorflow::Tensor" }}
+               resource_handle_val {{ name: "weights" }}"""
+    with pytest.raises(ValueError, match=r"^$"):
+        decode(text_format.Parse(text, TensorProto()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dtype: DT_FLOAT tensor_shape { dim { size: 4611686018427387904 } }",
+        "dtype: DT_FLOAT float_val: 1 tensor_shape { dim { size: 9999999 } dim { size: 4 } }",
+        # No element, but one row of zeros for each index of the first axis.
+        "dtype: DT_FLOAT tensor_shape { dim { size: 1099511627776 } dim {} }",
+        'dtype: DT_STRING string_val: "a" tensor_shape { dim { size: 1099511627776 } }',
+    ],
+)
+def test_a_few_bytes_are_no_large_tensor(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^$"):
+        decode(text_format.Parse(text, TensorProto()))
 
 
 NUMBERS = (1, 2, 3, 4, 6, 9, 10, 14, 17, 19, 23)  # DataType of most of DTYPES, and of others
