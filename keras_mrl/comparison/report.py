@@ -1,4 +1,7 @@
-"""What the results of a comparison say, in sentences that carry their numbers."""
+"""The report of a comparison: findings in sentences, tables, figures, and one page of all of them.
+
+Every sentence carries its numbers. The page needs nothing but itself, so it opens offline.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,6 @@ import numpy as np
 
 from ..evaluation import plot_by_cost, plot_by_dim
 from .folder import replacing
-
-# The results of a comparison as tables: for Markdown, for HTML, and as rows of a CSV file.
 
 NAMES = {
     "mrl": "MRL",
@@ -48,27 +49,12 @@ SPREAD = (
     "+- is one standard deviation: over seeds, or over ten splits of the same test images, which "
     "overlap. What has none is of one seed."
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text.
-
-    Args:
-        title: What it shows.
-        header: Of the columns; the first is that of the names.
-        rows: Cells, as many as the header has.
-    """
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def markdown(self) -> str:
-        """Return it as Markdown, under its title."""
-        lines = [f"| {' | '.join(self.header)} |", "|---" * len(self.header) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in self.rows]
-        return f"{self.title}\n\n" + "\n".join(lines) + "\n"
+FIGURES = {
+    "accuracy": "Accuracy of the head over dims, for every method",
+    "neighbors": "1-NN accuracy over dims, for every method",
+    "adaptive": "Adaptive classification: accuracy over expected dim, and the oracle",
+    "retrieval": "map10 over multiply-adds per query",
+}
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> None:
@@ -87,56 +73,219 @@ def write_report(results: Mapping[str, Any], folder: Path) -> None:
             partial.write_text(text, "utf-8")
 
 
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """Return sentences: MRL against other nets, against cut features, cascades, retrieval."""
+    return [
+        *_compare_with_trained(results),
+        *_compare_with_cut(results),
+        *_describe_cascades(results),
+        *_describe_retrieval(results["retrieval"]),
+    ]
+
+
+def _compare_with_trained(results: Mapping[str, Any]) -> Iterator[str]:
+    mrl = _means(results["top1"]["mrl"])
+    for name, by_dim in results["top1"].items():
+        if name in ("mrl", "svd", "rand_lp"):
+            continue
+        other = _means(by_dim)
+        gaps = [100 * (mrl[dim] - other[dim]) for dim in mrl]
+        mean = float(np.mean(gaps))
+        verdict = _verdict(gaps, max(other.values()), results["about"]) if name == "ff" else ""
+        yield (
+            f"{verdict}MRL is {abs(mean):.1f} points {'above' if mean >= 0 else 'below'} "
+            f"{NAMES[name]} on average over the dims: "
+            + ", ".join(f"{gap:+.1f} at {dim}" for dim, gap in zip(mrl, gaps, strict=True))
+            + "."
+        )
+
+
+def _means(by_dim: Mapping[str, Any]) -> dict[str, float]:
+    return {dim: float(np.mean(values)) for dim, values in by_dim.items()}
+
+
+_CLAIM = 1.0  # point: the paper claims that MRL is as accurate as separate nets
+
+
+def _verdict(gaps: list[float], best: float, about: Mapping[str, Any]) -> str:
+    """Whether nesting costs accuracy, where there are test images enough to tell.
+
+    Args:
+        gaps: How far MRL is ahead of the separate nets at every dim, in points.
+        best: The accuracy of the best separate net.
+        about: Of the results.
+    """
+    images, chance = about["images"][1], 1 / about["classes"]
+    # Two nets equally good, judged on images of their own, differ by more once in twenty times.
+    noise = 100 * 2 * sqrt(2 * best * (1 - best) / images)
+    limit = f"Differences below {noise:.1f} points are noise among {images:,} test images. "
+    if best < 2 * chance:
+        return (
+            f"Nothing can be said: the best separate net is {100 * best:.1f}% right, chance "
+            f"{100 * chance:.1f}%. Train longer. "
+        )
+    mean, worst = float(np.mean(gaps)), min(gaps)
+    if noise > _CLAIM and abs(mean) < noise:
+        return f"{limit}No difference is seen on average. "
+    if mean < -_CLAIM:
+        return f"{limit}Matryoshka training costs more than a point here. "
+    if worst < -max(noise, _CLAIM):
+        return (
+            f"{limit}Matryoshka training costs no more than a point on average, but "
+            f"{-worst:.1f} at one dim. "
+        )
+    return f"{limit}Matryoshka training costs no more than a point: one net replaces {len(gaps)}. "
+
+
+def _compare_with_cut(results: Mapping[str, Any]) -> Iterator[str]:
+    top1 = {
+        name: {dim: values[0] for dim, values in by_dim.items()}
+        for name, by_dim in results["top1"].items()
+    }
+    nearest = _nearest(results)
+    for name, measure, by_method in (
+        ("svd", "accuracy", top1),
+        ("rand_lp", "accuracy", top1),
+        ("pca", "1-NN accuracy", nearest),
+        ("first_coordinates", "1-NN accuracy", nearest),
+    ):
+        gaps = {
+            dim: 100 * (value - by_method[name][dim]) for dim, value in by_method["mrl"].items()
+        }
+        better = [dim for dim, gap in gaps.items() if gap > 0]
+        where = f"at {', '.join(better)} dims" if better else "at no dim"
+        listed = ", ".join(f"{gap:+.1f} at {dim}" for dim, gap in gaps.items())
+        yield f"In {measure} MRL of seed 0 is ahead of {NAMES[name]} {where}: {listed}."
+
+
+def _nearest(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """1-NN accuracy by method and dim."""
+    return {
+        name: {dim: scores["nn1"] for dim, scores in by_dim.items()}
+        for name, by_dim in results["neighbors"].items()
+    }
+
+
+def _describe_cascades(results: Mapping[str, Any]) -> Iterator[str]:
+    cascades = results["cascades"]
+    width = results["plan"]["dims"][-1]
+    head = results["madds"]["head"]
+    share = head / (head + results["madds"]["backbone"])
+    accuracy_at = {int(dim): values[0] for dim, values in results["top1"]["mrl"].items()}
+    for name, splits in cascades["splits"].items():
+        accuracy, full, ff, dim, paid_dim = (
+            _mean(splits, measure)
+            for measure in (
+                *("accuracy", "full_accuracy", "ff_accuracy"),
+                *("expected_dim", "cumulative_dim"),
+            )
+        )
+        if name == "oracle":
+            yield (
+                "An oracle, which knows the label and stops at the first dim that is right, would "
+                f"be {100 * accuracy:.2f}% right at {dim:.1f} dims."
+            )
+            continue
+        next_dim = min(d for d in accuracy_at if d >= dim - 1e-9)
+        saved = 100 * share * (1 - paid_dim / width)
+        promise = ""
+        if name == "certified":
+            promise = (
+                f" It promises, with a chance of {1 - cascades['delta']:g} over the draw of the "
+                f"holdout, that the full dim is right and it is wrong in at most "
+                f"{100 * cascades['risk']:g}% of new rows."
+            )
+        yield (
+            f"The cascade '{name}' stops at {dim:.1f} of {width} dims on average "
+            f"({width / dim:.1f} times fewer) and is {100 * accuracy:.2f}% right, the full dim "
+            f"{100 * full:.2f}%, FF of full width {100 * ff:.2f}%, the same net at {next_dim} dims "
+            f"for every row {100 * accuracy_at[next_dim]:.2f}%. Counting every head asked it "
+            f"{'saves' if saved >= 0 else 'costs'} {abs(saved):.2f}% of the model's multiply-adds."
+            f"{promise}"
+        )
+    if cascades["refused"]:
+        yield f"No cascade is certified: {cascades['refused']}."
+    taught, judged = (
+        [100 * split[part]["accuracy"] for split in cascades["search_over_greedy"]]
+        for part in ("taught", "judged")
+    )
+    dims = [split["judged"]["expected_dim"] for split in cascades["search_over_greedy"]]
+    yield (
+        "The joint search at no more than greedy's expected dim (by chance one of two policies of "
+        f"its front) is {np.mean(taught):+.2f} points from greedy on the rows that taught both "
+        f"(worst split {min(taught):+.2f}; greedy is one of its candidates) and "
+        f"{np.mean(judged):+.2f} on the others (worst {min(judged):+.2f}), where its expected dim "
+        f"differs by {np.mean(dims):+.1f}."
+    )
+
+
+def _mean(splits: Sequence[Mapping[str, float]], measure: str) -> float:
+    return float(np.mean([split[measure] for split in splits]))
+
+
+def _describe_retrieval(retrieval: Mapping[str, Any]) -> Iterator[str]:
+    for name, result in retrieval.items():
+        chosen, whole = result["rows"][result["chosen"]], _dearest_exhaustive(result["rows"])
+        yield (
+            f"Retrieval with {NAMES[name]}: {' -> '.join(map(str, chosen['dims']))} with "
+            f"shortlists {chosen['shortlists']} has map10 {100 * chosen['map10']:.2f}%, exhaustive "
+            f"search at {whole['dims'][-1]} dims {100 * whole['map10']:.2f}%, for "
+            f"{chosen['madds']:,} of {whole['madds']:,} multiply-adds per query "
+            f"({whole['madds'] / chosen['madds']:.1f} times fewer, in theory, search only)."
+        )
+
+
+def _dearest_exhaustive(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row of exhaustive search at the full dim."""
+    return max((row for row in rows if row["kind"] == "exhaustive"), key=lambda row: row["madds"])
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Args:
+        title: Of the table.
+        header: Of the columns; the first column holds names.
+        rows: Cells, as many as the header has.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """Return it as Markdown, under its title."""
+        lines = [f"| {' | '.join(self.header)} |", "|---" * len(self.header) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in self.rows]
+        return f"{self.title}\n\n" + "\n".join(lines) + "\n"
+
+
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """Return all tables: percents, `+-` one standard deviation over seeds or splits."""
     dims = [str(dim) for dim in results["plan"]["dims"]]
-    found = [_by_dim(title, dims, results[measure]) for measure, title in HEADS.items()]
+    by_dim = [_by_dim(title, dims, results[measure]) for measure, title in HEADS.items()]
     probed = f"trained on {results['about']['probed']:,} training images"
     title = f"Accuracy of a linear probe of the features, {probed}, %"
-    found.append(_by_dim(title, dims, results["probe"]))
+    by_dim.append(_by_dim(title, dims, results["probe"]))
     for measure, title in MEASURES.items():
         for part, where in (("neighbors", "all classes"), ("unseen", "classes never seen")):
             rows = {
-                name: {dim: [scores[measure]] for dim, scores in by_dim.items()}
-                for name, by_dim in results.get(part, {}).items()
-                if all(measure in scores for scores in by_dim.values())
+                name: {dim: [scores[measure]] for dim, scores in scores_at.items()}
+                for name, scores_at in results.get(part, {}).items()
+                if all(measure in scores for scores in scores_at.values())
             }
             if rows:
-                found.append(_by_dim(f"{title}, {where}, %", dims, rows))
-    return [*found, _cascades(results["cascades"]), *_retrieval(results["retrieval"])]
-
-
-def as_csv(results: Mapping[str, Any]) -> str:
-    """Return every measured number as a row: part, method, dim, measure, seed, value."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("part", "method", "dim", "measure", "seed_or_split", "value"))
-    writer.writerows(_long(results))
-    return text.getvalue()
-
-
-def spread(values: Sequence[float], factor: float = 1) -> str:
-    """Return a mean, with one standard deviation where there are several values.
-
-    Examples:
-        >>> from keras_mrl.comparison.report import spread
-        >>> spread([0.5, 0.7], 100), spread([0.5], 100)
-        ('60.00 +- 14.14', '50.00')
-    """
-    scaled = factor * np.asarray(values)
-    more = f" +- {scaled.std(ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{scaled.mean():.2f}{more}"
+                by_dim.append(_by_dim(f"{title}, {where}, %", dims, rows))
+    return [*by_dim, _cascades(results["cascades"]), *_retrieval(results["retrieval"])]
 
 
 def _by_dim(title: str, dims: list[str], rows: Mapping[str, Any]) -> Table:
-    cells = [
-        (
-            NAMES[name],
-            *(spread(by_dim[dim], 100) if dim in by_dim else "" for dim in dims),
-        )
+    cells = tuple(
+        (NAMES[name], *(spread(by_dim[dim], 100) if dim in by_dim else "" for dim in dims))
         for name, by_dim in rows.items()
-    ]
-    return Table(title, ("", *dims), tuple(cells))
+    )
+    return Table(title, ("", *dims), cells)
 
 
 def _cascades(cascades: Mapping[str, Any]) -> Table:
@@ -168,23 +317,45 @@ def _cascades(cascades: Mapping[str, Any]) -> Table:
 
 def _retrieval(retrieval: Mapping[str, Any]) -> Iterator[Table]:
     header = ("", "dims", "shortlists", "map10, %", "multiply-adds per query", "of exhaustive")
-    for name, found in retrieval.items():
-        whole = max(row["madds"] for row in found["rows"] if row["kind"] == "exhaustive")
+    for name, result in retrieval.items():
+        whole = _dearest_exhaustive(result["rows"])["madds"]
         rows = [
             (
-                row["kind"] + (" (chosen)" if at == found["chosen"] else ""),
+                row["kind"] + (" (chosen)" if number == result["chosen"] else ""),
                 " -> ".join(map(str, row["dims"])),
                 ", ".join(map(str, row["shortlists"])),
                 f"{100 * row['map10']:.2f}",
                 f"{row['madds']:,}",
                 f"{row['madds'] / whole:.3f}",
             )
-            for at, row in enumerate(found["rows"])
+            for number, row in enumerate(result["rows"])
         ]
         yield Table(f"Retrieval with {NAMES[name]}", header, tuple(rows))
 
 
-def _long(results: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+def spread(values: Sequence[float], factor: float = 1) -> str:
+    """Return a mean, with one standard deviation where there are several values.
+
+    Examples:
+        >>> from keras_mrl.comparison.report import spread
+        >>> spread([0.5, 0.7], 100), spread([0.5], 100)
+        ('60.00 +- 14.14', '50.00')
+    """
+    scaled = factor * np.asarray(values)
+    more = f" +- {scaled.std(ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{scaled.mean():.2f}{more}"
+
+
+def as_csv(results: Mapping[str, Any]) -> str:
+    """Return every measured number as a row: part, method, dim, measure, seed, value."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("part", "method", "dim", "measure", "seed_or_split", "value"))
+    writer.writerows(_csv_rows(results))
+    return text.getvalue()
+
+
+def _csv_rows(results: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     for measure in (*HEADS, "probe"):
         part = "probe" if measure == "probe" else "head"
         for method, by_dim in results[measure].items():
@@ -200,234 +371,63 @@ def _long(results: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         for split, measures in enumerate(splits):
             for measure, value in measures.items():
                 yield "cascades", name, "", measure, split, value
-    for name, found in results["retrieval"].items():
-        for row in found["rows"]:
+    for name, result in results["retrieval"].items():
+        for row in result["rows"]:
             dims = " -> ".join(map(str, row["dims"]))
             for measure in ("map10", "madds"):
                 yield "retrieval", f"{name} {row['kind']}", dims, measure, 0, row[measure]
 
 
-# The paper's figures of a comparison, as SVG and PNG.
-
-FIGURES = {
-    "accuracy": "Accuracy of the head over dims, for every method",
-    "neighbors": "1-NN accuracy over dims, for every method",
-    "adaptive": "Adaptive classification: accuracy over expected dim, and the oracle",
-    "retrieval": "map10 over multiply-adds per query",
-}
-
-
 def draw(results: Mapping[str, Any], folder: Path) -> None:
     """Write every figure to `<name>.svg` and `<name>.png`."""
-    top1 = _named(results["top1"])
-    nearest = _named(
-        {
-            name: {dim: scores["nn1"] for dim, scores in by_dim.items()}
-            for name, by_dim in results["neighbors"].items()
-        }
-    )
-    singles = {name: top1[name] for name in (NAMES["mrl"], NAMES["ff"])}
+    top1, nearest = _lines(results["top1"]), _lines(_nearest(results))
+    nested = {name: top1[name] for name in (NAMES["mrl"], NAMES["ff"])}
+    stars = {
+        name if name == "oracle" else f"cascade, {name}": (
+            _mean(splits, "expected_dim"),
+            _mean(splits, "accuracy"),
+        )
+        for name, splits in results["cascades"]["splits"].items()
+    }
+    searches, chosen = _costs(results["retrieval"])
     for suffix in ("svg", "png"):
-        plot_by_dim(top1, folder / f"accuracy.{suffix}", title="Accuracy by dim")
+        path = {name: folder / f"{name}.{suffix}" for name in FIGURES}
+        plot_by_dim(top1, path["accuracy"], title="Accuracy by dim")
         plot_by_dim(
             nearest,
-            folder / f"neighbors.{suffix}",
+            path["neighbors"],
             title="Nearest neighbour by dim",
             measure="1-NN accuracy",
         )
-        plot_by_dim(
-            singles,
-            folder / f"adaptive.{suffix}",
-            _stars(results["cascades"]),
-            title="Adaptive classification",
-        )
-        plot_by_cost(*_costs(results["retrieval"], folder / f"retrieval.{suffix}"))
+        plot_by_dim(nested, path["adaptive"], stars, title="Adaptive classification")
+        plot_by_cost(searches, path["retrieval"], chosen)
 
 
-def _named(by_method: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
-    """By the names of the methods, all of them and in one order: each has its colour."""
+def _lines(by_method: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
+    """A line for every method there is, so that each has its colour in every figure."""
     return {
-        shown: {int(dim): values for dim, values in by_method.get(name, {}).items()}
-        for name, shown in NAMES.items()
+        title: {int(dim): values for dim, values in by_method.get(name, {}).items()}
+        for name, title in NAMES.items()
     }
 
 
-def _stars(cascades: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    return {
-        name if name == "oracle" else f"cascade, {name}": (
-            float(np.mean([split["expected_dim"] for split in splits])),
-            float(np.mean([split["accuracy"] for split in splits])),
-        )
-        for name, splits in cascades["splits"].items()
-    }
-
-
-def _costs(retrieval: Mapping[str, Any], path: Path) -> tuple[Any, Path, Any]:
-    lines = {
-        f"{shown}, exhaustive": {
+def _costs(retrieval: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """Multiply-adds and map10 of exhaustive search by method and dim, and of chosen funnels."""
+    searches = {
+        f"{title}, exhaustive": {
             row["dims"][-1]: (row["madds"], row["map10"])
             for row in retrieval.get(name, {"rows": ()})["rows"]
             if row["kind"] == "exhaustive"
         }
-        for name, shown in NAMES.items()
+        for name, title in NAMES.items()
     }
-    stars = {}
-    for name, found in retrieval.items():
-        chosen = found["rows"][found["chosen"]]
-        stars[f"{NAMES[name]}, {' -> '.join(map(str, chosen['dims']))}"] = (
-            chosen["madds"],
-            chosen["map10"],
-        )
-    return lines, path, stars
+    funnels = {}
+    for name, result in retrieval.items():
+        row = result["rows"][result["chosen"]]
+        title = f"{NAMES[name]}, {' -> '.join(map(str, row['dims']))}"
+        funnels[title] = row["madds"], row["map10"]
+    return searches, funnels
 
-
-_CLAIM = 0.01  # the paper's: as accurate as the separate nets
-
-
-def findings(results: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for every question one asks of a comparison."""
-    return [
-        *_against_separate(results),
-        *_against_cut(results),
-        *_cascade_findings(results),
-        *_retrieval_findings(results),
-    ]
-
-
-def _against_separate(results: Mapping[str, Any]) -> Iterator[str]:
-    mrl = _means(results["top1"]["mrl"])
-    for name, by_dim in results["top1"].items():
-        if name in ("mrl", "svd", "rand_lp"):
-            continue
-        own = _means(by_dim)
-        gaps = [100 * (mrl[dim] - own[dim]) for dim in mrl]
-        mean = float(np.mean(gaps))
-        verdict = _verdict(gaps, list(own.values()), results["about"]) if name == "ff" else ""
-        yield (
-            f"{verdict}MRL is {abs(mean):.1f} points {'above' if mean >= 0 else 'below'} "
-            f"{NAMES[name]} on average over the dims: "
-            + ", ".join(f"{gap:+.1f} at {dim}" for dim, gap in zip(mrl, gaps, strict=True))
-            + "."
-        )
-
-
-def _verdict(gaps: list[float], separate: list[float], about: Mapping[str, Any]) -> str:
-    """Whether nesting costs accuracy, where so many test images can tell."""
-    images, chance = about["images"][1], 1 / about["classes"]
-    best = max(separate)
-    # Two nets equally good, judged on images of their own, differ by more once in twenty times.
-    noise = 100 * 2 * sqrt(2 * best * (1 - best) / images)
-    told = f"Differences below {noise:.1f} points are noise among {images:,} test images. "
-    if best < 2 * chance:
-        return (
-            f"Nothing can be said: the best separate net is {100 * best:.1f}% right, chance "
-            f"{100 * chance:.1f}%. Train longer. "
-        )
-    mean, worst = float(np.mean(gaps)), min(gaps)
-    if noise > 100 * _CLAIM and abs(mean) < noise:
-        return f"{told}No difference is seen on average. "
-    if mean < -100 * _CLAIM:
-        return f"{told}Matryoshka training costs more than a point here. "
-    if worst < -max(noise, 100 * _CLAIM):
-        return (
-            f"{told}Matryoshka training costs no more than a point on average, but "
-            f"{-worst:.1f} at one dim. "
-        )
-    return f"{told}Matryoshka training costs no more than a point: one net replaces {len(gaps)}. "
-
-
-def _against_cut(results: Mapping[str, Any]) -> Iterator[str]:
-    heads = {
-        name: {dim: values[0] for dim, values in results["top1"][name].items()}
-        for name in ("mrl", "svd", "rand_lp")
-    }
-    near = {
-        name: {dim: scores["nn1"] for dim, scores in by_dim.items()}
-        for name, by_dim in results["neighbors"].items()
-    }
-    for name, measure, mine, its in (
-        ("svd", "accuracy", heads["mrl"], heads["svd"]),
-        ("rand_lp", "accuracy", heads["mrl"], heads["rand_lp"]),
-        ("pca", "1-NN accuracy", near["mrl"], near["pca"]),
-        ("first_coordinates", "1-NN accuracy", near["mrl"], near["first_coordinates"]),
-    ):
-        better = [dim for dim in mine if mine[dim] > its[dim]]
-        where = f"at {', '.join(better)} dims" if better else "at no dim"
-        shown = ", ".join(f"{100 * (mine[dim] - its[dim]):+.1f} at {dim}" for dim in mine)
-        yield f"In {measure} MRL of seed 0 is ahead of {NAMES[name]} {where}: {shown}."
-
-
-def _cascade_findings(results: Mapping[str, Any]) -> Iterator[str]:
-    cascades = results["cascades"]
-    width = results["plan"]["dims"][-1]
-    head = results["madds"]["head"]
-    share = head / (head + results["madds"]["backbone"])
-    fixed = {int(dim): values[0] for dim, values in results["top1"]["mrl"].items()}
-    for name, splits in cascades["splits"].items():
-        accuracy, full, ff, dim, paid = (
-            float(np.mean([split[key] for split in splits]))
-            for key in (
-                *("accuracy", "full_accuracy", "ff_accuracy"),
-                *("expected_dim", "cumulative_dim"),
-            )
-        )
-        if name == "oracle":
-            yield (
-                "An oracle, which knows the label and stops at the first dim that is right, would "
-                f"be {100 * accuracy:.2f}% right at {dim:.1f} dims."
-            )
-            continue
-        near = min(d for d in fixed if d >= dim - 1e-9)
-        saved = 100 * share * (1 - paid / width)
-        promise = ""
-        if name == "certified":
-            promise = (
-                f" It promises, with a chance of {1 - cascades['delta']:g} over the draw of the "
-                f"holdout, that the full dim is right and it is wrong in at most "
-                f"{100 * cascades['risk']:g}% of new rows."
-            )
-        yield (
-            f"The cascade '{name}' stops at {dim:.1f} of {width} dims on average "
-            f"({width / dim:.1f} times fewer) and is {100 * accuracy:.2f}% right, the full dim "
-            f"{100 * full:.2f}%, FF of full width {100 * ff:.2f}%, the same net at {near} dims "
-            f"for every row {100 * fixed[near]:.2f}%. Counting every head asked it "
-            f"{'saves' if saved >= 0 else 'costs'} {abs(saved):.2f}% of the model's multiply-adds."
-            f"{promise}"
-        )
-    if cascades["refused"]:
-        yield f"No cascade is certified: {cascades['refused']}."
-    taught, judged = (
-        [100 * split[part]["accuracy"] for split in cascades["search_over_greedy"]]
-        for part in ("taught", "judged")
-    )
-    dims = [split["judged"]["expected_dim"] for split in cascades["search_over_greedy"]]
-    yield (
-        "The joint search at no more than greedy's expected dim (by chance one of two policies of "
-        f"its front) is {np.mean(taught):+.2f} points from greedy on the rows that taught both "
-        f"(worst split {min(taught):+.2f}; greedy is one of its candidates) and "
-        f"{np.mean(judged):+.2f} on the others (worst {min(judged):+.2f}), where its expected dim "
-        f"differs by {np.mean(dims):+.1f}."
-    )
-
-
-def _retrieval_findings(results: Mapping[str, Any]) -> Iterator[str]:
-    for name, found in results["retrieval"].items():
-        rows, chosen = found["rows"], found["rows"][found["chosen"]]
-        whole = max((r for r in rows if r["kind"] == "exhaustive"), key=lambda r: r["madds"])
-        yield (
-            f"Retrieval with {NAMES[name]}: {' -> '.join(map(str, chosen['dims']))} with "
-            f"shortlists {chosen['shortlists']} has map10 {100 * chosen['map10']:.2f}%, exhaustive "
-            f"search at {whole['dims'][-1]} dims {100 * whole['map10']:.2f}%, for "
-            f"{chosen['madds']:,} of {whole['madds']:,} multiply-adds per query "
-            f"({whole['madds'] / chosen['madds']:.1f} times fewer, in theory, search only)."
-        )
-
-
-def _means(by_dim: Mapping[str, Any]) -> dict[str, float]:
-    return {dim: float(np.mean(values)) for dim, values in by_dim.items()}
-
-
-# One HTML file that shows a comparison and needs nothing but itself.
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; }
@@ -449,7 +449,7 @@ dt { font-weight: 600; }
 def html(results: Mapping[str, Any], folder: Path) -> str:
     """Return the report, with the figures of `folder` inside."""
     plan, about = results["plan"], results["about"]
-    said = "".join(f"<li>{escape(sentence)}</li>\n" for sentence in findings(results))
+    sentences = "".join(f"<li>{escape(sentence)}</li>\n" for sentence in findings(results))
     figures = "".join(_figure(folder / f"{name}.svg", text) for name, text in FIGURES.items())
     facts = {
         "Images": f"{about['images'][0]:,} for training, {about['images'][1]:,} for judging, "
@@ -470,14 +470,14 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         "<title>Did Matryoshka pay off?</title>\n"
         f"<style>{_STYLE}</style></head><body>\n<h1>Did Matryoshka pay off?</h1>\n"
-        f"<h2>What the numbers say</h2>\n<ul>\n{said}</ul>\n<h2>Figures</h2>\n{figures}\n"
+        f"<h2>What the numbers say</h2>\n<ul>\n{sentences}</ul>\n<h2>Figures</h2>\n{figures}\n"
         f"<h2>Tables</h2>\n<p>{escape(SPREAD)}</p>\n{''.join(map(_table, tables(results)))}"
         f"<h2>How it was measured</h2>\n<dl>\n{rows}</dl>\n</body></html>\n"
     )
 
 
 def _figure(svg: Path, text: str) -> str:
-    # As an image of its own: names inside one figure cannot meet those of another.
+    # An image of its own, since figures within one page would share the names inside them.
     data = base64.b64encode(svg.read_bytes()).decode()
     return f'<figure><img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}"></figure>\n'
 

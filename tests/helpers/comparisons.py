@@ -50,11 +50,6 @@ class Compared:
         array: Array = np.load(self.out / "nets" / net / f"{name}.npy")
         return array
 
-    def again(self, plan: Plan = PLAN) -> tuple[dict[str, Any], list[str]]:
-        """Results and lines of the same comparison, started once more."""
-        lines: list[str] = []
-        return compare(self.place, self.out, plan, progress=lines.append), lines
-
 
 class Interrupted(Exception):
     """Ends a comparison before its first net is trained."""
@@ -66,7 +61,7 @@ def interrupt_training(line: str) -> None:
         raise Interrupted
 
 
-def compare_digits(folder: Path) -> Compared:
+def compare_digits(folder: Path) -> None:
     """Compare 8 x 8 digits: two nets are trained, the others keep their random weights.
 
     Beginning a net costs seconds. So the others are put there as an interruption after their last
@@ -77,7 +72,6 @@ def compare_digits(folder: Path) -> Compared:
     pixels = (bunch.images[rows] * 255 / 16).astype(np.uint8)
     place = folder / "digits.npz"
     np.savez(place, x_train=pixels, y_train=bunch.target[rows])
-    training, test, _ = load_parts([str(place)], None, None)
     out = folder / "out"
     with contextlib.suppress(Interrupted):
         compare(place, out, PLAN, progress=interrupt_training)
@@ -90,5 +84,14 @@ def compare_digits(folder: Path) -> Compared:
             history = [{"loss": 2.0, "seconds": 6.0}] * PLAN.epochs
             (mine / "history.json").write_text(json.dumps(history))
     lines: list[str] = []
-    results = compare(place, out, PLAN, progress=lines.append)
-    return Compared(str(place), out, results, training, test, lines)
+    compare(place, out, PLAN, progress=lines.append)
+    (folder / "lines.json").write_text(json.dumps(lines))
+
+
+def load_comparison(folder: Path) -> Compared:
+    place, out = str(folder / "digits.npz"), folder / "out"
+    training, test, _ = load_parts([place], None, None)
+    results, lines = (
+        json.loads(path.read_text()) for path in (out / "results.json", folder / "lines.json")
+    )
+    return Compared(place, out, results, training, test, lines)

@@ -1,6 +1,7 @@
 """A comparison from images to report."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,14 +61,18 @@ def test_a_budget_is_measured_and_told(tmp_path: Path) -> None:
     assert lines[3] == "for 0.001 minutes: 6 epochs of 100 images, 8 filters, 9 nets"
 
 
-def test_again_nothing_is_trained_and_the_results_are_the_same(compared: Compared) -> None:
-    saved = json.loads((compared.out / "results.json").read_text())
-    assert saved == json.loads(json.dumps(compared.results))
-    results, lines = compared.again()
-    assert results == compared.results
+def test_again_nothing_is_trained_and_the_results_are_the_same(
+    compared: Compared, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(compared.out, out)
+    lines: list[str] = []
+    results = compare(compared.place, out, PLAN_OF_DIGITS, progress=lines.append)
+    assert json.loads(json.dumps(results)) == compared.results
+    assert json.loads((out / "results.json").read_text()) == compared.results
     assert not [line for line in lines if "epoch" in line]
     with pytest.raises(ComparisonError, match=r"Received: seeds=2 after 1\."):
-        compared.again(replace(PLAN_OF_DIGITS, seeds=2))
+        compare(compared.place, out, replace(PLAN_OF_DIGITS, seeds=2), progress=lines.append)
 
 
 def test_progress_counts_nets_epochs_and_steps(compared: Compared) -> None:
