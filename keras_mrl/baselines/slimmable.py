@@ -1,4 +1,8 @@
-"""Slimmable networks: one net whose first units, in every layer, are a narrower net."""
+"""Slimmable networks: one net whose first units, in every layer, are a narrower net.
+
+Kernels are shared by all widths (`Slimmable`); normalization is not (`Switchable`), because batch
+statistics differ from width to width.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,114 @@ from keras import ops
 
 from .._dims import check_dims
 
-# Layers that work at several widths: by their first units, or by a copy for each.
+_SWITCHED = (keras.layers.BatchNormalization, keras.layers.LayerNormalization)
+# Layers, and operations of keras.ops under the same names.
+_MIXES_UNITS = {"Concatenate", "Flatten", "Permute", "Reshape", "Stack", "Transpose"}
 
 
-def slim(units: int, share: float) -> int:
-    """Return how many of `units` a share of the width leaves: rounded, and at least one."""
-    return max(1, round(units * share))
+def slimmable(backbone: keras.Model, num_classes: int, dims: Sequence[int]) -> keras.Model:
+    """Return a slimmable classifier of the same architecture as `backbone`, newly initialised.
+
+    For features of dim m every layer works with m / d of its units. All widths share the kernels,
+    of which a narrower one uses the first rows and columns; every width has its own normalization.
+    The model returns logits of every dim, as a `MatryoshkaHead` does, so a `MatryoshkaLoss` is the
+    sum over widths that slimmable nets are trained on. Unlike with Matryoshka features, a small dim
+    costs less in the backbone, too. The layer `features_<m>` returns the features of dim m.
+
+    Args:
+        backbone: A functional or sequential model of dense layers, 2D convolutions, batch or layer
+            normalization, and layers without weights.
+        num_classes: Number of classes.
+        dims: Strictly increasing, the last one the width d of the backbone's features.
+
+    Shapes:
+        Output: `(batch, num_dims, num_classes)`.
+
+    Raises:
+        TypeError: If the backbone is no functional or sequential model with one output, or has a
+            layer that cannot be made narrower.
+        ValueError: If `dims` do not end at the width of the features.
+
+    Reference:
+        Yu et al., Slimmable Neural Networks, arXiv 1812.08928; the baseline of Kusupati et al.
+
+    Examples:
+        >>> hidden = [keras.layers.Dense(16), keras.layers.BatchNormalization()]
+        >>> backbone = keras.Sequential([keras.Input((20,)), *hidden, keras.layers.Dense(8)])
+        >>> model = slimmable(backbone, num_classes=10, dims=(2, 4, 8))
+        >>> model.output_shape
+        (None, 3, 10)
+        >>> keras.Model(model.input, model.get_layer("features_4").output).output_shape
+        (None, 4)
+    """
+    if len(getattr(backbone, "outputs", None) or ()) != 1:
+        raise TypeError(
+            "slimmable needs a model whose layers it can see, with one output. "
+            f"Received: {backbone!r}. Give a functional model, or a sequential one with an Input."
+        )
+    dims = check_dims(dims)
+    width = backbone.output_shape[-1]
+    if dims[-1] != width:
+        raise ValueError(
+            "dims of a slimmable net must end at the width of its features. "
+            f"Received: dims={dims} for features of width {width}. Add {width}."
+        )
+    shares = tuple(dim / width for dim in dims)
+    inputs = backbone.inputs[0] if len(backbone.inputs) == 1 else backbone.input
+    functional = keras.Model(inputs, backbone.outputs[0])  # a sequential model, too
+    full = keras.models.clone_model(
+        functional, clone_function=lambda layer: _make_slimmable(layer, shares)
+    )
+    head = Slimmable(keras.layers.Dense(num_classes), name=f"{backbone.name}_head")
+    logits = []
+    for dim, share in reversed([*zip(dims, shares, strict=True)]):  # the widest builds the layers
+        features = keras.layers.Identity(name=f"features_{dim}")(_outputs_at(full, share))
+        logits.append(head(features))
+    stacked = keras.ops.stack(logits[::-1], axis=-2)
+    return keras.Model(full.input, stacked, name=f"{backbone.name}_slimmable")
+
+
+def _make_slimmable(layer: Any, shares: tuple[float, ...]) -> Any:
+    """A copy of `layer` that works at every share; an operation such as `x + y` stays itself."""
+    if _is_slimmable(layer):
+        return Slimmable(_copy(layer), name=layer.name, dtype=layer.dtype_policy)
+    if isinstance(layer, _SWITCHED):
+        return Switchable(_copy(layer), shares, name=layer.name, dtype=layer.dtype_policy)
+    if getattr(layer, "weights", None) or type(layer).__name__ in _MIXES_UNITS:
+        raise TypeError(
+            "slimmable knows dense layers, 2D convolutions, batch and layer normalization, and "
+            f"layers without weights that keep units apart. Received: {layer!r} in the backbone. "
+            "Pool where it flattens, add where it concatenates, and write out nested models."
+        )
+    return _copy(layer) if isinstance(layer, keras.layers.Layer) else layer
+
+
+def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
+    return type(layer).from_config(layer.get_config())
+
+
+def _outputs_at(full: keras.Model, share: float) -> Any:
+    """The output of the layers of `full` on its inputs, at one share."""
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(layer, (Slimmable, Switchable)):
+            kwargs = {**kwargs, "share": share}
+        return layer(*args, **kwargs)
+
+    return keras.models.clone_model(
+        full,
+        input_tensors=full.input,
+        clone_function=lambda layer: layer,
+        call_function=call,
+    ).output
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
 class Slimmable(keras.layers.Layer):
     """A dense layer or a 2D convolution whose first units serve every width.
 
-    It reads as many inputs as it is given, and answers with a share of its units. The first call
-    builds it, so it must be the one at full width.
+    A call at a share returns that share of the units, for inputs of any width up to the full one.
+    The first call builds the layer, so it must be at full width.
 
     Args:
         layer: A `keras.layers.Dense` or `keras.layers.Conv2D` of the full width.
@@ -34,7 +132,7 @@ class Slimmable(keras.layers.Layer):
         Output: `(..., share * units)`, spatial axes as the layer has them.
 
     Raises:
-        TypeError: If `layer` is no dense layer and no 2D convolution with the channels last.
+        TypeError: If `layer` is neither a dense layer nor a 2D convolution with the channels last.
 
     Reference:
         Yu et al., Slimmable Neural Networks, arXiv 1812.08928.
@@ -48,7 +146,7 @@ class Slimmable(keras.layers.Layer):
 
     def __init__(self, layer: keras.layers.Layer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not is_slimmable(layer):
+        if not _is_slimmable(layer):
             raise TypeError(
                 "Slimmable makes a keras.layers.Dense or Conv2D (channels last, no groups) "
                 f"narrower. Received: {layer!r}. Give a layer that has its own weights at every "
@@ -63,10 +161,10 @@ class Slimmable(keras.layers.Layer):
             self.layer.build(input_shape)
 
     def call(self, inputs: Any, share: float = 1.0) -> Any:
-        """Return what the first units say of the first inputs."""
+        """Return the outputs of the first units, which use as many rows of the kernel as inputs."""
         layer = self.layer
         kernel = ops.convert_to_tensor(layer.kernel)
-        units = slim(kernel.shape[-1], share)
+        units = _count_units(kernel.shape[-1], share)
         kernel = kernel[..., : inputs.shape[-1], :units]
         if isinstance(layer, keras.layers.Dense):
             outputs = ops.matmul(inputs, kernel)
@@ -79,7 +177,7 @@ class Slimmable(keras.layers.Layer):
     def compute_output_spec(self, inputs: Any, share: float = 1.0) -> keras.KerasTensor:
         """Return the symbolic output of one share."""
         *shape, units = self.layer.compute_output_shape(inputs.shape)
-        return keras.KerasTensor((*shape, slim(units, share)), dtype=self.compute_dtype)
+        return keras.KerasTensor((*shape, _count_units(units, share)), dtype=self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         """Return the shape at full width."""
@@ -98,12 +196,12 @@ class Slimmable(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
 class Switchable(keras.layers.Layer):
-    """A copy of one layer for every width: what cannot be shared, such as batch statistics.
+    """A copy of one layer for every width, for what cannot be shared, such as batch statistics.
 
     Args:
-        layer: Any Keras layer that keeps the shape of its input, such as
-            `keras.layers.BatchNormalization`. It is copied for every share and itself left alone.
-        shares: The shares of the full width, ascending, the last one 1.
+        layer: A Keras layer that keeps the shape of its input, such as
+            `keras.layers.BatchNormalization`. It is copied for every share and not used itself.
+        shares: Parts of the full width, ascending to 1.
         **kwargs: What every Keras layer takes (`name`, `dtype`).
 
     Shapes:
@@ -111,8 +209,8 @@ class Switchable(keras.layers.Layer):
 
     Raises:
         TypeError: If `layer` is not a Keras layer.
-        ValueError: If `shares` do not ascend to 1; if called with a share that is none of them, or
-            on inputs of unknown width.
+        ValueError: If `shares` do not ascend to 1. In a call: if the share is not among `shares`,
+            or inputs have an unknown width.
 
     Reference:
         Yu et al., Slimmable Neural Networks, arXiv 1812.08928: switchable batch normalization.
@@ -149,10 +247,10 @@ class Switchable(keras.layers.Layer):
                 "Give the layer before it a fixed number of units."
             )
         for share, layer in zip(self.shares, self.layers_by_share, strict=True):
-            layer.build((*shape, slim(units, share)))
+            layer.build((*shape, _count_units(units, share)))
 
     def call(self, inputs: Any, share: float = 1.0, mask: Any = None) -> Any:
-        """Return what the copy of this width says."""
+        """Return the outputs of the copy of this share."""
         del mask  # Keras carries masks on the tensors themselves
         if share not in self.shares:
             raise ValueError(
@@ -176,13 +274,6 @@ class Switchable(keras.layers.Layer):
         return cls(**{**config, "layer": keras.saving.deserialize_keras_object(config["layer"])})
 
 
-def is_slimmable(layer: Any) -> bool:
-    """Whether `layer` can answer with its first units alone."""
-    if type(layer) is keras.layers.Conv2D:  # a subclass may compute something else
-        return layer.data_format == "channels_last" and layer.groups == 1
-    return type(layer) is keras.layers.Dense
-
-
 def _check_shares(shares: Sequence[float]) -> tuple[float, ...]:
     checked = tuple(float(share) for share in shares)
     ascends = all(a < b for a, b in zip((0.0, *checked), checked, strict=False))
@@ -194,99 +285,13 @@ def _check_shares(shares: Sequence[float]) -> tuple[float, ...]:
     return checked
 
 
-_SWITCHED = (keras.layers.BatchNormalization, keras.layers.LayerNormalization)
-# Layers, and operations of keras.ops of the same names.
-_MIXES_UNITS = {"Concatenate", "Flatten", "Permute", "Reshape", "Stack", "Transpose"}
+def _count_units(units: int, share: float) -> int:
+    """Return how many of `units` are used at a share of the width: rounded, and at least one."""
+    return max(1, round(units * share))
 
 
-def slimmable(backbone: keras.Model, num_classes: int, dims: Sequence[int]) -> keras.Model:
-    """Return a slimmable classifier of the same architecture as `backbone`, newly initialised.
-
-    For features of dim m every layer works with m / d of its units: widths share all kernels, the
-    narrower using the first rows and columns, and every width has normalization of its own. The
-    model gives logits of every dim, as a `MatryoshkaHead` does, so a `MatryoshkaLoss` is the sum
-    over widths that slimmable nets are trained by. Unlike Matryoshka features, a small dim costs
-    less in the backbone, too. The features of a dim m are the output of the layer `features_<m>`.
-
-    Args:
-        backbone: A functional or sequential model of dense layers, 2D convolutions, batch or layer
-            normalization, and layers without weights.
-        num_classes: Number of classes.
-        dims: Strictly increasing, the last one the width d of the backbone's features.
-
-    Shapes:
-        Output: `(batch, num_dims, num_classes)`.
-
-    Raises:
-        TypeError: If the backbone is no such model, or has a layer that cannot be made narrower.
-        ValueError: If `dims` do not end at the width of the features.
-
-    Reference:
-        Yu et al., Slimmable Neural Networks, arXiv 1812.08928; the baseline of Kusupati et al.
-
-    Examples:
-        >>> hidden = [keras.layers.Dense(16), keras.layers.BatchNormalization()]
-        >>> backbone = keras.Sequential([keras.Input((20,)), *hidden, keras.layers.Dense(8)])
-        >>> model = slimmable(backbone, num_classes=10, dims=(2, 4, 8))
-        >>> model.output_shape
-        (None, 3, 10)
-        >>> keras.Model(model.input, model.get_layer("features_4").output).output_shape
-        (None, 4)
-    """
-    if len(getattr(backbone, "outputs", None) or ()) != 1:
-        raise TypeError(
-            "slimmable needs a model whose layers it can see, with one output. "
-            f"Received: {backbone!r}. Give a functional model, or a sequential one with an Input."
-        )
-    dims = check_dims(dims)
-    width = backbone.output_shape[-1]
-    if dims[-1] != width:
-        raise ValueError(
-            "dims of a slimmable net must end at the width of its features. "
-            f"Received: dims={dims} for features of width {width}. Add {width}."
-        )
-    shares = tuple(dim / width for dim in dims)
-    inputs = backbone.inputs[0] if len(backbone.inputs) == 1 else backbone.input
-    visible = keras.Model(inputs, backbone.outputs[0])  # a sequential model as a functional one
-    full = keras.models.clone_model(visible, clone_function=lambda layer: _slim(layer, shares))
-    head = Slimmable(keras.layers.Dense(num_classes), name=f"{backbone.name}_head")
-    logits = []
-    for dim, share in reversed([*zip(dims, shares, strict=True)]):  # the widest builds the layers
-        features = keras.layers.Identity(name=f"features_{dim}")(_at(full, share))
-        logits.append(head(features))
-    stacked = keras.ops.stack(logits[::-1], axis=-2)
-    return keras.Model(full.input, stacked, name=f"{backbone.name}_slimmable")
-
-
-def _slim(layer: Any, shares: tuple[float, ...]) -> Any:
-    """What does as `layer` does, at every share; an operation such as `x + y` is its own."""
-    if is_slimmable(layer):
-        return Slimmable(_copy(layer), name=layer.name, dtype=layer.dtype_policy)
-    if isinstance(layer, _SWITCHED):
-        return Switchable(_copy(layer), shares, name=layer.name, dtype=layer.dtype_policy)
-    if getattr(layer, "weights", None) or type(layer).__name__ in _MIXES_UNITS:
-        raise TypeError(
-            "slimmable knows dense layers, 2D convolutions, batch and layer normalization, and "
-            f"layers without weights that keep units apart. Received: {layer!r} in the backbone. "
-            "Pool where it flattens, add where it concatenates, and write out nested models."
-        )
-    return _copy(layer) if isinstance(layer, keras.layers.Layer) else layer
-
-
-def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
-    return type(layer).from_config(layer.get_config())
-
-
-def _at(full: keras.Model, share: float) -> Any:
-    """The output of the same layers on the same inputs, at one share."""
-
-    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        at = {"share": share} if isinstance(layer, (Slimmable, Switchable)) else {}
-        return layer(*args, **{**kwargs, **at})
-
-    return keras.models.clone_model(
-        full,
-        input_tensors=full.input,
-        clone_function=lambda layer: layer,
-        call_function=call,
-    ).output
+def _is_slimmable(layer: Any) -> bool:
+    """Whether the first units of `layer` can be computed alone."""
+    if type(layer) is keras.layers.Conv2D:  # a subclass may compute something else
+        return layer.data_format == "channels_last" and layer.groups == 1
+    return type(layer) is keras.layers.Dense

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -22,71 +22,142 @@ from .._arrays import (
 from .._dims import check_count, check_dims
 from ..models.cut import split
 from .neighbors import (
+    BLOCK_ROWS,
     check_gallery,
-    count_blocks,
     mean_average_precision_at_k,
     nearest_ids,
     precision_at_k,
-    show_progress,
 )
 from .probe import check_probe, linear_probe
 
-# Whether a net is as often right as it says.
+Quality = dict[int, dict[str, float]]
+
+_HEAD_ROWS = 4096  # rows whose logits are held at a time
 
 
-def expected_calibration_error(logits: Any, labels: Any, bins: int = 15) -> float:
-    """Return by how much the confidence of the best class misses the accuracy, in the mean.
+def evaluate(
+    model: keras.Model,
+    inputs: Any,
+    labels: Any,
+    gallery: tuple[Any, Any] | None = None,
+    dims: Sequence[int] | None = None,
+    k: int = 10,
+    probe: bool = False,
+    batch_size: int = 256,
+    verbose: int = 1,
+) -> Quality:
+    """Return what every dim of a model is worth on labelled rows, from one pass of each.
+
+    With a head: `top1`, `top5` and `ece` (expected calibration error). With a gallery: `nn1`
+    (1-NN accuracy), `knn` (the vote of the k nearest), `p10` and `map10` (both definitions of
+    precision at k) and `recall10` (the share of the full dim's k nearest among those of this dim).
+    With `probe`: `probe`, the accuracy of a linear classifier newly trained on the gallery's
+    features. `export_saved_model(quality=...)` takes the result.
 
     Args:
-        logits: `(rows, num_classes)`.
-        labels: Class ids, `(rows,)`.
-        bins: Number of bins of equal width that confidences from 0 to 1 are put in.
-
-    Formula:
-        ECE = sum_b |b| / rows * |accuracy of b - mean confidence of b|
+        model: A model that ends in a `MatryoshkaHead`, or whose output is the embedding.
+        inputs: The rows to judge on, as `model.predict` takes them.
+        labels: Their class ids, `(rows,)` or, as Keras's data sets give them, `(rows, 1)`.
+        gallery: Inputs and labels `(x, y)` of other rows, to look for neighbours among.
+        dims: None means those of the head.
+        k: How many neighbours; the names say so: `p10`, `map10`, `recall10`.
+        probe: Whether linear classifiers are trained; scikit-learn takes minutes for 100 classes.
+        batch_size: Of the pass.
+        verbose: 1 shows progress (of both passes, of the search, of the probes), 0 does not.
 
     Raises:
-        ValueError: If shapes do not fit, rows are none, or probabilities were given.
-
-    Reference:
-        Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599.
+        ValueError: If inputs and labels do not fit, labels of the two sides are of different
+            kinds, a dim cannot be measured, or the gallery has fewer than k rows. Nothing is
+            embedded before, unless the check needs the features.
+        ImportError: If `probe` is true and scikit-learn is not installed.
 
     Examples:
-        >>> sure = [[9.0, 0.0], [9.0, 0.0]]
-        >>> round(expected_calibration_error(sure, [0, 0]), 3)
-        0.0
-        >>> round(expected_calibration_error(sure, [0, 1]), 3)  # sure of both, right once
-        0.5
+        >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
+        >>> model = MatryoshkaClassifier(backbone, MatryoshkaHead(3, dims=(4, 16)))
+        >>> x, y = np.random.default_rng(0).normal(size=(40, 20)), np.arange(40) % 3
+        >>> quality = evaluate(model, x[:10], y[:10], gallery=(x[10:], y[10:]), k=5, verbose=0)
+        >>> list(quality), list(quality[4])
+        ([4, 16], ['top1', 'top5', 'ece', 'nn1', 'knn', 'p5', 'map5', 'recall5'])
     """
-    count = check_count("bins", bins, 15)
-    scores, truth = as_float32("logits", logits), as_labels(labels)
-    if scores.ndim != 2 or truth.shape != scores.shape[:1]:
+    backbone, head = split(model)
+    if dims is None and head is None:
         raise ValueError(
-            "logits must be (rows, num_classes) with one label per row. "
-            f"Received: logits of shape {scores.shape} and labels of shape {truth.shape}. "
-            "Give what predict() returns at one dim, and class ids."
+            "evaluate needs dims for a model that ends in no MatryoshkaHead. "
+            f"Received: dims=None for {type(model).__name__} {model.name!r}. "
+            "Give the prefix lengths to judge: dims=(8, 16, 32)."
         )
-    nested, truth = check_holdout(scores[:, None], truth, 1)
-    shares = softmax(nested[:, 0])
-    return calibration_error(shares.max(axis=-1), shares.argmax(axis=-1) == truth, count)
+    if head is None and gallery is None:
+        raise ValueError(
+            "Without a head dims are judged by their neighbours. "
+            f"Received: gallery=None for {type(model).__name__} {model.name!r}. "
+            "Give gallery=(x, y), rows of training for example."
+        )
+    # Check first: embedding the data may take hours.
+    if head is None or head.dims is not None:
+        _dims_to_judge(head, dims, gallery)
+    truth, gallery_labels = check_labels_for(inputs, labels), None
+    if head is not None and (dims is None or set(dims) & set(head.dims or ())):
+        check_class_ids(truth, head.num_classes)
+    if gallery is not None:
+        gallery_labels = check_labels_for(*gallery)
+        check_kinds(truth, gallery_labels)
+        k = check_gallery(len(gallery_labels), k)
+        if probe:
+            check_probe(gallery_labels)
+    body = backbone if hasattr(backbone, "predict") else keras.Sequential([backbone])
+
+    def embed(rows: Any) -> Array:
+        embeddings = body.predict(rows, batch_size=batch_size, verbose=verbose)
+        return np.asarray(keras.ops.convert_to_numpy(embeddings), np.float32)
+
+    features = embed(inputs)
+    if head is not None and not head.built:
+        head.build(features.shape)
+    quality: Quality = {dim: {} for dim in _dims_to_judge(head, dims, gallery)}
+    if head is not None:
+        for dim in [dim for dim in quality if dim in (head.dims or ())]:
+            quality[dim] |= score_head(features, truth, *_weights(head, dim))
+    if gallery is not None:
+        rows = embed(gallery[0])
+        scores = score_embeddings(features, truth, rows, gallery_labels, tuple(quality), k, verbose)
+        progress = _progress_bar(len(scores), "probe", verbose if probe else 0)
+        for dim, measures in scores.items():
+            quality[dim] |= measures
+            if probe:
+                trained = linear_probe(rows[:, :dim], gallery_labels)
+                quality[dim]["probe"] = float((trained.predict(features[:, :dim]) == truth).mean())
+                progress()
+    return quality
 
 
-def calibration_error(confidence: Any, right: Any, bins: int = 15) -> float:
-    """Return the same of rows whose confidence is known, and whether they are right.
+def _dims_to_judge(head: Any, dims: Sequence[int] | None, gallery: Any) -> tuple[int, ...]:
+    """The requested dims, or those of the head; each can be judged by head or gallery."""
+    of_head = () if head is None else head.dims
+    requested = check_dims(of_head if dims is None else dims)
+    if gallery is None and not set(requested) <= set(of_head):
+        raise ValueError(
+            f"Without a gallery dims are judged by the head, which has {of_head}. "
+            f"Received: dims={requested}. Give those of the head, or gallery=(x, y)."
+        )
+    return requested
 
-    Examples:
-        >>> from keras_mrl.evaluation.evaluate import calibration_error
-        >>> calibration_error([0.75, 0.75], [True, False])
-        0.25
+
+def _weights(head: Any, dim: int) -> tuple[Any, Any]:
+    kernel, bias = head.weights_at(dim)
+    numpy = keras.ops.convert_to_numpy
+    return numpy(kernel), None if bias is None else numpy(bias)
+
+
+def _progress_bar(steps: int, unit: str, verbose: int) -> Callable[[], None]:
+    """A function to call after every step, which draws a bar where `verbose` is not 0.
+
+    The bar is there before the first step, which may take minutes.
     """
-    sure = np.asarray(confidence, np.float64)
-    of = np.minimum((sure * bins).astype(int), bins - 1)
-    return float(np.abs(np.bincount(of, right - sure, minlength=bins)).sum() / len(sure))
-
-
-# What the neighbours of embeddings are worth at every dim.
-
-Quality = dict[int, dict[str, float]]
+    if not verbose:
+        return lambda: None
+    bar = keras.utils.Progbar(steps, unit_name=unit)
+    bar.update(0)
+    return lambda: bar.add(1)
 
 
 def score_embeddings(
@@ -98,7 +169,7 @@ def score_embeddings(
     k: int = 10,
     verbose: int = 0,
 ) -> Quality:
-    """Return what the neighbours at every dim are worth: see `evaluate`.
+    """Return `nn1`, `knn`, precision and recall of the neighbours at every dim: see `evaluate`.
 
     Args:
         queries: Embeddings `(queries, width)`, none of them in the gallery.
@@ -120,41 +191,38 @@ def score_embeddings(
         {'nn1': 1.0, 'knn': 1.0, 'p2': 1.0, 'map2': 1.0, 'recall2': 1.0}
     """
     ladder = check_dims(dims)
-    asked, rows = check_features(queries, ladder[-1]), check_features(gallery, ladder[-1])
-    wanted, labels = check_labels_of(asked, query_labels), check_labels_of(rows, gallery_labels)
-    check_kinds(wanted, labels)
-    k = check_gallery(len(rows), k)
-    progress = show_progress(len(ladder) * count_blocks(len(rows)), "block", verbose)
-    exact = nearest_ids(rows, asked, ladder[-1], k, progress)
+    queries, gallery = check_features(queries, ladder[-1]), check_features(gallery, ladder[-1])
+    expected, labels = (
+        check_labels_of(queries, query_labels),
+        check_labels_of(gallery, gallery_labels),
+    )
+    check_kinds(expected, labels)
+    k = check_gallery(len(gallery), k)
+    progress = _progress_bar(len(ladder) * -(-len(gallery) // BLOCK_ROWS), "block", verbose)
+    exact = nearest_ids(gallery, queries, ladder[-1], k, progress)
     scores: Quality = {}
     for dim in ladder:
-        ids = exact if dim == ladder[-1] else nearest_ids(rows, asked, dim, k, progress)
-        named = labels[ids]
-        hits = named == wanted[:, None]
-        found = [len(np.intersect1d(a, b)) for a, b in zip(ids, exact, strict=True)]
+        ids = exact if dim == ladder[-1] else nearest_ids(gallery, queries, dim, k, progress)
+        hits = labels[ids] == expected[:, None]
+        shared = [len(np.intersect1d(a, b)) for a, b in zip(ids, exact, strict=True)]
         scores[dim] = {
             "nn1": float(hits[:, 0].mean()),
-            "knn": float((_vote(named) == wanted).mean()),
+            "knn": float((_vote(labels[ids]) == expected).mean()),
             f"p{k}": precision_at_k(hits),
             f"map{k}": mean_average_precision_at_k(hits),
-            f"recall{k}": float(np.mean(found) / k),
+            f"recall{k}": float(np.mean(shared) / k),
         }
     return scores
 
 
-def _vote(named: Array) -> Array:
-    """The most frequent label of each row; of equally frequent ones the smallest."""
-    ordered = np.sort(named, axis=1)
+def _vote(labels: Array) -> Array:
+    """The most frequent of the labels `(queries, k)` of each row; of equals the smallest."""
+    ordered = np.sort(labels, axis=1)
     places = np.arange(ordered.shape[1])
     starts = np.ones(ordered.shape, bool)
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    run = places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)  # equal ones before
+    run = places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)  # equals before it
     return np.take_along_axis(ordered, run.argmax(axis=1)[:, None], axis=1)[:, 0]
-
-
-# What a linear head is worth on the first coordinates of features.
-
-_ROWS = 4096  # whose logits are made at a time
 
 
 def score_head(features: Any, labels: Any, kernel: Any, bias: Any) -> dict[str, float]:
@@ -183,17 +251,17 @@ def score_head(features: Any, labels: Any, kernel: Any, bias: Any) -> dict[str, 
     truth = check_labels_of(table, labels)
     check_class_ids(truth, num_classes)
     classes = np.arange(num_classes)
-    ranks, sure = [], []
-    with np.errstate(over="ignore", invalid="ignore"):  # refused below, by its name
-        for start in range(0, len(table), _ROWS):
-            part = slice(start, start + _ROWS)
+    ranks, confidences = [], []
+    with np.errstate(over="ignore", invalid="ignore"):  # refused below
+        for start in range(0, len(table), _HEAD_ROWS):
+            part = slice(start, start + _HEAD_ROWS)
             logits = table[part, :dim] @ weights + offsets
-            of = truth[part, None]
-            own = np.take_along_axis(logits, of, axis=1)
-            ahead = np.where(classes < of, logits >= own, logits > own)
-            ranks.append(np.count_nonzero(ahead, axis=1))
-            sure.append(max_probability(logits))
-    rank, confidence = np.concatenate(ranks), np.concatenate(sure)
+            label = truth[part, None]
+            logit = np.take_along_axis(logits, label, axis=1)
+            is_ahead = np.where(classes < label, logits >= logit, logits > logit)
+            ranks.append(np.count_nonzero(is_ahead, axis=1))
+            confidences.append(max_probability(logits))
+    rank, confidence = np.concatenate(ranks), np.concatenate(confidences)
     if not np.isfinite(confidence).all():
         raise ValueError(
             "logits must be finite. "
@@ -203,7 +271,7 @@ def score_head(features: Any, labels: Any, kernel: Any, bias: Any) -> dict[str, 
     return {
         "top1": float((rank == 0).mean()),
         "top5": float((rank < 5).mean()),
-        "ece": calibration_error(confidence, rank == 0),
+        "ece": _calibration_error(confidence, rank == 0),
     }
 
 
@@ -226,114 +294,44 @@ def _check_head(kernel: Any, bias: Any) -> tuple[Array, Array]:
     return weights, offsets
 
 
-def evaluate(
-    model: keras.Model,
-    inputs: Any,
-    labels: Any,
-    gallery: tuple[Any, Any] | None = None,
-    dims: Sequence[int] | None = None,
-    k: int = 10,
-    probe: bool = False,
-    batch_size: int = 256,
-    verbose: int = 1,
-) -> Quality:
-    """Return what every dim of a model is worth on labelled rows, from one pass of each.
-
-    With a head: `top1`, `top5` and `ece` (expected calibration error). With a gallery: `nn1`
-    (1-NN accuracy), `knn` (the vote of the k nearest), `p10` and `map10` (both definitions of
-    precision at k) and `recall10` (the share of the full dim's k nearest that are found). With
-    `probe`: `probe`, the accuracy of a linear classifier newly trained on the gallery's features.
-    The result is what `export_saved_model(quality=...)` takes.
+def expected_calibration_error(logits: Any, labels: Any, bins: int = 15) -> float:
+    """Return by how much the confidence of the best class misses the accuracy, in the mean.
 
     Args:
-        model: A model that ends in a `MatryoshkaHead`, or whose output is the embedding.
-        inputs: The rows to judge on, as `model.predict` takes them.
-        labels: Their class ids, `(rows,)` or, as Keras's data sets give them, `(rows, 1)`.
-        gallery: Inputs and labels `(x, y)` of other rows, to look for neighbours among.
-        dims: None means those of the head.
-        k: How many neighbours; the names say so: `p10`, `map10`, `recall10`.
-        probe: Whether linear classifiers are trained; scikit-learn takes minutes for 100 classes.
-        batch_size: Of the pass.
-        verbose: 1 shows progress (of both passes, of the search, of the probes), 0 does not.
+        logits: `(rows, num_classes)`.
+        labels: Class ids, `(rows,)`.
+        bins: Number of bins of equal width that confidences from 0 to 1 are put in.
+
+    Formula:
+        ECE = sum_b |b| / rows * |accuracy of b - mean confidence of b|
 
     Raises:
-        ValueError: If inputs and labels do not fit, labels of the two sides are of different
-            kinds, a dim cannot be measured, or the gallery has fewer than k rows. All that is
-            refused before anything is embedded, but for what needs the features to tell.
-        ImportError: If `probe` is asked for and scikit-learn is not installed.
+        ValueError: If shapes do not fit, there are no rows, or these are probabilities.
+
+    Reference:
+        Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599.
 
     Examples:
-        >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
-        >>> model = MatryoshkaClassifier(backbone, MatryoshkaHead(3, dims=(4, 16)))
-        >>> x, y = np.random.default_rng(0).normal(size=(40, 20)), np.arange(40) % 3
-        >>> quality = evaluate(model, x[:10], y[:10], gallery=(x[10:], y[10:]), k=5, verbose=0)
-        >>> list(quality), list(quality[4])
-        ([4, 16], ['top1', 'top5', 'ece', 'nn1', 'knn', 'p5', 'map5', 'recall5'])
+        >>> sure = [[9.0, 0.0], [9.0, 0.0]]
+        >>> round(expected_calibration_error(sure, [0, 0]), 3)
+        0.0
+        >>> round(expected_calibration_error(sure, [0, 1]), 3)  # sure of both, right once
+        0.5
     """
-    backbone, head = split(model)
-    if dims is None and head is None:
+    count = check_count("bins", bins, 15)
+    scores, truth = as_float32("logits", logits), as_labels(labels)
+    if scores.ndim != 2 or truth.shape != scores.shape[:1]:
         raise ValueError(
-            "evaluate needs dims for a model that ends in no MatryoshkaHead. "
-            f"Received: dims=None for {type(model).__name__} {model.name!r}. "
-            "Give the prefix lengths to judge: dims=(8, 16, 32)."
+            "logits must be (rows, num_classes) with one label per row. "
+            f"Received: logits of shape {scores.shape} and labels of shape {truth.shape}. "
+            "Give what predict() returns at one dim, and class ids."
         )
-    if head is None and gallery is None:
-        raise ValueError(
-            "Without a head dims are judged by their neighbours. "
-            f"Received: gallery=None for {type(model).__name__} {model.name!r}. "
-            "Give gallery=(x, y), rows of training for example."
-        )
-    # All that can be told before the data is embedded, which may take hours.
-    if head is None or head.dims is not None:
-        _ladder(head, dims, gallery)
-    truth, named = check_labels_for(inputs, labels), None
-    if head is not None and (dims is None or set(dims) & set(head.dims or ())):
-        check_class_ids(truth, head.num_classes)
-    if gallery is not None:
-        named = check_labels_for(*gallery)
-        check_kinds(truth, named)
-        k = check_gallery(len(named), k)
-        if probe:
-            check_probe(named)
-    body = backbone if hasattr(backbone, "predict") else keras.Sequential([backbone])
-
-    def embed(rows: Any) -> Array:
-        found = body.predict(rows, batch_size=batch_size, verbose=verbose)
-        return np.asarray(keras.ops.convert_to_numpy(found), np.float32)
-
-    features = embed(inputs)
-    if head is not None and not head.built:
-        head.build(features.shape)
-    quality: Quality = {dim: {} for dim in _ladder(head, dims, gallery)}
-    if head is not None:
-        for dim in [dim for dim in quality if dim in (head.dims or ())]:
-            quality[dim] |= score_head(features, truth, *_weights(head, dim))
-    if gallery is not None:
-        shown = embed(gallery[0])
-        found = score_embeddings(features, truth, shown, named, tuple(quality), k, verbose)
-        progress = show_progress(len(found), "probe", verbose if probe else 0)
-        for dim, measures in found.items():
-            quality[dim] |= measures
-            if probe:
-                fitted = linear_probe(shown[:, :dim], named)
-                quality[dim]["probe"] = float((fitted.predict(features[:, :dim]) == truth).mean())
-                progress()
-    return quality
+    nested, truth = check_holdout(scores[:, None], truth, 1)
+    shares = softmax(nested[:, 0])
+    return _calibration_error(shares.max(axis=-1), shares.argmax(axis=-1) == truth, count)
 
 
-def _ladder(head: Any, dims: Sequence[int] | None, gallery: Any) -> tuple[int, ...]:
-    """The dims to judge, each of which there is a way to judge by."""
-    known = () if head is None else head.dims
-    chosen = check_dims(known if dims is None else dims)
-    if gallery is None and not set(chosen) <= set(known):
-        raise ValueError(
-            f"Without a gallery dims are judged by the head, which has {known}. "
-            f"Received: dims={chosen}. Give those of the head, or gallery=(x, y)."
-        )
-    return chosen
-
-
-def _weights(head: Any, dim: int) -> tuple[Any, Any]:
-    kernel, bias = head.weights_at(dim)
-    numpy = keras.ops.convert_to_numpy
-    return numpy(kernel), None if bias is None else numpy(bias)
+def _calibration_error(confidence: Array, right: Array, bins: int = 15) -> float:
+    sure = np.asarray(confidence, np.float64)
+    bin_of_row = np.minimum((sure * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(bin_of_row, right - sure, minlength=bins)).sum() / len(sure))

@@ -1,8 +1,11 @@
-"""The paper's pictures: what a dim is worth, and what a cost buys."""
+"""The paper's figures: a measure over dims, and a measure over what a search costs.
+
+They are drawn on matplotlib's `Figure` and not by pyplot: no global state, no display.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ Spread = float | Sequence[float]
 def plot_accuracy(
     accuracy_by_dim: Mapping[int, float], adaptive: tuple[float, float] | None, path: str | Path
 ) -> None:
-    """Draw accuracy over dims, and adaptive classification at its expected dim.
+    """Draw accuracy over dims, with adaptive classification as a star at its expected dim.
 
     Args:
         accuracy_by_dim: Accuracy (a fraction) of every dim alone.
@@ -58,12 +61,12 @@ def plot_by_dim(
 
     Args:
         lines: Method to dim to a fraction, or to one per seed: their mean is drawn, with a bar of
-            one standard deviation to each side. A method without dims is not drawn and keeps its
-            colour, so that pictures side by side can agree.
+            one standard deviation to each side. A method without dims is not drawn but uses up its
+            colour, so that the same methods have the same colours in several figures.
         path: File to write; its suffix chooses the format (.png, .svg).
-        stars: Name to an expected dim and a fraction, for what is no single dim.
-        title: Of the picture.
-        measure: What the fractions are.
+        stars: Name to an expected dim and a fraction, for methods that mix dims.
+        title: Of the figure.
+        measure: Name of what the fractions measure.
 
     Raises:
         ValueError: If no method has a dim.
@@ -76,22 +79,17 @@ def plot_by_dim(
     dims = sorted({dim for by_dim in lines.values() for dim in by_dim})
     axes.set_xscale("log", base=2)
     axes.set_xticks(dims, [str(dim) for dim in dims])
-    for (name, by_dim), colour, marker in zip(
-        lines.items(), cycle(_COLOURS), cycle(_MARKERS), strict=False
-    ):
-        own = sorted(by_dim)
-        if not own:
-            continue
-        values = [100 * np.atleast_1d(by_dim[dim]) for dim in own]
+    for name, by_dim, style in _styled(lines):
+        own_dims = sorted(by_dim)
+        values = [100 * np.atleast_1d(by_dim[dim]) for dim in own_dims]
         axes.errorbar(
-            own,
+            own_dims,
             [float(value.mean()) for value in values],
             yerr=[float(value.std(ddof=1)) if len(value) > 1 else 0.0 for value in values],
-            color=colour,
-            marker=marker,
             markersize=5,
             capsize=2 if any(len(value) > 1 for value in values) else 0,
             label=name,
+            **style,
         )
     _add_stars(axes, stars or {})
     _save(figure, axes, path)
@@ -129,11 +127,12 @@ def plot_by_cost(
     """Draw a measure over multiply-adds per query, one line per method.
 
     Args:
-        lines: Method to dim to multiply-adds and a fraction; one without dims keeps its colour.
+        lines: Method to dim to multiply-adds and a fraction; a method without dims is not drawn
+            but uses up its colour.
         path: File to write; its suffix chooses the format (.png, .svg).
-        stars: Name to multiply-adds and a fraction, for what is no single dim.
-        title: Of the picture.
-        measure: What the fractions are.
+        stars: Name to multiply-adds and a fraction, for methods that mix dims.
+        title: Of the figure.
+        measure: Name of what the fractions measure.
 
     Raises:
         ValueError: If no method has a dim.
@@ -148,20 +147,15 @@ def plot_by_cost(
     axes.set_xticks(costs, [_short(cost) for cost in costs])
     axes.minorticks_off()
     axes.margins(y=0.12)
-    for (name, by_dim), colour, marker in zip(
-        lines.items(), cycle(_COLOURS), cycle(_MARKERS), strict=False
-    ):
-        points = [(dim, *by_dim[dim]) for dim in sorted(by_dim)]
-        if not points:
-            continue
+    for name, by_dim, style in _styled(lines):
+        points = [by_dim[dim] for dim in sorted(by_dim)]
         axes.plot(
-            [cost for _, cost, _ in points],
-            [100 * quality for _, _, quality in points],
-            color=colour,
-            marker=marker,
+            [cost for cost, _ in points],
+            [100 * quality for _, quality in points],
             label=name,
+            **style,
         )
-    # One line has the dims written to it; the others have them at the same costs.
+    # The dims are written at one line; the other lines have them at the same costs.
     for dim, (cost, quality) in next(filter(None, lines.values())).items():
         axes.annotate(
             str(dim),
@@ -173,6 +167,14 @@ def plot_by_cost(
         )
     _add_stars(axes, stars or {})
     _save(figure, axes, path)
+
+
+def _styled(lines: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, str]]]:
+    """Name, values by dim, colour and marker of every line that is drawn."""
+    styles = zip(cycle(_COLOURS), cycle(_MARKERS), strict=False)
+    for (name, by_dim), (colour, marker) in zip(lines.items(), styles, strict=False):
+        if by_dim:
+            yield name, by_dim, {"color": colour, "marker": marker}
 
 
 def _check_lines(lines: Mapping[str, Mapping[int, Any]]) -> None:
@@ -199,7 +201,6 @@ def _short(count: float) -> str:
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    # Figure itself, not pyplot: no global state, no display, nothing to close.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -212,7 +213,7 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, axes: Any, path: str | Path) -> None:
-    # Beneath the axes: inside there is no place that lines and stars leave free for sure.
+    # The legend stands beneath the axes: inside them it could hide a line or a star.
     handles, _ = axes.get_legend_handles_labels()
     rows = -(-len(handles) // _LEGEND_COLUMNS)
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * rows)

@@ -1,4 +1,4 @@
-"""A linear classifier newly trained on features that stay as they are."""
+"""Linear probes: how well classes are told apart by a linear classifier of frozen features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LinearProbe:
     Args:
         kernel: `(width, num_classes)`.
         bias: `(num_classes,)`.
-        classes: The label of every logit, ascending; those that training showed.
+        classes: The label of every logit, ascending; labels that training did not have are none.
 
     Examples:
         >>> probe = LinearProbe(kernel=np.eye(2), bias=np.zeros(2), classes=np.array([3, 5]))
@@ -40,11 +40,11 @@ class LinearProbe:
 
 
 def linear_probe(features: Any, labels: Any, regularization: float = 1.0) -> LinearProbe:
-    """Train a linear classifier on features.
+    """Return a linear classifier trained on features.
 
     This is scikit-learn's logistic regression on standardised features, and not a Keras layer: the
-    problem is convex, so there is one answer, the same on every backend, with no learning rate, no
-    batches and no seed to choose for it.
+    problem is convex, so it has one solution, the same on every backend, and no learning rate, no
+    batches and no seed to choose.
 
     Args:
         features: `(rows, width)`.
@@ -72,32 +72,31 @@ def linear_probe(features: Any, labels: Any, regularization: float = 1.0) -> Lin
             "Give a small one, 1e-6, to have next to none."
         )
     table = check_features(features).astype(np.float64)
-    given = check_labels_of(table, labels)
-    check_probe(given)
+    truth = check_labels_of(table, labels)
+    check_probe(truth)
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(table)
-    fitted = LogisticRegression(C=1 / float(regularization), max_iter=1000).fit(
-        scaler.transform(table), given
-    )
-    weights, biases = fitted.coef_, fitted.intercept_
-    if len(fitted.classes_) == 2:  # one sigmoid is a softmax whose first logit is zero
+    regression = LogisticRegression(C=1 / float(regularization), max_iter=1000)
+    regression.fit(scaler.transform(table), truth)
+    weights, biases = regression.coef_, regression.intercept_
+    if len(regression.classes_) == 2:  # one sigmoid is a softmax whose first logit is zero
         weights = np.concatenate([np.zeros_like(weights), weights])
         biases = np.concatenate([np.zeros_like(biases), biases])
     kernel = weights.T / scaler.scale_[:, None]
-    return LinearProbe(kernel, biases - scaler.mean_ @ kernel, fitted.classes_)
+    return LinearProbe(kernel, biases - scaler.mean_ @ kernel, regression.classes_)
 
 
 def check_probe(labels: Array) -> None:
-    """Raise where no probe can be trained on rows of these labels.
+    """Raise an error where no probe can be trained on rows of these labels.
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        ValueError: If they are of one class alone.
+        ValueError: If all labels are equal.
     """
     try:
-        import sklearn.linear_model  # noqa: F401 - whether it is there
+        import sklearn.linear_model  # noqa: F401 - is it installed?
     except ImportError as error:
         raise ImportError(
             f"A linear probe is trained by scikit-learn. Received: {error}. "

@@ -1,4 +1,8 @@
-"""What every dim of a language model says of a text, without holding the logits of all of it."""
+"""Scores of a text at every dim of a language model, and thresholds for adaptive decoding.
+
+The logits of a whole text would not fit in memory. So they are made a chunk of positions at a time,
+and three numbers of each are kept: the loss, the confidence, and whether the best token is right.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,9 @@ class TokenScores:
 
     Args:
         dims: The dims of the head.
-        losses: Minus the log-probability of the token that came, float32 `(tokens, num_dims)`.
+        losses: Minus the log-probability of the true token, float32 `(tokens, num_dims)`.
         confidences: The largest probability, float32 `(tokens, num_dims)`.
-        right: Whether the likeliest token is the one that came, bool `(tokens, num_dims)`.
+        right: Whether the likeliest token is the true one, bool `(tokens, num_dims)`.
 
     Examples:
         >>> from keras_mrl_serving import CascadePolicy, Stage
@@ -67,8 +71,8 @@ class TokenScores:
 
     def _route(self, policy: CascadePolicy) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The column of each stage, and the stage each token stops at."""
-        known = set(policy.dims) <= set(self.dims)
-        if not known or any(stage.temperature != 1 for stage in policy.stages):
+        scored = set(policy.dims) <= set(self.dims)
+        if not scored or any(stage.temperature != 1 for stage in policy.stages):
             raise ValueError(
                 "A policy for these scores asks scored dims, at temperature 1. "
                 f"Received: {policy.stages} for dims={self.dims}. "
@@ -76,10 +80,9 @@ class TokenScores:
             )
         columns = np.array([self.dims.index(dim) for dim in policy.dims])
         limits = np.array([s.threshold for s in policy.stages[:-1]], np.float32)
-        sure = self.confidences[:, columns].astype(np.float32)
-        sure[:, :-1] = sure[:, :-1] > limits
-        sure[:, -1] = 1
-        return columns, np.argmax(sure, axis=1)
+        stops = np.ones((len(self), len(columns)), bool)
+        stops[:, :-1] = self.confidences[:, columns[:-1]].astype(np.float32) > limits
+        return columns, np.argmax(stops, axis=1)
 
 
 def score_tokens(
@@ -91,13 +94,13 @@ def score_tokens(
     batch_size: int = 32,
     chunk: int = 1024,
 ) -> TokenScores:
-    """Score a text at every dim, `chunk` positions at a time.
+    """Return the scores of a text at every dim, made `chunk` positions at a time.
 
     Args:
         model: A built language model with features at every position.
         tokens: Token ids.
-        labels: The token after each.
-        ignore_class: Label that stands for no token; such positions are left out.
+        labels: The token that follows each.
+        ignore_class: Label that stands for no token; its positions are left out.
         batch_size: Rows the backbone reads at once.
         chunk: Positions whose logits are held at once, at one dim.
 
@@ -124,32 +127,36 @@ def score_tokens(
             "Give the rows and the positions that fit in memory at once."
         )
     backbone, head = split(model)
-    read, truth = np.asarray(tokens), np.asarray(labels)
+    ids, truth = np.asarray(tokens), np.asarray(labels)
     counted = np.ones(truth.shape, bool) if ignore_class is None else truth != ignore_class
-    if head is None or read.shape != truth.shape or read.ndim != 2 or not counted.any():
+    if head is None or ids.shape != truth.shape or ids.ndim != 2 or not counted.any():
         raise ValueError(
             "A text is scored by a model with a MatryoshkaHead, on tokens (rows, time) and the "
             "labels of each, not all ignored. "
-            f"Received: {type(model).__name__} {model.name!r}, tokens of shape {read.shape}, "
+            f"Received: {type(model).__name__} {model.name!r}, tokens of shape {ids.shape}, "
             f"labels of shape {truth.shape}, {int(counted.sum())} that count. "
             "Write score_tokens(model, ids[:, :-1], ids[:, 1:])."
         )
     _check_tokens(truth[counted], head.num_classes)
-    parts = []
-    for start in range(0, len(read), batch_size):
+    chunks = []
+    for start in range(0, len(ids), batch_size):
         rows = slice(start, start + batch_size)
-        batch = np.asarray(backbone.predict_on_batch(_filled(read[rows], batch_size)))
-        features = batch[: len(read[rows])][counted[rows]]
-        known = truth[rows][counted[rows]].astype(np.int32)
-        for first in range(0, len(known), chunk):
+        batch = np.asarray(backbone.predict_on_batch(_pad(ids[rows], batch_size)))
+        features = batch[: len(ids[rows])][counted[rows]]
+        next_ids = truth[rows][counted[rows]].astype(np.int32)
+        for first in range(0, len(next_ids), chunk):
             part = slice(first, first + chunk)
-            parts.append(
-                [_score(head, features[part], known[part], chunk, d) for d in head.dims or ()]
+            chunks.append(
+                [
+                    _score(head, features[part], next_ids[part], chunk, dim)
+                    for dim in head.dims or ()
+                ]
             )
-    columns = [
-        np.concatenate([np.stack([dim[i] for dim in p], 1) for p in parts]) for i in range(3)
-    ]
-    return TokenScores(head.dims or (), columns[0], columns[1], columns[2].astype(bool))
+    losses, confidences, right = (
+        np.concatenate([np.stack([scores[i] for scores in by_dim], axis=1) for by_dim in chunks])
+        for i in range(3)
+    )
+    return TokenScores(head.dims or (), losses, confidences, right.astype(bool))
 
 
 def _check_tokens(labels: npt.NDArray[Any], num_classes: int) -> None:
@@ -162,43 +169,39 @@ def _check_tokens(labels: npt.NDArray[Any], num_classes: int) -> None:
         )
 
 
-def _filled(array: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
-    """The array with rows of zeros behind it: one shape, so that nothing is compiled twice."""
+def _pad(array: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
+    """The array with rows of zeros after it: one shape, so that nothing is compiled twice."""
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
 
 
 def _score(head: Any, features: Any, labels: Any, rows: int, dim: int) -> list[npt.NDArray[Any]]:
     """Losses, confidences and correctness of at most `rows` positions at one dim."""
-    prefix = ops.convert_to_tensor(_filled(features[:, :dim], rows))
-    truth = ops.convert_to_tensor(_filled(labels, rows))
+    prefix = ops.convert_to_tensor(_pad(features[:, :dim], rows))
+    truth = ops.convert_to_tensor(_pad(labels, rows))
     logits = ops.cast(head.logits_at(prefix, dim), "float32")
-    highest = ops.max(logits, axis=-1)
-    summed = ops.sum(ops.exp(logits - highest[:, None]), axis=-1)
-    of_label = ops.take_along_axis(logits, truth[:, None], axis=-1)[:, 0]
-    losses = highest + ops.log(summed) - of_label
+    largest = ops.max(logits, axis=-1)
+    total = ops.sum(ops.exp(logits - largest[:, None]), axis=-1)
+    logit = ops.take_along_axis(logits, truth[:, None], axis=-1)[:, 0]
+    losses = largest + ops.log(total) - logit
     right = ops.equal(ops.cast(ops.argmax(logits, axis=-1), "int32"), truth)
-    columns = (losses, 1.0 / summed, right)
-    return [ops.convert_to_numpy(column)[: len(labels)] for column in columns]
+    scores = (losses, 1.0 / total, right)
+    return [ops.convert_to_numpy(values)[: len(labels)] for values in scores]
 
 
-# Thresholds for adaptive decoding, from what a holdout text costs at each dim.
-
-Array = npt.NDArray[Any]
-
-_STEPS = 40  # halvings of the price; each leaves half of what is undecided
-_SWEEPS = 3  # over the thresholds: a stage sees the tokens alone that those before it pass on
+_STEPS = 40  # each halves the interval that the price lies in
+_SWEEPS = 3  # over the thresholds: each depends on which tokens the stages before it pass on
 
 
 def learn_decoding_policy(scores: TokenScores, budget: float = 0.02) -> CascadePolicy:
     """Return the policy of least expected dim whose perplexity stays within a budget.
 
-    A token costs its cross-entropy and a price per dim. At one price every threshold in turn, from
-    the last to the first and a few times over, is the one of least cost given the others. The price
-    rises as long as the perplexity on the holdout keeps the budget.
+    A token costs its cross-entropy plus a price per dim. At a given price each threshold is set to
+    the one of least cost, given the others: from the last to the first, a few times over. The price
+    is the highest at which the perplexity on the holdout stays within the budget.
 
     Args:
-        scores: Of a holdout text; it must share nothing with the training text nor with the text
-            the policy is judged on.
+        scores: Of a holdout text, which shares nothing with the training text nor with the text
+            that the policy is judged on.
         budget: Share by which the adaptive perplexity may exceed that of the last dim.
 
     Formula:
@@ -226,15 +229,15 @@ def learn_decoding_policy(scores: TokenScores, budget: float = 0.02) -> CascadeP
             f"Received: budget={budget}. Give 0.02 for 2% above the last dim's perplexity."
         )
     limit = scores.perplexity()[scores.dims[-1]] * (1 + budget)
-    low, high = np.log(1e-9), np.log(1e3)
+    low, high = np.log(1e-9), np.log(1e3)  # logarithms of prices
     best = _policy(scores, 0.0, budget)
     for _ in range(_STEPS):
-        price = (low + high) / 2
-        tried = _policy(scores, float(np.exp(price)), budget)
-        if scores.adaptive_perplexity(tried) <= limit:
-            low, best = price, tried
+        middle = (low + high) / 2
+        policy = _policy(scores, float(np.exp(middle)), budget)
+        if scores.adaptive_perplexity(policy) <= limit:
+            low, best = middle, policy
         else:
-            high = price
+            high = middle
     return replace(best, holdout=scores.evaluate(best))
 
 
@@ -243,28 +246,30 @@ def _policy(scores: TokenScores, price: float, budget: float) -> CascadePolicy:
     costs = scores.losses.astype(np.float64) + price * np.asarray(scores.dims)
     confidences = scores.confidences.astype(np.float32)
     thresholds = [1.0] * (len(scores.dims) - 1)
-    sure = np.zeros(costs.shape, bool)
-    sure[:, -1] = True
+    would_stop = np.zeros(costs.shape, bool)
+    would_stop[:, -1] = True
     for _ in range(_SWEEPS):
         for stage in reversed(range(len(thresholds))):
-            reached = ~sure[:, :stage].any(axis=1)
-            stops = stage + 1 + np.argmax(sure[:, stage + 1 :], axis=1)
-            later = costs[np.arange(len(costs)), stops]
+            reached = ~would_stop[:, :stage].any(axis=1)
+            next_stop = stage + 1 + np.argmax(would_stop[:, stage + 1 :], axis=1)
+            later = costs[np.arange(len(costs)), next_stop]
             thresholds[stage] = _threshold(
                 confidences[reached, stage], costs[reached, stage], later[reached]
             )
-            sure[:, stage] = confidences[:, stage] > np.float32(thresholds[stage])
+            would_stop[:, stage] = confidences[:, stage] > np.float32(thresholds[stage])
     stages = tuple(map(Stage, scores.dims, [*thresholds, None]))
     method = f"least expected dim within {budget:.1%} of the last dim's perplexity"
     return CascadePolicy(stages, method=method)
 
 
-def _threshold(confidence: Array, here: Array, later: Array) -> float:
-    """The threshold of least cost where a token costs `here` above it and `later` below."""
+def _threshold(
+    confidence: npt.NDArray[Any], here: npt.NDArray[Any], later: npt.NDArray[Any]
+) -> float:
+    """The threshold of least cost: a token costs `here` above it and `later` at it or below."""
     order = np.argsort(confidence, kind="stable")
     ascending = confidence[order]
-    passed_on = np.concatenate([[0], np.cumsum(later[order])])
-    kept = np.concatenate([np.cumsum(here[order][::-1])[::-1], [0]])
-    apart = np.ones(len(order) + 1, bool)
-    apart[1:-1] = ascending[1:] > ascending[:-1]  # no threshold parts equal confidences
-    return midway(ascending, int(np.argmin(np.where(apart, passed_on + kept, np.inf))))
+    cost_below = np.concatenate([[0], np.cumsum(later[order])])
+    cost_above = np.concatenate([np.cumsum(here[order][::-1])[::-1], [0]])
+    differ = np.ones(len(order) + 1, bool)
+    differ[1:-1] = ascending[1:] > ascending[:-1]  # no threshold parts equal confidences
+    return midway(ascending, int(np.argmin(np.where(differ, cost_below + cost_above, np.inf))))

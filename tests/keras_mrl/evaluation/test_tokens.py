@@ -11,8 +11,6 @@ from tests.helpers.language_models import DIMS, LENGTH, NEXT, READ, language_mod
 from tests.helpers.laws import exactly
 from tests.helpers.small_models import as_numpy
 
-pytestmark = pytest.mark.backend
-
 
 @pytest.fixture(scope="module")
 def model() -> Any:
@@ -33,6 +31,7 @@ def text(tokens: int = 4000) -> TokenScores:
     return TokenScores(DIMS, losses.astype("float32"), confidences.astype("float32"), right)
 
 
+@pytest.mark.backend
 def test_scores_are_those_of_all_logits_at_once(model: Any) -> None:
     logits = as_numpy(model(READ)).astype("float64").reshape(-1, 3, 11)
     log = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
@@ -49,6 +48,7 @@ def test_scores_are_those_of_all_logits_at_once(model: Any) -> None:
         assert scores.perplexity()[dim] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize(("batch_size", "chunk"), [(5, 7), (100, 1000)])
 def test_parts_do_not_change_the_scores(model: Any, batch_size: int, chunk: int) -> None:
     whole = score_tokens(model, READ[:6], NEXT[:6])
@@ -56,6 +56,7 @@ def test_parts_do_not_change_the_scores(model: Any, batch_size: int, chunk: int)
     np.testing.assert_allclose(rows(parts), rows(whole), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.backend
 def test_no_more_than_a_chunk_of_logits_is_held(model: Any, monkeypatch: Any) -> None:
     seen = []
     logits_at = type(model.head).logits_at
@@ -69,6 +70,7 @@ def test_no_more_than_a_chunk_of_logits_is_held(model: Any, monkeypatch: Any) ->
     assert seen == [10] * -(-READ.size // 10) * len(DIMS)
 
 
+@pytest.mark.backend
 def test_ignored_labels_are_left_out(model: Any) -> None:
     labels = NEXT.copy()
     labels[0], labels[1:, 4:] = -1, -1
@@ -93,6 +95,7 @@ def test_the_adaptive_perplexity_is_that_of_the_dims_stopped_at() -> None:
     assert report.size == 4000
 
 
+@pytest.mark.backend
 def test_it_stops_where_the_policy_routes_the_logits(model: Any) -> None:
     policy = CascadePolicy((Stage(2, 0.4), Stage(4, 0.5), Stage(8, None)))
     logits = as_numpy(model(READ)).reshape(-1, 3, 11)
