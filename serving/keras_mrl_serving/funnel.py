@@ -1,4 +1,4 @@
-"""Funnel retrieval: shortlist the gallery with few dims, rerank what is left with more."""
+"""Funnel retrieval: shortlist the gallery with few dims, rerank the shortlist with more."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from .contract import as_int, check_dims
 from .errors import ManifestError
 
-_PAPER = ((16, 200), (32, 100), (64, 50), (128, 25), (256, 10))  # stages before the whole width
+_PAPER = ((16, 200), (32, 100), (64, 50), (128, 25), (256, 10))  # (dim, shortlist) before the last
 
 
 @dataclass(frozen=True)
 class FunnelSchedule:
-    """Which dims look at how many gallery rows.
+    """Which dims score how many gallery rows.
 
-    The whole gallery is scored at `dims[0]`; the best `shortlists[i]` of stage i are scored anew
+    The whole gallery is scored at `dims[0]`; the best `shortlists[i]` of stage i are scored again
     at `dims[i + 1]`; the best `k` of the last stage are the answer. One dim and no shortlists is
     exhaustive search at that dim.
 
@@ -27,7 +27,7 @@ class FunnelSchedule:
         k: Number of neighbours returned.
 
     Raises:
-        ValueError: If these do not make a funnel.
+        ValueError: If a stage does not narrow the one before it.
 
     Reference:
         Kusupati et al., Matryoshka Representation Learning, section 4.3.1 and appendix E.
@@ -63,22 +63,22 @@ class FunnelSchedule:
         """Return the paper's two stages: 200 rows by 16 dims, reranked at the whole width.
 
         Args:
-            width: Of the embeddings; of 16 or less there is one stage.
+            width: Width of the embeddings; 16 or less give one stage.
             k: Number of neighbours returned; more than 200 lengthen the shortlist.
 
         Examples:
             >>> FunnelSchedule.adaptive_retrieval(512)
             FunnelSchedule(dims=(16, 512), shortlists=(200,), k=10)
         """
-        return cls._before(width, k, _PAPER[:1])
+        return cls._with_stages(_PAPER[:1], width, k)
 
     @classmethod
     def funnel_retrieval(cls, width: int = 2048, k: int = 10) -> FunnelSchedule:
         """Return the paper's funnel: dims double from 16, shortlists halve from 200 to 10.
 
         Args:
-            width: Of the embeddings. The paper's 2,048 are compared after 256; narrower ones
-                have fewer stages.
+            width: Width of the embeddings. The paper's 2,048 are compared after 256; narrower
+                embeddings have fewer stages.
             k: Number of neighbours returned; no shortlist is shorter.
 
         Examples:
@@ -88,53 +88,52 @@ class FunnelSchedule:
             >>> FunnelSchedule.funnel_retrieval(64).dims
             (16, 32, 64)
         """
-        return cls._before(width, k, _PAPER)
+        return cls._with_stages(_PAPER, width, k)
 
     @classmethod
-    def _before(cls, width: int, k: int, stages: Sequence[tuple[int, int]]) -> FunnelSchedule:
-        kept = [(dim, max(size, k)) for dim, size in stages if dim < width]
-        return cls((*(dim for dim, _ in kept), width), tuple(size for _, size in kept), k)
+    def _with_stages(cls, stages: Sequence[tuple[int, int]], width: int, k: int) -> FunnelSchedule:
+        narrower = [(dim, max(size, k)) for dim, size in stages if dim < width]
+        dims = (*(dim for dim, _ in narrower), width)
+        return cls(dims, tuple(size for _, size in narrower), k)
 
     def madds(self, gallery_size: int) -> int:
-        """Multiply-adds per query, as the paper counts them: every stage pays its whole dim.
+        """Return the multiply-adds per query, as the paper counts them: all columns of each stage.
 
         Args:
             gallery_size: Number of rows searched.
         """
-        seen = self._rows_seen(gallery_size)
-        return sum(rows * dim for rows, dim in zip(seen, self.dims, strict=True))
+        rows = self._rows_by_stage(gallery_size)
+        return sum(num_rows * dim for num_rows, dim in zip(rows, self.dims, strict=True))
 
     def bytes_read(self, gallery_size: int, bits: Sequence[float] | float = 32) -> int:
-        """Bytes of the gallery per query, where the first stage looks at every row.
+        """Return the bytes of the gallery read per query, if the first stage reads every row.
 
-        A graph or inverted lists look at fewer: their cost is measured, by `plan_funnel`.
+        A graph or inverted lists read fewer: `plan_funnel` measures their cost.
 
         Args:
             gallery_size: Number of rows searched.
-            bits: Of a coordinate: 32 for float32, 8 for int8, 1 for signs, of all stages or one
-                number per stage.
+            bits: Bits of a coordinate: 32 for float32, 8 for int8, 1 for signs; one number for all
+                stages, or one per stage.
 
         Raises:
-            ValueError: If the bits are not those of the stages.
+            ValueError: If `bits` are not one number per stage.
 
         Examples:
             >>> funnel = FunnelSchedule(dims=(64, 1024), shortlists=(100,), k=10)
             >>> funnel.bytes_read(1_000_000), funnel.bytes_read(1_000_000, bits=(1, 32))
             (256409600, 8409600)
         """
-        each = tuple(bits) if isinstance(bits, Sequence) else (bits,) * len(self.dims)
-        if len(each) != len(self.dims) or not all(0 < width <= 64 for width in each):
+        widths = tuple(bits) if isinstance(bits, Sequence) else (bits,) * len(self.dims)
+        if len(widths) != len(self.dims) or not all(0 < width <= 64 for width in widths):
             raise ValueError(
                 "bits must be one number per stage, or one for all, above 0 and no more than 64. "
                 f"Received: bits={bits} for dims={self.dims}. Give 32 for float32, 8 for int8."
             )
-        rows = self._rows_seen(gallery_size)
-        return sum(
-            round(seen * dim * width / 8)
-            for seen, dim, width in zip(rows, self.dims, each, strict=True)
-        )
+        rows = self._rows_by_stage(gallery_size)
+        stages = zip(rows, self.dims, widths, strict=True)
+        return sum(round(num_rows * dim * width / 8) for num_rows, dim, width in stages)
 
-    def _rows_seen(self, gallery_size: int) -> tuple[int, ...]:
+    def _rows_by_stage(self, gallery_size: int) -> tuple[int, ...]:
         return (gallery_size, *(min(size, gallery_size) for size in self.shortlists))
 
     def to_json(self) -> dict[str, Any]:
@@ -146,7 +145,7 @@ class FunnelSchedule:
         """Read the `funnel` object of a manifest.
 
         Raises:
-            ManifestError: If it is none.
+            ManifestError: If `funnel` is something else.
         """
         try:
             return cls(tuple(funnel["dims"]), tuple(funnel["shortlists"]), funnel["k"])

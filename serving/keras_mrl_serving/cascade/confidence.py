@@ -1,11 +1,11 @@
-"""How sure a row is: the measures a cascade may stop by, from logits.
+"""How sure a row is: the measures a cascade may stop by, and the temperatures they are taken at.
 
-The manifest and the exported graph know the same names.
+A stage of a cascade accepts a row if its confidence is strictly above the stage's threshold. The
+manifest and the exported graph name the measures as here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,9 +25,9 @@ def softmax(logits: npt.NDArray[Any], temperature: float = 1.0) -> Floats:
         [0.25, 0.75]
     """
     scores = np.asarray(logits, dtype=np.float32)
-    # Divided last: the difference of two large quotients keeps fewer digits.
-    raised = np.exp((scores - scores.max(axis=-1, keepdims=True)) / np.float32(temperature))
-    return np.asarray(raised / raised.sum(axis=-1, keepdims=True), np.float32)
+    # Subtract, then divide: the difference of two large quotients keeps fewer digits.
+    exponentials = np.exp((scores - scores.max(axis=-1, keepdims=True)) / np.float32(temperature))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True), np.float32)
 
 
 def max_probability(logits: npt.NDArray[Any], temperature: float = 1.0) -> Floats:
@@ -40,33 +40,33 @@ def max_probability(logits: npt.NDArray[Any], temperature: float = 1.0) -> Float
     return np.asarray(softmax(logits, temperature).max(axis=-1))
 
 
-def _margin(shares: Floats) -> Floats:
-    """By how much the largest probability exceeds the second; of one class, 1."""
-    if shares.shape[-1] == 1:
-        return shares[..., 0]
-    second, first = np.moveaxis(np.partition(shares, -2, axis=-1)[..., -2:], -1, 0)
+def _margin(probabilities: Floats) -> Floats:
+    """Return by how much the largest probability exceeds the second; 1 for one class."""
+    if probabilities.shape[-1] == 1:
+        return probabilities[..., 0]
+    second, first = np.moveaxis(np.partition(probabilities, -2, axis=-1)[..., -2:], -1, 0)
     return np.asarray(first - second)
 
 
-def _entropy(shares: Floats) -> Floats:
-    """The negative entropy in nats: 0 is certain."""
-    logs = np.log(np.where(shares > 0, shares, 1))
-    return np.asarray((shares * logs).sum(axis=-1))
+def _negative_entropy(probabilities: Floats) -> Floats:
+    """Return the negative entropy in nats: 0 is certain."""
+    logs = np.log(np.where(probabilities > 0, probabilities, 1))
+    return np.asarray((probabilities * logs).sum(axis=-1))
 
 
 _MEASURES: dict[str, Callable[[Floats], Floats]] = {
-    "max_probability": lambda shares: np.asarray(shares.max(axis=-1)),
+    "max_probability": lambda probabilities: np.asarray(probabilities.max(axis=-1)),
     "margin": _margin,
-    "entropy": _entropy,
+    "entropy": _negative_entropy,
 }
 CONFIDENCES = tuple(_MEASURES)
 
 
 def check_confidence(measure: str) -> str:
-    """Return the name of a measure.
+    """Return `measure` if it is one of `CONFIDENCES`.
 
     Raises:
-        ValueError: If it is none of `CONFIDENCES`.
+        ValueError: If it is not.
 
     Examples:
         >>> check_confidence("margin")
@@ -80,20 +80,20 @@ def check_confidence(measure: str) -> str:
     return measure
 
 
-def confidence_in(measure: str, shares: Floats) -> Floats:
+def confidence_in(measure: str, probabilities: Floats) -> Floats:
     """Return how sure each row of probabilities `(..., classes)` is; higher is surer.
 
     Args:
         measure: `max_probability`, `margin` (the best minus the second) or `entropy` (the negative
             entropy in nats).
-        shares: What `softmax` returns.
+        probabilities: As `softmax` returns them.
 
     Examples:
-        >>> shares = np.float32([0.25, 0.75])
-        >>> [round(float(confidence_in(name, shares)), 3) for name in CONFIDENCES]
+        >>> probabilities = np.float32([0.25, 0.75])
+        >>> [round(float(confidence_in(name, probabilities)), 3) for name in CONFIDENCES]
         [0.75, 0.5, -0.562]
     """
-    return _MEASURES[check_confidence(measure)](shares)
+    return _MEASURES[check_confidence(measure)](probabilities)
 
 
 def confidence_of(measure: str, logits: npt.NDArray[Any], temperature: float = 1.0) -> Floats:
@@ -111,72 +111,12 @@ def confidence_of(measure: str, logits: npt.NDArray[Any], temperature: float = 1
     return confidence_in(measure, softmax(logits, temperature))
 
 
-def lowest(measure: str, num_classes: int) -> float:
-    """Return what a measure says of a row whose classes are all as likely.
-
-    Examples:
-        >>> lowest("max_probability", 4), lowest("margin", 4), round(lowest("entropy", 4), 2)
-        (0.25, 0.0, -1.39)
-    """
-    return {
-        "max_probability": 1 / num_classes,
-        "margin": 0.0,
-        "entropy": -math.log(num_classes),
-    }[check_confidence(measure)]
-
-
-# Where a threshold goes among the confidences of a holdout.
-
-
-def paper_grid(measure: str, num_classes: int) -> Floats:
-    """Return the 100 thresholds that the paper's procedure tries: from 0.1 to 1.
-
-    Of the other measures they reach over all values there are.
-
-    Examples:
-        >>> paper_grid("max_probability", 10)[[0, -1]].tolist()
-        [0.10000000149011612, 1.0]
-    """
-    if measure == "max_probability":
-        return np.linspace(0.1, 1.0, 100, dtype=np.float32)
-    top = 0.0 if measure == "entropy" else 1.0
-    return np.linspace(lowest(measure, num_classes), top, 100, dtype=np.float32)
-
-
-def smallest_best(
-    confidence: Floats,
-    right: npt.NDArray[np.bool],
-    right_next: npt.NDArray[np.bool],
-    grid: Floats,
-) -> float:
-    """Return the smallest best threshold of one adjacent pair of dims.
-
-    With rows in order of confidence, a threshold accepts a tail of them, so the accuracies of all
-    thresholds are two cumulative sums. The best is moved midway between the two confidences that
-    it separates.
+def midway(ascending: Floats, first: int) -> float:
+    """Return the threshold that accepts exactly `ascending[first:]`, midway to its neighbours.
 
     Args:
-        confidence: At the smaller dim, `(rows,)`.
-        right: Whether the smaller dim's class is right.
-        right_next: Whether the wider dim's is.
-        grid: The thresholds to try, ascending.
-
-    Examples:
-        >>> sure, unsure = [True, False], [True, True]
-        >>> smallest_best(np.float32([0.75, 0.25]), *map(np.array, (sure, unsure)), [0.1, 0.5])
-        0.5
-    """
-    order = np.argsort(confidence, kind="stable")
-    ascending = confidence[order]
-    first_accepted = np.searchsorted(ascending, grid, side="right")
-    below = np.concatenate([[0], np.cumsum(right_next[order])])
-    above = np.concatenate([np.cumsum(right[order][::-1])[::-1], [0]])
-    best = int(np.argmax(below[first_accepted] + above[first_accepted]))
-    return midway(ascending, int(first_accepted[best]))
-
-
-def midway(ascending: Floats, first: int) -> float:
-    """Return the threshold that accepts exactly `ascending[first:]`, far from both neighbours.
+        ascending: Confidences of a holdout.
+        first: Position of the first one that is accepted.
 
     Examples:
         >>> midway(np.float32([0.25, 0.5, 0.75]), first=1)
@@ -184,26 +124,21 @@ def midway(ascending: Floats, first: int) -> float:
         >>> midway(np.float32([-0.5, -0.25]), first=0)  # of negative entropies, too
         -1.0
     """
-    least = ascending[0] if len(ascending) else np.float32(1)
-    under = np.float32(0) if least > 0 else least - np.float32(1)
-    below = ascending[first - 1] if first > 0 else under
+    lowest = ascending[0] if len(ascending) else np.float32(1)
+    below_all = np.float32(0) if lowest > 0 else lowest - np.float32(1)
+    below = ascending[first - 1] if first > 0 else below_all
     above = ascending[first] if first < len(ascending) else np.float32(1)
     middle = np.float32(below + (above - below) / 2)
     return float(middle if below <= middle < above else below)
 
 
-# Temperatures: what the logits of each dim are divided by, so that confidences are comparable.
-
-_SHARPEST, _FLATTEST = 1e3, 1e-3  # what logits may be multiplied by
-_STEPS = 100
-
-
 def fit_temperatures(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[float, ...]:
     """Return for each dim the temperature of least cross-entropy on a holdout.
 
-    Nets are surer than they are right, and more so at some dims than at others. One number per dim
-    mends most of it, and no class changes. Give the result to `CascadePolicy.learn` or
-    `search_cascades`; it lies in 0.001 to 1,000.
+    A temperature divides the logits of a dim. Nets are more confident than they are accurate, at
+    some dims more than at others; one number per dim corrects most of that and changes no class.
+    Give the result, of numbers from 0.001 to 1,000, to `CascadePolicy.learn` or
+    `search_cascades`.
 
     Args:
         logits: What `predict` of the nested model returns for the holdout.
@@ -228,9 +163,30 @@ def fit_temperatures(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[floa
         >>> [round(t) for t in fit_temperatures(np.stack([scores, 5 * scores], axis=1), labels)]
         [1, 5]
     """
-    given = as_float32("logits", logits)
-    scores, truth = check_holdout(given, labels, given.shape[1] if given.ndim == 3 else 1)
+    array = as_float32("logits", logits)
+    scores, truth = check_holdout(array, labels, array.shape[1] if array.ndim == 3 else 1)
     return tuple(_fit(scores[:, i].astype(np.float64), truth) for i in range(scores.shape[1]))
+
+
+_SHARPEST, _FLATTEST = 1e3, 1e-3  # bounds of 1/T
+_STEPS = 100
+
+
+def _fit(scores: npt.NDArray[np.float64], truth: npt.NDArray[np.int64]) -> float:
+    """Bisect for the sharpness 1/T at which the slope of the cross-entropy is 0."""
+    low, high = np.log(_FLATTEST), np.log(_SHARPEST)
+    mean_true_score = scores[np.arange(len(truth)), truth].mean()
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        weights = np.exp(np.exp(middle) * (scores - scores.max(axis=-1, keepdims=True)))
+        expected_scores = (weights * scores).sum(axis=-1) / weights.sum(axis=-1)
+        if expected_scores.mean() > mean_true_score:  # the slope, which rises with 1/T
+            high = middle
+        else:
+            low = middle
+        if high - low < 1e-6:
+            break
+    return float(np.exp(-(low + high) / 2))
 
 
 def check_temperatures(temperatures: Sequence[float] | None, num_dims: int) -> tuple[float, ...]:
@@ -253,21 +209,3 @@ def check_temperatures(temperatures: Sequence[float] | None, num_dims: int) -> t
             "Give what fit_temperatures returns."
         )
     return tuple(checked.tolist())
-
-
-def _fit(scores: npt.NDArray[np.float64], truth: npt.NDArray[np.int64]) -> float:
-    """By the sign of the slope, which rises with the sharpness 1/T: it cannot run away."""
-    low, high = np.log(_FLATTEST), np.log(_SHARPEST)
-    mean_right = scores[np.arange(len(truth)), truth].mean()
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        scaled = np.exp(middle) * (scores - scores.max(axis=-1, keepdims=True))
-        shares = np.exp(scaled)
-        expected = (shares * scores).sum(axis=-1) / shares.sum(axis=-1)
-        if expected.mean() > mean_right:
-            high = middle
-        else:
-            low = middle
-        if high - low < 1e-6:
-            break
-    return float(np.exp(-(low + high) / 2))

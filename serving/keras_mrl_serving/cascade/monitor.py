@@ -1,4 +1,8 @@
-"""Whether rows in production stop where those of the holdout stopped."""
+"""A cascade beside its holdout, in production, and beside the best that any cascade could do.
+
+`exit_drift` is a permutation test: its p-value is counted among 9,999 draws from the pooled rows.
+So stages at which few rows stop need no special case, and the client needs no SciPy.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ class Drift:
         moved: Size of the effect: the share of rows that stop at another stage (the total
             variation distance), from 0 to 1.
         expected: Share of the holdout that stopped at each stage.
-        seen: The same of the rows in production.
+        seen: Share of the rows in production that did.
         size: Number of rows in production.
 
     Examples:
@@ -44,20 +48,20 @@ def exit_drift(policy: CascadePolicy, dims: npt.ArrayLike, seed: int = 0) -> Dri
     """Compare where rows stop in production with where the policy's holdout stopped.
 
     Inputs that differ from those of the holdout shift the confidences, and with them the exits,
-    long before labels are there to measure accuracy by. With very many rows the smallest of
-    differences is no chance; look at `moved`, too.
+    long before labels are there to measure accuracy by. With very many rows the smallest
+    difference is significant; look at `moved`, too.
 
     Args:
-        policy: With the holdout it was learned on, as a manifest carries it.
-        dims: The dim that decided each row: the `dim` of what `classify_adaptive` returned.
-        seed: Of the draws.
+        policy: A policy with the report of its holdout, as a manifest carries it.
+        dims: The dim that decided each row: `dim` of the result of `classify_adaptive`.
+        seed: Seed of the draws.
 
     Shapes:
         dims: `(rows,)`.
 
     Formula:
-        chi-squared of the two rows of counts; its p-value among 9,999 draws of the production's
-        count from all rows pooled, so that small counts need no care
+        chi-squared of the two rows of counts; its p-value is the share, among 9,999 draws of the
+        production's count from all rows pooled, of those as large
 
     Raises:
         ValueError: If the policy has no holdout, or `dims` are not rows of its dims.
@@ -85,17 +89,19 @@ def exit_drift(policy: CascadePolicy, dims: npt.ArrayLike, seed: int = 0) -> Dri
             "Give client.classify_adaptive(...).dim."
         )
     expected = np.asarray(policy.holdout.exit_fractions)
-    before = np.round(expected * policy.holdout.size).astype(np.int64)
-    now = np.array([(stopped == dim).sum() for dim in policy.dims])
-    seen = now / len(stopped)
-    drawn = np.random.default_rng(seed).multivariate_hypergeometric(
-        before + now, len(stopped), size=_DRAWS, method="marginals"
+    counts_before = np.round(expected * policy.holdout.size).astype(np.int64)
+    counts_now = np.array([(stopped == dim).sum() for dim in policy.dims])
+    seen = counts_now / len(stopped)
+    pooled = counts_before + counts_now
+    draws = np.random.default_rng(seed).multivariate_hypergeometric(
+        pooled, len(stopped), size=_DRAWS, method="marginals"
     )
     # The pooled counts are the same in every draw, so the rows drawn decide the statistic.
-    share = (before + now) * (len(stopped) / (before + now).sum())
-    spread = np.where(share > 0, share, 1)
-    distance = ((drawn - share) ** 2 / spread).sum(axis=1)
-    as_far = (distance >= ((now - share) ** 2 / spread).sum() * (1 - 1e-12)).sum()
+    mean = pooled * (len(stopped) / pooled.sum())
+    spread = np.where(mean > 0, mean, 1)
+    distances = ((draws - mean) ** 2 / spread).sum(axis=1)
+    distance_now = ((counts_now - mean) ** 2 / spread).sum()
+    as_far = (distances >= distance_now * (1 - 1e-12)).sum()
     return Drift(
         p_value=float((1 + as_far) / (1 + _DRAWS)),
         moved=float(np.abs(seen - expected).sum() / 2),
@@ -105,16 +111,13 @@ def exit_drift(policy: CascadePolicy, dims: npt.ArrayLike, seed: int = 0) -> Dri
     )
 
 
-# The ceiling of every cascade: a router that knows the label.
-
-
 def oracle_report(
     logits: npt.ArrayLike, labels: npt.ArrayLike, dims: Sequence[int]
 ) -> CascadeReport:
-    """Return what a router that knows the label would reach.
+    """Return the report of a router that knows the label: the ceiling of every cascade.
 
-    A row stops at the first dim that has it right, and at the first dim if none has: asking
-    further would be in vain.
+    A row stops at the first dim that has it right, and at the first dim if none has: wider dims
+    would only cost.
 
     Args:
         logits: What `predict` of the nested model returns.
@@ -138,5 +141,5 @@ def oracle_report(
     """
     dims = check_dims(dims)
     scores, truth = check_holdout(logits, labels, len(dims))
-    right = np.argmax(scores, axis=-1) == truth[:, None]
-    return report_exits(dims, np.argmax(right, axis=1), right)
+    is_right = np.argmax(scores, axis=-1) == truth[:, None]
+    return report_exits(dims, np.argmax(is_right, axis=1), is_right)

@@ -1,4 +1,11 @@
-"""Cascades searched as a whole: for each cost the most accurate that was found on a holdout."""
+"""Cascades searched as a whole: for each cost the most accurate policy found on a holdout.
+
+The thresholds of all stages are searched together, as *cuts*: a cut is the number of rows, in order
+of confidence, that a stage leaves below its threshold. First the best cuts are sought for many
+prices of a wrong answer, each threshold moved in turn to its best place given the others
+(`search_cuts`). What is best for a price lies on the convex hull of cost and mistakes; between the
+corners of the hull, `fill_front` looks for the fewest mistakes at each step of cost.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from numbers import Real
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,196 +20,20 @@ import numpy.typing as npt
 from ..contract import check_dims
 from ..inputs import as_float64, check_holdout
 from .confidence import check_confidence, check_temperatures, confidence_of, midway
-from .policy import CascadePolicy, Stage, first_sure, report_exits
+from .policy import CascadePolicy, Stage, report_exits
 
-# Thresholds of all stages searched together, as the number of rows each leaves below it.
-
-_SWEEPS = 20
-_PRICES = 60
-_LOWEST_PRICE = 1e-3  # of a mistake, in rows that are decided at the dearest dim
-
+Bools = npt.NDArray[np.bool]
 Floats = npt.NDArray[np.float64]
-Cuts = tuple[int, ...]
-
-
-def search_cuts(holdout: CutRows) -> set[Cuts]:
-    """Return the cuts found best for many prices of a mistake.
-
-    From mistakes that cost next to nothing to one that outweighs all rows, each search from where
-    the last one ended and from the start. What is best for a price lies on the convex hull of what
-    there is.
-
-    Examples:
-        >>> sure, right = np.float32([[0.9, 1], [0.2, 1]]), [[1, 1], [0, 1]]
-        >>> cuts = search_cuts(CutRows(sure, right, np.array([1.0, 8.0])))
-        >>> sorted(cuts)  # the narrow stage accepts both rows, the surer one, or none
-        [(0,), (1,), (2,)]
-    """
-    start = holdout.never()
-    found = {start}
-    for price in np.geomspace(_LOWEST_PRICE, 2 * holdout.rows, _PRICES):
-        start = holdout.descend(start, price * holdout.costs.max())
-        found |= {start, holdout.descend(holdout.never(), price * holdout.costs.max())}
-    return found
-
-
-class CutRows:
-    """Rows with their confidence at each stage; a cut says how many rows a stage leaves below it.
-
-    Args:
-        confidence: `(rows, stages)`.
-        right: Whether a row may be decided at a stage without a mistake, `(rows, stages)`.
-        costs: Of a row decided at each stage, `(stages,)`.
-
-    Examples:
-        >>> rows = CutRows(np.float32([[0.9, 1], [0.2, 1]]), [[1, 1], [0, 1]], np.array([1.0, 8.0]))
-        >>> rows.never()
-        (2,)
-        >>> costs, wrong = rows.sweep(rows.never(), 0)
-        >>> costs.tolist(), wrong.tolist()  # of accepting all, the surer one, none
-        ([2.0, 9.0, 16.0], [1.0, 0.0, 0.0])
-    """
-
-    def __init__(self, confidence: Any, right: Any, costs: Floats) -> None:
-        self.costs = costs
-        self.rows = len(right)
-        self._wrong = (~np.asarray(right, bool)).astype(np.float64)
-        self._paid = np.broadcast_to(costs, self._wrong.shape)
-        self._last = np.full((self.rows, 1), True)
-        confidence = np.asarray(confidence)
-        self._order = np.argsort(confidence, axis=0, kind="stable")
-        self._rank = np.argsort(self._order, axis=0)
-        ascending = np.take_along_axis(confidence, self._order, axis=0)
-        # A threshold goes between two confidences that differ: rows that tie go the same way.
-        self._between = np.ones((self.rows + 1, confidence.shape[1]), bool)
-        self._between[1:-1] = ascending[1:] > ascending[:-1]
-
-    def never(self) -> Cuts:
-        """The cuts that accept no row before the last stage."""
-        return (self.rows,) * (self._rank.shape[1] - 1)
-
-    def weigh(self, cuts: Cuts) -> tuple[float, float]:
-        """Return the cost and the mistakes of all rows under some cuts."""
-        decided, rows = self._decided(cuts), np.arange(self.rows)
-        return float(self._paid[rows, decided].sum()), float(self._wrong[rows, decided].sum())
-
-    def descend(self, cuts: Cuts, price: float) -> Cuts:
-        """Move the cuts in turns until none makes `cost + price * wrong` smaller."""
-        for _ in range(_SWEEPS):
-            before = cuts
-            for stage in reversed(range(len(cuts))):
-                costs, wrong = self.sweep(cuts, stage)
-                losses = costs + price * wrong
-                # Of equal ones that which accepts least.
-                best = len(losses) - 1 - int(np.argmin(losses[::-1]))
-                cuts = (*cuts[:stage], best, *cuts[stage + 1 :])
-            if cuts == before:
-                break
-        return cuts
-
-    def sweep(self, cuts: Cuts, stage: int) -> tuple[Floats, Floats]:
-        """Return the cost and the mistakes of all rows for every cut of one stage.
-
-        The others stay as they are. A cut between rows that tie is none: it costs infinitely much.
-
-        Args:
-            cuts: Of all stages but the last.
-            stage: Whose cut is swept, from accepting all rows to accepting none.
-
-        Returns:
-            Both `(rows + 1,)`.
-        """
-        decided = self._decided((*cuts[:stage], self.rows, *cuts[stage + 1 :]))
-        reaches = (decided > stage)[self._order[:, stage]]
-        totals = []
-        for of_stage in (self._paid, self._wrong):
-            without = of_stage[np.arange(self.rows), decided]
-            saved = (without - of_stage[:, stage])[self._order[:, stage]] * reaches
-            totals.append(without.sum() - np.append(np.cumsum(saved[::-1])[::-1], 0.0))
-        costs, wrong = totals
-        return np.where(self._between[:, stage], costs, np.inf), wrong
-
-    def _decided(self, cuts: Cuts) -> npt.NDArray[np.int64]:
-        """The stage that decides each row."""
-        accepted = self._rank[:, : len(cuts)] >= np.asarray(cuts)
-        return np.argmax(np.concatenate([accepted, self._last], axis=1), axis=1)
-
-
-# The cuts between those of the convex hull: for each cost the fewest mistakes that are found.
-
-_STEPS = 200  # of cost, from the cheapest stage to the dearest
-_ROUNDS = 4
-
-_Point = tuple[float, float, Cuts]  # mistakes, cost
-
-
-def fill_front(holdout: CutRows, found: Iterable[Cuts]) -> set[Cuts]:
-    """Return cuts for every step of cost, none of them both dearer and worse than another.
-
-    Each threshold of what was found is swept over all rows while the others stay, and the best of
-    each step is kept; what is new is swept in its turn.
-
-    Args:
-        holdout: The rows.
-        found: Where to begin.
-
-    Examples:
-        >>> sure, right = np.float32([[0.9, 1], [0.2, 1]]), [[1, 1], [0, 1]]
-        >>> rows = CutRows(sure, right, np.array([1.0, 8.0]))
-        >>> sorted(fill_front(rows, [rows.never()]))  # accepting both costs less, and a mistake
-        [(0,), (1,)]
-    """
-    best: dict[int, _Point] = {}
-    begun = [_weighed(holdout, cuts) for cuts in {*found, holdout.never()}]
-    fresh = sorted(begun)
-    for _ in range(_ROUNDS):
-        before = set(best.values())
-        for _, _, cuts in fresh:
-            for stage in range(len(cuts)):
-                for step, point in _best_of_steps(holdout, cuts, stage):
-                    best[step] = min(best.get(step, point), point)
-        fresh = sorted(set(best.values()) - before)
-    return _undominated([*begun, *best.values()])
-
-
-def _weighed(holdout: CutRows, cuts: Cuts) -> _Point:
-    cost, wrong = holdout.weigh(cuts)
-    return wrong, cost, cuts
-
-
-def _best_of_steps(holdout: CutRows, cuts: Cuts, stage: int) -> Iterator[tuple[int, _Point]]:
-    """The best that moving one cut makes of each step of cost."""
-    costs, wrong = holdout.sweep(cuts, stage)
-    least, most = holdout.costs.min() * holdout.rows, holdout.costs.max() * holdout.rows
-    places = np.flatnonzero(np.isfinite(costs))
-    steps = np.ceil((costs[places] - least) / max(most - least, 1e-300) * _STEPS).astype(np.int64)
-    # Fewest mistakes first, of equal ones the cut that accepts most, in one number.
-    keys = wrong[places].astype(np.int64) * len(costs) + places
-    best = np.full(_STEPS + 2, np.iinfo(np.int64).max)
-    np.minimum.at(best, np.clip(steps, 0, _STEPS + 1), keys)
-    for step in np.flatnonzero(best < np.iinfo(np.int64).max).tolist():
-        at = int(best[step] % len(costs))
-        yield step, (float(wrong[at]), float(costs[at]), (*cuts[:stage], at, *cuts[stage + 1 :]))
-
-
-def _undominated(points: Iterable[_Point]) -> set[Cuts]:
-    kept: set[Cuts] = set()
-    fewest = np.inf
-    for wrong, _, cuts in sorted(points, key=lambda point: (point[1], point[0], point[2])):
-        if wrong < fewest:
-            kept.add(cuts)
-            fewest = wrong
-    return kept
-
+Cuts = tuple[int, ...]  # of all stages but the last
 
 _METHOD = "joint search: thresholds in turns, for many prices of a wrong answer"
 
 
 @dataclass(frozen=True)
 class CascadeFront:
-    """The policies of which none other is both cheaper and as accurate, cheapest first.
+    """Policies, cheapest first; no other policy found is both cheaper and as accurate.
 
-    Each carries what the holdout said of it in `policy.holdout`. That is optimistic, since the
+    Each carries its report on the holdout in `policy.holdout`. That is optimistic, since the
     thresholds were chosen there: judge the one you take on other rows with `policy.evaluate`.
 
     Args:
@@ -272,9 +102,9 @@ def search_cascades(
     """Search the thresholds of all dims together, for every price of a wrong answer and every cost.
 
     The paper's procedure (`CascadePolicy.learn`) looks at each pair of dims alone, and accepts at
-    the first only where that costs no row of the holdout. Here the thresholds are moved in turns,
-    each to its best place given the others, until none moves; the paper's policy is among those
-    compared, so that none of the front is worse than it at its cost.
+    the first only where that costs no row of the holdout. Here each threshold is moved in turn to
+    its best place given the others, until none moves. The paper's policy is compared as well, so
+    no policy of the front is worse than it at its cost.
 
     Args:
         logits: What `predict` of the nested model returns for the holdout.
@@ -309,145 +139,339 @@ def search_cascades(
     """
     dims = check_dims(dims)
     scores, truth = check_holdout(logits, labels, len(dims))
-    prices = check_costs(dims if costs is None else costs, len(dims))
+    dim_costs = DimCosts.checked(dims if costs is None else costs, dims, cumulative)
     scales = check_temperatures(temperatures, len(dims))
-    sure = confidences(check_confidence(confidence), scores, scales)
-    right = np.argmax(scores, axis=-1) == truth[:, None]
-    stages = tuple(map(Stage, dims, [None] * len(dims), scales))
-    policies = candidates(sure, right, prices, stages, confidence, cumulative, fill=True)
+    holdout = Holdout.measured(scores, truth, dims, scales, confidence)
+    policies = candidates(holdout, dim_costs, fill=True)
     policies.append(CascadePolicy.learn(scores, truth, dims, scales, confidence))
-    judged = [judged_by(policy, dims, sure, right) for policy in policies]
-    by_dim = dict(zip(dims, prices.tolist(), strict=True))
-    return _front((mean_cost(policy, by_dim, cumulative), policy) for policy in judged)
+    best: list[tuple[float, float, CascadePolicy]] = []
+    judged = map(holdout.judged, policies)
+    measured = [(dim_costs.mean(p), p.holdout.accuracy, p) for p in judged if p.holdout]
+    for cost, accuracy, policy in sorted(measured, key=lambda one: (one[0], -one[1])):
+        if not best or accuracy > best[-1][1]:
+            best.append((cost, accuracy, policy))
+    return CascadeFront(tuple(p for *_, p in best), tuple(c for c, *_ in best))
 
 
-def confidences(
-    measure: str, scores: npt.NDArray[np.float32], scales: Sequence[float]
-) -> npt.NDArray[np.float32]:
-    """Return how sure each row is at each dim, `(rows, num_dims)`.
-
-    Examples:
-        >>> confidences("max_probability", np.zeros((1, 2, 4), np.float32), (1.0, 1.0)).tolist()
-        [[0.25, 0.25]]
-    """
-    sure = [confidence_of(measure, scores[:, i], scale) for i, scale in enumerate(scales)]
-    return np.stack(sure, axis=1)
-
-
-def judged_by(
-    policy: CascadePolicy, dims: tuple[int, ...], confidence: Any, right: Any
-) -> CascadePolicy:
-    """Return the policy with the report of rows whose confidences are known already.
+@dataclass(frozen=True)
+class DimCosts:
+    """What each dim costs a row.
 
     Args:
-        policy: It asks some of the dims.
-        dims: All of them.
-        confidence: `(rows, num_dims)`, measured as the policy measures.
-        right: Whether each dim's class is right, `(rows, num_dims)`.
-
-    Examples:
-        >>> policy = CascadePolicy((Stage(8, 0.5), Stage(64, None)))
-        >>> sure, right = np.float32([[0.9, 1], [0.2, 1]]), np.array([[True, True], [False, True]])
-        >>> judged_by(policy, (8, 64), sure, right).holdout.exit_fractions
-        (0.5, 0.5)
-    """
-    columns = [dims.index(dim) for dim in policy.dims]
-    stage_of = first_sure(confidence[:, columns], [stage.threshold for stage in policy.stages])
-    return replace(policy, holdout=report_exits(policy.dims, stage_of, right[:, columns]))
-
-
-def candidates(
-    confidence: Any,
-    right: Any,
-    costs: Floats,
-    stages: tuple[Stage, ...],
-    measure: str,
-    cumulative: bool,
-    fill: bool = False,
-) -> list[CascadePolicy]:
-    """Return the policies worth comparing: the best for many prices of a mistake.
-
-    Where every dim asked is paid for, those that begin further up are searched by themselves: they
-    do not pay for the dims below.
-
-    Args:
-        confidence: `(rows, num_dims)`.
-        right: Whether deciding a row at a dim is no mistake, `(rows, num_dims)`.
-        costs: Of each dim.
-        stages: Dims and temperatures.
-        measure: The name of the confidence.
-        cumulative: Whether all dims asked are paid for.
-        fill: Whether those between them are searched, too: best for no price, but for a budget.
-
-    Examples:
-        >>> sure, right = np.float32([[0.9, 1], [0.2, 1]]), [[True, True], [False, True]]
-        >>> stages = (Stage(8, None), Stage(64, None))
-        >>> found = candidates(
-        ...     sure, np.array(right), np.array([8.0, 64.0]), stages, "max_probability", False
-        ... )
-        >>> sorted(policy.dims for policy in found)
-        [(8, 64), (8, 64), (64,)]
-    """
-    found: dict[CascadePolicy, None] = {}  # in an order that every process has
-    for first in range(len(stages) if cumulative else 1):
-        paid = np.cumsum(costs[first:]) if cumulative else costs
-        holdout = CutRows(confidence[:, first:], right[:, first:], paid)
-        cuts_found = search_cuts(holdout)
-        for cuts in sorted(fill_front(holdout, cuts_found) if fill else cuts_found):
-            found[_policy(confidence[:, first:], cuts, stages[first:], measure)] = None
-    return list(found)
-
-
-def mean_cost(policy: CascadePolicy, costs: dict[int, float], cumulative: bool) -> float:
-    """Return what a row of the policy's holdout costs in the mean.
+        by_dim: The cost of each dim.
+        cumulative: Whether a row pays for every dim it is asked at, or for the last alone.
 
     Examples:
         >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
-        >>> seen = replace(policy, holdout=policy.evaluate([[[9, 0], [9, 0]]], [0]))
-        >>> mean_cost(seen, {8: 2.0, 64: 5.0}, cumulative=True)
+        >>> judged = replace(policy, holdout=policy.evaluate([[[9, 0], [9, 0]]], [0]))
+        >>> DimCosts({8: 2.0, 64: 5.0}, cumulative=True).mean(judged)
         2.0
     """
-    prices = np.array([costs[dim] for dim in policy.dims])
-    exits = (0.0,) if policy.holdout is None else policy.holdout.exit_fractions
-    return float(np.dot(exits, np.cumsum(prices) if cumulative else prices))
+
+    by_dim: dict[int, float]
+    cumulative: bool
+
+    @classmethod
+    def checked(cls, costs: npt.ArrayLike, dims: tuple[int, ...], cumulative: bool) -> DimCosts:
+        """Return one cost per dim.
+
+        Raises:
+            ValueError: If they are not finite and positive, or differ by more than 1e12.
+        """
+        prices = as_float64("costs", costs)
+        are_positive = prices.shape == (len(dims),) and (prices > 0).all()
+        if not are_positive or not prices.max() < prices.min() * 1e12:
+            raise ValueError(
+                "costs must be one positive number per dim, finite and of one scale. "
+                f"Received: costs={tuple(np.ravel(prices).tolist())} for {len(dims)} dims. "
+                "Give what each dim costs."
+            )
+        return cls(dict(zip(dims, prices.tolist(), strict=True)), cumulative)
+
+    def of_stages(self, dims: tuple[int, ...]) -> Floats:
+        """Return the cost of a row that stops at each of these dims, asked in this order."""
+        prices = np.array([self.by_dim[dim] for dim in dims])
+        return np.cumsum(prices) if self.cumulative else prices
+
+    def mean(self, policy: CascadePolicy) -> float:
+        """Return the mean cost of a row of the policy's holdout."""
+        exits = (0.0,) if policy.holdout is None else policy.holdout.exit_fractions
+        return float(np.dot(exits, self.of_stages(policy.dims)))
 
 
-def check_costs(costs: npt.ArrayLike, num_dims: int) -> Floats:
-    """Return one cost per dim.
+@dataclass(frozen=True)
+class Holdout:
+    """A holdout as a search sees it: how sure each row is at each dim, and where it is right.
 
-    Raises:
-        ValueError: If they are not finite and positive, or differ by more than 1e12.
+    Args:
+        stages: A stage per dim, without a threshold.
+        measure: The name of the confidence.
+        confidence: float32 `(rows, num_dims)`.
+        is_right: Whether deciding a row at a dim is no mistake, `(rows, num_dims)`.
 
     Examples:
-        >>> check_costs((8, 64), 2).tolist()
-        [8.0, 64.0]
+        >>> logits = np.float32([[[9, 0], [9, 0]], [[1, 0], [0, 9]]])
+        >>> holdout = Holdout.measured(logits, np.array([0, 1]), (8, 64), (1.0, 1.0), "margin")
+        >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)), "margin")
+        >>> holdout.judged(policy).holdout.exit_fractions
+        (0.5, 0.5)
     """
-    checked = as_float64("costs", costs)
-    positive = checked.shape == (num_dims,) and (checked > 0).all()
-    if not positive or not checked.max() < checked.min() * 1e12:
-        raise ValueError(
-            "costs must be one positive number per dim, finite and of one scale. "
-            f"Received: costs={tuple(np.ravel(checked).tolist())} for {num_dims} dims. "
-            "Give what each dim costs."
-        )
-    return checked
+
+    stages: tuple[Stage, ...]
+    measure: str
+    confidence: npt.NDArray[np.float32]
+    is_right: Bools
+
+    @classmethod
+    def measured(
+        cls,
+        scores: npt.NDArray[np.float32],
+        truth: npt.NDArray[np.int64],
+        dims: tuple[int, ...],
+        temperatures: Sequence[float],
+        measure: str,
+    ) -> Holdout:
+        """Return the holdout of checked logits `(rows, num_dims, num_classes)` and labels."""
+        check_confidence(measure)
+        confidence = [confidence_of(measure, scores[:, i], t) for i, t in enumerate(temperatures)]
+        stages = tuple(map(Stage, dims, [None] * len(dims), temperatures))
+        is_right = np.argmax(scores, axis=-1) == truth[:, None]
+        return cls(stages, measure, np.stack(confidence, axis=1), is_right)
+
+    def rows(self, chosen: npt.NDArray[np.int64]) -> Holdout:
+        """Return the holdout of some of the rows."""
+        return replace(self, confidence=self.confidence[chosen], is_right=self.is_right[chosen])
+
+    def _exits(self, policy: CascadePolicy) -> tuple[npt.NDArray[np.int64], Bools]:
+        """Return the stage that decides each row, and where the policy's stages are right."""
+        all_dims = [stage.dim for stage in self.stages]
+        columns = [all_dims.index(dim) for dim in policy.dims]
+        thresholds = [-np.inf if s.threshold is None else s.threshold for s in policy.stages]
+        stops = self.confidence[:, columns] > np.array(thresholds, np.float32)
+        return np.argmax(stops, axis=1), self.is_right[:, columns]
+
+    def judged(self, policy: CascadePolicy) -> CascadePolicy:
+        """Return the policy with its report on these rows."""
+        return replace(policy, holdout=report_exits(policy.dims, *self._exits(policy)))
+
+    def num_harmed(self, policy: CascadePolicy) -> int:
+        """Return how many rows the full dim has right and the policy wrong."""
+        stage_of, is_right = self._exits(policy)
+        return int((self.is_right[:, -1] & ~is_right[np.arange(len(is_right)), stage_of]).sum())
 
 
-def _policy(confidence: Any, cuts: Cuts, stages: tuple[Stage, ...], measure: str) -> CascadePolicy:
-    """The policy of some cuts, without the stages that accept no row."""
-    kept = [
-        replace(stage, threshold=midway(np.sort(confidence[:, at]), cut))
-        for at, (stage, cut) in enumerate(zip(stages, cuts, strict=False))
+def candidates(holdout: Holdout, costs: DimCosts, fill: bool = False) -> list[CascadePolicy]:
+    """Return the policies worth comparing: the best for many prices of a mistake.
+
+    Where a row pays for every dim it is asked at, policies that begin at a wider dim are searched
+    by themselves: they do not pay for the dims below.
+
+    Args:
+        holdout: The rows.
+        costs: What each dim costs.
+        fill: Whether to search policies between these, too: best for no price, but for a budget.
+
+    Examples:
+        >>> logits = np.float32([[[9, 0], [9, 0]], [[1, 0], [0, 9]]])
+        >>> holdout = Holdout.measured(logits, np.array([0, 1]), (8, 64), (1.0, 1.0), "margin")
+        >>> costs = DimCosts({8: 8.0, 64: 64.0}, cumulative=False)
+        >>> sorted(policy.dims for policy in candidates(holdout, costs))
+        [(8, 64), (8, 64), (64,)]
+    """
+    policies: dict[CascadePolicy, None] = {}  # in an order that every process has
+    for first in range(len(holdout.stages) if costs.cumulative else 1):
+        stages = holdout.stages[first:]
+        confidence = holdout.confidence[:, first:]
+        stage_costs = costs.of_stages(tuple(stage.dim for stage in stages))
+        ranked = RankedRows(confidence, holdout.is_right[:, first:], stage_costs)
+        found = search_cuts(ranked)
+        for cuts in sorted(fill_front(ranked, found) if fill else found):
+            policies[_policy_of(cuts, confidence, stages, holdout.measure)] = None
+    return list(policies)
+
+
+def _policy_of(
+    cuts: Cuts, confidence: npt.NDArray[np.float32], stages: tuple[Stage, ...], measure: str
+) -> CascadePolicy:
+    """Return the policy of some cuts, without the stages that accept no row."""
+    accepting = [
+        replace(stage, threshold=midway(np.sort(confidence[:, i]), cut))
+        for i, (stage, cut) in enumerate(zip(stages, cuts, strict=False))
         if cut < len(confidence)
     ]
-    return CascadePolicy((*kept, stages[-1]), measure, method=_METHOD)
+    return CascadePolicy((*accepting, stages[-1]), measure, method=_METHOD)
 
 
-def _front(judged: Iterable[tuple[float, CascadePolicy]]) -> CascadeFront:
-    """Of policies that know their holdout, those of which none is cheaper and as accurate."""
-    kept: list[tuple[float, float, CascadePolicy]] = []
-    known = [(cost, p.holdout.accuracy, p) for cost, p in judged if p.holdout is not None]
-    for cost, accuracy, policy in sorted(known, key=lambda one: (one[0], -one[1])):
-        if not kept or accuracy > kept[-1][1]:
-            kept.append((cost, accuracy, policy))
-    return CascadeFront(tuple(p for *_, p in kept), tuple(c for c, *_ in kept))
+_SWEEPS = 20
+_PRICES = 60
+_LOWEST_PRICE = 1e-3  # of a mistake, in rows that are decided at the dearest dim
+
+
+class RankedRows:
+    """Rows in order of their confidence at each stage, which cuts divide.
+
+    Args:
+        confidence: `(rows, stages)`.
+        is_right: Whether deciding a row at a stage is no mistake, `(rows, stages)`.
+        costs: Cost of a row that is decided at each stage, `(stages,)`.
+
+    Examples:
+        >>> sure, right = np.float32([[0.9, 1], [0.2, 1]]), [[1, 1], [0, 1]]
+        >>> rows = RankedRows(sure, right, np.array([1.0, 8.0]))
+        >>> rows.never()
+        (2,)
+        >>> costs, mistakes = rows.sweep(rows.never(), 0)
+        >>> costs.tolist(), mistakes.tolist()  # of accepting all, the surer one, none
+        ([2.0, 9.0, 16.0], [1.0, 0.0, 0.0])
+    """
+
+    def __init__(self, confidence: npt.ArrayLike, is_right: npt.ArrayLike, costs: Floats) -> None:
+        self.costs = costs
+        self._mistakes = (~np.asarray(is_right, bool)).astype(np.float64)
+        self.num_rows = len(self._mistakes)
+        self._paid = np.broadcast_to(costs, self._mistakes.shape)
+        values = np.asarray(confidence)
+        self._order = np.argsort(values, axis=0, kind="stable")
+        self._rank = np.argsort(self._order, axis=0)
+        ascending = np.take_along_axis(values, self._order, axis=0)
+        # A threshold goes between two confidences that differ: rows that tie go the same way.
+        self._may_cut = np.ones((self.num_rows + 1, values.shape[1]), bool)
+        self._may_cut[1:-1] = ascending[1:] > ascending[:-1]
+
+    def never(self) -> Cuts:
+        """Return the cuts that accept no row before the last stage."""
+        return (self.num_rows,) * (self._rank.shape[1] - 1)
+
+    def weigh(self, cuts: Cuts) -> tuple[float, float]:
+        """Return the cost and the mistakes of all rows under some cuts."""
+        decided, rows = self._decided(cuts), np.arange(self.num_rows)
+        return float(self._paid[rows, decided].sum()), float(self._mistakes[rows, decided].sum())
+
+    def descend(self, cuts: Cuts, price: float) -> Cuts:
+        """Move the cuts in turn until no move makes `cost + price * mistakes` smaller."""
+        for _ in range(_SWEEPS):
+            before = cuts
+            for stage in reversed(range(len(cuts))):
+                costs, mistakes = self.sweep(cuts, stage)
+                losses = costs + price * mistakes
+                # Of equal losses the last: the cut that accepts least.
+                best = len(losses) - 1 - int(np.argmin(losses[::-1]))
+                cuts = (*cuts[:stage], best, *cuts[stage + 1 :])
+            if cuts == before:
+                break
+        return cuts
+
+    def sweep(self, cuts: Cuts, stage: int) -> tuple[Floats, Floats]:
+        """Return the cost and the mistakes of all rows for every cut of one stage.
+
+        The other cuts stay as they are. A cut between rows that tie is impossible, and costs
+        infinitely much.
+
+        Args:
+            cuts: The cuts of all stages but the last.
+            stage: The stage whose cut is swept, from accepting all rows to accepting none.
+
+        Returns:
+            Both `(rows + 1,)`.
+        """
+        decided = self._decided((*cuts[:stage], self.num_rows, *cuts[stage + 1 :]))
+        reaches = (decided > stage)[self._order[:, stage]]
+        totals = []
+        for by_stage in (self._paid, self._mistakes):
+            without = by_stage[np.arange(self.num_rows), decided]
+            saved = (without - by_stage[:, stage])[self._order[:, stage]] * reaches
+            totals.append(without.sum() - np.append(np.cumsum(saved[::-1])[::-1], 0.0))
+        costs, mistakes = totals
+        return np.where(self._may_cut[:, stage], costs, np.inf), mistakes
+
+    def _decided(self, cuts: Cuts) -> npt.NDArray[np.int64]:
+        """Return the stage that decides each row."""
+        accepted = self._rank[:, : len(cuts)] >= np.asarray(cuts)
+        last = np.full((self.num_rows, 1), True)
+        return np.argmax(np.concatenate([accepted, last], axis=1), axis=1)
+
+
+def search_cuts(rows: RankedRows) -> set[Cuts]:
+    """Return the best cuts found for many prices of a mistake.
+
+    Prices rise from next to nothing to one that outweighs all rows; each search begins where the
+    last one ended, and once more at the start.
+
+    Examples:
+        >>> sure, right = np.float32([[0.9, 1], [0.2, 1]]), [[1, 1], [0, 1]]
+        >>> cuts = search_cuts(RankedRows(sure, right, np.array([1.0, 8.0])))
+        >>> sorted(cuts)  # the narrow stage accepts both rows, the surer one, or none
+        [(0,), (1,), (2,)]
+    """
+    start = rows.never()
+    found = {start}
+    for price in np.geomspace(_LOWEST_PRICE, 2 * rows.num_rows, _PRICES) * rows.costs.max():
+        start = rows.descend(start, price)
+        found |= {start, rows.descend(rows.never(), price)}
+    return found
+
+
+_STEPS = 200  # of cost, from the cheapest stage to the dearest
+_ROUNDS = 4
+
+_Point = tuple[float, float, Cuts]  # mistakes, cost
+
+
+def fill_front(rows: RankedRows, found: Iterable[Cuts]) -> set[Cuts]:
+    """Return cuts for every step of cost, none of them both dearer and worse than another.
+
+    Each cut that was found is swept over all rows while the others stay, and the best of each step
+    is kept; new cuts are swept in their turn.
+
+    Args:
+        rows: The rows.
+        found: Where to begin.
+
+    Examples:
+        >>> sure, right = np.float32([[0.9, 1], [0.2, 1]]), [[1, 1], [0, 1]]
+        >>> rows = RankedRows(sure, right, np.array([1.0, 8.0]))
+        >>> sorted(fill_front(rows, [rows.never()]))  # accepting both costs less, and a mistake
+        [(0,), (1,)]
+    """
+    best: dict[int, _Point] = {}
+    first_points = [_weighed(rows, cuts) for cuts in {*found, rows.never()}]
+    new_points = sorted(first_points)
+    for _ in range(_ROUNDS):
+        before = set(best.values())
+        for _, _, cuts in new_points:
+            for stage in range(len(cuts)):
+                for step, point in _best_of_steps(rows, cuts, stage):
+                    best[step] = min(best.get(step, point), point)
+        new_points = sorted(set(best.values()) - before)
+    return _undominated([*first_points, *best.values()])
+
+
+def _weighed(rows: RankedRows, cuts: Cuts) -> _Point:
+    cost, mistakes = rows.weigh(cuts)
+    return mistakes, cost, cuts
+
+
+def _best_of_steps(rows: RankedRows, cuts: Cuts, stage: int) -> Iterator[tuple[int, _Point]]:
+    """Return the best point of each step of cost that moving one cut reaches."""
+    costs, mistakes = rows.sweep(cuts, stage)
+    least, most = rows.costs.min() * rows.num_rows, rows.costs.max() * rows.num_rows
+    places = np.flatnonzero(np.isfinite(costs))
+    steps = np.ceil((costs[places] - least) / max(most - least, 1e-300) * _STEPS).astype(np.int64)
+    # Fewest mistakes first, of equal ones the cut that accepts most, in one number.
+    keys = mistakes[places].astype(np.int64) * len(costs) + places
+    best = np.full(_STEPS + 2, np.iinfo(np.int64).max)
+    np.minimum.at(best, np.clip(steps, 0, _STEPS + 1), keys)
+    for step in np.flatnonzero(best < np.iinfo(np.int64).max).tolist():
+        cut = int(best[step] % len(costs))
+        moved = (*cuts[:stage], cut, *cuts[stage + 1 :])
+        yield step, (float(mistakes[cut]), float(costs[cut]), moved)
+
+
+def _undominated(points: Iterable[_Point]) -> set[Cuts]:
+    best: set[Cuts] = set()
+    fewest = np.inf
+    for mistakes, _, cuts in sorted(points, key=lambda point: (point[1], point[0], point[2])):
+        if mistakes < fewest:
+            best.add(cuts)
+            fewest = mistakes
+    return best
