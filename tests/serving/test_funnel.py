@@ -1,8 +1,6 @@
-"""The funnel's schedule: the paper's own arithmetic, and what makes no funnel."""
+"""The funnel's schedule: the paper's own arithmetic, and what is refused."""
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -10,8 +8,7 @@ import pytest
 
 from keras_mrl_serving.errors import ManifestError
 from keras_mrl_serving.funnel import FunnelSchedule
-
-Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
+from tests.helpers.galleries import Refuses
 
 IMAGENET = 1_281_167
 PAPER = FunnelSchedule((16, 32, 64, 128, 256, 2048), (200, 100, 50, 25, 10), 10)
@@ -54,7 +51,7 @@ def test_bytes_are_those_of_the_rows_that_are_read() -> None:
 
 
 @pytest.mark.parametrize("bits", [(), (8, 32), 0, (1, -8, 32), 65])
-def test_bits_that_are_none(bits: Any, refuses: Refuses) -> None:
+def test_bits_that_are_refused(bits: Any, refuses: Refuses) -> None:
     text = (
         "bits must be one number per stage, or one for all, above 0 and no more than 64. "
         f"Received: bits={bits} for dims={PAPER.dims}. Give 32 for float32, 8 for int8."
@@ -98,7 +95,7 @@ def test_a_schedule_comes_back_from_its_json() -> None:
         ((16, 64), (200,), True),
     ],
 )
-def test_what_makes_no_funnel_is_refused(
+def test_stages_that_do_not_narrow_are_refused(
     dims: tuple[int, ...], shortlists: Any, k: Any, refuses: Refuses
 ) -> None:
     text = (

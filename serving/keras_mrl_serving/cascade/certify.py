@@ -1,11 +1,12 @@
 """A cascade with a promise: how often it may be wrong where the full dim would be right.
 
 The error that `certify_cascade` bounds is 0 or 1 for each row, so the number of errors is binomial
-and its tail is exact: no other bound is needed. Policies are tested in an order that the other half
-of the holdout fixed, until the first fails; all before it hold together, without a correction for
-their number. Of policies with as many errors on that half the most expensive is tested first: begun
-with the cheapest, whose errors are few by luck, the tests often ended at once (91 dims instead of 77
-for the same promise).
+and its tail is exact: no other bound is needed.
+
+Policies are tested in an order that the other half of the holdout fixed, until the first fails;
+all before it hold together, without a correction for their number. Of policies with equally many
+errors on that half the most expensive is tested first. Begun with the cheapest, whose errors are
+few by luck, the tests often ended at once (91 dims instead of 77 for the same promise).
 """
 
 from __future__ import annotations

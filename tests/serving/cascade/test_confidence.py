@@ -1,24 +1,33 @@
-"""How sure a row is, beside float64 written out."""
+"""Confidences beside float64 written out, and temperatures beside a search over a fine grid."""
 
-import re
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from keras_mrl_serving import CascadePolicy, Stage, search_cascades
-from keras_mrl_serving.cascade.confidence import CONFIDENCES, confidence_of, lowest, midway
+from keras_mrl_serving import CascadePolicy, fit_temperatures, search_cascades
+from keras_mrl_serving.cascade.confidence import (
+    CONFIDENCES,
+    confidence_of,
+    max_probability,
+    midway,
+    softmax,
+)
+from tests.helpers.galleries import Refuses
+from tests.helpers.holdouts import Array, holdouts, noisy_holdout
 
 RNG = np.random.default_rng(0)
 
 
 def by_hand(measure: str, logits: Any, temperature: float) -> float:
-    raised = [np.exp(float(x) / temperature) for x in logits]
-    shares = sorted((x / sum(raised) for x in raised), reverse=True)
+    exponentials = [np.exp(float(x) / temperature) for x in logits]
+    probabilities = sorted((x / sum(exponentials) for x in exponentials), reverse=True)
     return {
-        "max_probability": shares[0],
-        "margin": shares[0] - (shares[1] if len(shares) > 1 else 0),
-        "entropy": sum(p * np.log(p) for p in shares if p),
+        "max_probability": probabilities[0],
+        "margin": probabilities[0] - (probabilities[1] if len(probabilities) > 1 else 0),
+        "entropy": sum(p * np.log(p) for p in probabilities if p),
     }[measure]
 
 
@@ -27,10 +36,10 @@ def by_hand(measure: str, logits: Any, temperature: float) -> float:
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
 def test_they_are_those_of_the_formulas(measure: str, classes: int, temperature: float) -> None:
     logits = RNG.normal(size=(20, classes), scale=3)
-    found = confidence_of(measure, logits, temperature)
-    assert found.dtype == np.float32
+    confidence = confidence_of(measure, logits, temperature)
+    assert confidence.dtype == np.float32
     expected = [by_hand(measure, row, temperature) for row in logits]
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(confidence, expected, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("measure", CONFIDENCES)
@@ -38,7 +47,8 @@ def test_the_surest_and_the_least_sure(measure: str) -> None:
     sure = confidence_of(measure, np.array([[1000.0, 0.0, 0.0]]))
     unsure = confidence_of(measure, np.zeros((1, 3)))
     assert float(sure[0]) == (0.0 if measure == "entropy" else 1.0)
-    assert float(unsure[0]) == pytest.approx(lowest(measure, 3))
+    least = {"max_probability": 1 / 3, "margin": 0.0, "entropy": -np.log(3)}[measure]
+    assert float(unsure[0]) == pytest.approx(least)
 
 
 @pytest.mark.parametrize("measure", CONFIDENCES)
@@ -52,9 +62,7 @@ def test_a_threshold_can_accept_all_some_or_none(measure: str) -> None:
 
 @pytest.mark.parametrize("measure", CONFIDENCES)
 def test_a_cascade_learns_and_routes_by_each(measure: str) -> None:
-    labels = RNG.integers(0, 5, 400)
-    noise = np.array([0.8, 0.4])[None, :, None] * RNG.normal(size=(400, 2, 5))
-    logits = 3 * (np.eye(5)[labels][:, None] + noise)
+    logits, labels = noisy_holdout(0, 400, noise=(0.8, 0.4))
     policy = CascadePolicy.learn(logits, labels, (8, 64), confidence=measure)
     assert policy.confidence == measure
     assert policy.holdout is not None
@@ -70,10 +78,77 @@ def test_a_cascade_learns_and_routes_by_each(measure: str) -> None:
     )
 
 
-def test_a_measure_there_is_not() -> None:
+@given(st.floats(2.0**-10, 1, width=32, exclude_max=True))
+def test_a_threshold_never_rounds_up_to_what_it_accepts(confidence: float) -> None:
+    low = np.float32(confidence)
+    ascending = np.array([low, np.nextafter(low, np.float32(2))])
+    thresholds = [np.float32(midway(ascending, first)) for first in range(3)]
+    assert [(ascending > threshold).sum() for threshold in thresholds] == [2, 1, 0]
+
+
+@given(holdouts(), st.floats(0.1, 10))
+def test_softmax_is_that_of_float64(holdout: tuple[Array, Array], temperature: float) -> None:
+    logits, _ = holdout
+    probabilities = softmax(logits, temperature)
+    assert probabilities.dtype == np.float32
+    scaled = logits.astype(np.float64) / temperature
+    exponentials = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    expected = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(max_probability(logits, temperature), probabilities.max(axis=-1))
+
+
+def test_softmax_of_large_logits_does_not_overflow() -> None:
+    np.testing.assert_array_equal(softmax(np.array([1e30, -1e30, 0.0])), [1, 0, 0])
+
+
+LABELS = RNG.integers(0, 4, 600)
+TRUE = (
+    RNG.normal(size=(600, 2, 4)) + np.array([1.0, 2.0])[None, :, None] * np.eye(4)[LABELS][:, None]
+)
+LOGITS = TRUE * np.array([4.0, 0.3])[None, :, None]
+
+
+def cross_entropy(logits: Any, temperature: float) -> float:
+    scaled = logits / temperature
+    scaled = scaled - scaled.max(-1, keepdims=True)
+    logs = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+    return float(-logs[np.arange(len(LABELS)), LABELS].mean())
+
+
+def test_no_temperature_on_a_fine_grid_is_better() -> None:
+    grid = np.geomspace(0.01, 100, 2000)
+    for column, temperature in enumerate(fit_temperatures(LOGITS, LABELS)):
+        losses = [cross_entropy(LOGITS[:, column], t) for t in grid]
+        assert cross_entropy(LOGITS[:, column], temperature) <= min(losses) + 1e-7
+        assert temperature == pytest.approx(grid[int(np.argmin(losses))], rel=0.02)
+
+
+def test_temperatures_undo_a_scale() -> None:
+    first = np.array(fit_temperatures(LOGITS, LABELS))
+    again = np.array(fit_temperatures(LOGITS * 7, LABELS))
+    np.testing.assert_allclose(again, 7 * first, rtol=1e-4)
+
+
+def test_rows_that_are_all_right_get_the_sharpest_and_no_overflow() -> None:
+    logits = 1e4 * np.eye(4)[LABELS][:, None]
+    assert fit_temperatures(logits, LABELS)[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_policy_carries_temperatures() -> None:
+    scales = fit_temperatures(LOGITS, LABELS)
+    policy = CascadePolicy.learn(LOGITS, LABELS, (8, 64), scales)
+    assert tuple(stage.temperature for stage in policy.stages) == scales
+    by_dim = dict(zip((8, 64), scales, strict=True))
+    for policy in search_cascades(LOGITS, LABELS, (8, 64), temperatures=scales).policies:
+        assert all(stage.temperature == by_dim[stage.dim] for stage in policy.stages)
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 0.0), (1.0, float("inf")), (1.0, -1.0)])
+def test_temperatures_that_are_refused(temperatures: Any, refuses: Refuses) -> None:
     text = (
-        "confidence must be one of max_probability, margin, entropy. "
-        "Received: confidence='gut'. Choose one of those."
+        "temperatures must be one finite number above 0 per dim. "
+        f"Received: temperatures={temperatures!r} for 2 dims. Give what fit_temperatures returns."
     )
-    with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
-        CascadePolicy((Stage(8, None),), "gut")
+    with refuses(ValueError, text):
+        CascadePolicy.learn(LOGITS, LABELS, (8, 64), temperatures)

@@ -1,4 +1,4 @@
-"""The cascade beside the paper's procedure written as plain loops, row by row in float64."""
+"""The policy beside the paper's procedure written as plain loops, row by row in float64."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,7 +12,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from keras_mrl_serving.cascade import confidence as thresholds_module
 from keras_mrl_serving.cascade.confidence import max_probability, softmax
 from keras_mrl_serving.cascade.policy import CascadePolicy, CascadeReport, Stage
 from keras_mrl_serving.contract import Manifest
@@ -39,12 +38,12 @@ def probabilities(logits: Array, temperature: float) -> Array:
     return raised / raised.sum(axis=-1, keepdims=True)
 
 
-def learned_by_loops(confidence: Array, right: Array, right_next: Array) -> np.float32:
+def threshold_by_loops(confidence: Array, is_right: Array, is_right_next: Array) -> np.float32:
     """The paper's threshold of one adjacent pair: of the best accuracy, the smallest."""
     best, best_threshold = -1, np.float32(0)
     for threshold in GRID:
         count = sum(
-            bool(right[row]) if confidence[row] > threshold else bool(right_next[row])
+            bool(is_right[row] if confidence[row] > threshold else is_right_next[row])
             for row in range(len(confidence))
         )
         if count > best:
@@ -68,15 +67,17 @@ def routed_by_loops(policy: CascadePolicy, logits: Array) -> tuple[list[int], li
 
 
 @given(holdouts())
-def test_what_is_learned_decides_as_the_paper_s_procedure(holdout: tuple[Array, Array]) -> None:
+def test_a_learned_policy_decides_as_the_papers_procedure(holdout: tuple[Array, Array]) -> None:
     logits, labels = holdout
     policy = CascadePolicy.learn(logits, labels, DIMS[: logits.shape[1]])
     assert policy.dims == DIMS[: logits.shape[1]]
-    right = np.argmax(logits, axis=-1) == labels[:, None]
+    is_right = np.argmax(logits, axis=-1) == labels[:, None]
     stage_of = np.full(len(logits), len(policy.stages) - 1)
     for index in reversed(range(len(policy.stages) - 1)):
         confidence = max_probability(logits[:, index])
-        theirs = confidence > learned_by_loops(confidence, right[:, index], right[:, index + 1])
+        theirs = confidence > threshold_by_loops(
+            confidence, is_right[:, index], is_right[:, index + 1]
+        )
         ours = confidence > np.float32(policy.stages[index].threshold)
         np.testing.assert_array_equal(ours, theirs)
         stage_of[theirs] = index
@@ -130,14 +131,6 @@ def test_neighbouring_confidences_are_told_apart() -> None:
     assert policy.holdout.exit_fractions == (0.5, 0.5)
 
 
-@given(st.floats(2.0**-10, 1, width=32, exclude_max=True))
-def test_a_threshold_never_rounds_up_to_what_it_accepts(confidence: float) -> None:
-    low = np.float32(confidence)
-    ascending = np.array([low, np.nextafter(low, np.float32(2))])
-    thresholds = [np.float32(thresholds_module.midway(ascending, first)) for first in range(3)]
-    assert [(ascending > threshold).sum() for threshold in thresholds] == [2, 1, 0]
-
-
 @given(holdouts(), st.data())
 def test_route_and_evaluate_are_their_loops(
     holdout: tuple[Array, Array], data: st.DataObject
@@ -149,14 +142,14 @@ def test_route_and_evaluate_are_their_loops(
     assert [column.tolist() for column in routed] == [class_ids, stage_of]
     rows = len(logits)
     truth = labels.tolist()
-    asked = [sum(policy.dims[: stage + 1]) for stage in stage_of]
+    dims_paid = [sum(policy.dims[: stage + 1]) for stage in stage_of]
     assert asdict(policy.evaluate(logits, labels)) == {
         "accuracy": pytest.approx(sum(map(int.__eq__, class_ids, truth)) / rows),
         "full_accuracy": pytest.approx(
             sum(map(int.__eq__, logits[:, -1].argmax(axis=-1).tolist(), truth)) / rows
         ),
         "expected_dim": pytest.approx(sum(policy.dims[stage] for stage in stage_of) / rows),
-        "cumulative_dim": pytest.approx(sum(asked) / rows),
+        "cumulative_dim": pytest.approx(sum(dims_paid) / rows),
         "exit_fractions": pytest.approx(
             tuple(stage_of.count(stage) / rows for stage in range(len(policy.stages)))
         ),
@@ -193,20 +186,6 @@ def test_a_temperature_divides_before_the_softmax() -> None:
     for temperature, stage in ((1.0, 0), (4.0, 1)):
         policy = CascadePolicy((Stage(8, 0.8, temperature), Stage(16, None)))
         assert policy.route(logits)[1].tolist() == [stage]
-
-
-@given(holdouts(), st.floats(0.1, 10))
-def test_softmax_is_that_of_float64(holdout: tuple[Array, Array], temperature: float) -> None:
-    logits, _ = holdout
-    ours = softmax(logits, temperature)
-    assert ours.dtype == np.float32
-    expected = probabilities(logits, temperature)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(max_probability(logits, temperature), ours.max(axis=-1))
-
-
-def test_softmax_of_large_logits_does_not_overflow() -> None:
-    np.testing.assert_array_equal(softmax(np.array([1e30, -1e30, 0.0])), [1, 0, 0])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "object"])
@@ -266,73 +245,11 @@ def test_the_manifest_s_object_has_the_keys_of_the_contract() -> None:
 
 
 def test_stages_of_numpy_numbers_become_python_s_own() -> None:
-    given: Any = [Stage(np.int64(8), np.float32(0.5), np.float64(2)), Stage(np.uint8(16), None)]  # type: ignore[arg-type]
-    policy = CascadePolicy(given)
+    stages: Any = [Stage(np.int64(8), np.float32(0.5), np.float64(2)), Stage(np.uint8(16), None)]  # type: ignore[arg-type]
+    policy = CascadePolicy(stages)
     assert policy == CascadePolicy((Stage(8, 0.5, 2.0), Stage(16, None)))
     assert hash(policy) == hash(replace(policy))
     assert json.dumps(policy.to_json())
-
-
-@pytest.mark.parametrize(
-    "thresholds", [(None,), (0.5,), (0.5, None), (None, None, None), (0.1, 0.2, 0.3)]
-)
-def test_only_the_last_stage_accepts_all(thresholds: Any, refuses: Refuses) -> None:
-    stages = tuple(map(Stage, DIMS, thresholds))
-    if thresholds in ((None,), (0.5, None)):
-        assert CascadePolicy(stages).stages == stages
-        return
-    text = (
-        "Every stage but the last needs a threshold, and the last accepts all. "
-        f"Received: thresholds={thresholds}. End with Stage(dim, None)."
-    )
-    with refuses(ValueError, text):
-        CascadePolicy(stages)
-
-
-@pytest.mark.parametrize(
-    "stage",
-    [
-        Stage(8, float("nan")),
-        Stage(8, float("inf")),
-        Stage(8, "0.5"),  # type: ignore[arg-type]
-        Stage(8, 0.5, 0.0),
-        Stage(8, 0.5, -1.0),
-        Stage(8, 0.5, float("nan")),
-        Stage(8, 0.5, float("inf")),
-        Stage(8, 0.5, None),  # type: ignore[arg-type]
-        Stage(8, 0.5, "1"),  # type: ignore[arg-type]
-    ],
-)
-def test_stages_need_numbers(stage: Stage, refuses: Refuses) -> None:
-    stages = (stage, Stage(16, None))
-    text = (
-        f"Thresholds must be finite and temperatures positive. Received: {stages}. "
-        "A threshold of 1 accepts no row, one of 0 every row."
-    )
-    with refuses(ValueError, text):
-        CascadePolicy(stages)
-
-
-@pytest.mark.parametrize("dims", [(16, 8), (8, 8), ()])
-def test_stages_need_increasing_dims(dims: tuple[int, ...], refuses: Refuses) -> None:
-    stages = [Stage(dim, None if dim == dims[-1] else 0.5) for dim in dims]
-    remedy = {
-        (16, 8): "Sort them and drop repeats: dims=(8, 16).",
-        (8, 8): "Sort them and drop repeats: dims=(8,).",
-        (): "Give prefix lengths, for example dims=(8, 16, 32).",
-    }[dims]
-    rule = "dims must be strictly increasing positive integers."
-    with refuses(ValueError, f"{rule} Received: dims={dims}. {remedy}"):
-        CascadePolicy(tuple(stages))
-
-
-def test_an_unknown_confidence_is_refused(refuses: Refuses) -> None:
-    text = (
-        "confidence must be one of max_probability, margin, entropy. "
-        "Received: confidence='surprise'. Choose one of those."
-    )
-    with refuses(ValueError, text):
-        CascadePolicy((Stage(8, None),), confidence="surprise")
 
 
 @pytest.mark.parametrize(
@@ -379,29 +296,6 @@ LOGITS_5 = np.random.default_rng(0).normal(size=(5, 2, 3))
 LABELS_5 = np.array([0, 1, 2, 0, 1])
 
 
-@pytest.mark.parametrize(
-    ("labels", "received"),
-    [
-        (LABELS_5 + 1, "int64 labels from 1 to 3"),
-        (LABELS_5 - 1, "int64 labels from -1 to 1"),
-        (LABELS_5.astype(np.uint8) + 250, "uint8 labels from 250 to 252"),
-        (LABELS_5 * 1.0, "float64 labels"),
-        (LABELS_5 > 0, "bool labels"),
-        (list("abcab"), "<U1 labels"),
-        (np.array(list("abcab"), object), "object labels"),
-    ],
-)
-def test_labels_are_class_ids_from_0(labels: Any, received: str, refuses: Refuses) -> None:
-    text = (
-        f"labels must be class ids in 0..2. Received: {received}. "
-        "Number the classes from 0, as in training."
-    )
-    with refuses(ValueError, text):
-        CascadePolicy.learn(LOGITS_5, labels, (8, 16))
-    with refuses(ValueError, text):
-        TWO.evaluate(LOGITS_5, labels)
-
-
 def test_labels_may_be_a_column() -> None:
     """As the datasets of Keras have them."""
     column = LABELS_5[:, None]
@@ -410,90 +304,150 @@ def test_labels_may_be_a_column() -> None:
     assert learned == CascadePolicy.learn(LOGITS_5, LABELS_5, (8, 16))
 
 
-@pytest.mark.parametrize(
-    ("logits", "labels", "dims"),
-    [
-        (LOGITS_5, LABELS_5[:3], (8, 16)),
-        (LOGITS_5, np.stack([LABELS_5, LABELS_5], 1), (8, 16)),
-        (LOGITS_5, None, (8, 16)),
-        (LOGITS_5, LABELS_5, (8, 16, 32)),
-        (LOGITS_5, LABELS_5, (8,)),
-        (LOGITS_5[:, 0], LABELS_5, (8, 16)),
-    ],
+def test_logs_of_probabilities_are_logits() -> None:
+    from_logs = CascadePolicy.learn(np.log(softmax(LOGITS_5)), LABELS_5, (8, 16))
+    policy = CascadePolicy.learn(LOGITS_5, LABELS_5, (8, 16))
+    np.testing.assert_array_equal(from_logs.route(LOGITS_5), policy.route(LOGITS_5))
+
+
+# What is refused, and in which words.
+
+SECOND = Stage(16, None)
+THRESHOLDS = (
+    "Every stage but the last needs a threshold, and the last accepts all. "
+    "Received: thresholds={}. End with Stage(dim, None)."
 )
-def test_a_holdout_s_shapes_must_fit(
-    logits: Array, labels: Any, dims: tuple[int, ...], refuses: Refuses
-) -> None:
+NUMBERS = (
+    "Thresholds must be finite and temperatures positive. Received: {}. "
+    "A threshold of 1 accepts no row, one of 0 every row."
+)
+INCREASING = "dims must be strictly increasing positive integers. Received: dims={}. {}"
+REFUSED_STAGES: list[tuple[tuple[Stage, ...], str]] = [
+    *(
+        (tuple(map(Stage, DIMS, thresholds)), THRESHOLDS.format(thresholds))
+        for thresholds in ((0.5,), (None, None, None), (0.1, 0.2, 0.3))
+    ),
+    *(
+        ((stage, SECOND), NUMBERS.format((stage, SECOND)))
+        for stage in (
+            Stage(8, float("nan")),
+            Stage(8, float("inf")),
+            Stage(8, "0.5"),  # type: ignore[arg-type]
+            Stage(8, 0.5, 0.0),
+            Stage(8, 0.5, -1.0),
+            Stage(8, 0.5, float("nan")),
+            Stage(8, 0.5, float("inf")),
+            Stage(8, 0.5, None),  # type: ignore[arg-type]
+            Stage(8, 0.5, "1"),  # type: ignore[arg-type]
+        )
+    ),
+    (
+        (Stage(16, 0.5), Stage(8, None)),
+        INCREASING.format((16, 8), "Sort them and drop repeats: dims=(8, 16)."),
+    ),
+    (
+        (Stage(8, 0.5), Stage(8, None)),
+        INCREASING.format((8, 8), "Sort them and drop repeats: dims=(8,)."),
+    ),
+    ((), INCREASING.format((), "Give prefix lengths, for example dims=(8, 16, 32).")),
+]
+
+
+@pytest.mark.parametrize(("stages", "text"), REFUSED_STAGES)
+def test_stages_that_are_refused(stages: tuple[Stage, ...], text: str, refuses: Refuses) -> None:
+    with refuses(ValueError, text):
+        CascadePolicy(stages)
+
+
+def test_an_unknown_confidence_is_refused(refuses: Refuses) -> None:
     text = (
-        "logits must be (rows, num_dims, num_classes) with one label per row. "
-        f"Received: logits of shape {logits.shape} and labels of shape {np.shape(labels)} for "
-        f"{len(dims)} dims. Give what predict() of the nested model returns, and class ids."
+        "confidence must be one of max_probability, margin, entropy. "
+        "Received: confidence='surprise'. Choose one of those."
     )
     with refuses(ValueError, text):
-        CascadePolicy.learn(logits, labels, dims)
+        CascadePolicy((Stage(8, None),), confidence="surprise")
+    with refuses(ValueError, text):
+        CascadePolicy.learn(LOGITS_5, LABELS_5, (8, 16), confidence="surprise")
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_logits_must_be_finite(bad: float, refuses: Refuses) -> None:
+def with_a_bad_value(value: float) -> Array:
     logits = LOGITS_5.copy()
-    logits[4, 1, 2] = bad
-    text = "logits must be finite. Received: NaN or infinity. Train the model to a finite loss."
-    with refuses(ValueError, text):
-        CascadePolicy.learn(logits, LABELS_5, (8, 16))
-    with refuses(ValueError, text):
-        TWO.evaluate(logits, LABELS_5)
-    with refuses(ValueError, text):
-        TWO.route(logits)
+    logits[4, 1, 2] = value
+    return logits
 
 
-def test_a_holdout_needs_rows(refuses: Refuses) -> None:
-    text = "A holdout needs rows. Received: none. Keep some labelled rows out of training."
-    with refuses(ValueError, text):
-        CascadePolicy.learn(LOGITS_5[:0], LABELS_5[:0], (8, 16))
-    with refuses(ValueError, text):
-        TWO.evaluate(LOGITS_5[:0], LABELS_5[:0])
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_probabilities_are_no_logits(dtype: str, refuses: Refuses) -> None:
-    text = (
-        "logits must be logits, not probabilities. Received: rows that sum to 1. "
-        "Leave the softmax out, or give np.log(probabilities)."
-    )
-    given = softmax(LOGITS_5)
-    with refuses(ValueError, text):
-        CascadePolicy.learn(given.astype(dtype), LABELS_5, (8, 16))
-    with refuses(ValueError, text):
-        TWO.evaluate(given.astype(dtype), LABELS_5)
-    from_logs = CascadePolicy.learn(np.log(given), LABELS_5, (8, 16))
-    np.testing.assert_array_equal(
-        from_logs.route(LOGITS_5), CascadePolicy.learn(LOGITS_5, LABELS_5, (8, 16)).route(LOGITS_5)
-    )
-
-
-@pytest.mark.parametrize(
-    "logits", [LOGITS_5[:, :1], np.zeros((5, 3, 3)), LOGITS_5[0], np.zeros((5, 2, 0)), 1.0]
+CLASS_IDS = (
+    "labels must be class ids in 0..2. Received: {}. Number the classes from 0, as in training."
 )
-def test_only_logits_of_every_stage_can_be_routed(logits: Any, refuses: Refuses) -> None:
-    text = (
-        "logits must be (rows, num_stages, num_classes). "
-        f"Received: logits of shape {np.shape(logits)} for 2 stages. "
-        "Give those of the policy's dims alone, in their order."
-    )
-    with refuses(ValueError, text):
-        TWO.route(logits)
-
-
-@pytest.mark.parametrize(
-    ("logits", "received"),
-    [("abc", "<U3 of shape ()"), (LOGITS_5 + 0j, "complex128 of shape (5, 2, 3)")],
+SHAPES = (
+    "logits must be (rows, num_dims, num_classes) with one label per row. "
+    "Received: logits of shape {} and labels of shape {} for 2 dims. "
+    "Give what predict() of the nested model returns, and class ids."
 )
-def test_logits_are_real_numbers(logits: Any, received: str, refuses: Refuses) -> None:
-    text = (
-        f"logits must be an array of real numbers. Received: {received}. "
-        "Give a NumPy array of floats, every row as long as the others."
-    )
+ROWS = "A holdout needs rows. Received: none. Keep some labelled rows out of training."
+FINITE = "logits must be finite. Received: NaN or infinity. Train the model to a finite loss."
+PROBABILITIES = (
+    "logits must be logits, not probabilities. Received: rows that sum to 1. "
+    "Leave the softmax out, or give np.log(probabilities)."
+)
+REALS = (
+    "logits must be an array of real numbers. Received: {}. "
+    "Give a NumPy array of floats, every row as long as the others."
+)
+UNREAL: list[tuple[Any, str]] = [
+    ("abc", "<U3 of shape ()"),
+    (LOGITS_5 + 0j, "complex128 of shape (5, 2, 3)"),
+]
+BAD = [with_a_bad_value(value) for value in (np.nan, np.inf, -np.inf)]
+REFUSED_HOLDOUTS: list[tuple[Any, Any, str]] = [
+    (LOGITS_5, LABELS_5 + 1, CLASS_IDS.format("int64 labels from 1 to 3")),
+    (LOGITS_5, LABELS_5 - 1, CLASS_IDS.format("int64 labels from -1 to 1")),
+    (
+        LOGITS_5,
+        LABELS_5.astype(np.uint8) + 250,
+        CLASS_IDS.format("uint8 labels from 250 to 252"),
+    ),
+    (LOGITS_5, LABELS_5 * 1.0, CLASS_IDS.format("float64 labels")),
+    (LOGITS_5, LABELS_5 > 0, CLASS_IDS.format("bool labels")),
+    (LOGITS_5, list("abcab"), CLASS_IDS.format("<U1 labels")),
+    (LOGITS_5, np.array(list("abcab"), object), CLASS_IDS.format("object labels")),
+    (LOGITS_5, LABELS_5[:3], SHAPES.format((5, 2, 3), (3,))),
+    (LOGITS_5, np.stack([LABELS_5, LABELS_5], 1), SHAPES.format((5, 2, 3), (5, 2))),
+    (LOGITS_5, None, SHAPES.format((5, 2, 3), ())),
+    (LOGITS_5[:, :1], LABELS_5, SHAPES.format((5, 1, 3), (5,))),
+    (np.zeros((5, 3, 3)), LABELS_5, SHAPES.format((5, 3, 3), (5,))),
+    (LOGITS_5[:, 0], LABELS_5, SHAPES.format((5, 3), (5,))),
+    (LOGITS_5[:0], LABELS_5[:0], ROWS),
+    *((logits, LABELS_5, FINITE) for logits in BAD),
+    *((softmax(LOGITS_5).astype(d), LABELS_5, PROBABILITIES) for d in ("float16", "float32")),
+    *((logits, LABELS_5, REALS.format(received)) for logits, received in UNREAL),
+]
+
+
+@pytest.mark.parametrize(("logits", "labels", "text"), REFUSED_HOLDOUTS)
+def test_a_holdout_that_is_refused(logits: Any, labels: Any, text: str, refuses: Refuses) -> None:
+    with refuses(ValueError, text):
+        CascadePolicy.learn(logits, labels, (8, 16))
+    with refuses(ValueError, text):
+        TWO.evaluate(logits, labels)
+
+
+STAGES = (
+    "logits must be (rows, num_stages, num_classes). "
+    "Received: logits of shape {} for 2 stages. "
+    "Give those of the policy's dims alone, in their order."
+)
+OF_OTHER_SHAPES: list[Any] = [
+    *(LOGITS_5[:, :1], np.zeros((5, 3, 3)), LOGITS_5[0], np.zeros((5, 2, 0)), 1.0),
+]
+REFUSED_ROWS: list[tuple[Any, str]] = [
+    *((logits, STAGES.format(np.shape(logits))) for logits in OF_OTHER_SHAPES),
+    *((logits, FINITE) for logits in BAD),
+    *((logits, REALS.format(received)) for logits, received in UNREAL),
+]
+
+
+@pytest.mark.parametrize(("logits", "text"), REFUSED_ROWS)
+def test_rows_that_are_refused(logits: Any, text: str, refuses: Refuses) -> None:
     with refuses(ValueError, text):
         TWO.route(logits)
-    with refuses(ValueError, text):
-        CascadePolicy.learn(logits, LABELS_5, (8, 16))

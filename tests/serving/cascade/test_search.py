@@ -1,6 +1,6 @@
-"""Cascades searched as a whole, beside every threshold there is and beside the paper's."""
+"""The search beside every threshold there is and beside the paper's procedure."""
 
-import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_mrl_serving import CascadePolicy, search_cascades
+from keras_mrl_serving import CascadeFront, CascadePolicy, search_cascades
+from keras_mrl_serving.cascade.confidence import max_probability
 from keras_mrl_serving.cascade.policy import Stage
-from tests.helpers.holdouts import DIMS, holdouts
+from tests.helpers.galleries import Refuses
+from tests.helpers.holdouts import DIMS, holdouts, noisy_holdout
 
 FEWER = settings(max_examples=100)  # each is a whole search
 
@@ -23,7 +25,9 @@ def cost_of(policy: CascadePolicy, costs: Any) -> float:
 
 @FEWER
 @given(holdouts(), st.booleans())
-def test_it_is_never_worse_than_the_papers_at_its_cost(holdout: Any, cumulative: bool) -> None:
+def test_the_front_is_never_worse_than_the_papers_policy_at_its_cost(
+    holdout: Any, cumulative: bool
+) -> None:
     logits, labels = holdout
     dims = DIMS[: logits.shape[1]]
     costs = np.cumsum(dims) if cumulative else np.asarray(dims)
@@ -57,40 +61,34 @@ def test_a_front_rises_and_says_what_it_costs(holdout: Any) -> None:
 
 @FEWER
 @given(holdouts())
-def test_of_two_stages_the_best_for_a_price_is_found(holdout: Any) -> None:
+def test_of_two_stages_the_best_for_every_price_is_found(holdout: Any) -> None:
     """Every point of the lower hull of all thresholds is on the front."""
     logits, labels = holdout
     if logits.shape[1] < 2:
         return
     logits, dims = logits[:, :2], DIMS[:2]
     front = search_cascades(logits, labels, dims)
-    shares = np.exp(logits[:, 0] - logits[:, 0].max(-1, keepdims=True))
-    confidence = np.unique((1 / shares.sum(-1)).astype(np.float32))
-    every = [-1.0, *(float(c) for c in confidence)]
-    points = [
-        CascadePolicy((Stage(dims[0], t), Stage(dims[1], None))).evaluate(logits, labels)
-        for t in every
+    confidences = np.unique(max_probability(logits[:, 0])).tolist()
+    every = [
+        CascadePolicy((Stage(dims[0], threshold), Stage(dims[1], None))).evaluate(logits, labels)
+        for threshold in (-1.0, *confidences)
     ]
-    found = [p.holdout for p in front.policies if p.holdout]
+    of_front = [policy.holdout for policy in front.policies if policy.holdout]
     for price in (1e-3, 0.02, 0.3, 5.0):
         price *= dims[1]
-        losses = [r.expected_dim - price * r.accuracy for r in points]
-        mine = [r.expected_dim - price * r.accuracy for r in found]
-        assert min(mine) <= min(losses) + 0.2 * price / len(labels) + 1e-6
+        least, least_of_front = (
+            min(report.expected_dim - price * report.accuracy for report in reports)
+            for reports in (every, of_front)
+        )
+        assert least_of_front <= least + 0.2 * price / len(labels) + 1e-6
 
 
-def well_behaved(rows: int = 4000) -> tuple[Any, Any]:
-    """Three dims, each less noisy than the one before."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 5, rows)
-    noise = np.array([0.8, 0.5, 0.35])[None, :, None] * rng.normal(size=(rows, 3, 5))
-    return 3 * (np.eye(5)[labels][:, None] + noise), labels
+NOISE = (0.8, 0.5, 0.35)  # each dim is less noisy than the one before
 
 
 def test_targets_on_rows_that_were_not_searched() -> None:
-    logits, labels = well_behaved(20_000)
-    taught = slice(10_000)
-    front = search_cascades(logits[taught], labels[taught], DIMS[:3])
+    logits, labels = noisy_holdout(0, 20_000, NOISE)
+    front = search_cascades(logits[:10_000], labels[:10_000], DIMS[:3])
     for share in (0.005, 0.05):
         policy = front.cheapest_within(share)
         columns = [DIMS.index(dim) for dim in policy.dims]
@@ -106,16 +104,16 @@ def test_targets_on_rows_that_were_not_searched() -> None:
 
 
 def test_a_stage_that_is_dearer_and_no_better_is_left_out() -> None:
-    logits, labels = well_behaved(500)
+    logits, labels = noisy_holdout(0, 500, NOISE)
     logits[:, 1] = logits[:, 2]
     front = search_cascades(logits, labels, DIMS[:3], costs=(1, 1001, 1000))
-    some_go_on = [p.dims for p, cost in zip(front.policies, front.costs, strict=True) if cost > 1]
-    assert set(some_go_on) == {(DIMS[0], DIMS[2])}
+    several = {p.dims for p, cost in zip(front.policies, front.costs, strict=True) if cost > 1}
+    assert several == {(DIMS[0], DIMS[2])}
 
 
 def test_where_every_dim_asked_is_paid_for_some_are_not_asked() -> None:
     """Each policy's cost is that of its own stages, and those that begin higher are searched."""
-    logits, labels = well_behaved(1000)
+    logits, labels = noisy_holdout(0, 1000, NOISE)
     front = search_cascades(logits, labels, DIMS[:3], cumulative=True)
     assert len({policy.dims[0] for policy in front.policies}) > 1
     for policy, cost in zip(front.policies, front.costs, strict=True):
@@ -124,7 +122,7 @@ def test_where_every_dim_asked_is_paid_for_some_are_not_asked() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_of_two_dims_what_any_threshold_reaches_within_a_budget(seed: int) -> None:
+def test_of_two_dims_no_threshold_is_better_within_a_budget(seed: int) -> None:
     """The best for a budget need not be the best for any price of a mistake."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, 1000)
@@ -156,7 +154,7 @@ def test_of_two_dims_what_any_threshold_reaches_within_a_budget(seed: int) -> No
 
 def test_costs_need_not_rise() -> None:
     """Measured ones may not: the head of a dim is the same to a clock, the backbone comes first."""
-    logits, labels = well_behaved(300)
+    logits, labels = noisy_holdout(0, 300, NOISE)
     for costs, cumulative in (((1.57, 1.56, 1.57), False), ((50.0, 0.1, 0.4), True)):
         front = search_cascades(logits, labels, DIMS[:3], costs, cumulative=cumulative)
         for policy, cost in zip(front.policies, front.costs, strict=True):
@@ -164,13 +162,6 @@ def test_costs_need_not_rise() -> None:
             paid = [costs[DIMS.index(dim)] for dim in policy.dims]
             paid = np.cumsum(paid).tolist() if cumulative else paid
             assert cost == pytest.approx(np.dot(policy.holdout.exit_fractions, paid))
-
-
-@pytest.mark.parametrize("costs", [("a", "b", "c"), {"a": 1}, [[1], [2, 3]]])
-def test_costs_that_are_no_numbers(costs: Any) -> None:
-    logits, labels = well_behaved(50)
-    with pytest.raises(ValueError, match=r"\Acosts must be an array of real numbers. Received: "):
-        search_cascades(logits, labels, DIMS[:3], costs)
 
 
 def test_sure_logits_of_some_dims_are_no_probabilities() -> None:
@@ -181,65 +172,79 @@ def test_sure_logits_of_some_dims_are_no_probabilities() -> None:
 
 
 def test_one_dim_is_its_own_cascade() -> None:
-    logits, labels = well_behaved(50)
+    logits, labels = noisy_holdout(0, 50, NOISE)
     front = search_cascades(logits[:, :1], labels, (8,))
     assert [policy.dims for policy in front.policies] == [(8,)]
     assert front.costs == (8.0,)
 
 
-@pytest.mark.parametrize(
-    ("call", "text"),
-    [
-        (
-            lambda f: f.cheapest_within(-0.1),
-            "share must be a number of at least 0. "
-            "Received: share=-0.1. Give 0.005 for half a point.",
-        ),
-        (
-            lambda f: f.cheapest_within(float("nan")),
-            "share must be a number of at least 0. "
-            "Received: share=nan. Give 0.005 for half a point.",
-        ),
-        (
-            lambda f: f.cheapest_within(None),
-            "share must be a number of at least 0. "
-            "Received: share=None. Give 0.005 for half a point.",
-        ),
-        (
-            lambda f: f.best_under("x"),
-            "cost must be a finite number. "
-            "Received: cost='x'. Give what a row may cost, in the unit of the search.",
-        ),
-        (
-            lambda f: f.best_under(7.9),
-            "The cheapest policy costs 8 a row. Received: cost=7.9. Give at least that.",
-        ),
-    ],
+SHARE = "share must be a number of at least 0. Received: share={}. Give 0.005 for half a point."
+COST = (
+    "cost must be a finite number. "
+    "Received: cost={!r}. Give what a row may cost, in the unit of the search."
 )
-def test_targets_that_are_none(call: Any, text: str) -> None:
-    logits, labels = well_behaved(50)
-    front = search_cascades(logits[:, :1], labels, (8,))
-    with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
+REFUSED_TARGETS: list[tuple[Callable[[CascadeFront], object], str]] = [
+    (lambda front: front.cheapest_within(-0.1), SHARE.format(-0.1)),
+    (lambda front: front.cheapest_within(float("nan")), SHARE.format("nan")),
+    (lambda front: front.cheapest_within(None), SHARE.format(None)),  # type: ignore[arg-type]
+    (lambda front: front.best_under("x"), COST.format("x")),  # type: ignore[arg-type]
+    (lambda front: front.best_under(float("inf")), COST.format(float("inf"))),
+    (
+        lambda front: front.best_under(7.9),
+        "The cheapest policy costs 8 a row. Received: cost=7.9. Give at least that.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), REFUSED_TARGETS)
+def test_targets_that_are_refused(
+    call: Callable[[CascadeFront], object], text: str, refuses: Refuses
+) -> None:
+    logits, labels = noisy_holdout(0, 50, NOISE[:1])
+    front = search_cascades(logits, labels, (8,))
+    with refuses(ValueError, text):
         call(front)
 
 
-@pytest.mark.parametrize(
-    "costs",
-    [
-        (1,),
-        (0, 1, 2),
-        (1, -1, 2),
-        (1, 2, float("nan")),
-        (1, 2, float("inf")),
-        (1, 2, 1e13),
-    ],
+NO_COSTS = (
+    "costs must be one positive number per dim, finite and of one scale. "
+    "Received: costs={} for 3 dims. Give what each dim costs."
 )
-def test_costs_that_are_none(costs: Any) -> None:
-    logits, labels = well_behaved(50)
-    given = tuple(float(c) for c in costs)
-    text = (
-        "costs must be one positive number per dim, finite and of one scale. "
-        f"Received: costs={given} for 3 dims. Give what each dim costs."
-    )
-    with pytest.raises(ValueError, match=rf"\A{re.escape(text)}\Z"):
+NO_REALS = (
+    "costs must be an array of real numbers. Received: {}. "
+    "Give a NumPy array of floats, every row as long as the others."
+)
+NAN, INF = float("nan"), float("inf")
+REFUSED_COSTS: list[tuple[Any, str]] = [
+    *(
+        (costs, NO_COSTS.format(costs))
+        for costs in (
+            (1.0,),
+            (0.0, 1.0, 2.0),
+            (1.0, -1.0, 2.0),
+            (1.0, 2.0, NAN),
+            (1.0, 2.0, INF),
+            (1.0, 2.0, 1e13),
+        )
+    ),
+    (("a", "b", "c"), NO_REALS.format("<U1 of shape (3,)")),
+    (
+        {"a": 1},
+        NO_REALS.format("dict (float() argument must be a string or a real number, not 'dict')"),
+    ),
+    (
+        [[1], [2, 3]],
+        NO_REALS.format(
+            "list (setting an array element with a sequence. The requested array has an "
+            "inhomogeneous shape after 1 dimensions. The detected shape was (2,) + inhomogeneous "
+            "part)"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("costs", "text"), REFUSED_COSTS)
+def test_costs_that_are_refused(costs: Any, text: str, refuses: Refuses) -> None:
+    logits, labels = noisy_holdout(0, 50, NOISE)
+    with refuses(ValueError, text):
         search_cascades(logits, labels, DIMS[:3], costs)
