@@ -57,11 +57,11 @@ def classify(arguments: SimpleNamespace) -> int:
     check_one_of(arguments, "dim", "policy")
     if arguments.top < 1:
         raise RefusalError(f"--top must be at least 1. Received: {arguments.top}. Try 3.", MISUSED)
-    from .client import ask_files, described
+    from .client import ask_files, connect_and_describe
     from .files import load_policy
 
     policy = None if arguments.policy is None else load_policy(arguments.policy)
-    with described(arguments) as (client, manifest):
+    with connect_and_describe(arguments) as (client, manifest):
         manifest.check_head()
         _check_top(arguments.top, manifest)
         dim = None if arguments.dim is None else manifest.check_dim(arguments.dim)

@@ -23,7 +23,7 @@ from keras_mrl_serving.corpus import window_rows
 
 from .files import Arrays, count_rows, is_image, load_rows
 from .output import Progress
-from .shared import DONE, MISUSED, RefusalError, one_line, refuse, refused
+from .shared import DONE, MISUSED, RefusalError, one_line, refuse, refusing
 
 Ask = Callable[[Arrays, Callable[[int, int], object]], Any]
 Show = Callable[[str, int, Any], None]  # a file, the number of its row, and that row's answer
@@ -34,14 +34,14 @@ _MOST_ROWS = 1000
 
 
 @contextmanager
-def connected(arguments: SimpleNamespace) -> Iterator[Client]:
+def connect(arguments: SimpleNamespace) -> Iterator[Client]:
     """Give a client of `--target`, whose errors are refusals.
 
     Raises:
         RefusalError: If a flag does not fit, or for every `KerasMrlError` meanwhile.
     """
     options = _options(arguments)
-    with refused(KerasMrlError):
+    with refusing(KerasMrlError):
         try:
             client = Client(arguments.target.split(","), arguments.model, options=options)
         except ValueError as error:
@@ -51,13 +51,13 @@ def connected(arguments: SimpleNamespace) -> Iterator[Client]:
 
 
 @contextmanager
-def described(arguments: SimpleNamespace) -> Iterator[tuple[Client, Manifest]]:
+def connect_and_describe(arguments: SimpleNamespace) -> Iterator[tuple[Client, Manifest]]:
     """Give a client whose calls have as many rows as suit the model and the files; its manifest.
 
     Raises:
         RefusalError: If a flag does not fit, or for every `KerasMrlError` meanwhile.
     """
-    with connected(arguments) as client:
+    with connect(arguments) as client:
         manifest = client.describe()
         if arguments.max_batch_size is None:
             client = client.with_batch_size(_rows_of_a_call(manifest, arguments.files))

@@ -29,7 +29,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
-from .shared import DONE, MISUSED, Dims, Option, RefusalError, command, json_option, refused
+from .shared import DONE, MISUSED, Option, RefusalError, command, dims, json_option, refusing
 
 EPOCHS, FILTERS, DIMS = 10, 32, (8, 16, 32, 64, 128)
 _LEAST = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
@@ -47,8 +47,8 @@ _LEAST = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
     ),
     Option(
         "--dims",
-        type=Dims(),
-        metavar=Dims.name,
+        type=dims,
+        metavar="M,...",
         help=f"two or more ({','.join(map(str, DIMS))})",
     ),
     Option(
@@ -85,8 +85,8 @@ _LEAST = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
 )
 def compare(arguments: SimpleNamespace) -> int:
     """Train, judge and report."""
-    dims = arguments.dims or DIMS
-    _check(arguments, dims)
+    arguments.dims = arguments.dims or DIMS
+    _check(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         for name in ("matplotlib", "sklearn"):  # now, and not when all nets are trained
@@ -102,7 +102,7 @@ def compare(arguments: SimpleNamespace) -> int:
     # TensorFlow warns of every net it traces, and this trains a dozen.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     plan = Plan(
-        dims=dims,
+        dims=arguments.dims,
         seeds=arguments.seeds,
         epochs=arguments.epochs or EPOCHS,
         filters=arguments.filters or FILTERS,
@@ -110,7 +110,7 @@ def compare(arguments: SimpleNamespace) -> int:
         unseen=arguments.unseen,
     )
     out = Path(arguments.out)
-    with refused(ComparisonError):
+    with refusing(ComparisonError):
         try:
             results = compare_methods(
                 list(arguments.data),
@@ -132,11 +132,12 @@ def compare(arguments: SimpleNamespace) -> int:
     return DONE
 
 
-def _check(arguments: SimpleNamespace, dims: tuple[int, ...]) -> None:
-    if len(dims) < 2 or dims[0] < 1 or list(dims) != sorted(set(dims)):
+def _check(arguments: SimpleNamespace) -> None:
+    numbers = list(arguments.dims)
+    if len(numbers) < 2 or numbers[0] < 1 or numbers != sorted(set(numbers)):
         raise RefusalError(
             "--dims must be two or more rising integers. "
-            f"Received: {','.join(map(str, dims))}. Give for example 8,16,32.",
+            f"Received: {','.join(map(str, numbers))}. Give for example 8,16,32.",
             MISUSED,
         )
     for name, least in _LEAST.items():

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .output import in_bytes
-from .shared import DONE, MISUSED, Option, RefusalError, command, flag_of, refused
+from .shared import DONE, MISUSED, Option, RefusalError, command, flag_of, refusing
 
 if TYPE_CHECKING:
     from keras_mrl_serving import Manifest
@@ -85,7 +85,7 @@ def deploy(arguments: SimpleNamespace) -> int:
     values = _values(arguments)
     out = Path(arguments.out)
     text_by_name = {name: _rendered(name, values) for name in FILES}
-    with refused(
+    with refusing(
         rule="OUT_DIR must be a folder that can be written.", remedy="Name another.", place=str(out)
     ):
         out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def _model(base_path: str) -> tuple[Path, Manifest]:
 
     from .files import find_version
 
-    with refused(
+    with refusing(
         ManifestError,
         rule="--base-path must be a folder that can be read.",
         remedy="Correct the path.",

@@ -31,7 +31,7 @@ from .shared import (
     files_argument,
     json_option,
     one_line,
-    refused,
+    refusing,
     server_options,
     take_target,
     target_option,
@@ -50,27 +50,18 @@ if TYPE_CHECKING:
 _COORDINATES = 6  # shown by a table
 
 
-class Quality(click.ParamType[tuple[str | None, float]]):
-    """A share, after the name of a measure and `=` if there is one."""
-
-    name = "[MEASURE=]SHARE"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str | None, float]:
-        """Return the name of the measure and the share."""
-        measure, _, text = value.rpartition("=")
-        try:
-            share = float(text)
-        except ValueError:
-            share = 0.0
-        if not 0 < share <= 1:
-            self.fail(
-                f"it must end in a share in (0, 1]. Received: {value!r}. Give for example 0.98.",
-                param,
-                ctx,
-            )
-        return measure or None, share
+def quality(text: str) -> tuple[str | None, float]:
+    """Return the measure and the share of a flag, `[MEASURE=]SHARE`."""
+    measure, _, number = text.rpartition("=")
+    try:
+        share = float(number)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise click.BadParameter(
+            f"it must end in a share in (0, 1]. Received: {text!r}. Give for example 0.98."
+        )
+    return measure or None, share
 
 
 @command(
@@ -81,8 +72,8 @@ class Quality(click.ParamType[tuple[str | None, float]]):
     Option("--dim", type=int, metavar="M", help="dim of the embeddings (the full one)"),
     Option(
         "--quality",
-        type=Quality(),
-        metavar=Quality.name,
+        type=quality,
+        metavar="[MEASURE=]SHARE",
         help="take the smallest dim that keeps this share of the full one's quality, by the "
         "manifest's measure of this name, or its only one",
     ),
@@ -96,15 +87,15 @@ def embed(arguments: SimpleNamespace) -> int:
     check_one_of(arguments, "dim", "quality")
     from keras_mrl_serving.contract import cheapest_dim
 
-    from .client import ask_files, described
+    from .client import ask_files, connect_and_describe
 
-    with described(arguments) as (client, manifest):
+    with connect_and_describe(arguments) as (client, manifest):
         dim = manifest.width
         if arguments.dim is not None:
             dim = manifest.check_dim(arguments.dim)
         elif arguments.quality is not None:
             measure, share = arguments.quality
-            with refused(ValueError):
+            with refusing(ValueError):
                 dim = cheapest_dim(manifest, share, measure)
         if arguments.out is not None:
             return _write(arguments, client, manifest, dim)
@@ -121,10 +112,10 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
 
     from .files import load_rows
 
-    total = _checked_rows(arguments, manifest)
+    total = _count_checked_rows(arguments, manifest)
     batches = (load_rows(file, manifest, arguments.scale) for file in arguments.files)
     try:
-        with Progress(lambda: total) as progress, refused(KerasMrlError, ValueError):
+        with Progress(lambda: total) as progress, refusing(KerasMrlError, ValueError):
             embeddings = client.embed_dataset(
                 batches,
                 dim,
@@ -146,7 +137,7 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
     return DONE
 
 
-def _checked_rows(arguments: SimpleNamespace, manifest: Manifest) -> int:
+def _count_checked_rows(arguments: SimpleNamespace, manifest: Manifest) -> int:
     """Return how many rows all files have; raise `RefusalError` for the first that is bad."""
     from .files import load_rows
 

@@ -25,13 +25,13 @@ import click
 
 from .shared import (
     DONE,
-    Dims,
     Option,
     RefusalError,
     command,
+    dims,
     ended_by_signals,
     one_line,
-    refused,
+    refusing,
 )
 
 if TYPE_CHECKING:
@@ -41,48 +41,29 @@ _ROWS = 8  # of a random sample
 _RANDOM_ROWS = "The export is verified on random rows in [0, 1); real rows verify more: --sample."
 
 
-class Names(click.ParamType[list[str]]):
-    """Names with commas."""
-
-    name = "S,S"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[str]:
-        """Return the names."""
-        names = [part.strip() for part in value.split(",") if part.strip()]
-        if not names:
-            self.fail(
-                f"must be names with commas. Received: {value!r}. Give for example "
-                "embed,classify_64.",
-                param,
-                ctx,
-            )
-        return names
+def names(text: str) -> list[str]:
+    """Return the names of a flag, which have commas between them."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise click.BadParameter(
+            f"must be names with commas. Received: {text!r}. Give for example embed,classify_64."
+        )
+    return parts
 
 
-class Scale(click.ParamType[float]):
-    """A number that float32 has, for the graph computes in float32."""
-
-    name = "X"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return the number."""
-        try:
-            scale = float(value)
-            in_float32 = struct.unpack("f", struct.pack("f", scale))[0]
-        except (ValueError, OverflowError):
-            in_float32 = math.nan
-        if not math.isfinite(in_float32) or in_float32 == 0:
-            self.fail(
-                f"must be a finite number other than 0. Received: {value!r}. "
-                "Give for example 0.00392157, which is 1 / 255.",
-                param,
-                ctx,
-            )
-        return scale
+def float32(text: str) -> float:
+    """Return the number of a flag; float32 must have it, for the graph computes in float32."""
+    try:
+        number = float(text)
+        in_float32 = struct.unpack("f", struct.pack("f", number))[0]
+    except (ValueError, OverflowError):
+        in_float32 = math.nan
+    if not math.isfinite(in_float32) or in_float32 == 0:
+        raise click.BadParameter(
+            f"must be a finite number other than 0. Received: {text!r}. "
+            "Give for example 0.00392157, which is 1 / 255."
+        )
+    return number
 
 
 @command(
@@ -96,13 +77,11 @@ class Scale(click.ParamType[float]):
     ),
     Option("--policy", metavar="FILE", help="JSON of a CascadePolicy (no cascade)"),
     Option("--labels", metavar="FILE", help="class names, one a line (no names)"),
-    Option(
-        "--dims", type=Dims(), metavar=Dims.name, help="dims to export (those of the model's head)"
-    ),
+    Option("--dims", type=dims, metavar="M,...", help="dims to export (those of the model's head)"),
     Option(
         "--signatures",
-        type=Names(),
-        metavar=Names.name,
+        type=names,
+        metavar="S,S",
         help="signatures to write, by name or family: embed,classify_64 (all)",
     ),
     Option(
@@ -114,8 +93,8 @@ class Scale(click.ParamType[float]):
     ),
     Option(
         "--pixel-scale",
-        type=Scale(),
-        metavar=Scale.name,
+        type=float32,
+        metavar="X",
         help="with --images: pixels of 0..255 are multiplied by it (1)",
     ),
     Option("--top-k", type=int, metavar="K", help="how many classes are named (5)"),
@@ -169,7 +148,7 @@ def _export(arguments: SimpleNamespace) -> int:
     _report(f"Loading {arguments.model} on {keras.backend.backend()} ...")
     model = _load(arguments.model)
     optional = {name: getattr(arguments, name) for name in ("dims", "signatures", "top_k", "name")}
-    with refused(
+    with refusing(
         ExportError,
         KerasMrlError,
         ValueError,

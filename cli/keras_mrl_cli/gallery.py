@@ -28,10 +28,10 @@ from keras_mrl_serving.index.plan import (
 from keras_mrl_serving.index.planner import LEAST_SAMPLE, plan_funnel
 from keras_mrl_serving.index.storage import CARD, is_ours, read
 
-from .client import connected
+from .client import connect
 from .files import load_array, load_embeddings, load_labels
 from .output import Progress, in_bytes, print_json, printable
-from .shared import DONE, MISUSED, RefusalError, index_refused
+from .shared import DONE, MISUSED, RefusalError, refusing_index_errors
 
 Array = npt.NDArray[Any]
 # The schedule, the first stage of FAISS, and what is kept of the plan beside the index.
@@ -49,7 +49,7 @@ def build_index(arguments: SimpleNamespace, is_planned: bool, usual_sample: int)
         usual_sample: Rows of the gallery that a plan measures by, if there are ten times as many.
     """
     first_stage = _first_stage(arguments, is_planned)
-    with index_refused():
+    with refusing_index_errors():
         _check_out(arguments.out, arguments.force)
         if arguments.engine == "faiss":
             import_faiss()
@@ -58,9 +58,9 @@ def build_index(arguments: SimpleNamespace, is_planned: bool, usual_sample: int)
         check_ids(ids, len(gallery))
         manifest = None if arguments.target is None else _encoder(arguments, gallery)
         if is_planned:
-            funnel = _planned(arguments, gallery, manifest, first_stage, usual_sample)
+            funnel = _planned_funnel(arguments, gallery, manifest, first_stage, usual_sample)
         else:
-            funnel = _given(arguments, gallery, manifest, first_stage)
+            funnel = _named_funnel(arguments, gallery, manifest, first_stage)
         seconds = _build(arguments, gallery, ids, manifest, funnel)
         index = _read(arguments.out, verify=False)
     if arguments.json:
@@ -127,7 +127,7 @@ class _Passes:
 
 def _encoder(arguments: SimpleNamespace, gallery: Array) -> Manifest:
     """Return the manifest of the encoder that `--target` serves."""
-    with connected(arguments) as client:
+    with connect(arguments) as client:
         manifest = client.describe()
     width = gallery.shape[1]
     if width not in (*manifest.dims, manifest.width):
@@ -202,11 +202,11 @@ def _first_stage(arguments: SimpleNamespace, is_planned: bool) -> FirstStage | N
         return None
     if settings is None:
         return FirstStage.least(factory) if is_planned else FirstStage.usual(factory)
-    with index_refused(MISUSED):
+    with refusing_index_errors(MISUSED):
         return FirstStage(factory, settings)
 
 
-def _given(
+def _named_funnel(
     arguments: SimpleNamespace,
     gallery: Array,
     manifest: Manifest | None,
@@ -214,14 +214,14 @@ def _given(
 ) -> Funnel:
     """Return the funnel that the flags name."""
     dims = arguments.dims or (gallery.shape[1],)
-    with index_refused(MISUSED):
+    with refusing_index_errors(MISUSED):
         schedule = FunnelSchedule(dims, arguments.shortlists or (), arguments.k)
     if manifest is not None:
         manifest.check_dim(schedule.dims[-1])
     return schedule, first_stage, None
 
 
-def _planned(
+def _planned_funnel(
     arguments: SimpleNamespace,
     gallery: Array,
     manifest: Manifest | None,
@@ -310,7 +310,7 @@ def _report(text: str) -> None:
 
 def show_index(path: str, as_json: bool) -> int:
     """Print what an index is, its files and its plan, after a look at every byte."""
-    with index_refused():
+    with refusing_index_errors():
         index = _read(path, verify=True)
     if as_json:
         print_json(**index, verified=True)

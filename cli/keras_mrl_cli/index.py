@@ -10,43 +10,33 @@ wider prefixes narrow that down. `keras-mrl search` asks it.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import click
 
 from .shared import (
     MISUSED,
     SERVER_FLAGS,
-    Dims,
     Option,
     RefusalError,
-    Share,
     check_one_of,
     command,
-    given,
+    dims,
+    given_flags,
     group,
     json_option,
     server_options,
+    share,
     target_option,
+    under,
 )
 
 K, RECALL, SAMPLE, BATCH, SEED = 10, 0.95, 500, 1, 0
-_FUNNEL = "The funnel"
-_PLAN = "How it is planned"
-_ENCODER = "The encoder of the embeddings"
 _TARGETS = ("target_recall", "target_precision", "target_map")
 
 
-class Shortlists(Dims):
-    """Numbers of rows with commas, or `none`."""
-
-    name = "N,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Return the numbers."""
-        return () if value == "none" else super().convert(value, param, ctx)
+def shortlists(text: str) -> tuple[int, ...]:
+    """Return the numbers of rows of a flag; `none` has none."""
+    return () if text == "none" else dims(text)
 
 
 @command(
@@ -83,84 +73,81 @@ A folder that holds an index is replaced with --force, and stays whole until the
     ),
     Option("--force", is_flag=True, help="replace the index that is there"),
     json_option(),
-    Option(
-        "--dims",
-        type=Dims(),
-        metavar=Dims.name,
-        help="dims of its stages; without --shortlists those a plan may use (powers of two, or "
-        "the model's)",
-        section=_FUNNEL,
+    *under(
+        "The funnel",
+        Option(
+            "--dims",
+            type=dims,
+            metavar="M,...",
+            help="dims of its stages; without --shortlists those a plan may use (powers of two, or "
+            "the model's)",
+        ),
+        Option(
+            "--shortlists",
+            type=shortlists,
+            metavar="N,...",
+            help="rows each stage hands to the next, none for one dim; nothing is planned then",
+        ),
+        Option(
+            "--first-stage",
+            metavar="FACTORY",
+            help="FAISS index over the first dim, as faiss.index_factory knows it (HNSW32); a plan "
+            "tries this kind alone",
+        ),
+        Option(
+            "--settings",
+            metavar="NAME=VALUE",
+            help="how hard the first stage looks, as efSearch=64 or nprobe=8; a plan begins there "
+            "and doubles it",
+        ),
     ),
-    Option(
-        "--shortlists",
-        type=Shortlists(),
-        metavar=Shortlists.name,
-        help="rows each stage hands to the next, none for a single dim; nothing is planned then",
-        section=_FUNNEL,
+    *under(
+        "How it is planned",
+        Option(
+            "--target-recall",
+            type=share,
+            metavar="SHARE",
+            help=f"share of the exact neighbours at the last dim that must be found ({RECALL})",
+        ),
+        Option(
+            "--target-precision",
+            type=share,
+            metavar="SHARE",
+            help="share of the neighbours that must have the query's label",
+        ),
+        Option(
+            "--target-map",
+            type=share,
+            metavar="SHARE",
+            help="mean average precision at k by label, as the paper counts it",
+        ),
+        Option("--labels", metavar="L.npy", help="a label per gallery row"),
+        Option("--queries", metavar="Q.npy", help="embeddings of queries to measure by"),
+        Option("--query-labels", metavar="QL.npy", help="a label per row of --queries"),
+        Option(
+            "--sample",
+            type=int,
+            metavar="ROWS",
+            help=f"rows of the gallery to measure by ({SAMPLE}, or a tenth)",
+        ),
+        Option("--seed", type=int, metavar="N", help=f"seed of the sample ({SEED})"),
+        Option(
+            "--batch",
+            type=int,
+            metavar="ROWS",
+            help=f"how many queries come at once ({BATCH})",
+        ),
     ),
-    Option(
-        "--first-stage",
-        metavar="FACTORY",
-        help="FAISS index over the first dim, as faiss.index_factory knows it (HNSW32); a plan "
-        "tries this kind alone",
-        section=_FUNNEL,
+    *under(
+        "The encoder of the embeddings",
+        Option(
+            "--fingerprint",
+            metavar="TEXT",
+            help="of the encoder; a client then refuses queries of another (unknown)",
+        ),
+        target_option("a server of the encoder, whose manifest has its fingerprint and its dims"),
+        *server_options(),
     ),
-    Option(
-        "--settings",
-        metavar="NAME=VALUE",
-        help="how hard the first stage looks, as efSearch=64 or nprobe=8; a plan begins there "
-        "and doubles it",
-        section=_FUNNEL,
-    ),
-    Option(
-        "--target-recall",
-        type=Share(),
-        metavar=Share.name,
-        help=f"share of the exact neighbours at the last dim that must be found ({RECALL})",
-        section=_PLAN,
-    ),
-    Option(
-        "--target-precision",
-        type=Share(),
-        metavar=Share.name,
-        help="share of the neighbours that must have the query's label",
-        section=_PLAN,
-    ),
-    Option(
-        "--target-map",
-        type=Share(),
-        metavar=Share.name,
-        help="mean average precision at k by label, as the paper counts it",
-        section=_PLAN,
-    ),
-    Option("--labels", metavar="L.npy", help="a label per gallery row", section=_PLAN),
-    Option("--queries", metavar="Q.npy", help="embeddings of queries to measure by", section=_PLAN),
-    Option("--query-labels", metavar="QL.npy", help="a label per row of --queries", section=_PLAN),
-    Option(
-        "--sample",
-        type=int,
-        metavar="ROWS",
-        help=f"rows of the gallery to measure by ({SAMPLE}, or a tenth)",
-        section=_PLAN,
-    ),
-    Option("--seed", type=int, metavar="N", help=f"seed of the sample ({SEED})", section=_PLAN),
-    Option(
-        "--batch",
-        type=int,
-        metavar="ROWS",
-        help=f"how many queries come at once ({BATCH})",
-        section=_PLAN,
-    ),
-    Option(
-        "--fingerprint",
-        metavar="TEXT",
-        help="of the encoder; a client then refuses queries of another (unknown)",
-        section=_ENCODER,
-    ),
-    target_option(
-        "a server of the encoder, whose manifest has its fingerprint and its dims", _ENCODER
-    ),
-    *server_options(_ENCODER),
 )
 def build(arguments: SimpleNamespace) -> int:
     """Build an index."""
@@ -170,14 +157,14 @@ def build(arguments: SimpleNamespace) -> int:
     _check_funnel(arguments)
     is_planned = arguments.engine == "faiss" and arguments.shortlists is None
     _check_plan(arguments, is_planned)
-    flags = given(arguments, SERVER_FLAGS)
+    flags = given_flags(arguments, SERVER_FLAGS)
     if flags and arguments.target is None:
         raise _misused(
             "A server is asked where --target names it",
             f"{', '.join(flags)} without --target",
             "Give for example --target localhost:8500",
         )
-    if not given(arguments, _TARGETS):
+    if not given_flags(arguments, _TARGETS):
         arguments.target_recall = RECALL
     arguments.batch = arguments.batch or BATCH
     arguments.seed = arguments.seed or SEED
@@ -218,7 +205,7 @@ def _check_funnel(arguments: SimpleNamespace) -> None:
 
 
 def _check_plan(arguments: SimpleNamespace, is_planned: bool) -> None:
-    flags = given(
+    flags = given_flags(
         arguments,
         (*_TARGETS, "labels", "queries", "query_labels", "sample", "seed", "batch"),
     )
@@ -228,18 +215,18 @@ def _check_plan(arguments: SimpleNamespace, is_planned: bool) -> None:
             ", ".join(flags),
             "Leave them out, or let the funnel be planned",
         )
-    drawn = given(arguments, ("sample", "seed"))
+    drawn = given_flags(arguments, ("sample", "seed"))
     if drawn and arguments.queries is not None:
         raise _misused(
             "A sample of the gallery is drawn only where there are no queries",
             f"{', '.join(drawn)} with --queries",
             "Leave out one or the other",
         )
-    by_label = given(arguments, ("target_precision", "target_map"))
+    by_label = given_flags(arguments, ("target_precision", "target_map"))
     if (arguments.labels is None) == bool(by_label):
         raise _misused(
             "A target by label (--target-precision, --target-map) and --labels belong together",
-            ", ".join((*by_label, *given(arguments, ("labels",)))) + " alone",
+            ", ".join((*by_label, *given_flags(arguments, ("labels",)))) + " alone",
             "Give both, or --target-recall, which needs no labels",
         )
     has_labels = arguments.query_labels is not None
@@ -247,7 +234,7 @@ def _check_plan(arguments: SimpleNamespace, is_planned: bool) -> None:
         raise _misused(
             "--query-labels belong to --queries whose target is by label",
             f"{'' if has_labels else 'no '}--query-labels with "
-            f"{', '.join(given(arguments, ('queries', 'labels'))) or 'neither'}",
+            f"{', '.join(given_flags(arguments, ('queries', 'labels'))) or 'neither'}",
             "Give --queries, --labels and --query-labels together",
         )
 

@@ -26,18 +26,18 @@ from .shared import (
     SERVER_FLAGS,
     RefusalError,
     command,
-    given,
+    given_flags,
     json_option,
-    refused,
+    refusing,
     server_options,
     target_option,
+    under,
 )
 
 if TYPE_CHECKING:
     from keras_mrl_serving import Manifest
     from keras_mrl_serving.calls import Signature
 
-_SERVED = "A model that is served"
 # A word that is no path: with a scheme, several addresses, or a host and its port.
 _ADDRESS = re.compile(r"\w+:(//)?/.*|[^/]*,[^/]*|[^/]*:\d+")
 _FOREIGN = "none: another tool exported it, and only `predict` of a client can ask it"
@@ -50,8 +50,7 @@ _REPORTED = ("holdout_size", "accuracy", "full_accuracy", "expected_dim", "cumul
         ["folder"], required=False, metavar="FOLDER", help="version, or folder above the versions"
     ),
     json_option(),
-    target_option(section=_SERVED),
-    *server_options(_SERVED),
+    *under("A model that is served", target_option(), *server_options()),
 )
 def inspect(arguments: SimpleNamespace) -> int:
     """Print what the folder or the server says of a model."""
@@ -67,7 +66,7 @@ def inspect(arguments: SimpleNamespace) -> int:
         )
     if folder is None:
         model = _of_server(arguments)
-    elif flags := given(arguments, SERVER_FLAGS):
+    elif flags := given_flags(arguments, SERVER_FLAGS):
         raise RefusalError(
             "A folder is read without a server. "
             f"Received: {', '.join(flags)} for {folder}. Leave them out, or name HOST:PORT."
@@ -87,7 +86,7 @@ def _of_folder(path: str) -> dict[str, Any]:
 
     from .files import find_version, stray_files
 
-    with refused(
+    with refusing(
         KerasMrlError,
         rule="A model must lie in a folder that can be read.",
         remedy="Correct the path.",
@@ -110,9 +109,9 @@ def _of_folder(path: str) -> dict[str, Any]:
 def _of_server(arguments: SimpleNamespace) -> dict[str, Any]:
     from keras_mrl_serving.contract import DESCRIBE
 
-    from .client import connected
+    from .client import connect
 
-    with connected(arguments) as client:
+    with connect(arguments) as client:
         signatures = client.signatures()
         manifest = client.describe() if DESCRIBE in signatures else None
         return {

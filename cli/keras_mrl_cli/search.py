@@ -31,11 +31,12 @@ from .shared import (
     command,
     file_options,
     files_argument,
-    given,
-    index_refused,
+    given_flags,
     json_option,
+    refusing_index_errors,
     server_options,
     target_option,
+    under,
 )
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1000  # rows of --query
 _SHOWN = 5  # neighbours that a table shows without --k
-_SERVED = "A model that embeds the queries"
 
 Show = Callable[[str, int, "Neighbors"], None]  # a file, the number of its row, its one answer
 
@@ -69,9 +69,7 @@ Show = Callable[[str, int, "Neighbors"], None]  # a file, the number of its row,
         help="do not compare the index with its digests, which reads all of it once",
     ),
     json_option("print one JSON object per query"),
-    target_option(section=_SERVED),
-    *server_options(_SERVED),
-    *file_options(_SERVED),
+    *under("A model that embeds the queries", target_option(), *server_options(), *file_options()),
 )
 def search(arguments: SimpleNamespace) -> int:
     """Print the neighbours of every query."""
@@ -81,7 +79,7 @@ def search(arguments: SimpleNamespace) -> int:
 
     from .files import load_array
 
-    with index_refused():
+    with refusing_index_errors():
         index = open_index(arguments.index, verify=not arguments.no_verify)
         k = index.facts.check_k(arguments.k)
         among = None if arguments.among is None else check_among(load_array(arguments.among))
@@ -94,7 +92,7 @@ def search(arguments: SimpleNamespace) -> int:
 
 
 def _check(arguments: SimpleNamespace) -> None:
-    flags = given(arguments, ("target", *SERVER_FLAGS, *FILE_FLAGS))
+    flags = given_flags(arguments, ("target", *SERVER_FLAGS, *FILE_FLAGS))
     if (arguments.query is None) == (not arguments.files):
         raise RefusalError(
             "Queries are the rows of --query, or files that a served model embeds. "
@@ -142,9 +140,9 @@ def _search_files(
     from keras_mrl_serving import InvalidInputError, KerasMrlError
     from keras_mrl_serving.flows import check_encoder
 
-    from .client import ask_files, described
+    from .client import ask_files, connect_and_describe
 
-    with described(arguments) as (client, manifest):
+    with connect_and_describe(arguments) as (client, manifest):
         check_encoder(index.encoder_fingerprint, manifest.fingerprint)
         manifest.check_dim(index.width)
 

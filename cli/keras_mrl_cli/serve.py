@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -27,20 +27,15 @@ _MAX_PORT = 2**16 - 1
 _DEFAULTS = {"model_name": "default", "port": 8500, "file_system_poll_wait_seconds": 1}
 
 
-class Truth(click.ParamType[bool]):
-    """A boolean as TensorFlow's flags spell it."""
-
-    name = "true|false"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
-        """Return the boolean."""
-        if value not in ("true", "false"):
-            self.fail(f"must be true or false. Received: {value}", param, ctx)
-        return bool(value == "true")
+def truth(text: str) -> bool:
+    """Return a boolean as TensorFlow's flags spell it."""
+    if text not in ("true", "false"):
+        raise click.BadParameter(f"must be true or false. Received: {text}")
+    return text == "true"
 
 
 # By name: how a value is read, and the help; in brackets, the value without the flag.
-FLAGS: Mapping[str, tuple[type, str]] = {
+FLAGS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "model_base_path": (
         str,
         "folder that holds the model's versions, each in a folder named by its number",
@@ -71,16 +66,16 @@ FLAGS: Mapping[str, tuple[type, str]] = {
         str,
         "text proto of SSLConfig; with it the gRPC port speaks TLS (no TLS)",
     ),
-    "enable_batching": (bool, "compute requests in batches (false)"),
+    "enable_batching": (truth, "compute requests in batches (false)"),
     "batching_parameters_file": (str, "text proto of BatchingParameters (its defaults)"),
-    "enable_model_warmup": (bool, "replay warm-up records before a version serves (true)"),
-    "enable_grpc_healthcheck_service": (bool, "serve grpc.health.v1 (false)"),
+    "enable_model_warmup": (truth, "replay warm-up records before a version serves (true)"),
+    "enable_grpc_healthcheck_service": (truth, "serve grpc.health.v1 (false)"),
     "enable_serialization_as_tensor_content": (
-        bool,
+        truth,
         "answer in bytes instead of one field per dtype (false)",
     ),
     "allow_version_labels_for_unavailable_models": (
-        bool,
+        truth,
         "let new labels stand for versions that are not available, as none is at start (false)",
     ),
     "max_num_load_retries": (int, "how often a version that does not load is tried again (5)"),
@@ -102,23 +97,17 @@ _ONLY_REAL = frozenset(
 )
 
 
-def _option(name: str, kind: type, text: str) -> Option:
-    if kind is bool:  # without a value it is true
-        return Option(
-            f"--{name}",
-            type=Truth(),
-            is_flag=False,
-            flag_value="true",
-            metavar=Truth.name,
-            help=text,
-        )
-    metavar = {int: "N", str: "TEXT"}[kind]
-    return Option(f"--{name}", type=kind, metavar=metavar, help=text)
+def _option(name: str, read: Callable[[str], Any], text: str) -> Option:
+    if read is not truth:
+        metavar = "N" if read is int else "TEXT"
+        return Option(f"--{name}", type=read, metavar=metavar, help=text)
+    settings: dict[str, Any] = {"is_flag": False, "flag_value": "true"}  # without a value: true
+    return Option(f"--{name}", type=read, metavar="true|false", help=text, **settings)
 
 
 @command(
     __doc__,
-    *(_option(name, kind, text) for name, (kind, text) in FLAGS.items()),
+    *(_option(name, read, text) for name, (read, text) in FLAGS.items()),
     Option(
         "--dev",
         is_flag=True,

@@ -53,7 +53,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def refused(
+def refusing(
     *kinds: type[Exception],
     rule: str = "",
     remedy: str = "",
@@ -89,7 +89,7 @@ def refused(
 
 
 @contextmanager
-def index_refused(status: int = FAILED) -> Iterator[None]:
+def refusing_index_errors(status: int = FAILED) -> Iterator[None]:
     """Turn errors of an index, its files and its libraries into refusals."""
     from keras_mrl_serving import KerasMrlError
 
@@ -97,7 +97,7 @@ def index_refused(status: int = FAILED) -> Iterator[None]:
     remedy = "Correct the path, or make room there."
     kinds = (KerasMrlError, ImportError, ValueError)
     try:
-        with refused(*kinds, rule=rule, remedy=remedy, status=status):
+        with refusing(*kinds, rule=rule, remedy=remedy, status=status):
             yield
     except MemoryError as error:
         raise RefusalError(
@@ -139,28 +139,34 @@ class Option(click.Option):
         names: Its spelling, and the name of its value where that differs.
         old: Spellings of before, which are accepted and not shown.
         many: Whether it takes every word up to the next flag, as in `--data A B`.
-        section: Heading of the help it stands under.
         settings: As of `click.Option`.
+
+    Attributes:
+        section: Heading of the help it stands under.
     """
 
     def __init__(
-        self,
-        *names: str,
-        old: Sequence[str] = (),
-        many: bool = False,
-        section: str = "Options",
-        **settings: Any,
+        self, *names: str, old: Sequence[str] = (), many: bool = False, **settings: Any
     ) -> None:
-        super().__init__(names, multiple=many or settings.pop("multiple", False), **settings)
+        if many:
+            settings["multiple"] = True
+        super().__init__(names, **settings)
         self.old = tuple(old)
         self.many = many
-        self.section = section
+        self.section = "Options"
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
         """Accept the old spellings too."""
         shown, self.opts = self.opts, [*self.opts, *self.old]
         super().add_to_parser(parser, ctx)
         self.opts = shown
+
+
+def under(section: str, *options: Option) -> tuple[Option, ...]:
+    """Return the options, to stand under a heading of their own."""
+    for option in options:
+        option.section = section
+    return options
 
 
 class Command(click.Command):
@@ -265,45 +271,27 @@ def _is_flag(word: str) -> bool:
     return word.startswith("-") and word != "-"
 
 
-class Dims(click.ParamType[tuple[int, ...]]):
-    """Integers with commas."""
-
-    name = "M,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Return the integers."""
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(
-                f"must be integers with commas. Received: {value!r}. Give for example 8,16.",
-                param,
-                ctx,
-            )
+def dims(text: str) -> tuple[int, ...]:
+    """Return the integers of a flag, which have commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"must be integers with commas. Received: {text!r}. Give for example 8,16."
+        ) from None
 
 
-class Share(click.ParamType[float]):
-    """A number in (0, 1]."""
-
-    name = "SHARE"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return the number."""
-        try:
-            share = float(value)
-        except ValueError:
-            share = 0.0
-        if not 0 < share <= 1:
-            self.fail(
-                f"must be a share in (0, 1]. Received: {value!r}. Give for example 0.95.",
-                param,
-                ctx,
-            )
-        return share
+def share(text: str) -> float:
+    """Return the number in (0, 1] of a flag."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise click.BadParameter(
+            f"must be a share in (0, 1]. Received: {text!r}. Give for example 0.95."
+        )
+    return number
 
 
 def flag_of(name: str) -> str:
@@ -316,7 +304,7 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def given(arguments: SimpleNamespace, names: Iterable[str]) -> list[str]:
+def given_flags(arguments: SimpleNamespace, names: Iterable[str]) -> list[str]:
     """Return which of these flags were given: their values differ from what holds without them."""
     return [
         flag_of(name)
@@ -327,7 +315,7 @@ def given(arguments: SimpleNamespace, names: Iterable[str]) -> list[str]:
 
 def check_one_of(arguments: SimpleNamespace, *names: str) -> None:
     """Raise `RefusalError` where two flags were given that exclude each other."""
-    flags = given(arguments, names)
+    flags = given_flags(arguments, names)
     if len(flags) > 1:
         raise RefusalError(
             f"Only one of {', '.join(map(flag_of, names))} can be given. "
@@ -350,11 +338,9 @@ def files_argument(before: str = "") -> click.Argument:
     return click.Argument(["files"], nargs=-1, metavar="FILES...", help=text)
 
 
-def target_option(
-    text: str = "the server's gRPC port; several with commas", section: str = "Options"
-) -> Option:
+def target_option(text: str = "the server's gRPC port; several with commas") -> Option:
     """Return the flag that names a server."""
-    return Option("--target", metavar="HOST:PORT", help=text, section=section)
+    return Option("--target", metavar="HOST:PORT", help=text)
 
 
 def take_target(arguments: SimpleNamespace) -> None:
@@ -375,7 +361,7 @@ def take_target(arguments: SimpleNamespace) -> None:
         )
 
 
-def server_options(section: str = "Options") -> list[Option]:
+def server_options() -> list[Option]:
     """Return the flags that say how a server is asked."""
     return [
         Option(
@@ -383,7 +369,6 @@ def server_options(section: str = "Options") -> list[Option]:
             default=DEFAULT_MODEL,
             metavar="NAME",
             help=f"name the server gives it ({DEFAULT_MODEL})",
-            section=section,
         ),
         Option(
             "--timeout",
@@ -391,25 +376,22 @@ def server_options(section: str = "Options") -> list[Option]:
             callback=_seconds,
             metavar="SECONDS",
             help="how long an answer may take, retries included (10)",
-            section=section,
         ),
         Option(
             "--tls-ca",
             metavar="FILE",
             help="PEM file of who signs the server's certificate (no TLS)",
-            section=section,
         ),
         Option(
             "--metadata",
             multiple=True,
             metavar="KEY=VALUE",
             help="sent with every call, such as authorization='Bearer ...'; may be given again",
-            section=section,
         ),
     ]
 
 
-def file_options(section: str = "Options") -> list[Option]:
+def file_options() -> list[Option]:
     """Return the flags that say how the rows of files become calls."""
     return [
         Option(
@@ -418,7 +400,6 @@ def file_options(section: str = "Options") -> list[Option]:
             callback=_rows,
             metavar="ROWS",
             help="rows of one call (1000, fewer where rows are large)",
-            section=section,
         ),
         Option(
             "--scale",
@@ -427,7 +408,6 @@ def file_options(section: str = "Options") -> list[Option]:
             callback=_factor,
             metavar="FACTOR",
             help="multiplies the pixels of decoded images, 0..255 as in Keras's own loaders (1)",
-            section=section,
         ),
     ]
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.helpers.cli import Call, Ended, Exported, export_tiny_model
+from tests.helpers.cli import Call, Ended, Exported, embeddings, export_tiny_model
 from tests.helpers.input_models import SPECS, save
 
 
@@ -62,3 +63,11 @@ def ask(call: Call, target: str, folder: Path) -> Ask:
     return lambda command, model, *words: call(
         command, "--target", target, "--model", model, *words
     )
+
+
+@pytest.fixture
+def run(call: Call, folder: Path) -> Call:
+    """Call `index` in a folder that holds a gallery."""
+    del folder
+    np.save("E.npy", embeddings())
+    return call.of("index")

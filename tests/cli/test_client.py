@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import trustme
 from PIL import Image
 
-from keras_mrl_serving import Manifest
+from keras_mrl_serving import ExactIndex, FunnelSchedule, Manifest
 from keras_mrl_serving.calls import Arrays
 from keras_mrl_serving.calls import Call as Asking
 from tests.helpers.cli import (
@@ -273,3 +274,27 @@ def test_what_a_server_says_in_many_lines_is_one(ask: Ask) -> None:
     assert err.startswith("keras-mrl: ")
     assert err.count("\n") == 1
     assert "decode" in err
+
+
+def test_every_command_describes_once_over_one_connection(call: Call, folder: Path) -> None:
+    del folder
+    np.save("x.npy", rows(3))
+    np.save("E.npy", rows(9))
+    ExactIndex.build(rows(9), FunnelSchedule((2, 4), (5,), 4)).save("b.index")
+    funnel = ("--dims", "2,4", "--shortlists", "5", "--k", "3", "--engine", "exact")
+    for words in (
+        ("classify", "x.npy"),
+        ("embed", "x.npy"),
+        ("embed", "x.npy", "--out", "x_embedded.npy"),
+        ("search", "b.index", "x.npy"),
+        ("index", "build", "--embeddings", "E.npy", "--out", "c.index", *funnel),
+    ):
+        with Faulty(before=note_peer) as server:
+            assert call(*words, "--target", server.target).status == 0, words
+        assert len(server.sent("describe")) == 1, words
+        assert len({asked.headers["peer"] for asked in server.asked}) == 1, words
+
+
+def note_peer(asked: Asked, context: grpc.ServicerContext) -> None:
+    headers: Any = asked.headers
+    headers["peer"] = context.peer()

@@ -66,11 +66,11 @@ def by_dim(values: Any) -> dict[str, float]:
 
 def average_precision(hits: Array) -> float:
     """The paper's AP@10 of one query: precision at each hit, over ten."""
-    found, total = 0, 0.0
+    matches, total = 0, 0.0
     for rank, hit in enumerate(hits.tolist(), start=1):
         if hit:
-            found += 1
-            total += found / rank
+            matches += 1
+            total += matches / rank
     return total / 10
 
 
@@ -89,11 +89,13 @@ def counted(answers: dict[str, Array]) -> dict[str, Any]:
         gallery[answers["neighbors_by_dim"][:, index]] == truth[:, None]
         for index in range(len(DIMS))
     ]
-    map10 = [float(np.mean([average_precision(query) for query in found])) for found in hits]
+    map10 = [
+        float(np.mean([average_precision(query) for query in hits_of_dim])) for hits_of_dim in hits
+    ]
     funnel = gallery[answers["funnel_neighbors"]] == truth[:, None]
     shortlist = int(answers["funnel_shortlist"])
     first, last = answers["funnel_dims"].tolist()
-    asked = answers["stage_dims"].tolist()  # the cascade need not begin at the first dim
+    stages = answers["stage_dims"].tolist()  # the cascade need not begin at the first dim
     return {
         "accuracy_by_dim": by_dim(accuracy),
         "full_accuracy": accuracy[-1],
@@ -101,9 +103,9 @@ def counted(answers: dict[str, Array]) -> dict[str, Any]:
         "best_fixed_accuracy": accuracy[fixed],
         "adaptive_accuracy": float(np.mean(answers["adaptive_class_ids"] == truth)),
         "expected_dim": sum(stopped) / len(stopped),
-        "cumulative_dim": sum(sum(d for d in asked if d <= dim) for dim in stopped) / len(stopped),
+        "cumulative_dim": sum(sum(d for d in stages if d <= dim) for dim in stopped) / len(stopped),
         "stopped_by_dim": by_dim([stopped.count(dim) for dim in DIMS]),
-        "p10_by_dim": by_dim([float(found.mean()) for found in hits]),
+        "p10_by_dim": by_dim([float(hits_of_dim.mean()) for hits_of_dim in hits]),
         "map10_by_dim": by_dim(map10),
         "p10_funnel": float(funnel.mean()),
         "map10_exact": map10[-1],
@@ -131,6 +133,7 @@ def flat(report: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+@pytest.mark.backend
 def test_every_number_of_the_report_is_in_the_answers(demo: Run) -> None:
     reported, again = flat(demo.report), flat(counted(demo.answers))
     assert set(reported) == set(again)
@@ -141,6 +144,7 @@ def test_every_number_of_the_report_is_in_the_answers(demo: Run) -> None:
             assert reported[path] == value, path
 
 
+@pytest.mark.backend
 def test_the_answers_are_to_the_right_questions(demo: Run) -> None:
     training, holdout, test = load_parts(seed=0)
     answers = demo.answers
@@ -187,6 +191,7 @@ def test_images_moved_by_a_pixel() -> None:
     np.testing.assert_array_equal(moved.labels.reshape(5, rows), np.stack([part.labels] * 5))
 
 
+@pytest.mark.backend
 def test_dims_differ_and_small_ones_pay_with_accuracy(demo: Run) -> None:
     accuracy = list(demo.report["accuracy_by_dim"].values())
     assert len(set(accuracy)) > 2
@@ -196,12 +201,14 @@ def test_dims_differ_and_small_ones_pay_with_accuracy(demo: Run) -> None:
     assert all((a != b).any() for a, b in pairwise(columns[:3]))
 
 
+@pytest.mark.backend
 def test_adaptive_classification_keeps_the_accuracy_at_half_the_dims(demo: Run) -> None:
     report = demo.report
     assert report["adaptive_accuracy"] >= report["full_accuracy"] - 0.5 * POINT
     assert report["expected_dim"] <= 0.5 * DIMS[-1]
 
 
+@pytest.mark.backend
 def test_the_funnel_keeps_the_quality_at_a_third_of_the_cost(demo: Run) -> None:
     report = demo.report
     assert report["funnel"]["shortlists"][0] <= 0.05 * report["gallery_size"]
@@ -209,10 +216,12 @@ def test_the_funnel_keeps_the_quality_at_a_third_of_the_cost(demo: Run) -> None:
     assert report["funnel_madds"] <= 0.35 * report["exact_madds"]
 
 
+@pytest.mark.backend
 def test_the_report_is_also_a_file(demo: Run) -> None:
     assert json.loads((demo.out / "report.json").read_text()) == demo.report
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("name", ["accuracy.png", "retrieval.png"])
 def test_the_plots_are_pictures(demo: Run, name: str) -> None:
     pixels = imread(demo.out / name)[..., :3]
@@ -220,6 +229,7 @@ def test_the_plots_are_pictures(demo: Run, name: str) -> None:
     assert 0.01 < (pixels != 1).any(axis=-1).mean() < 0.3  # lines on white, neither empty nor full
 
 
+@pytest.mark.backend
 def test_everything_is_where_it_says(demo: Run) -> None:
     assert sorted(os.listdir(demo.out)) == [
         "accuracy.png",
@@ -233,6 +243,7 @@ def test_everything_is_where_it_says(demo: Run) -> None:
     assert f"Everything is in {demo.out}: the SavedModel (models/digits/1), " in demo.stdout
 
 
+@pytest.mark.backend
 def test_it_names_the_commands_to_go_on_with(demo: Run) -> None:
     command = "keras-mrl serve --model_name digits --model_base_path"
     assert f"{command} {demo.out}/models/digits" in demo.stdout
@@ -246,6 +257,7 @@ def files(folder: Path) -> dict[Path, tuple[bytes, int]]:
     }
 
 
+@pytest.mark.backend
 def test_a_second_run_publishes_version_2_beside_version_1(demo: Run) -> None:
     # The last test of the file: the second run writes its report over the first one's.
     models = demo.out / "models" / "digits"

@@ -17,13 +17,11 @@ from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
 from keras_mrl_cli.deploy import FILES
 from keras_mrl_cli.serve import FLAGS
 from keras_mrl_serving import Client, InvalidInputError, Options
-from keras_mrl_serving import _wire_pb2 as wire
 from keras_mrl_serving.server import DevServer
 from keras_mrl_serving.server.batching_config import batching_options, read_batching_parameters
 from tests.helpers.cli import FRAMEWORKS, KERAS_MRL, Call, Exported, run_without
 
 ROOT = Path(__file__).parents[2]
-GRAPH = wire.SavedModel(meta_graphs=[wire.MetaGraphDef()]).SerializeToString()
 
 
 @pytest.fixture
@@ -110,14 +108,14 @@ def test_compose_and_kubernetes_start_the_same_server(deployed: Path, exported: 
     assert models["source"] == str(exported.base_path)
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts == {"models": models["target"], "config": config["target"]}
-    given = flags(container["args"])
-    named = {Path(path).name for path in given.values() if path.startswith(config["target"])}
+    values = flags(container["args"])
+    named = {Path(path).name for path in values.values() if path.startswith(config["target"])}
     kustomization = yaml.safe_load((deployed / "kustomization.yaml").read_text())
     (made,) = kustomization["configMapGenerator"]
     assert named == set(made["files"])
     assert made["name"] == pod["volumes"][1]["configMap"]["name"]
     assert kustomization["resources"] == ["kubernetes.yaml"]
-    assert given["grpc_channel_arguments"] == "grpc.max_connection_age_ms=60000"
+    assert values["grpc_channel_arguments"] == "grpc.max_connection_age_ms=60000"
 
 
 def test_the_flags_are_those_of_the_real_server(deployed: Path) -> None:
@@ -130,14 +128,14 @@ def test_the_flags_are_those_of_the_real_server(deployed: Path) -> None:
 def test_the_development_server_serves_by_them(deployed: Path, exported: Exported) -> None:
     compose = yaml.safe_load((deployed / "docker-compose.yml").read_text())
     (service,) = compose["services"].values()
-    given = flags(service["command"])
+    values = flags(service["command"])
     for name in ("port", "rest_api_port", "monitoring_config_file"):
-        del given[name]
+        del values[name]
     config = deployed / "models.config"
     config.write_text(config.read_text().replace("/models/tiny_One", str(exported.base_path)))
     settings: dict[str, Any] = {
         name: True if value == "true" else value.replace("/config", str(deployed))
-        for name, value in given.items()
+        for name, value in values.items()
     }
     rows = np.random.default_rng(0).random((200, 6), np.float32)
     with (
@@ -183,8 +181,8 @@ def test_what_is_asked_for(exported: Exported, tmp_path: Path, call: Call) -> No
     assert container["image"] == image
     assert container["resources"]["limits"] == {"memory": "4096Mi"}
     assert container["readinessProbe"]["grpc"]["port"] == 9000
-    given = flags(container["args"])
-    assert (given["port"], given["rest_api_port"]) == ("9000", "9001")
+    values = flags(container["args"])
+    assert (values["port"], values["rest_api_port"]) == ("9000", "9001")
     compose = yaml.safe_load((tmp_path / "docker-compose.yml").read_text())
     assert compose["services"]["birds"]["ports"] == ["9000:9000", "9001:9001"]
     assert compose["services"]["birds"]["mem_limit"] == "4096m"
@@ -194,11 +192,10 @@ def test_what_is_asked_for(exported: Exported, tmp_path: Path, call: Call) -> No
 def test_the_memory_grows_with_the_model(exported: Exported, tmp_path: Path, call: Call) -> None:
     version = tmp_path / "models" / "1"
     (version / "assets.extra").mkdir(parents=True)
-    (version / "saved_model.pb").write_bytes(GRAPH)
-    manifest = "assets.extra/keras_mrl.json"
-    (version / manifest).write_bytes((exported.base_path / "1" / manifest).read_bytes())
+    for name in ("saved_model.pb", "assets.extra/keras_mrl.json"):
+        shutil.copy(exported.base_path / "1" / name, version / name)
     with open(version / "variables", "wb") as file:
-        file.truncate(100 * 2**20 - 5000)  # a hole: no disk is used
+        file.truncate(100 * 2**20 - 2**19)  # a hole: no disk is used
     assert call("deploy", str(tmp_path), "--base-path", str(version.parent)).status == 0
     compose = yaml.safe_load((tmp_path / "docker-compose.yml").read_text())
     assert compose["services"]["tiny-one"]["mem_limit"] == f"{1024 + 300}m"
@@ -321,7 +318,7 @@ def test_what_cannot_be_deployed(exported: Exported, tmp_path: Path, call: Call)
     )
     foreign = tmp_path / "foreign" / "3"
     foreign.mkdir(parents=True)
-    (foreign / "saved_model.pb").write_bytes(GRAPH)
+    shutil.copy(version / "saved_model.pb", foreign)
     assert call.refused("deploy", out, "--base-path", str(foreign.parent)) == (
         "A deployment is made for a model that carries a manifest. "
         f"Received: {foreign}, which has none. Export it with keras-mrl export."

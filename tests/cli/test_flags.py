@@ -94,11 +94,11 @@ def test_a_flag_of_before_is_taken(name: str, flag: str) -> None:
     needed = FLAGS[name][0].split()
     without = parsed(name, needed)
     spelled, equals, value = flag.partition("=")
-    given = parsed(name, [*needed, flag])
-    changed = {key for key in given if given[key] != without[key]}
+    arguments = parsed(name, [*needed, flag])
+    changed = {key for key in arguments if arguments[key] != without[key]}
     assert len(changed) == (flag not in DEFAULTS)
     if equals:  # two words are taken like one
-        assert parsed(name, [*needed, spelled, value]) == given
+        assert parsed(name, [*needed, spelled, value]) == arguments
 
 
 # The real server judges the flags that `serve` does not know.
@@ -125,6 +125,6 @@ def test_words_in_the_place_of_flags() -> None:
     """TARGET of `classify` and `embed`, and of `inspect`, are read by the commands themselves."""
     for name in ("classify", "embed"):
         assert parsed(name, ["t:1", "a.jpg"])["files"] == ("t:1", "a.jpg")
-        given = parsed(name, ["--target", "t:1", "a.jpg"])
-        assert (given["target"], given["files"]) == ("t:1", ("a.jpg",))
+        arguments = parsed(name, ["--target", "t:1", "a.jpg"])
+        assert (arguments["target"], arguments["files"]) == ("t:1", ("a.jpg",))
     assert parsed("inspect", ["t:1"])["folder"] == "t:1"

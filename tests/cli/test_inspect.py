@@ -93,8 +93,8 @@ def test_a_file_by_a_number_is_no_version(
     (tmp_path / name).write_text("a stray file")
     assert inspected(call, str(tmp_path)) == {**plain, "strays": [name]}
     lines = printed(call, str(tmp_path)).splitlines()
-    told = f"  no version   {name}, a file: a server takes it for a version and cannot load it"
-    assert lines.count(told) == 1
+    line = f"  no version   {name}, a file: a server takes it for a version and cannot load it"
+    assert lines.count(line) == 1
     out = str(tmp_path / "out")
     assert call("deploy", out, "--base-path", str(tmp_path)).status == 0
     (tmp_path / "1").unlink()

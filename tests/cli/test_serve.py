@@ -50,7 +50,7 @@ def no_real_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @contextmanager
 def serving(
-    *flags: str, cwd: Path, said: str = "'tiny'"
+    *flags: str, cwd: Path, served: str = "'tiny'"
 ) -> Iterator[tuple[subprocess.Popen[str], str, str | None]]:
     """The server in a process of its own, and the addresses it says it serves at."""
     process = subprocess.Popen(
@@ -64,7 +64,7 @@ def serving(
         assert process.stdout is not None
         line = process.stdout.readline()
         match = re.fullmatch(
-            rf"Serving {re.escape(said)} at "
+            rf"Serving {re.escape(served)} at "
             r"(127\.0\.0\.1:\d+)(?: and (http://127\.0\.0\.1:\d+))?\. "
             r"Stop with Ctrl-C\.\n",
             line,
@@ -379,7 +379,7 @@ def test_it_serves_the_models_of_a_config_file(base_path: Path, tmp_path: Path) 
         "--rest_api_port=0",
         "--allow_version_labels_for_unavailable_models",
     )
-    with serving(*flags, cwd=tmp_path, said=f"the models of '{config}'") as (process, _, http):
+    with serving(*flags, cwd=tmp_path, served=f"the models of '{config}'") as (process, _, http):
         with urlopen(f"{http}/v1/models/tiny/labels/stable/metadata", timeout=30) as response:
             assert json.load(response)["model_spec"]["version"] == "1"
         process.terminate()

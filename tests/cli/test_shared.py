@@ -8,14 +8,15 @@ import pytest
 
 from keras_mrl_cli import shared
 from keras_mrl_cli.shared import (
-    Dims,
     Option,
     RefusalError,
-    Share,
     check_one_of,
     command,
+    dims,
     ended_by_signals,
-    refused,
+    refusing,
+    share,
+    under,
 )
 
 
@@ -25,8 +26,8 @@ from keras_mrl_cli.shared import (
     Option("--data", many=True, old=["--images"]),
     Option("--test", many=True),
     Option("--flip", is_flag=True),
-    Option("--dims", type=Dims(), section="Other flags"),
-    Option("--share", type=Share()),
+    *under("Other flags", Option("--dims", type=dims)),
+    Option("--share", type=share),
 )
 def do(arguments: SimpleNamespace) -> int:
     del arguments
@@ -101,7 +102,7 @@ def test_what_excludes_each_other() -> None:
 def test_errors_of_a_room_and_of_the_system_are_refusals() -> None:
     def refusal(error: Exception, place: str = "") -> str:
         with pytest.raises(RefusalError) as raised:
-            with refused(KeyError, rule="A rule.", remedy="A remedy.", place=place):
+            with refusing(KeyError, rule="A rule.", remedy="A remedy.", place=place):
                 raise error
         return str(raised.value)
 
@@ -113,7 +114,7 @@ def test_errors_of_a_room_and_of_the_system_are_refusals() -> None:
     gone = FileNotFoundError(2, "No such file", "a.npy")
     assert refusal(gone, "out") == "A rule. Received: a.npy (No such file). A remedy."
     for error in (ZeroDivisionError(), BrokenPipeError(32, "gone")):
-        with pytest.raises(type(error)), refused(KeyError, rule="A rule."):
+        with pytest.raises(type(error)), refusing(KeyError, rule="A rule."):
             raise error
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
@@ -197,3 +199,17 @@ def export_tiny_model(folder: Path) -> Exported:
     )
     assert done.returncode == 0, done.stderr
     return Exported(folder, done.stdout, done.stderr)
+
+
+# The gallery that the tests of `index` build indexes of.
+
+GALLERY_ROWS, GALLERY_WIDTH = 600, 32
+BUILD = ("build", "--embeddings", "E.npy", "--out", "a.index")
+GIVEN = ("--dims", "8,32", "--shortlists", "60")  # a funnel, so that none is planned
+
+
+def embeddings(rows: int = GALLERY_ROWS, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Rows as a Matryoshka model gives them: the first coordinates matter most."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(rows, GALLERY_WIDTH)) * 0.8 ** np.arange(GALLERY_WIDTH)
+    return values.astype(np.float32)
