@@ -378,7 +378,7 @@ def _check_interceptors(options: Options, kind: type[Any]) -> list[Any]:
 def _open_channel(module: Any, address: str, options: Options, *interceptors: list[Any]) -> Any:
     """Return a channel of `grpc` or of `grpc.aio`, which differ in their interceptors alone."""
     compression = grpc.Compression.Gzip if options.compress else grpc.Compression.NoCompression
-    settings = (_channel_arguments(options), compression, *interceptors)
+    settings = (channel_arguments(options), compression, *interceptors)
     tls = options.tls
     if tls is None:
         return module.insecure_channel(address, *settings)
@@ -392,7 +392,8 @@ _LONGEST_KEEPALIVE_S = 1e6
 _LONGEST_RECONNECT_MS = 5000  # by default two minutes, in which a restarted server is not found
 
 
-def _channel_arguments(options: Options) -> list[tuple[str, Any]]:
+def channel_arguments(options: Options) -> list[tuple[str, Any]]:
+    """Return gRPC's settings for the options of a client."""
     limit = -1 if options.max_message_bytes is None else int(options.max_message_bytes)
     retries = {
         "maxAttempts": int(options.max_attempts),

@@ -1,4 +1,4 @@
-"""Servers that fail as they are told, in this process or in one of their own."""
+"""A server of small models that fails as a test tells it, in this process or in one of its own."""
 
 import asyncio
 import os
@@ -40,10 +40,10 @@ _OPTIONS = (
 
 
 def rows(count: int, start: int = 1) -> npt.NDArray[np.float32]:
-    """Rows that are known again: the first column counts them, every other one is sure."""
+    """Return rows that name themselves: their number is in column 0, its parity in column 1."""
     x = np.zeros((count, 4), np.float32)
     x[:, 0] = np.arange(start, start + count)
-    x[:, 1] = x[:, 0] % 2
+    x[:, 1] = x[:, 0] % 2  # the confidence: every other row is sure at dim 2
     return x
 
 
@@ -63,7 +63,7 @@ def manifest(version: int) -> Manifest:
 
 
 def echo(version: int) -> Model:
-    """A model whose answers tell which row, which version, and whose features they are made of.
+    """Return a model whose answers name the row, the version, and the maker of the features.
 
     An embedding begins with the row's number and the version. A class is ten times the version
     that made the features plus the one that classified them, so 11, 22, ... and never 12.
@@ -109,23 +109,45 @@ def _dims(sure: Any) -> npt.NDArray[np.int32]:
     return np.where(sure > 0, 2, 4).astype(np.int32)
 
 
+def wait_until(condition: Callable[[], object]) -> None:
+    """Return once the condition holds; a minute is long enough on the busiest machine."""
+    give_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up, "the condition never held"
+        time.sleep(0.002)
+
+
 @dataclass(frozen=True)
-class Asked:
-    """One request as it arrived: every attempt is one."""
+class Request:
+    """One request as it arrived; every attempt is one."""
 
     signature: str
     version: int | None
-    count: int
-    first: float
+    count: int  # rows
+    first: float  # first value, which in `rows` is the number of the first row
     headers: Mapping[str, str]
-    at: float
+    peer: str  # address of the client's connection
+    remaining_s: float  # until the client's deadline
+    at: float  # seconds on the monotonic clock
 
 
-Before = Callable[[Asked, grpc.ServicerContext], object]
+Before = Callable[[Request, grpc.ServicerContext], object]
 
 
-class Faulty:
-    """A server of our messages. `before` sees each request, and may wait or abort it."""
+class FaultyServer:
+    """A gRPC server that calls `before` with each request, which may wait or abort it.
+
+    Args:
+        versions: The models by version; by default version 1 is an `echo`.
+        before: Called with each request before it is answered.
+        address: Address to listen at.
+        credentials: Certificates of a server that speaks TLS.
+        workers: How many requests are answered at once.
+
+    Attributes:
+        requests: Every request so far.
+        most_at_once: The most requests that were ever being answered at once.
+    """
 
     def __init__(
         self,
@@ -138,7 +160,7 @@ class Faulty:
     ) -> None:
         self.versions = {1: echo(1)} if versions is None else versions
         self.before = before
-        self.asked: list[Asked] = []
+        self.requests: list[Request] = []
         self.most_at_once = 0
         self._at_once = 0
         self._counting = threading.Lock()
@@ -159,86 +181,96 @@ class Faulty:
         self.port = port
         self.target = address if address.startswith("unix:") else f"127.0.0.1:{port}"
 
-    def __enter__(self) -> "Faulty":
+    def __enter__(self) -> "FaultyServer":
         self._server.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop(None)
+        self.stop(None).wait()
 
-    def stop(self, grace_s: float | None) -> None:
-        self._server.stop(grace_s).wait()
+    def stop(self, grace_s: float | None) -> threading.Event:
+        """Refuse new requests; the event is set once those under way are answered."""
+        stopped: threading.Event = self._server.stop(grace_s)
+        return stopped
 
-    def sent(self, signature: str) -> list[Asked]:
-        return [asked for asked in self.asked if asked.signature == signature]
+    def requests_of(self, signature: str) -> list[Request]:
+        return [request for request in self.requests if request.signature == signature]
 
     def _predict(
-        self, request: wire.PredictRequest, context: grpc.ServicerContext
+        self, message: wire.PredictRequest, context: grpc.ServicerContext
     ) -> wire.PredictResponse:
-        spec = request.model_spec
-        inputs = {name: from_proto(proto) for name, proto in request.inputs.items()}
+        spec = message.model_spec
+        inputs = {name: from_proto(proto) for name, proto in message.inputs.items()}
         array = next(iter(inputs.values()))
-        numbers = array.dtype != object and array.size
-        asked = Asked(
+        request = Request(
             spec.signature_name,
             spec.version.value if spec.HasField("version") else None,
             len(array),
-            float(array.flat[0]) if numbers else 0.0,
+            float(array.flat[0]) if array.dtype != object and array.size else 0.0,
             {str(key): str(value) for key, value in context.invocation_metadata()},
+            context.peer(),
+            context.time_remaining() or 0.0,
             time.monotonic(),
         )
         with self._counting:
-            self.asked.append(asked)
+            self.requests.append(request)
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
         try:
-            self.before(asked, context)
-            return self._answer(spec.name, asked, Call(asked.signature, inputs), request, context)
+            self.before(request, context)
+            return self._answer(request, Call(request.signature, inputs), message, context)
         finally:
             with self._counting:
                 self._at_once -= 1
 
     def _answer(
         self,
-        model: str,
-        asked: Asked,
+        request: Request,
         call: Call,
-        request: wire.PredictRequest,
+        message: wire.PredictRequest,
         context: grpc.ServicerContext,
     ) -> wire.PredictResponse:
-        versions = dict(self.versions)
-        if not versions or asked.version not in (None, *versions) or model != "default":
-            which = "Latest({})" if asked.version is None else "Specific({}, {})"
-            text = f"Servable not found for request: {which.format(model, asked.version)}"
+        model, versions = message.model_spec.name, dict(self.versions)
+        if not versions or request.version not in (None, *versions) or model != "default":
+            which = "Latest({})" if request.version is None else "Specific({}, {})"
+            text = f"Servable not found for request: {which.format(model, request.version)}"
             context.abort(grpc.StatusCode.NOT_FOUND, text)
-        number = max(versions) if asked.version is None else asked.version
+        number = max(versions) if request.version is None else request.version
         try:
             answer = versions[number](call)
         except KeyError:
             text = f'Serving signature key "{call.signature}" not found.'
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        for name in set(message.output_filter) - set(answer):
+            text = f"output tensor alias not found in signature: {name}"
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
         response = wire.PredictResponse()
         response.model_spec.version.value = number
-        for name in request.output_filter or answer:
+        for name in message.output_filter or answer:
             response.outputs[name].CopyFrom(to_proto(np.asarray(answer[name])))
         return response
 
 
-class Process:
-    """The same server in a process that can be killed. The first `slow` embeddings take 30 s."""
+def connect_to_all(client: Any, *servers: FaultyServer) -> None:
+    """Describe until every server has been asked: a client asks the first one it reaches."""
+    wait_until(lambda: client.describe() and all(server.requests for server in servers))
 
-    def __init__(self, port: int = 0, slow: int = 0) -> None:
+
+class ServerProcess:
+    """The same server in a process that can be killed. The first `stuck` embeddings never end."""
+
+    def __init__(self, port: int = 0, stuck: int = 0) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.faulty_server", str(port), str(slow)],
+            [sys.executable, "-m", "tests.helpers.faulty_server", str(port), str(stuck)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.port = int(self.said())
+        self.port = int(self.next_line())
         self.target = f"127.0.0.1:{self.port}"
 
-    def said(self) -> str:
-        """The next line it prints: its port, then the signature of each slow request."""
+    def next_line(self) -> str:
+        """Return the next line it prints: its port, then the signature of each stuck request."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline().strip()
         assert line, "the server is gone"
@@ -251,7 +283,7 @@ class Process:
         if self._process.stdout is not None:
             self._process.stdout.close()
 
-    def __enter__(self) -> "Process":
+    def __enter__(self) -> "ServerProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -259,7 +291,7 @@ class Process:
 
 
 class _Awaited:
-    """An `AsyncClient` whose methods are awaited by a loop that runs while one does."""
+    """An `AsyncClient` whose methods block: each is awaited in the runner's loop."""
 
     def __init__(self, client: AsyncClient, runner: asyncio.Runner) -> None:
         self._client = client
@@ -273,30 +305,29 @@ class _Awaited:
 
 
 @contextmanager
-def opened(kind: type[Any], target: Any, options: Options | None = None) -> Iterator[Any]:
-    """A client of either kind, to be asked as a `Client`."""
+def open_client(kind: type[Any], target: Any, options: Options | None = None) -> Iterator[Any]:
+    """Open a `Client` or an `AsyncClient`; either is used as a `Client`."""
     if kind is Client:
         with Client(target, options=options) as client:
             yield client
         return
     with asyncio.Runner() as runner:
-        waited = AsyncClient(target, options=options)
+        awaited = AsyncClient(target, options=options)
         try:
-            yield _Awaited(waited, runner)
+            yield _Awaited(awaited, runner)
         finally:
-            runner.run(waited.close())
+            runner.run(awaited.close())
 
 
-def main(port: int, slow: int) -> None:
-    left = [slow]
+def main(port: int, stuck: int) -> None:
+    numbers = iter(range(stuck))
 
-    def before(asked: Asked, _: grpc.ServicerContext) -> None:
-        if asked.signature.startswith("embed") and left[0]:
-            left[0] -= 1
-            print(asked.signature, flush=True)
-            time.sleep(30)
+    def before(request: Request, _: grpc.ServicerContext) -> None:
+        if request.signature.startswith("embed") and next(numbers, None) is not None:
+            print(request.signature, flush=True)
+            threading.Event().wait()
 
-    with Faulty(before=before, address=f"127.0.0.1:{port}") as server:
+    with FaultyServer(before=before, address=f"127.0.0.1:{port}") as server:
         print(server.port, flush=True)
         threading.Event().wait()
 
