@@ -1,14 +1,13 @@
-"""The client over the development server: it answers as the model, and refuses in sentences."""
+"""The client: it answers as the model, and refuses in sentences."""
 
+import asyncio
 import os
 import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,22 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._wire import decode
-from keras_mrl_serving.calls import Envelope
+from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.embeddings import truncate
 from keras_mrl_serving.errors import (
-    DeadlineError,
+    EncoderMismatchError,
     InvalidInputError,
     KerasMrlError,
     MessageTooLargeError,
     ModelNotFoundError,
     NoCascadeError,
     NoHeadError,
-    ServerError,
+    NoIndexError,
     ServerUnavailableError,
+    SignatureNotFoundError,
     UnknownDimError,
 )
 from keras_mrl_serving.flows import Arrays, Call
@@ -40,12 +39,14 @@ from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.options import Options
 from keras_mrl_serving.results import Classification
+from keras_mrl_serving.testing import InMemoryServer
 
 Array = npt.NDArray[Any]
 Model = Callable[[Call], Arrays]
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
-ROWS = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(size=(40, 4)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +80,17 @@ def model(toys: Mapping[str, Model]) -> Model:
     return toys["classifier"]
 
 
-def assert_answers(found: Classification, expected: Arrays) -> None:
+def assert_answers(answer: Classification, expected: Arrays) -> None:
     """The same classes by the same dims, and numbers within the contract's tolerance."""
-    np.testing.assert_array_equal(found.class_ids, expected["class_ids"])
+    np.testing.assert_array_equal(answer.class_ids, expected["class_ids"])
     for name in ("probabilities", "confidence"):
-        np.testing.assert_allclose(getattr(found, name), expected[name], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(getattr(answer, name), expected[name], rtol=0, atol=1e-5)
     if "dim" in expected:
-        np.testing.assert_array_equal(found.dim, expected["dim"])
-    assert found.labels is not None
-    assert found.labels.tolist() == [[n.decode() for n in row] for row in expected["labels"]]
-    dtypes = [found.class_ids.dtype, found.probabilities.dtype, found.confidence.dtype]
-    assert [*dtypes, found.dim.dtype] == [np.int64, np.float32, np.float32, np.int32]
+        np.testing.assert_array_equal(answer.dim, expected["dim"])
+    assert answer.labels is not None
+    assert answer.labels.tolist() == [[n.decode() for n in row] for row in expected["labels"]]
+    dtypes = [answer.class_ids.dtype, answer.probabilities.dtype, answer.confidence.dtype]
+    assert [*dtypes, answer.dim.dtype] == [np.int64, np.float32, np.float32, np.int32]
 
 
 def test_describe_gives_the_manifest(client: Client, manifests: Mapping[str, Manifest]) -> None:
@@ -128,10 +129,10 @@ def test_thresholds_below_and_above_every_confidence(
 
 
 def test_an_answer_does_not_depend_on_its_neighbours(client: Client, policy: CascadePolicy) -> None:
-    for asked in (None, policy):
-        together = client.classify_adaptive(ROWS, asked)
+    for own in (None, policy):
+        together = client.classify_adaptive(ROWS, own)
         for row in range(5):
-            alone = client.classify_adaptive(ROWS[row : row + 1], asked)
+            alone = client.classify_adaptive(ROWS[row : row + 1], own)
             assert alone.class_ids[0].tolist() == together.class_ids[row].tolist()
             assert alone.dim[0] == together.dim[row]
             np.testing.assert_allclose(
@@ -139,17 +140,17 @@ def test_an_answer_does_not_depend_on_its_neighbours(client: Client, policy: Cas
             )
 
 
-def test_search_embeds_at_the_width_of_the_index(client: Client) -> None:
+def test_retrieve_embeds_at_the_width_of_the_index(client: Client) -> None:
     gallery = client.embed(ROWS, 8)
     index = ExactIndex.build(gallery, FunnelSchedule((2, 8), (20,), 3), np.arange(40) + 100)
-    found = client.retrieve(ROWS[:7], index)
-    assert found.ids[:, 0].tolist() == list(range(100, 107))
-    np.testing.assert_array_equal(found.ids, index.search(gallery[:7]).ids)
-    np.testing.assert_allclose(found.scores[:, 0], 1, rtol=0, atol=1e-6)
+    neighbors = client.retrieve(ROWS[:7], index)
+    assert neighbors.ids[:, 0].tolist() == list(range(100, 107))
+    np.testing.assert_array_equal(neighbors.ids, index.search(gallery[:7]).ids)
+    np.testing.assert_allclose(neighbors.scores[:, 0], 1, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "given",
+    "inputs",
     [
         ROWS.astype(np.float64),
         ROWS.tolist(),
@@ -158,9 +159,9 @@ def test_search_embeds_at_the_width_of_the_index(client: Client) -> None:
         np.repeat(ROWS, 2, axis=0)[::2],
     ],
 )
-def test_rows_are_cast_to_what_the_model_takes(client: Client, given: Any) -> None:
-    numpys_own: Any = np.int64(4)
-    np.testing.assert_array_equal(client.embed(given, numpys_own), client.embed(ROWS, 4))
+def test_rows_are_cast_to_what_the_model_takes(client: Client, inputs: Any) -> None:
+    dim: Any = np.int64(4)
+    np.testing.assert_array_equal(client.embed(inputs, dim), client.embed(ROWS, 4))
 
 
 def test_no_rows_are_no_answers(client: Client, policy: CascadePolicy) -> None:
@@ -254,12 +255,12 @@ def test_what_only_looks_like_a_dim_is_refused(client: Client, dim: Any, refuses
 
 
 def test_a_model_without_a_head_does_not_classify(encoder: Client, policy: CascadePolicy) -> None:
-    asked: list[Callable[[], object]] = [
+    methods: list[Callable[[], object]] = [
         lambda: encoder.classify(ROWS, 2),
         lambda: encoder.classify_adaptive(ROWS),
         lambda: encoder.classify_adaptive(ROWS, policy),
     ]
-    for ask in asked:
+    for ask in methods:
         with pytest.raises(NoHeadError, match=r"^Only a model with a head can classify\. "):
             ask()
 
@@ -273,7 +274,7 @@ def test_a_model_without_a_policy_needs_one_given(targets: Mapping[str, str]) ->
 
 
 @pytest.mark.parametrize(
-    ("given", "text"),
+    ("inputs", "text"),
     [
         (
             ROWS[0],
@@ -289,10 +290,10 @@ def test_a_model_without_a_policy_needs_one_given(targets: Mapping[str, str]) ->
     ],
 )
 def test_inputs_the_model_does_not_take_are_refused(
-    client: Client, given: Any, text: str, refuses: Refuses
+    client: Client, inputs: Any, text: str, refuses: Refuses
 ) -> None:
     with refuses(InvalidInputError, text):
-        client.embed(given, 2)
+        client.embed(inputs, 2)
 
 
 def test_an_unknown_model_is_refused(targets: Mapping[str, str]) -> None:
@@ -306,22 +307,13 @@ def test_an_unknown_model_is_refused(targets: Mapping[str, str]) -> None:
         "the name the server was started with, Client(target, model=NAME), and see in its log "
         "whether a version loaded."
     )
-    assert_tells_the_call(caught.value, target, "owl", 10.0)
+    assert_names_the_call(caught.value, target, "owl", 10.0)
 
 
-def assert_tells_the_call(
-    error: KerasMrlError, target: str, model: str = "default", timeout_s: float = 0.3
-) -> None:
+def assert_names_the_call(error: KerasMrlError, target: str, model: str, timeout_s: float) -> None:
     assert (error.target, error.model) == (target, model)
     assert (error.signature, error.timeout_s) == ("describe", timeout_s)
     assert not isinstance(error, grpc.RpcError)
-
-
-@contextmanager
-def listening() -> Iterator[str]:
-    """A port that takes connections and never says a word."""
-    with socket.create_server(("127.0.0.1", 0)) as black_hole:
-        yield f"127.0.0.1:{black_hole.getsockname()[1]}"
 
 
 ASK: list[Callable[[Client], object]] = [
@@ -333,25 +325,9 @@ ASK: list[Callable[[Client], object]] = [
 ]
 
 
-def test_a_server_that_never_answers_is_waited_for_no_longer_than_asked() -> None:
-    with listening() as target, Client(target, options=Options(timeout_s=0.3)) as client:
-        for ask in ASK:
-            start = time.monotonic()
-            with pytest.raises(TimeoutError) as caught:
-                ask(client)
-            assert time.monotonic() - start < 3  # 0.3, on a machine busy elsewhere
-            assert type(caught.value) is DeadlineError
-            assert str(caught.value) == (
-                f"An answer must come within the timeout. Received: DEADLINE_EXCEEDED from {target}"
-                " for model 'default', signature 'describe', timeout 0.3 s: Deadline Exceeded. "
-                "Send fewer rows at once, or raise Options(timeout_s=...)."
-            )
-            assert_tells_the_call(caught.value, target)
-
-
 def test_where_no_server_is_the_target_and_the_timeout_are_named() -> None:
-    with listening() as target:
-        pass
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        target = f"127.0.0.1:{free.getsockname()[1]}"
     once = Options(timeout_s=7.5, max_attempts=1)
     with Client(target, options=once) as client:
         for ask in ASK:
@@ -367,64 +343,249 @@ def test_where_no_server_is_the_target_and_the_timeout_are_named() -> None:
                 "refused. Start one with `keras-mrl serve --model_base_path PATH --port PORT`, "
                 "or correct the target."
             )
-            assert_tells_the_call(caught.value, target, timeout_s=7.5)
+            assert_names_the_call(caught.value, target, "default", 7.5)
 
 
-def test_a_client_closes_twice_and_then_asks_no_more(
-    targets: Mapping[str, str], refuses: Refuses
+# Neighbours: from a gallery in this process, from a served index, from encoder and index in one.
+
+QUERIES = ROWS[:21]
+SCHEDULE = FunnelSchedule((2, 4, 8), (12, 6), 3)
+IDS = np.arange(30, dtype=np.int64) * 7
+
+
+@pytest.fixture(scope="module")
+def encoder_server(toys: Mapping[str, Model], manifests: Mapping[str, Manifest]) -> InMemoryServer:
+    return InMemoryServer(manifests["classifier"], toys["classifier"])
+
+
+@pytest.fixture(scope="module")
+def gallery(encoder_server: InMemoryServer) -> Any:
+    return Client(encoder_server).embed(RNG.normal(size=(30, 4)).astype(np.float32), 8)
+
+
+@pytest.fixture(scope="module")
+def index_server(manifests: Mapping[str, Manifest], gallery: Any) -> InMemoryServer:
+    """An index over that gallery, by the contract: a funnel, one exact stage per dim."""
+    changes: dict[str, Any] = {
+        **{"kind": "index", "size": 30, "fingerprint": "c0de", "encoder_fingerprint": "5e1f"},
+        **{"funnel": {"dims": [2, 4, 8], "shortlists": [12, 6], "k": 3}},
+        **{"num_classes": None, "top_k": None, "labels": False, "cascade": None},
+    }
+    manifest = replace(manifests["classifier"], **changes)
+    funnel = ExactIndex.build(gallery, SCHEDULE, IDS)
+
+    def answer(call: Call) -> Arrays | None:
+        if call.signature == "retrieve":
+            return None
+        _, _, dim = call.signature.partition("_")
+        queries = call.inputs["embedding"]
+        flat = FunnelSchedule((int(dim or 8),), (), 3)
+        neighbors = (ExactIndex.build(gallery, flat, IDS) if dim else funnel).search(queries)
+        return {"ids": neighbors.ids, "scores": neighbors.scores}
+
+    return InMemoryServer(manifest, answer)
+
+
+@pytest.mark.parametrize("options", [Options(), Options(max_batch_size=4)])
+def test_a_served_index_answers_as_one_in_this_process(
+    encoder_server: InMemoryServer, index_server: InMemoryServer, gallery: Any, options: Options
 ) -> None:
-    client = Client(targets["classifier"], "classifier")
-    assert client.embed(ROWS, 2).shape == (40, 2)
-    client.close()
-    client.close()
+    local = ExactIndex.build(gallery, SCHEDULE, IDS, encoder_fingerprint="5e1f")
+    here = Client(encoder_server, options=options).retrieve(QUERIES, local)
+    index = Client(index_server, options=options)
+    there = Client(encoder_server, options=options).retrieve(QUERIES, index)
+    np.testing.assert_array_equal(here.ids, there.ids)
+    np.testing.assert_allclose(here.scores, there.scores, rtol=0, atol=1e-6)
+    embeddings = Client(encoder_server).embed(QUERIES, 8)
+    alone = index.search(embeddings)
+    np.testing.assert_array_equal(alone.ids, here.ids)
+
+
+def test_an_index_in_this_process_takes_k_and_a_filter(
+    encoder_server: InMemoryServer, gallery: Any
+) -> None:
+    local = ExactIndex.build(gallery, FunnelSchedule((8,), (), 3), IDS)
+    among = [int(i) for i in IDS[::2]]
+    expected = local.search(Client(encoder_server).embed(QUERIES, 8), 2, among)
+
+    async def main() -> Any:
+        return await AsyncClient(encoder_server).retrieve(QUERIES, local, k=2, among=among)
+
+    for neighbors in (
+        Client(encoder_server).retrieve(QUERIES, local, k=2, among=among),
+        asyncio.run(main()),
+    ):
+        np.testing.assert_array_equal(neighbors.ids, expected.ids)
+        assert neighbors.ids.shape == (len(QUERIES), 2)
+        assert np.isin(neighbors.ids, among).all()
+
+
+def test_a_served_index_takes_neither_k_nor_a_filter(
+    encoder_server: InMemoryServer, index_server: InMemoryServer, refuses: Refuses
+) -> None:
+    num_calls = len(encoder_server.calls)
     text = (
-        "A client asks until it is closed. "
-        f"Received: a call to {targets['classifier']} after close(). Make another Client."
+        "k and among are for an index in this process. Received: k={}, among={} for a served one. "
+        "Cut its answer, or open the index here: open_index(path)."
     )
-    with refuses(KerasMrlError, text):
-        client.embed(ROWS, 2)
-    never_asked = Client(targets["classifier"], "classifier")
-    never_asked.close()
-    with refuses(KerasMrlError, text):
-        never_asked.describe()
+    with refuses(ValueError, text.format(2, None)):
+        Client(encoder_server).retrieve(QUERIES, Client(index_server), k=2)
+    with refuses(ValueError, text.format(None, "ids")):
+        Client(encoder_server).retrieve(QUERIES, among=[7])
+    with refuses(ValueError, text.format(2, None)):
+        asyncio.run(AsyncClient(encoder_server).retrieve(QUERIES, AsyncClient(index_server), k=2))
+    assert len(encoder_server.calls) == num_calls
 
 
-def test_a_client_survives_a_fork(targets: Mapping[str, str]) -> None:
-    """A child that shares the connection may be refused once; nobody hangs or gets garbage."""
-    program = f"""
-import os, sys
-import numpy as np
-from keras_mrl_serving import Client, KerasMrlError, Options
-
-client = Client({targets["classifier"]!r}, "classifier", options=Options(timeout_s=5.0))
-rows = np.ones((3, 4), np.float32)
-expected = client.embed(rows, 2)
-child = os.fork()
-for attempt in range(3):
-    try:
-        same = np.array_equal(client.embed(rows, 2), expected)
-        break
-    except KerasMrlError:
-        same = False
-same = same and client._transport._pid == os.getpid()  # a channel of its own, not the parent's
-if not child:
-    os._exit(0 if same else 1)
-sys.exit(0 if same and os.waitpid(child, 0)[1] == 0 else 1)
-"""
-    done = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
-    assert done.returncode == 0
+@pytest.mark.parametrize("dim", [2, 4, 8])
+def test_one_dim_is_searched_exactly(index_server: InMemoryServer, gallery: Any, dim: int) -> None:
+    queries = truncate(RNG.normal(size=(5, 8)), dim)
+    neighbors = Client(index_server).search(queries, dim)
+    expected = ExactIndex.build(gallery, FunnelSchedule((dim,), (), 3), IDS).search(queries)
+    np.testing.assert_array_equal(neighbors.ids, expected.ids)
+    assert index_server.calls[-1].signature == f"search_{dim}"
 
 
-def test_a_tensor_this_client_cannot_read_is_an_error_of_ours() -> None:
-    strange = wire.PredictResponse()
-    strange.outputs["manifest"].dtype = wire.DT_COMPLEX64
-    asked = Envelope("default", None, Call("describe", {}), 1.0, 1.0)
-    with pytest.raises(ServerError) as caught:
-        decode(asked, strange, "host:8500")
-    assert str(caught.value) == (
-        "The server must answer without an error. Received: what this client cannot read from "
-        "host:8500 for model 'default', signature 'describe', timeout 1 s: a tensor's dtype must "
-        "be a float, integer, bool or string dtype that NumPy has, or bfloat16. Received: "
-        "dtype=DT_COMPLEX64. Cast the output in the exported signature: tf.cast(output, "
-        "tf.float32). Ask a model exported by keras_mrl_export.export_saved_model."
+def test_an_index_refuses_the_embeddings_of_another_encoder(
+    encoder_server: InMemoryServer, index_server: InMemoryServer, gallery: Any, refuses: Refuses
+) -> None:
+    text = (
+        "An index answers embeddings of the encoder it was built with. Received: embeddings of "
+        "the model with fingerprint '5e1f', for an index built with 'dead'. Embed the gallery "
+        "anew with the model that is served, or serve the model the index was built with."
     )
+    with refuses(EncoderMismatchError, text):
+        Client(encoder_server).retrieve(
+            QUERIES, ExactIndex.build(gallery, SCHEDULE, encoder_fingerprint="dead")
+        )
+    other = InMemoryServer(
+        replace(index_server.manifest, encoder_fingerprint="dead"),
+        index_server.answer,
+    )
+    with refuses(EncoderMismatchError, text):
+        Client(encoder_server).retrieve(QUERIES, Client(other))
+    assert [call.signature for call in other.calls] == ["describe"]  # never searched
+    with refuses(EncoderMismatchError, text):
+        Client(other).search(gallery, encoder="5e1f")
+    assert len(Client(other).search(gallery)) == 30  # of an unknown encoder
+
+
+def test_the_fingerprint_is_that_of_the_version_that_answered(
+    toys: Mapping[str, Model], manifests: Mapping[str, Manifest], gallery: Any
+) -> None:
+    """Not that of the remembered manifest: vectors of equal width would give silent garbage."""
+    server = InMemoryServer(manifests["classifier"], toys["classifier"])
+    client = Client(server)
+    bound = ExactIndex.build(gallery, SCHEDULE, IDS, encoder_fingerprint="5e1f")
+    assert len(client.retrieve(QUERIES, bound)) == 21
+    server.version, server.manifest = 2, replace(server.manifest, fingerprint="new")
+    with pytest.raises(EncoderMismatchError, match="fingerprint 'new'"):
+        client.retrieve(QUERIES, bound)
+
+
+def test_an_index_that_was_swapped_is_noticed_at_the_first_search(
+    index_server: InMemoryServer, gallery: Any
+) -> None:
+    server = InMemoryServer(index_server.manifest, index_server.answer)
+    client = Client(server)
+    assert len(client.search(gallery, encoder="5e1f")) == 30
+    server.version, server.manifest = 2, replace(server.manifest, encoder_fingerprint="new")
+    with pytest.raises(EncoderMismatchError, match="built with 'new'"):
+        client.search(gallery, encoder="5e1f")
+
+
+def test_a_model_without_a_gallery_has_no_neighbours(
+    encoder_server: InMemoryServer, index_server: InMemoryServer, refuses: Refuses
+) -> None:
+    text = (
+        "Only an index can be searched. Received: a request to search model 'toy', a classifier "
+        "without a gallery. Give an index: client.retrieve(inputs, index=ExactIndex.build(...))."
+    )
+    with refuses(NoIndexError, text):
+        Client(encoder_server).search(np.zeros((2, 8)))
+    with refuses(NoIndexError, text):
+        Client(encoder_server).retrieve(QUERIES)
+    with pytest.raises(SignatureNotFoundError, match="signature 'retrieve'"):
+        Client(index_server).retrieve(QUERIES)  # an index without its encoder
+    with pytest.raises(InvalidInputError, match=r"float32 of shape \(any, 8\)"):
+        Client(index_server).search(QUERIES)
+
+
+@pytest.fixture(scope="module")
+def served(
+    tmp_path_factory: pytest.TempPathFactory, index_server: InMemoryServer, gallery: Any
+) -> Iterator[str]:
+    """Encoder and index in one SavedModel, exact at the full width."""
+    import tensorflow as tf
+
+    from keras_mrl_serving.server import DevServer
+
+    manifest = index_server.manifest.to_json()
+    module = tf.Module()
+    module.gallery = tf.Variable(gallery)
+    module.projection = tf.Variable(RNG.normal(size=(4, 8)).astype(np.float32))
+
+    def search(embedding: Any) -> dict[str, Any]:
+        scores = tf.math.l2_normalize(embedding, axis=1) @ tf.transpose(module.gallery)
+        best, rows = tf.math.top_k(scores, 3)
+        return {"ids": tf.gather(tf.constant(IDS), rows), "scores": best}
+
+    signatures = {
+        "describe": tf.function(
+            lambda key: {"manifest": tf.fill(tf.shape(key), manifest)},
+            input_signature=[tf.TensorSpec((None,), tf.string, "key")],
+        ),
+        "search": tf.function(
+            search, input_signature=[tf.TensorSpec((None, 8), tf.float32, "embedding")]
+        ),
+        "retrieve": tf.function(
+            lambda x: search(x @ module.projection),
+            input_signature=[tf.TensorSpec((None, 4), tf.float32, "x")],
+        ),
+    }
+    path = tmp_path_factory.mktemp("index")
+    tf.saved_model.save(module, str(path / "1"), signatures=signatures)
+    with DevServer(path, file_system_poll_wait_seconds=0) as target:
+        yield target
+
+
+def test_rows_in_neighbours_out_in_one_call(served: str, gallery: Any) -> None:
+    with Client(served) as client:
+        assert client.search(gallery).ids[:, 0].tolist() == IDS.tolist()
+        neighbors = client.retrieve(QUERIES)
+        assert neighbors.ids.shape == (21, 3)
+        assert neighbors.ids.dtype == np.int64
+        assert [i for i, _ in neighbors[0]] == neighbors.ids[0].tolist()
+
+
+def test_an_event_loop_finds_the_same_neighbours(
+    encoder_server: InMemoryServer, index_server: InMemoryServer, gallery: Any, served: str
+) -> None:
+    local = ExactIndex.build(gallery, SCHEDULE, IDS, encoder_fingerprint="5e1f")
+
+    async def main() -> list[Any]:
+        waiting, galleries = AsyncClient(encoder_server), AsyncClient(index_server)
+        async with AsyncClient(served) as both:
+            return [
+                await waiting.retrieve(QUERIES, local),
+                await waiting.retrieve(QUERIES, galleries),
+                await galleries.search(gallery),
+                await galleries.search(gallery[:, :4], 4, encoder="5e1f"),
+                await both.retrieve(QUERIES),
+                await both.search(gallery),
+            ]
+
+    with Client(served) as both:
+        expected = [
+            Client(encoder_server).retrieve(QUERIES, local),
+            Client(encoder_server).retrieve(QUERIES, Client(index_server)),
+            Client(index_server).search(gallery),
+            Client(index_server).search(gallery[:, :4], 4, encoder="5e1f"),
+            both.retrieve(QUERIES),
+            both.search(gallery),
+        ]
+    for one, other in zip(asyncio.run(main()), expected, strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.scores, other.scores)
+    with pytest.raises(EncoderMismatchError):
+        asyncio.run(AsyncClient(index_server).search(gallery, encoder="dead"))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from keras_mrl_serving import errors
+from keras_mrl_serving.calls import Call, Envelope
 
 # Direct bases, as the docstrings and docs promise them.
 TREE = {
@@ -31,9 +32,9 @@ TREE = {
     "SignatureNotFoundError": ("ServerError", "LookupError"),
 }
 CLASSES: dict[str, Any] = {
-    name: found
-    for name, found in inspect.getmembers(errors, inspect.isclass)
-    if found.__module__ == errors.__name__
+    name: kind
+    for name, kind in inspect.getmembers(errors, inspect.isclass)
+    if kind.__module__ == errors.__name__
 }
 
 
@@ -57,3 +58,16 @@ def test_an_error_crosses_a_process_boundary(name: str) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is CLASSES[name]
     assert (str(copy), copy.target, copy.version) == ("text", "host:8500", 7)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, c in CLASSES.items() if issubclass(c, errors.ServerError)]
+)
+def test_every_error_of_a_server_has_a_rule_and_a_remedy(name: str) -> None:
+    envelope = Envelope("birds", 7, Call("embed_8", {}), 1.0, 2.5)
+    error = errors.call_error(CLASSES[name], envelope, "host:8500", "a word", details="Busy.")
+    call = "from host:8500 for model 'birds' version 7, signature 'embed_8', timeout 2.5 s"
+    rule, _, rest = str(error).partition(f" Received: a word {call}: Busy. ")
+    assert type(error) is CLASSES[name]
+    assert rule.endswith(".")
+    assert rest.endswith(".")

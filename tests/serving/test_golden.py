@@ -20,7 +20,7 @@ from keras_mrl_serving._wire import from_proto, to_proto
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import Manifest
 
-GOLDEN = Path(__file__).with_name("golden") / "contract"
+GOLDEN = Path(__file__).with_name("golden")
 MANIFEST = (GOLDEN / "manifest.json").read_text().strip()
 MAKE = runpy.run_path(str(GOLDEN / "make.py"))
 MADE: dict[str, Message] = MAKE["messages"]()
@@ -64,12 +64,12 @@ def tensors(message: Any) -> Any:
 
 
 def read_by_tensorflow(tensor: Any) -> npt.NDArray[Any]:
-    """The array as TensorFlow's own kernels read it, which know both encodings of strings."""
+    """The array as TensorFlow's own kernels read it; they read both encodings of strings."""
     array = tf.io.parse_tensor(tensor.SerializeToString(), tf.as_dtype(tensor.dtype)).numpy()
     return np.asarray(array)
 
 
-def promised(cell: str, dtype: str) -> npt.NDArray[Any]:
+def array_in(cell: str, dtype: str) -> npt.NDArray[Any]:
     if "manifest.json" in cell:
         return np.array([MANIFEST.encode()], object)
     if dtype == "DT_STRING":
@@ -78,8 +78,8 @@ def promised(cell: str, dtype: str) -> npt.NDArray[Any]:
 
 
 def test_every_file_is_made_described_and_there() -> None:
-    there = {path.name for path in GOLDEN.glob("*.bin")}
-    assert there == set(MADE) == set(KIND_OF)
+    files = {path.name for path in GOLDEN.glob("*.bin")}
+    assert files == set(MADE) == set(KIND_OF)
     assert len(FILES) == len(KIND_OF)
     described = {(file, name) for file, name, *_ in TENSORS}
     assert len(described) == len(TENSORS)
@@ -103,12 +103,12 @@ def test_both_read_the_array_that_stands_in_the_table(
     file: str, name: str, dtype: str, field: str, shape: str, cell: str
 ) -> None:
     ours, theirs = (tensors(message)[name] for message in read(file))
-    expected = promised(cell, dtype)
+    expected = array_in(cell, dtype)
     assert json.loads(shape) == list(expected.shape)
     for tensor in (ours, theirs):
         assert wire.DataType.Name(tensor.dtype) == dtype
-        held = {held.name for held, _ in tensor.ListFields()} - {"dtype", "tensor_shape"}
-        assert held == {field}
+        fields = {each.name for each, _ in tensor.ListFields()} - {"dtype", "tensor_shape"}
+        assert fields == {field}
     for array in (from_proto(ours), read_by_tensorflow(theirs)):
         assert array.dtype == expected.dtype
         np.testing.assert_array_equal(array, expected, strict=True)
@@ -133,13 +133,13 @@ def test_both_read_the_array_that_stands_in_the_table(
         ("describe_response.bin", "digits", "describe", 3, None),
     ],
 )
-def test_each_says_what_is_asked_or_what_answered(
+def test_each_names_the_model_signature_and_version(
     file: str, model: str, signature: str, version: int | None, outputs: list[str] | None
 ) -> None:
     for message in read(file):
-        asked = message.model_spec
-        assert (asked.name, asked.signature_name) == (model, signature)
-        assert (asked.version.value if asked.HasField("version") else None) == version
+        spec = message.model_spec
+        assert (spec.name, spec.signature_name) == (model, signature)
+        assert (spec.version.value if spec.HasField("version") else None) == version
         if outputs is not None:
             assert list(message.output_filter) == outputs
 
@@ -154,17 +154,16 @@ def test_a_client_of_ours_asks_in_the_same_bytes(file: str) -> None:
 
 
 def test_the_status_is_the_one_described() -> None:
-    asked = read("get_model_status_request.bin")
-    for message in asked:
+    for message in read("get_model_status_request.bin"):
         assert message.model_spec.name == "digits"
         assert not message.model_spec.HasField("version")
     states = {10: "START", 20: "LOADING", 30: "AVAILABLE", 40: "UNLOADING", 50: "END"}
     for message in read("get_model_status_response.bin"):
-        told = [
+        statuses = [
             (status.version, states[status.state], status.status.error_code)
             for status in message.model_version_status
         ]
-        assert told == [(4, "LOADING", 0), (3, "AVAILABLE", 0), (2, "END", 5), (1, "END", 0)]
+        assert statuses == [(4, "LOADING", 0), (3, "AVAILABLE", 0), (2, "END", 5), (1, "END", 0)]
 
 
 def test_the_manifest_is_valid_and_of_this_model() -> None:

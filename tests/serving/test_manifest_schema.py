@@ -19,44 +19,22 @@ from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.errors import ManifestError
 from keras_mrl_serving.funnel import FunnelSchedule
+from tests.helpers.manifests import (
+    BY_HAND,
+    CLASSIFIER,
+    ENCODER,
+    FUNNEL,
+    INDEX,
+    LEARNED,
+    WRONG_VALUES,
+    Json,
+    places,
+    with_value,
+)
 
 SCHEMA = json.loads((Path(keras_mrl_serving.__file__).parent / "manifest.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
-Json = dict[str, Any]
-SHARED: Json = {
-    "name": "birds",
-    "fingerprint": "5e1f",
-    "dims": (8, 16, 64),
-    "width": 64,
-    "inputs": {"image": {"dtype": "float32", "shape": [None, 32, 32, 3]}},
-    "made_with": {"keras_mrl": "0.1.0", "trained_on": "jax"},
-}
-LOGITS = np.random.default_rng(0).normal(size=(40, 3, 5))
-LEARNED = CascadePolicy.learn(LOGITS, np.argmax(LOGITS[:, -1], axis=-1), SHARED["dims"])
-BY_HAND = CascadePolicy((Stage(8, 0.9, temperature=1.5), Stage(64, None)))
-FUNNEL = FunnelSchedule(dims=(8, 64), shortlists=(200,), k=10)
-
-ENCODER = Manifest(**SHARED, kind="encoder")
-CLASSIFIER = Manifest(
-    **SHARED,
-    kind="classifier",
-    activation="softmax",
-    num_classes=5,
-    top_k=3,
-    labels=True,
-    weights=(2.0, 1.0, 0.0),
-    tied=True,
-    cascade=LEARNED.to_json(),
-    quality={"8": {"top1": 0.5, "map10": 0.25}, "64": {"top1": 1.0}},
-)
-INDEX = Manifest(
-    **{**SHARED, "inputs": {"embedding": {"dtype": "float32", "shape": [None, 64]}}},
-    kind="index",
-    encoder_fingerprint="5e1f",
-    funnel=FUNNEL.to_json(),
-    size=1_281_167,
-)
 WRITTEN = {
     "encoder": ENCODER,
     "encoder that does not scale": replace(ENCODER, normalize=False, metric="dot"),
@@ -100,7 +78,7 @@ def test_its_properties_are_the_manifest_s_fields() -> None:
             assert rule["default"] == minimal[name], name  # the encoder leaves all of them out
 
 
-def test_its_stages_reports_and_funnels_are_those_that_are_written() -> None:
+def test_its_stages_reports_and_funnels_are_those_of_the_code() -> None:
     cascade = SCHEMA["$defs"]["cascade"]["properties"]
     assert set(cascade) == set(LEARNED.to_json())
     stage = cascade["stages"]["items"]["properties"]
@@ -110,7 +88,7 @@ def test_its_stages_reports_and_funnels_are_those_that_are_written() -> None:
 
 
 def properties_below(schema: Any) -> Iterator[tuple[str, Json]]:
-    """Every property with its rule, but those of conditions: they speak of described ones."""
+    """Return every property with its rule; conditions only name properties described elsewhere."""
     if not isinstance(schema, dict):
         return
     for name, rule in schema.get("properties", {}).items():
@@ -173,13 +151,9 @@ def test_only_what_a_reader_needs_is_required() -> None:
 
 def changed(manifest: Manifest, path: str, value: Any) -> Json:
     """The JSON of `manifest` with another value at a path such as `cascade.stages.0.dim`."""
-    written: Json = json.loads(manifest.to_json())
-    *parents, last = (int(key) if key.isdecimal() else key for key in path.split("."))
-    place: Any = written
-    for key in parents:
-        place = place[key]
-    place[last] = copy.deepcopy(value)
-    return written
+    place = tuple(int(key) if key.isdecimal() else key for key in path.split("."))
+    json_object: Json = with_value(json.loads(manifest.to_json()), place, value)
+    return json_object
 
 
 def refused_by_the_reader(manifest: Json) -> bool:
@@ -195,7 +169,7 @@ def refused_by_the_reader(manifest: Json) -> bool:
     return False
 
 
-# Both refuse these.
+# The schema and the reader refuse these.
 BROKEN: list[tuple[Manifest, str, Any]] = [
     (ENCODER, "schema", 2),
     (ENCODER, "schema", "1"),
@@ -225,7 +199,7 @@ BROKEN: list[tuple[Manifest, str, Any]] = [
     (INDEX, "funnel.dims", [64, 64]),
     (INDEX, "funnel", {"dims": [8, 64]}),
 ]
-# The schema refuses these; a reader may, but need not: it reads on without relying on them.
+# The schema refuses these; a reader may ignore them, because it does not need the value.
 BROKEN_FOR_A_WRITER: list[tuple[Manifest, str, Any]] = [
     (ENCODER, "name", 3),
     (ENCODER, "fingerprint", ""),
@@ -246,7 +220,7 @@ BROKEN_FOR_A_WRITER: list[tuple[Manifest, str, Any]] = [
     (INDEX, "funnel", None),
     (INDEX, "size", None),
 ]
-# The rules the schema's own description leaves to a reader.
+# Only a reader refuses these: a JSON schema cannot express the rule.
 BEYOND_THE_SCHEMA: list[tuple[Manifest, str, Any]] = [
     (ENCODER, "dims", [16, 8, 64]),
     (ENCODER, "width", 16),
@@ -283,8 +257,96 @@ def test_what_a_schema_cannot_say_a_reader_refuses(
     assert refused_by_the_reader(broken)
 
 
-@pytest.mark.parametrize("text", ["null", "[]", "{}", "1"])
-def test_what_is_no_manifest_is_refused(text: str) -> None:
-    assert not is_valid(json.loads(text))
-    with pytest.raises(ManifestError):
-        Manifest.from_json(text)
+# Every value of whole manifests replaced, every key removed: refused, or still of its types.
+
+# Without the rules about several values, which concern a writer alone.
+TYPES_VALIDATOR = jsonschema.Draft202012Validator({**SCHEMA, "allOf": []})
+
+PROMISED: Json = {"risk": 0.05, "delta": 0.1, "size": 500, "errors": 2}
+WHOLE: dict[str, Json] = {
+    "classifier": json.loads(
+        replace(
+            CLASSIFIER,
+            cascade={**(CLASSIFIER.cascade or {}), "guarantee": PROMISED},
+            decoder={"size": [32, 32]},
+        ).to_json()
+    ),
+    "index": json.loads(INDEX.to_json()),
+}
+
+
+def errors_of_type(errors: Any) -> list[str]:
+    """Return where a validator that is not ours finds wrong types and missing keys."""
+    return [
+        error.json_path
+        for error in errors
+        if (error.validator in ("type", "required") and "prefixItems" not in error.schema_path)
+        or (error.validator == "anyOf" and not has_alternative(error))
+    ]
+
+
+def has_alternative(error: Any) -> bool:
+    """Whether one of the alternatives of `anyOf` has no error of type."""
+    ways = {each.schema_path[0] for each in error.context}
+    return any(
+        not errors_of_type(each for each in error.context if each.schema_path[0] == way)
+        for way in ways
+    )
+
+
+def read(text: str) -> Manifest | None:
+    """Return the manifest, or None if it is refused, which is done in three sentences."""
+    refusal = ""
+    try:
+        manifest = Manifest.from_json(text)
+    except ManifestError as error:
+        refusal = str(error)
+    if refusal:
+        assert ". Received: " in refusal
+        assert refusal.endswith((".export_saved_model.", "or a later one."))
+        return None
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    return manifest
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_manifest_with_one_value_replaced_is_refused_or_of_its_types(name: str) -> None:
+    whole = WHOLE[name]
+    outcomes: dict[bool, int] = {True: 0, False: 0}
+    assert read(json.dumps(whole)) is not None
+    for place in places(whole):
+        for value in WRONG_VALUES:
+            damaged = with_value(whole, place, value)
+            manifest = read(json.dumps(damaged))
+            outcomes[manifest is None] += 1
+            if manifest is not None:
+                wrong = errors_of_type(TYPES_VALIDATOR.iter_errors(damaged))
+                assert not wrong, (place, value)
+    assert min(outcomes.values()) > 50
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_manifest_with_one_key_removed_is_refused_or_of_its_types(name: str) -> None:
+    whole = WHOLE[name]
+    for place in places(whole):
+        damaged = copy.deepcopy(whole)
+        parent: Any = damaged
+        for key in place[:-1]:
+            parent = parent[key]
+        if place:
+            del parent[place[-1]]
+        if read(json.dumps(damaged)) is not None:
+            assert not errors_of_type(TYPES_VALIDATOR.iter_errors(damaged)), place
+
+
+def test_a_manifest_cut_off_anywhere_is_refused() -> None:
+    text = json.dumps(WHOLE["classifier"])
+    for end in range(0, len(text), 7):
+        assert read(text[:end]) is None
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    data = json.dumps(WHOLE["classifier"]).encode()
+    for broken in (data.replace(b"birds", b"b\xffrds"), data[:-1] + b"\x00}", data.hex().encode()):
+        with pytest.raises(ManifestError):
+            Manifest.from_json(broken)

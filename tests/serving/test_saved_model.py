@@ -1,4 +1,4 @@
-"""What is read of a SavedModel without TensorFlow; tests/cli/test_inspect.py reads a real one."""
+"""SavedModels read without TensorFlow (tests/cli/test_inspect.py reads a real one); versions."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,13 @@ import pytest
 from keras_mrl_serving import Manifest, ManifestError
 from keras_mrl_serving import _wire_pb2 as wire
 from keras_mrl_serving.contract import MANIFEST_FILE
-from keras_mrl_serving.saved_model import read_manifest, read_signatures, sizes
+from keras_mrl_serving.saved_model import (
+    list_versions,
+    read_manifest,
+    read_signatures,
+    sizes,
+    version_number,
+)
 
 MANIFEST = Manifest(
     name="m", kind="encoder", fingerprint="5e1f", dims=(8,), width=8, inputs={}, made_with={}
@@ -44,7 +50,7 @@ def test_a_graph_without_signatures_has_none(tmp_path: Path) -> None:
     assert read_signatures(tmp_path) == {}
 
 
-def test_what_is_no_model(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_signatures(tmp_path)
     graph = wire.MetaGraphDef()
@@ -61,10 +67,10 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         file.write_bytes(data)
         rule = "saved_model.pb must be a SavedModel as TensorFlow writes it."
         remedy = "Copy the version again, or export it again."
-        told = rf"{re.escape(rule)} Received: {re.escape(str(file))} \({why}\)\. {remedy}"
+        text = rf"{re.escape(rule)} Received: {re.escape(str(file))} \({why}\)\. {remedy}"
         with pytest.raises(ManifestError) as caught:
             read_signatures(tmp_path)
-        assert re.fullmatch(told, str(caught.value))
+        assert re.fullmatch(text, str(caught.value))
 
 
 def test_sizes_are_those_of_all_files_below(tmp_path: Path) -> None:
@@ -74,3 +80,41 @@ def test_sizes_are_those_of_all_files_below(tmp_path: Path) -> None:
     (tmp_path / "variables" / "deep" / "data").write_bytes(b"1234")
     (tmp_path / "assets").mkdir()
     assert sizes(tmp_path) == {"assets": 0, "saved_model.pb": 3, "variables": 6}
+
+
+# Folders of versions: one rule, of the server, the export and inspect.
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("1", 1),
+        ("00000123", 123),
+        ("+7", 7),
+        ("-7", -7),
+        (" 7\t", 7),
+        ("9223372036854775807", 2**63 - 1),
+        ("9223372036854775808", None),
+        ("-9223372036854775809", None),
+        ("", None),
+        ("1.0", None),
+        ("1_000", None),
+        ("0x10", None),
+        ("1 2", None),
+        ("- 1", None),
+        ("v1", None),
+        ("1.tmp", None),
+        ("٣", None),
+    ],
+)
+def test_which_names_are_versions(name: str, number: int | None) -> None:
+    assert version_number(name) == number
+
+
+def test_of_one_number_twice_the_later_name_counts_and_files_count_too(tmp_path: Path) -> None:
+    for name in ("7", "007", "10", "copying-11"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "9").touch()
+    expected = {7: str(tmp_path / "7"), 9: str(tmp_path / "9"), 10: str(tmp_path / "10")}
+    assert list_versions(str(tmp_path)) == expected
+    assert list(list_versions(str(tmp_path))) == [7, 9, 10]

@@ -1,11 +1,9 @@
-"""`_tensors` beside TensorFlow's own readers.
+"""Tensors on the wire, beside TensorFlow's own readers; and responses that cannot be read.
 
-They are `tf.make_ndarray` and, behind `tf.io.parse_tensor`, the server's own `Tensor::FromProto`.
+The readers are `tf.make_ndarray` and, behind `tf.io.parse_tensor`, the server's `FromProto`.
 """
 
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +18,9 @@ from hypothesis.extra import numpy as hnp
 from tensorflow.core.framework import tensor_pb2
 
 from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._wire import from_proto, to_proto
+from keras_mrl_serving._wire import decode, from_proto, to_proto
+from keras_mrl_serving.calls import Call, Envelope
+from keras_mrl_serving.errors import ServerError
 
 # The first call into TensorFlow takes longer than Hypothesis allows an example.
 SHORT = settings(deadline=None, max_examples=30)
@@ -284,11 +284,11 @@ def test_any_layout_travels(array: Array) -> None:
 )
 def test_arrays_are_writable_and_their_own(proto: wire.TensorProto) -> None:
     first, before = from_proto(proto), proto.SerializeToString()
-    kept = first.copy()
+    copy = first.copy()
     first[...] = b"other" if first.dtype == object else 0
-    assert not np.array_equal(first, kept)
+    assert not np.array_equal(first, copy)
     assert proto.SerializeToString() == before
-    assert_same(from_proto(proto), kept)
+    assert_same(from_proto(proto), copy)
 
 
 LEGAL = "dtype must be float16 to float64, int8 to int64, uint8 to uint64, bool, bytes or str. "
@@ -411,6 +411,16 @@ def is_read(dtype: str) -> bool:
     return True
 
 
-def test_tensorflow_is_never_imported() -> None:
-    code = "import sys, keras_mrl_serving._wire as t; sys.exit('tensorflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_a_tensor_this_client_cannot_read_is_an_error_of_ours() -> None:
+    strange = wire.PredictResponse()
+    strange.outputs["manifest"].dtype = wire.DT_COMPLEX64
+    envelope = Envelope("default", None, Call("describe", {}), 1.0, 1.0)
+    with pytest.raises(ServerError) as caught:
+        decode(envelope, strange, "host:8500")
+    assert str(caught.value) == (
+        "The server must answer without an error. Received: what this client cannot read from "
+        "host:8500 for model 'default', signature 'describe', timeout 1 s: a tensor's dtype must "
+        "be a float, integer, bool or string dtype that NumPy has, or bfloat16. Received: "
+        "dtype=DT_COMPLEX64. Cast the output in the exported signature: tf.cast(output, "
+        "tf.float32). Ask a model exported by keras_mrl_export.export_saved_model."
+    )

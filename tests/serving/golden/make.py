@@ -1,22 +1,86 @@
-"""Writes the golden messages: `python tests/serving/golden/make.py`, and commit what changes."""
+"""Writes the messages of the serving contract: `python tests/serving/golden/make.py`.
+
+With tensorflow-serving-api's own messages, so that nothing of ours stands between the files and
+TensorFlow Serving. README.md says what is in them, by hand: change both.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
-from google.protobuf.wrappers_pb2 import Int64Value
+from tensorflow.core.framework import tensor_pb2, tensor_shape_pb2, types_pb2
+from tensorflow_serving.apis import get_model_status_pb2, model_pb2, predict_pb2
 
-from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._wire import to_proto
+HERE = Path(__file__).parent
+# NumPy's dtype of the elements of a tensor, and the repeated field that holds them.
+FIELDS = {
+    types_pb2.DT_FLOAT: ("<f4", "float_val"),
+    types_pb2.DT_INT32: ("<i4", "int_val"),
+    types_pb2.DT_INT64: ("<i8", "int64_val"),
+}
+
+IMAGES = np.arange(8).reshape(2, 2, 2, 1) / 8
+FEATURES = np.concatenate([np.arange(16) / 4 - 2, np.full(16, 0.5)]).reshape(2, 16)
+UNIT = [[0.5, -0.5, 0.5, -0.5, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 0]]
+ADAPTIVE: dict[str, tuple[int, Any]] = {
+    "class_ids": (types_pb2.DT_INT64, [[2, 0], [1, 2]]),
+    "labels": (types_pb2.DT_STRING, [["grün", "blue"], ["red", "grün"]]),
+    "probabilities": (types_pb2.DT_FLOAT, [[0.75, 0.125], [0.5, 0.375]]),
+    "confidence": (types_pb2.DT_FLOAT, [0.75, 0.5]),
+    "dim": (types_pb2.DT_INT32, [8, 16]),
+}
 
 
 def messages() -> dict[str, Message]:
     """Each file's name and the message it holds."""
+    manifest = (HERE / "manifest.json").read_text().strip()
+    image = content(types_pb2.DT_FLOAT, IMAGES)
+    features = content(types_pb2.DT_FLOAT, FEATURES)
+    key = values(types_pb2.DT_STRING, [""])
     return {
-        "predict_request.bin": predict_request(),
-        "predict_response.bin": predict_response(),
-        "metadata_response.bin": metadata_response(),
+        "embed_8_request.bin": request("embed_8", image=image),
+        "embed_8_response.bin": response("embed_8", embedding=values(types_pb2.DT_FLOAT, UNIT)),
+        "classify_adaptive_request.bin": request("classify_adaptive", image=image),
+        "classify_adaptive_response_values.bin": response(
+            "classify_adaptive", **{name: values(*array) for name, array in ADAPTIVE.items()}
+        ),
+        "classify_adaptive_response_content.bin": response(
+            "classify_adaptive", **{name: content(*array) for name, array in ADAPTIVE.items()}
+        ),
+        "features_request.bin": request("features", image=image),
+        "features_response.bin": response(
+            "features", features=values(types_pb2.DT_FLOAT, FEATURES)
+        ),
+        "features_response_short.bin": response(
+            "features", features=values(types_pb2.DT_FLOAT, FEATURES, kept=17)
+        ),
+        "head_8_request.bin": predict_pb2.PredictRequest(
+            model_spec=spec("digits", "head_8", version=3),
+            inputs={"features": content(types_pb2.DT_FLOAT, FEATURES[1:, :8])},
+            output_filter=["class_ids", "logits"],
+        ),
+        "head_8_response.bin": response(
+            "head_8",
+            class_ids=values(types_pb2.DT_INT64, [[2, 0]]),
+            logits=values(types_pb2.DT_FLOAT, [[-0.5, -1.25, 1.5]]),
+        ),
+        "search_request.bin": request("search", "digits-index", embedding=features),
+        "search_response.bin": predict_pb2.PredictResponse(
+            model_spec=spec("digits-index", "search", version=1),
+            outputs={
+                "ids": values(types_pb2.DT_INT64, [[7, 2**40, 0], [0, 7, 11]]),
+                "scores": values(types_pb2.DT_FLOAT, [[1, 0.5, -0.25], [0.75, 0.75, 0]]),
+            },
+        ),
+        "describe_request.bin": request("describe", key=key),
+        "describe_response.bin": response(
+            "describe", manifest=values(types_pb2.DT_STRING, [manifest])
+        ),
+        "get_model_status_request.bin": get_model_status_pb2.GetModelStatusRequest(
+            model_spec=model_pb2.ModelSpec(name="digits")
+        ),
+        "get_model_status_response.bin": model_status(),
     }
 
 
@@ -25,68 +89,69 @@ def serialized(message: Message) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
-def model_spec() -> wire.ModelSpec:
-    return wire.ModelSpec(name="digits", version=Int64Value(value=3), signature_name="classify_16")
+def spec(model: str, signature: str, version: int | None = None) -> Any:
+    """What is asked, or what answered; without a version, the newest."""
+    made = model_pb2.ModelSpec(name=model, signature_name=signature)
+    if version is not None:
+        made.version.value = version
+    return made
 
 
-def shape(*sizes: int) -> wire.TensorShapeProto:
-    return wire.TensorShapeProto(dim=[wire.TensorShapeProto.Dim(size=size) for size in sizes])
+def request(signature: str, model: str = "digits", **inputs: Any) -> Any:
+    return predict_pb2.PredictRequest(model_spec=spec(model, signature), inputs=inputs)
 
 
-def predict_request() -> wire.PredictRequest:
-    return wire.PredictRequest(
-        model_spec=model_spec(),
-        inputs={
-            "features": to_proto(np.arange(6, dtype="float32").reshape(2, 3) / 4),
-            "names": to_proto(np.array(["blue", "grün"])),
-        },
-        output_filter=["labels", "scores"],
+def response(signature: str, **outputs: Any) -> Any:
+    answered = spec("digits", signature, version=3)
+    return predict_pb2.PredictResponse(model_spec=answered, outputs=outputs)
+
+
+def model_status() -> Any:
+    """A version being loaded, the one that answers, one that failed and one that was unloaded."""
+    status = get_model_status_pb2.ModelVersionStatus
+    made = get_model_status_pb2.GetModelStatusResponse()
+    made.model_version_status.add(version=4, state=status.LOADING).status.SetInParent()
+    made.model_version_status.add(version=3, state=status.AVAILABLE).status.SetInParent()
+    failed = made.model_version_status.add(version=2, state=status.END)
+    failed.status.error_code = 5  # NOT_FOUND
+    failed.status.error_message = "Could not find meta graph def"
+    made.model_version_status.add(version=1, state=status.END).status.SetInParent()
+    return made
+
+
+def empty(dtype: int, shape: tuple[int, ...]) -> Any:
+    sizes = [tensor_shape_pb2.TensorShapeProto.Dim(size=size) for size in shape]
+    return tensor_pb2.TensorProto(
+        dtype=dtype, tensor_shape=tensor_shape_pb2.TensorShapeProto(dim=sizes)
     )
 
 
-def predict_response() -> wire.PredictResponse:
-    return wire.PredictResponse(
-        model_spec=model_spec(),
-        outputs={
-            "scores": wire.TensorProto(
-                dtype=wire.DT_FLOAT, tensor_shape=shape(2, 2), float_val=[0.25, 0.75, 1.0, 0.0]
-            ),
-            "labels": wire.TensorProto(
-                dtype=wire.DT_INT64, tensor_shape=shape(2), int64_val=[1, -1]
-            ),
-            "manifest": wire.TensorProto(
-                dtype=wire.DT_STRING, tensor_shape=shape(), string_val=[b"{}"]
-            ),
-        },
-    )
+def values(dtype: int, array: Any, kept: int | None = None) -> Any:
+    """A tensor as TensorFlow Serving answers by default: in the repeated field of its dtype."""
+    tensor = empty(dtype, np.shape(array))
+    if dtype == types_pb2.DT_STRING:
+        tensor.string_val.extend(encoded(array))
+        return tensor
+    element, field = FIELDS[dtype]
+    getattr(tensor, field).extend(np.asarray(array, element).ravel()[:kept].tolist())
+    return tensor
 
 
-def metadata_response() -> wire.GetModelMetadataResponse:
-    signature = wire.SignatureDef(
-        inputs={
-            "features": wire.TensorInfo(
-                name="features:0", dtype=wire.DT_FLOAT, tensor_shape=shape(-1, 3)
-            )
-        },
-        outputs={
-            "scores": wire.TensorInfo(
-                name="scores:0", dtype=wire.DT_FLOAT, tensor_shape=shape(-1, 2)
-            )
-        },
-        method_name="tensorflow/serving/predict",
-    )
-    signatures = wire.SignatureDefMap(signature_def={"classify_16": signature})
-    return wire.GetModelMetadataResponse(
-        model_spec=wire.ModelSpec(name="digits", version=Int64Value(value=3)),
-        metadata={
-            "signature_def": Any(
-                type_url="type.googleapis.com/tensorflow.serving.SignatureDefMap",
-                value=serialized(signatures),
-            )
-        },
-    )
+def content(dtype: int, array: Any) -> Any:
+    """A tensor as bytes: numbers little-endian; of strings all lengths, then all bytes."""
+    tensor = empty(dtype, np.shape(array))
+    if dtype == types_pb2.DT_STRING:
+        strings = encoded(array)
+        tensor.tensor_content = bytes(map(len, strings)) + b"".join(strings)  # each is below 128
+        return tensor
+    tensor.tensor_content = np.asarray(array, FIELDS[dtype][0]).tobytes()
+    return tensor
+
+
+def encoded(strings: Any) -> list[bytes]:
+    return [string.encode() for string in np.asarray(strings, object).ravel()]
 
 
 if __name__ == "__main__":
     for file_name, message in messages().items():
-        Path(__file__).with_name(file_name).write_bytes(serialized(message))
+        (HERE / file_name).write_bytes(serialized(message))
