@@ -14,7 +14,7 @@ from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.errors import ManifestError
 from keras_mrl_serving.saved_model import read_signatures
 from tests.helpers.cli import CASCADE, FRAMEWORKS, KERAS_MRL, Call, Exported, run_without
-from tests.serving.test_manifest_damaged import VALUES, changed, places
+from tests.helpers.manifests import WRONG_VALUES, places, with_value
 
 
 @pytest.fixture(scope="module")
@@ -330,9 +330,9 @@ def test_what_is_read_is_shown(exported: Exported, capsys: pytest.CaptureFixture
     whole = json.loads((exported.base_path / "1/assets.extra/keras_mrl.json").read_text())
     shown = 0
     for place in places(whole):
-        for value in VALUES:
+        for value in WRONG_VALUES:
             try:
-                manifest = Manifest.from_json(json.dumps(changed(whole, place, value)))
+                manifest = Manifest.from_json(json.dumps(with_value(whole, place, value)))
             except ManifestError:
                 continue
             written = json.loads(manifest.to_json())
