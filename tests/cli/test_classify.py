@@ -10,7 +10,7 @@ import pytest
 from keras_mrl_serving import CascadePolicy
 from keras_mrl_serving.cascade.policy import Stage
 from tests.helpers.cli import GREEN, RED, Call, Ended, lines, paint
-from tests.helpers.faulty_server import Faulty, rows
+from tests.helpers.faulty_server import FaultyServer, rows
 
 Ask = Callable[..., Ended]
 
@@ -94,11 +94,11 @@ def test_one_connection_one_description_one_answer(call: Call, folder: Path) -> 
     del folder
     np.save("x.npy", rows(3))
     peers = set()
-    with Faulty(before=lambda _, context: peers.add(context.peer())) as server:
+    with FaultyServer(before=lambda _, context: peers.add(context.peer())) as server:
         ended = call("classify", "--target", server.target, "x.npy", "--json")
     assert ended.status == 0
     assert [row["row"] for row in lines(ended.out)] == [0, 1, 2]
-    assert [asked.signature for asked in server.asked] == ["describe", "classify_adaptive"]
+    assert [request.signature for request in server.requests] == ["describe", "classify_adaptive"]
     assert len(peers) == 1
 
 

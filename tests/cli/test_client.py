@@ -28,7 +28,7 @@ from tests.helpers.cli import (
     paint,
     run_without,
 )
-from tests.helpers.faulty_server import Asked, Faulty, rows
+from tests.helpers.faulty_server import FaultyServer, Request, rows
 
 Ask = Callable[..., Ended]
 
@@ -81,12 +81,12 @@ def test_what_was_answered_before_an_error_is_printed(call: Call, folder: Path) 
     del folder
     np.save("x.npy", rows(50))
 
-    def fail_at_20(asked: Asked, context: grpc.ServicerContext) -> None:
-        if asked.first == 21 and asked.signature == "embed_4":  # rows count from 1
+    def fail_at_20(request: Request, context: grpc.ServicerContext) -> None:
+        if request.first == 21 and request.signature == "embed_4":  # rows count from 1
             context.abort(grpc.StatusCode.INTERNAL, "out of memory")
 
     words = ("embed", "x.npy", "--max-batch-size", "1", "--json")
-    with Faulty(before=fail_at_20) as server:
+    with FaultyServer(before=fail_at_20) as server:
         status, out, err = call(*words, "--target", server.target)
     assert status == 1
     assert err.startswith("keras-mrl: ")
@@ -169,15 +169,15 @@ def test_the_flags_reach_the_server(call: Call, folder: Path) -> None:
     np.save("x.npy", rows(20))
     seconds: list[float] = []
     flags = ("--timeout=300", "--max-batch-size=7", "--metadata=Auth=a=b", "--metadata", "k=v")
-    with Faulty(before=lambda _, context: seconds.append(context.time_remaining())) as server:
+    with FaultyServer(before=lambda _, context: seconds.append(context.time_remaining())) as server:
         assert call("embed", "x.npy", "--target", server.target, *flags).status == 0
-        assert sorted(asked.count for asked in server.sent("embed_4")) == [6, 7, 7]
+        assert sorted(request.count for request in server.requests_of("embed_4")) == [6, 7, 7]
         assert all(100 < remaining < 301 for remaining in seconds)
-        for asked in server.asked:
-            assert (asked.headers["auth"], asked.headers["k"]) == ("a=b", "v")
+        for request in server.requests:
+            assert (request.headers["auth"], request.headers["k"]) == ("a=b", "v")
         seconds.clear()
         assert call("embed", "x.npy", "--target", server.target).status == 0
-        assert server.sent("embed_4")[-1].count == 20
+        assert server.requests_of("embed_4")[-1].count == 20
         assert all(remaining < 11 for remaining in seconds)
 
 
@@ -201,9 +201,9 @@ def test_a_call_holds_few_large_images(call: Call, folder: Path) -> None:
             return {"manifest": np.array([manifest.to_json().encode()], object)}
         return {"embedding": np.ones((len(images.inputs["image"]), 2), np.float32)}
 
-    with Faulty({1: answer}) as server:
+    with FaultyServer({1: answer}) as server:
         assert call("embed", *files, "--target", server.target).status == 0
-    assert sorted(asked.count for asked in server.sent("embed_2")) == [2, 4]
+    assert sorted(request.count for request in server.requests_of("embed_2")) == [2, 4]
 
 
 def test_tls_by_the_authority_s_file(input_models: Path, call: Call, folder: Path) -> None:

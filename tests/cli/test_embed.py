@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.cli import RED, Call, Ended, Terminal, lines, paint
-from tests.helpers.faulty_server import Faulty, rows
+from tests.helpers.faulty_server import FaultyServer, rows
 
 Ask = Callable[..., Ended]
 
@@ -84,10 +84,10 @@ def test_one_connection(call: Call, folder: Path, more: tuple[str, ...]) -> None
     del folder
     np.save("x.npy", rows(3))
     peers = set()
-    with Faulty(before=lambda _, context: peers.add(context.peer())) as server:
+    with FaultyServer(before=lambda _, context: peers.add(context.peer())) as server:
         assert call("embed", "--target", server.target, "x.npy", *more).status == 0
     assert len(peers) == 1
-    assert [asked.signature for asked in server.asked] == ["describe", "embed_4"]
+    assert [request.signature for request in server.requests] == ["describe", "embed_4"]
 
 
 def test_flags_that_do_not_fit(call: Call) -> None:

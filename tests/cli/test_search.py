@@ -25,7 +25,7 @@ from tests.helpers.cli import (
     paint,
     run_without,
 )
-from tests.helpers.faulty_server import Asked, Faulty, echo, rows
+from tests.helpers.faulty_server import FaultyServer, Request, echo, rows
 
 # What the models embed plain images to, the nearest of each a colour of its own.
 COLOURS = np.array([RED, GREEN, BLUE, (255, 255, 0), (255, 255, 255)], np.float32)
@@ -249,19 +249,20 @@ def test_the_encoder_that_answers_is_the_one_that_counts(run: Call) -> None:
     gallery = rows(9)
     ExactIndex.build(gallery, schedule, encoder_fingerprint="v1").save("b.index")
 
-    def replace_version(asked: Asked, _: grpc.ServicerContext) -> None:
-        if asked.signature.startswith("embed"):
+    def replace_version(request: Request, _: grpc.ServicerContext) -> None:
+        if request.signature.startswith("embed"):
             server.versions = {2: echo(2)}
 
-    with Faulty() as server:
+    with FaultyServer() as server:
         search = run.of("b.index", "--target", server.target)
         assert search("x.npy").status == 0
-        assert [asked.signature for asked in server.asked] == ["describe", "embed_4"]
+        assert [request.signature for request in server.requests] == ["describe", "embed_4"]
         server.before = replace_version
         assert search.refused("x.npy") == refusal_of("v2", "v1")
-        server.asked.clear()
+        server.requests.clear()
         assert search.refused("x.npy") == refusal_of("v2", "v1")
-        assert not server.sent("embed_4")  # nothing is sent to a model of another fingerprint
+        # Nothing is sent to a model of another fingerprint.
+        assert not server.requests_of("embed_4")
 
 
 @pytest.mark.parametrize("model", ["pixels", "bytes"])
@@ -309,8 +310,8 @@ def test_what_was_answered_before_an_error_is_printed(run: Call, nan: bool) -> N
     schedule = FunnelSchedule((2, 4), (5,), 4)
     ExactIndex.build(rows(9), schedule).save("b.index")
 
-    def fail_at_20(asked: Asked, context: grpc.ServicerContext) -> None:
-        if asked.first == 21 and asked.signature == "embed_4":  # rows count from 1
+    def fail_at_20(request: Request, context: grpc.ServicerContext) -> None:
+        if request.first == 21 and request.signature == "embed_4":  # rows count from 1
             context.abort(grpc.StatusCode.INTERNAL, "out of memory")
 
     def answer(call: Asking) -> Arrays:
@@ -320,7 +321,7 @@ def test_what_was_answered_before_an_error_is_printed(run: Call, nan: bool) -> N
         return outputs
 
     words = ("b.index", "x.npy", "--max-batch-size", "1", "--json")
-    with Faulty({1: answer}, fail_at_20) as server:
+    with FaultyServer({1: answer}, fail_at_20) as server:
         status, out, err = run(*words, "--target", server.target)
     assert status == 1
     assert "out of memory" in err
