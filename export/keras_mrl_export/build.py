@@ -225,7 +225,7 @@ def fingerprint_of(
 
 
 def _values_besides_weights(model: keras.Model) -> list[npt.NDArray[Any]]:
-    """Return what layers with a store of their own save, such as the weights of TF-IDF."""
+    """Return values that layers with a store of their own save, such as the weights of TF-IDF."""
     values = []
     for layer in model._flatten_layers():
         if type(layer).save_own_variables is not keras.Layer.save_own_variables:

@@ -67,7 +67,7 @@ def export_saved_model(
     Args:
         model: A `MatryoshkaClassifier`, a functional model that ends in a `MatryoshkaHead`, or
             any model without a head, which is exported as an encoder.
-        base_path: Folder of the model's versions; what `--model_base_path` names. No URL.
+        base_path: Folder of the model's versions; the server's `--model_base_path`. No URL.
         sample: A few real rows, one array or a dict by input name; texts may be a list.
         policy: A cascade learned on a holdout. `classify_adaptive` decides by it, and
             `classify_<m>` divides logits by its temperatures. Where `signatures` leaves
@@ -169,7 +169,7 @@ def export_index(
 
     Args:
         index: The gallery, built in memory or opened from a folder: `open_index(path)`.
-        base_path: Folder of the index's versions; what `--model_base_path` names. No URL.
+        base_path: Folder of the index's versions; the server's `--model_base_path`. No URL.
         name: Name in the manifest, of letters, digits, `_`, `.` and `-`.
         version: Number of the version; None takes the next. A version that exists is never
             overwritten.

@@ -67,7 +67,7 @@ class Job:
     warmup_batch_sizes: tuple[int, ...]
 
     def temperature(self, dim: int) -> float:
-        """Return what the policy divides the logits of `dim` by; 1 where it has no such stage."""
+        """Return the divisor of the logits of `dim`: of its stage, or 1 if the policy has none."""
         stages = self.policy.stages if self.policy else ()
         return next((stage.temperature for stage in stages if stage.dim == dim), 1.0)
 

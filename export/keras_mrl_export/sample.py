@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
 
 SINGLE_INPUT = "inputs"  # served name of an input that has none of its own
-# Names Keras makes up for an input that was given none.
+# Names Keras makes up for an input without a name.
 _UNNAMED = re.compile(r"(keras_tensor|input_layer|input)(_\d+)?")
 # TensorFlow would change any other name of a signature's input.
 _SERVABLE = re.compile(r"(?!self\Z)[A-Za-z]\w*", re.ASCII)

@@ -49,7 +49,7 @@ class ServedModel:
         self._gallery = None if job.index is None else IndexGraph(job.index, manifest.dims)
 
     def resources(self) -> tf.Module:
-        """Return what the SavedModel must hold: every variable, and the lookup tables.
+        """Return the resources that the SavedModel must hold: every variable, and lookup tables.
 
         The variables are named one by one: a Keras model as a whole would be saved with a second,
         unconnected copy of each, and the graph would read the one that is never restored. The

@@ -30,6 +30,8 @@ BACKEND = keras.backend.backend()
 NATIVE = importlib.import_module({"jax": "jax.numpy"}.get(BACKEND, BACKEND))
 LOCK = threading.Lock()
 
+in_two_processes = pytest.mark.skipif(BACKEND == "tensorflow", reason="that export is one process")
+
 
 def model_with(*layers: keras.layers.Layer) -> keras.Model:
     inputs = keras.Input((5,), name="x")
@@ -54,11 +56,9 @@ class Native(keras.layers.Layer):
 
 
 @pytest.mark.backend
+@in_two_processes
 def test_a_layer_of_the_backends_own_functions(tmp_path: Path) -> None:
     model = model_with(Native())
-    if BACKEND == "tensorflow":
-        assert export_saved_model(model, tmp_path, X) == tmp_path / "1"
-        return
     text = refusal(tmp_path, model)
     assert text.startswith(
         "The model must load on the TensorFlow backend from its .keras form. Received: TypeError: "
@@ -96,16 +96,39 @@ class Locked(keras.layers.Layer):
 
 
 @pytest.mark.backend
+@in_two_processes
 def test_code_that_does_not_travel(tmp_path: Path) -> None:
-    model = model_with(Locked())
-    if BACKEND == "tensorflow":
-        assert export_saved_model(model, tmp_path, X) == tmp_path / "1"
-        return
-    assert refusal(tmp_path, model) == (
+    assert refusal(tmp_path, model_with(Locked())) == (
         "Layers of your own travel to TensorFlow by value, so their code must be picklable. "
         "Received: Locked, refused with TypeError: cannot pickle '_thread.lock' object. "
         "Move what they hold of open files, locks or devices into build() or call()."
     )
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="that export takes two processes")
+def test_in_one_process_no_code_needs_to_travel(tmp_path: Path) -> None:
+    model = model_with(Native(), Locked())
+    path = export_saved_model(model, tmp_path, X, signatures=["features"])
+    assert path == tmp_path / "1"
+
+
+@pytest.mark.backend
+@in_two_processes
+def test_a_process_that_ends_without_a_result_is_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python, base_path = tmp_path / "python", tmp_path / "models"
+    python.write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ExportError) as caught:
+        export_saved_model(model_with(), base_path, X)
+    assert str(caught.value) == (
+        "The model must be rebuilt on TensorFlow in a process of its own. "
+        "Received: that process ended with status 3 and said:\nout of memory\n"
+        "Mend what it names; layers must use keras.ops, not the backend's own functions."
+    )
+    assert not base_path.exists()
 
 
 # Scripts of the user's own
@@ -217,7 +240,7 @@ def test_a_child_ends_where_waiting_for_it_is_interrupted(tmp_path: Path) -> Non
 
 
 @pytest.mark.backend
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="that export is one process")
+@in_two_processes
 def test_an_export_that_is_killed_publishes_nothing(tmp_path: Path) -> None:
     base_path, temporary = tmp_path / "models", tmp_path / "temporary"
     temporary.mkdir()

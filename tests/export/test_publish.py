@@ -26,8 +26,8 @@ def write(staged: Staged, text: str = "a model") -> None:
 
 
 def files(base_path: Path) -> dict[str, str]:
-    found = (path for path in sorted(base_path.rglob("*")) if path.is_file())
-    return {str(path.relative_to(base_path)): path.read_text() for path in found}
+    paths = (path for path in sorted(base_path.rglob("*")) if path.is_file())
+    return {str(path.relative_to(base_path)): path.read_text() for path in paths}
 
 
 def files_and_folders(base_path: Path) -> list[str]:
@@ -202,7 +202,7 @@ def together() -> threading.Barrier:
 
 
 def race(together: threading.Barrier, base_path: Path, version: int | None) -> list[Any]:
-    """What each of eight exports comes to that all reach for their number at once."""
+    """The version or the error of each of eight exports that take their number at once."""
     outcomes: list[Any] = [None] * together.parties
 
     def export(index: int) -> None:
