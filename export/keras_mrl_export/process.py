@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -162,34 +161,36 @@ def end_with_parent(folders: Sequence[Path]) -> threading.Lock:
     """Start a thread that ends this process as soon as its parent ends, even by SIGKILL.
 
     The thread reads standard input, a pipe that the parent never writes to and that closes with
-    the parent. It then removes the folders and ends this process.
+    the parent. It then ends this process, and has the folders removed.
 
     Args:
         folders: Folders the parent would have removed.
 
     Returns:
-        A lock that this process must acquire before it ends by itself. Otherwise it could fail
-        because a folder is gone, and end before the thread has removed the others.
+        A lock that this process must acquire before it ends by itself: it could end while the
+        thread is about to have the folders removed.
     """
     ending = threading.Lock()
     threading.Thread(target=_end_with_parent, args=(folders, ending), daemon=True).start()
     return ending
 
 
+_REMOVE = """
+import shutil, sys
+sys.stdin.read()
+for folder in sys.argv[1:]:
+    shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
 def _end_with_parent(folders: Sequence[Path], ending: threading.Lock) -> None:
     os.read(0, 1)
     with ending:
-        remove_folders(folders)
+        # TensorFlow may be writing in the folders, and would make them again. So another process
+        # removes them, once its standard input tells it that this one has ended.
+        command = [sys.executable, "-I", "-c", _REMOVE, *map(str, folders)]
+        subprocess.Popen(command, stdin=subprocess.PIPE)
         os._exit(1)
-
-
-def remove_folders(folders: Sequence[Path], tries: int = 100) -> None:
-    """Remove folders that another thread may be writing in."""
-    for _ in range(tries):
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        if not any(folder.exists() for folder in folders):
-            return
 
 
 if __name__ == "__main__":
