@@ -61,7 +61,6 @@ def on_one_backend(name: str) -> pytest.MarkDecorator:
     )
 
 
-@backend
 def test_the_manifest_of_everything_given(untied: Exported) -> None:
     manifest = json.loads((untied.path / MANIFEST_FILE).read_bytes())
     fingerprint = manifest.pop("fingerprint")
@@ -115,7 +114,6 @@ def test_the_manifest_of_nothing_given(of_tokens: Exported, encoder: Exported) -
     assert (manifest.num_classes, manifest.top_k, manifest.activation) == (None, None, "none")
 
 
-@backend
 def test_the_manifest_of_a_tied_head_with_a_gallery(tied: Exported) -> None:
     manifest, index = tied.manifest, tied.job.index
     assert index is not None
@@ -278,7 +276,7 @@ def resnet() -> keras.Model:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ServedVision:
     """Outputs of a trained model for the images, and a client of its version."""
 
     features: Any
@@ -288,7 +286,7 @@ class Seen:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedVision]:
     backbone = resnet()
     model = MatryoshkaClassifier(backbone, MatryoshkaHead(NUM_CLASSES, DIMS), name="resnet")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -300,16 +298,16 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     export_saved_model(model, base_path, IMAGES, policy, top_k=TOP_K)
     features = np.asarray(backbone.predict(IMAGES, verbose=0))
     with DevServer(base_path) as target, Client(target) as client:
-        yield Seen(features, logits, policy, client)
+        yield ServedVision(features, logits, policy, client)
 
 
-def expected_of(seen: Seen) -> dict[str, tuple[Arrays, Arrays]]:
+def expected_outputs(vision: ServedVision) -> dict[str, tuple[Arrays, Arrays]]:
     """By signature, its inputs and the outputs it must answer with."""
-    (name,) = seen.client.describe().inputs
+    (name,) = vision.client.describe().inputs
     sent = {name: IMAGES}
-    expected = {"features": (sent, {"features": seen.features})}
+    expected = {"features": (sent, {"features": vision.features})}
     for index, dim in enumerate(DIMS):
-        prefix, logits = seen.features[:, :dim], seen.logits[:, index]
+        prefix, logits = vision.features[:, :dim], vision.logits[:, index]
         scaled = prefix / np.linalg.norm(prefix, axis=-1, keepdims=True)
         answer = models.classification(logits, TEMPERATURES[dim], TOP_K, names=False)
         expected[f"embed_{dim}"] = sent, {"embedding": scaled}
@@ -317,7 +315,7 @@ def expected_of(seen: Seen) -> dict[str, tuple[Arrays, Arrays]]:
         expected[f"head_{dim}"] = {"features": prefix}, {**answer, "logits": logits}
     expected["classify_adaptive"] = (
         sent,
-        models.cascade(seen.logits, seen.policy, TOP_K, names=False),
+        models.cascade(vision.logits, vision.policy, TOP_K, names=False),
     )
     expected["serving_default"] = expected[f"classify_{DIMS[-1]}"]
     return expected
@@ -325,23 +323,23 @@ def expected_of(seen: Seen) -> dict[str, tuple[Arrays, Arrays]]:
 
 @backend
 @on_one_backend("jax")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what keras-cv does at import and load
-def test_every_signature_is_the_model(seen: Seen) -> None:
-    expected = expected_of(seen)
-    assert set(seen.client.signatures()) - {"__saved_model_init_op"} == {*expected, "describe"}
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of keras-cv
+def test_every_signature_is_the_model(vision: ServedVision) -> None:
+    expected = expected_outputs(vision)
+    assert set(vision.client.signatures()) - {"__saved_model_init_op"} == {*expected, "describe"}
     for signature, (sent, answer) in expected.items():
-        outputs = seen.client.predict(sent, signature)
+        outputs = vision.client.predict(sent, signature)
         assert set(outputs) == set(answer), signature
         for output, array in outputs.items():
             assert_equal_rows(array, answer[output])
-    assert seen.client.describe().made_with["trained_on"] == "jax"
+    assert vision.client.describe().made_with["trained_on"] == "jax"
 
 
 @backend
 @on_one_backend("jax")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what keras-cv does at import and load
-def test_images_leave_the_cascade_at_every_dim(seen: Seen) -> None:
-    dims, counts = np.unique(seen.client.classify_adaptive(IMAGES).dim, return_counts=True)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of keras-cv
+def test_images_leave_the_cascade_at_every_dim(vision: ServedVision) -> None:
+    dims, counts = np.unique(vision.client.classify_adaptive(IMAGES).dim, return_counts=True)
     assert dict(zip(dims.tolist(), counts.tolist(), strict=True)) == dict(
         zip(DIMS, (8, 4, 4), strict=True)
     )
@@ -358,7 +356,7 @@ TEXT_DIMS = (2, 8)  # a signature of each kind per dim takes its time to trace
 
 
 @dataclass(frozen=True)
-class Writer:
+class ServedLanguage:
     """A trained language model, its policy, and the version of its view of the next token."""
 
     model: Any
@@ -367,7 +365,7 @@ class Writer:
 
 
 @pytest.fixture(scope="module")
-def writer(tmp_path_factory: pytest.TempPathFactory) -> Writer:
+def language(tmp_path_factory: pytest.TempPathFactory) -> ServedLanguage:
     keras.utils.set_random_seed(0)
     model = language_model(tied=True, dims=TEXT_DIMS)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -376,15 +374,15 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Writer:
     policy = half_and_half(model)
     view = next_token(model)
     path = export_saved_model(view, tmp_path_factory.mktemp("lm"), TEXT[:8, :LENGTH], policy)
-    return Writer(model, policy, path)
+    return ServedLanguage(model, policy, path)
 
 
 def half_and_half(model: Any) -> CascadePolicy:
     """About half the tokens of the text are decided at the first dim, none of them narrowly."""
     logits = model.predict(TEXT[:, :-1], verbose=0)[:, :, 0]
     logits = logits - logits.max(axis=-1, keepdims=True)
-    surest = np.sort((1 / np.exp(logits).sum(axis=-1)).ravel())
-    middle = surest[len(surest) // 4 : 3 * len(surest) // 4]
+    confidences = np.sort((1 / np.exp(logits).sum(axis=-1)).ravel())
+    middle = confidences[len(confidences) // 4 : 3 * len(confidences) // 4]
     widest = int(np.argmax(np.diff(middle)))
     threshold = float(middle[widest : widest + 2].mean())
     stages = (Stage(TEXT_DIMS[0], threshold), Stage(TEXT_DIMS[1], None))
@@ -393,8 +391,8 @@ def half_and_half(model: Any) -> CascadePolicy:
 
 @backend
 @on_one_backend("torch")
-def test_its_input_is_tokens_of_any_length(writer: Writer) -> None:
-    manifest = read_manifest(writer.path)
+def test_its_input_is_tokens_of_any_length(language: ServedLanguage) -> None:
+    manifest = read_manifest(language.path)
     assert manifest.inputs == {"tokens": {"dtype": "int32", "shape": [None, None]}}
     assert (manifest.kind, manifest.num_classes, manifest.dims) == ("classifier", TOKENS, TEXT_DIMS)
     assert (manifest.tied, manifest.width) == (True, WIDTH)
@@ -402,10 +400,12 @@ def test_its_input_is_tokens_of_any_length(writer: Writer) -> None:
 
 @backend
 @on_one_backend("torch")
-def test_a_text_written_through_the_client_is_the_one_written_here(writer: Writer) -> None:
-    local = AdaptiveDecoder(writer.model, writer.policy, LENGTH)
+def test_a_text_written_through_the_client_is_the_one_written_here(
+    language: ServedLanguage,
+) -> None:
+    local = AdaptiveDecoder(language.model, language.policy, LENGTH)
     ids, dims = generate(local, PROMPTS, 12, LENGTH)
-    with DevServer(writer.path.parent) as target, Client(target) as client:
+    with DevServer(language.path.parent) as target, Client(target) as client:
 
         def ask(tokens: Any) -> tuple[Any, Any]:
             answer = client.classify_adaptive(tokens)
@@ -420,9 +420,9 @@ def test_a_text_written_through_the_client_is_the_one_written_here(writer: Write
 
 @backend
 @on_one_backend("torch")
-def test_two_hundred_tokens_and_what_they_cost(writer: Writer) -> None:
+def test_two_hundred_tokens_and_what_they_cost(language: ServedLanguage) -> None:
     """As the full dim alone would write them, at how many dims a token."""
-    with DevServer(writer.path.parent) as target, Client(target) as client:
+    with DevServer(language.path.parent) as target, Client(target) as client:
 
         def at_full_width(tokens: Any) -> tuple[Any, Any]:
             answer = client.classify(tokens, dim=TEXT_DIMS[-1])

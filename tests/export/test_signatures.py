@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -52,6 +53,11 @@ def expected_classes(version: Exported, part: slice, column: int, temperature: f
     top_k, labels = version.manifest.top_k, version.manifest.labels
     assert top_k is not None
     return classification(version.logits[part, column], temperature, top_k, labels)
+
+
+@backend
+def test_the_manifest_names_the_backend_that_trained(classifier: Exported) -> None:
+    assert classifier.manifest.made_with["trained_on"] == keras.backend.backend()
 
 
 @backend
