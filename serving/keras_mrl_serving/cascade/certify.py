@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from ..contract import check_dims
 from ..inputs import check_holdout
 from .confidence import Floats, check_confidence, fit_temperatures, midway
 from .policy import CascadePolicy, Guarantee, Stage
-from .search import DimCosts, Holdout, candidates
+from .search import DimCosts, Holdout, candidates, falling
 
 _METHOD = "certified: searched on one half of the holdout, tested on the other"
 
@@ -151,11 +152,8 @@ def _safest_first(holdout: Holdout, costs: DimCosts) -> list[CascadePolicy]:
     policies += [_stricter(policy, ascending, share) for policy in policies for share in _SHARES]
     judged = map(holdout.judged, policies)
     measured = [(holdout.num_harmed(policy), costs.mean(policy), policy) for policy in judged]
-    tested: list[tuple[int, float, CascadePolicy]] = []
-    for harm, cost, policy in sorted(measured, key=lambda one: (one[0], -one[1])):
-        if not tested or cost < tested[-1][1]:
-            tested.append((harm, cost, policy))
-    return [policy for *_, policy in tested]
+    in_order = sorted(measured, key=lambda one: (one[0], -one[1]))
+    return [policy for *_, policy in falling(in_order, itemgetter(1))]
 
 
 def _stricter(policy: CascadePolicy, ascending: dict[int, Floats], share: float) -> CascadePolicy:

@@ -151,7 +151,7 @@ def fit_temperatures(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[floa
         T_m = argmin_T mean_i CE(softmax(logits_m / T); y_i), which is convex in 1/T
 
     Raises:
-        ValueError: If shapes do not fit, rows are none, or probabilities were given.
+        ValueError: If shapes do not fit, there are no rows, or these are probabilities.
 
     Reference:
         Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599.

@@ -128,7 +128,7 @@ def oracle_report(
         logits: `(rows, num_dims, num_classes)`. labels: `(rows,)`.
 
     Raises:
-        ValueError: If shapes do not fit, rows are none, or probabilities were given.
+        ValueError: If shapes do not fit, there are no rows, or these are probabilities.
 
     Reference:
         Kusupati et al., Matryoshka Representation Learning, the oracle routing of its appendix.

@@ -130,7 +130,7 @@ class CascadePolicy:
             logits: `(rows, num_dims, num_classes)`. labels: `(rows,)`.
 
         Raises:
-            ValueError: If shapes do not fit, rows are none, probabilities were given, or a
+            ValueError: If shapes do not fit, there are no rows, these are probabilities, or a
                 temperature is not above 0.
         """
         dims = check_dims(dims)
@@ -292,7 +292,7 @@ class CascadeReport:
         accuracy: Share of rows the cascade classifies right.
         full_accuracy: The same at the last dim alone.
         expected_dim: Mean of the dim that decided.
-        cumulative_dim: Mean of the sum of all dims asked: what the heads together cost.
+        cumulative_dim: Mean of the sum of the dims up to it: what the heads together cost.
         exit_fractions: Share of the rows that stopped at each stage.
         size: Number of rows.
 

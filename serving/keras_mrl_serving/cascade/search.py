@@ -9,10 +9,12 @@ corners of the hull, `fill_front` looks for the fewest mistakes at each step of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from numbers import Real
+from operator import itemgetter
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,8 @@ from .policy import CascadePolicy, Stage, report_exits
 Bools = npt.NDArray[np.bool]
 Floats = npt.NDArray[np.float64]
 Cuts = tuple[int, ...]  # of all stages but the last
+Point = tuple[float, float, Cuts]  # mistakes, cost
+T = TypeVar("T")
 
 _METHOD = "joint search: thresholds in turns, for many prices of a wrong answer"
 
@@ -113,8 +117,8 @@ def search_cascades(
         dims: The dims of the head.
         costs: What each dim costs: multiply-adds, or measured milliseconds. None means the dims
             themselves.
-        cumulative: Whether a row pays for every dim it is asked at, or for the last alone, as in
-            the paper's expected dim.
+        cumulative: Whether a row pays for all dims up to the one that decides, or for that one
+            alone, as in the paper's expected dim.
         temperatures: One per dim, as `fit_temperatures` returns; None means ones.
         confidence: How sure a row is, as in `CascadePolicy`.
 
@@ -125,7 +129,7 @@ def search_cascades(
         The front, from the cheapest policy to the most accurate.
 
     Raises:
-        ValueError: If shapes do not fit, rows are none, probabilities were given, or costs or
+        ValueError: If shapes do not fit, there are no rows, these are probabilities, or costs or
             temperatures are not one finite number above 0 per dim.
 
     Examples:
@@ -144,13 +148,24 @@ def search_cascades(
     holdout = Holdout.measured(scores, truth, dims, scales, confidence)
     policies = candidates(holdout, dim_costs, fill=True)
     policies.append(CascadePolicy.learn(scores, truth, dims, scales, confidence))
-    best: list[tuple[float, float, CascadePolicy]] = []
     judged = map(holdout.judged, policies)
-    measured = [(dim_costs.mean(p), p.holdout.accuracy, p) for p in judged if p.holdout]
-    for cost, accuracy, policy in sorted(measured, key=lambda one: (one[0], -one[1])):
-        if not best or accuracy > best[-1][1]:
-            best.append((cost, accuracy, policy))
-    return CascadeFront(tuple(p for *_, p in best), tuple(c for c, *_ in best))
+    measured = [(dim_costs.mean(p), -p.holdout.accuracy, p) for p in judged if p.holdout]
+    front = falling(sorted(measured, key=itemgetter(0, 1)), itemgetter(1))
+    return CascadeFront(tuple(policy for *_, policy in front), tuple(cost for cost, *_ in front))
+
+
+def falling(items: Iterable[T], value: Callable[[T], float]) -> list[T]:
+    """Return the items whose value is less than that of every item before them.
+
+    Examples:
+        >>> falling([3, 5, 1, 1, 2, 0], float)
+        [3, 1, 0]
+    """
+    lowest: list[T] = []
+    for item in items:
+        if not lowest or value(item) < value(lowest[-1]):
+            lowest.append(item)
+    return lowest
 
 
 @dataclass(frozen=True)
@@ -159,7 +174,7 @@ class DimCosts:
 
     Args:
         by_dim: The cost of each dim.
-        cumulative: Whether a row pays for every dim it is asked at, or for the last alone.
+        cumulative: Whether a row pays for all dims up to the one that decides, or for it alone.
 
     Examples:
         >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
@@ -189,7 +204,7 @@ class DimCosts:
         return cls(dict(zip(dims, prices.tolist(), strict=True)), cumulative)
 
     def of_stages(self, dims: tuple[int, ...]) -> Floats:
-        """Return the cost of a row that stops at each of these dims, asked in this order."""
+        """Return the cost of a row by the dim that decides, for a policy of these dims."""
         prices = np.array([self.by_dim[dim] for dim in dims])
         return np.cumsum(prices) if self.cumulative else prices
 
@@ -263,8 +278,8 @@ class Holdout:
 def candidates(holdout: Holdout, costs: DimCosts, fill: bool = False) -> list[CascadePolicy]:
     """Return the policies worth comparing: the best for many prices of a mistake.
 
-    Where a row pays for every dim it is asked at, policies that begin at a wider dim are searched
-    by themselves: they do not pay for the dims below.
+    Where a row pays for all dims up to the one that decides, policies that begin at a wider dim
+    are searched by themselves: they do not pay for the dims below.
 
     Args:
         holdout: The rows.
@@ -284,8 +299,8 @@ def candidates(holdout: Holdout, costs: DimCosts, fill: bool = False) -> list[Ca
         confidence = holdout.confidence[:, first:]
         stage_costs = costs.of_stages(tuple(stage.dim for stage in stages))
         ranked = RankedRows(confidence, holdout.is_right[:, first:], stage_costs)
-        found = search_cuts(ranked)
-        for cuts in sorted(fill_front(ranked, found) if fill else found):
+        hull = search_cuts(ranked)
+        for cuts in sorted(fill_front(ranked, hull) if fill else hull):
             policies[_policy_of(cuts, confidence, stages, holdout.measure)] = None
     return list(policies)
 
@@ -342,10 +357,11 @@ class RankedRows:
         """Return the cuts that accept no row before the last stage."""
         return (self.num_rows,) * (self._rank.shape[1] - 1)
 
-    def weigh(self, cuts: Cuts) -> tuple[float, float]:
-        """Return the cost and the mistakes of all rows under some cuts."""
+    def weigh(self, cuts: Cuts) -> Point:
+        """Return the mistakes and the cost of all rows under some cuts."""
         decided, rows = self._decided(cuts), np.arange(self.num_rows)
-        return float(self._paid[rows, decided].sum()), float(self._mistakes[rows, decided].sum())
+        mistakes, cost = self._mistakes[rows, decided].sum(), self._paid[rows, decided].sum()
+        return float(mistakes), float(cost), cuts
 
     def descend(self, cuts: Cuts, price: float) -> Cuts:
         """Move the cuts in turn until no move makes `cost + price * mistakes` smaller."""
@@ -404,28 +420,26 @@ def search_cuts(rows: RankedRows) -> set[Cuts]:
         [(0,), (1,), (2,)]
     """
     start = rows.never()
-    found = {start}
+    hull = {start}
     for price in np.geomspace(_LOWEST_PRICE, 2 * rows.num_rows, _PRICES) * rows.costs.max():
         start = rows.descend(start, price)
-        found |= {start, rows.descend(rows.never(), price)}
-    return found
+        hull |= {start, rows.descend(rows.never(), price)}
+    return hull
 
 
 _STEPS = 200  # of cost, from the cheapest stage to the dearest
 _ROUNDS = 4
 
-_Point = tuple[float, float, Cuts]  # mistakes, cost
 
-
-def fill_front(rows: RankedRows, found: Iterable[Cuts]) -> set[Cuts]:
+def fill_front(rows: RankedRows, hull: Iterable[Cuts]) -> set[Cuts]:
     """Return cuts for every step of cost, none of them both dearer and worse than another.
 
-    Each cut that was found is swept over all rows while the others stay, and the best of each step
-    is kept; new cuts are swept in their turn.
+    Each cut of the hull is swept over all rows while the others stay, and the best of each step
+    is kept; then the new cuts are swept in the same way.
 
     Args:
         rows: The rows.
-        found: Where to begin.
+        hull: The cuts to begin with, as `search_cuts` returns them.
 
     Examples:
         >>> sure, right = np.float32([[0.9, 1], [0.2, 1]]), [[1, 1], [0, 1]]
@@ -433,8 +447,8 @@ def fill_front(rows: RankedRows, found: Iterable[Cuts]) -> set[Cuts]:
         >>> sorted(fill_front(rows, [rows.never()]))  # accepting both costs less, and a mistake
         [(0,), (1,)]
     """
-    best: dict[int, _Point] = {}
-    first_points = [_weighed(rows, cuts) for cuts in {*found, rows.never()}]
+    best: dict[int, Point] = {}
+    first_points = [rows.weigh(cuts) for cuts in {*hull, rows.never()}]
     new_points = sorted(first_points)
     for _ in range(_ROUNDS):
         before = set(best.values())
@@ -443,15 +457,11 @@ def fill_front(rows: RankedRows, found: Iterable[Cuts]) -> set[Cuts]:
                 for step, point in _best_of_steps(rows, cuts, stage):
                     best[step] = min(best.get(step, point), point)
         new_points = sorted(set(best.values()) - before)
-    return _undominated([*first_points, *best.values()])
+    by_cost = sorted([*first_points, *best.values()], key=itemgetter(1, 0, 2))
+    return {cuts for *_, cuts in falling(by_cost, itemgetter(0))}
 
 
-def _weighed(rows: RankedRows, cuts: Cuts) -> _Point:
-    cost, mistakes = rows.weigh(cuts)
-    return mistakes, cost, cuts
-
-
-def _best_of_steps(rows: RankedRows, cuts: Cuts, stage: int) -> Iterator[tuple[int, _Point]]:
+def _best_of_steps(rows: RankedRows, cuts: Cuts, stage: int) -> Iterator[tuple[int, Point]]:
     """Return the best point of each step of cost that moving one cut reaches."""
     costs, mistakes = rows.sweep(cuts, stage)
     least, most = rows.costs.min() * rows.num_rows, rows.costs.max() * rows.num_rows
@@ -465,13 +475,3 @@ def _best_of_steps(rows: RankedRows, cuts: Cuts, stage: int) -> Iterator[tuple[i
         cut = int(best[step] % len(costs))
         moved = (*cuts[:stage], cut, *cuts[stage + 1 :])
         yield step, (float(mistakes[cut]), float(costs[cut]), moved)
-
-
-def _undominated(points: Iterable[_Point]) -> set[Cuts]:
-    best: set[Cuts] = set()
-    fewest = np.inf
-    for mistakes, _, cuts in sorted(points, key=lambda point: (point[1], point[0], point[2])):
-        if mistakes < fewest:
-            best.add(cuts)
-            fewest = mistakes
-    return best

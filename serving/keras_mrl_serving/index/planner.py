@@ -98,8 +98,8 @@ def plan_funnel(
         dims: Dims a stage may have, such as those the model was trained at; an answer at the
             last counts as exact. None: powers of two from 8, and the width.
         metric: How embeddings are compared: "cosine", "dot" or "l2".
-        measure: From rows found `(queries, k)` to a quality per query; None is the share of the
-            exact neighbours at the last dim that are found.
+        measure: From neighbours `(queries, k)` to a quality per query; None is the share of the
+            exact neighbours at the last dim among them.
         own_rows: Which gallery row each query is, where the sample is of the gallery itself: these
             rows are left out of the gallery while it plans. None: queries are no rows.
         first_stages: Kinds to try; their first setting is doubled until it is enough. None tries
@@ -128,18 +128,8 @@ def plan_funnel(
     own = None if own_rows is None else _checked_rows(own_rows, len(gallery), len(sample))
     num_rows = len(gallery) - (0 if own is None else len(np.unique(own)))
     k, batch = _checked_numbers(target, batch, k, num_rows, len(sample))
-    trials = Trials(
-        gallery,
-        sample,
-        widths[-1],
-        k,
-        metric,
-        measure,
-        own,
-        batch,
-        says or (lambda _: None),
-        timer,
-    )
+    say = says or (lambda _: None)
+    trials = Trials(gallery, sample, widths[-1], k, metric, measure, own, batch, say, timer)
     return choose_funnel(trials, target, widths, first_stages)
 
 
@@ -196,7 +186,7 @@ class Trials:
         dim: The last dim, at which an answer counts as exact.
         k: Number of neighbours.
         metric: "cosine", "dot" or "l2".
-        measure: From rows found to a quality per query; None: recall against the exact answer.
+        measure: From neighbours to a quality per query; None: recall against the exact answer.
         own_rows: Which gallery row each query is: left out of the gallery, since a graph finds
             its own nodes more easily than it finds the neighbours of others. None: queries are
             no rows.

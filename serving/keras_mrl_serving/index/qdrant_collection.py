@@ -314,56 +314,43 @@ def as_neighbors(answers: Sequence[Sequence[ScoredPoint]], k: int, metric: str) 
     return Neighbors(np.take_along_axis(ids, order, 1), np.take_along_axis(rounded, order, 1))
 
 
-# From the errors of Qdrant's client to the errors of this package.
-
-_RULES_AND_REMEDIES: dict[type[KerasMrlError], tuple[str, str]] = {
+# Of each error: the rule, the remedy, and the statuses of HTTP and gRPC that it stands for.
+_ERRORS: dict[type[KerasMrlError], tuple[str, str, tuple[int | str, ...]]] = {
     ServerUnavailableError: (
         "Qdrant must be there and ready.",
         "Start it, wait until it is less busy, or give a client with another URL.",
+        (429, 502, 503, "RESOURCE_EXHAUSTED", "UNAVAILABLE"),
     ),
     DeadlineError: (
         "Qdrant must answer within the client's timeout.",
         "Raise it: QdrantClient(..., timeout=...).",
+        (408, 504, "DEADLINE_EXCEEDED"),
     ),
     AccessDeniedError: (
         "Qdrant must let the caller in.",
         "Give its key: QdrantClient(..., api_key=...).",
+        (401, 403, "UNAUTHENTICATED", "PERMISSION_DENIED"),
     ),
     MessageTooLargeError: (
         "A request must be no larger than Qdrant takes.",
         "Give fewer ids in `among`, or raise the server's max_request_size_mb.",
+        (413,),
     ),
     InvalidInputError: (
         "Qdrant must take the request.",
         "See that the collection is still there, and that Qdrant knows the options given.",
+        (400, 404, 422, "INVALID_ARGUMENT", "NOT_FOUND"),
     ),
-    ServerError: ("Qdrant must answer without an error.", "See the server's log."),
+    ServerError: ("Qdrant must answer without an error.", "See the server's log.", ()),
 }
-_CLASSES_BY_STATUS: dict[Any, type[KerasMrlError]] = {
-    400: InvalidInputError,
-    401: AccessDeniedError,
-    403: AccessDeniedError,
-    404: InvalidInputError,
-    408: DeadlineError,
-    413: MessageTooLargeError,
-    422: InvalidInputError,
-    429: ServerUnavailableError,
-    502: ServerUnavailableError,
-    503: ServerUnavailableError,
-    504: DeadlineError,
-    "INVALID_ARGUMENT": InvalidInputError,
-    "NOT_FOUND": InvalidInputError,
-    "UNAUTHENTICATED": AccessDeniedError,
-    "PERMISSION_DENIED": AccessDeniedError,
-    "DEADLINE_EXCEEDED": DeadlineError,
-    "RESOURCE_EXHAUSTED": ServerUnavailableError,
-    "UNAVAILABLE": ServerUnavailableError,
+_CLASSES_BY_STATUS: dict[int | str, type[KerasMrlError]] = {
+    status: kind for kind, (_, _, statuses) in _ERRORS.items() for status in statuses
 }
 
 
 def _our_error(error: Any, collection: str) -> KerasMrlError:
     kind = _class_for(error)
-    rule, remedy = _RULES_AND_REMEDIES[kind]
+    rule, remedy, _ = _ERRORS[kind]
     message = str(error.details() if _is_of_grpc(error) else error) or type(error).__name__
     received = " ".join(message.split()).rstrip(".")
     return kind(f"{rule} Received: {received}, for collection {collection!r}. {remedy}")

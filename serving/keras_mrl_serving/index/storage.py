@@ -50,7 +50,7 @@ class SavedFiles:
     """The checked files of a saved index.
 
     Args:
-        card: What `IndexWriter.commit` was given.
+        card: The facts of the index that `IndexWriter.commit` wrote.
         files: The path of each file by its name.
 
     Examples:
