@@ -4,8 +4,8 @@
 
 `--data` holds `train*.zip` and `test.zip`, images in one folder per class; without it the images
 come from `keras.datasets.cifar100`, which the network must allow. Nets that are trained already
-are not trained again, and one that was interrupted goes on after its last whole epoch. `--out`
-then has tables, figures and a report; the last line is one JSON object.
+are not trained again, and an interrupted net goes on after its last whole epoch. `--out` receives
+tables, figures and a report; the last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
     python benchmarks/promise.py --compared FOLDER [--holdouts 1000] [--rows 1200] ...
 
-`--compared` is what `keras-mrl compare` or `benchmarks/paper.py` wrote. The test images of its
-Matryoshka net are the population, known to the last row: what a policy really risks is counted on
-all of them. From it holdouts are drawn with replacement, a cascade is certified on each, and the
-share of them whose policy risks more than it promised is printed beside delta, with what the
-policies save. The last line is one JSON object.
+`--compared` is a folder that `keras-mrl compare` or `benchmarks/paper.py` wrote. Its test images are
+the population: the true risk of a policy is counted on all of them. Holdouts are drawn from them
+with replacement, and a cascade is certified on each. Printed are the share of policies that risk
+more than promised, beside delta, and what the policies save. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def main() -> None:
             spent = time.monotonic() - started
             print(f"{seed + 1} holdouts, {spent:.0f} s", file=sys.stderr, flush=True)
     broken = int((np.array(risks) > arguments.risk).sum())
-    found = {
+    results = {
         "holdouts": arguments.holdouts,
         "rows": arguments.rows,
         **promise,
@@ -68,11 +67,11 @@ def main() -> None:
         "full_accuracy": float(full.mean()),
     }
     print(
-        f"broken in {broken} of {arguments.holdouts}, {found['allowed']:.0f} allowed; mean risk "
-        f"{found['mean_risk']:.4f} of {arguments.risk}; {found['expected_dim']:.1f} of {dims[-1]} "
-        f"dims at {100 * found['accuracy']:.2f}% against {100 * found['full_accuracy']:.2f}%"
+        f"broken in {broken} of {arguments.holdouts}, {results['allowed']:.0f} allowed; mean risk "
+        f"{results['mean_risk']:.4f} of {arguments.risk}; {results['expected_dim']:.1f} of {dims[-1]} "
+        f"dims at {100 * results['accuracy']:.2f}% against {100 * results['full_accuracy']:.2f}%"
     )
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Images and their classes, read from everywhere."""
 
+import re
 import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
 
-from keras_mrl.comparison.data import ComparisonError, Images, read, split_classes
+from keras_mrl.comparison.data import ComparisonError, Images, has_test, read, split_classes
 from tests.helpers.comparisons import random_images
+from tests.helpers.laws import exactly
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
@@ -42,22 +45,24 @@ def arrays_of(where: Path) -> Path:
 
 @pytest.mark.parametrize("write", [folder_of, zip_of, arrays_of])
 def test_images_are_read_from_everywhere(write: Any, tmp_path: Path) -> None:
-    found = read([str(write(tmp_path / "pictures"))], None)
+    images = read([str(write(tmp_path / "pictures"))], None)
     order = np.argsort(PART.labels, kind="stable")
-    np.testing.assert_array_equal(found.pixels, PART.pixels[order])
-    np.testing.assert_array_equal(found.labels, PART.labels[order])
-    assert found.names == PART.names
+    np.testing.assert_array_equal(images.pixels, PART.pixels[order])
+    np.testing.assert_array_equal(images.labels, PART.labels[order])
+    assert images.names == PART.names
+
+
+def test_several_places_are_taken_together(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x_train=PIXELS[:2], y_train=["cat", "dog"])
+    places = [str(folder_of(tmp_path / "pictures")), str(tmp_path / "a.npz")]
+    images = read(places, None)
+    assert images.names == ("ant", "bee", "cat", "dog")
+    assert np.bincount(images.labels).tolist() == [4, 4, 5, 1]
 
 
 def test_class_numbers_are_in_the_order_of_numbers(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x_train=PIXELS, y_train=np.arange(12))
     assert read([str(tmp_path / "a.npz")], None).names == tuple(map(str, range(12)))
-
-
-def test_places_without_images_are_refused(tmp_path: Path) -> None:
-    for place in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ComparisonError, match=r"Received: .*\. "):
-            read([str(place)], None)
 
 
 def test_an_image_in_no_folder_has_no_class(tmp_path: Path) -> None:
@@ -106,18 +111,18 @@ def packed(folder: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("as_given", [Path, packed])
-def test_a_folder_is_read_as_the_zip_of_it(as_given: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_stored", [Path, packed])
+def test_a_folder_is_read_as_the_zip_of_it(as_stored: Any, tmp_path: Path) -> None:
     deep = tmp_path / "deep"
     folder_of(deep / "one" / "birds")
     (deep / "one" / "birds" / "ant.png").mkdir()
-    found = read([str(as_given(deep))], None)
-    assert (found.names, len(found.labels)) == (PART.names, 12)
+    images = read([str(as_stored(deep))], None)
+    assert (images.names, len(images.labels)) == (PART.names, 12)
     mixed = tmp_path / "mixed"
     folder_of(mixed)
     folder_of(mixed / "more")
     with pytest.raises(ComparisonError, match=r"side by side\..* with classes in \., more\. Give"):
-        read([str(as_given(mixed))], None)
+        read([str(as_stored(mixed))], None)
     below = tmp_path / "below"
     for name in PART.names:  # a folder more between a class and its images
         folder_of(below / "x")
@@ -125,7 +130,7 @@ def test_a_folder_is_read_as_the_zip_of_it(as_given: Any, tmp_path: Path) -> Non
         (below / "x" / name).rename(below / name / "first")
     shutil.rmtree(below / "x")
     with pytest.raises(ComparisonError, match=r"with classes in ant, bee, cat\. "):
-        read([str(as_given(below))], None)
+        read([str(as_stored(below))], None)
 
 
 def test_links_lead_to_classes_and_not_in_circles(tmp_path: Path) -> None:
@@ -133,15 +138,15 @@ def test_links_lead_to_classes_and_not_in_circles(tmp_path: Path) -> None:
     (folder / "ant").rename(tmp_path / "elsewhere")
     (folder / "ant").symlink_to(tmp_path / "elsewhere")
     (folder / "bee" / "up").symlink_to(folder)
-    found = read([str(folder)], None)
-    assert (found.names, len(found.labels)) == (PART.names, 12)
+    images = read([str(folder)], None)
+    assert (images.names, len(images.labels)) == (PART.names, 12)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_images_stand_upright_as_their_exif_says(suffix: str, tmp_path: Path) -> None:
-    seen = np.zeros((16, 16, 3), np.uint8)
-    seen[:8] = 255  # white above
-    stored = Image.fromarray(np.rot90(seen).copy())  # white on the left, as a turned camera has it
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8] = 255  # white above
+    stored = Image.fromarray(np.rot90(upright).copy())  # white on the left: the camera was turned
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     (tmp_path / "ant").mkdir()
@@ -149,8 +154,8 @@ def test_images_stand_upright_as_their_exif_says(suffix: str, tmp_path: Path) ->
     stored.save(tmp_path / "ant" / f"1.{suffix}")
     stored.save(tmp_path / "ant" / f"2.{suffix}", exif=b"Exif\0\0no tags")
     turned, plain, damaged = read([str(tmp_path)], None).pixels.astype(int)
-    np.testing.assert_allclose(turned, seen, atol=2)
-    np.testing.assert_allclose(plain, np.rot90(seen), atol=2)
+    np.testing.assert_allclose(turned, upright, atol=2)
+    np.testing.assert_allclose(plain, np.rot90(upright), atol=2)
     np.testing.assert_array_equal(damaged, plain)
 
 
@@ -166,12 +171,12 @@ def test_sixteen_bits_become_eight_and_transparency_white(tmp_path: Path) -> Non
     np.testing.assert_array_equal(sixteen, np.repeat(ramp[..., None], 3, axis=-1))
     drawn = np.zeros((16, 16, 4), np.uint8)
     drawn[:8, :, 3] = 255
-    seen = one_image(tmp_path / "clear", Image.fromarray(drawn))
-    assert (seen[:8] == 0).all()
-    assert (seen[8:] == 255).all()
+    opaque = one_image(tmp_path / "clear", Image.fromarray(drawn))
+    assert (opaque[:8] == 0).all()
+    assert (opaque[8:] == 255).all()
 
 
-def test_large_images_are_read_small_unless_asked_otherwise(tmp_path: Path) -> None:
+def test_large_files_become_small_without_a_size(tmp_path: Path) -> None:
     (tmp_path / "a" / "ant").mkdir(parents=True)
     Image.fromarray(np.zeros((300, 400, 3), np.uint8)).save(tmp_path / "a" / "ant" / "0.png")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a" / "ant" / "1.png")
@@ -179,13 +184,13 @@ def test_large_images_are_read_small_unless_asked_otherwise(tmp_path: Path) -> N
     assert read([str(tmp_path / "a")], 100).pixels.shape == (2, 100, 100, 3)
 
 
-def test_arrays_are_resized_where_a_size_is_asked_for(tmp_path: Path) -> None:
+def test_arrays_are_resized_to_a_size(tmp_path: Path) -> None:
     file = str(arrays_of(tmp_path / "pictures"))
     assert read([file], None).pixels.shape == (12, 16, 16, 3)
-    found = read([file], 8).pixels
-    assert found.shape == (12, 8, 8, 3)
+    small = read([file], 8).pixels
+    assert small.shape == (12, 8, 8, 3)
     whole = read([file], None).pixels
-    np.testing.assert_allclose(found.mean(axis=(1, 2)), whole.mean(axis=(1, 2)), atol=12)
+    np.testing.assert_allclose(small.mean(axis=(1, 2)), whole.mean(axis=(1, 2)), atol=12)
 
 
 @pytest.mark.parametrize(
@@ -201,23 +206,127 @@ def test_labels_name_classes(labels: Any, names: tuple[str, ...], tmp_path: Path
     assert read([str(tmp_path / "a.npz")], None).names == names
 
 
-@pytest.mark.parametrize(
-    "labels", [np.array([1.0, np.nan, 2.0]), np.array([0.5, 1, 2]), np.array(3), np.eye(3)]
+def damaged(where: Path) -> Path:
+    (folder_of(where) / "ant" / "00.png").write_bytes(b"not an image")
+    return where
+
+
+def of_half_the_height(where: Path) -> Path:
+    np.savez(where.with_suffix(".npz"), x_train=PIXELS[:, :8], y_train=PART.labels)
+    return where.with_suffix(".npz")
+
+
+def stored(**arrays: Any) -> Any:
+    """A function that writes these arrays."""
+
+    def write(where: Path) -> Path:
+        np.savez(where.with_suffix(".npz"), **arrays)
+        return where.with_suffix(".npz")
+
+    return write
+
+
+def nameless(where: Path) -> Path:
+    with where.with_suffix(".npz").open("wb") as file:
+        np.save(file, PIXELS)
+    return where.with_suffix(".npz")
+
+
+def empty(where: Path) -> Path:
+    where.mkdir()
+    return where
+
+
+SHAPES = "Images must be uint8 (rows, height, width, channels), with one label each. Received: "
+SCALE = "Scale pixels to 0..255, and give class ids or names."
+NO_CLASS = (
+    "Labels must be class ids or names. Received: float64 in {place}. Give integers or strings."
 )
-def test_labels_that_name_no_class_are_refused(labels: Any, tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", x_train=PIXELS[:3], y_train=labels)
-    with pytest.raises(ComparisonError, match=r"Received: .*a\.npz\. "):
-        read([str(tmp_path / "a.npz")], None)
+NO_IMAGES = "An .npz of images must hold x_train and y_train. Received: {place} "
+NONE = (
+    "--data must hold images in one sub-folder per class. Received: {place}, without any. "
+    "Name the folder above those of the classes."
+)
 
 
-def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "plain.npy", PIXELS)
-    (tmp_path / "plain.npy").rename(tmp_path / "plain.npz")
-    np.savez(tmp_path / "none.npz", x_train=PIXELS[:0], y_train=np.arange(0))
-    np.savez(tmp_path / "named.npz", x=PIXELS, y=np.arange(12))
-    for name in ("plain.npz", "none.npz", "named.npz"):
-        with pytest.raises(ComparisonError, match=rf"Received: .*{name}.*\. "):
-            read([str(tmp_path / name)], None)
+@pytest.mark.parametrize(
+    ("write", "sentence"),
+    [
+        (empty, NONE),
+        (stored(x_train=PIXELS[:0], y_train=np.arange(0)), NONE),
+        (
+            Path,
+            "Images come from a folder, a zip, an .npz or a Keras dataset. "
+            "Received: {place}, which is none of them. "
+            "Correct the path, or name cifar10, cifar100, fashion_mnist or mnist.",
+        ),
+        (
+            damaged,
+            "An image must be one that Pillow decodes. Received: ant/00.png (cannot identify image "
+            "file ...). Save it anew as PNG, or leave it out.",
+        ),
+        (stored(x_train=PIXELS[:3], y_train=np.array([1.0, np.nan, 2.0])), NO_CLASS),
+        (stored(x_train=PIXELS[:3], y_train=np.array([0.5, 1, 2])), NO_CLASS),
+        (
+            stored(x_train=PIXELS[:3], y_train=np.array(3)),
+            SHAPES + "uint8 (3, 16, 16, 3) and labels () in {place}. " + SCALE,
+        ),
+        (
+            stored(x_train=PIXELS[:3] / 255, y_train=np.arange(3)),
+            SHAPES + "float64 (3, 16, 16, 3) and labels (3,) in {place}. " + SCALE,
+        ),
+        (
+            stored(x_train=PIXELS[:3], y_train=np.eye(3)),
+            SHAPES + "uint8 (3, 16, 16, 3) and labels (3, 3) in {place}. " + SCALE,
+        ),
+        (
+            nameless,
+            NO_IMAGES + "(one array without a name). Write it with np.savez_compressed.",
+        ),
+        (
+            stored(x=PIXELS, y=np.arange(12)),
+            NO_IMAGES + "(only nothing). Write it with np.savez_compressed.",
+        ),
+    ],
+)
+def test_places_that_hold_no_images_of_classes_are_refused(
+    write: Any, sentence: str, tmp_path: Path
+) -> None:
+    place = write(tmp_path / "pictures")
+    pattern = exactly(sentence.format(place=place)).replace(re.escape("..."), ".*")
+    with pytest.raises(ComparisonError, match=pattern):
+        read([str(place)], None)
+
+
+def test_images_of_half_the_height_are_refused(tmp_path: Path) -> None:
+    places = [str(arrays_of(tmp_path / "large")), str(of_half_the_height(tmp_path / "small"))]
+    sentence = (
+        "All images must have one size and as many channels. "
+        "Received: (8, 16, 3), (16, 16, 3). Give --size, or leave some out."
+    )
+    with pytest.raises(ComparisonError, match=exactly(sentence)):
+        read(places, None)
+    assert read(places, 8).pixels.shape == (24, 8, 8, 3)
+
+
+def test_a_dataset_of_keras_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts = (PIXELS, PART.labels[:, None]), (PIXELS[:3], PART.labels[:3])
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: parts)
+    assert has_test("cifar10")
+    assert len(read(["cifar10"], None).labels) == 12
+    assert len(read(["cifar10"], None, test=True).labels) == 3
+
+    def fail() -> Any:
+        raise OSError("no network")
+
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", fail)
+    sentence = (
+        "A Keras dataset is downloaded the first time. Received: cifar10 (no network). "
+        "Connect to the network, or give a folder, zip or .npz."
+    )
+    with pytest.raises(ComparisonError, match=exactly(sentence)):
+        read(["cifar10"], None)
 
 
 def test_unseen_classes_stand_apart() -> None:
@@ -234,7 +343,7 @@ def test_unseen_classes_have_one_number_in_every_part() -> None:
     for part in (training, lacking):
         seen, unseen = split_classes(part, [1, 3])
         assert (seen.names, unseen.names) == (("0", "2"), ("1", "3"))
-        for given in (seen, unseen):
-            for pixels, label in zip(given.pixels, given.labels, strict=True):
+        for side in (seen, unseen):
+            for pixels, label in zip(side.pixels, side.labels, strict=True):
                 (row,) = np.flatnonzero((part.pixels == pixels).all(axis=(1, 2, 3)))
-                assert part.names[part.labels[row]] == given.names[label]
+                assert part.names[part.labels[row]] == side.names[label]
