@@ -2,10 +2,10 @@
 
     python benchmarks/promise.py --compared FOLDER [--holdouts 1000] [--rows 1200] ...
 
-`--compared` is a folder that `keras-mrl compare` or `benchmarks/paper.py` wrote. Its test images are
-the population: the true risk of a policy is counted on all of them. Holdouts are drawn from them
-with replacement, and a cascade is certified on each. Printed are the share of policies that risk
-more than promised, beside delta, and what the policies save. The last line is one JSON object.
+`--compared` is a folder that `keras-mrl compare` or `benchmarks/paper.py` wrote. Its test images
+are the population: the true risk of a policy is counted on all of them. Holdouts are drawn from
+them with replacement, and a cascade is certified on each. Printed are the share of policies that
+risk more than promised, beside delta, and what the policies save. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def main() -> None:
     }
     print(
         f"broken in {broken} of {arguments.holdouts}, {results['allowed']:.0f} allowed; mean risk "
-        f"{results['mean_risk']:.4f} of {arguments.risk}; {results['expected_dim']:.1f} of {dims[-1]} "
-        f"dims at {100 * results['accuracy']:.2f}% against {100 * results['full_accuracy']:.2f}%"
+        f"{results['mean_risk']:.4f} of {arguments.risk}; {results['expected_dim']:.1f} of "
+        f"{dims[-1]} dims at {100 * results['accuracy']:.2f}% "
+        f"against {100 * results['full_accuracy']:.2f}%"
     )
     print(json.dumps(results))
 
