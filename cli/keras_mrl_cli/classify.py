@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from .output import Table, file_width, print_json
 from .shared import (
-    MISUSED,
     Option,
     RefusalError,
+    at_least,
     check_one_of,
     command,
     file_options,
@@ -47,7 +47,14 @@ ShowRow = Callable[[str, int, int, float, Classes], None]
     *server_options(),
     Option("--dim", type=int, metavar="M", help="ask the head of this dim alone"),
     Option("--policy", metavar="FILE", help="JSON of a CascadePolicy to ask by (the model's own)"),
-    Option("--top", type=int, default=1, metavar="K", help="how many classes of each row (1)"),
+    Option(
+        "--top",
+        type=int,
+        default=1,
+        callback=at_least(1, "Try 3."),
+        metavar="K",
+        help="how many classes of each row (1)",
+    ),
     *file_options(),
     json_option("print one JSON object per row"),
 )
@@ -55,8 +62,6 @@ def classify(arguments: SimpleNamespace) -> int:
     """Print the classes of every row of every file."""
     take_target(arguments)
     check_one_of(arguments, "dim", "policy")
-    if arguments.top < 1:
-        raise RefusalError(f"--top must be at least 1. Received: {arguments.top}. Try 3.", MISUSED)
     from .client import ask_files, connect_and_describe
     from .files import load_policy
 

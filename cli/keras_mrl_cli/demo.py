@@ -29,7 +29,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from .shared import DONE, MISUSED, Option, RefusalError, command, json_option
+from .shared import DONE, MISUSED, Option, RefusalError, at_least, between, command, json_option
 
 if TYPE_CHECKING:
     from keras_mrl_serving import CascadePolicy, Client, FunnelSchedule
@@ -60,14 +60,33 @@ Arrays = Mapping[str, npt.NDArray[Any]]
     Option(
         "--out", default="keras-mrl-demo", metavar="DIR", help="folder to write (keras-mrl-demo)"
     ),
-    Option("--epochs", type=int, default=10, metavar="N", help="passes over the data (10)"),
-    Option("--seed", type=int, default=0, metavar="N", help="of the split and the training (0)"),
+    Option(
+        "--epochs",
+        type=int,
+        default=10,
+        callback=at_least(1, "Try 10."),
+        metavar="N",
+        help="passes over the data (10)",
+    ),
+    Option(
+        "--seed",
+        type=int,
+        default=0,
+        callback=between(0, 2**32 - 1, "Leave it out for 0."),
+        metavar="N",
+        help="of the split and the training (0)",
+    ),
     json_option("print the report as one JSON object, the last line"),
 )
 def demo(arguments: SimpleNamespace) -> int:
     """Run every step once, from training to the server's answers."""
     backend = arguments.backend or os.environ.get("KERAS_BACKEND", "tensorflow")
-    _check(arguments, backend)
+    if backend not in _BACKENDS:
+        raise RefusalError(
+            f"KERAS_BACKEND must be one of {', '.join(_BACKENDS)} for the demo. "
+            f"Received: {backend}. Give --backend.",
+            MISUSED,
+        )
     out = Path(arguments.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -95,24 +114,6 @@ def demo(arguments: SimpleNamespace) -> int:
     if arguments.json:
         print(json.dumps(report))
     return DONE
-
-
-def _check(arguments: SimpleNamespace, backend: str) -> None:
-    if arguments.epochs < 1:
-        raise RefusalError(
-            f"--epochs must be at least 1. Received: {arguments.epochs}. Try 10.", MISUSED
-        )
-    if not 0 <= arguments.seed < 2**32:
-        raise RefusalError(
-            f"--seed must lie in 0..{2**32 - 1}. Received: {arguments.seed}. Leave it out for 0.",
-            MISUSED,
-        )
-    if backend not in _BACKENDS:
-        raise RefusalError(
-            f"KERAS_BACKEND must be one of {', '.join(_BACKENDS)} for the demo. "
-            f"Received: {backend}. Give --backend.",
-            MISUSED,
-        )
 
 
 def _run(out: Path, backend: str, epochs: int, seed: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .output import in_bytes
-from .shared import DONE, MISUSED, Option, RefusalError, command, flag_of, refusing
+from .shared import DONE, MISUSED, Option, RefusalError, between, command, refusing
 
 if TYPE_CHECKING:
     from keras_mrl_serving import Manifest
@@ -38,7 +38,7 @@ FILES = (
 _MOST_ROWS = 1024
 _MAX_PORT = 2**16 - 1
 _CONNECTION_AGE_S = 60
-MODEL_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 # An image as containers name one: host and port, a path in lower case, a tag, a digest.
 _LABEL = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
 _PART = "[a-z0-9]+((\\.|_{1,2}|-+)[a-z0-9]+)*"
@@ -48,6 +48,12 @@ _IMAGE = re.compile(
 )
 _ALONE = re.compile(r"^(?P<margin> *)\$(?P<key>[a-z_]+)$", re.MULTILINE)
 _MOST_SLUG = 40  # Kubernetes allows 63, and names of ours are longer by a suffix
+
+
+def _count(name: str, most: int, text: str, metavar: str, usual: int) -> Option:
+    check = between(1, most, f"Leave it out for {usual}.")
+    text = f"{text} ({usual})"
+    return Option(name, type=int, default=usual, callback=check, metavar=metavar, help=text)
 
 
 @command(
@@ -67,21 +73,22 @@ _MOST_SLUG = 40  # Kubernetes allows 63, and names of ours are longer by a suffi
         metavar="IMAGE",
         help="image of the server (tensorflow/serving:2.20.0)",
     ),
-    Option("--replicas", type=int, default=2, metavar="N", help="servers (2)"),
-    Option("--port", type=int, default=8500, metavar="PORT", help="gRPC port (8500)"),
-    Option("--rest-port", type=int, default=8501, metavar="PORT", help="HTTP port (8501)"),
+    _count("--replicas", 1000, "servers", "N", 2),
+    _count("--port", _MAX_PORT, "gRPC port", "PORT", 8500),
+    _count("--rest-port", _MAX_PORT, "HTTP port", "PORT", 8501),
     Option(
         "--memory",
         type=int,
+        callback=between(1, 2**31 - 1, "Leave it out for a first guess."),
         metavar="MIB",
         help="what a server may take, in MiB (1024 and three times the version's size on disk)",
     ),
-    Option("--max-batch-size", type=int, default=128, metavar="ROWS", help="rows of a batch (128)"),
+    _count("--max-batch-size", _MOST_ROWS, "rows of a batch", "ROWS", 128),
     Option("--force", is_flag=True, help="replace files that are there"),
 )
 def deploy(arguments: SimpleNamespace) -> int:
     """Render every template into the folder, and print each file's path."""
-    _check(arguments)
+    _check_ports(arguments)
     values = _values(arguments)
     out = Path(arguments.out)
     text_by_name = {name: _rendered(name, values) for name in FILES}
@@ -102,21 +109,7 @@ def deploy(arguments: SimpleNamespace) -> int:
     return DONE
 
 
-def _check(arguments: SimpleNamespace) -> None:
-    for name, most, usual in (
-        ("replicas", 1000, "2"),
-        ("port", _MAX_PORT, "8500"),
-        ("rest_port", _MAX_PORT, "8501"),
-        ("memory", 2**31 - 1, "a first guess"),
-        ("max_batch_size", _MOST_ROWS, "128"),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value <= most:
-            raise RefusalError(
-                f"{flag_of(name)} must lie in 1..{most}. Received: {value}. "
-                f"Leave it out for {usual}.",
-                MISUSED,
-            )
+def _check_ports(arguments: SimpleNamespace) -> None:
     if arguments.port == arguments.rest_port:
         raise RefusalError(
             "gRPC and HTTP need a port each. "
@@ -220,7 +213,7 @@ def _model(base_path: str) -> tuple[Path, Manifest]:
 
 
 def _checked_name(name: str) -> str:
-    if not MODEL_NAME.fullmatch(name):
+    if not _NAME.fullmatch(name):
         raise RefusalError(
             "The name of a model that is served is of letters, digits, '_', '.' and '-', the first "
             f"and the last a letter or digit. Received: {name!r}. Give another: --name."

@@ -18,6 +18,7 @@ from .shared import (
     SERVER_FLAGS,
     Option,
     RefusalError,
+    at_least,
     check_one_of,
     command,
     dims,
@@ -64,7 +65,14 @@ A folder that holds an index is replaced with --force, and stays whole until the
         default="cosine",
         help="how embeddings are compared (cosine)",
     ),
-    Option("--k", type=int, default=K, metavar="K", help=f"neighbours the funnel returns ({K})"),
+    Option(
+        "--k",
+        type=int,
+        callback=at_least(1, f"Leave it out for {K}."),
+        default=K,
+        metavar="K",
+        help=f"neighbours the funnel returns ({K})",
+    ),
     Option(
         "--engine",
         type=click.Choice(["faiss", "exact"]),
@@ -127,13 +135,21 @@ A folder that holds an index is replaced with --force, and stays whole until the
         Option(
             "--sample",
             type=int,
+            callback=at_least(1, f"Leave it out for {SAMPLE}."),
             metavar="ROWS",
             help=f"rows of the gallery to measure by ({SAMPLE}, or a tenth)",
         ),
-        Option("--seed", type=int, metavar="N", help=f"seed of the sample ({SEED})"),
+        Option(
+            "--seed",
+            type=int,
+            callback=at_least(0, f"Leave it out for {SEED}."),
+            metavar="N",
+            help=f"seed of the sample ({SEED})",
+        ),
         Option(
             "--batch",
             type=int,
+            callback=at_least(1, f"Leave it out for {BATCH}."),
             metavar="ROWS",
             help=f"how many queries come at once ({BATCH})",
         ),
@@ -153,7 +169,6 @@ def build(arguments: SimpleNamespace) -> int:
     """Build an index."""
     check_one_of(arguments, *_TARGETS)
     check_one_of(arguments, "fingerprint", "target")
-    _check_numbers(arguments)
     _check_funnel(arguments)
     is_planned = arguments.engine == "faiss" and arguments.shortlists is None
     _check_plan(arguments, is_planned)
@@ -171,16 +186,6 @@ def build(arguments: SimpleNamespace) -> int:
     from .gallery import build_index
 
     return build_index(arguments, is_planned, SAMPLE)
-
-
-def _check_numbers(arguments: SimpleNamespace) -> None:
-    limits = {"k": (1, K), "sample": (1, SAMPLE), "batch": (1, BATCH), "seed": (0, SEED)}
-    for name, (least, usual) in limits.items():
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise _misused(
-                f"--{name} must be at least {least}", str(value), f"Leave it out for {usual}"
-            )
 
 
 def _check_funnel(arguments: SimpleNamespace) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from .shared import DONE, MISUSED, Option, RefusalError, command
+from .shared import DONE, MISUSED, Option, RefusalError, between, command
 
 _REAL_SERVER = "tensorflow_model_server"
 _MAX_PORT = 2**16 - 1
@@ -100,7 +100,10 @@ _ONLY_REAL = frozenset(
 def _option(name: str, read: Callable[[str], Any], text: str) -> Option:
     if read is not truth:
         metavar = "N" if read is int else "TEXT"
-        return Option(f"--{name}", type=read, metavar=metavar, help=text)
+        # gRPC would take any other number modulo 2**16.
+        port = between(0, _MAX_PORT, "Choose another, or 0 for any free one.")
+        check = port if name in ("port", "rest_api_port") else None
+        return Option(f"--{name}", type=read, callback=check, metavar=metavar, help=text)
     settings: dict[str, Any] = {"is_flag": False, "flag_value": "true"}  # without a value: true
     return Option(f"--{name}", type=read, metavar="true|false", help=text, **settings)
 
@@ -119,14 +122,6 @@ def serve(arguments: SimpleNamespace) -> int:
     """Become the real server, or run the development server until a signal ends it."""
     flags = {name: getattr(arguments, name) for name in FLAGS}
     flags = {name: value for name, value in flags.items() if value is not None}
-    for name in ("port", "rest_api_port"):
-        port = flags.get(name, 0)
-        if not 0 <= port <= _MAX_PORT:  # gRPC would take it modulo 2**16
-            raise RefusalError(
-                f"--{name} must lie in 0..{_MAX_PORT}. Received: {port}. "
-                "Choose another, or 0 for any free one.",
-                MISUSED,
-            )
     if not flags.get("model_base_path") and not flags.get("model_config_file"):
         raise RefusalError(
             "A server must have models. Received: neither --model_base_path nor "

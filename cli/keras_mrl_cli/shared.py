@@ -23,6 +23,7 @@ DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 Run = Callable[[SimpleNamespace], int]
+Check = Callable[[click.Context, click.Parameter, Any], Any]
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _MOST_ROWS = 2**31 - 1
@@ -294,6 +295,26 @@ def share(text: str) -> float:
     return number
 
 
+def between(least: float, most: float, remedy: str) -> Check:
+    """Return a callback that refuses a number outside `least..most`."""
+    return _range(f"lie in {least}..{most}", lambda number: least <= number <= most, remedy)
+
+
+def at_least(least: int, remedy: str) -> Check:
+    """Return a callback that refuses a smaller number."""
+    return _range(f"be at least {least}", lambda number: number >= least, remedy)
+
+
+def _range(rule: str, is_within: Callable[[float], bool], remedy: str) -> Check:
+    def check(_ctx: click.Context, param: click.Parameter, number: Any) -> Any:
+        if number is not None and not is_within(number):
+            sentence = f"{param.opts[0]} must {rule}. Received: {number}. {remedy}"
+            raise RefusalError(sentence, MISUSED)
+        return number
+
+    return check
+
+
 def flag_of(name: str) -> str:
     """Return the flag whose value has this name.
 
@@ -373,7 +394,11 @@ def server_options() -> list[Option]:
         Option(
             "--timeout",
             type=float,
-            callback=_seconds,
+            callback=_range(
+                "be a positive number of seconds",
+                lambda seconds: math.isfinite(seconds) and seconds > 0,
+                "Give for example 10.",
+            ),
             metavar="SECONDS",
             help="how long an answer may take, retries included (10)",
         ),
@@ -397,7 +422,7 @@ def file_options() -> list[Option]:
         Option(
             "--max-batch-size",
             type=int,
-            callback=_rows,
+            callback=between(1, _MOST_ROWS, "Leave it out for 1000."),
             metavar="ROWS",
             help="rows of one call (1000, fewer where rows are large)",
         ),
@@ -405,7 +430,11 @@ def file_options() -> list[Option]:
             "--scale",
             type=float,
             default=1.0,
-            callback=_factor,
+            callback=_range(
+                "be a finite number other than 0",
+                lambda factor: math.isfinite(factor) and factor != 0,
+                "Give 0.00392156862745098 for pixels in 0..1.",
+            ),
             metavar="FACTOR",
             help="multiplies the pixels of decoded images, 0..255 as in Keras's own loaders (1)",
         ),
@@ -415,33 +444,3 @@ def file_options() -> list[Option]:
 def json_option(text: str = "print one JSON object") -> Option:
     """Return the flag that asks for JSON."""
     return Option("--json", is_flag=True, help=text)
-
-
-def _seconds(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise RefusalError(
-            f"--timeout must be a positive number of seconds. Received: {value}. "
-            "Give for example 10.",
-            MISUSED,
-        )
-    return value
-
-
-def _rows(_ctx: click.Context, _param: click.Parameter, value: int | None) -> int | None:
-    if value is not None and not 0 < value <= _MOST_ROWS:
-        raise RefusalError(
-            f"--max-batch-size must lie in 1..{_MOST_ROWS}. Received: {value}. "
-            "Leave it out for 1000.",
-            MISUSED,
-        )
-    return value
-
-
-def _factor(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
-    if not math.isfinite(value) or value == 0:
-        raise RefusalError(
-            f"--scale must be a finite number other than 0. Received: {value}. "
-            "Give 0.00392156862745098 for pixels in 0..1.",
-            MISUSED,
-        )
-    return value

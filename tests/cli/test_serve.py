@@ -275,7 +275,7 @@ def test_neither_a_base_path_nor_a_config_file(call: Call) -> None:
 
 def test_a_boolean_that_is_none(call: Call) -> None:
     assert call.misused("serve", "--model_base_path=x", "--enable_batching=maybe") == (
-        "Invalid value for '--enable_batching': must be true or false. Received: maybe"
+        "Invalid value for '--enable_batching': must be true or false. Received: maybe."
     )
 
 
@@ -352,7 +352,7 @@ def test_every_flag_is_an_argument_of_the_development_server(
 
 @pytest.mark.parametrize(
     ("words", "value"),
-    [(["true"], "true"), (["false"], "false"), ([], "true"), (["--dev"], "true")],
+    [(["true"], "true"), (["false"], "false"), ([], "true"), (["--port=1"], "true")],
 )
 def test_a_boolean_may_have_a_word_or_none(fake_server: Path, words: list[str], value: str) -> None:
     flags = ["--model_base_path=/models", "--enable_batching", *words]
