@@ -1,4 +1,4 @@
-"""What labels held in memory must be, said once for baselines, callbacks and evaluation."""
+"""The checks of features and labels in memory that baselines, callbacks and evaluation share."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ import numpy.typing as npt
 
 from ._dims import check_dims, check_width
 
-# What features held in memory must be, said once for baselines and evaluation.
-
 Array = npt.NDArray[Any]
 
-_ROWS = 8192  # looked at together
+_CHECKED_ROWS = 8192  # at a time: a mask of a whole memory map would fill the memory
 
 
 def check_features(features: Any, dim: int = 1) -> Array:
-    """Return features as an array of rows, of at least `dim` coordinates.
+    """Return features as an array `(rows, width)`, at least `dim` wide.
 
     Raises:
-        ValueError: If they are no finite table with at least one row, or narrower than `dim`.
+        ValueError: If `features` are not a finite table with at least one row, or are narrower
+            than `dim`.
     """
     # Keras would copy an array, and read a memory map whole.
-    given = isinstance(features, np.ndarray)
-    table = features if given else keras.ops.convert_to_numpy(features)
+    is_array = isinstance(features, np.ndarray)
+    table = features if is_array else keras.ops.convert_to_numpy(features)
     if table.ndim != 2 or not table.size or not _is_finite(table):
         raise ValueError(
             "features must be finite numbers (rows, width) with at least one row. "
@@ -37,15 +36,15 @@ def check_features(features: Any, dim: int = 1) -> Array:
 
 
 def _is_finite(table: Array) -> bool:
-    parts = (table[start : start + _ROWS] for start in range(0, len(table), _ROWS))
-    return all(bool(np.isfinite(part).all()) for part in parts)
+    starts = range(0, len(table), _CHECKED_ROWS)
+    return all(bool(np.isfinite(table[start : start + _CHECKED_ROWS]).all()) for start in starts)
 
 
 def check_fitted(features: Any, width: int) -> Array:
-    """Return features as an array of rows, as wide as those something was fitted on.
+    """Return features as an array `(rows, width)`; `width` is that of the features of the fit.
 
     Raises:
-        ValueError: If they are no finite table with at least one row, or of another width.
+        ValueError: If `features` are not a finite table with at least one row, or of another width.
     """
     table = check_features(features)
     if table.shape[1] != width:
@@ -56,9 +55,6 @@ def check_fitted(features: Any, width: int) -> Array:
     return table
 
 
-_KINDS = dict.fromkeys("biuf", "numbers") | {"U": "strings", "T": "strings", "S": "bytes"}
-
-
 def as_labels(labels: Any) -> Array:
     """Return labels as an array; a column `(rows, 1)`, as Keras's data sets give it, as `(rows,)`.
 
@@ -67,64 +63,68 @@ def as_labels(labels: Any) -> Array:
         >>> as_labels([[7], [9]]).tolist()
         [7, 9]
     """
-    given: Array = keras.ops.convert_to_numpy(labels)
-    return given[:, 0] if given.shape[1:] == (1,) else given
+    array: Array = keras.ops.convert_to_numpy(labels)
+    return array[:, 0] if array.shape[1:] == (1,) else array
 
 
 def check_labels_of(features: Array, labels: Any) -> Array:
     """Return labels as an array, one per row of `features`.
 
     Raises:
-        ValueError: If they are not one per row.
+        ValueError: If there is not one label per row.
     """
-    given = as_labels(labels)
-    if given.shape != features.shape[:1]:
+    array = as_labels(labels)
+    if array.shape != features.shape[:1]:
         raise ValueError(
             "labels must hold one label per row of the features. "
-            f"Received: labels of shape {given.shape} for features of shape {features.shape}. "
+            f"Received: labels of shape {array.shape} for features of shape {features.shape}. "
             "Give integer labels, not one-hot rows."
         )
-    return given
+    return array
 
 
 def check_labels_for(inputs: Any, labels: Any) -> Array:
-    """Return labels as an array, one per row of what a model reads.
+    """Return labels as an array, one per row of a model's `inputs`.
 
-    Arrays say how many rows they have; a data set does not, and is not asked.
+    The rows of arrays are counted; those of a data set are not, since that would read it.
 
     Raises:
-        ValueError: If they are not one per row, or none.
+        ValueError: If there is no label, or not one per row.
     """
-    given = as_labels(labels)
+    array = as_labels(labels)
     shapes = [tuple(getattr(part, "shape", ())) for part in keras.tree.flatten(inputs)]
-    rows = {shape[0] for shape in shapes if shape}
-    if given.ndim != 1 or not len(given) or not rows <= {len(given)}:
+    numbers_of_rows = {shape[0] for shape in shapes if shape}
+    if array.ndim != 1 or not len(array) or not numbers_of_rows <= {len(array)}:
         raise ValueError(
             "labels must hold one label per row of the inputs, at least one. "
-            f"Received: labels of shape {given.shape} for inputs of shapes {shapes}. "
+            f"Received: labels of shape {array.shape} for inputs of shapes {shapes}. "
             "Give integer labels, not one-hot rows."
         )
-    return given
+    return array
 
 
-def check_kinds(queries: Array, gallery: Array) -> None:
-    """Raise a `ValueError` where labels of queries can equal none of a gallery's.
+def check_kinds(query_labels: Array, gallery_labels: Array) -> None:
+    """Raise a `ValueError` if no label of the queries can equal one of the gallery.
 
     Examples:
         >>> from keras_mrl._arrays import check_kinds
         >>> check_kinds(np.array([1, 2]), np.array([1.0, 2.0]))
     """
-    asked, shown = _kind(queries), _kind(gallery)
-    if asked != shown:
+    query_kind, gallery_kind = _kind(query_labels), _kind(gallery_labels)
+    if query_kind != gallery_kind:
         raise ValueError(
             "Labels of queries and gallery must be of one kind. "
-            f"Received: {asked} for the queries, {shown} for the gallery. "
+            f"Received: {query_kind} for the queries, {gallery_kind} for the gallery. "
             "Name the classes alike on both sides, best by integers."
         )
 
 
+# NumPy's codes of kinds, and the word for labels that can equal each other.
+_KINDS = dict.fromkeys("biuf", "numbers") | {"U": "strings", "T": "strings", "S": "bytes"}
+
+
 def _kind(labels: Array) -> str:
     codes = {labels.dtype.kind}
-    if codes == {"O"}:  # what the entries are, then
-        codes = {np.dtype(entry).kind for entry in set(map(type, labels.tolist()))}
+    if codes == {"O"}:
+        codes = {np.dtype(entry_type).kind for entry_type in set(map(type, labels.tolist()))}
     return " and ".join(sorted({_KINDS.get(code, "objects") for code in codes}))

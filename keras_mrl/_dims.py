@@ -1,4 +1,4 @@
-"""What valid `dims`, counts and `weights` are, said once for all of this room."""
+"""The checks of `dims` and `weights` that this package shares."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from keras_mrl_serving.contract import as_int
 from keras_mrl_serving.contract import check_dims as check_dims
+from keras_mrl_serving.contract import check_positive_integer
 
 
 def log_spaced_dims(width: int, smallest: int = 8) -> tuple[int, ...]:
-    """The paper's ladder: doubling from `smallest` up to `width`, which always ends it.
+    """Return the paper's ladder of dims: `smallest`, doubled until `width`, which ends it.
 
     Args:
         width: Width of the full representation, d.
-        smallest: First rung; a `width` at or below it gives a ladder of one.
+        smallest: First dim; a `width` at or below it gives a ladder of one.
 
     Returns:
         Strictly increasing dims, the last one `width`.
@@ -35,38 +35,29 @@ def log_spaced_dims(width: int, smallest: int = 8) -> tuple[int, ...]:
     """
     (width,) = check_dims((width,))
     (dim,) = check_dims((smallest,))
-    rungs = []
+    dims = []
     while dim < width:
-        rungs.append(dim)
+        dims.append(dim)
         dim *= 2
-    return (*rungs, width)
+    return (*dims, width)
 
 
 def check_count(name: str, value: Any, example: int) -> int:
     """Return a positive integer of any library as Python's own.
 
     Raises:
-        ValueError: If it is none; True and 8.0 are none.
+        ValueError: If `value` is not a positive integer; True and 8.0 are not.
 
     Examples:
         >>> from keras_mrl._dims import check_count
         >>> check_count("k", np.int64(5), example=10)
         5
     """
-    try:
-        count = as_int(value)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise ValueError(
-            f"{name} must be a positive integer. "
-            f"Received: {name}={value!r}. Give for example {example}."
-        )
-    return count
+    return check_positive_integer(name, value, f"Give for example {example}.")
 
 
 def check_width(dims: tuple[int, ...], width: int) -> None:
-    """Raise a `ValueError` where the widest of `dims` exceeds features of `width`."""
+    """Raise a `ValueError` if the widest of `dims` exceeds features of `width`."""
     if dims[-1] > width:
         raise ValueError(
             "dims must not exceed the width of the features. "
@@ -76,7 +67,7 @@ def check_width(dims: tuple[int, ...], width: int) -> None:
 
 
 def warn_long_ladder(dims: tuple[int, ...], width: int) -> None:
-    """Warn where `dims` are more than the paper's floor(log2 width): each costs, few gain."""
+    """Warn if there are more `dims` than the paper's floor(log2 width): each costs, few gain."""
     longest = max(1, width.bit_length() - 1)
     if len(dims) > longest:
         warnings.warn(

@@ -1,4 +1,8 @@
-"""Keras's masks, kept through arithmetic."""
+"""Keras's masks through arithmetic, which drops them.
+
+In Keras's public API only a layer sees the mask of a tensor and passes it on, so each function
+here calls a layer made for it.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,15 @@ import keras
 
 
 def with_mask_of(source: Any, target: Any) -> Any:
-    """Return `target`, carrying the mask Keras put on `source`, if any.
-
-    Arithmetic and slicing drop masks, and only a layer may hand one on in Keras's public API.
-    """
-    return _HandOn(autocast=False, name="hand_on")(source, target)
+    """Return `target` with the mask that Keras put on `source`, if any."""
+    return _MaskOfFirst(autocast=False, name="mask_of_first")(source, target)
 
 
-def mask_of(tensor: Any) -> Any:
-    """Return the mask Keras put on `tensor`; None without one."""
-    look = _Look(autocast=False, name="look")
-    look(tensor)
-    return look.seen
-
-
-class _HandOn(keras.layers.Layer):
-    """The mask of the first argument, on the second."""
+class _MaskOfFirst(keras.layers.Layer):
+    """Returns the second argument, with the mask of the first."""
 
     def build(self, input_shape: Any) -> None:
-        """Nothing to make."""
+        """There are no weights."""
 
     def call(self, source: Any, target: Any) -> Any:
         del source  # its mask goes through compute_mask
@@ -37,19 +31,26 @@ class _HandOn(keras.layers.Layer):
         return previous_mask
 
 
-class _Look(keras.layers.Layer):
-    """The mask of what it is called on, kept."""
+def mask_of(tensor: Any) -> Any:
+    """Return the mask that Keras put on `tensor`; None without one."""
+    reader = _MaskReader(autocast=False, name="mask_reader")
+    reader(tensor)
+    return reader.mask
 
-    seen: Any = None
+
+class _MaskReader(keras.layers.Layer):
+    """Stores the mask of its input as `mask`."""
+
+    mask: Any = None
 
     def build(self, input_shape: Any) -> None:
-        """Nothing to make."""
+        """There are no weights."""
 
     def call(self, tensor: Any) -> Any:
         del tensor
-        return keras.ops.zeros(())  # asked for masks only where what is returned has none
+        return keras.ops.zeros(())  # Keras calls compute_mask only for an output without a mask
 
     def compute_mask(self, tensor: Any, previous_mask: Any) -> Any:
         del tensor
-        self.seen = previous_mask
+        self.mask = previous_mask
         return previous_mask

@@ -1,7 +1,7 @@
-"""What `fit` should watch: neighbours of the embeddings, and one number for all dims.
+"""Callbacks for `fit`: neighbours of the embeddings at every dim, and one number for all dims.
 
-Keras hands the log of an epoch to one callback after the other, in the order of the list, its own
-history and progress bar last. So these stand before whatever reads their entries:
+Keras passes the log of an epoch to the callbacks in the order of their list, and then to its own
+history and progress bar. A callback that writes an entry must stand before one that reads it:
 `callbacks=[NeighborMetrics(...), AcrossDims("1nn"), EarlyStopping("val_1nn_worst", mode="max")]`.
 """
 
@@ -23,19 +23,20 @@ from .models.cut import split
 class NeighborMetrics(keras.callbacks.Callback):
     """1-NN accuracy and map10 of the embeddings at every dim, after every epoch.
 
-    Writes `val_1nn_<dim>` and `val_map10_<dim>` into the log, before the callbacks that follow it
-    in the list. The search is exact and costs queries x gallery x dims multiply-adds per epoch,
-    after both were embedded: a few thousand rows are enough to watch.
+    Writes `val_1nn_<dim>` and `val_map10_<dim>` into the log, for the callbacks that follow it in
+    the list. Each epoch it embeds both sides and searches exactly, queries x gallery x dims
+    multiply-adds: a few thousand rows are enough.
 
     Args:
         gallery: Inputs and integer labels `(x, y)` to find neighbours among, e.g. of training.
         queries: Inputs and integer labels `(x, y)` of other rows, e.g. of validation.
-        dims: None means those of the model's head. A model without a head is its own embedding.
-        batch_size: Of the embedding.
+        dims: Dims to measure; None means those of the model's head. The output of a model without
+            a head is taken as its embedding.
+        batch_size: Rows that are embedded at a time.
 
     Raises:
-        ValueError: If inputs and labels do not fit, a side has no row, the labels of both are of
-            different kinds, the gallery has fewer than 10 rows, or there are no dims.
+        ValueError: If inputs and labels do not fit, a side has no row, the labels of the two sides
+            are of different kinds, the gallery has fewer than 10 rows, or there are no dims.
 
     Reference:
         Kusupati et al., Matryoshka Representation Learning, section 4.2 (1-NN) and 4.3 (mAP@10).
@@ -67,12 +68,12 @@ class NeighborMetrics(keras.callbacks.Callback):
         check_gallery(len(self.gallery[1]))
         self.dims = None if dims is None else check_dims(dims)
         self.batch_size = batch_size
-        self._body: Any = None
+        self._backbone: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Forget the model of an earlier `fit`."""
         del logs
-        self._body = None
+        self._backbone = None
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Embed both sides, search, and write the two measures of every dim."""
@@ -85,24 +86,23 @@ class NeighborMetrics(keras.callbacks.Callback):
                 f"Received: dims=None for {type(self.model).__name__} {self.model.name!r}. "
                 "Give the prefix lengths to watch: dims=(8, 16, 32)."
             )
-        if self._body is None:  # kept, so that `predict` is compiled once and not every epoch
-            self._body = backbone if hasattr(backbone, "predict") else keras.Sequential([backbone])
-        (x, y), (query_x, query_y) = self.gallery, self.queries
-        rows, asked = (
-            keras.ops.convert_to_numpy(part).astype("float32")
-            for part in (self._embed(x), self._embed(query_x))
-        )
+        if self._backbone is None:  # stored: a new model would compile `predict` every epoch
+            is_model = hasattr(backbone, "predict")
+            self._backbone = backbone if is_model else keras.Sequential([backbone])
+        (gallery_x, gallery_y), (query_x, query_y) = self.gallery, self.queries
+        gallery, queries = self._embed(gallery_x), self._embed(query_x)
         for dim in dims:
-            hits = nearest_hits(rows, y, asked, query_y, dim)
+            hits = nearest_hits(gallery, gallery_y, queries, query_y, dim)
             logs[f"val_1nn_{dim}"] = float(hits[:, 0].mean())
             logs[f"val_map10_{dim}"] = mean_average_precision_at_k(hits)
 
     def _embed(self, inputs: Any) -> Any:
-        return self._body.predict(inputs, batch_size=self.batch_size, verbose=0)
+        embeddings = self._backbone.predict(inputs, batch_size=self.batch_size, verbose=0)
+        return keras.ops.convert_to_numpy(embeddings).astype("float32")
 
 
 def _check_pair(name: str, pair: Any) -> tuple[Any, Any]:
-    """Inputs as they are, and their labels `(rows,)`."""
+    """Return the inputs as they are, and their labels as an array `(rows,)`."""
     received = f"a {type(pair).__name__}"
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
         x, y = pair
@@ -120,17 +120,18 @@ def _check_pair(name: str, pair: Any) -> tuple[Any, Any]:
 class AcrossDims(keras.callbacks.Callback):
     """One number for all dims: the worst, and the weighted mean.
 
-    From the entries `<name>_<dim>` and `val_<name>_<dim>` of the log it writes `<name>_worst`,
-    `<name>_mean`, `val_<name>_worst` and `val_<name>_mean`, before the callbacks that follow it in
-    the list: Keras's own `ModelCheckpoint`, `EarlyStopping` and `TensorBoard` read them there.
+    Reads the entries `<name>_<dim>` and `val_<name>_<dim>` of the log, and writes `<name>_worst`,
+    `<name>_mean`, `val_<name>_worst` and `val_<name>_mean`. Keras's own `ModelCheckpoint`,
+    `EarlyStopping` and `TensorBoard` read them if they follow it in the list.
 
     Args:
         name: Stem of the entries, such as "accuracy", "1nn" or "map10".
-        weights: Of the mean, one per dim, ascending; None means equal ones.
+        weights: Weights of the mean, one per dim, in ascending order of dims; None means equal
+            ones.
         lower_is_better: Whether the worst dim is the one with the largest number.
 
     Raises:
-        ValueError: If the log has no such entry, or another number of them than `weights`.
+        ValueError: If the log has no such entry, or more or fewer of them than `weights`.
 
     Examples:
         >>> log = {"val_accuracy_8": 0.5, "val_accuracy_16": 0.75}
@@ -153,9 +154,10 @@ class AcrossDims(keras.callbacks.Callback):
         written = False
         for stem in (self.name, f"val_{self.name}"):
             entry = re.compile(rf"{re.escape(stem)}_(\d+)")
-            by_dim = {int(m[1]): logs[m[0]] for m in map(entry.fullmatch, list(logs)) if m}
-            if by_dim:
-                values = [by_dim[dim] for dim in sorted(by_dim)]
+            matches = map(entry.fullmatch, list(logs))
+            value_by_dim = {int(match[1]): logs[match[0]] for match in matches if match}
+            if value_by_dim:
+                values = [value_by_dim[dim] for dim in sorted(value_by_dim)]
                 weights = check_weights(self.weights, len(values))
                 weighted = sum(w * v for w, v in zip(weights, values, strict=True))
                 logs[f"{stem}_worst"] = max(values) if self.lower_is_better else min(values)

@@ -1,8 +1,13 @@
-"""Any Keras metric, at every dim of a nested head, one entry per dim in the log of `fit`."""
+"""Metrics: any Keras metric at every dim of a nested head, and perplexity.
+
+A `MatryoshkaClassifier` can train without the logits of a batch. Its metrics are then updated from
+the loss of every row and the rank of the row's class (`MatryoshkaMetric.update_rows`). That is
+enough for accuracy, top-k accuracy, cross-entropy and perplexity; `averaged_values` says for which
+metrics it is not.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,179 +16,6 @@ from keras import ops
 
 from ._dims import check_dims
 from ._masks import with_mask_of
-from .losses._torch import num_replicas
-
-# Keras's reductions of a loss, as what each row counts in the sum.
-
-REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight")
-
-
-def row_weights(reduction: str, like: Any, sample_weight: Any = None, mask: Any = None) -> Any:
-    """Return what each value counts in the reduced loss.
-
-    Args:
-        reduction: One of `REDUCTIONS`.
-        like: A tensor of the shape of the values, `(batch, ...)`.
-        sample_weight: `(batch,)`, or of that shape; None for ones.
-        mask: Which values count, `(batch, ...)`; None for all.
-
-    Returns:
-        float32 weights of the shape of `like`: `keras.losses.Loss` reduces values to their
-        weighted sum.
-    """
-    weights = ops.ones_like(like, dtype="float32")
-    count = ops.cast(math.prod(ops.shape(like)), "float32")
-    if mask is not None:
-        kept = ops.cast(ops.reshape(mask, ops.shape(like)), "float32")
-        if reduction in ("sum_over_batch_size", "mean"):
-            kept = kept * ops.divide_no_nan(count, ops.sum(kept))
-        weights = weights * kept
-    if sample_weight is not None:
-        weights = weights * aligned(sample_weight, like)
-    if reduction == "sum":
-        return weights
-    divisor = ops.sum(weights) if reduction == "mean_with_sample_weight" else count
-    return ops.divide_no_nan(weights, divisor) / num_replicas()
-
-
-def aligned(sample_weight: Any, like: Any) -> Any:
-    """Return float32 sample weights with the rank of `like`."""
-    given = ops.cast(sample_weight, "float32")
-    if len(given.shape) > len(like.shape):  # a column
-        return ops.reshape(given, ops.shape(like))
-    missing = len(like.shape) - len(given.shape)
-    return ops.reshape(given, (*ops.shape(given), *(1,) * missing))
-
-
-# How many tokens a language model wavers between.
-
-
-@keras.saving.register_keras_serializable(package="keras_mrl")
-class Perplexity(keras.metrics.Mean):
-    """The exponential of the mean cross-entropy of integer labels, from logits.
-
-    The mean is over tokens: neither ignored labels nor masked positions count. In a
-    `MatryoshkaMetric` there is one per dim.
-
-    Args:
-        ignore_class: Label that stands for no token, of padding; None ignores none.
-        name: Name of the metric.
-        dtype: Of the sum and of the result.
-
-    Shapes:
-        `y_true`: `(...)`. `y_pred`: `(..., num_classes)`. `sample_weight`: `(batch,)` or as
-        `y_true`.
-
-    Formula:
-        exp(-1/N sum_i log softmax(y_pred_i)[y_true_i]) over the N labels that count
-
-    Raises:
-        ValueError: If `ignore_class` is no integer.
-
-    Examples:
-        >>> metric = Perplexity(ignore_class=-1)
-        >>> metric.update_state(keras.ops.array([1, 2, -1]), keras.ops.zeros((3, 10)))
-        >>> round(float(metric.result()), 3)  # nothing known: as many as there are
-        10.0
-    """
-
-    def __init__(
-        self, ignore_class: int | None = None, name: str = "perplexity", dtype: Any = None
-    ) -> None:
-        super().__init__(name=name, dtype=dtype)
-        if ignore_class is not None and not isinstance(ignore_class, int):
-            raise ValueError(
-                "ignore_class must be the integer that labels no token, or None. "
-                f"Received: ignore_class={ignore_class!r}. Give for example the id of the padding."
-            )
-        self.ignore_class = ignore_class
-        self._direction = "down"
-
-    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        """Add the tokens of one batch."""
-        labels = ops.convert_to_tensor(y_true)
-        if len(labels.shape) == len(y_pred.shape):  # labels may come as a column
-            labels = ops.squeeze(labels, axis=-1)
-        weights = self.token_weights(labels, sample_weight)
-        labels = ops.where(weights > 0, labels, 0)
-        losses = ops.sparse_categorical_crossentropy(
-            labels, ops.cast(y_pred, "float32"), from_logits=True
-        )
-        losses = ops.where(weights > 0, losses, 0.0)
-        super().update_state(with_mask_of(y_pred, losses), weights)
-
-    def token_weights(self, labels: Any, sample_weight: Any) -> Any:
-        """Return what each label counts: nothing where it is ignored."""
-        weights = ops.ones_like(labels, dtype="float32")
-        if self.ignore_class is not None:
-            weights = ops.cast(ops.not_equal(labels, self.ignore_class), "float32")
-        if sample_weight is not None:
-            given = ops.cast(sample_weight, "float32")
-            missing = len(weights.shape) - len(given.shape)
-            weights = weights * ops.reshape(given, (*ops.shape(given), *(1,) * missing))
-        return weights
-
-    def result(self) -> Any:
-        """Return the perplexity of all tokens so far."""
-        return ops.exp(super().result())
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments that make this metric again."""
-        return {**super().get_config(), "ignore_class": self.ignore_class}
-
-
-# Metrics that need no logits: those that a loss and a rank per row decide.
-
-Values = Callable[[Any, Any], Any]
-
-
-def row_values(metric: keras.metrics.Metric, smoothing: float) -> Values | None:
-    """Return what `metric` averages, from losses and ranks; None if it needs the logits.
-
-    Args:
-        metric: For one dim.
-        smoothing: Label smoothing of the losses; with it they are not the metric's.
-    """
-    config = metric.get_config()
-    kind = type(metric)
-    if kind in (keras.metrics.SparseCategoricalAccuracy, keras.metrics.CategoricalAccuracy):
-        return _best
-    if kind in (keras.metrics.SparseTopKCategoricalAccuracy, keras.metrics.TopKCategoricalAccuracy):
-        return lambda _, ranks: ranks < config["k"]
-    if kind in (keras.metrics.SparseCategoricalCrossentropy, keras.metrics.CategoricalCrossentropy):
-        same = config["from_logits"] and not config.get("label_smoothing")
-        return _loss if same and config.get("ignore_class") is None and not smoothing else None
-    return _loss if kind is Perplexity and not smoothing else None
-
-
-def _best(_: Any, ranks: Any) -> Any:
-    return ranks < 1
-
-
-def _loss(losses: Any, _: Any) -> Any:
-    return losses
-
-
-def update(
-    metric: keras.metrics.Metric, values: Any, labels: Any, sample_weight: Any, mask: Any
-) -> None:
-    """Add a batch of what `row_values` gives, in the shape of the labels, to `metric`.
-
-    Args:
-        metric: For one dim.
-        values: `(batch, ...)`.
-        labels: Integers of that shape; only those a metric ignores matter.
-        sample_weight: `(batch,)` or of that shape; None for ones.
-        mask: Which values count; None for all.
-    """
-    weights = None if sample_weight is None else aligned(sample_weight, values)
-    if isinstance(metric, Perplexity):
-        weights = metric.token_weights(labels, weights)
-        values = ops.where(weights > 0, values, 0.0)
-    if mask is not None:
-        kept = ops.cast(mask, "float32")
-        weights = kept if weights is None else kept * weights
-    keras.metrics.Mean.update_state(metric, ops.cast(values, "float32"), weights)
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
@@ -191,8 +23,8 @@ class MatryoshkaMetric(keras.metrics.Metric):
     """One Keras metric per dim; `fit` logs them as `<name>_<dim>`.
 
     Args:
-        metric: A `keras.metrics.Metric` on `(..., num_classes)`. It is copied for every dim and
-            itself left alone.
+        metric: A `keras.metrics.Metric` on `(..., num_classes)`. Every dim has a copy of it; the
+            metric itself is not updated.
         dims: The dims of the head, for the names in the log.
         name: Stem of those names; None means the name of `metric`.
 
@@ -227,7 +59,7 @@ class MatryoshkaMetric(keras.metrics.Metric):
         self.metrics_by_dim = [_copy(metric, f"{self.name}_{dim}") for dim in self.dims]
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        """Add one batch to every dim's metric."""
+        """Add one batch to the metric of every dim."""
         if len(y_pred.shape) < 3 or y_pred.shape[-2] != len(self.dims):
             raise ValueError(
                 "MatryoshkaMetric needs logits of shape (..., num_dims, num_classes) with one "
@@ -241,7 +73,7 @@ class MatryoshkaMetric(keras.metrics.Metric):
     def update_rows(
         self, losses: Any, ranks: Any, labels: Any, sample_weight: Any = None, mask: Any = None
     ) -> None:
-        """Add one batch from what a fused loss knows of it, without logits.
+        """Add one batch by its losses and ranks, without logits.
 
         Args:
             losses: Cross-entropies, `(batch, ..., num_dims)`.
@@ -250,17 +82,29 @@ class MatryoshkaMetric(keras.metrics.Metric):
             sample_weight: `(batch,)` or as the labels; None for ones.
             mask: Which labels count; None for all.
         """
-        values_of = row_values(self.metric, 0.0)
+        values_of = averaged_values(self.metric)
+        if values_of is None:
+            raise ValueError(
+                "update_rows takes metrics that a loss and a rank decide. "
+                f"Received: {type(self.metric).__name__}. Use update_state, with logits."
+            )
         for index, metric in enumerate(self.metrics_by_dim):
-            values = values_of(losses[..., index], ranks[..., index])  # type: ignore[misc]
-            update(metric, values, labels, sample_weight, mask)
+            values = ops.cast(values_of(losses[..., index], ranks[..., index]), "float32")
+            weights = None if sample_weight is None else as_weights_of(values, sample_weight)
+            if isinstance(metric, Perplexity):
+                weights = metric.token_weights(labels, weights)
+                values = ops.where(weights > 0, values, 0.0)
+            if mask is not None:
+                unmasked = ops.cast(mask, "float32")
+                weights = unmasked if weights is None else unmasked * weights
+            keras.metrics.Mean.update_state(metric, values, weights)
 
     def result(self) -> dict[str, Any]:
         """Return one value per dim, under the name it has in the log."""
         return {metric.name: metric.result() for metric in self.metrics_by_dim}
 
     def reset_state(self) -> None:
-        """Start every dim's metric anew."""
+        """Start the metric of every dim anew."""
         for metric in self.metrics_by_dim:
             metric.reset_state()
 
@@ -275,13 +119,115 @@ class MatryoshkaMetric(keras.metrics.Metric):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MatryoshkaMetric:
         """Make the metric again."""
-        inner = keras.saving.deserialize_keras_object(config["metric"])
-        return cls(**{**config, "metric": inner})
+        metric = keras.saving.deserialize_keras_object(config["metric"])
+        return cls(**{**config, "metric": metric})
 
 
 def _copy(metric: keras.metrics.Metric, name: str) -> keras.metrics.Metric:
-    """A metric of the same kind with a state and a name of its own."""
+    """Return a metric of the same kind with a state and a name of its own."""
     return type(metric).from_config({**metric.get_config(), "name": name})
 
 
-# Metrics: any Keras metric at every dim.
+@keras.saving.register_keras_serializable(package="keras_mrl")
+class Perplexity(keras.metrics.Mean):
+    """The exponential of the mean cross-entropy of integer labels, from logits.
+
+    The number of tokens a language model wavers between. The mean is over tokens: ignored labels
+    and masked positions do not count. In a `MatryoshkaMetric` there is one per dim.
+
+    Args:
+        ignore_class: Label of padding, which does not count; None ignores no label.
+        name: Name of the metric.
+        dtype: Dtype of the sum and of the result.
+
+    Shapes:
+        `y_true`: `(...)`. `y_pred`: `(..., num_classes)`. `sample_weight`: `(batch,)` or as
+        `y_true`.
+
+    Formula:
+        exp(-1/N sum_i log softmax(y_pred_i)[y_true_i]) over the N labels that count
+
+    Raises:
+        ValueError: If `ignore_class` is not an integer.
+
+    Examples:
+        >>> metric = Perplexity(ignore_class=-1)
+        >>> metric.update_state(keras.ops.array([1, 2, -1]), keras.ops.zeros((3, 10)))
+        >>> round(float(metric.result()), 3)  # equal logits: as many as there are classes
+        10.0
+    """
+
+    def __init__(
+        self, ignore_class: int | None = None, name: str = "perplexity", dtype: Any = None
+    ) -> None:
+        super().__init__(name=name, dtype=dtype)
+        if ignore_class is not None and not isinstance(ignore_class, int):
+            raise ValueError(
+                "ignore_class must be the integer that labels no token, or None. "
+                f"Received: ignore_class={ignore_class!r}. Give for example the id of the padding."
+            )
+        self.ignore_class = ignore_class
+        self._direction = "down"
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Add the tokens of one batch."""
+        labels = ops.convert_to_tensor(y_true)
+        if len(labels.shape) == len(y_pred.shape):  # labels may come as a column
+            labels = ops.squeeze(labels, axis=-1)
+        weights = self.token_weights(labels, sample_weight)
+        labels = ops.where(weights > 0, labels, 0)
+        losses = ops.sparse_categorical_crossentropy(
+            labels, ops.cast(y_pred, "float32"), from_logits=True
+        )
+        losses = ops.where(weights > 0, losses, 0.0)
+        super().update_state(with_mask_of(y_pred, losses), weights)
+
+    def token_weights(self, labels: Any, sample_weight: Any) -> Any:
+        """Return the weight of each label in the mean: zero where it is ignored."""
+        weights = ops.ones_like(labels, dtype="float32")
+        if self.ignore_class is not None:
+            weights = ops.cast(ops.not_equal(labels, self.ignore_class), "float32")
+        return weights if sample_weight is None else weights * as_weights_of(labels, sample_weight)
+
+    def result(self) -> Any:
+        """Return the perplexity of all tokens so far."""
+        return ops.exp(super().result())
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make this metric again."""
+        return {**super().get_config(), "ignore_class": self.ignore_class}
+
+
+def averaged_values(
+    metric: keras.metrics.Metric, label_smoothing: float = 0.0
+) -> Callable[[Any, Any], Any] | None:
+    """Return the function from losses and ranks to the values that `metric` averages.
+
+    Args:
+        metric: A metric for one dim.
+        label_smoothing: That of the losses; smoothed losses are not those of a metric.
+
+    Returns:
+        None if the metric needs logits.
+    """
+    config, kind = metric.get_config(), type(metric)
+    if kind in (keras.metrics.SparseCategoricalAccuracy, keras.metrics.CategoricalAccuracy):
+        return lambda _, ranks: ranks < 1
+    if kind in (keras.metrics.SparseTopKCategoricalAccuracy, keras.metrics.TopKCategoricalAccuracy):
+        return lambda _, ranks: ranks < config["k"]
+    averages_losses = kind is Perplexity
+    if kind in (keras.metrics.SparseCategoricalCrossentropy, keras.metrics.CategoricalCrossentropy):
+        altered = config.get("label_smoothing") or config.get("ignore_class") is not None
+        averages_losses = config["from_logits"] and not altered
+    if averages_losses and not label_smoothing:
+        return lambda losses, _: losses
+    return None
+
+
+def as_weights_of(values: Any, sample_weight: Any) -> Any:
+    """Return float32 sample weights that multiply `values`: a column flat, or axes added."""
+    weights = ops.cast(sample_weight, "float32")
+    if len(weights.shape) > len(values.shape):
+        return ops.reshape(weights, ops.shape(values))
+    missing = len(values.shape) - len(weights.shape)
+    return ops.reshape(weights, (*ops.shape(weights), *(1,) * missing))

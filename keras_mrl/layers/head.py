@@ -1,4 +1,11 @@
-"""The nested linear head: one classifier per prefix of the features."""
+"""The nested linear head: one classifier per prefix of the features.
+
+A head tied to the embedding of the tokens holds that layer and reads its table, so there is one
+variable. In a `.keras` file Keras itself recognizes a layer that two others share. A configuration
+alone (`from_config`, `clone_model`) records no sharing, and would silently make a second table. So
+`MatryoshkaClassifier` looks for the embedding by its name in the backbone (`with_embedding_of`),
+and a head refuses to be built before its embedding is.
+"""
 
 from __future__ import annotations
 
@@ -9,127 +16,33 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mrl_serving.contract import check_positive_integer
+
 from .._dims import check_dims, check_width, log_spaced_dims, warn_long_ladder
-
-# The warning for a nested head on features that cannot learn to nest.
-
-_SENTENCE = (
-    "A Matryoshka head needs features that can learn to nest. "
-    "Received: features none of whose weights can be trained; a new head on a frozen backbone "
-    "gives about 5% at 8 dims (the paper's own finding). "
-    "Unfreeze the last blocks of the backbone, or put a trainable layer before the head, "
-    "e.g. keras.layers.Dense(width)."
-)
-
-
-def has_frozen_source(layer: keras.layers.Layer) -> bool:
-    """Whether `layer` stands in a functional model with nothing to train before it."""
-    try:
-        features = layer.input
-    except AttributeError:  # never called symbolically: whoever calls it knows its source
-        return False
-    source = keras.Model(keras.utils.get_source_inputs(features), features)
-    return not source.trainable_weights
-
-
-def warn_frozen(owner: Any) -> None:
-    """Warn once per `owner` (a training step runs in Python on every batch under torch)."""
-    if not getattr(owner, "_warned_frozen", False):
-        owner._warned_frozen = True
-        warnings.warn(_SENTENCE, UserWarning, stacklevel=2)
-
-
-# The embedding of tokens that a tied head takes its kernel from.
-
-
-def check_embedding(head: Any) -> None:
-    """Raise where the head cannot take its kernel from its `embedding`.
-
-    Raises:
-        TypeError: If it is no `keras.layers.Embedding`.
-        ValueError: If the head is not tied, has other classes, or would regularize the table.
-    """
-    embedding = head.embedding
-    if not isinstance(embedding, keras.layers.Embedding):
-        raise TypeError(
-            "embedding must be the layer that embeds the tokens. "
-            f"Received: embedding={embedding!r}. "
-            "Give the keras.layers.Embedding that the backbone calls on its tokens."
-        )
-    if not head.tied or head.kernel_regularizer is not None:
-        raise ValueError(
-            "A head with an embedding has one kernel, which is the embedding's own. "
-            f"Received: tied={head.tied}, kernel_regularizer={head.kernel_regularizer!r}. "
-            "Write tied=True, and give the regularizer to the embedding."
-        )
-    if embedding.input_dim != head.num_classes:
-        raise ValueError(
-            "An embedding and the head that reads it must have the same tokens. "
-            f"Received: num_classes={head.num_classes} for an embedding of "
-            f"{embedding.input_dim} tokens. Write num_classes={embedding.input_dim}."
-        )
-
-
-def check_table(embedding: keras.layers.Embedding, dims: tuple[int, ...]) -> None:
-    """Raise a `ValueError` where the embedding has no table yet, or one narrower than `dims`."""
-    if not embedding.built:
-        raise ValueError(
-            "The embedding a head reads must be built before the head. "
-            f"Received: {embedding.name!r}, which has no weights yet. "
-            "Give the very layer that the backbone calls on its tokens, and build that first."
-        )
-    if embedding.output_dim < dims[-1]:
-        raise ValueError(
-            "dims must not exceed the width of the embedding the head reads. "
-            f"Received: dims={dims} for an embedding of width {embedding.output_dim}. "
-            f"Drop the dims above {embedding.output_dim}, or widen the embedding."
-        )
-
-
-def to_config(embedding: keras.layers.Embedding) -> dict[str, Any]:
-    """Return the embedding as configuration, unbuilt.
-
-    In a `.keras` file Keras knows a shared layer again and builds it where the backbone holds it.
-    A second one, made of a configuration alone, must have no weights: `check_table` then says so.
-    """
-    config: dict[str, Any] = keras.saving.serialize_keras_object(embedding)
-    config.pop("build_config", None)
-    return config
-
-
-def shared(head: dict[str, Any], backbone: keras.layers.Layer) -> dict[str, Any]:
-    """Return the serialized `head`, its embedding replaced by the layer of the backbone."""
-    embedding = head["config"].get("embedding")
-    if embedding is None:
-        return head
-    name = embedding["config"]["name"]
-    # Found by its name: a configuration copied outside a .keras file knows no shared objects.
-    found = [layer for layer in backbone._flatten_layers() if layer.name == name]
-    return {**head, "config": {**head["config"], "embedding": found[0] if found else embedding}}
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
 class MatryoshkaHead(keras.layers.Layer):
     """Logits at every dim, each read from the first coordinates of the same features.
 
-    Untied (the paper's MRL) every dim has a kernel and a bias of its own. Tied (MRL-E) there is
-    one kernel and one bias; a dim reads the kernel's first rows, and each block of rows is
+    Untied (the paper's MRL), every dim has a kernel and a bias of its own. Tied (MRL-E), there is
+    one kernel and one bias: a dim reads the first rows of the kernel, and each block of rows is
     multiplied once for all the dims that contain it.
 
     Args:
         num_classes: Number of classes, C.
         dims: Strictly increasing prefix lengths, the widest at most the features' width. None
-            means 8, 16, 32, ... ending at the width; the attribute `dims` holds them once the
+            means 8, 16, 32, ... ending at the width, which the attribute `dims` holds once the
             layer is built.
         tied: Whether all dims share one kernel and one bias (MRL-E, about half the parameters).
-        embedding: A `keras.layers.Embedding` of the classes that the backbone reads its tokens
-            with. Its table, transposed, is then the one kernel of a tied head, as in language
-            models whose input and output embedding are one.
+        embedding: The `keras.layers.Embedding` that the backbone reads its tokens with. Its table,
+            transposed, is then the one kernel of a tied head, as in language models whose input
+            and output embedding are one.
         use_bias: Whether a bias is added to the logits.
-        kernel_initializer: Initializer of every kernel the head makes.
+        kernel_initializer: Initializer of every kernel that the head makes.
         bias_initializer: Initializer of every bias.
-        kernel_regularizer: Regularizer of every kernel the head makes.
-        **kwargs: What every Keras layer takes (`name`, `dtype`, `trainable`).
+        kernel_regularizer: Regularizer of every kernel that the head makes.
+        **kwargs: Arguments of every Keras layer (`name`, `dtype`, `trainable`).
 
     Shapes:
         Input: `(..., width)`. Output: `(..., num_dims, num_classes)`.
@@ -138,7 +51,7 @@ class MatryoshkaHead(keras.layers.Layer):
         logits_m = W^(m) . x_{1:m} + b^(m); tied: W^(m) = W_{:, 1:m}, b^(m) = b
 
     Raises:
-        TypeError: If `embedding` is no `keras.layers.Embedding`.
+        TypeError: If `embedding` is not a `keras.layers.Embedding`.
         ValueError: If `dims` are not increasing positive integers or exceed the features' width,
             or `embedding` does not fit them and the classes.
 
@@ -165,13 +78,11 @@ class MatryoshkaHead(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not _is_integer(num_classes) or num_classes < 1:
-            raise ValueError(
-                "num_classes must be a positive integer. "
-                f"Received: num_classes={num_classes!r}. "
-                "Count the classes of your labels: labels 0..9 make num_classes=10."
-            )
-        self.num_classes = int(num_classes)
+        self.num_classes = check_positive_integer(
+            "num_classes",
+            num_classes,
+            "Count the classes of your labels: labels 0..9 make num_classes=10.",
+        )
         self.dims = None if dims is None else check_dims(dims)
         self.tied = tied
         self.embedding = embedding
@@ -181,7 +92,7 @@ class MatryoshkaHead(keras.layers.Layer):
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.supports_masking = True
         if embedding is not None:
-            check_embedding(self)
+            _check_embedding(self)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Create one kernel per dim, or the one kernel they all read."""
@@ -197,45 +108,48 @@ class MatryoshkaHead(keras.layers.Layer):
         check_width(self.dims, width)
         warn_long_ladder(self.dims, width)
         if self.embedding is not None:
-            check_table(self.embedding, self.dims)
-        owners = self.dims[-1:] if self.tied else self.dims
+            _check_table(self.embedding, self.dims)
+        kernel_dims = self.dims[-1:] if self.tied else self.dims
         self._kernels = [
             self.add_weight(
                 name="kernel" if self.tied else f"kernel_{dim}",
                 shape=(dim, self.num_classes),
-                initializer=_fresh(self.kernel_initializer, index),
+                initializer=_reseeded(self.kernel_initializer, index),
                 regularizer=self.kernel_regularizer,
             )
-            for index, dim in enumerate(() if self.embedding is not None else owners)
+            for index, dim in enumerate(kernel_dims if self.embedding is None else ())
         ]
         self._biases = [
             self.add_weight(
                 name="bias" if self.tied else f"bias_{dim}",
                 shape=(self.num_classes,),
-                initializer=_fresh(self.bias_initializer, index),
+                initializer=_reseeded(self.bias_initializer, index),
             )
-            for index, dim in enumerate(owners if self.use_bias else ())
+            for index, dim in enumerate(kernel_dims if self.use_bias else ())
         ]
 
     def call(self, features: Any, training: bool | None = None) -> Any:
         """Return the logits of every dim, `(..., num_dims, num_classes)`."""
-        if training and has_frozen_source(self):
+        if training and _is_source_frozen(self):
             warn_frozen(self)
-        logits = self._tied_logits(features) if self.tied else self._untied_logits(features)
-        return ops.stack(logits, axis=-2)
-
-    def _untied_logits(self, features: Any) -> list[Any]:
-        return [self.logits_at(features[..., :dim], dim) for dim in self.dims or ()]
+        dims = self.dims or ()
+        if self.tied:
+            logits_by_dim = self._tied_logits(features)
+        else:
+            logits_by_dim = [self.logits_at(features[..., :dim], dim) for dim in dims]
+        return ops.stack(logits_by_dim, axis=-2)
 
     def _tied_logits(self, features: Any) -> list[Any]:
         kernel = self._kernel(0)
-        logits: list[Any] = []
+        logits_by_dim: list[Any] = []
         start = 0
         for dim in self.dims or ():
             block = ops.matmul(features[..., start:dim], kernel[start:dim])
-            logits.append(logits[-1] + block if logits else block)
+            logits_by_dim.append(logits_by_dim[-1] + block if logits_by_dim else block)
             start = dim
-        return [row + self._biases[0] for row in logits] if self.use_bias else logits
+        if not self.use_bias:
+            return logits_by_dim
+        return [logits + self._biases[0] for logits in logits_by_dim]
 
     def logits_at(self, prefix: Any, dim: int) -> Any:
         """Return the logits `(..., num_classes)` of one dim from a prefix `(..., dim)`."""
@@ -249,21 +163,24 @@ class MatryoshkaHead(keras.layers.Layer):
         Raises:
             ValueError: If `dim` is not one of `dims`.
         """
-        index = self.index_of(dim)
-        owner = 0 if self.tied else index
-        kernel = self._kernel(owner)
-        bias = ops.convert_to_tensor(self._biases[owner]) if self.use_bias else None
+        dim_index = self.index_of(dim)
+        index = 0 if self.tied else dim_index
+        kernel = self._kernel(index)
+        bias = ops.convert_to_tensor(self._biases[index]) if self.use_bias else None
         return (kernel[:dim] if self.tied else kernel), bias
 
     def parameters(self) -> tuple[list[Any], list[Any]]:
-        """Return all kernels and biases: one per dim; tied, one for all; no bias without."""
-        owners = range(1 if self.tied else len(self.dims or ()))
-        biases = [ops.convert_to_tensor(bias) for bias in self._biases]
-        return [self._kernel(owner) for owner in owners], biases
+        """Return all kernels and all biases, one per dim; of a tied head one kernel and one bias.
 
-    def _kernel(self, owner: int) -> Any:
+        The list of biases is empty if `use_bias` is False.
+        """
+        num_kernels = 1 if self.tied else len(self.dims or ())
+        biases = [ops.convert_to_tensor(bias) for bias in self._biases]
+        return [self._kernel(index) for index in range(num_kernels)], biases
+
+    def _kernel(self, index: int) -> Any:
         if self.embedding is None:
-            return ops.convert_to_tensor(self._kernels[owner])
+            return ops.convert_to_tensor(self._kernels[index])
         table = ops.convert_to_tensor(self.embedding.embeddings)
         return ops.transpose(table[:, : (self.dims or ())[-1]])
 
@@ -293,7 +210,7 @@ class MatryoshkaHead(keras.layers.Layer):
             "num_classes": self.num_classes,
             "dims": self.dims,
             "tied": self.tied,
-            "embedding": None if self.embedding is None else to_config(self.embedding),
+            "embedding": None if self.embedding is None else _embedding_config(self.embedding),
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
@@ -302,15 +219,15 @@ class MatryoshkaHead(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MatryoshkaHead:
-        """Make the layer again; a model that holds its embedding may have put it in `config`."""
+        """Make the layer again; `config` may hold the embedding itself: `with_embedding_of`."""
         embedding = config.get("embedding")
         if isinstance(embedding, dict):
             embedding = keras.saving.deserialize_keras_object(embedding)
         return cls(**{**config, "embedding": embedding})
 
 
-def _fresh(initializer: Any, index: int) -> Any:
-    """A copy that draws its own numbers: one instance would give every kernel the same ones."""
+def _reseeded(initializer: Any, index: int) -> Any:
+    """Return a copy with a seed of its own: one instance would draw the same kernel every time."""
     if not isinstance(initializer, keras.Initializer):
         return initializer
     config = initializer.get_config()
@@ -319,6 +236,92 @@ def _fresh(initializer: Any, index: int) -> Any:
     return type(initializer).from_config(config)
 
 
-def _is_integer(value: Any) -> bool:
-    """Whether `value` is an integer, NumPy's included (`labels.max() + 1`), and no bool."""
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+def _is_source_frozen(layer: keras.layers.Layer) -> bool:
+    """Whether `layer` stands in a functional model and no layer before it has trainable weights."""
+    try:
+        features = layer.input
+    except AttributeError:  # not in a functional model: its caller knows what comes before it
+        return False
+    source = keras.Model(keras.utils.get_source_inputs(features), features)
+    return not source.trainable_weights
+
+
+def warn_frozen(owner: Any) -> None:
+    """Warn, once per `owner`, that its features cannot learn to nest.
+
+    Once, because on PyTorch a training step runs in Python for every batch.
+    """
+    if not getattr(owner, "_warned_frozen", False):
+        owner._warned_frozen = True
+        warnings.warn(
+            "A Matryoshka head needs features that can learn to nest. "
+            "Received: features none of whose weights can be trained; a new head on a frozen "
+            "backbone gives about 5% at 8 dims (the paper's own finding). "
+            "Unfreeze the last blocks of the backbone, or put a trainable layer before the head, "
+            "e.g. keras.layers.Dense(width).",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _check_embedding(head: MatryoshkaHead) -> None:
+    """Raise if the head cannot take its kernel from its `embedding`."""
+    embedding: Any = head.embedding
+    if not isinstance(embedding, keras.layers.Embedding):
+        raise TypeError(
+            "embedding must be the layer that embeds the tokens. "
+            f"Received: embedding={embedding!r}. "
+            "Give the keras.layers.Embedding that the backbone calls on its tokens."
+        )
+    if not head.tied or head.kernel_regularizer is not None:
+        raise ValueError(
+            "A head with an embedding has one kernel, which is the embedding's own. "
+            f"Received: tied={head.tied}, kernel_regularizer={head.kernel_regularizer!r}. "
+            "Write tied=True, and give the regularizer to the embedding."
+        )
+    if embedding.input_dim != head.num_classes:
+        raise ValueError(
+            "An embedding and the head that reads it must have the same tokens. "
+            f"Received: num_classes={head.num_classes} for an embedding of "
+            f"{embedding.input_dim} tokens. Write num_classes={embedding.input_dim}."
+        )
+
+
+def _check_table(embedding: keras.layers.Embedding, dims: tuple[int, ...]) -> None:
+    """Raise if the embedding has no table yet, or one narrower than `dims`."""
+    if not embedding.built:
+        raise ValueError(
+            "The embedding a head reads must be built before the head. "
+            f"Received: {embedding.name!r}, which has no weights yet. "
+            "Give the very layer that the backbone calls on its tokens, and build that first."
+        )
+    if embedding.output_dim < dims[-1]:
+        raise ValueError(
+            "dims must not exceed the width of the embedding the head reads. "
+            f"Received: dims={dims} for an embedding of width {embedding.output_dim}. "
+            f"Drop the dims above {embedding.output_dim}, or widen the embedding."
+        )
+
+
+def _embedding_config(embedding: keras.layers.Embedding) -> dict[str, Any]:
+    """Return the serialized embedding without its build configuration.
+
+    An embedding made from it has no weights, so that `_check_table` refuses it where it should
+    have been the backbone's.
+    """
+    config: dict[str, Any] = keras.saving.serialize_keras_object(embedding)
+    config.pop("build_config", None)
+    return config
+
+
+def with_embedding_of(backbone: keras.layers.Layer, head: dict[str, Any]) -> dict[str, Any]:
+    """Return the serialized `head` with its embedding replaced by the backbone's layer of its name.
+
+    By name, because a configuration outside a `.keras` file records no shared layers.
+    """
+    embedding = head["config"].get("embedding")
+    if embedding is None:
+        return head
+    name = embedding["config"]["name"]
+    matches = [layer for layer in backbone._flatten_layers() if layer.name == name]
+    return {**head, "config": {**head["config"], "embedding": [*matches, embedding][0]}}

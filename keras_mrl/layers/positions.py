@@ -1,4 +1,4 @@
-"""Where a token stands, told to a Transformer by learned vectors."""
+"""Learned positions of tokens, for a Transformer, which by itself ignores their order."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mrl_serving.contract import check_positive_integer
+
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
 class LearnedPositions(keras.layers.Layer):
     """Add a learned vector per position to embedded tokens.
 
     Args:
-        length: Most positions an input may have.
+        length: Number of positions; an input may have fewer.
         initializer: Initializer of the vectors.
-        **kwargs: What every Keras layer takes (`name`, `dtype`).
+        **kwargs: Arguments of every Keras layer (`name`, `dtype`).
 
     Shapes:
         Input and output: `(batch, time, width)`, time at most `length`.
@@ -32,12 +34,9 @@ class LearnedPositions(keras.layers.Layer):
 
     def __init__(self, length: int, *, initializer: Any = "uniform", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise ValueError(
-                "length must be a positive integer. "
-                f"Received: length={length!r}. Give the most tokens the model shall read at once."
-            )
-        self.length = length
+        self.length = check_positive_integer(
+            "length", length, "Give the most tokens the model shall read at once."
+        )
         self.initializer = keras.initializers.get(initializer)
         self.supports_masking = True
 
@@ -50,12 +49,12 @@ class LearnedPositions(keras.layers.Layer):
         )
 
     def call(self, embedded: Any) -> Any:
-        """Return the embedded tokens, their positions added."""
-        known = embedded.shape[1]
-        if known is not None and known > self.length:
+        """Return the embedded tokens plus the vectors of their positions."""
+        static_time = embedded.shape[1]
+        if static_time is not None and static_time > self.length:
             raise ValueError(
                 "An input must not have more positions than were learned. "
-                f"Received: {known} tokens for length={self.length}. "
+                f"Received: {static_time} tokens for length={self.length}. "
                 "Give the last tokens alone, or make the model with a larger length."
             )
         time = ops.shape(embedded)[1]

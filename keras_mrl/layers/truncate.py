@@ -21,7 +21,7 @@ class Truncate(keras.layers.Layer):
     Args:
         dim: Number of coordinates to keep.
         normalize: Whether the prefix is scaled to unit length.
-        **kwargs: What every Keras layer takes (`name`, `dtype`).
+        **kwargs: Arguments of every Keras layer (`name`, `dtype`).
 
     Shapes:
         Input: `(..., width)`. Output: `(..., dim)`.
@@ -61,9 +61,9 @@ class Truncate(keras.layers.Layer):
 
 
 def unit_length(vectors: Any) -> Any:
-    """Scale vectors `(..., dim)` to unit length in float32; an all-zero vector stays zero.
+    """Return vectors `(..., dim)` scaled to unit length in float32; an all-zero vector stays zero.
 
-    The square is guarded before its root is taken, so the gradient at zero is finite.
+    The square is bounded from below before its root is taken, so the gradient at zero is finite.
     """
     precise = ops.cast(vectors, "float32")
     square = ops.sum(ops.square(precise), axis=-1, keepdims=True)

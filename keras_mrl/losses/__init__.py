@@ -1,4 +1,4 @@
-"""Losses: any Keras loss at every dim, on logits and on embeddings; contrastive ones."""
+"""Losses: any Keras loss at every dim, on logits or on embeddings, and contrastive losses."""
 
 from .crossentropy import NestedCrossentropy as NestedCrossentropy
 from .crossentropy import nested_crossentropy as nested_crossentropy

@@ -1,4 +1,9 @@
-"""What one backend does better than `keras.ops` says it: arithmetic in place, on PyTorch."""
+"""The nested cross-entropy on PyTorch, in place.
+
+PyTorch runs one operation at a time, takes the memory of every result from the system, and gives it
+back. For the twenty temporaries of a chunk, page faults cost more than multiplications. So here all
+chunks share one buffer of logits.
+"""
 
 from __future__ import annotations
 
@@ -7,102 +12,92 @@ from typing import Any
 
 import keras
 
-from .targets import Targets
+from .targets import Kernels, Targets
 
 
 def _in_place(
-    x: Any,
-    targets: Targets,
-    counts: Any,
-    kernels: Sequence[Any],
-    biases: Sequence[Any],
-    dims: tuple[int, ...],
-    size: int,
-    training: bool,
+    x: Any, targets: Targets, loss_weights: Any, nested: Kernels, size: int, training: bool
 ) -> tuple[Any, Any, Any, list[Any], list[Any]]:
-    """Return what `chunks.chunked` does, with one buffer of logits for all chunks.
-
-    PyTorch runs one operation at a time: every temporary of a chunk's size would be memory taken
-    from the system and given back.
-    """
+    """Return the fields of `crossentropy._Sums` over all rows, from `size` rows at a time."""
     import torch
 
     with torch.no_grad():
-        tied = len(kernels) == 1
-        size = max(1, min(size, len(x)))
-        held = (len(dims) if tied else 1, size, kernels[0].shape[1])
-        said = torch.empty((2, len(x), len(dims)), device=x.device)
+        num_rows, num_dims = len(x), len(nested.dims)
+        size = max(1, min(size, num_rows))
+        num_buffers = num_dims if nested.is_tied else 1
+        buffer = torch.empty((num_buffers, size, nested.kernels[0].shape[1]), device=x.device)
+        losses, ranks = torch.empty((2, num_rows, num_dims), device=x.device)
         d_x = torch.zeros_like(x)
-        d_kernels = [torch.zeros_like(kernel) for kernel in kernels if training]
-        d_biases = [torch.zeros_like(bias) for bias in biases if training]
-        buffer = torch.empty(held, device=x.device)
-        for first in range(0, len(x), size):
-            part = slice(first, first + size)
-            own = targets.map(lambda tensor, part=part: tensor[part])
-            rows = (x[part], own, counts[part], buffer[:, : len(x[part])], said[:, part])
-            (_tied if tied else _untied)(
-                *rows, kernels, biases, dims, d_x[part], d_kernels, d_biases
-            )
-        return said[0], said[1], d_x if training else None, d_kernels, d_biases
+        d_kernels = [torch.zeros_like(kernel) for kernel in nested.kernels if training]
+        d_biases = [torch.zeros_like(bias) for bias in nested.biases if training]
+        chunk = _tied_chunk if nested.is_tied else _untied_chunk
+        for start in range(0, num_rows, size):
+            rows = slice(start, start + size)
+            chunk_targets = targets.map(lambda tensor, rows=rows: tensor[rows])
+            logits = buffer[:, : len(x[rows])]
+            inputs = (x[rows], chunk_targets, loss_weights[rows], nested)
+            chunk(*inputs, logits, losses[rows], ranks[rows], d_x[rows], d_kernels, d_biases)
+        return losses, ranks, d_x if training else None, d_kernels, d_biases
 
 
-def _tied(
+def _tied_chunk(
     x: Any,
     targets: Targets,
-    counts: Any,
+    loss_weights: Any,
+    nested: Kernels,
     logits: Any,
-    said: Any,
-    kernels: Sequence[Any],
-    biases: Sequence[Any],
-    dims: tuple[int, ...],
+    losses: Any,
+    ranks: Any,
     d_x: Any,
     d_kernels: Sequence[Any],
     d_biases: Sequence[Any],
 ) -> None:
+    """Write losses and ranks, and add to the gradients; `logits` is a buffer for every dim."""
     import torch
 
-    blocks = [slice(*edges) for edges in zip((0, *dims[:-1]), dims, strict=True)]
-    last = biases[0] if biases else torch.zeros((), device=x.device)
-    for index, block in enumerate(blocks):
-        last = torch.addmm(last, x[:, block], kernels[0][block], out=logits[index])
-    for index in range(len(dims)):
-        said[0, :, index], said[1, :, index] = _softmax(logits[index], targets)
+    kernel = nested.kernels[0]
+    blocks = [slice(*block) for block in nested.blocks]
+    wider = nested.biases[0] if nested.biases else torch.zeros((), device=x.device)
+    for m, block in enumerate(blocks):
+        wider = torch.addmm(wider, x[:, block], kernel[block], out=logits[m])
+    for m in range(len(blocks)):
+        losses[:, m], ranks[:, m] = _softmax(logits[m], targets)
     if not d_kernels:
         return
     d_logits = None
-    for index in reversed(range(len(dims))):
-        block = blocks[index]
-        d_logits = _gradient(logits[index], targets, counts[:, index, None], d_logits)
-        d_x[:, block] = d_logits @ kernels[0][block].T
+    for m in reversed(range(len(blocks))):
+        block = blocks[m]
+        d_logits = _gradient(logits[m], targets, loss_weights[:, m, None], d_logits)
+        d_x[:, block] = d_logits @ kernel[block].T
         d_kernels[0][block].addmm_(x[:, block].T, d_logits)
     for d_bias in d_biases:
         d_bias += d_logits.sum(0)  # type: ignore[union-attr]
 
 
-def _untied(
+def _untied_chunk(
     x: Any,
     targets: Targets,
-    counts: Any,
+    loss_weights: Any,
+    nested: Kernels,
     logits: Any,
-    said: Any,
-    kernels: Sequence[Any],
-    biases: Sequence[Any],
-    dims: tuple[int, ...],
+    losses: Any,
+    ranks: Any,
     d_x: Any,
     d_kernels: Sequence[Any],
     d_biases: Sequence[Any],
 ) -> None:
+    """Write losses and ranks, and add to the gradients; `logits` is a buffer for one dim."""
     import torch
 
-    for index, dim in enumerate(dims):
-        bias = biases[index] if biases else torch.zeros((), device=x.device)
-        torch.addmm(bias, x[:, :dim], kernels[index], out=logits[0])
-        said[0, :, index], said[1, :, index] = _softmax(logits[0], targets)
+    for m, dim in enumerate(nested.dims):
+        bias = nested.biases[m] if nested.biases else torch.zeros((), device=x.device)
+        torch.addmm(bias, x[:, :dim], nested.kernels[m], out=logits[0])
+        losses[:, m], ranks[:, m] = _softmax(logits[0], targets)
         if d_kernels:
-            d_logits = _gradient(logits[0], targets, counts[:, index, None], None)
-            d_x[:, :dim] += d_logits @ kernels[index].T
-            d_kernels[index].addmm_(x[:, :dim].T, d_logits)
-            for d_bias in d_biases[index : index + 1]:
+            d_logits = _gradient(logits[0], targets, loss_weights[:, m, None], None)
+            d_x[:, :dim] += d_logits @ nested.kernels[m].T
+            d_kernels[m].addmm_(x[:, :dim].T, d_logits)
+            for d_bias in d_biases[m : m + 1]:
                 d_bias += d_logits.sum(0)
 
 
@@ -112,49 +107,41 @@ def _softmax(logits: Any, targets: Targets) -> tuple[Any, Any]:
 
     rows, right = torch.arange(len(logits), device=logits.device), targets.classes.long()
     largest, best = logits.max(1)
-    own = logits[rows, right]
-    ranks = (logits > own[:, None]).sum(1)
-    ranks = torch.where(best == right, 0, ranks.clamp(min=1))  # as argmax breaks ties
+    right_logit = logits[rows, right]
+    ranks = (logits > right_logit[:, None]).sum(1)
+    ranks = torch.where(best == right, 0, ranks.clamp(min=1))  # equal logits as in argmax
     if targets.shares is not None:
-        said = (logits * targets.smooth_shares()).sum(1)
+        expected_logit = (logits * targets.smooth_shares()).sum(1)
     elif targets.smoothing:
-        said = (1 - targets.smoothing) * own + targets.smoothing * logits.mean(1)
+        mean = logits.mean(1)
+        expected_logit = (1 - targets.smoothing) * right_logit + targets.smoothing * mean
     else:
-        said = own
+        expected_logit = right_logit
     torch.softmax(logits, 1, out=logits)
-    normalizer = largest - logits[rows, best].log()  # the largest's share is one over the sum
+    log_sum = largest - logits[rows, best].log()  # the largest's probability is one over the sum
     total = targets.total()
     total = total[:, 0] if targets.shares is not None else total
-    losses = normalizer * total - said
+    losses = log_sum * total - expected_logit
     losses = torch.where(targets.outside.bool(), float("nan"), losses)
     return losses, torch.where(losses.isnan(), targets.num_classes, ranks)
 
 
-def _gradient(probabilities: Any, targets: Targets, count: Any, wider: Any) -> Any:
-    """Turn probabilities into the gradient of their logits, and add it to that of `wider` dims."""
+def _gradient(probabilities: Any, targets: Targets, weight: Any, wider: Any) -> Any:
+    """Turn probabilities into the gradient of their logits, and add it to that of wider dims."""
     import torch
 
-    scale = count * targets.total()
+    scale = weight * targets.total()
     if wider is None:
-        total = probabilities.mul_(scale)
+        d_logits = probabilities.mul_(scale)
     else:
-        total = wider.addcmul_(probabilities, scale)
+        d_logits = wider.addcmul_(probabilities, scale)
     if targets.shares is not None:
-        return total.addcmul_(targets.smooth_shares(), count, value=-1)
-    rows = torch.arange(len(total), device=total.device)
-    total[rows, targets.classes.long()] -= (1 - targets.smoothing) * count[:, 0]
+        return d_logits.addcmul_(targets.smooth_shares(), weight, value=-1)
+    rows = torch.arange(len(d_logits), device=d_logits.device)
+    d_logits[rows, targets.classes.long()] -= (1 - targets.smoothing) * weight[:, 0]
     if targets.smoothing:
-        total -= count * (targets.smoothing / targets.num_classes)
-    return total
+        d_logits -= weight * (targets.smoothing / targets.num_classes)
+    return d_logits
 
 
 in_place: Callable[..., Any] | None = _in_place if keras.backend.backend() == "torch" else None
-
-
-def num_replicas() -> int:
-    """Return how many replicas share a batch: TensorFlow's strategies sum their losses."""
-    if keras.backend.backend() != "tensorflow":
-        return 1
-    import tensorflow as tf
-
-    return int(tf.distribute.get_strategy().num_replicas_in_sync)

@@ -1,4 +1,4 @@
-"""Any Keras loss on embeddings, at every prefix."""
+"""Losses on embeddings, summed over their prefixes: any Keras loss, pairs, and labels."""
 
 from __future__ import annotations
 
@@ -8,19 +8,83 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mrl_serving.contract import check_positive_integer
+
 from .._dims import check_dims, check_width
-from . import similarity as _rows
-from . import weights as _weights
-from .similarity import TINY, Task
+from .similarity import TINY, Task, check_temperature, nested_rows
+from .weights import (
+    Weights,
+    check_dims_per_step,
+    check_weights_argument,
+    is_nested,
+    name_in_error,
+    no_seed_error,
+    positive_weights,
+    step_weights,
+)
+
+
+class _EmbeddingLoss(keras.losses.Loss):
+    """The base of all three: dims, their weights, and how many of them a training step counts."""
+
+    def __init__(
+        self, dims: Sequence[int], weights: Weights, dims_per_step: int | None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.dims = check_dims(dims)
+        self.weights = check_weights_argument(weights)
+        self.dims_per_step = check_dims_per_step(dims_per_step)
+        self.trained_dims, self._trained_weights = positive_weights(self.weights, self.dims)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Return the weighted sum over dims, one value per row."""
+        if self.dims_per_step is not None:
+            raise no_seed_error(self)
+        return self.measure(y_true, y_pred)[0]
+
+    def measure(
+        self, y_true: Any, y_pred: Any, seed: Any = None, temperature: Any = None
+    ) -> tuple[Any, Any]:
+        """Return the loss of every row, and at which dims its nearest embedding is a right one.
+
+        Args:
+            y_true: As for the loss.
+            y_pred: As for the loss.
+            seed: In a training step, the `keras.random.SeedGenerator` of the model.
+            temperature: Replaces the loss's own, if it has one.
+
+        Returns:
+            `(batch,)` losses, and `(num_dims, batch)` hits, zeros and ones, over `trained_dims`;
+            None in place of hits if the loss compares no rows.
+        """
+        raise NotImplementedError
+
+    def _step_weights(self, seed: Any) -> Any:
+        return step_weights(self._trained_weights, self.dims_per_step, seed)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make this loss again."""
+        return {
+            **super().get_config(),
+            "dims": self.dims,
+            "weights": keras.saving.serialize_keras_object(self.weights),
+            "dims_per_step": self.dims_per_step,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Make the loss again."""
+        weights = keras.saving.deserialize_keras_object(config["weights"])
+        return cls(**{**config, "weights": weights})
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class MatryoshkaEmbeddingLoss(keras.losses.Loss):
+class MatryoshkaEmbeddingLoss(_EmbeddingLoss):
     """The weighted sum of one Keras loss over prefixes of the embeddings, each of unit length.
 
     A prefix is cut first and scaled afterwards, in float32. An all-zero prefix stays zero and has
-    a gradient of zero. For pairs and labels there are losses that multiply every coordinate once:
-    `ContrastiveLoss` and `SupervisedContrastiveLoss`.
+    a gradient of zero. For pairs and for labels, `ContrastiveLoss` and `SupervisedContrastiveLoss`
+    cost less: they multiply every coordinate once for all the dims it is in.
 
     Args:
         loss: A `keras.losses.Loss` on embeddings of any width. Its reduction is the reduction of
@@ -28,8 +92,8 @@ class MatryoshkaEmbeddingLoss(keras.losses.Loss):
         dims: Strictly increasing prefix lengths, the widest at most the embeddings' width.
         weights: The c_m, one per dim, or a function from the number of dims to them; None means
             ones.
-        nested_targets: Whether `y_true` holds embeddings that are cut and scaled alike, such as a
-            teacher's; otherwise `loss` takes it as it is.
+        nested_targets: Whether `y_true` holds embeddings, such as a teacher's, to be cut and scaled
+            like `y_pred`; otherwise `loss` takes `y_true` as it is.
         dims_per_step: How many dims a training step of `MatryoshkaEncoder` counts, the widest
             included; None means all.
         name: Name of the loss.
@@ -42,7 +106,7 @@ class MatryoshkaEmbeddingLoss(keras.losses.Loss):
 
     Raises:
         TypeError: If `loss` is not a `keras.losses.Loss` on embeddings.
-        ValueError: If `dims`, `weights` or `dims_per_step` do not fit.
+        ValueError: If `dims`, `weights` or `dims_per_step` are not valid.
 
     Examples:
         >>> loss = MatryoshkaEmbeddingLoss(
@@ -57,86 +121,63 @@ class MatryoshkaEmbeddingLoss(keras.losses.Loss):
         self,
         loss: keras.losses.Loss,
         dims: Sequence[int],
-        weights: _weights.Weights = None,
+        weights: Weights = None,
         *,
         nested_targets: bool = False,
         dims_per_step: int | None = None,
         name: str = "matryoshka_embedding_loss",
     ) -> None:
-        if (
-            not isinstance(loss, keras.losses.Loss)
-            or _weights.is_nested(loss)
-            or isinstance(loss, _OF_CLASSES)
-        ):
+        is_keras_loss = isinstance(loss, keras.losses.Loss)
+        if not is_keras_loss or is_nested(loss) or isinstance(loss, _LOSSES_ON_LOGITS):
             raise TypeError(
                 "loss must be a Keras loss on embeddings of one width. "
-                f"Received: {_weights.named(loss)}. Give an instance, for example "
+                f"Received: {name_in_error(loss)}. Give an instance, for example "
                 "keras.losses.CosineSimilarity(); logits of classes need a MatryoshkaHead and "
                 "MatryoshkaLoss."
             )
-        super().__init__(name=name, reduction=loss.reduction, dtype=loss.dtype)
+        super().__init__(
+            dims, weights, dims_per_step, name=name, reduction=loss.reduction, dtype=loss.dtype
+        )
         self.loss = loss
-        self.dims = check_dims(dims)
-        self.weights = _weights.stored(weights)
         self.nested_targets = nested_targets
-        self.dims_per_step = _weights.check_dims_per_step(dims_per_step)
-        self.trained_dims, self._weights = _weights.trained(self.weights, self.dims)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Return the weighted sum over dims, one value per sample."""
-        if self.dims_per_step is not None:
-            raise _weights.no_seed(self)
-        return self.measure(y_true, y_pred)[0]
 
     def measure(
         self, y_true: Any, y_pred: Any, seed: Any = None, temperature: Any = None
-    ) -> tuple[Any, None]:
-        """Return the loss of every sample, and None: of hits such a loss knows nothing.
-
-        Args:
-            y_true: As for the loss.
-            y_pred: As for the loss.
-            seed: In a training step, the `keras.random.SeedGenerator` of the model.
-            temperature: Not used.
-        """
+    ) -> tuple[Any, Any]:
+        """Return the loss of every row, and None in place of hits."""
         del temperature
         check_width(self.dims, y_pred.shape[-1])
         if self.nested_targets:
             check_width(self.dims, y_true.shape[-1])
-        weights = _weights.of_step(self._weights, self.dims_per_step, seed)
+        weights = self._step_weights(seed)
         total: Any = 0.0
         for index, dim in enumerate(self.trained_dims):
-            target = unit_prefix(y_true, dim) if self.nested_targets else y_true
-            total = total + weights[index] * self.loss.call(target, unit_prefix(y_pred, dim))
+            target = _unit_prefix(y_true, dim) if self.nested_targets else y_true
+            total = total + weights[index] * self.loss.call(target, _unit_prefix(y_pred, dim))
         return total, None
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this loss again."""
-        return {
-            "loss": keras.saving.serialize_keras_object(self.loss),
-            "dims": self.dims,
-            "weights": keras.saving.serialize_keras_object(self.weights),
-            "nested_targets": self.nested_targets,
-            "dims_per_step": self.dims_per_step,
-            "name": self.name,
-        }
+        config = super().get_config()
+        del config["reduction"]  # that of the inner loss
+        inner = keras.saving.serialize_keras_object(self.loss)
+        return {**config, "loss": inner, "nested_targets": self.nested_targets}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MatryoshkaEmbeddingLoss:
         """Make the loss again."""
         inner = keras.saving.deserialize_keras_object(config["loss"])
-        weights = keras.saving.deserialize_keras_object(config["weights"])
-        return cls(**{**config, "loss": inner, "weights": weights})
+        return super().from_config({**config, "loss": inner})
 
 
-_OF_CLASSES = (
+_LOSSES_ON_LOGITS = (
     keras.losses.SparseCategoricalCrossentropy,
     keras.losses.CategoricalCrossentropy,
     keras.losses.CategoricalFocalCrossentropy,
 )
 
 
-def unit_prefix(embeddings: Any, dim: int) -> Any:
+def _unit_prefix(embeddings: Any, dim: int) -> Any:
     """Return the first `dim` coordinates scaled to unit length, in float32; zero stays zero."""
     prefix = ops.cast(embeddings[..., :dim], "float32")
     square = ops.sum(ops.square(prefix), axis=-1, keepdims=True)
@@ -144,31 +185,67 @@ def unit_prefix(embeddings: Any, dim: int) -> Any:
     return prefix * ops.where(square > TINY, root, ops.zeros_like(root))
 
 
-# Pairs and triplets: every anchor finds its own among the batch's candidates, at every dim.
+class _SimilarityLoss(_EmbeddingLoss):
+    """The base of losses that compare the embeddings of a batch by a softmax over cosines."""
+
+    def __init__(self, *args: Any, temperature: float, chunk_size: int | None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.temperature = check_temperature(temperature)
+        if chunk_size is not None:
+            remedy = "Give how many rows are compared at a time, or None for all at once."
+            chunk_size = check_positive_integer("chunk_size", chunk_size, remedy)
+        self.chunk_size = chunk_size
+
+    def _compare(
+        self, anchors: Any, candidates: Any, task: Task, temperature: Any
+    ) -> tuple[Any, Any]:
+        """Return losses and hits `(num_dims, rows)`, of float32 embeddings `(rows, width)`."""
+        scale = 1.0 / (self.temperature if temperature is None else temperature)
+        return nested_rows(anchors, candidates, self.trained_dims, scale, task, self.chunk_size)
+
+    def _weighted(self, losses: Any, seed: Any) -> Any:
+        """Return the sum over dims of `(num_dims, rows)`, one value per row."""
+        weights = ops.convert_to_tensor(self._step_weights(seed), "float32")
+        return ops.sum(losses * ops.expand_dims(weights, 1), axis=0)
+
+    def _check_embeddings(self, y_pred: Any) -> None:
+        check_width(self.dims, y_pred.shape[-1])
+        if y_pred.shape[0] == 0:
+            raise ValueError(
+                f"{type(self).__name__} needs at least one row. "
+                f"Received: embeddings of shape {tuple(y_pred.shape)}. "
+                "Leave empty batches out."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make this loss again."""
+        arguments = {"temperature": self.temperature, "chunk_size": self.chunk_size}
+        return {**super().get_config(), **arguments}
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class ContrastiveLoss(keras.losses.Loss):
+class ContrastiveLoss(_SimilarityLoss):
     """The softmax over in-batch negatives (InfoNCE), summed over nested prefixes of both sides.
 
-    Row i of the first embeddings is the anchor, row i of the second its positive; the positives of
-    all other rows are its negatives, and so is every row of the third embeddings, if there are
-    any (hard negatives). Prefixes are cut first and then scaled to unit length, each by its own.
-    A coordinate is multiplied once for all the dims it is in.
+    Row i of the first embeddings is an anchor, and row i of the second is its positive. Its
+    negatives are the positives of all other rows, and every row of the third embeddings (hard
+    negatives) if there are any. Prefixes are cut first and then scaled to unit length. A coordinate
+    is multiplied once for all the dims it is in.
 
-    With a `chunk_size` only so many anchors are compared at a time: the same values and gradients
-    from memory that grows with the batch and not with its square, for one matrix product more.
+    With a `chunk_size`, only that many anchors are compared at a time. Values and gradients stay
+    the same; memory grows with the batch instead of its square, and one matrix product is computed
+    twice.
 
     Args:
         dims: Strictly increasing prefix lengths, the widest at most the embeddings' width.
         weights: The c_m, one per dim, or a function from the number of dims to them; None means
             ones. A dim of weight 0 is not computed.
-        temperature: What cosines are divided by. `MatryoshkaEncoder` can learn it instead.
-        symmetric: Whether positives look for their anchors as well; the two losses are averaged.
+        temperature: Divides the cosines. `MatryoshkaEncoder` can learn it instead.
+        symmetric: Whether positives also look for their anchors; the two losses are averaged.
         chunk_size: How many anchors are compared at a time; None means all.
         dims_per_step: How many dims a training step of `MatryoshkaEncoder` counts, the widest
             included; None means all.
-        reduction: As in every Keras loss.
+        reduction: As of every Keras loss.
         name: Name of the loss.
 
     Shapes:
@@ -195,7 +272,7 @@ class ContrastiveLoss(keras.losses.Loss):
     def __init__(
         self,
         dims: Sequence[int],
-        weights: _weights.Weights = None,
+        weights: Weights = None,
         *,
         temperature: float = 0.05,
         symmetric: bool = False,
@@ -204,35 +281,21 @@ class ContrastiveLoss(keras.losses.Loss):
         reduction: str | None = "sum_over_batch_size",
         name: str = "contrastive_loss",
     ) -> None:
-        super().__init__(name=name, reduction=reduction)
-        self.dims = check_dims(dims)
-        self.weights = _weights.stored(weights)
-        self.temperature = _rows.check_temperature(temperature)
+        super().__init__(
+            dims,
+            weights,
+            dims_per_step,
+            temperature=temperature,
+            chunk_size=chunk_size,
+            reduction=reduction,
+            name=name,
+        )
         self.symmetric = symmetric
-        self.chunk_size = _rows.check_chunk_size(chunk_size)
-        self.dims_per_step = _weights.check_dims_per_step(dims_per_step)
-        self.trained_dims, self._weights = _weights.trained(self.weights, self.dims)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Return the weighted sum over dims, one value per pair."""
-        if self.dims_per_step is not None:
-            raise _weights.no_seed(self)
-        return self.measure(y_true, y_pred)[0]
 
     def measure(
         self, y_true: Any, y_pred: Any, seed: Any = None, temperature: Any = None
     ) -> tuple[Any, Any]:
-        """Return the loss of every pair, and at which dims an anchor's nearest is its own.
-
-        Args:
-            y_true: Not used.
-            y_pred: As for the loss.
-            seed: In a training step, the `keras.random.SeedGenerator` of the model.
-            temperature: What to use in place of the loss's own.
-
-        Returns:
-            `(batch,)` losses and `(num_dims, batch)` hits, zeros and ones, over `trained_dims`.
-        """
+        """Return the loss of every pair, and at which dims an anchor's nearest is its positive."""
         del y_true
         if len(y_pred.shape) != 3 or y_pred.shape[1] not in (2, 3):
             raise ValueError(
@@ -240,59 +303,34 @@ class ContrastiveLoss(keras.losses.Loss):
                 f"(batch, 3, width). Received: y_pred of shape {tuple(y_pred.shape)}. "
                 "Train a MatryoshkaEncoder, or stack the two embeddings: ops.stack([a, b], axis=1)."
             )
-        check_width(self.dims, y_pred.shape[-1])
-        _rows.check_rows(self, y_pred)
-        precise = ops.cast(y_pred, "float32")
-        anchors, *others = (precise[:, side] for side in range(y_pred.shape[1]))
-        losses, hits = _rows.nested_rows(
-            anchors,
-            ops.concatenate(others, axis=0),
-            self.trained_dims,
-            1.0 / (self.temperature if temperature is None else temperature),
-            Task(symmetric=self.symmetric),
-            self.chunk_size,
-        )
-        weights = _weights.of_step(self._weights, self.dims_per_step, seed)
-        return _rows.weighted(losses, weights), hits
+        self._check_embeddings(y_pred)
+        embeddings = ops.cast(y_pred, "float32")
+        anchors, *others = (embeddings[:, side] for side in range(y_pred.shape[1]))
+        candidates, task = ops.concatenate(others, axis=0), Task(symmetric=self.symmetric)
+        losses, hits = self._compare(anchors, candidates, task, temperature)
+        return self._weighted(losses, seed), hits
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this loss again."""
-        return {
-            **super().get_config(),
-            "dims": self.dims,
-            "weights": keras.saving.serialize_keras_object(self.weights),
-            "temperature": self.temperature,
-            "symmetric": self.symmetric,
-            "chunk_size": self.chunk_size,
-            "dims_per_step": self.dims_per_step,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> ContrastiveLoss:
-        """Make the loss again."""
-        weights = keras.saving.deserialize_keras_object(config["weights"])
-        return cls(**{**config, "weights": weights})
-
-
-# Labels instead of pairs: rows of one class are near each other, at every dim.
+        return {**super().get_config(), "symmetric": self.symmetric}
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class SupervisedContrastiveLoss(keras.losses.Loss):
+class SupervisedContrastiveLoss(_SimilarityLoss):
     """The supervised contrastive loss, summed over nested prefixes of unit length.
 
-    Every row of the batch is compared with all others; those of its label are right. A row whose
-    label no other row has adds nothing, so batches need at least two rows of most classes.
+    Every row of the batch is compared with all others, and should find those of its own label. A
+    row whose label no other row has adds nothing, so batches need two rows or more of most classes.
 
     Args:
         dims: Strictly increasing prefix lengths, the widest at most the embeddings' width.
         weights: The c_m, one per dim, or a function from the number of dims to them; None means
             ones. A dim of weight 0 is not computed.
-        temperature: What cosines are divided by. `MatryoshkaEncoder` can learn it instead.
+        temperature: Divides the cosines. `MatryoshkaEncoder` can learn it instead.
         chunk_size: How many rows are compared at a time; None means all.
         dims_per_step: How many dims a training step of `MatryoshkaEncoder` counts, the widest
             included; None means all.
-        reduction: As in every Keras loss.
+        reduction: As of every Keras loss.
         name: Name of the loss.
 
     Shapes:
@@ -318,7 +356,7 @@ class SupervisedContrastiveLoss(keras.losses.Loss):
     def __init__(
         self,
         dims: Sequence[int],
-        weights: _weights.Weights = None,
+        weights: Weights = None,
         *,
         temperature: float = 0.1,
         chunk_size: int | None = None,
@@ -326,94 +364,57 @@ class SupervisedContrastiveLoss(keras.losses.Loss):
         reduction: str | None = "sum_over_batch_size",
         name: str = "supervised_contrastive_loss",
     ) -> None:
-        super().__init__(name=name, reduction=reduction)
-        self.dims = check_dims(dims)
-        self.weights = _weights.stored(weights)
-        self.temperature = _rows.check_temperature(temperature)
-        self.chunk_size = _rows.check_chunk_size(chunk_size)
-        self.dims_per_step = _weights.check_dims_per_step(dims_per_step)
-        self.trained_dims, self._weights = _weights.trained(self.weights, self.dims)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Return the weighted sum over dims, one value per row."""
-        if self.dims_per_step is not None:
-            raise _weights.no_seed(self)
-        return self.measure(y_true, y_pred)[0]
+        super().__init__(
+            dims,
+            weights,
+            dims_per_step,
+            temperature=temperature,
+            chunk_size=chunk_size,
+            reduction=reduction,
+            name=name,
+        )
 
     def measure(
         self, y_true: Any, y_pred: Any, seed: Any = None, temperature: Any = None
     ) -> tuple[Any, Any]:
         """Return the loss of every row, and at which dims its nearest has its label.
 
-        Args:
-            y_true: As for the loss.
-            y_pred: As for the loss.
-            seed: In a training step, the `keras.random.SeedGenerator` of the model.
-            temperature: What to use in place of the loss's own.
-
-        Returns:
-            `(batch,)` losses and `(num_dims, batch)` hits, over `trained_dims`; the mean of the
-            views where there are several.
+        Where a row has several views, both are means over them.
         """
-        self._check(y_true, y_pred)
-        views = y_pred.shape[1] if len(y_pred.shape) == 3 else 1
-        embeddings = ops.cast(ops.reshape(y_pred, (-1, y_pred.shape[-1])), "float32")
-        labels = ops.repeat(ops.reshape(y_true, (-1,)), views)
-        losses, hits = _rows.nested_rows(
-            embeddings,
-            embeddings,
-            self.trained_dims,
-            1.0 / (self.temperature if temperature is None else temperature),
-            _task(labels),
-            self.chunk_size,
+        labels_shape = None if y_true is None else tuple(y_true.shape)
+        is_one_per_row = labels_shape is not None and (
+            len(labels_shape) == 1 or (len(labels_shape) == 2 and labels_shape[1] == 1)
         )
-        by_view = (len(self.trained_dims), -1, views)
-        losses, hits = (ops.mean(ops.reshape(x, by_view), axis=2) for x in (losses, hits))
-        weights = _weights.of_step(self._weights, self.dims_per_step, seed)
-        return _rows.weighted(losses, weights), hits
-
-    def _check(self, y_true: Any, y_pred: Any) -> None:
-        labels = None if y_true is None else tuple(y_true.shape)
-        column = labels is not None and (len(labels) == 1 or (len(labels) == 2 and labels[1] == 1))
-        if len(y_pred.shape) not in (2, 3) or not column:
+        if len(y_pred.shape) not in (2, 3) or not is_one_per_row:
             raise ValueError(
                 "SupervisedContrastiveLoss needs one integer label per row, and embeddings of "
                 "shape (batch, width) or (batch, views, width). "
-                f"Received: y_true of shape {labels} and y_pred of shape "
+                f"Received: y_true of shape {labels_shape} and y_pred of shape "
                 f"{tuple(y_pred.shape)}. Of one-hot labels take the argmax."
             )
-        check_width(self.dims, y_pred.shape[-1])
-        _rows.check_rows(self, y_pred)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments that make this loss again."""
-        return {
-            **super().get_config(),
-            "dims": self.dims,
-            "weights": keras.saving.serialize_keras_object(self.weights),
-            "temperature": self.temperature,
-            "chunk_size": self.chunk_size,
-            "dims_per_step": self.dims_per_step,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> SupervisedContrastiveLoss:
-        """Make the loss again."""
-        weights = keras.saving.deserialize_keras_object(config["weights"])
-        return cls(**{**config, "weights": weights})
+        self._check_embeddings(y_pred)
+        views = y_pred.shape[1] if len(y_pred.shape) == 3 else 1
+        embeddings = ops.cast(ops.reshape(y_pred, (-1, y_pred.shape[-1])), "float32")
+        task = _same_label(ops.repeat(ops.reshape(y_true, (-1,)), views))
+        by_view = (len(self.trained_dims), -1, views)
+        losses, hits = (
+            ops.mean(ops.reshape(values, by_view), axis=2)
+            for values in self._compare(embeddings, embeddings, task, temperature)
+        )
+        return self._weighted(losses, seed), hits
 
 
-def _task(labels: Any) -> Task:
-    """Every other row of the same label is as right as the next; a row is not its own neighbour."""
+def _same_label(labels: Any) -> Task:
+    """Return the task to find the other rows of the same label, each as right as the next."""
 
-    def allowed(numbers: Any) -> Any:
-        everyone = ops.arange(ops.shape(labels)[0], dtype="int32")
-        return ops.not_equal(ops.expand_dims(numbers, 1), everyone)
+    def compared(numbers: Any) -> Any:
+        all_numbers = ops.arange(ops.shape(labels)[0], dtype="int32")
+        return ops.not_equal(ops.expand_dims(numbers, 1), all_numbers)
 
     def targets(numbers: Any) -> Any:
-        own = ops.take(labels, ops.minimum(numbers, ops.shape(labels)[0] - 1))
-        same = ops.equal(ops.expand_dims(own, 1), labels)
-        right = ops.cast(ops.logical_and(same, allowed(numbers)), "float32")
-        return right / ops.maximum(ops.sum(right, axis=1, keepdims=True), 1.0)
+        own_labels = ops.take(labels, ops.minimum(numbers, ops.shape(labels)[0] - 1))
+        is_same = ops.equal(ops.expand_dims(own_labels, 1), labels)
+        is_right = ops.cast(ops.logical_and(is_same, compared(numbers)), "float32")
+        return is_right / ops.maximum(ops.sum(is_right, axis=1, keepdims=True), 1.0)
 
-    return Task(targets, allowed)
+    return Task(targets, compared)

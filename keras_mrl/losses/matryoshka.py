@@ -1,4 +1,9 @@
-"""Any Keras loss, at every dim of a nested head."""
+"""Any Keras loss, at every dim of a nested head.
+
+Integer labels that name no class are refused before training if they are in memory. In a data set
+they make the loss NaN: nothing can raise inside a compiled step on JAX, where such a label would
+otherwise add a loss of zero and train silently.
+"""
 
 from __future__ import annotations
 
@@ -9,48 +14,17 @@ import numpy as np
 from keras import ops
 
 from .._masks import with_mask_of
-from . import weights as _weights
-
-# Integer labels that name no class: found before training, or poisoned inside it.
-
-
-def is_outside(loss: keras.losses.Loss, labels: Any, num_classes: int) -> Any:
-    """Where sparse `labels` name no class, in their shape; None if `loss` takes no such labels."""
-    if not isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
-        return None
-    outside = ~((labels >= 0) & (labels < num_classes))  # asked this way round, NaN is outside
-    ignored = loss.get_config().get("ignore_class")
-    return outside if ignored is None else outside & (labels != ignored)
-
-
-def check_labels(loss: Any, labels: Any, num_classes: int) -> None:
-    """Raise where in-memory integer `labels` name no class of a head of `num_classes`.
-
-    Args:
-        loss: The compiled loss. Only a nested sparse cross-entropy takes integer labels; any
-            other loss is left alone.
-        labels: What was given to `fit` as `y`. None (a dataset) is left to the loss itself.
-        num_classes: Number of classes of the head.
-
-    Raises:
-        ValueError: If a label lies outside 0..num_classes-1.
-    """
-    inner = getattr(loss, "loss", None)
-    if labels is None or not isinstance(inner, keras.losses.SparseCategoricalCrossentropy):
-        return
-    values = ops.convert_to_numpy(labels)
-    outside = is_outside(inner, values, num_classes)
-    if outside.any():
-        wrong = np.unique(values[outside])
-        shown = ", ".join(str(label) for label in wrong[:5]) + (", ..." if wrong.size > 5 else "")
-        remedy = "Number the classes from 0"
-        if wrong.max() >= num_classes:
-            remedy += f", or make the head with num_classes={int(wrong.max()) + 1}"
-        raise ValueError(
-            f"Integer labels must lie in 0..{num_classes - 1}, one for each of the head's "
-            f"{num_classes} classes. Received: labels {shown} in {int(outside.sum())} of "
-            f"{outside.size} rows. {remedy}."
-        )
+from .weights import (
+    Weights,
+    check_dims_per_step,
+    check_weights_argument,
+    is_nested,
+    name_in_error,
+    no_seed_error,
+    row_loss,
+    step_weights,
+    weights_by_dim,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
@@ -58,13 +32,10 @@ class MatryoshkaLoss(keras.losses.Loss):
     """The weighted sum of one Keras loss over every dim of the logits.
 
     Reduction, sample weights and masks are Keras's own: the sum over dims is taken per sample.
+    Integer labels that name no class give a loss of NaN (or the backend's own error).
 
-    Integer labels that name no class give a loss of NaN (or the backend's own error): nothing can
-    raise inside a compiled step on every backend, and a loss of zero would train silently.
-
-    With `dims_per_step` every training step counts the widest dim and a random choice of the
-    others, drawn by a `keras.random.SeedGenerator` that the model owns (on JAX nothing else can
-    change from step to step), so that all replicas draw the same. Evaluation counts all dims.
+    With `dims_per_step` a training step counts the widest dim and a random choice of the others,
+    drawn from a seed that the model owns. Evaluation counts all dims.
 
     Args:
         loss: A `keras.losses.Loss` on `(..., num_classes)`, `from_logits=True` after a
@@ -98,20 +69,20 @@ class MatryoshkaLoss(keras.losses.Loss):
     def __init__(
         self,
         loss: keras.losses.Loss,
-        weights: _weights.Weights = None,
+        weights: Weights = None,
         dims_per_step: int | None = None,
         name: str = "matryoshka_loss",
     ) -> None:
-        if not isinstance(loss, keras.losses.Loss) or _weights.is_nested(loss):
+        if not isinstance(loss, keras.losses.Loss) or is_nested(loss):
             raise TypeError(
                 "loss must be a Keras loss for one dim. "
-                f"Received: {_weights.named(loss)}. Give an instance, for example "
+                f"Received: {name_in_error(loss)}. Give an instance, for example "
                 "keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
             )
         super().__init__(name=name, reduction=loss.reduction, dtype=loss.dtype)
         self.loss = loss
-        self.weights = _weights.stored(weights)
-        self.dims_per_step = _weights.check_dims_per_step(dims_per_step)
+        self.weights = check_weights_argument(weights)
+        self.dims_per_step = check_dims_per_step(dims_per_step)
 
     def weights_for(self, num_dims: int, seed: Any = None) -> Any:
         """Return the c_m of one step.
@@ -122,30 +93,26 @@ class MatryoshkaLoss(keras.losses.Loss):
                 evaluation, where all dims count.
 
         Returns:
-            A tuple of floats; with `dims_per_step` and a `seed` a float32 tensor `(num_dims,)`,
-            drawn anew, whose zeros are the dims that the step leaves out.
+            A tuple of floats; with `dims_per_step` and a `seed`, a float32 tensor `(num_dims,)`
+            that is drawn anew, zero at the dims that the step leaves out.
 
         Raises:
             ValueError: If the weights or `dims_per_step` do not fit `num_dims`.
         """
-        weights = _weights.resolve(self.weights, num_dims)
-        return _weights.of_step(weights, self.dims_per_step, seed)
+        return step_weights(weights_by_dim(self.weights, num_dims), self.dims_per_step, seed)
 
     def for_step(self, seed: Any = None) -> keras.losses.Loss:
-        """Return this loss as it stands in one step of the model that owns `seed`.
+        """Return a Keras loss for one step: this one, with the weights drawn from `seed`.
 
         Args:
             seed: As for `weights_for`.
-
-        Returns:
-            A Keras loss with the reduction and name of this one, to be called once.
         """
-        return _weights.step_loss(lambda y_true, y_pred: self._rows(y_true, y_pred, seed), self)
+        return row_loss(lambda y_true, y_pred: self._rows(y_true, y_pred, seed), self)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Return the weighted sum over dims, one value per sample."""
         if self.dims_per_step is not None:
-            raise _weights.no_seed(self)
+            raise no_seed_error(self)
         return self._rows(y_true, y_pred, None)
 
     def _rows(self, y_true: Any, y_pred: Any, seed: Any) -> Any:
@@ -162,12 +129,12 @@ class MatryoshkaLoss(keras.losses.Loss):
             if not isinstance(weights, tuple) or weights[index]:
                 losses = self.loss.call(y_true, y_pred[..., index, :])
                 total = total + weights[index] * losses
-        outside = is_outside(self.loss, y_true, y_pred.shape[-1])
+        outside = _is_outside(self.loss, y_true, y_pred.shape[-1])
         if outside is not None:
             if len(outside.shape) > len(total.shape):  # labels may come as a column
                 outside = ops.squeeze(outside, axis=-1)
             total = ops.where(outside, float("nan"), total)
-        return with_mask_of(losses, total)  # of ignore_class: the mean is over the other rows
+        return with_mask_of(losses, total)  # Keras's mask of ignored labels, left out of the mean
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this loss again."""
@@ -184,3 +151,42 @@ class MatryoshkaLoss(keras.losses.Loss):
         inner = keras.saving.deserialize_keras_object(config["loss"])
         weights = keras.saving.deserialize_keras_object(config["weights"])
         return cls(**{**config, "loss": inner, "weights": weights})
+
+
+def check_labels(loss: Any, labels: Any, num_classes: int) -> None:
+    """Raise if in-memory integer `labels` name no class of a head of `num_classes`.
+
+    Args:
+        loss: The compiled loss. Only a nested sparse cross-entropy takes integer labels; for any
+            other loss nothing is checked.
+        labels: The argument `y` of `fit`. None (a data set) is not checked.
+        num_classes: Number of classes of the head.
+
+    Raises:
+        ValueError: If a label lies outside 0..num_classes-1.
+    """
+    inner = getattr(loss, "loss", None)
+    if labels is None or not isinstance(inner, keras.losses.SparseCategoricalCrossentropy):
+        return
+    values = ops.convert_to_numpy(labels)
+    outside = _is_outside(inner, values, num_classes)
+    if outside.any():
+        wrong = np.unique(values[outside])
+        shown = ", ".join(str(label) for label in wrong[:5]) + (", ..." if wrong.size > 5 else "")
+        remedy = "Number the classes from 0"
+        if wrong.max() >= num_classes:
+            remedy += f", or make the head with num_classes={int(wrong.max()) + 1}"
+        raise ValueError(
+            f"Integer labels must lie in 0..{num_classes - 1}, one for each of the head's "
+            f"{num_classes} classes. Received: labels {shown} in {int(outside.sum())} of "
+            f"{outside.size} rows. {remedy}."
+        )
+
+
+def _is_outside(loss: keras.losses.Loss, labels: Any, num_classes: int) -> Any:
+    """Return where sparse `labels` name no class; None if `loss` takes labels of another form."""
+    if not isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+        return None
+    outside = ~((labels >= 0) & (labels < num_classes))  # true of NaN
+    ignored = loss.get_config().get("ignore_class")
+    return outside if ignored is None else outside & (labels != ignored)

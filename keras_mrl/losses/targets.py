@@ -1,19 +1,39 @@
-"""What each row's logits should say: a class, or a share of every class."""
+"""The operands of the nested cross-entropy: kernels of every dim, and labels of every row."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras import ops
+
+
+class Kernels(NamedTuple):
+    """Kernels and biases of a nested head: one per dim, or one for all (tied); or no biases."""
+
+    kernels: Sequence[Any]
+    biases: Sequence[Any]
+    dims: tuple[int, ...]
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether all dims read one kernel."""
+        return len(self.kernels) == 1
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """The rows of a tied kernel that each dim adds, as (start, stop)."""
+        return list(zip((0, *self.dims[:-1]), self.dims, strict=True))
 
 
 @dataclass(frozen=True)
 class Targets:
     """Integer labels or probabilities of a batch, with label smoothing.
 
-    `classes` are the right (or likeliest) classes `(rows,)`, valid everywhere; `outside` says where
-    a label named none. `shares` are the probabilities `(rows, num_classes)`, None for integers.
+    `classes` are the right (or likeliest) classes `(rows,)`. `outside` is true where a label named
+    no class; the row's entry in `classes` is then 0. `shares` are the probabilities
+    `(rows, num_classes)`, None for integers.
     """
 
     classes: Any
@@ -31,7 +51,7 @@ class Targets:
                 f"Received: label_smoothing={smoothing!r}. Give for example 0.1."
             )
         if len(labels.shape) == 1:
-            outside = ~((labels >= 0) & (labels < num_classes))  # so that NaN is outside
+            outside = ~((labels >= 0) & (labels < num_classes))  # true of NaN
             classes = ops.cast(ops.where(outside, ops.zeros_like(labels), labels), "int32")
             return cls(classes, outside, None, num_classes, smoothing)
         if len(labels.shape) != 2 or labels.shape[1] != num_classes:
@@ -52,7 +72,7 @@ class Targets:
         )
 
     def smooth_shares(self) -> Any:
-        """Return `(rows, num_classes)` shares, or what fuses into arithmetic like them."""
+        """Return the shares `(rows, num_classes)` after label smoothing."""
         uniform = self.smoothing / self.num_classes
         if self.shares is not None:
             return self.shares * (1 - self.smoothing) + uniform
@@ -61,7 +81,7 @@ class Targets:
         return ops.where(right, 1 - self.smoothing + uniform, uniform)
 
     def total(self) -> Any:
-        """Return the sum of each row's shares `(rows, 1)`: 1 but for unusual labels."""
+        """Return the sum of each row's shares, `(rows, 1)`, or 1.0 for integer labels."""
         if self.shares is None:
             return 1.0
         sums = ops.sum(self.shares, axis=1, keepdims=True)

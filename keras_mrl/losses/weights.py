@@ -1,4 +1,14 @@
-"""The c_m of a nested loss: given, computed, or drawn anew for every step."""
+"""The c_m of a nested loss: given, computed, or drawn anew for every step (`dims_per_step`).
+
+A dim that a step leaves out has weight zero; shapes do not change, so a compiled step stays
+compiled. That saves no time: drawing dims is a regularizer.
+
+The seed to draw from belongs to the model. A loss has no state, and a seed inside it would stand
+still on JAX, whose compiled steps update the model's variables alone. So `MatryoshkaClassifier` and
+`MatryoshkaEncoder` own a seed generator, started alike in every process so that all replicas draw
+the same dims, and pass it to their loss in training. Evaluation counts all dims. A loss with
+`dims_per_step` that is called without a model raises.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +19,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mrl_serving.contract import check_positive_integer
+
 from .._dims import check_weights
 
 Weights: TypeAlias = Sequence[float] | Callable[[int], Sequence[float]] | None
@@ -16,7 +28,7 @@ Weights: TypeAlias = Sequence[float] | Callable[[int], Sequence[float]] | None
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
 def first_boosted(num_dims: int, boost: float = 2.0) -> tuple[float, ...]:
-    """The preset of the paper's ablation: the first dim counts more, all others 1.
+    """Return the weights of the paper's ablation: the first dim counts more, all others 1.
 
     Give it to a nested loss as it is, `weights=first_boosted`. In the paper it gains about 3
     points at 8 dims and costs at most 0.1 at the wide end.
@@ -38,38 +50,46 @@ def first_boosted(num_dims: int, boost: float = 2.0) -> tuple[float, ...]:
     return (float(boost), *(1.0,) * (num_dims - 1))
 
 
-def stored(weights: Weights) -> tuple[float, ...] | Callable[[int], Sequence[float]] | None:
-    """Return `weights` as a loss keeps them: a checked tuple, the callable, or None."""
+def check_weights_argument(
+    weights: Weights,
+) -> tuple[float, ...] | Callable[[int], Sequence[float]] | None:
+    """Return `weights` as a loss stores them: None, a function, or checked floats."""
     return weights if weights is None or callable(weights) else check_weights(weights, len(weights))
 
 
-def resolve(weights: Weights, num_dims: int) -> tuple[float, ...]:
-    """Return one number per dim."""
+def weights_by_dim(weights: Weights, num_dims: int) -> tuple[float, ...]:
+    """Return one checked number per dim."""
     return check_weights(weights(num_dims) if callable(weights) else weights, num_dims)
 
 
+def positive_weights(
+    weights: Weights, dims: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return the dims of positive weight, and their weights."""
+    pairs = zip(dims, weights_by_dim(weights, len(dims)), strict=True)
+    positive = [(dim, weight) for dim, weight in pairs if weight]
+    return tuple(dim for dim, _ in positive), tuple(weight for _, weight in positive)
+
+
 def check_dims_per_step(dims_per_step: int | None) -> int | None:
-    """Return `dims_per_step` if it is None or a positive integer; raise otherwise."""
-    is_integer = hasattr(dims_per_step, "__index__") and not isinstance(dims_per_step, bool)
-    if dims_per_step is not None and (not is_integer or dims_per_step < 1):
-        raise ValueError(
-            "dims_per_step must be a positive integer. "
-            f"Received: dims_per_step={dims_per_step!r}. "
-            "Count the dims that a step trains, the widest included, or give None for all."
-        )
-    return None if dims_per_step is None else int(dims_per_step)
+    """Return `dims_per_step`; raise a `ValueError` unless it is None or a positive integer."""
+    if dims_per_step is None:
+        return None
+    remedy = "Count the dims that a step trains, the widest included, or give None for all."
+    return check_positive_integer("dims_per_step", dims_per_step, remedy)
 
 
-def draw(weights: tuple[float, ...], dims_per_step: int, seed: Any) -> Any:
-    """Return `(num_dims,)` weights, all but `dims_per_step` of them set to zero.
+def step_weights(weights: tuple[float, ...], dims_per_step: int | None, seed: Any) -> Any:
+    """Return the weights of one step: `weights`, or with `dims_per_step` and a `seed` a draw.
 
-    The widest dim of positive weight is always among those that stay; the others are drawn with
-    equal chances from the dims of positive weight. Shapes never change, so a compiled step stays
-    compiled.
+    A draw is a float32 tensor `(num_dims,)`, zero but for `dims_per_step` of the dims. The widest
+    dim of positive weight is always among these; the others are drawn with equal chances.
 
     Raises:
-        ValueError: If there are fewer dims of positive weight than `dims_per_step`.
+        ValueError: If fewer than `dims_per_step` dims have a positive weight.
     """
+    if dims_per_step is None or seed is None:
+        return weights
     counted = np.flatnonzero(weights)
     if len(counted) < dims_per_step:
         raise ValueError(
@@ -77,40 +97,17 @@ def draw(weights: tuple[float, ...], dims_per_step: int, seed: Any) -> Any:
             f"Received: dims_per_step={dims_per_step} for {len(counted)} dims of positive weight. "
             "Lower it, or leave it out to train all dims in every step."
         )
-    order = np.full(len(weights), 2.0, "float32")  # a dim of weight 0 comes after all others
-    order[counted] = 0.0
-    order[counted[-1]] = -2.0  # and the widest before them
-    drawn = keras.random.uniform((len(weights),), seed=seed) + ops.convert_to_tensor(order)
-    ranks = ops.argsort(ops.argsort(drawn))
+    # The dims of the lowest keys are drawn: the widest first, then at random, weight zero last.
+    offsets = np.full(len(weights), 2.0, "float32")
+    offsets[counted] = 0.0
+    offsets[counted[-1]] = -2.0
+    keys = keras.random.uniform((len(weights),), seed=seed) + ops.convert_to_tensor(offsets)
+    ranks = ops.argsort(ops.argsort(keys))
     return ops.where(ranks < dims_per_step, ops.convert_to_tensor(weights, "float32"), 0.0)
 
 
-def trained(weights: Weights, dims: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Return the dims of positive weight and their weights: the others are as if absent."""
-    pairs = zip(dims, resolve(weights, len(dims)), strict=True)
-    kept = [(dim, weight) for dim, weight in pairs if weight]
-    return tuple(dim for dim, _ in kept), tuple(weight for _, weight in kept)
-
-
-def of_step(weights: tuple[float, ...], dims_per_step: int | None, seed: Any) -> Any:
-    """Return `weights`, or what a training step with `seed` draws of them."""
-    if dims_per_step is None or seed is None:
-        return weights
-    return draw(weights, dims_per_step, seed)
-
-
-def is_nested(loss: Any) -> bool:
-    """Whether `loss` is one of the nested losses of this package."""
-    return hasattr(loss, "dims_per_step")
-
-
-def named(loss: Any) -> str:
-    """Return how an error calls a loss that does not fit."""
-    return type(loss).__name__ if isinstance(loss, keras.losses.Loss) else repr(loss)
-
-
-def no_seed(loss: Any) -> ValueError:
-    """What a loss with `dims_per_step` says where nobody draws for it."""
+def no_seed_error(loss: Any) -> ValueError:
+    """Return the error of a loss with `dims_per_step` that is called without a seed."""
     return ValueError(
         "dims_per_step draws dims from a seed that the model carries from step to step. "
         f"Received: {type(loss).__name__} with dims_per_step={loss.dims_per_step}, called alone or "
@@ -119,12 +116,22 @@ def no_seed(loss: Any) -> ValueError:
     )
 
 
-def step_loss(rows: Callable[[Any, Any], Any], like: keras.losses.Loss) -> keras.losses.Loss:
-    """Return a loss with the values `rows(y_true, y_pred)`, reduced and named as `like`."""
-    return _StepLoss(rows, like)
+def is_nested(loss: Any) -> bool:
+    """Whether `loss` is one of the nested losses of this package."""
+    return hasattr(loss, "dims_per_step")
 
 
-class _StepLoss(keras.losses.Loss):
+def name_in_error(loss: Any) -> str:
+    """Return the class of a Keras loss, or the `repr` of anything else."""
+    return type(loss).__name__ if isinstance(loss, keras.losses.Loss) else repr(loss)
+
+
+def row_loss(rows: Callable[[Any, Any], Any], like: keras.losses.Loss) -> keras.losses.Loss:
+    """Return a loss of the values `rows(y_true, y_pred)`, reduced and named as `like`."""
+    return _RowLoss(rows, like)
+
+
+class _RowLoss(keras.losses.Loss):
     def __init__(self, rows: Callable[[Any, Any], Any], like: keras.losses.Loss) -> None:
         super().__init__(name=like.name, reduction=like.reduction, dtype=like.dtype)
         self.rows = rows

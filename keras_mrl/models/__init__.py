@@ -1,4 +1,4 @@
-"""Models: a backbone and a nested head as one Keras model, and the way back to plain ones."""
+"""Models: a backbone and a nested head as one, encoders, language models, and `cut`."""
 
 from .classifier import MatryoshkaClassifier as MatryoshkaClassifier
 from .cut import cut as cut

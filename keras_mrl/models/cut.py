@@ -1,4 +1,4 @@
-"""From a nested model to its two halves, and to a plain Keras model of one dim."""
+"""A nested model taken apart: its two parts, a plain Keras model of one dim, frozen layers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import Any
 import keras
 
 from ..layers import MatryoshkaHead
-
-# How much of a pretrained backbone may change.
+from ._shapes import HasParts
 
 
 def freeze_before(backbone: keras.Model, layer: str) -> None:
-    """Freeze every layer of `backbone` before the one named, and unfreeze it and those after it.
+    """Freeze the layers of `backbone` before the one of this name; unfreeze it and those after.
 
-    Keras's own switch, `layer.trainable`, set layer by layer in the order of `backbone.layers`:
-    call it before `compile`. Batch normalization that is frozen keeps its statistics, too.
+    Sets Keras's own `layer.trainable` in the order of `backbone.layers`. Call it before `compile`.
+    Frozen batch normalization also keeps its statistics.
 
     Args:
-        backbone: A functional or sequential model, itself and not a model around it.
+        backbone: A functional or sequential model; not a model around it.
         layer: Name of the first layer that trains, such as "conv5_block1_1_conv" in a ResNet50.
 
     Raises:
@@ -31,16 +30,16 @@ def freeze_before(backbone: keras.Model, layer: str) -> None:
         >>> [layer.trainable for layer in backbone.layers]
         [False, False, True]
     """
-    names = [known.name for known in backbone.layers]
+    names = [own.name for own in backbone.layers]
     if layer not in names:
         raise ValueError(
             "layer must be the name of one of the backbone's layers. "
             f"Received: layer={layer!r} for {backbone.name!r}, whose last layers are "
             f"{names[-5:]}. Print [layer.name for layer in backbone.layers]."
         )
-    backbone.trainable = True  # which sets every layer; a frozen model would hide its layers' own
-    for known in backbone.layers[: names.index(layer)]:
-        known.trainable = False
+    backbone.trainable = True  # of every layer too; the layers of a frozen model never train
+    for earlier in backbone.layers[: names.index(layer)]:
+        earlier.trainable = False
 
 
 def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
@@ -51,8 +50,8 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
             are the model's own layers, not copies.
 
     Returns:
-        The backbone and the head; the tower of a `MatryoshkaEncoder` and None; the model itself and
-        None where it does not end in a head.
+        The backbone and the head. Of a `MatryoshkaEncoder` its tower and None; of any other model
+        that does not end in a head, the model itself and None.
 
     Raises:
         ValueError: If the model ends in a nested head and has not been built.
@@ -65,16 +64,11 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
         >>> backbone.output_shape, head.dims
         ((None, 8), (4, 8))
     """
-    from .classifier import MatryoshkaClassifier  # which needs this module, for its `at`
-    from .encoder import MatryoshkaEncoder
-
-    if isinstance(model, MatryoshkaClassifier):
-        return model.backbone, model.head
-    if isinstance(model, MatryoshkaEncoder):
-        return model.tower, None
+    if isinstance(model, HasParts):
+        return model.parts()
     last = model.layers[-1] if model.layers else None
     if isinstance(last, MatryoshkaHead) and not last.built:  # a sequential model without an Input
-        raise _not_built(model)
+        raise _not_built_error(model)
     if isinstance(last, MatryoshkaHead) and len(getattr(model, "outputs", None) or ()) == 1:
         return keras.Model(_input_of(model), last.input, name=f"{model.name}_features"), last
     return model, None
@@ -89,8 +83,8 @@ def cut(model: keras.Model, dim: int) -> keras.Model:
         dim: One of the head's dims.
 
     Returns:
-        Inputs to logits `(batch, num_classes)`: the same backbone (shared, not copied), its first
-        `dim` features, and a `keras.layers.Dense` that holds a copy of that dim's kernel and bias.
+        A model from inputs to logits `(batch, num_classes)`: the backbone itself, not a copy; its
+        first `dim` features; and a `keras.layers.Dense` with copies of that dim's kernel and bias.
 
     Raises:
         ValueError: If the model has no nested head or has not been built, or `dim` is not one of
@@ -111,7 +105,7 @@ def cut(model: keras.Model, dim: int) -> keras.Model:
             "Use MatryoshkaClassifier(backbone, MatryoshkaHead(num_classes))."
         )
     if not head.built:
-        raise _not_built(model)
+        raise _not_built_error(model)
     kernel, bias = head.weights_at(dim)
     inputs = _inputs_like(backbone)
     prefix = backbone(inputs)[..., :dim]
@@ -119,14 +113,14 @@ def cut(model: keras.Model, dim: int) -> keras.Model:
         head.num_classes,
         use_bias=head.use_bias,
         dtype=head.dtype_policy,
-        name=f"{backbone.name}_head",  # names are unique in a model, and the backbone has one
+        name=f"{backbone.name}_head",  # unlike the backbone's, and unique in the model
     )
     logits = dense(prefix)
     dense.set_weights([keras.ops.convert_to_numpy(w) for w in (kernel, bias) if w is not None])
     return keras.Model(inputs, logits, name=f"{model.name}_{dim}")
 
 
-def _not_built(model: keras.Model) -> ValueError:
+def _not_built_error(model: keras.Model) -> ValueError:
     return ValueError(
         "A model must be built before it is cut. "
         f"Received: {model.name!r}, which has no weights yet. Call it on a batch or train it."
@@ -134,22 +128,22 @@ def _not_built(model: keras.Model) -> ValueError:
 
 
 def _inputs_like(backbone: keras.layers.Layer) -> Any:
-    """New symbolic inputs with the names, shapes and dtypes the backbone was built with."""
+    """Return new symbolic inputs with the names, shapes and dtypes of the backbone's own."""
     if getattr(backbone, "inputs", None):
         return keras.tree.map_structure(
-            lambda known: keras.Input(batch_shape=known.shape, dtype=known.dtype, name=known.name),
+            lambda own: keras.Input(batch_shape=own.shape, dtype=own.dtype, name=own.name),
             _input_of(backbone),
         )
-    # A subclassed backbone knows only the shapes it was built with.
+    # A subclassed backbone has recorded no more than the shapes it was built with.
     shapes = backbone.get_build_config()["input_shape"]
-    named = shapes if isinstance(shapes, dict) else {None: shapes}
+    shapes_by_name = shapes if isinstance(shapes, dict) else {None: shapes}
     inputs = {
         name: keras.Input(batch_shape=(None, *shape[1:]), dtype=backbone.compute_dtype, name=name)
-        for name, shape in named.items()
+        for name, shape in shapes_by_name.items()
     }
     return inputs if isinstance(shapes, dict) else inputs[None]
 
 
 def _input_of(model: keras.Model) -> Any:
-    """The symbolic input; a sequential model's own `input` is that of the model around it."""
+    """Return the symbolic input; `input` of a sequential model is that of the model around it."""
     return model.inputs[0] if isinstance(model, keras.Sequential) else model.input

@@ -1,4 +1,4 @@
-"""Text, token by token, each decided at the first dim that is sure enough."""
+"""Text, token by token, each decided at the first dim that is confident enough."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy.typing as npt
 
 from keras_mrl_serving.cascade.confidence import softmax
 from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_serving.contract import check_positive_integer
 
 from .cut import split
 
 Ids = npt.NDArray[np.int64]
-# From logits (rows, classes) to one id per row.
+# A function from logits (rows, classes) to one id per row.
 Choose = Callable[[npt.NDArray[np.float32]], Ids]
-# From tokens (rows, time) to the next id of each row, and the dim that decided it.
+# A function from tokens (rows, time) to the next id of each row, and the dim that decided it.
 Decide = Callable[[npt.NDArray[np.int32]], tuple[npt.ArrayLike, npt.ArrayLike]]
 
 
@@ -35,12 +36,12 @@ def most_likely(logits: npt.NDArray[np.float32]) -> Ids:
 
 
 def sampler(temperature: float = 1.0, top_k: int = 40, seed: int | None = None) -> Choose:
-    """Return a choice at random among the best ids, by their probabilities.
+    """Return a function that draws one of the best ids, by their probabilities.
 
     Args:
-        temperature: Divides the logits; below 1 the likely become likelier.
-        top_k: How many of the best ids may be chosen.
-        seed: Of the random numbers; None draws other ones every time.
+        temperature: Divides the logits; below 1, likely ids become likelier.
+        top_k: How many of the best ids may be drawn.
+        seed: Seed of the random numbers; None draws different ones every time.
 
     Raises:
         ValueError: If `temperature` or `top_k` is not positive.
@@ -60,33 +61,33 @@ def sampler(temperature: float = 1.0, top_k: int = 40, seed: int | None = None) 
 
     def choose(logits: npt.NDArray[np.float32]) -> Ids:
         best = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
-        shares = softmax(np.take_along_axis(logits, best, axis=-1), temperature)
-        sums = np.cumsum(shares, axis=-1, dtype=np.float64)
-        drawn = random.random((len(logits), 1)) * sums[:, -1:]
-        place = np.minimum((sums <= drawn).sum(axis=-1), best.shape[-1] - 1)
-        return np.take_along_axis(best, place[:, None], axis=-1)[:, 0]
+        probabilities = softmax(np.take_along_axis(logits, best, axis=-1), temperature)
+        sums = np.cumsum(probabilities, axis=-1, dtype=np.float64)
+        draws = random.random((len(logits), 1)) * sums[:, -1:]
+        position = np.minimum((sums <= draws).sum(axis=-1), best.shape[-1] - 1)
+        return np.take_along_axis(best, position[:, None], axis=-1)[:, 0]
 
     return choose
 
 
 class AdaptiveDecoder:
-    """The next token of each row, and the dim it was decided at.
+    """A function from tokens to the next token of each row, and the dim that decided it.
 
-    The backbone runs once on a fixed number of positions; then each wider head is multiplied for
-    the rows alone that no smaller dim was sure of. It holds a copy of the head's weights: make it
-    anew after training.
+    The backbone runs once on a fixed number of positions. Each wider dim is multiplied only for the
+    rows that no narrower dim was confident about. The decoder holds a copy of the head's weights:
+    make a new one after training.
 
     Args:
         model: A built language model: `causal_transformer` and a head, or any whose features
             `(batch, time, width)` see no later token.
-        policy: Thresholds per dim, as `learn_decoding_policy` finds them.
+        policy: Thresholds per dim, as `learn_decoding_policy` returns them.
         context: How many of the last tokens the model reads.
         choose: Picks an id from the logits of the dim that decides: `most_likely`, or a
             `sampler(...)`.
 
     Raises:
-        ValueError: If the model has no nested head or no positions, the policy other dims, or
-            `context` is not a positive integer.
+        ValueError: If the model has no nested head or no positions, the policy has a dim that the
+            head has not, or `context` is not a positive integer.
 
     Examples:
         >>> from keras_mrl_serving import CascadePolicy, Stage
@@ -106,10 +107,9 @@ class AdaptiveDecoder:
         context: int,
         choose: Choose = most_likely,
     ) -> None:
-        _check_context(context)
         self.model = model
         self.policy = policy
-        self.context = context
+        self.context = _check_context(context)
         self.choose = choose
         self._backbone, head = split(model)
         if head is None or not head.built:
@@ -121,62 +121,62 @@ class AdaptiveDecoder:
 
     def __call__(self, tokens: npt.NDArray[np.int32]) -> tuple[Ids, Ids]:
         """Return the next ids and the dims that decided them, both `(rows,)`."""
-        features = self._features_of_the_last(np.asarray(tokens)[:, -self.context :])
+        features = self._last_features(np.asarray(tokens)[:, -self.context :])
         ids = np.zeros(len(features), np.int64)
         dims = np.zeros(len(features), np.int64)
-        unsure = np.arange(len(features))
+        open_rows = np.arange(len(features))
         stages = zip(self.policy.stages, self._heads, strict=True)
         for index, (stage, (kernel, bias)) in enumerate(stages):
-            logits = features[unsure, : stage.dim] @ kernel + bias
-            sure = self.policy.is_sure(index, logits)
-            decided = unsure[sure]
-            if len(decided):
-                ids[decided], dims[decided] = self.choose(logits[sure]), stage.dim
-            unsure = unsure[~sure]
-            if not len(unsure):
+            logits = features[open_rows, : stage.dim] @ kernel + bias
+            is_sure = self.policy.is_sure(index, logits)
+            decided_rows = open_rows[is_sure]
+            if len(decided_rows):
+                ids[decided_rows], dims[decided_rows] = self.choose(logits[is_sure]), stage.dim
+            open_rows = open_rows[~is_sure]
+            if not len(open_rows):
                 break
         return ids, dims
 
-    def _features_of_the_last(self, tokens: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Rows are filled up behind the last token, which does not see it: one shape, compiled."""
-        rows, known = tokens.shape
-        filled = np.zeros((rows, self.context), np.int32)
-        filled[:, :known] = tokens
-        features = np.asarray(self._backbone.predict_on_batch(filled), np.float32)
+    def _last_features(self, tokens: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Return the features `(rows, width)` of the last token of each row.
+
+        Rows are padded to one shape, so that one is compiled; no token sees the padding after it.
+        """
+        rows, time = tokens.shape
+        padded = np.zeros((rows, self.context), np.int32)
+        padded[:, :time] = tokens
+        features = np.asarray(self._backbone.predict_on_batch(padded), np.float32)
         if features.ndim != 3:
             raise ValueError(
                 "A decoder reads the features of every position, (batch, time, width). "
                 f"Received: features of shape {features.shape}. "
                 "Give the model that was trained, not its next_token(...)."
             )
-        return features[:, known - 1]
+        return features[:, time - 1]
 
 
-def _check_context(context: int) -> None:
-    if not isinstance(context, int) or context < 1:
-        raise ValueError(
-            "context must be a positive integer. "
-            f"Received: context={context!r}. Give the number of tokens the model was trained on."
-        )
+def _check_context(context: int) -> int:
+    remedy = "Give the number of tokens the model was trained on."
+    return check_positive_integer("context", context, remedy)
 
 
 def _as_numpy(kernel: Any, bias: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """A dim's kernel and bias in float32; a bias of zeros where there is none."""
-    held = np.asarray(keras.ops.convert_to_numpy(kernel), np.float32)
+    """Return a kernel and a bias in float32; zeros for a bias of None."""
+    kernel = np.asarray(keras.ops.convert_to_numpy(kernel), np.float32)
     if bias is None:
-        return held, np.zeros(held.shape[1], np.float32)
-    return held, np.asarray(keras.ops.convert_to_numpy(bias), np.float32)
+        return kernel, np.zeros(kernel.shape[1], np.float32)
+    return kernel, np.asarray(keras.ops.convert_to_numpy(bias), np.float32)
 
 
 def generate(decide: Decide, prompts: npt.ArrayLike, steps: int, context: int) -> tuple[Ids, Ids]:
-    """Return the tokens that follow each prompt, and the dim each was decided at.
+    """Return the tokens that follow each prompt, and the dim that decided each.
 
     Args:
         decide: An `AdaptiveDecoder`, or any function from tokens `(rows, time)` to the next ids
-            and their dims, both `(rows,)`: a served model's, for example.
-        prompts: Token ids, all rows of one length, at least one.
+            and their dims, both `(rows,)`, for example one that asks a served model.
+        prompts: Token ids, at least one per row, as many in every row.
         steps: How many tokens to add.
-        context: How many of the last tokens `decide` is given; an `AdaptiveDecoder`'s own.
+        context: How many of the last tokens `decide` reads; that of an `AdaptiveDecoder`.
 
     Shapes:
         prompts: `(rows, time)`. Result: two of `(rows, steps)`.
@@ -191,7 +191,7 @@ def generate(decide: Decide, prompts: npt.ArrayLike, steps: int, context: int) -
         >>> ids.tolist(), dims.tolist()
         ([[3, 4, 5]], [[8, 8, 8]])
     """
-    _check_context(context)
+    context = _check_context(context)
     if isinstance(decide, AdaptiveDecoder) and decide.context != context:
         raise ValueError(
             "context must be that of the decoder. "
@@ -203,15 +203,17 @@ def generate(decide: Decide, prompts: npt.ArrayLike, steps: int, context: int) -
             "steps must be a non-negative integer. "
             f"Received: steps={steps!r}. Give the number of tokens to add."
         )
-    text = np.asarray(prompts)
-    if text.ndim != 2 or not text.shape[1] or text.dtype.kind not in "iu":
+    ids = np.asarray(prompts)
+    if ids.ndim != 2 or not ids.shape[1] or ids.dtype.kind not in "iu":
         raise ValueError(
             "prompts must be token ids (rows, time), at least one in a row. "
-            f"Received: {text.dtype} of shape {text.shape}. Give [tokenizer.encode(text).ids]."
+            f"Received: {ids.dtype} of shape {ids.shape}. Give [tokenizer.encode(text).ids]."
         )
-    first, dims = text.shape[1], np.zeros((len(text), steps), np.int64)
-    text = np.concatenate([text, np.zeros((len(text), steps), text.dtype)], axis=1)
+    rows, time = ids.shape
+    dims = np.zeros((rows, steps), np.int64)
+    ids = np.concatenate([ids, np.zeros((rows, steps), ids.dtype)], axis=1)
     for step in range(steps):
-        seen = text[:, max(0, first + step - context) : first + step]
-        text[:, first + step], dims[:, step] = decide(seen.astype(np.int32))
-    return text[:, first:].astype(np.int64), dims
+        stop = time + step
+        read = ids[:, max(0, stop - context) : stop]
+        ids[:, stop], dims[:, step] = decide(read.astype(np.int32))
+    return ids[:, time:].astype(np.int64), dims

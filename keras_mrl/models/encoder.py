@@ -1,4 +1,4 @@
-"""One tower or two, trained on pairs, triplets or labels so that the embeddings nest."""
+"""One tower or two, trained on pairs, triplets or labels, whose embeddings nest."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from keras import ops
 
 from ..losses import ContrastiveLoss, MatryoshkaEmbeddingLoss, SupervisedContrastiveLoss
 from ..losses.similarity import check_temperature
-from ..losses.weights import step_loss
-from .classifier import _as_shapes, _output_shape
+from ..losses.weights import row_loss
+from ._shapes import HasParts, as_shapes, output_shape
 
 _SIDES = ("anchor", "positive", "negative")
 _LOSSES = (ContrastiveLoss, SupervisedContrastiveLoss, MatryoshkaEmbeddingLoss)
-_SHARPEST = math.log(100.0)  # as in CLIP: a temperature below 0.01 trains on rounding
+_MAX_LOG_SCALE = math.log(100.0)  # as in CLIP: below a temperature of 0.01 roundings are trained on
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class MatryoshkaEncoder(keras.Model):
-    """A model that gives embeddings, to be compared by their prefixes.
+class MatryoshkaEncoder(HasParts, keras.Model):
+    """A model of embeddings that are compared by their prefixes.
 
-    `fit` takes pairs `(anchors, positives)`, triplets `(anchors, positives, negatives)`, or a dict
-    of them under the keys `anchor`, `positive` and `negative`, for a `ContrastiveLoss`; and inputs
-    with labels for a `SupervisedContrastiveLoss`. The log has `recall_<dim>` beside the loss: how
-    often the nearest embedding of the batch is a right one.
+    For a `ContrastiveLoss`, `fit` takes pairs `(anchors, positives)`, triplets
+    `(anchors, positives, negatives)`, or a dict of them under the keys `anchor`, `positive` and
+    `negative`; for a `SupervisedContrastiveLoss`, inputs with labels. The log has `recall_<dim>`
+    beside the loss: how often the nearest embedding of the batch is a right one.
 
-    `predict` on inputs that are no pair gives embeddings, of all coordinates and no fixed length:
-    `Truncate` takes a prefix of unit length. `tower` and `other_tower` are plain Keras models, to
-    be exported and saved on their own.
+    `predict` on inputs of one side returns embeddings of full width, not scaled: `Truncate` takes a
+    prefix and scales it to unit length. `tower` and `other_tower` are plain Keras models, to be
+    exported and saved on their own.
 
     Args:
-        tower: Any Keras model from inputs to features `(batch, width)`. One of several inputs
+        tower: Any Keras model from inputs to features `(batch, width)`. A tower of several inputs
             takes them as a dict.
         other_tower: A model of the same width for positives and negatives; None means `tower`.
-        initial_temperature: Where a learned temperature starts, in place of the loss's own; None
-            leaves the loss its own.
-        **kwargs: What every Keras model takes (`name`, `dtype`).
+        initial_temperature: Start of a learned temperature, which replaces that of the loss; None
+            means that it is not learned.
+        **kwargs: Arguments of every Keras model (`name`, `dtype`).
 
     Shapes:
         Output: `(batch, width)`; of pairs `(batch, 2, width)`, of triplets `(batch, 3, width)`.
@@ -45,8 +45,8 @@ class MatryoshkaEncoder(keras.Model):
     Raises:
         TypeError: If a tower is not a Keras model.
         ValueError: If a tower does not end in `(batch, width)`, the two differ in width, the
-            temperature starts below 0.01, or the model is compiled with a loss that is none of
-            these or with an accuracy.
+            temperature starts below 0.01, or the model is compiled with any other loss than one on
+            embeddings, or with an accuracy.
 
     Examples:
         >>> tower = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
@@ -68,36 +68,40 @@ class MatryoshkaEncoder(keras.Model):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for given in (tower, tower if other_tower is None else other_tower):
-            if not isinstance(given, keras.layers.Layer):
+        for model in (tower, tower if other_tower is None else other_tower):
+            if not isinstance(model, keras.layers.Layer):
                 raise TypeError(
                     "The towers of a MatryoshkaEncoder are Keras models. "
-                    f"Received: {given!r}. "
+                    f"Received: {model!r}. "
                     "Give any model from inputs to features, for example keras.Model(x, features)."
                 )
         self.tower = tower
         self.other_tower = other_tower
         self.initial_temperature = initial_temperature
         if initial_temperature is not None:
-            start = -math.log(_check_initial(initial_temperature))
+            start = -math.log(_check_initial_temperature(initial_temperature))
             self._log_scale = self.add_weight(
                 name="log_scale",
                 shape=(),
                 initializer=keras.initializers.Constant(start),
-                constraint=_no_sharper,
-                aggregation="mean",  # replicas write what the constraint returns, all the same
+                constraint=_bounded_log_scale,
+                aggregation="mean",  # every replica writes the same value
             )
-        # What `dims_per_step` draws from. The same in every process, so in every replica.
+        # For `dims_per_step`: the same in every process, and so in every replica.
         self.seed_generator = keras.random.SeedGenerator(0)
         self._recall = _Recall(())
 
+    def parts(self) -> tuple[keras.layers.Layer, None]:
+        """Return the tower, and None: there is no head."""
+        return self.tower, None
+
     def build(self, input_shape: Any) -> None:
-        """Build every tower on its side."""
-        shape = _as_shapes(input_shape)
-        sides = _sides(shape) or [shape]
+        """Build the tower of every side."""
+        shape = as_shapes(input_shape)
+        shapes_by_side = _sides(shape) or [shape]
         widths = [
-            _checked(_output_shape(tower, side))[1]
-            for tower, side in zip(self._towers(len(sides)), sides, strict=True)
+            _width(output_shape(tower, side))
+            for tower, side in zip(self._towers(len(shapes_by_side)), shapes_by_side, strict=True)
         ]
         if len(set(widths)) > 1:
             raise ValueError(
@@ -111,7 +115,7 @@ class MatryoshkaEncoder(keras.Model):
         return [self.tower, *[other] * (num_sides - 1)]
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """Return the embeddings of all sides, stacked; those of inputs that are no pair as such."""
+        """Return embeddings, `(batch, width)`; of several sides, `(batch, sides, width)`."""
         sides = _sides(inputs)
         if sides is None:
             return self.tower(inputs, training=training)
@@ -124,18 +128,18 @@ class MatryoshkaEncoder(keras.Model):
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Return `(batch, width)` or `(batch, sides, width)`."""
         sides = _sides(input_shape)
-        batch, width = _output_shape(self.tower, input_shape if sides is None else sides[0])
+        batch, width = output_shape(self.tower, input_shape if sides is None else sides[0])
         return (batch, width) if sides is None else (batch, len(sides), width)
 
     @property
     def temperature(self) -> Any:
-        """The learned temperature, never below 0.01; None where the loss's own holds."""
+        """The learned temperature, never below 0.01; None if it is not learned."""
         if self.initial_temperature is None:
             return None
         return ops.exp(-ops.convert_to_tensor(self._log_scale))
 
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **kwargs: Any) -> None:
-        """Compile as Keras does, with one of the losses on nested embeddings."""
+        """Compile as Keras does, with one of the losses on embeddings."""
         if not isinstance(loss, _LOSSES):
             names = ", ".join(kind.__name__ for kind in _LOSSES)
             raise ValueError(
@@ -144,8 +148,8 @@ class MatryoshkaEncoder(keras.Model):
             )
         _refuse_accuracy([kwargs.get("metrics"), kwargs.get("weighted_metrics")])
         super().compile(optimizer, loss, **kwargs)
-        knows_hits = not isinstance(loss, MatryoshkaEmbeddingLoss)
-        self._recall = _Recall(loss.trained_dims if knows_hits else ())
+        has_hits = not isinstance(loss, MatryoshkaEmbeddingLoss)
+        self._recall = _Recall(loss.trained_dims if has_hits else ())
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile a loaded model as it was compiled."""
@@ -159,12 +163,12 @@ class MatryoshkaEncoder(keras.Model):
         return [*super().metrics, *self._recall.means]
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `keras.Model.fit` does, but ignore no weights."""
+        """Train as `keras.Model.fit` does; raise for sample weights that Keras would ignore."""
         _check_weights(x, y, kwargs.get("sample_weight"))
         return super().fit(x, y, *args, **kwargs)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as `keras.Model.evaluate` does, but ignore no weights."""
+        """Evaluate as `keras.Model.evaluate` does; raise for sample weights it would ignore."""
         _check_weights(x, y, kwargs.get("sample_weight"))
         return super().evaluate(x, y, *args, **kwargs)
 
@@ -179,11 +183,11 @@ class MatryoshkaEncoder(keras.Model):
         """Return the loss of the batch, and add its recalls to the log."""
         del x
         seed = self.seed_generator if training else None
-        rows, hits = self.loss.measure(y, y_pred, seed, self.temperature)
+        losses, hits = self.loss.measure(y, y_pred, seed, self.temperature)
         if hits is not None:
             self._recall.add(hits)
-        reduced = step_loss(lambda rows, _: rows, self.loss)
-        return reduced(rows, y_pred, sample_weight=sample_weight) + sum(self.losses)
+        reduced_loss = row_loss(lambda losses, _: losses, self.loss)
+        return reduced_loss(losses, y_pred, sample_weight=sample_weight) + sum(self.losses)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this model again."""
@@ -205,7 +209,7 @@ class MatryoshkaEncoder(keras.Model):
 
 
 class _Recall:
-    """One mean per dim. Keras tracks no such object, so `compile` may replace it."""
+    """One mean per dim; Keras does not track this object, so `compile` may replace it."""
 
     def __init__(self, dims: tuple[int, ...]) -> None:
         self.means = [keras.metrics.Mean(name=f"recall_{dim}") for dim in dims]
@@ -215,12 +219,12 @@ class _Recall:
             mean.update_state(hits[index])
 
 
-def _no_sharper(log_scale: Any) -> Any:
-    """A constraint, as a bound inside the loss would leave no gradient to come back by."""
-    return ops.minimum(log_scale, _SHARPEST)
+def _bounded_log_scale(log_scale: Any) -> Any:
+    """Constrain the variable: a bound inside the loss would have no gradient to return by."""
+    return ops.minimum(log_scale, _MAX_LOG_SCALE)
 
 
-def _check_initial(temperature: float) -> float:
+def _check_initial_temperature(temperature: float) -> float:
     if check_temperature(temperature) < 0.01:
         raise ValueError(
             "initial_temperature must be at least 0.01, the least that is learned. "
@@ -230,7 +234,7 @@ def _check_initial(temperature: float) -> float:
 
 
 def _check_weights(x: Any, y: Any, sample_weight: Any) -> None:
-    """Refuse weights that Keras would drop; beside a dataset it refuses them itself."""
+    """Raise for weights that Keras would ignore; those beside a data set Keras itself refuses."""
     if isinstance(x, (tuple, list, dict)) and y is None and sample_weight is not None:
         raise ValueError(
             "Keras passes sample weights only beside labels. "
@@ -250,7 +254,7 @@ def _refuse_accuracy(metrics: Any) -> None:
 
 
 def _sides(inputs: Any) -> list[Any] | None:
-    """The sides of a pair or triplet (or of its shapes); None of anything else."""
+    """Return the sides of a pair or triplet, or of its shapes; None of anything else."""
     if isinstance(inputs, dict):
         if not set(inputs) & set(_SIDES):
             return None
@@ -273,11 +277,12 @@ def _sides(inputs: Any) -> list[Any] | None:
     return list(inputs)
 
 
-def _checked(shape: Any) -> Any:
+def _width(shape: Any) -> Any:
+    """Return the width of embeddings of this shape; raise if it is not `(batch, width)`."""
     if not isinstance(shape, tuple) or len(shape) != 2:
         raise ValueError(
             "A tower must end in embeddings (batch, width). "
             f"Received: a tower whose output is {shape}. "
             "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D()."
         )
-    return shape
+    return shape[1]

@@ -1,4 +1,8 @@
-"""A small causal Transformer as backbone of a language model, and its next token."""
+"""Language models: a causal Transformer as backbone, the next token, the best of many tokens.
+
+A language model has no class of its own. It is a `MatryoshkaClassifier` whose backbone gives
+features at every position. Only its answer is different, one token per row: see `next_token`.
+"""
 
 from __future__ import annotations
 
@@ -12,60 +16,6 @@ from keras_mrl_serving.funnel import FunnelSchedule
 from ..layers import LearnedPositions, MatryoshkaHead
 from .classifier import MatryoshkaClassifier
 from .cut import split
-
-# The best classes of a large vocabulary without scoring all of it at the full width.
-
-
-def funnel_top_k(head: MatryoshkaHead, features: Any, schedule: FunnelSchedule) -> tuple[Any, Any]:
-    """Return the best classes of each row: shortlisted by few dims, reranked by more.
-
-    Every class is scored at the first dim of the schedule, by that dim's own kernel; the best are
-    scored anew at the next dim, and so on. Where the shortlist is every class, the answer is that
-    of the last dim alone.
-
-    Args:
-        head: A built head; its classes are the gallery.
-        features: What the head reads; raw, not scaled.
-        schedule: Dims of the head, shortlists, and k.
-
-    Shapes:
-        features: `(rows, width)`. Result: ids int32 and logits, both `(rows, k)`, best first.
-        A shortlist of s classes reads `rows * s * dim` numbers: give long texts in parts.
-
-    Raises:
-        ValueError: If the schedule names other dims or more classes than the head has.
-
-    Reference:
-        Kusupati et al., Matryoshka Representation Learning, section 4.3.1, over a vocabulary.
-
-    Examples:
-        >>> from keras_mrl_serving import FunnelSchedule
-        >>> head = MatryoshkaHead(1000, dims=(4, 16), tied=True)
-        >>> features = keras.random.normal((2, 16), seed=0)
-        >>> logits = head(features)[:, -1]
-        >>> ids, _ = funnel_top_k(head, features, FunnelSchedule((4, 16), (1000,), k=3))
-        >>> bool(keras.ops.all(ids == keras.ops.top_k(logits, 3)[1]))
-        True
-    """
-    first, *others = schedule.dims
-    sizes = (*schedule.shortlists, schedule.k)
-    if sizes[0] > head.num_classes:
-        raise ValueError(
-            "A shortlist must not hold more classes than there are. "
-            f"Received: {sizes[0]} of {head.num_classes} classes. "
-            f"Shorten it to at most {head.num_classes}."
-        )
-    scores, best = ops.top_k(head.logits_at(features[..., :first], first), sizes[0])
-    ids = ops.cast(best, "int32")
-    for dim, size in zip(others, sizes[1:], strict=True):
-        kernel, bias = head.weights_at(dim)
-        rows = ops.take(ops.transpose(kernel), ids, axis=0)
-        logits = ops.squeeze(ops.matmul(rows, features[..., :dim, None]), axis=-1)
-        if bias is not None:
-            logits = logits + ops.take(bias, ids, axis=0)
-        scores, best = ops.top_k(logits, size)
-        ids = ops.take_along_axis(ids, ops.cast(best, "int32"), axis=-1)
-    return ids, scores
 
 
 def causal_transformer(
@@ -81,17 +31,17 @@ def causal_transformer(
     """Return a backbone from `tokens` to the features of every position.
 
     A pre-norm Transformer of Keras's own layers with learned positions. The features of a position
-    are made of the tokens up to it and no later one, so a `MatryoshkaHead` that reads them
-    predicts the next. Its token embedding is the layer `tokens_embedding`: give that to
+    depend on the tokens up to it and on no later one, so a `MatryoshkaHead` that reads them
+    predicts the next token. Its token embedding is the layer `tokens_embedding`: give it to
     `MatryoshkaHead(embedding=)` for one table at both ends.
 
     Args:
         vocabulary_size: Number of tokens; ids count from 0.
-        width: Of the features and of everything in between; `heads` divides it.
-        length: Most tokens it reads at once.
-        layers: Number of blocks, each attention and two dense layers.
-        heads: Of the attention.
-        dropout: Share dropped after the embedding and in every block, in training.
+        width: Width of the features and of all layers in between; a multiple of `heads`.
+        length: The most tokens it reads at once.
+        layers: Number of blocks, each of attention and two dense layers.
+        heads: Number of heads of the attention.
+        dropout: Share that is dropped after the embedding and in every block, in training.
         name: Name of the model.
 
     Shapes:
@@ -124,7 +74,7 @@ def causal_transformer(
             heads,
             width // heads,
             dropout=dropout,
-            use_bias=False,  # of the keys it would never learn: the softmax does not see it
+            use_bias=False,  # the softmax cancels a bias of the keys, which would never train
             name=f"attention_{block}",
         )
         attended = attention(normed, normed, use_causal_mask=True)
@@ -138,17 +88,17 @@ def causal_transformer(
 
 
 def next_token(model: keras.Model, padding: int | None = None) -> MatryoshkaClassifier:
-    """Return a language model whose row answers its next token alone, to be exported.
+    """Return a language model that predicts one token per row, the next, to be exported.
 
     Args:
         model: A built `MatryoshkaClassifier` of tokens, or a functional model that ends in a
             `MatryoshkaHead`, with features at every position.
-        padding: Id of the token that fills short rows up at their end; the last other token is
-            then the one that answers. None reads the last position.
+        padding: Id of the token at the end of short rows; the token before the padding then
+            predicts the next. None means that the last position does.
 
     Returns:
-        `tokens` int32 `(batch, time)` to logits `(batch, num_dims, num_classes)`: the same
-        backbone and head, not copies.
+        A model from `tokens` int32 `(batch, time)` to logits `(batch, num_dims, num_classes)`, with
+        the same backbone and head, not copies.
 
     Raises:
         ValueError: If the model has no nested head, or its features no positions.
@@ -170,15 +120,67 @@ def next_token(model: keras.Model, padding: int | None = None) -> MatryoshkaClas
             "Join causal_transformer(...) and a head in a MatryoshkaClassifier."
         )
     tokens, features = backbone.inputs[0], backbone.outputs[0]
-    last = features[:, -1] if padding is None else _last_but(padding, tokens, features)
+    last = features[:, -1] if padding is None else _before_padding(padding, tokens, features)
     view = keras.Model(backbone.input, last, name=f"{backbone.name}_last")
-    answering = MatryoshkaClassifier(view, head, name=f"{model.name}_next_token")
-    answering.build(view.input_shape)
-    return answering
+    next_token_model = MatryoshkaClassifier(view, head, name=f"{model.name}_next_token")
+    next_token_model.build(view.input_shape)
+    return next_token_model
 
 
-def _last_but(padding: int, tokens: Any, features: Any) -> Any:
-    """The features of the last token of each row that is no padding; of the first if all are."""
-    known = ops.cast(ops.not_equal(tokens, padding), "int32")
-    last = ops.maximum(ops.sum(known, axis=1) - 1, 0)
+def _before_padding(padding: int, tokens: Any, features: Any) -> Any:
+    """Return the features of each row's last token before padding; if all is padding, its first."""
+    is_token = ops.cast(ops.not_equal(tokens, padding), "int32")
+    last = ops.maximum(ops.sum(is_token, axis=1) - 1, 0)
     return ops.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
+
+
+def funnel_top_k(head: MatryoshkaHead, features: Any, schedule: FunnelSchedule) -> tuple[Any, Any]:
+    """Return the best classes of each row, shortlisted by few dims and reranked by more.
+
+    Every class is scored at the first dim of the schedule, by the kernel of that dim. The best are
+    scored again at the next dim, and so on. If the shortlist holds every class, the result is that
+    of the last dim. A large vocabulary is so never scored as a whole at full width.
+
+    Args:
+        head: A built head; its classes are the gallery.
+        features: The features that the head reads, not scaled.
+        schedule: Dims of the head, shortlists, and k.
+
+    Shapes:
+        features: `(rows, width)`. Result: ids int32 and logits, both `(rows, k)`, best first.
+        A shortlist of s classes gathers `rows * s * dim` numbers: give long texts in parts.
+
+    Raises:
+        ValueError: If the schedule has a dim that the head has not, or more classes.
+
+    Reference:
+        Kusupati et al., Matryoshka Representation Learning, section 4.3.1, over a vocabulary.
+
+    Examples:
+        >>> from keras_mrl_serving import FunnelSchedule
+        >>> head = MatryoshkaHead(1000, dims=(4, 16), tied=True)
+        >>> features = keras.random.normal((2, 16), seed=0)
+        >>> logits = head(features)[:, -1]
+        >>> ids, _ = funnel_top_k(head, features, FunnelSchedule((4, 16), (1000,), k=3))
+        >>> bool(keras.ops.all(ids == keras.ops.top_k(logits, 3)[1]))
+        True
+    """
+    first, *others = schedule.dims
+    sizes = (*schedule.shortlists, schedule.k)
+    if sizes[0] > head.num_classes:
+        raise ValueError(
+            "A shortlist must not hold more classes than there are. "
+            f"Received: {sizes[0]} of {head.num_classes} classes. "
+            f"Shorten it to at most {head.num_classes}."
+        )
+    scores, best = ops.top_k(head.logits_at(features[..., :first], first), sizes[0])
+    ids = ops.cast(best, "int32")
+    for dim, size in zip(others, sizes[1:], strict=True):
+        kernel, bias = head.weights_at(dim)
+        rows = ops.take(ops.transpose(kernel), ids, axis=0)
+        logits = ops.squeeze(ops.matmul(rows, features[..., :dim, None]), axis=-1)
+        if bias is not None:
+            logits = logits + ops.take(bias, ids, axis=0)
+        scores, best = ops.top_k(logits, size)
+        ids = ops.take_along_axis(ids, ops.cast(best, "int32"), axis=-1)
+    return ids, scores
