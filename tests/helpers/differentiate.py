@@ -1,4 +1,4 @@
-"""A function's value and gradient, on whatever backend runs."""
+"""Values and gradients of a function, compiled where the backend compiles."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,31 +8,55 @@ import numpy as np
 from keras import ops
 
 
-def value_and_gradient(
-    function: Callable[..., Any], arguments: Sequence[Any]
-) -> tuple[Any, list[Any]]:
-    """Return the value and the gradient by every argument, as NumPy; compiled where it can be."""
+def as_numpy(tensors: Any) -> Any:
+    return keras.tree.map_structure(lambda t: np.asarray(ops.convert_to_numpy(t)), tensors)
+
+
+def value(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the function's value, as NumPy: one program, not one per operation."""
     tensors = [ops.convert_to_tensor(argument) for argument in arguments]
     match keras.backend.backend():
         case "jax":
             import jax
 
-            every = tuple(range(len(tensors)))
-            value, gradient = jax.jit(jax.value_and_grad(function, every))(*tensors)
+            function = jax.jit(function)
+        case "tensorflow":
+            import tensorflow as tf
+
+            function = tf.function(function)
+    return as_numpy(function(*tensors))
+
+
+def value_and_gradient(
+    function: Callable[..., Any], arguments: Sequence[Any]
+) -> tuple[Any, list[Any]]:
+    """Return the function's value, and the gradient of its sum by every argument, as NumPy."""
+    tensors = [ops.convert_to_tensor(argument) for argument in arguments]
+    match keras.backend.backend():
+        case "jax":
+            import jax
+
+            def total_and_value(*arguments: Any) -> Any:
+                value = function(*arguments)
+                return ops.sum(value), value
+
+            indices = tuple(range(len(tensors)))
+            differentiated = jax.value_and_grad(total_and_value, indices, has_aux=True)
+            (_, value), gradients = jax.jit(differentiated)(*tensors)
         case "tensorflow":
             import tensorflow as tf
 
             @tf.function(jit_compile=True)
-            def differentiated(*given: Any) -> Any:
+            def differentiate(*arguments: Any) -> Any:
                 with tf.GradientTape() as tape:
-                    tape.watch(given)
-                    value = function(*given)
-                return value, tape.gradient(value, given)
+                    tape.watch(arguments)
+                    value = function(*arguments)
+                return value, tape.gradient(value, arguments)
 
-            value, gradient = differentiated(*tensors)
+            value, gradients = differentiate(*tensors)
         case _:
             tensors = [tensor.clone().requires_grad_() for tensor in tensors]
             value = function(*tensors)
-            value.backward()
-            gradient = [tensor.grad for tensor in tensors]
-    return np.asarray(ops.convert_to_numpy(value)), [ops.convert_to_numpy(g) for g in gradient]
+            value.sum().backward()
+            gradients = [tensor.grad for tensor in tensors]
+    return as_numpy(value), [as_numpy(gradient) for gradient in gradients]

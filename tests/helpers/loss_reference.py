@@ -1,4 +1,4 @@
-"""Contrastive losses over nested prefixes as plain NumPy loops, in float64."""
+"""Losses on embeddings over nested prefixes as plain NumPy loops, in float64."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,6 +63,17 @@ def supervised(
             if right:
                 losses[i] += weight * (log_sum([*logits.values()]) - np.mean(right))
     return losses.reshape(-1, views).mean(axis=1)
+
+
+def distilled(rows: Array, teacher: Array, dims: Sequence[int], weights: Sequence[float]) -> Array:
+    """The mean squared distance of unit prefixes of `rows` and `teacher`, one loss per row."""
+    losses = np.zeros(len(rows))
+    for i, (row, target) in enumerate(zip(rows, teacher.astype(np.float64), strict=True)):
+        for dim, weight in zip(dims, weights, strict=True):
+            unit = row[:dim] / np.sqrt((row[:dim].astype(np.float64) ** 2).sum())
+            unit_target = target[:dim] / np.sqrt((target[:dim] ** 2).sum())
+            losses[i] += weight * ((unit - unit_target) ** 2).mean()
+    return losses
 
 
 def gradient_of(function: Callable[[Array], float], values: Array, step: float = 1e-6) -> Array:

@@ -1,15 +1,19 @@
-"""What Matryoshka training is for, on real images, and that it can be done again."""
+"""Why to train nested, on real images: what is learned does not depend on the backend.
 
+That a model trains on every backend is in `test_laws.py`; that it trains alike again is here.
+"""
+
+import warnings
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from keras import layers
 
-from keras_mrl import MatryoshkaClassifier
+from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, freeze_before
 from tests.helpers import digits
-
-pytestmark = pytest.mark.backend
+from tests.helpers.small_models import as_numpy, compiled
 
 
 def by_dim(model: MatryoshkaClassifier) -> dict[int, float]:
@@ -33,6 +37,7 @@ def test_every_dim_of_one_net_classifies() -> None:
     assert (right[1:] > 0.93).all()
 
 
+@pytest.mark.backend
 def test_a_seed_gives_the_same_weights_again() -> None:
     def weights(seed: int) -> list[Any]:
         keras.utils.set_random_seed(seed)
@@ -43,3 +48,60 @@ def test_a_seed_gives_the_same_weights_again() -> None:
     for one, same, different in zip(first, again, other, strict=True):
         np.testing.assert_array_equal(one, same)
         assert not np.array_equal(one, different)
+
+
+RECIPE_DIMS = (2, 64)
+RECIPES = ("new heads alone", "a projection", "the last blocks", "all of it")
+
+
+def pretrained() -> keras.Model:
+    """Three blocks that learned digits 0 to 4 at full width; 5 to 9 are new to them."""
+    body = keras.Sequential(
+        [
+            keras.Input((64,)),
+            layers.Dense(64, activation="relu", name="block1"),
+            layers.Dense(64, activation="relu", name="block2"),
+            layers.Dense(64, name="block3"),
+        ]
+    )
+    model = MatryoshkaClassifier(body, MatryoshkaHead(5, dims=(64,)))
+    known = digits.Y[digits.TRAIN] < 5
+    compiled(model, optimizer=keras.optimizers.Adam(0.01))
+    x, y = digits.X[digits.TRAIN][known], digits.Y[digits.TRAIN][known]
+    model.fit(x, y, batch_size=100, epochs=15, verbose=0)
+    return body
+
+
+def accuracy_after(recipe: str, body: keras.Model, epochs: int) -> dict[int, float]:
+    if recipe in RECIPES[:2]:
+        body.trainable = False
+    if recipe == "the last blocks":
+        freeze_before(body, "block2")
+    if recipe == "a projection":
+        body = keras.Sequential([keras.Input((64,)), body, layers.Dense(64)])
+    model = MatryoshkaClassifier(body, MatryoshkaHead(10, dims=RECIPE_DIMS))
+    compiled(model, optimizer=keras.optimizers.Adam(0.01))
+    with warnings.catch_warnings():
+        if recipe == "new heads alone":
+            warnings.filterwarnings("ignore", message="A Matryoshka head needs features")
+        model.fit(digits.X[digits.TRAIN], digits.Y[digits.TRAIN], 100, epochs, verbose=0)
+    logits = as_numpy(model(digits.X[digits.TEST]))
+    right = (logits.argmax(-1) == digits.Y[digits.TEST][:, None]).mean(0)
+    return dict(zip(RECIPE_DIMS, right.tolist(), strict=True))
+
+
+def test_which_recipes_nest_a_net_that_was_not() -> None:
+    keras.utils.set_random_seed(0)
+    source = pretrained()
+    accuracy = {}
+    for recipe in RECIPES:
+        body = keras.models.clone_model(source)
+        body.set_weights(source.get_weights())
+        accuracy[recipe] = accuracy_after(recipe, body, epochs=10)
+    heads, projection, last, everything = (accuracy[recipe][2] for recipe in RECIPES)
+    assert heads < 0.55
+    assert projection > heads + 0.02
+    assert last > projection + 0.05
+    assert everything > last + 0.02
+    assert everything > heads + 0.3
+    assert accuracy["all of it"][64] > 0.93

@@ -1,10 +1,13 @@
+"""A nested model split, cut to one dim, and frozen before a layer."""
+
 from collections.abc import Callable
 
 import keras
 import numpy as np
 import pytest
+from keras import layers
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, cut, split
+from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, cut, freeze_before, split
 from tests.helpers.laws import exactly
 from tests.helpers.small_models import (
     DIMS,
@@ -22,8 +25,8 @@ pytestmark = pytest.mark.backend
 
 
 def sequential() -> keras.Model:
-    layers = [keras.Input((5,)), keras.layers.Dense(8), MatryoshkaHead(NUM_CLASSES, dims=DIMS)]
-    return keras.Sequential(layers)
+    head = MatryoshkaHead(NUM_CLASSES, dims=DIMS)
+    return keras.Sequential([keras.Input((5,)), layers.Dense(8), head])
 
 
 NESTED: dict[str, Callable[[], keras.Model]] = {
@@ -55,7 +58,7 @@ def test_every_dim_of_a_nested_model_can_be_cut_out(make: Callable[[], keras.Mod
         plain = cut(model, dim)
         assert plain.output_shape == (None, NUM_CLASSES)
         np.testing.assert_allclose(as_numpy(plain(X)), logits[:, m], rtol=1e-5, atol=1e-6)
-        assert isinstance(plain.layers[-1], keras.layers.Dense)
+        assert isinstance(plain.layers[-1], layers.Dense)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -68,8 +71,8 @@ def test_the_cut_holds_the_kernel_and_bias_of_its_dim(tied: bool, use_bias: bool
     dense = cut(model, 4).layers[-1]
     expected = [as_numpy(w) for w in head.weights_at(4) if w is not None]
     assert [w.shape for w in dense.get_weights()] == [(4, 3), (3,)][: 1 + use_bias]
-    for received, wanted in zip(dense.get_weights(), expected, strict=True):
-        np.testing.assert_array_equal(received, wanted)
+    for received, own in zip(dense.get_weights(), expected, strict=True):
+        np.testing.assert_array_equal(received, own)
     np.testing.assert_allclose(
         as_numpy(cut(model, 4)(X)), as_numpy(model(X))[:, 1], rtol=1e-5, atol=1e-6
     )
@@ -94,8 +97,8 @@ def test_a_cut_keeps_the_names_and_dtypes_of_the_inputs() -> None:
         "words": keras.Input((4,), dtype="int32", name="words"),
         "length": keras.Input((1,), name="length"),
     }
-    pooled = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(9, 7)(inputs["words"]))
-    body = keras.Model(inputs, keras.layers.Concatenate()([pooled, inputs["length"]]))
+    pooled = layers.GlobalAveragePooling1D()(layers.Embedding(9, 7)(inputs["words"]))
+    body = keras.Model(inputs, layers.Concatenate()([pooled, inputs["length"]]))
     model = classifier(body)
     x = {"words": np.arange(8).reshape(2, 4), "length": np.ones((2, 1), "float32")}
     logits = as_numpy(model(x))
@@ -123,7 +126,7 @@ def test_the_same_model_may_be_cut_twice() -> None:
 
 def test_a_model_without_a_nested_head_is_all_backbone() -> None:
     inputs = keras.Input((5,))
-    plain = keras.Model(inputs, keras.layers.Dense(8)(inputs), name="plain")
+    plain = keras.Model(inputs, layers.Dense(8)(inputs), name="plain")
     assert split(plain) == (plain, None)
     sentence = (
         "Only a model that ends in a MatryoshkaHead can be cut to a dim. "
@@ -136,10 +139,10 @@ def test_a_model_without_a_nested_head_is_all_backbone() -> None:
 
 def test_a_head_that_is_one_of_two_outputs_or_not_the_last_layer_is_no_end() -> None:
     inputs = keras.Input((5,))
-    features = keras.layers.Dense(8)(inputs)
+    features = layers.Dense(8)(inputs)
     logits = MatryoshkaHead(NUM_CLASSES, dims=DIMS)(features)
-    two = keras.Model(inputs, [keras.layers.Dense(2)(features), logits])
-    onward = keras.Model(inputs, keras.layers.Softmax()(logits))
+    two = keras.Model(inputs, [layers.Dense(2)(features), logits])
+    onward = keras.Model(inputs, layers.Softmax()(logits))
     for model in (two, onward):
         assert split(model) == (model, None)
 
@@ -159,8 +162,8 @@ def unbuilt_classifier() -> keras.Model:
 
 
 def unbuilt_sequential() -> keras.Model:
-    layers = [keras.layers.Dense(8), MatryoshkaHead(NUM_CLASSES, dims=DIMS)]
-    return keras.Sequential(layers, name="unbuilt")
+    head = MatryoshkaHead(NUM_CLASSES, dims=DIMS)
+    return keras.Sequential([layers.Dense(8), head], name="unbuilt")
 
 
 @pytest.mark.parametrize("make", [unbuilt_classifier, unbuilt_sequential])
@@ -176,3 +179,49 @@ def test_a_model_without_weights_is_refused_until_it_was_called(
         cut(model, 4)
     logits = as_numpy(model(X))
     np.testing.assert_allclose(as_numpy(cut(model, 4)(X)), logits[:, 1], rtol=1e-5, atol=1e-6)
+
+
+def test_what_comes_before_stays_and_what_comes_after_moves() -> None:
+    names = ("first", "second", "third")
+    body = keras.Sequential([keras.Input((5,)), *(layers.Dense(8, name=n) for n in names)])
+    body.trainable = False
+    freeze_before(body, "second")
+    assert [layer.trainable for layer in body.layers] == [False, True, True]
+    before = [as_numpy(w) for w in body.weights]
+    classifier(body).fit(X, Y, verbose=0)
+    moved = [not np.array_equal(as_numpy(w), b) for w, b in zip(body.weights, before, strict=True)]
+    assert moved == [False, False, True, True, True, True]
+
+
+def test_frozen_batch_statistics_stay() -> None:
+    body = keras.Sequential(
+        [
+            keras.Input((5,)),
+            layers.BatchNormalization(name="early"),
+            layers.Dense(8, name="late"),
+            layers.BatchNormalization(name="last"),
+        ]
+    )
+    freeze_before(body, "late")
+    before = [as_numpy(body.get_layer(name).moving_mean) for name in ("early", "last")]
+    classifier(body).fit(X, Y, verbose=0)
+    after = [as_numpy(body.get_layer(name).moving_mean) for name in ("early", "last")]
+    assert np.array_equal(after[0], before[0])
+    assert not np.array_equal(after[1], before[1])
+
+
+def test_the_first_layer_freezes_nothing() -> None:
+    body = keras.Sequential([keras.Input((5,)), layers.Dense(8, name="first")])
+    freeze_before(body, "first")
+    assert len(body.trainable_weights) == 2
+
+
+def test_a_layer_that_is_not_there_is_refused() -> None:
+    body = keras.Sequential([keras.Input((5,)), layers.Dense(8, name="first")], name="body")
+    sentence = (
+        "layer must be the name of one of the backbone's layers. "
+        "Received: layer='block5' for 'body', whose last layers are ['first']. "
+        "Print [layer.name for layer in backbone.layers]."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        freeze_before(body, "block5")

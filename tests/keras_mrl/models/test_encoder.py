@@ -44,6 +44,10 @@ def eager(encoder: MatryoshkaEncoder, **arguments: Any) -> MatryoshkaEncoder:
     return encoder
 
 
+def log_scale(encoder: MatryoshkaEncoder) -> Any:
+    return next(weight for weight in encoder.weights if weight.name == "log_scale")
+
+
 @pytest.mark.parametrize(
     "x",
     [
@@ -130,7 +134,7 @@ def test_a_temperature_stops_at_its_floor_and_comes_back() -> None:
     encoder = MatryoshkaEncoder(tower(), initial_temperature=0.0101)
     encoder.tower.trainable = False
     encoder.compile(keras.optimizers.SGD(0.1), ContrastiveLoss(DIMS))
-    encoder._log_scale.assign(9.0)
+    log_scale(encoder).assign(9.0)
     encoder.fit((ANCHORS, ANCHORS), verbose=0)  # all are right: no gradient is large
     assert float(as_numpy(encoder.temperature)) == pytest.approx(0.01)
     encoder.fit((ANCHORS, ANCHORS[::-1]), verbose=0)  # all are wrong: softer is better
@@ -191,7 +195,7 @@ def test_low_precision_towers_are_compared_in_float32() -> None:
     with policy("mixed_bfloat16"):
         encoder = eager(MatryoshkaEncoder(tower(), initial_temperature=0.1))
         history = encoder.fit((ANCHORS, POSITIVES), verbose=0).history
-    assert encoder._log_scale.dtype == "float32"
+    assert log_scale(encoder).dtype == "float32"
     assert np.isfinite(history["loss"][0])
 
 

@@ -1,4 +1,4 @@
-"""A causal Transformer under a nested head, tied to its own embedding or not."""
+"""A causal Transformer under a nested head, its next token, and the best tokens by a funnel."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from keras_mrl import (
     MatryoshkaHead,
     MatryoshkaLoss,
     causal_transformer,
+    funnel_top_k,
     next_token,
 )
+from keras_mrl_serving import ExactIndex, FunnelSchedule
 from tests.helpers import small_models as small
 from tests.helpers.language_models import (
     DIMS,
@@ -223,3 +225,80 @@ def test_a_text_is_learned_at_every_dim() -> None:
     assert last == sorted(last, reverse=True)
     assert last[0] < 5
     assert last[-1] < 1.5
+
+
+CLASSES, FUNNEL_WIDTH, FUNNEL_DIMS = 300, 16, (4, 8, 16)
+FEATURES = np.random.default_rng(0).normal(size=(9, FUNNEL_WIDTH)).astype("float32")
+HEADS = {
+    "untied": lambda: MatryoshkaHead(CLASSES, FUNNEL_DIMS),
+    "tied": lambda: MatryoshkaHead(CLASSES, FUNNEL_DIMS, tied=True),
+    "without bias": lambda: MatryoshkaHead(CLASSES, FUNNEL_DIMS, tied=True, use_bias=False),
+}
+
+
+def head_of(kind: str) -> MatryoshkaHead:
+    head = HEADS[kind]()
+    head.build((None, FUNNEL_WIDTH))
+    random = np.random.default_rng(1)
+    head.set_weights([random.normal(size=w.shape) for w in head.weights])
+    return head
+
+
+def funnel(head: MatryoshkaHead, schedule: FunnelSchedule) -> tuple[np.ndarray, np.ndarray]:
+    ids, scores = funnel_top_k(head, keras.ops.convert_to_tensor(FEATURES), schedule)
+    return as_numpy(ids), as_numpy(scores)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_funnel_with_every_class_on_the_shortlist_is_exact(kind: str) -> None:
+    head = head_of(kind)
+    ids, scores = funnel(head, FunnelSchedule((4, 16), (CLASSES,), k=5))
+    logits = as_numpy(head(FEATURES))[:, -1]
+    expected = np.argsort(-logits, axis=1)[:, :5]
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_allclose(scores, np.take_along_axis(logits, expected, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_each_stage_picks_from_the_one_before_it_by_its_own_logits(kind: str) -> None:
+    head = head_of(kind)
+    logits = as_numpy(head(FEATURES))
+    ids, scores = funnel(head, FunnelSchedule((4, 8, 16), (40, 12), k=3))
+    for row in range(len(FEATURES)):
+        best = np.argsort(-logits[row, 0])[:40]
+        best = best[np.argsort(-logits[row, 1, best])[:12]]
+        best = best[np.argsort(-logits[row, 2, best])[:3]]
+        np.testing.assert_array_equal(ids[row], best)
+        np.testing.assert_allclose(scores[row], logits[row, 2, best], rtol=1e-4, atol=1e-4)
+
+
+def test_one_stage_is_top_k_of_its_dim() -> None:
+    head = head_of("untied")
+    ids, _ = funnel(head, FunnelSchedule((8,), (), k=4))
+    np.testing.assert_array_equal(ids, np.argsort(-as_numpy(head(FEATURES))[:, 1])[:, :4])
+
+
+def test_a_tied_head_is_a_gallery_of_its_classes() -> None:
+    """The same funnel over the transposed kernel, as an index counts it."""
+    head = head_of("without bias")
+    schedule = FunnelSchedule((4, 8, 16), (40, 12), k=3)
+    index = ExactIndex.build(as_numpy(head.weights_at(16)[0]).T, schedule, metric="dot")
+    np.testing.assert_array_equal(funnel(head, schedule)[0], index.search(FEATURES).ids)
+
+
+def test_a_shortlist_of_more_classes_than_there_are_is_refused() -> None:
+    sentence = (
+        "A shortlist must not hold more classes than there are. "
+        "Received: 301 of 300 classes. Shorten it to at most 300."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        funnel(head_of("tied"), FunnelSchedule((4, 16), (301,), k=3))
+
+
+def test_only_dims_of_the_head_make_stages() -> None:
+    sentence = (
+        "dim must be one of the dims of the head. "
+        "Received: dim=6 for dims=(4, 8, 16). Choose one of those."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        funnel(head_of("tied"), FunnelSchedule((6, 16), (30,), k=3))

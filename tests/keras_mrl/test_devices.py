@@ -18,9 +18,9 @@ devices = int(sys.argv[1])
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 import keras, numpy as np
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss, MatryoshkaMetric
-from keras_mrl.losses import chunks
+from keras_mrl.losses import crossentropy
 
-chunks._LOGITS = 500  # several chunks in every step
+crossentropy.CHUNK_LOGITS = 500  # several chunks in every step
 scope = contextlib.nullcontext()
 if keras.backend.backend() == "jax":
     import jax

@@ -1,10 +1,12 @@
+"""Metrics at every dim are Keras's own of that dim; perplexity counts tokens, not rows."""
+
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
 
-from keras_mrl import MatryoshkaHead, MatryoshkaLoss, MatryoshkaMetric
+from keras_mrl import MatryoshkaHead, MatryoshkaLoss, MatryoshkaMetric, Perplexity
 from tests.helpers.laws import exactly
 from tests.helpers.small_models import (
     DIMS,
@@ -144,6 +146,16 @@ def test_logits_of_another_number_of_dims_are_refused(shape: tuple[int, ...]) ->
         accuracy().update_state(Y, keras.ops.zeros(shape))
 
 
+def test_a_metric_that_needs_logits_is_not_updated_without() -> None:
+    metric = MatryoshkaMetric(keras.metrics.MeanSquaredError(), DIMS)
+    sentence = (
+        "update_rows takes metrics that a loss and a rank decide. "
+        "Received: MeanSquaredError. Use update_state, with logits."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        metric.update_rows(np.zeros((12, 3)), np.zeros((12, 3)), Y)
+
+
 @pytest.mark.parametrize("given", ["accuracy", keras.metrics.Mean, accuracy()])
 def test_what_is_no_metric_of_one_dim_is_refused(given: Any) -> None:
     sentence = (
@@ -152,3 +164,84 @@ def test_what_is_no_metric_of_one_dim_is_refused(given: Any) -> None:
     )
     with pytest.raises(TypeError, match=exactly(sentence)):
         MatryoshkaMetric(given, DIMS)
+
+
+TOKEN_LOGITS = RANDOM.normal(size=(4, 5, 7)).astype("float32")
+TOKEN_LABELS = RANDOM.integers(0, 7, size=(4, 5))
+TOKEN_WEIGHTS = RANDOM.uniform(0.5, 2, size=(4, 5)).astype("float32")
+
+
+def perplexity(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
+    """In float64."""
+    scores = logits.astype("float64")
+    log = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+    of_label = np.take_along_axis(log, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    return float(np.exp(-(of_label * weights).sum() / weights.sum()))
+
+
+def test_perplexity_is_the_exponential_of_the_mean_over_all_batches() -> None:
+    metric = Perplexity()
+    for rows in (slice(0, 1), slice(1, 4)):
+        metric.update_state(TOKEN_LABELS[rows], TOKEN_LOGITS[rows])
+    expected = perplexity(TOKEN_LOGITS, TOKEN_LABELS, np.ones(TOKEN_LABELS.shape))
+    assert float(metric.result()) == pytest.approx(expected, rel=1e-5)
+    metric.reset_state()
+    metric.update_state(TOKEN_LABELS[:1], TOKEN_LOGITS[:1])
+    assert float(metric.result()) == pytest.approx(
+        perplexity(TOKEN_LOGITS[:1], TOKEN_LABELS[:1], np.ones((1, 5))), rel=1e-5
+    )
+
+
+def test_ignored_tokens_do_not_count_whatever_their_logits() -> None:
+    ignored = TOKEN_LABELS.copy()
+    ignored[0, 1:] = ignored[2, 3] = -1
+    broken = TOKEN_LOGITS.copy()
+    broken[0, 1:] = np.nan
+    metric = Perplexity(ignore_class=-1)
+    metric.update_state(ignored, broken)
+    expected = perplexity(TOKEN_LOGITS, ignored, (ignored >= 0).astype("float64"))
+    assert float(metric.result()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 5)], ids=["rows", "tokens"])
+def test_sample_weights_weigh_tokens(shape: tuple[int, ...]) -> None:
+    weights = TOKEN_WEIGHTS[:, 0] if shape == (4,) else TOKEN_WEIGHTS
+    metric = Perplexity()
+    metric.update_state(TOKEN_LABELS, TOKEN_LOGITS, sample_weight=weights)
+    spread = np.broadcast_to(weights.reshape(*shape, *(1,) * (2 - len(shape))), (4, 5))
+    assert float(metric.result()) == pytest.approx(
+        perplexity(TOKEN_LOGITS, TOKEN_LABELS, spread), rel=1e-5
+    )
+
+
+def test_tokens_may_come_as_a_column() -> None:
+    metric = Perplexity()
+    metric.update_state(TOKEN_LABELS[:, :1], TOKEN_LOGITS[:, 0])
+    expected = perplexity(TOKEN_LOGITS[:, 0], TOKEN_LABELS[:, 0], np.ones(4))
+    assert float(metric.result()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_masked_positions_do_not_count_in_perplexity_at_any_dim() -> None:
+    """Keras masks the sum that an Embedding with mask_zero begins."""
+    tokens = np.array([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0]])
+    labels = np.array([[2, 3, 1, 6, 6], [5, 1, 6, 6, 6]])
+    inputs = keras.Input((5,), dtype="int32")
+    embedded = keras.layers.Embedding(7, 8, mask_zero=True)(inputs)
+
+    model = keras.Model(inputs, MatryoshkaHead(7, DIMS)(embedded))
+    logits = keras.ops.convert_to_numpy(model(tokens))
+    metric = MatryoshkaMetric(Perplexity(), DIMS)
+    metric.update_state(labels, model(tokens))
+    for index, dim in enumerate(DIMS):
+        expected = perplexity(logits[:, :, index], labels, (tokens > 0).astype("float64"))
+        received = float(metric.result()[f"perplexity_{dim}"])
+        assert received == pytest.approx(expected, rel=1e-5)
+
+
+def test_half_precision_logits_are_summed_in_float32() -> None:
+    metric = Perplexity()
+    low = keras.ops.cast(TOKEN_LOGITS, "bfloat16")
+    metric.update_state(TOKEN_LABELS, low)
+    exact = np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(low, "float32")))
+    expected = perplexity(exact, TOKEN_LABELS, np.ones(TOKEN_LABELS.shape))
+    assert float(metric.result()) == pytest.approx(expected, rel=1e-5)
