@@ -14,7 +14,9 @@ def as_numpy(tensors: Any) -> Any:
 
 def value(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return the function's value, as NumPy: one program, not one per operation."""
-    tensors = [ops.convert_to_tensor(argument) for argument in arguments]
+    tensors = keras.tree.map_structure(
+        lambda array: None if array is None else ops.convert_to_tensor(array), list(arguments)
+    )
     match keras.backend.backend():
         case "jax":
             import jax

@@ -10,7 +10,7 @@ from keras import ops
 from keras_mrl import nested_crossentropy
 from keras_mrl.losses import first_boosted
 from tests.helpers import reference
-from tests.helpers.differentiate import value_and_gradient
+from tests.helpers.differentiate import value, value_and_gradient
 from tests.helpers.laws import exactly
 
 pytestmark = pytest.mark.backend
@@ -61,11 +61,14 @@ def near(received: Any, exact: Any, naive: Any) -> None:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    ("weights", "numbers"),
-    [((2, 0, 0.5), (2, 0, 0.5)), (first_boosted, (2, 1, 1))],
-    ids=["numbers", "function"],
+    ("weights", "numbers", "chunk_rows"),
+    [
+        (first_boosted, (2, 1, 1), None),
+        ((2, 0, 0.5), (2, 0, 0.5), 1),
+        ((2, 0, 0.5), (2, 0, 0.5), 4),
+    ],
+    ids=["a function, at once", "row by row", "by chunks"],
 )
-@pytest.mark.parametrize("chunk_rows", [None, 1, 4])
 def test_it_equals_the_float64_loop(
     tied: bool, weights: Any, numbers: Any, chunk_rows: int | None
 ) -> None:
@@ -76,9 +79,11 @@ def test_it_equals_the_float64_loop(
         near(own, right, rough)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("labels", [Y, SHARES], ids=["integers", "shares"])
+@pytest.mark.parametrize(
+    ("tied", "smoothing", "labels"),
+    [(False, 0.2, Y), (True, 0.2, Y), (False, 0.0, SHARES), (True, 0.2, SHARES)],
+    ids=["untied, integers", "tied, integers", "untied, shares", "tied, smoothed shares"],
+)
 def test_smoothing_and_shares_are_those_of_keras(tied: bool, smoothing: float, labels: Any) -> None:
     kernels, biases = parameters(tied)
     dense = labels if labels.ndim == 2 else np.eye(CLASSES, dtype="float32")[labels]
@@ -104,20 +109,26 @@ def test_smoothing_and_shares_are_those_of_keras(tied: bool, smoothing: float, l
         np.testing.assert_allclose(own, right, rtol=0, atol=2e-5)
 
 
+def rows_of(
+    x: Any, kernels: Any, biases: Any, labels: Any = Y, **given: Any
+) -> tuple[Any, Any, Any]:
+    """Loss, losses and ranks, as NumPy."""
+    return value(
+        lambda x, kernels, biases, labels: tuple(
+            nested_crossentropy(x, kernels, biases, labels, DIMS, **given)
+        ),
+        x,
+        kernels,
+        biases,
+        labels,
+    )
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("training", [False, True])
 def test_losses_and_ranks_are_of_every_row_and_dim(tied: bool, training: bool) -> None:
     kernels, biases = parameters(tied)
-    said = nested_crossentropy(
-        ops.convert_to_tensor(X),
-        [ops.convert_to_tensor(kernel) for kernel in kernels],
-        [ops.convert_to_tensor(bias) for bias in biases],
-        ops.convert_to_tensor(Y),
-        DIMS,
-        chunk_rows=4,
-        training=training,
-    )
-    losses, ranks = (ops.convert_to_numpy(part) for part in (said.losses, said.ranks))
+    loss, losses, ranks = rows_of(X, kernels, biases, chunk_rows=4, training=training)
     for index, dim in enumerate(DIMS):
         owner = 0 if tied else index
         logits = X[:, :dim].astype(float) @ kernels[owner][:dim] + biases[owner]
@@ -125,53 +136,69 @@ def test_losses_and_ranks_are_of_every_row_and_dim(tied: bool, training: bool) -
         np.testing.assert_array_equal(ranks[:, index], (logits > own[:, None]).sum(axis=1))
         expected = np.log(np.exp(logits).sum(axis=1)) - own
         np.testing.assert_allclose(losses[:, index], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(float(said.loss), losses.sum(axis=1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(loss, losses.sum(axis=1).mean(), rtol=1e-5)
 
 
 def test_ties_are_broken_as_argmax_does() -> None:
-    zeros = [ops.zeros((dim, CLASSES)) for dim in DIMS]
-    said = nested_crossentropy(
-        ops.convert_to_tensor(X), zeros, None, ops.convert_to_tensor(Y), DIMS
-    )
-    assert ((ops.convert_to_numpy(said.ranks) == 0) == (Y == 0)[:, None]).all()
+    zeros = [np.zeros((dim, CLASSES), "float32") for dim in DIMS]
+    _, _, ranks = rows_of(X, zeros, None)
+    assert ((ranks == 0) == (Y == 0)[:, None]).all()
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_half_precision_is_summed_in_float32(tied: bool) -> None:
-    kernels, biases = parameters(tied)
-    for dtype in ("bfloat16", "float16"):
-        half = [ops.cast(ops.convert_to_tensor(a), dtype) for a in (X, *kernels)]
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_summed_in_float32(dtype: str) -> None:
+    def both(x: Any, kernels: Any, biases: Any) -> Any:
+        half = [ops.cast(tensor, dtype) for tensor in (x, *kernels)]
         rounded = [ops.cast(tensor, "float32") for tensor in half]
-        bias = [ops.convert_to_tensor(b) for b in biases]
-        given = (bias, ops.convert_to_tensor(Y), DIMS)
-        low = nested_crossentropy(half[0], half[1:], *given)
-        full = nested_crossentropy(rounded[0], rounded[1:], *given)
-        assert keras.backend.standardize_dtype(low.loss.dtype) == "float32"
-        np.testing.assert_allclose(float(low.loss), float(full.loss), rtol=1e-6)
+        low, full = (
+            nested_crossentropy(own[0], own[1:], biases, ops.convert_to_tensor(Y), DIMS).loss
+            for own in (half, rounded)
+        )
+        assert keras.backend.standardize_dtype(low.dtype) == "float32"
+        return low, full
+
+    for tied in (False, True):
+        low, full = value(both, X, *parameters(tied))
+        np.testing.assert_allclose(low, full, rtol=1e-6)
 
 
-def test_unusual_batches() -> None:
+def test_features_of_nan_make_loss_and_gradient_nan_and_rank_last() -> None:
     loss, gradient = fused(True, x=X * np.nan)
     assert np.isnan(loss)
     assert np.isnan(gradient[0][:, : DIMS[-1]]).all()
-    nowhere = nested_crossentropy(X * np.nan, UNTIED, None, Y, DIMS)
-    assert (ops.convert_to_numpy(nowhere.ranks) == CLASSES).all()
-    assert np.isnan(fused(False, labels=np.where(Y == 2, CLASSES, Y))[0])
-    assert np.isnan(fused(False, labels=np.where(Y == 2, -1, Y))[0])
-    empty = fused(True, x=X[:0], labels=Y[:0], row_weights=None)
-    assert empty[0] == 0
-    assert all((part == 0).all() for part in empty[1])
-    one = [ops.ones((dim, 1)) for dim in DIMS]
-    labels = ops.zeros(ROWS, "int32")
-    assert float(nested_crossentropy(ops.convert_to_tensor(X), one, None, labels, DIMS).loss) == 0
+    _, _, ranks = rows_of(X * np.nan, UNTIED, None)
+    assert (ranks == CLASSES).all()
+
+
+@pytest.mark.parametrize("label", [CLASSES, -1])
+def test_a_label_that_names_no_class_makes_the_loss_nan(label: int) -> None:
+    loss, losses, _ = rows_of(X, UNTIED, BIASES, np.where(Y == 2, label, Y))
+    assert np.isnan(loss)
+    assert (np.isnan(losses) == (Y == 2)[:, None]).all()
+
+
+def test_no_rows_and_one_class_have_no_loss() -> None:
+    loss, gradient = fused(True, x=X[:0], labels=Y[:0], row_weights=None)
+    assert loss == 0
+    assert all((part == 0).all() for part in gradient)
+    ones = [np.ones((dim, 1), "float32") for dim in DIMS]
+    assert rows_of(X, ones, None, np.zeros(ROWS, "int32"))[0] == 0
 
 
 def test_a_row_of_weight_zero_is_as_if_absent() -> None:
-    spoilt = X.copy()
-    spoilt[3] = np.inf
+    spoilt = np.where(np.arange(ROWS)[:, None] == 3, np.inf, X).astype("float32")
     weights = np.where(np.arange(ROWS) == 3, 0, R).astype("float32")
-    received = fused(False, x=spoilt, row_weights=ops.convert_to_tensor(weights))[0]
-    assert received == pytest.approx(fused(False, row_weights=ops.convert_to_tensor(weights))[0])
+
+    def loss(x: Any) -> Any:
+        return nested_crossentropy(
+            x, UNTIED, BIASES, ops.convert_to_tensor(Y), DIMS, row_weights=weights
+        ).loss
+
+    def both(x: Any, other: Any) -> Any:
+        return loss(x), loss(other)
+
+    received, expected = value(both, spoilt, X)
+    assert received == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

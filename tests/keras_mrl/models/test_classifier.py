@@ -89,11 +89,10 @@ def test_any_keras_model_trains_saves_and_is_cut(
     logits = model.predict(x, verbose=0)
     assert logits.shape == (12, 3, NUM_CLASSES)
     for m, dim in enumerate(DIMS):
-        cut = model.at(dim).predict(x, verbose=0)
-        np.testing.assert_allclose(cut, logits[:, m], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(as_numpy(model.at(dim)(x)), logits[:, m], rtol=1e-5, atol=1e-6)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), logits, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(as_numpy(loaded(x)), logits, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(as_numpy(loaded.at(4)(x)), logits[:, 1], rtol=1e-5, atol=1e-6)
 
 
@@ -339,11 +338,9 @@ class WithLogits(MatryoshkaClassifier):
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
 
-def recurrent() -> keras.Model:
+def masking() -> keras.Model:
     embedding = keras.layers.Embedding(CLASSES, 4, mask_zero=True)
-    return keras.Sequential(
-        [keras.Input((LENGTH,)), embedding, keras.layers.SimpleRNN(8, return_sequences=True)]
-    )
+    return keras.Sequential([keras.Input((LENGTH,)), embedding, keras.layers.Dense(8)])
 
 
 def nested(metric: keras.metrics.Metric) -> MatryoshkaMetric:
@@ -375,9 +372,10 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": MatryoshkaLoss(DENSE(from_logits=True, label_smoothing=0.1, reduction="sum")),
         "metrics": [nested(keras.metrics.CategoricalAccuracy(name="accuracy"))],
         "use_bias": False,
+        "validated": False,
     },
     "masked tokens": {
-        "backbone": recurrent,
+        "backbone": masking,
         "x": TOKENS,
         "y": NEXT,
         "tied": True,
@@ -389,9 +387,10 @@ CASES: dict[str, dict[str, Any]] = {
         "y": np.where(STEP_Y < 3, -1, STEP_Y),
         "loss": MatryoshkaLoss(SPARSE(from_logits=True, ignore_class=-1)),
         "metrics": [nested(keras.metrics.SparseCategoricalAccuracy(name="accuracy"))],
-        "run_eagerly": True,
+        "run_eagerly": keras.backend.backend() != "jax",  # which compiles it all the same
     },
     "some dims": {
+        "validated": False,
         "loss": MatryoshkaLoss(SPARSE(from_logits=True), dims_per_step=2),
         "kernel_regularizer": "l2",
     },
@@ -422,7 +421,7 @@ def trained(kind: Any, given: dict[str, Any]) -> tuple[keras.Model, dict[str, li
         case["y"],
         batch_size=BATCH_ROWS,
         epochs=2,
-        validation_data=(case["x"], case["y"]),
+        validation_data=(case["x"], case["y"]) if case.get("validated", True) else None,
         verbose=0,
         shuffle=False,
         **fitted,
@@ -446,7 +445,7 @@ def test_a_fit_without_logits_is_one_with_them(
 
 def test_masked_tokens_count_nothing_in_a_weighted_metric() -> None:
     # Not compared with Keras's own: it forgets the mask on JAX, and scales weights twice on torch.
-    model = MatryoshkaClassifier(recurrent(), MatryoshkaHead(CLASSES, STEP_DIMS))
+    model = MatryoshkaClassifier(masking(), MatryoshkaHead(CLASSES, STEP_DIMS))
     right = nested(keras.metrics.SparseCategoricalAccuracy(name="right"))
     loss = MatryoshkaLoss(SPARSE(from_logits=True, ignore_class=-1))
     model.compile("sgd", loss, weighted_metrics=[right])

@@ -26,6 +26,7 @@ POSITIVES = ANCHORS + 0.1 * RANDOM.normal(size=(16, 5)).astype("float32")
 NEGATIVES = RANDOM.normal(size=(16, 5)).astype("float32")
 SIDES = {"anchor": ANCHORS, "positive": POSITIVES, "negative": NEGATIVES}
 LABELS = np.arange(16) // 4
+EAGERLY = keras.backend.backend() != "jax"  # which compiles one by one what it runs one by one
 
 
 def tower(width: int = 8) -> keras.Model:
@@ -37,10 +38,10 @@ def compiled(encoder: MatryoshkaEncoder, **arguments: Any) -> MatryoshkaEncoder:
     return encoder
 
 
-def eager(encoder: MatryoshkaEncoder, **arguments: Any) -> MatryoshkaEncoder:
-    """What is not about compiled steps saves the compiler's seconds."""
+def quick(encoder: MatryoshkaEncoder, **arguments: Any) -> MatryoshkaEncoder:
+    """Without the seconds of TensorFlow's compiler, where compiling is not what is tested."""
     loss = ContrastiveLoss(DIMS, **arguments)
-    encoder.compile(keras.optimizers.Adam(0.01), loss, run_eagerly=True)
+    encoder.compile(keras.optimizers.Adam(0.01), loss, run_eagerly=EAGERLY)
     return encoder
 
 
@@ -58,7 +59,7 @@ def log_scale(encoder: MatryoshkaEncoder) -> Any:
     ids=["pair", "named pair", "named triplet"],
 )
 def test_pairs_and_triplets_train_and_the_log_has_the_recall_of_every_dim(x: Any) -> None:
-    encoder = eager(MatryoshkaEncoder(tower()))
+    encoder = quick(MatryoshkaEncoder(tower()))
     history = encoder.fit(x, batch_size=8, epochs=2, verbose=0, validation_data=(x,)).history
     recalls = [f"recall_{dim}" for dim in DIMS]
     assert set(history) == {name for part in ("loss", *recalls) for name in (part, f"val_{part}")}
@@ -88,7 +89,7 @@ def test_training_lowers_the_loss_and_chunks_do_not_matter() -> None:
 
 def test_two_towers_learn_apart_and_one_is_shared() -> None:
     for other in (None, tower()):
-        encoder = eager(MatryoshkaEncoder(tower(), other))
+        encoder = quick(MatryoshkaEncoder(tower(), other))
         encoder.fit((ANCHORS, POSITIVES), verbose=0)
         assert len(encoder.trainable_weights) == (2 if other is None else 4)
         stacked = encoder.predict((ANCHORS, POSITIVES), verbose=0)
@@ -99,7 +100,7 @@ def test_two_towers_learn_apart_and_one_is_shared() -> None:
 
 def test_labels_train_one_tower() -> None:
     encoder = MatryoshkaEncoder(tower())
-    encoder.compile("adam", SupervisedContrastiveLoss(DIMS), run_eagerly=True)
+    encoder.compile("adam", SupervisedContrastiveLoss(DIMS), run_eagerly=EAGERLY)
     history = encoder.fit(ANCHORS, LABELS, verbose=0).history
     assert set(history) == {"loss", "recall_2", "recall_4", "recall_8"}
 
@@ -112,14 +113,14 @@ def test_another_loss_on_embeddings_has_no_recall() -> None:
 
 
 def test_a_recompiled_encoder_logs_the_dims_of_its_new_loss() -> None:
-    encoder = eager(MatryoshkaEncoder(tower()))
+    encoder = quick(MatryoshkaEncoder(tower()))
     encoder.fit((ANCHORS, POSITIVES), verbose=0)
-    encoder.compile("sgd", ContrastiveLoss((3, 8), weights=(0, 1)), run_eagerly=True)
+    encoder.compile("sgd", ContrastiveLoss((3, 8), weights=(0, 1)), run_eagerly=EAGERLY)
     assert set(encoder.fit((ANCHORS, POSITIVES), verbose=0).history) == {"loss", "recall_8"}
 
 
 def test_the_temperature_is_learnt_within_bounds_and_takes_the_place_of_the_losss() -> None:
-    encoder = eager(MatryoshkaEncoder(tower(), initial_temperature=0.5))
+    encoder = quick(MatryoshkaEncoder(tower(), initial_temperature=0.5))
     x = (ANCHORS, POSITIVES)
     said = encoder.evaluate(x, batch_size=16, verbose=0, return_dict=True)
     stacked = encoder.predict(x, verbose=0)
@@ -160,7 +161,7 @@ def test_dims_per_step_draws_in_training_and_not_in_evaluation() -> None:
 @pytest.mark.parametrize("two", [False, True], ids=["one tower", "two towers"])
 def test_a_saved_encoder_goes_on_training_where_it_stopped(two: bool, tmp_path: Path) -> None:
     encoder = MatryoshkaEncoder(tower(), tower() if two else None, initial_temperature=0.1)
-    eager(encoder, symmetric=True, weights=(2, 1, 1))
+    quick(encoder, symmetric=True, weights=(2, 1, 1))
     x = (ANCHORS, POSITIVES)
     encoder.fit(x, verbose=0)
     encoder.save(tmp_path / "encoder.keras")
@@ -174,7 +175,7 @@ def test_a_saved_encoder_goes_on_training_where_it_stopped(two: bool, tmp_path: 
 
 
 def test_the_tower_is_a_plain_model_that_is_cut_by_truncating() -> None:
-    encoder = eager(MatryoshkaEncoder(tower()))
+    encoder = quick(MatryoshkaEncoder(tower()))
     encoder.fit((ANCHORS, POSITIVES), verbose=0)
     assert split(encoder) == (encoder.tower, None)
     prefix = as_numpy(Truncate(2)(encoder.predict(ANCHORS, verbose=0)))
@@ -185,7 +186,7 @@ def test_towers_of_several_inputs_take_dicts() -> None:
     inputs = {name: keras.Input((5,), name=name) for name in ("left", "right")}
     joined = keras.layers.Concatenate()([*inputs.values()])
     body = keras.Model(inputs, keras.layers.Dense(8)(joined))
-    encoder = eager(MatryoshkaEncoder(body))
+    encoder = quick(MatryoshkaEncoder(body))
     side = {"left": ANCHORS, "right": POSITIVES}
     encoder.fit({"anchor": side, "positive": side}, verbose=0)
     assert encoder.predict(side, verbose=0).shape == (16, 8)
@@ -193,7 +194,7 @@ def test_towers_of_several_inputs_take_dicts() -> None:
 
 def test_low_precision_towers_are_compared_in_float32() -> None:
     with policy("mixed_bfloat16"):
-        encoder = eager(MatryoshkaEncoder(tower(), initial_temperature=0.1))
+        encoder = quick(MatryoshkaEncoder(tower(), initial_temperature=0.1))
         history = encoder.fit((ANCHORS, POSITIVES), verbose=0).history
     assert log_scale(encoder).dtype == "float32"
     assert np.isfinite(history["loss"][0])
@@ -210,7 +211,7 @@ def test_a_temperature_that_starts_below_its_floor_is_refused() -> None:
 
 
 def test_weights_count_beside_labels_and_are_refused_without() -> None:
-    encoder = eager(MatryoshkaEncoder(tower()))
+    encoder = quick(MatryoshkaEncoder(tower()))
     x, weights = (ANCHORS, POSITIVES), np.arange(16.0, dtype="float32")
     rows, _ = encoder.loss.measure(None, encoder.predict(x, verbose=0))
     said = encoder.evaluate(
@@ -239,7 +240,7 @@ def test_misspelt_and_missing_sides_are_named(keys: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=exactly(sentence)):
         MatryoshkaEncoder(tower()).build(dict.fromkeys(keys, (None, 5)))
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        eager(MatryoshkaEncoder(tower())).fit(dict.fromkeys(keys, ANCHORS), verbose=0)
+        quick(MatryoshkaEncoder(tower())).fit(dict.fromkeys(keys, ANCHORS), verbose=0)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_other_losses_are_refused_by_name(loss: Any) -> None:
 
 def test_labels_that_are_missing_are_asked_for() -> None:
     encoder = MatryoshkaEncoder(tower())
-    encoder.compile("sgd", SupervisedContrastiveLoss(DIMS), run_eagerly=True)
+    encoder.compile("sgd", SupervisedContrastiveLoss(DIMS), run_eagerly=EAGERLY)
     with pytest.raises(ValueError, match="needs one integer label per row"):
         encoder.fit(ANCHORS, verbose=0)
 

@@ -59,7 +59,7 @@ def test_features_see_every_token_up_to_theirs() -> None:
 
 
 def test_positions_are_told_apart() -> None:
-    features = as_numpy(randomised(language_model()).backbone(np.ones((1, LENGTH), "int32")))[0]
+    features = as_numpy(randomised(language_model()).backbone(np.ones_like(READ)))[0]
     for position in range(1, LENGTH):
         assert np.abs(features[position] - features[position - 1]).max() > 1e-3
 
@@ -180,13 +180,15 @@ def test_the_next_token_is_that_of_the_last_position(tied: bool, tmp_path: Path)
 
 def test_padding_at_the_end_of_a_row_is_passed_over() -> None:
     model = randomised(language_model())
-    rows, lengths = np.maximum(READ, 1)[:4], [1, 3, LENGTH, 0]
-    padded = np.where(np.arange(LENGTH) < np.array(lengths)[:, None], rows, 0)
+    rows, lengths = np.maximum(READ, 1), np.array([1, 4, LENGTH, 0] * 3)
+    padded = np.where(np.arange(LENGTH) < lengths[:, None], rows, 0)
     answered = as_numpy(next_token(model, padding=0)(padded))
-    for row, length in zip(range(3), lengths, strict=False):
-        alone = as_numpy(model(rows[row : row + 1, :length]))[0, -1]
-        np.testing.assert_allclose(answered[row], alone, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(answered[3], as_numpy(model(padded))[3, 0], rtol=1e-4, atol=1e-5)
+    for length in (1, 4, LENGTH):
+        alone = as_numpy(model(rows[:, :length]))[:, -1]
+        of_length = lengths == length
+        np.testing.assert_allclose(answered[of_length], alone[of_length], rtol=1e-4, atol=1e-5)
+    empty, first = lengths == 0, as_numpy(model(padded))[:, 0]
+    np.testing.assert_allclose(answered[empty], first[empty], rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_positions_has_no_next_token() -> None:
