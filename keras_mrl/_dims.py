@@ -66,6 +66,17 @@ def check_width(dims: tuple[int, ...], width: int) -> None:
         )
 
 
+def blocks(dims: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the coordinates that each dim adds to the next narrower one, as (start, stop).
+
+    Examples:
+        >>> from keras_mrl._dims import blocks
+        >>> blocks((2, 4, 8))
+        [(0, 2), (2, 4), (4, 8)]
+    """
+    return list(zip((0, *dims[:-1]), dims, strict=True))
+
+
 def warn_long_ladder(dims: tuple[int, ...], width: int) -> None:
     """Warn if there are more `dims` than the paper's floor(log2 width): each costs, few gain."""
     longest = max(1, width.bit_length() - 1)

@@ -18,7 +18,7 @@ from keras import ops
 
 from keras_mrl_serving.contract import check_positive_integer
 
-from .._dims import check_dims, check_width, log_spaced_dims, warn_long_ladder
+from .._dims import blocks, check_dims, check_width, log_spaced_dims, warn_long_ladder
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
@@ -142,11 +142,9 @@ class MatryoshkaHead(keras.layers.Layer):
     def _tied_logits(self, features: Any) -> list[Any]:
         kernel = self._kernel(0)
         logits_by_dim: list[Any] = []
-        start = 0
-        for dim in self.dims or ():
-            block = ops.matmul(features[..., start:dim], kernel[start:dim])
+        for start, stop in blocks(self.dims or ()):
+            block = ops.matmul(features[..., start:stop], kernel[start:stop])
             logits_by_dim.append(logits_by_dim[-1] + block if logits_by_dim else block)
-            start = dim
         if not self.use_bias:
             return logits_by_dim
         return [logits + self._biases[0] for logits in logits_by_dim]

@@ -23,6 +23,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from .._dims import blocks
+
 TINY = 1e-12  # a prefix whose squared length is no larger has no direction
 
 
@@ -129,16 +131,11 @@ def _all_at_once(
     return stacked, ops.stack(hits)
 
 
-def _blocks(dims: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the coordinates that each dim adds, as (start, stop)."""
-    return list(zip((0, *dims[:-1]), dims, strict=True))
-
-
 def _inverse_lengths(vectors: Any, dims: Sequence[int]) -> Any:
     """Return `(num_dims, rows)`, one over the length of every prefix; 0 for one of no direction."""
     square: Any = 0.0
     inverse = []
-    for start, stop in _blocks(dims):
+    for start, stop in blocks(dims):
         square = square + ops.sum(ops.square(vectors[:, start:stop]), axis=-1)
         root = ops.rsqrt(ops.maximum(square, TINY))
         inverse.append(ops.where(square > TINY, root, ops.zeros_like(root)))
@@ -148,7 +145,7 @@ def _inverse_lengths(vectors: Any, dims: Sequence[int]) -> Any:
 def _products(anchors: Any, candidates: Any, dims: Sequence[int]) -> Iterator[Any]:
     """Yield the inner products of prefixes, `(rows, candidates)`, dim by dim."""
     product: Any = None
-    for start, stop in _blocks(dims):
+    for start, stop in blocks(dims):
         block = ops.matmul(anchors[:, start:stop], ops.transpose(candidates[:, start:stop]))
         product = block if product is None else product + block
         yield product
@@ -177,7 +174,7 @@ def _own_logits(
     """Return `(num_dims, rows)`, the logit of every anchor and the candidate of its number."""
     rows = ops.shape(anchors)[0]
     both = anchors * candidates[:rows]
-    sums = [ops.sum(both[:, start:stop], axis=-1) for start, stop in _blocks(dims)]
+    sums = [ops.sum(both[:, start:stop], axis=-1) for start, stop in blocks(dims)]
     return ops.cumsum(ops.stack(sums), axis=0) * inverse * candidate_inverse[:, :rows] * scale
 
 
@@ -323,7 +320,7 @@ class _ByChunks:
             d_part: list[Any] = []
             d_all: list[Any] = []
             d_product: Any = None
-            for start_column, stop_column in reversed(_blocks(self.dims)):
+            for start_column, stop_column in reversed(blocks(self.dims)):
                 wider = d_products.pop()  # a block is in its own dim's prefix and in all wider ones
                 d_product = wider if d_product is None else d_product + wider
                 block = slice(start_column, stop_column)

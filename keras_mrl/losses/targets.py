@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from .._dims import blocks
+
 
 class Kernels(NamedTuple):
     """Kernels and biases of a nested head: one per dim, or one for all (tied); or no biases."""
@@ -24,7 +26,7 @@ class Kernels(NamedTuple):
     @property
     def blocks(self) -> list[tuple[int, int]]:
         """The rows of a tied kernel that each dim adds, as (start, stop)."""
-        return list(zip((0, *self.dims[:-1]), self.dims, strict=True))
+        return blocks(self.dims)
 
 
 @dataclass(frozen=True)

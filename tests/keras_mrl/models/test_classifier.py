@@ -120,40 +120,6 @@ def test_sequences_of_features_are_classified_step_by_step() -> None:
     np.testing.assert_allclose(cut, logits[:, :, 1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_backbone_that_ends_in_a_feature_map_is_refused() -> None:
-    body = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(8, 1)])
-    sentence = (
-        "A backbone must end in features (batch, width), or (batch, time, width) for sequences. "
-        "Received: a backbone whose output is (2, 4, 4, 8). "
-        "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D()."
-    )
-    with pytest.raises(ValueError, match=exactly(sentence)):
-        classifier(body)(np.ones((2, 4, 4, 1), "float32"))
-
-
-def test_a_backbone_of_several_outputs_is_refused() -> None:
-    inputs = keras.Input((5,))
-    outputs = [keras.layers.Dense(width)(inputs) for width in (4, 8)]
-    sentence = (
-        "A backbone must give one tensor of features. "
-        "Received: a backbone whose outputs are [(12, 4), (12, 8)]. "
-        "Make a model of the one to use: keras.Model(backbone.input, backbone.output[0])."
-    )
-    with pytest.raises(ValueError, match=exactly(sentence)):
-        classifier(keras.Model(inputs, outputs))(X)
-
-
-def test_a_backbone_narrower_than_the_dims_is_refused() -> None:
-    body = keras.Sequential([keras.Input((5,)), keras.layers.Dense(6)])
-    sentence = (
-        "dims must not exceed the width of the features. "
-        "Received: dims=(2, 4, 8) for features of width 6. "
-        "Drop the dims above 6, or widen the layer that makes the features."
-    )
-    with pytest.raises(ValueError, match=exactly(sentence)):
-        classifier(body)(X)
-
-
 @pytest.mark.parametrize("given", [(None, MatryoshkaHead(3)), (backbone(), None)])
 def test_what_is_no_model_and_head_is_refused(given: Any) -> None:
     body, head = given
@@ -164,6 +130,46 @@ def test_what_is_no_model_and_head_is_refused(given: Any) -> None:
     )
     with pytest.raises(TypeError, match=exactly(sentence)):
         MatryoshkaClassifier(body, head)
+
+
+def of_outputs(*widths: int) -> keras.Model:
+    inputs = keras.Input((5,))
+    outputs = [keras.layers.Dense(width)(inputs) for width in widths]
+    return keras.Model(inputs, outputs if len(outputs) > 1 else outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("body", "x", "sentence"),
+    [
+        (
+            keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(8, 1)]),
+            np.ones((2, 4, 4, 1), "float32"),
+            "A backbone must end in features (batch, width), or (batch, time, width) for "
+            "sequences. Received: a backbone whose output is (2, 4, 4, 8). "
+            "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D().",
+        ),
+        (
+            of_outputs(4, 8),
+            X,
+            "A backbone must give one tensor of features. "
+            "Received: a backbone whose outputs are [(12, 4), (12, 8)]. "
+            "Make a model of the one to use: keras.Model(backbone.input, backbone.output[0]).",
+        ),
+        (
+            of_outputs(6),
+            X,
+            "dims must not exceed the width of the features. "
+            "Received: dims=(2, 4, 8) for features of width 6. "
+            "Drop the dims above 6, or widen the layer that makes the features.",
+        ),
+    ],
+    ids=["feature map", "several outputs", "narrow"],
+)
+def test_a_backbone_that_makes_no_features_is_refused(
+    body: keras.Model, x: Any, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        classifier(body)(x)
 
 
 def frozen_sentences(train: Callable[[], Any]) -> list[str]:

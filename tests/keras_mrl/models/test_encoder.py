@@ -1,4 +1,5 @@
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,16 +201,6 @@ def test_low_precision_towers_are_compared_in_float32() -> None:
     assert np.isfinite(history["loss"][0])
 
 
-def test_a_temperature_that_starts_below_its_floor_is_refused() -> None:
-    assert MatryoshkaEncoder(tower(), initial_temperature=0.01).temperature is not None
-    sentence = (
-        "initial_temperature must be at least 0.01, the least that is learned. "
-        "Received: initial_temperature=0.005. Give for example 0.07."
-    )
-    with pytest.raises(ValueError, match=exactly(sentence)):
-        MatryoshkaEncoder(tower(), initial_temperature=0.005)
-
-
 def test_weights_count_beside_labels_and_are_refused_without() -> None:
     encoder = quick(MatryoshkaEncoder(tower()))
     x, weights = (ANCHORS, POSITIVES), np.arange(16.0, dtype="float32")
@@ -231,41 +222,89 @@ def test_weights_count_beside_labels_and_are_refused_without() -> None:
         encoder.fit(x, validation_data=(x, None, weights), verbose=0)
 
 
-@pytest.mark.parametrize("keys", [("anchor", "positve"), ("anchor",), ("anchor", "negative")])
-def test_misspelt_and_missing_sides_are_named(keys: tuple[str, ...]) -> None:
-    sentence = (
-        "A dict of sides has the keys anchor and positive, or these and negative. "
-        f"Received: {', '.join(keys)}. Rename or add what differs."
-    )
-    with pytest.raises(ValueError, match=exactly(sentence)):
-        MatryoshkaEncoder(tower()).build(dict.fromkeys(keys, (None, 5)))
-    with pytest.raises(ValueError, match=re.escape(sentence)):
-        quick(MatryoshkaEncoder(tower())).fit(dict.fromkeys(keys, ANCHORS), verbose=0)
+def compile_with(loss: Any, **metrics: list[str]) -> None:
+    MatryoshkaEncoder(tower()).compile("sgd", loss, **metrics)
+
+
+def feature_maps() -> keras.Model:
+    return keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(3, 2)])
+
+
+SIDES_SENTENCE = (
+    "A dict of sides has the keys anchor and positive, or these and negative. "
+    "Received: {}. Rename or add what differs."
+)
+ACCURACY = (
+    "MatryoshkaEncoder gives embeddings and no classes, so it has no accuracy. "
+    "Received: the metric {!r}. "
+    "Leave it out: a contrastive loss logs recall_<dim> by itself."
+)
+LOSS = (
+    "MatryoshkaEncoder trains on one of ContrastiveLoss, SupervisedContrastiveLoss, "
+    "MatryoshkaEmbeddingLoss. Received: loss={!r}. "
+    "Give for example ContrastiveLoss(dims=(8, 16, 32))."
+)
+MISSPELT = [("anchor", "positve"), ("anchor",), ("anchor", "negative")]
+MSE = keras.losses.MeanSquaredError()
 
 
 @pytest.mark.parametrize(
-    "metrics", [{"metrics": ["accuracy"]}, {"weighted_metrics": ["mse", "acc"]}], ids=str
+    ("refused", "sentence"),
+    [
+        (
+            lambda: MatryoshkaEncoder(tower(), initial_temperature=0.005),
+            "initial_temperature must be at least 0.01, the least that is learned. "
+            "Received: initial_temperature=0.005. Give for example 0.07.",
+        ),
+        *(
+            (
+                lambda keys=keys: MatryoshkaEncoder(tower()).build(dict.fromkeys(keys, (None, 5))),
+                SIDES_SENTENCE.format(", ".join(keys)),
+            )
+            for keys in MISSPELT
+        ),
+        *((lambda loss=loss: compile_with(loss), LOSS.format(loss)) for loss in (None, "mse", MSE)),
+        (
+            lambda: compile_with(ContrastiveLoss(DIMS), metrics=["accuracy"]),
+            ACCURACY.format("accuracy"),
+        ),
+        (
+            lambda: compile_with(ContrastiveLoss(DIMS), weighted_metrics=["mse", "acc"]),
+            ACCURACY.format("acc"),
+        ),
+        (
+            lambda: MatryoshkaEncoder(tower(8), tower(4)).build(((None, 5), (None, 5))),
+            "Both towers must give embeddings of one width. Received: widths 8 and 4. "
+            "End them in layers of as many units.",
+        ),
+        (
+            lambda: MatryoshkaEncoder(feature_maps()).build((None, 4, 4, 1)),
+            "A tower must end in embeddings (batch, width). "
+            "Received: a tower whose output is (None, 3, 3, 3). "
+            "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D().",
+        ),
+        (
+            lambda: MatryoshkaEncoder(tower()).build([(None, 5)] * 4),
+            "A list of inputs is a pair (anchors, positives) or a triplet with negatives. "
+            "Received: 4 inputs. Give a tower of several inputs a dict of them.",
+        ),
+    ],
 )
-def test_an_accuracy_is_refused(metrics: dict[str, list[str]]) -> None:
-    name = next(iter(metrics.values()))[-1]
-    sentence = (
-        "MatryoshkaEncoder gives embeddings and no classes, so it has no accuracy. "
-        f"Received: the metric {name!r}. "
-        "Leave it out: a contrastive loss logs recall_<dim> by itself."
-    )
+def test_what_does_not_fit_is_refused(refused: Callable[[], Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=exactly(sentence)):
-        MatryoshkaEncoder(tower()).compile("sgd", ContrastiveLoss(DIMS), **metrics)
+        refused()
 
 
-@pytest.mark.parametrize("loss", [None, "mse", keras.losses.MeanSquaredError()], ids=str)
-def test_other_losses_are_refused_by_name(loss: Any) -> None:
-    sentence = (
-        "MatryoshkaEncoder trains on one of ContrastiveLoss, SupervisedContrastiveLoss, "
-        f"MatryoshkaEmbeddingLoss. Received: loss={loss!r}. "
-        "Give for example ContrastiveLoss(dims=(8, 16, 32))."
-    )
-    with pytest.raises(ValueError, match=exactly(sentence)):
-        MatryoshkaEncoder(tower()).compile("sgd", loss)
+@pytest.mark.parametrize("keys", MISSPELT)
+def test_misspelt_sides_are_named_in_fit(keys: tuple[str, ...]) -> None:
+    sentence = SIDES_SENTENCE.format(", ".join(keys))
+    with pytest.raises(ValueError, match=re.escape(sentence)):  # Keras adds where it was called
+        quick(MatryoshkaEncoder(tower())).fit(dict.fromkeys(keys, ANCHORS), verbose=0)
+
+
+def test_the_least_temperature_may_be_the_first() -> None:
+    encoder = MatryoshkaEncoder(tower(), initial_temperature=0.01)
+    assert float(as_numpy(encoder.temperature)) == pytest.approx(0.01)
 
 
 def test_labels_that_are_missing_are_asked_for() -> None:
@@ -273,32 +312,3 @@ def test_labels_that_are_missing_are_asked_for() -> None:
     encoder.compile("sgd", SupervisedContrastiveLoss(DIMS), run_eagerly=EAGERLY)
     with pytest.raises(ValueError, match="needs one integer label per row"):
         encoder.fit(ANCHORS, verbose=0)
-
-
-def test_towers_of_two_widths_are_refused() -> None:
-    sentence = (
-        "Both towers must give embeddings of one width. Received: widths 8 and 4. "
-        "End them in layers of as many units."
-    )
-    with pytest.raises(ValueError, match=exactly(sentence)):
-        MatryoshkaEncoder(tower(8), tower(4)).build(((None, 5), (None, 5)))
-
-
-def test_towers_that_end_in_feature_maps_are_refused() -> None:
-    body = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(3, 2)])
-    sentence = (
-        "A tower must end in embeddings (batch, width). "
-        "Received: a tower whose output is (None, 3, 3, 3). "
-        "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D()."
-    )
-    with pytest.raises(ValueError, match=exactly(sentence)):
-        MatryoshkaEncoder(body).build((None, 4, 4, 1))
-
-
-def test_lists_of_other_lengths_are_refused() -> None:
-    sentence = (
-        "A list of inputs is a pair (anchors, positives) or a triplet with negatives. "
-        "Received: 4 inputs. Give a tower of several inputs a dict of them."
-    )
-    with pytest.raises(ValueError, match=exactly(sentence)):
-        MatryoshkaEncoder(tower()).build([(None, 5)] * 4)
