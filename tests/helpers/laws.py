@@ -40,8 +40,8 @@ def exactly(text: str) -> str:
 
 def public_keras_classes(package: ModuleType) -> set[type]:
     """Every Keras class of its own among the public names of a package and its modules."""
-    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    names = [info.name for info in found if "._" not in info.name]
+    modules = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    names = [info.name for info in modules if "._" not in info.name]
     return {
         value
         for module in (package, *map(importlib.import_module, names))
@@ -55,7 +55,7 @@ def public_keras_classes(package: ModuleType) -> set[type]:
 
 @dataclass(frozen=True, kw_only=True)
 class Wrong:
-    """Arguments a class must refuse, and the whole of what it says."""
+    """Arguments a class must refuse, and the whole sentence of its error."""
 
     make: Callable[[], object]
     error: type[Exception]
@@ -88,12 +88,12 @@ class Example:
 
 
 def outputs(model: keras.Model, example: Example) -> dict[str, Array]:
-    """Everything the model says of its batch; the loss and metrics where they are the example."""
-    said = {"output": as_float(model(example.x))}
+    """The model's output, and the loss and metrics if they are the example."""
+    values = {"output": as_float(model(example.x))}
     if not isinstance(example.make(), keras.layers.Layer):
         scores = model.evaluate(example.x, example.y, verbose=0, return_dict=True)
-        said |= {name: np.asarray(score) for name, score in scores.items()}
-    return said
+        values |= {name: np.asarray(score) for name, score in scores.items()}
+    return values
 
 
 def as_float(tensor: Any) -> Array:

@@ -38,13 +38,13 @@ GALLERY, QUERIES = (X[:40], Y[:40]), (X[40:], Y[40:])
 
 def slow_scores(embeddings: Any, queries: Any, dim: int) -> tuple[float, float]:
     """1-NN and map10 of prefixes as a loop over queries, by distance and in float64."""
-    rows, asked = (
+    gallery, queries = (
         e[:, :dim].astype("float64") / np.linalg.norm(e[:, :dim].astype("float64"), axis=1)[:, None]
         for e in (embeddings, queries)
     )
     first, precision = [], []
-    for query, label in zip(asked, QUERIES[1], strict=True):
-        hits = GALLERY[1][np.argsort(np.linalg.norm(rows - query, axis=1))[:10]] == label
+    for query, label in zip(queries, QUERIES[1], strict=True):
+        hits = GALLERY[1][np.argsort(np.linalg.norm(gallery - query, axis=1))[:10]] == label
         first.append(hits[0])
         precision.append(sum(hits[: i + 1].mean() for i in range(10) if hits[i]) / 10)
     return float(np.mean(first)), float(np.mean(precision))

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.backend
 
 
 def modules() -> list[ModuleType]:
-    found = pkgutil.walk_packages(keras_mrl.__path__, "keras_mrl.")
-    return [keras_mrl, *(importlib.import_module(info.name) for info in found)]
+    submodules = pkgutil.walk_packages(keras_mrl.__path__, "keras_mrl.")
+    return [keras_mrl, *(importlib.import_module(info.name) for info in submodules)]
 
 
 def public_names() -> dict[str, Any]:
@@ -49,11 +49,11 @@ def test_the_example_runs(
     example: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said: list[str] = []
+    output: list[str] = []
     runner = doctest.DocTestRunner(verbose=False)
-    results = runner.run(example, out=said.append, clear_globs=False)
+    results = runner.run(example, out=output.append, clear_globs=False)
     assert results.attempted
-    assert not results.failed, "".join(said)
+    assert not results.failed, "".join(output)
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))

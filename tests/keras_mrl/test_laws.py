@@ -299,9 +299,9 @@ examples = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 
 
 def test_every_public_keras_class_has_an_example() -> None:
-    found = laws.public_keras_classes(keras_mrl)
-    assert len(found) >= 5
-    classes = {c for c in found if not issubclass(c, keras.callbacks.Callback)}
+    keras_classes = laws.public_keras_classes(keras_mrl)
+    assert len(keras_classes) >= 5
+    classes = {c for c in keras_classes if not issubclass(c, keras.callbacks.Callback)}
     assert {type(example.make()) for example in EXAMPLES.values()} == classes
 
 

@@ -109,10 +109,10 @@ def test_reset_state_forgets() -> None:
 
 
 def test_the_given_metric_is_left_alone_and_may_serve_twice() -> None:
-    given = keras.metrics.SparseTopKCategoricalAccuracy(k=2, name="top")
-    two, three = MatryoshkaMetric(given, (4, 8)), MatryoshkaMetric(given, DIMS)
+    top_two = keras.metrics.SparseTopKCategoricalAccuracy(k=2, name="top")
+    two, three = MatryoshkaMetric(top_two, (4, 8)), MatryoshkaMetric(top_two, DIMS)
     three.update_state(Y, keras.ops.convert_to_tensor(LOGITS))
-    assert float(given.result()) == 0
+    assert float(top_two.result()) == 0
     assert not any(result(two).values())
     order = np.argsort(-LOGITS, axis=-1)[..., :2]
     top = (order == Y[:, None, None]).any(-1).mean(0)
@@ -156,14 +156,14 @@ def test_a_metric_that_needs_logits_is_not_updated_without() -> None:
         metric.update_rows(np.zeros((12, 3)), np.zeros((12, 3)), Y)
 
 
-@pytest.mark.parametrize("given", ["accuracy", keras.metrics.Mean, accuracy()])
-def test_what_is_no_metric_of_one_dim_is_refused(given: Any) -> None:
+@pytest.mark.parametrize("metric", ["accuracy", keras.metrics.Mean, accuracy()])
+def test_what_is_no_metric_of_one_dim_is_refused(metric: Any) -> None:
     sentence = (
-        f"metric must be a Keras metric for one dim. Received: {given!r}. "
+        f"metric must be a Keras metric for one dim. Received: {metric!r}. "
         "Give an instance, for example keras.metrics.SparseCategoricalAccuracy(name='accuracy')."
     )
     with pytest.raises(TypeError, match=exactly(sentence)):
-        MatryoshkaMetric(given, DIMS)
+        MatryoshkaMetric(metric, DIMS)
 
 
 TOKEN_LOGITS = RANDOM.normal(size=(4, 5, 7)).astype("float32")

@@ -65,9 +65,9 @@ def pretrained() -> keras.Model:
         ]
     )
     model = MatryoshkaClassifier(body, MatryoshkaHead(5, dims=(64,)))
-    known = digits.Y[digits.TRAIN] < 5
+    is_old = digits.Y[digits.TRAIN] < 5
     compiled(model, optimizer=keras.optimizers.Adam(0.01))
-    x, y = digits.X[digits.TRAIN][known], digits.Y[digits.TRAIN][known]
+    x, y = digits.X[digits.TRAIN][is_old], digits.Y[digits.TRAIN][is_old]
     model.fit(x, y, batch_size=100, epochs=15, verbose=0)
     return body
 

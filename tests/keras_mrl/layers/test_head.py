@@ -91,8 +91,10 @@ def test_without_bias_there_is_none() -> None:
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_no_two_kernels_begin_with_the_same_numbers(seed: int | None) -> None:
-    given = keras.initializers.RandomNormal(seed=seed)
-    head = MatryoshkaHead(NUM_CLASSES, dims=(6, 7, 8), use_bias=False, kernel_initializer=given)
+    initializer = keras.initializers.RandomNormal(seed=seed)
+    head = MatryoshkaHead(
+        NUM_CLASSES, dims=(6, 7, 8), use_bias=False, kernel_initializer=initializer
+    )
     head.build((None, 8))
     drawn = np.concatenate([np.ravel(w) for w in head.get_weights()])
     assert len(np.unique(drawn)) == (6 + 7 + 8) * NUM_CLASSES

@@ -30,13 +30,13 @@ def parameters(tied: bool) -> tuple[list[Any], list[Any]]:
     return (UNTIED[-1:], BIASES[-1:]) if tied else (UNTIED, BIASES)
 
 
-def fused(tied: bool, x: Any = X, labels: Any = Y, **given: Any) -> tuple[Any, list[Any]]:
+def fused(tied: bool, x: Any = X, labels: Any = Y, **arguments: Any) -> tuple[Any, list[Any]]:
     """The loss, and its gradient by features, kernels and biases."""
     kernels, biases = parameters(tied)
 
     def loss(features: Any, *rest: Any) -> Any:
         cut = len(kernels)
-        more = {"row_weights": ops.convert_to_tensor(R)} | given
+        more = {"row_weights": ops.convert_to_tensor(R)} | arguments
         return nested_crossentropy(
             features, rest[:cut], rest[cut:], ops.convert_to_tensor(labels), DIMS, **more
         ).loss
@@ -110,12 +110,12 @@ def test_smoothing_and_shares_are_those_of_keras(tied: bool, smoothing: float, l
 
 
 def rows_of(
-    x: Any, kernels: Any, biases: Any, labels: Any = Y, **given: Any
+    x: Any, kernels: Any, biases: Any, labels: Any = Y, **arguments: Any
 ) -> tuple[Any, Any, Any]:
     """Loss, losses and ranks, as NumPy."""
     return value(
         lambda x, kernels, biases, labels: tuple(
-            nested_crossentropy(x, kernels, biases, labels, DIMS, **given)
+            nested_crossentropy(x, kernels, biases, labels, DIMS, **arguments)
         ),
         x,
         kernels,
@@ -230,7 +230,7 @@ def test_a_row_of_weight_zero_is_as_if_absent() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], sentence: str) -> None:
-    given: dict[str, Any] = {"features": X, "kernels": UNTIED, "biases": None, "labels": Y}
-    given |= {"dims": DIMS} | change
+    arguments: dict[str, Any] = {"features": X, "kernels": UNTIED, "biases": None, "labels": Y}
+    arguments |= {"dims": DIMS} | change
     with pytest.raises(ValueError, match=exactly(sentence)):
-        nested_crossentropy(**given)
+        nested_crossentropy(**arguments)

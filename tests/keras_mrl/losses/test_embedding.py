@@ -116,8 +116,8 @@ def batch(rows: int, *sides: int) -> tuple[Any, Any]:
 
 
 LOSSES: dict[str, Callable[..., keras.losses.Loss]] = {
-    "pairs": lambda **given: ContrastiveLoss(DIMS, symmetric=True, **given),
-    "labels": lambda **given: SupervisedContrastiveLoss(DIMS, **given),
+    "pairs": lambda **arguments: ContrastiveLoss(DIMS, symmetric=True, **arguments),
+    "labels": lambda **arguments: SupervisedContrastiveLoss(DIMS, **arguments),
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
 CHUNKS = pytest.mark.parametrize("chunk_size", [None, 2])

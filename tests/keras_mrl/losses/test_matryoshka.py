@@ -1,4 +1,4 @@
-"""Any Keras loss at every dim equals the paper's loop, and labels that name no class are told."""
+"""Any Keras loss at every dim equals the paper's loop; labels that name no class make it NaN."""
 
 import re
 from collections.abc import Callable
@@ -312,19 +312,19 @@ def test_only_the_rows_whose_label_names_no_class_are_nan(label: float, column: 
 @pytest.mark.parametrize("ignored", [-1, 1, 255])
 def test_ignored_labels_are_left_out_of_the_mean(ignored: int) -> None:
     labels = with_labels(ignored, ignored, ignored, ignored)
-    kept = labels != ignored
+    counted = labels != ignored
     loss = MatryoshkaLoss(cross_entropy(ignore_class=ignored), weights=(2, 1, 0.5))
-    expected = float(loss(labels[kept], LOGITS[kept]))
+    expected = float(loss(labels[counted], LOGITS[counted]))
     np.testing.assert_allclose(float(loss(labels, LOGITS)), expected, rtol=1e-5)
 
 
 def test_fit_takes_ignored_labels_and_charges_the_others() -> None:
     labels = with_labels(-1, -1, -1)
-    kept = labels != -1
+    counted = labels != -1
     model = classifier(loss=MatryoshkaLoss(cross_entropy(ignore_class=-1)))
     logits = as_numpy(model(X))
     received = model.fit(X, labels, batch_size=12, verbose=0).history["loss"][0]
-    expected = float(MatryoshkaLoss(cross_entropy())(labels[kept], logits[kept]))
+    expected = float(MatryoshkaLoss(cross_entropy())(labels[counted], logits[counted]))
     np.testing.assert_allclose(received, expected, rtol=1e-5)
 
 

@@ -96,14 +96,14 @@ def test_two_processes_draw_the_same() -> None:
 
 def moved_dims(model: keras.Model) -> list[tuple[int, ...]]:
     """Which kernels of the head each of ten steps changes."""
-    head, found = model.head, []
+    head, moved_by_step = model.head, []
     for _ in range(10):
         before = [as_numpy(head.weights_at(dim)[0]) for dim in head.dims]
         model.fit(X, Y, batch_size=len(X), verbose=0)
         after = [as_numpy(head.weights_at(dim)[0]) for dim in head.dims]
         moved = (not np.array_equal(a, b) for a, b in zip(after, before, strict=True))
-        found.append(tuple(d for d, m in zip(head.dims, moved, strict=True) if m))
-    return found
+        moved_by_step.append(tuple(d for d, m in zip(head.dims, moved, strict=True) if m))
+    return moved_by_step
 
 
 def drawing(dims_per_step: int | None) -> keras.Model:

@@ -120,9 +120,9 @@ def test_sequences_of_features_are_classified_step_by_step() -> None:
     np.testing.assert_allclose(cut, logits[:, :, 1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("given", [(None, MatryoshkaHead(3)), (backbone(), None)])
-def test_what_is_no_model_and_head_is_refused(given: Any) -> None:
-    body, head = given
+@pytest.mark.parametrize("parts", [(None, MatryoshkaHead(3)), (backbone(), None)])
+def test_what_is_no_model_and_head_is_refused(parts: Any) -> None:
+    body, head = parts
     sentence = (
         "MatryoshkaClassifier joins a Keras model and a MatryoshkaHead. "
         f"Received: backbone={body!r}, head={head!r}. "
@@ -269,9 +269,9 @@ sys.meta_path.insert(0, Blocker())
 import keras, numpy as np
 
 for folder in pathlib.Path(sys.argv[1]).iterdir():
-    given = dict(np.load(folder / "x.npz"))
+    inputs = dict(np.load(folder / "x.npz"))
     cut = keras.saving.load_model(folder / "cut.keras")
-    logits = keras.ops.convert_to_numpy(cut(given.get("x", given)))
+    logits = keras.ops.convert_to_numpy(cut(inputs.get("x", inputs)))
     np.testing.assert_allclose(logits, np.load(folder / "logits.npy"), rtol=1e-5, atol=1e-6)
     try:
         keras.saving.load_model(folder / "whole.keras")
@@ -411,9 +411,9 @@ def again(metric: MatryoshkaMetric) -> MatryoshkaMetric:
 HEAD = ("tied", "use_bias", "kernel_regularizer")
 
 
-def trained(kind: Any, given: dict[str, Any]) -> tuple[keras.Model, dict[str, list[float]]]:
+def trained(kind: Any, settings: dict[str, Any]) -> tuple[keras.Model, dict[str, list[float]]]:
     keras.utils.set_random_seed(0)
-    case: dict[str, Any] = {"backbone": backbone, "x": STEP_X, "y": STEP_Y, **given}
+    case: dict[str, Any] = {"backbone": backbone, "x": STEP_X, "y": STEP_Y, **settings}
     head = {name: case[name] for name in HEAD if name in case}
     metrics: dict[str, Any] = {
         n: [again(m) for m in case.get(n, [])] for n in ("metrics", "weighted_metrics")
@@ -467,7 +467,7 @@ def test_masked_tokens_count_nothing_in_a_weighted_metric() -> None:
 
 
 @pytest.mark.parametrize(
-    "given",
+    "compiled_with",
     [
         {"loss": MatryoshkaLoss(keras.losses.CategoricalHinge())},
         {"loss": MatryoshkaLoss(SPARSE(from_logits=True, reduction="none"))},
@@ -480,8 +480,8 @@ def test_masked_tokens_count_nothing_in_a_weighted_metric() -> None:
     ],
     ids=["hinge", "unreduced", "loss weights", "metric of logits", "smoothed"],
 )
-def test_what_needs_logits_has_them(given: dict[str, Any]) -> None:
-    arguments: dict[str, Any] = {"metrics": None, "loss_weights": None, **given}
+def test_what_needs_logits_has_them(compiled_with: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"metrics": None, "loss_weights": None, **compiled_with}
     assert rowwise_step(weighted_metrics=None, **arguments) is None
     plain = MatryoshkaLoss(SPARSE(from_logits=True))
     assert rowwise_step(plain, None, None, None) is not None
@@ -523,10 +523,10 @@ def tensor_sizes(model: keras.Model, batch: Any) -> Iterator[int]:
         case "jax":
             import jax
 
-            given = tuple(jax.numpy.asarray(part) for part in batch)
+            arrays = tuple(jax.numpy.asarray(part) for part in batch)
             kinds = ("trainable", "non_trainable", "optimizer", "metrics")
             state = model._get_jax_state(**{f"{kind}_variables": True for kind in kinds})
-            yield from _of_jaxpr(jax.make_jaxpr(model.train_step)(state, given).jaxpr)
+            yield from _of_jaxpr(jax.make_jaxpr(model.train_step)(state, arrays).jaxpr)
         case "tensorflow":
             import tensorflow as tf
 
@@ -630,7 +630,7 @@ def test_a_head_of_another_kind_is_asked_for_its_logits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "labels", "sentence"),
+    ("compiled_with", "labels", "sentence"),
     [
         (
             {"metrics": [MatryoshkaMetric(keras.metrics.CategoricalAccuracy("a"), (2, 4, 8))]},
@@ -657,10 +657,10 @@ def test_a_head_of_another_kind_is_asked_for_its_logits() -> None:
     ids=["other dims", "integers", "one-hot"],
 )
 def test_what_does_not_fit_the_head_is_refused(
-    given: dict[str, Any], labels: Any, sentence: str
+    compiled_with: dict[str, Any], labels: Any, sentence: str
 ) -> None:
-    loss = given.get("loss", MatryoshkaLoss(SPARSE(from_logits=True)))
-    step = rowwise_step(loss, given.get("metrics"), None, None)
+    loss = compiled_with.get("loss", MatryoshkaLoss(SPARSE(from_logits=True)))
+    step = rowwise_step(loss, compiled_with.get("metrics"), None, None)
     assert step is not None
     head = MatryoshkaHead(CLASSES, STEP_DIMS)
     head.build((None, 8))

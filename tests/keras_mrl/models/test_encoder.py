@@ -68,11 +68,11 @@ def test_pairs_and_triplets_train_and_the_log_has_the_recall_of_every_dim(x: Any
     assert stacked.shape == (16, len(x), 8)
     np.testing.assert_array_equal(stacked[:, 0], encoder.predict(ANCHORS, verbose=0))
 
-    said = encoder.evaluate(x, batch_size=16, verbose=0, return_dict=True)
+    scores = encoder.evaluate(x, batch_size=16, verbose=0, return_dict=True)
     rows, hits = encoder.loss.measure(None, stacked)
-    assert said["loss"] == pytest.approx(as_numpy(rows).mean(), rel=1e-5)
+    assert scores["loss"] == pytest.approx(as_numpy(rows).mean(), rel=1e-5)
     by_dim = as_numpy(hits).mean(axis=1)
-    assert [said[name] for name in recalls] == pytest.approx(by_dim.tolist(), rel=1e-5)
+    assert [scores[name] for name in recalls] == pytest.approx(by_dim.tolist(), rel=1e-5)
 
 
 def test_training_lowers_the_loss_and_chunks_do_not_matter() -> None:
@@ -123,10 +123,10 @@ def test_a_recompiled_encoder_logs_the_dims_of_its_new_loss() -> None:
 def test_the_temperature_is_learnt_within_bounds_and_takes_the_place_of_the_losss() -> None:
     encoder = quick(MatryoshkaEncoder(tower(), initial_temperature=0.5))
     x = (ANCHORS, POSITIVES)
-    said = encoder.evaluate(x, batch_size=16, verbose=0, return_dict=True)
+    scores = encoder.evaluate(x, batch_size=16, verbose=0, return_dict=True)
     stacked = encoder.predict(x, verbose=0)
     expected = float(ContrastiveLoss(DIMS, temperature=0.5)(LABELS, stacked))
-    assert said["loss"] == pytest.approx(expected, rel=1e-5)
+    assert scores["loss"] == pytest.approx(expected, rel=1e-5)
     encoder.fit(x, verbose=0)
     assert 0.4 < float(as_numpy(encoder.temperature)) != pytest.approx(0.5, abs=1e-6)
     assert MatryoshkaEncoder(tower()).temperature is None
@@ -205,19 +205,19 @@ def test_weights_count_beside_labels_and_are_refused_without() -> None:
     encoder = quick(MatryoshkaEncoder(tower()))
     x, weights = (ANCHORS, POSITIVES), np.arange(16.0, dtype="float32")
     rows, _ = encoder.loss.measure(None, encoder.predict(x, verbose=0))
-    said = encoder.evaluate(
+    scores = encoder.evaluate(
         x, np.zeros(16), sample_weight=weights, batch_size=16, verbose=0, return_dict=True
     )
-    assert said["loss"] == pytest.approx((as_numpy(rows) * weights).mean(), rel=1e-5)
+    assert scores["loss"] == pytest.approx((as_numpy(rows) * weights).mean(), rel=1e-5)
     sentence = (
         "Keras passes sample weights only beside labels. Received: sample_weight without y. "
         "Give y=np.zeros(len(anchors)), which ContrastiveLoss does not read."
     )
-    for given in (x, SIDES):
+    for sides in (x, SIDES):
         with pytest.raises(ValueError, match=exactly(sentence)):
-            encoder.fit(given, sample_weight=weights, verbose=0)
+            encoder.fit(sides, sample_weight=weights, verbose=0)
         with pytest.raises(ValueError, match=exactly(sentence)):
-            encoder.evaluate(given, sample_weight=weights, verbose=0)
+            encoder.evaluate(sides, sample_weight=weights, verbose=0)
     with pytest.raises(ValueError, match=exactly(sentence)):
         encoder.fit(x, validation_data=(x, None, weights), verbose=0)
 
