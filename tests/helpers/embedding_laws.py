@@ -1,4 +1,4 @@
-"""Losses on embeddings and the encoder, as the laws of `tests/laws.py` need them."""
+"""Losses on embeddings and the encoder, as the laws of `tests/helpers/laws.py` need them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

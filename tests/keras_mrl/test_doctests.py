@@ -15,8 +15,6 @@ import pytest
 import keras_mrl
 import keras_mrl.evaluation
 
-pytestmark = pytest.mark.backend
-
 
 def modules() -> list[ModuleType]:
     submodules = pkgutil.walk_packages(keras_mrl.__path__, "keras_mrl.")
@@ -44,6 +42,7 @@ DOCTESTS = [
 ]
 
 
+@pytest.mark.backend
 @pytest.mark.parametrize("example", DOCTESTS, ids=lambda test: test.name)
 def test_the_example_runs(
     example: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

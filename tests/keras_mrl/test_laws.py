@@ -1,4 +1,4 @@
-"""The laws of `tests/laws.py`, over every public Keras class and every nested loss."""
+"""The laws of `tests/helpers/laws.py`, over every public Keras class and every nested loss."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -34,7 +34,8 @@ from tests.helpers.small_models import (
     run_fresh,
 )
 
-pytestmark = pytest.mark.backend
+# Configurations, arguments and refusals are the same on every backend.
+backend = pytest.mark.backend
 
 RANDOM = np.random.default_rng(1)
 FEATURES = RANDOM.normal(size=(len(X), 8)).astype("float32")
@@ -287,12 +288,14 @@ EXAMPLES: dict[str, Example] = {
     **embeddings.EXAMPLES,
     **language.EXAMPLES,
 }
-LAWS: tuple[Callable[[Example], None], ...] = (
+LAWS_OF_ARGUMENTS: tuple[Callable[[Example], None], ...] = (
     laws.config_is_json_and_round_trips,
     laws.every_argument_is_stored_under_its_name,
+    laws.bad_arguments_raise,
+)
+LAWS_OF_NUMBERS: tuple[Callable[[Example], None], ...] = (
     laws.one_fit_step_moves_every_trainable_weight,
     laws.low_precision_agrees,
-    laws.bad_arguments_raise,
 )
 
 examples = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
@@ -306,11 +309,21 @@ def test_every_public_keras_class_has_an_example() -> None:
 
 
 @examples
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("law", LAWS_OF_ARGUMENTS, ids=lambda law: law.__name__)
+def test_the_arguments_of_every_keras_class(
+    law: Callable[[Example], None], example: Example
+) -> None:
+    law(example)
+
+
+@backend
+@examples
+@pytest.mark.parametrize("law", LAWS_OF_NUMBERS, ids=lambda law: law.__name__)
 def test_every_keras_class(law: Callable[[Example], None], example: Example) -> None:
     law(example)
 
 
+@backend
 @pytest.mark.parametrize(
     "example",
     [
@@ -323,11 +336,13 @@ def test_symbolic_shape_is_eager_shape(example: Example) -> None:
     laws.symbolic_shape_is_eager_shape(example)
 
 
+@backend
 @examples
 def test_save_and_load_keep_outputs(example: Example, tmp_path: Path) -> None:
     laws.save_and_load_keep_outputs(example, tmp_path / "model.keras")
 
 
+@backend
 def test_a_fresh_process_that_only_imports_keras_mrl_loads_every_class(tmp_path: Path) -> None:
     for name, example in EXAMPLES.items():
         model = example.build()
@@ -389,12 +404,14 @@ def test_every_public_nested_loss_has_an_example() -> None:
     assert {type(loss.make(None)) for loss in tables} == losses
 
 
+@backend
 @pytest.mark.parametrize("loss", NESTED_LOSSES.values(), ids=NESTED_LOSSES)
 @pytest.mark.parametrize("law", NESTED_LAWS, ids=lambda law: law.__name__)
 def test_every_nested_loss(law: Callable[[NestedLoss], None], loss: NestedLoss) -> None:
     law(loss)
 
 
+@backend
 @pytest.mark.parametrize(
     "loss", embeddings.NESTED_LOSSES.values(), ids=list(embeddings.NESTED_LOSSES)
 )
@@ -405,6 +422,7 @@ def test_every_nested_loss_on_embeddings(
     law(loss)
 
 
+@backend
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_nothing_is_learnt_beyond_the_widest_dim(tied: bool) -> None:
     head = MatryoshkaHead(NUM_CLASSES, dims=(1, 2, 4), tied=tied)
