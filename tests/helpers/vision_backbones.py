@@ -15,7 +15,7 @@ def keras_cv() -> keras.Model:
     """Two blocks at least: with one, keras-cv gives two layers the same name."""
     models = imported("keras_cv").models
     return models.ResNetV2Backbone(
-        stackwise_filters=[8],
+        stackwise_filters=[64],
         stackwise_blocks=[2],
         stackwise_strides=[1],
         block_type="basic_block",
@@ -27,9 +27,9 @@ def keras_cv() -> keras.Model:
 def keras_hub() -> keras.Model:
     models = imported("keras_hub").models
     return models.ResNetBackbone(
-        input_conv_filters=[8],
+        input_conv_filters=[64],
         input_conv_kernel_sizes=[3],
-        stackwise_num_filters=[8],
+        stackwise_num_filters=[64],
         stackwise_num_blocks=[1],
         stackwise_num_strides=[1],
         block_type="basic_block",
