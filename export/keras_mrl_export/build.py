@@ -62,9 +62,7 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
     backbone, head = split(model)
     manifest = _manifest(model, saved, backbone, head, job)
     try:
-        served = ServedModel(backbone, head, manifest, job, staged.scratch)
-        signatures = served.signatures()
-        tf.saved_model.save(served.resources(), str(staged.folder), signatures=signatures)
+        _save_model(ServedModel(backbone, head, manifest, job, staged.scratch), staged.folder)
     except OSError:
         raise
     except Exception as error:
@@ -101,6 +99,11 @@ def build_index(index: ExactIndex, name: str, folder: Path) -> None:
         compare_searches(session.run, index, queries, widths)
         check_described(session.run, manifest)
         write_warmup(folder, session, manifest.name, inputs, (1,))
+
+
+# Functions of their own: what they trace is released before the SavedModel is loaded.
+def _save_model(served: ServedModel, folder: Path) -> None:
+    tf.saved_model.save(served.resources(), str(folder), signatures=served.signatures())
 
 
 def _save_index(index: ExactIndex, manifest: Manifest, folder: Path) -> None:
