@@ -15,6 +15,7 @@ from keras_mrl_export.build import fingerprint_of, fingerprint_of_index
 from keras_mrl_export.model_file import load, save
 from keras_mrl_serving.index import ExactIndex
 from tests.helpers.export_galleries import GALLERY, IDS, SCHEDULES, index_of
+from tests.helpers.export_images import DECODER, EXACT, encoded, model_of_images
 from tests.helpers.export_models import X, dense, read_manifest
 
 FLOATS = {"inputs": {"dtype": "float32", "shape": [None, 5]}}
@@ -23,14 +24,13 @@ FLOATS = {"inputs": {"dtype": "float32", "shape": [None, 5]}}
 def fingerprint(
     model: keras.Model,
     folder: Path,
-    inputs: Any = FLOATS,
     decoder: ImageDecoder | None = None,
     normalize: bool = True,
 ) -> str:
     """The fingerprint of a model as it is loaded from its file."""
     save(model, folder / "model.keras")
-    loaded = load(folder / "model.keras", {type(model).__name__: type(model)})
-    return fingerprint_of(loaded, folder / "model.keras", inputs, decoder, normalize)
+    loaded = load(folder / "model.keras", {})
+    return fingerprint_of(loaded, folder / "model.keras", FLOATS, decoder, normalize)
 
 
 def exported_fingerprint(
@@ -62,23 +62,33 @@ def test_a_fingerprint_is_of_one_model_served_alike(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_is_of_the_decoder(tmp_path: Path) -> None:
-    decoders = (
-        None,
-        ImageDecoder(height=4, width=4),
-        ImageDecoder(height=4, width=4, scale=0.5),
-        ImageDecoder(height=4, width=4, offset=(0, 0, 1)),
+    model, images = model_of_images(), [encoded(EXACT[0])]
+    once, again, scaled, moved = (
+        exported_fingerprint(
+            model, tmp_path, images, decoder=ImageDecoder(height=6, width=5, **more)
+        )
+        for more in ({}, {}, {"scale": 0.5}, {"offset": (0, 0, 1)})
     )
-    prints = [fingerprint(dense(), tmp_path, decoder=decoder) for decoder in decoders]
-    assert len(set(prints)) == len(decoders)
+    assert once == again
+    assert len({once, scaled, moved}) == 3
+    small = dense()
+    assert fingerprint(small, tmp_path) != fingerprint(small, tmp_path, decoder=DECODER)
+
+
+class Doubled(keras.Model):
+    """A model that declares no input: in bytes, twice 200 is 144."""
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.cast(x * 2, "float32")
 
 
 def test_a_fingerprint_is_of_the_types_that_inputs_are_cast_to(tmp_path: Path) -> None:
-    """In bytes, twice 200 is 144."""
-    prints = {
-        fingerprint(dense(), tmp_path, {"inputs": {"dtype": dtype, "shape": [None, 3]}})
-        for dtype in ("uint8", "float32")
-    }
-    assert len(prints) == 2
+    model, rows = Doubled(), np.full((2, 3), 200)
+    in_bytes, again, in_floats = (
+        exported_fingerprint(model, tmp_path, rows.astype(dtype))
+        for dtype in (np.uint8, np.uint8, np.float32)
+    )
+    assert in_bytes == again != in_floats
 
 
 def of_texts(texts: Sequence[str], **arguments: Any) -> keras.Model:
