@@ -61,6 +61,18 @@ def test_a_threshold_can_accept_all_some_or_none(measure: str) -> None:
 
 
 @pytest.mark.parametrize("measure", CONFIDENCES)
+def test_a_threshold_is_sought_over_all_values_of_a_measure(measure: str) -> None:
+    """The narrow dim is right where its logits differ by 2, the wide dim where they do by 0.3."""
+    gaps = np.array([0.3, 2, 2, 2, 2, 2])
+    narrow = np.stack([gaps, np.zeros(6), np.zeros(6)], axis=-1)
+    logits = np.stack([narrow, np.tile([0.0, 9.0, 0.0], (6, 1))], axis=1)
+    policy = CascadePolicy.learn(logits, [1, 0, 0, 0, 0, 0], (8, 64), confidence=measure)
+    assert policy.holdout is not None
+    assert policy.holdout.accuracy == 1
+    assert policy.holdout.exit_fractions == (5 / 6, 1 / 6)
+
+
+@pytest.mark.parametrize("measure", CONFIDENCES)
 def test_a_cascade_learns_and_routes_by_each(measure: str) -> None:
     logits, labels = noisy_holdout(0, 400, noise=(0.8, 0.4))
     policy = CascadePolicy.learn(logits, labels, (8, 64), confidence=measure)

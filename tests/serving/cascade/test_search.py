@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from keras_mrl_serving import CascadeFront, CascadePolicy, search_cascades
 from keras_mrl_serving.cascade.confidence import max_probability
 from keras_mrl_serving.cascade.policy import Stage
+from keras_mrl_serving.cascade.search import RankedRows
 from tests.helpers.galleries import Refuses
 from tests.helpers.holdouts import DIMS, holdouts, noisy_holdout
 
@@ -150,6 +151,13 @@ def test_of_two_dims_no_threshold_is_better_within_a_budget(seed: int) -> None:
         assert policy.holdout is not None
         enough = cost[accuracy >= accuracy[0] - share - 1e-12]
         assert policy.holdout.expected_dim <= enough.min() + 0.6
+
+
+def test_no_cut_parts_rows_that_tie() -> None:
+    confidence = np.float32([[0.5, 1], [0.2, 1], [0.5, 1], [0.9, 1]])
+    rows = RankedRows(confidence, np.ones((4, 2), bool), np.array([1.0, 8.0]))
+    costs, _ = rows.sweep(rows.never(), 0)
+    assert costs.tolist() == [4.0, 11.0, np.inf, 25.0, 32.0]
 
 
 def test_costs_need_not_rise() -> None:

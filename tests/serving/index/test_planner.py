@@ -398,6 +398,16 @@ def test_less_than_what_was_doubled_may_be_enough() -> None:
     assert planned.schedule.shortlists == (50,)  # of 50, 60, 70, which follow 80
 
 
+def test_shortlists_of_up_to_four_times_the_need_are_tried_though_a_shorter_one_is_enough() -> None:
+    """With a longer one less effort may do."""
+    trials = Scripted({8: 20, 32: K})
+    trials.quality = lambda _dim, _effort: 1.0
+    trials.plan([IVF])
+    sizes = dict.fromkeys(shortlists for _, _, dims, shortlists in trials.tried if dims == (8, 32))
+    assert list(sizes)[:3] == [(20,), (40,), (80,)]
+    assert max(sizes) == (80,)
+
+
 @pytest.mark.parametrize("slack", [1, 2, 4, 8, 16])
 def test_a_longer_shortlist_may_be_what_it_takes(slack: int) -> None:
     trials = Scripted({8: 20, 32: K})
