@@ -71,6 +71,16 @@ def test_the_guarantee_counts_the_rows_that_were_not_searched() -> None:
     assert policy.holdout.size == 2001
 
 
+@pytest.mark.filterwarnings("ignore:To promise a risk of")
+def test_policies_stricter_than_those_searched_are_tested_first() -> None:
+    """Without them three of these eight holdouts would leave the full dim alone."""
+    logits, labels = population()
+    for seed in range(8):
+        rows = np.random.default_rng(seed).integers(0, len(labels), 1200)
+        policy = certify_cascade(logits[rows], labels[rows], DIMS, 0.01, 0.1, seed=seed)
+        assert len(policy.dims) > 1
+
+
 def test_a_seed_draws_the_halves() -> None:
     logits, labels = population(1500)
     first, again, other = (

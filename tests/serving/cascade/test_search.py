@@ -154,7 +154,7 @@ def test_of_two_dims_no_threshold_is_better_within_a_budget(seed: int) -> None:
 
 
 def test_no_cut_parts_rows_that_tie() -> None:
-    confidence = np.float32([[0.5, 1], [0.2, 1], [0.5, 1], [0.9, 1]])
+    confidence = np.array([[0.5, 1], [0.2, 1], [0.5, 1], [0.9, 1]], np.float32)
     rows = RankedRows(confidence, np.ones((4, 2), bool), np.array([1.0, 8.0]))
     costs, _ = rows.sweep(rows.never(), 0)
     assert costs.tolist() == [4.0, 11.0, np.inf, 25.0, 32.0]
