@@ -1,6 +1,6 @@
 """SERVE: what an application that asks a Matryoshka model needs, without TensorFlow or Keras.
 
-Names are imported when they are first used, so that the NumPy part never waits for gRPC.
+A name is imported when it is first used, so that the NumPy part never waits for gRPC.
 """
 
 from importlib import import_module
@@ -59,63 +59,42 @@ if TYPE_CHECKING:
     from .results import Partial as Partial
     from .version import __version__ as __version__
 
-_HOMES = {
-    "aio": ("AsyncClient",),
-    "calls": ("Signature", "VersionStatus"),
-    "cascade.certify": ("certify_cascade",),
-    "cascade.confidence": ("fit_temperatures",),
-    "cascade.monitor": ("Drift", "exit_drift", "oracle_report"),
-    "cascade.policy": ("CascadePolicy", "CascadeReport", "Guarantee", "Stage"),
-    "cascade.search": ("CascadeFront", "search_cascades"),
-    "client": ("Client",),
-    "contract": ("Manifest",),
-    "embeddings": ("truncate",),
+# The same names for the run time, by module. A test holds both lists equal.
+_NAMES = {
+    "aio": "AsyncClient",
+    "calls": "Signature VersionStatus",
+    "cascade.certify": "certify_cascade",
+    "cascade.confidence": "fit_temperatures",
+    "cascade.monitor": "Drift exit_drift oracle_report",
+    "cascade.policy": "CascadePolicy CascadeReport Guarantee Stage",
+    "cascade.search": "CascadeFront search_cascades",
+    "client": "Client",
+    "contract": "Manifest",
+    "embeddings": "truncate",
     "errors": (
-        "AccessDeniedError",
-        "DamagedIndexError",
-        "DeadlineError",
-        "EncoderMismatchError",
-        "InvalidInputError",
-        "KerasMrlError",
-        "ManifestError",
-        "MessageTooLargeError",
-        "ModelNotFoundError",
-        "NoCascadeError",
-        "NoHeadError",
-        "NoIndexError",
-        "ServerError",
-        "ServerUnavailableError",
-        "SignatureNotFoundError",
-        "TargetNotReachedError",
-        "UnknownDimError",
-        "VersionChangedError",
-        "VersionNotFoundError",
+        "AccessDeniedError DamagedIndexError DeadlineError EncoderMismatchError "
+        "InvalidInputError KerasMrlError ManifestError MessageTooLargeError "
+        "ModelNotFoundError NoCascadeError NoHeadError NoIndexError ServerError "
+        "ServerUnavailableError SignatureNotFoundError TargetNotReachedError UnknownDimError "
+        "VersionChangedError VersionNotFoundError"
     ),
-    "funnel": ("FunnelSchedule",),
-    "index": (
-        "ExactIndex",
-        "FaissIndex",
-        "FirstStage",
-        "Plan",
-        "QdrantIndex",
-        "open_index",
-        "plan_funnel",
-    ),
-    "options": ("Options", "Tls"),
-    "results": ("Classification", "ClassifiedRow", "Neighbors", "Partial"),
-    "version": ("__version__",),
+    "funnel": "FunnelSchedule",
+    "index": "ExactIndex FaissIndex FirstStage Plan QdrantIndex open_index plan_funnel",
+    "options": "Options Tls",
+    "results": "Classification ClassifiedRow Neighbors Partial",
+    "version": "__version__",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = list(_HOME_OF)
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOME_OF)
+    return sorted(_MODULE_OF)

@@ -2,7 +2,7 @@
 
 There is one signature per dim, since TensorFlow Serving computes every output of a signature, also
 those that a client filters out. The manifest travels inside the model, in its signature `describe`,
-so a client needs to be told nothing but the address.
+so a client needs nothing but the server's address.
 """
 
 from __future__ import annotations

@@ -283,7 +283,7 @@ class Conversation:
         deadline: float,
         version: int | None = None,
     ) -> Rounds[T]:
-        """Ask by the facts given; by other facts if the version that answers differs from them."""
+        """Ask by `facts`, or by those of the version that answers if its interface is another."""
         parts = question.parts(facts, self._options)
         talk = self._talk(question.flow(facts, parts[0]), version, deadline)
         first, version = yield from self._run_talk(talk)

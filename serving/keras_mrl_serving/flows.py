@@ -218,15 +218,11 @@ def _class_outputs(manifest: Manifest) -> dict[str, Output]:
     }
 
 
-def _classification(answer: Arrays) -> Classification:
-    labels = answer.get("labels")
-    return Classification(
-        class_ids=answer["class_ids"],
-        probabilities=answer["probabilities"],
-        confidence=answer["confidence"],
-        dim=answer["dim"],
-        labels=None if labels is None else _as_text(labels),
-    )
+def _classification(columns: Arrays) -> Classification:
+    fields: dict[str, Any] = dict(columns)
+    if "labels" in fields:
+        fields["labels"] = _as_text(fields["labels"])
+    return Classification(**fields)
 
 
 def _as_text(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:

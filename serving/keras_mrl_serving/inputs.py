@@ -36,7 +36,7 @@ def check_inputs(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict
 def as_arrays(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict[str, Any]:
     """Return one array per input of the model, checked before anything is sent.
 
-    Floats of another width are cast, because float64 is NumPy's default and nobody's decision.
+    Floats of another width are cast, because float64 is only NumPy's default.
     Integers are cast if no value changes. Nothing else is cast.
 
     Args:

@@ -111,16 +111,16 @@ def save(toy: Toy, path: Path) -> Path:
         features = x @ module.projection
         answer: dict[str, Any] = {}
         for stage in reversed(POLICY.stages):
-            asked = without_logits(head(features[:, : stage.dim], stage.dim))
-            asked["dim"] = tf.fill([tf.shape(x)[0]], stage.dim)
-            sure = asked["confidence"] > (stage.threshold or 0.0)
+            answers = without_logits(head(features[:, : stage.dim], stage.dim))
+            answers["dim"] = tf.fill([tf.shape(x)[0]], stage.dim)
+            sure = answers["confidence"] > (stage.threshold or 0.0)
             answer = {
                 name: tf.where(
                     tf.reshape(sure, [-1] + [1] * (value.shape.rank - 1)),
                     value,
                     answer.get(name, value),
                 )
-                for name, value in asked.items()
+                for name, value in answers.items()
             }
         return answer
 

@@ -13,10 +13,10 @@ SCRIPT = Path(__file__).parents[2] / "serving" / "deploy" / "conformance.sh"
 NOTE = """#!{python}
 import json, os, sys
 with open({log!r}, "a") as log:
-    asked = {{k: v for k, v in os.environ.items() if k.startswith("KERAS_MRL_TFS")}}
-    folders = [v for k, v in asked.items() if k.endswith("BASE_PATH")]
+    settings = {{k: v for k, v in os.environ.items() if k.startswith("KERAS_MRL_TFS")}}
+    folders = [v for k, v in settings.items() if k.endswith("BASE_PATH")]
     there = all(os.path.isdir(folder) for folder in folders)
-    log.write(json.dumps([sys.argv[1:], asked, there]) + "\\n")
+    log.write(json.dumps([sys.argv[1:], settings, there]) + "\\n")
 if sys.argv[1:2] == ["run"]:
     print("container-" + ("b" if "--enable_batching=true" in sys.argv else "a"))
 if sys.argv[1:2] == ["port"]:
@@ -53,14 +53,14 @@ def test_two_servers_are_asked_and_removed(tmp_path: Path, status: int) -> None:
     assert (done.returncode, done.stderr) == (status, "")
     runs = [words for words, *_ in calls if words[0] == "run"]
     (tests,) = [call for call in calls if "pytest" in call[0]]
-    words, asked, there = tests
+    words, settings, there = tests
     assert there
     plain, batching = (
-        asked["KERAS_MRL_TFS_BASE_PATH"],
-        asked["KERAS_MRL_TFS_BATCHING_BASE_PATH"],
+        settings["KERAS_MRL_TFS_BASE_PATH"],
+        settings["KERAS_MRL_TFS_BATCHING_BASE_PATH"],
     )
-    assert asked["KERAS_MRL_TFS_TARGET"] == "127.0.0.1:1"
-    assert asked["KERAS_MRL_TFS_BATCHING_TARGET"] == "127.0.0.1:2"
+    assert settings["KERAS_MRL_TFS_TARGET"] == "127.0.0.1:1"
+    assert settings["KERAS_MRL_TFS_BATCHING_TARGET"] == "127.0.0.1:2"
     for flags, base in zip(runs, (plain, batching), strict=True):
         assert "tensorflow/serving:2.19.1" in flags
         assert {f"--model_base_path={base}", "--model_name=default"} <= set(flags)

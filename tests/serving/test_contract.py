@@ -305,7 +305,7 @@ def test_a_manifest_is_nested_as_deep_as_it_can_be_written_again(
 
 
 @pytest.mark.parametrize(
-    ("field", "known"),
+    ("field", "choices"),
     [
         ("kind", "classifier, encoder, index"),
         ("metric", "cosine, dot, l2"),
@@ -314,9 +314,9 @@ def test_a_manifest_is_nested_as_deep_as_it_can_be_written_again(
 )
 @pytest.mark.parametrize("value", ["Softmax", None, ["l2"]])
 def test_a_word_that_is_none_of_those_known_is_refused(
-    field: str, known: str, value: Any, manifest: Manifest, refuses: Refuses
+    field: str, choices: str, value: Any, manifest: Manifest, refuses: Refuses
 ) -> None:
-    text = f"{field} must be one of {known}. Received: {field}={value!r}. {NEWER}"
+    text = f"{field} must be one of {choices}. Received: {field}={value!r}. {NEWER}"
     with refuses(ManifestError, text):
         replace(manifest, **{field: value})
     with refuses(ManifestError, text):

@@ -69,14 +69,14 @@ def test_a_corpus_is_embedded_as_at_once(
 ) -> None:
     seen: list[tuple[int, int | None]] = []
     client = Client(server, options=SMALL)
-    found = client.embed_dataset(
+    embeddings = client.embed_dataset(
         data(), 4, tmp_path / "rows.npy", progress=lambda *done: seen.append(done)
     )
     expected = Client(server).embed(ROWS, 4)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), found)
-    assert found.dtype == np.float32
-    assert not found.flags.writeable
+    np.testing.assert_allclose(embeddings, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), embeddings)
+    assert embeddings.dtype == np.float32
+    assert not embeddings.flags.writeable
     assert os.listdir(tmp_path) == ["rows.npy"]
     assert seen[-1][0] == 97
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -85,7 +85,7 @@ def test_a_corpus_is_embedded_as_at_once(
         async with AsyncClient(server, options=SMALL) as waiting:
             return await waiting.embed_dataset(data(), 4, tmp_path / "async.npy")
 
-    np.testing.assert_array_equal(asyncio.run(main()), found)
+    np.testing.assert_array_equal(asyncio.run(main()), embeddings)
 
 
 def test_no_rows_are_an_empty_file(server: InMemoryServer, tmp_path: Path) -> None:
@@ -104,12 +104,12 @@ def test_what_was_done_before_an_error_is_not_done_again(
     path = tmp_path / "rows.npy"
     client = Client(server, options=SMALL)
     client.embed(ROWS[:1], 4)
-    answer, left = server.answer, 20
+    answer, num_calls = server.answer, 20
 
     def fails_in_the_end(call: Call) -> Arrays | None:
-        nonlocal left
-        left -= 1
-        if left < 0:
+        nonlocal num_calls
+        num_calls -= 1
+        if num_calls < 0:
             raise ServerUnavailableError("gone")
         return answer(call)
 
@@ -121,10 +121,10 @@ def test_what_was_done_before_an_error_is_not_done_again(
     assert 0 < done <= 40
     server.answer = answer
     server.calls.clear()
-    found = client.embed_dataset(data(), 4, path)
-    asked = sum(len(call.inputs["x"]) for call in server.calls if call.signature == "embed_4")
-    assert asked == 97 - done
-    np.testing.assert_allclose(found, Client(server).embed(ROWS, 4), rtol=0, atol=1e-6)
+    embeddings = client.embed_dataset(data(), 4, path)
+    embedded = sum(len(call.inputs["x"]) for call in server.calls if call.signature == "embed_4")
+    assert embedded == 97 - done
+    np.testing.assert_allclose(embeddings, Client(server).embed(ROWS, 4), rtol=0, atol=1e-6)
 
 
 def test_rows_that_were_not_said_to_be_safe_are_written_again(tmp_path: Path) -> None:
@@ -328,10 +328,12 @@ def test_killed_at_a_random_moment_it_goes_on(saved: Mapping[str, Path], tmp_pat
     rng = np.random.default_rng()
     np.save(tmp_path / "rows.npy", rng.normal(size=(count, 4)).astype(np.float32))
     with DevServer(saved["classifier"], file_system_poll_wait_seconds=0) as target:
-        asked = [target, str(tmp_path / "rows.npy")]
+        arguments = [target, str(tmp_path / "rows.npy")]
 
         def run(path: Path) -> subprocess.Popen[bytes]:
-            return subprocess.Popen([sys.executable, "-c", PROGRAM, *asked, str(path), str(batch)])
+            return subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, *arguments, str(path), str(batch)]
+            )
 
         began = time.monotonic()
         assert run(tmp_path / "whole.npy").wait() == 0

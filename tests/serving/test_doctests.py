@@ -24,7 +24,7 @@ WITHOUT_EXAMPLE = {"AsyncClient", "AsyncTransport", "Client", "Index", "Transpor
 
 
 def names() -> dict[str, Any]:
-    """What a reader of an example may take for given: NumPy, and what the package makes public."""
+    """The names an example may use without importing them: NumPy, and the public names."""
     public = set(keras_mrl_serving.__all__)
     return {"np": np, **{name: getattr(keras_mrl_serving, name) for name in public}}
 
@@ -65,5 +65,5 @@ def test_everything_public_has_an_example(thing: Any) -> None:
 def test_there_is_something_to_run() -> None:
     assert "keras_mrl_serving.index.exact" in MODULES
     assert len(EXPECTED) > 20
-    found = {name for module in MODULES for name in public(import_module(module))}
-    assert found >= WITHOUT_EXAMPLE
+    names = {name for module in MODULES for name in public(import_module(module))}
+    assert names >= WITHOUT_EXAMPLE

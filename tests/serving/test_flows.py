@@ -141,18 +141,18 @@ def test_the_caller_s_policy_answers_as_the_same_policy_in_the_model(
             assert by_caller[name].dtype == column.dtype
 
 
-def test_classify_by_asks_the_wider_heads_for_the_rows_still_unsure(
+def test_classify_by_asks_the_wider_heads_for_the_rows_still_undecided(
     model: Model, manifest: Manifest, policy: CascadePolicy
 ) -> None:
     answer, calls = drive(flows.classify_by(manifest, ROWS, policy), model)
     assert [call.signature for call in calls] == ["features", "head_2", "head_4", "head_8"]
     features = model(calls[0])["features"]
-    unsure = np.ones(40, bool)
+    undecided = np.ones(40, bool)
     for call, stage in zip(calls[1:], policy.stages, strict=True):
-        np.testing.assert_array_equal(call.inputs["features"], features[unsure, : stage.dim])
+        np.testing.assert_array_equal(call.inputs["features"], features[undecided, : stage.dim])
         assert call.outputs == ("class_ids", "labels", "logits")
-        unsure &= answer.dim != stage.dim
-    assert not unsure.any()
+        undecided &= answer.dim != stage.dim
+    assert not undecided.any()
 
 
 @given(
@@ -177,9 +177,9 @@ def test_every_row_is_answered_in_its_place_by_the_dim_that_is_sure(
         class_ids, stage_of = policy.route(np.stack(logits, axis=1))
         assert answer.class_ids[:, 0].tolist() == class_ids.tolist()
         assert answer.dim.tolist() == [dims[stage] for stage in stage_of]
-        asked = [len(call.inputs["features"]) for call in calls[1:]]
-        assert asked == [int((stage_of >= stage).sum()) for stage in range(len(asked))]
-        assert 0 not in asked
+        num_rows = [len(call.inputs["features"]) for call in calls[1:]]
+        assert num_rows == [int((stage_of >= s).sum()) for s in range(len(num_rows))]
+        assert 0 not in num_rows
     assert [len(column) for column in columns(answer).values()] == [len(rows)] * 5
 
 
@@ -250,7 +250,7 @@ def test_a_describe_of_another_kind_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outputs", "found"),
+    ("outputs", "received"),
     [
         ({"embedding": np.zeros((3, 4))}, "embedding float64 (3, 4)"),
         ({"embedding": np.zeros((40, 8))}, "embedding float64 (40, 8)"),
@@ -261,11 +261,11 @@ def test_a_describe_of_another_kind_is_refused() -> None:
     ],
 )
 def test_an_answer_unlike_the_contract_is_no_answer(
-    manifest: Manifest, outputs: Arrays, found: str, refuses: Refuses
+    manifest: Manifest, outputs: Arrays, received: str, refuses: Refuses
 ) -> None:
     text = (
         "A signature must answer embedding float32 (rows, 4), with a row for each row sent. "
-        f"Received: {found} for 40 rows of signature 'embed_4'. "
+        f"Received: {received} for 40 rows of signature 'embed_4'. "
         "Export the model again with keras_mrl_export.export_saved_model."
     )
     with refuses(ManifestError, text):

@@ -31,7 +31,7 @@ pytestmark = [
 
 SIGNATURES = ("embed_2", "classify_4", "classify_adaptive", "features")
 
-# Each is given a target, a file of images and a file for the answers, as `signature/output`.
+# The arguments are a target, a file of images and a file for the outputs, by `signature/output`.
 OVMSCLIENT = """
 import sys
 import numpy as np
@@ -45,13 +45,13 @@ assert client.get_model_status("toy", 1)[1]["state"] == "AVAILABLE"
 assert client.get_model_metadata("toy", 1)["inputs"]["x"]["shape"] == [-1, 4]
 inputs = {"x": np.load(images)}
 default = client.predict(inputs, "toy", 1)  # it takes version 0 for the newest, which it is not
-said = {f"serving_default/{name}": array for name, array in default.items()}
+arrays = {f"serving_default/{name}": array for name, array in default.items()}
 for signature in signatures:
     request = make_predict_request(inputs, "toy", 1).raw_request
     request.model_spec.signature_name = signature
     outputs = client.prediction_service_stub.Predict(request, 10.0).outputs
-    said |= {f"{signature}/{name}": make_ndarray(tensor) for name, tensor in outputs.items()}
-np.savez(answers, **said)
+    arrays |= {f"{signature}/{name}": make_ndarray(tensor) for name, tensor in outputs.items()}
+np.savez(answers, **arrays)
 """
 MIN_TFS_CLIENT = """
 import sys
@@ -70,15 +70,15 @@ host, port = target.split(":")
 client = TensorServingClient(host, int(port))
 inputs = {"x": np.load(images)}
 outputs = client.predict_request("toy", inputs, timeout=10).outputs
-said = {f"serving_default/{name}": read(tensor) for name, tensor in outputs.items()}
+arrays = {f"serving_default/{name}": read(tensor) for name, tensor in outputs.items()}
 for signature in signatures:
     request = PredictRequest()
     request.model_spec.name = "toy"
     request.model_spec.signature_name = signature
     request.inputs["x"].CopyFrom(ndarray_to_tensor_proto(inputs["x"]))
     outputs = PredictionServiceStub(client._channel).Predict(request, 10).outputs
-    said |= {f"{signature}/{name}": read(tensor) for name, tensor in outputs.items()}
-np.savez(answers, **said)
+    arrays |= {f"{signature}/{name}": read(tensor) for name, tensor in outputs.items()}
+np.savez(answers, **arrays)
 """
 FOREIGN = {
     "ovmsclient": (["ovmsclient==2023.1"], OVMSCLIENT),
@@ -122,7 +122,7 @@ def test_a_client_that_knows_nothing_of_us_reads_the_same_numbers(
             adaptive = client.classify_adaptive(images())
             embedding = client.embed(images(), dim=2)
     with np.load(tmp_path / "answers.npz") as answers:
-        said = dict(answers)
+        arrays = dict(answers)
 
     signatures = tf.saved_model.load(str(version)).signatures
     expected = {
@@ -130,20 +130,20 @@ def test_a_client_that_knows_nothing_of_us_reads_the_same_numbers(
         for signature in (*SIGNATURES, "serving_default")
         for output, tensor in signatures[signature](x=tf.constant(images())).items()
     }
-    assert set(said) == set(expected)
-    assert len({*said["classify_adaptive/dim"]}) > 1
+    assert set(arrays) == set(expected)
+    assert len({*arrays["classify_adaptive/dim"]}) > 1
     for output, array in expected.items():
         if array.dtype == object:
-            assert said[output].tolist() == array.tolist(), output
+            assert arrays[output].tolist() == array.tolist(), output
         elif array.dtype == np.float32:
-            np.testing.assert_allclose(said[output], array, rtol=0, atol=1e-6, err_msg=output)
+            np.testing.assert_allclose(arrays[output], array, rtol=0, atol=1e-6, err_msg=output)
         else:
-            np.testing.assert_array_equal(said[output], array, err_msg=output)
+            np.testing.assert_array_equal(arrays[output], array, err_msg=output)
 
-    np.testing.assert_array_equal(said["embed_2/embedding"], embedding)
-    np.testing.assert_array_equal(said["classify_adaptive/class_ids"], adaptive.class_ids)
-    np.testing.assert_array_equal(said["classify_adaptive/probabilities"], adaptive.probabilities)
-    np.testing.assert_array_equal(said["classify_adaptive/dim"], adaptive.dim)
+    np.testing.assert_array_equal(arrays["embed_2/embedding"], embedding)
+    np.testing.assert_array_equal(arrays["classify_adaptive/class_ids"], adaptive.class_ids)
+    np.testing.assert_array_equal(arrays["classify_adaptive/probabilities"], adaptive.probabilities)
+    np.testing.assert_array_equal(arrays["classify_adaptive/dim"], adaptive.dim)
     assert adaptive.labels is not None
-    texts = np.char.decode(said["classify_adaptive/labels"], "utf-8")
+    texts = np.char.decode(arrays["classify_adaptive/labels"], "utf-8")
     assert texts.tolist() == adaptive.labels.tolist()

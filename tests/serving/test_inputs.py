@@ -40,8 +40,8 @@ def test_numbers_that_keep_their_value_are_cast_to_float(dtype: str) -> None:
 
 
 def test_a_float_may_lose_digits_and_be_no_number() -> None:
-    given = np.array([[[0.1, np.nan, np.inf]] * 2])
-    np.testing.assert_array_equal(check_inputs(IMAGE, given)["image"], given.astype(np.float32))
+    inputs = np.array([[[0.1, np.nan, np.inf]] * 2])
+    np.testing.assert_array_equal(check_inputs(IMAGE, inputs)["image"], inputs.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint16", "int64", "uint64", "bool"])
@@ -57,9 +57,9 @@ def test_what_needs_no_cast_is_not_copied() -> None:
     assert check_inputs(IMAGE, image)["image"] is image
 
 
-@pytest.mark.parametrize("given", [ROWS.tolist(), {"image": ROWS}, {"image": ROWS.tolist()}])
-def test_one_input_may_be_named_or_not(given: Any) -> None:
-    np.testing.assert_array_equal(check_inputs(IMAGE, given)["image"], ROWS)
+@pytest.mark.parametrize("inputs", [ROWS.tolist(), {"image": ROWS}, {"image": ROWS.tolist()}])
+def test_one_input_may_be_named_or_not(inputs: Any) -> None:
+    np.testing.assert_array_equal(check_inputs(IMAGE, inputs)["image"], ROWS)
 
 
 def test_inputs_come_in_the_order_of_the_model() -> None:
@@ -92,7 +92,7 @@ def test_strings_are_left_as_they_are(text: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("specs", "given", "text"),
+    ("specs", "inputs", "text"),
     [
         (
             PAIR,
@@ -188,16 +188,16 @@ def test_strings_are_left_as_they_are(text: Any) -> None:
     ],
 )
 def test_what_the_model_does_not_take_is_refused(
-    specs: dict[str, dict[str, Any]], given: Any, text: str, refuses: Refuses
+    specs: dict[str, dict[str, Any]], inputs: Any, text: str, refuses: Refuses
 ) -> None:
     with refuses(InvalidInputError, text):
-        check_inputs(specs, given)
+        check_inputs(specs, inputs)
 
 
 def test_bytes_keep_their_trailing_zeros() -> None:
     specs = {"image": {"dtype": "string", "shape": [None]}}
-    for given in ([b"png\x00", b""], np.array([b"png\x00", b""], object)):
-        assert check_inputs(specs, given)["image"].tolist() == [b"png\x00", b""]
+    for inputs in ([b"png\x00", b""], np.array([b"png\x00", b""], object)):
+        assert check_inputs(specs, inputs)["image"].tolist() == [b"png\x00", b""]
 
 
 def test_inputs_of_a_foreign_model_may_be_of_any_shape() -> None:
@@ -205,9 +205,9 @@ def test_inputs_of_a_foreign_model_may_be_of_any_shape() -> None:
         "x": {"dtype": "float32", "shape": None},
         "rate": {"dtype": "float32", "shape": []},
     }
-    found = as_arrays(specs, {"x": np.zeros((2, 3, 4)), "rate": 0.5})
-    assert found["x"].shape == (2, 3, 4)
-    assert found["rate"].shape == ()
+    arrays = as_arrays(specs, {"x": np.zeros((2, 3, 4)), "rate": 0.5})
+    assert arrays["x"].shape == (2, 3, 4)
+    assert arrays["rate"].shape == ()
 
 
 def test_a_dtype_that_numpy_has_not_is_a_sentence(refuses: Refuses) -> None:

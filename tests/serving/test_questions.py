@@ -83,13 +83,13 @@ def test_whole_and_split_answers_are_one(
     server = InMemoryServer(manifests["classifier"], toys["classifier"])
     whole = Client(server).classify_adaptive(rows)
     server.calls.clear()
-    found = Client(server, options=Options(max_batch_size=batch)).classify_adaptive(rows)
-    np.testing.assert_array_equal(found.class_ids, whole.class_ids)
-    np.testing.assert_array_equal(found.dim, whole.dim)
-    np.testing.assert_allclose(found.probabilities, whole.probabilities, rtol=0, atol=1e-6)
-    assert found.labels is not None
+    split = Client(server, options=Options(max_batch_size=batch)).classify_adaptive(rows)
+    np.testing.assert_array_equal(split.class_ids, whole.class_ids)
+    np.testing.assert_array_equal(split.dim, whole.dim)
+    np.testing.assert_allclose(split.probabilities, whole.probabilities, rtol=0, atol=1e-6)
+    assert split.labels is not None
     assert whole.labels is not None
-    assert found.labels.tolist() == whole.labels.tolist()
+    assert split.labels.tolist() == whole.labels.tolist()
     sizes = [len(call.inputs["x"]) for call in server.calls if call.signature != "describe"]
     assert sorted(sizes, reverse=True)[:-1] == [batch] * (len(sizes) - 1)
     assert sum(sizes) == 40

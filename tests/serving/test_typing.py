@@ -95,17 +95,17 @@ def test_mypy_would_have_seen_a_mistake(reports: dict[str, list[str]]) -> None:
 def annotations(thing: Any) -> dict[str, str]:
     members = inspect.getmembers(thing, inspect.isfunction)
     public = [f for name, f in members if name == "__init__" or not name.startswith("_")]
-    found = {f"{f.__qualname__}({n})": str(a) for f in public for n, a in f.__annotations__.items()}
-    return found | {n: str(a) for n, a in vars(thing).get("__annotations__", {}).items()}
+    hints = {f"{f.__qualname__}({n})": str(a) for f in public for n, a in f.__annotations__.items()}
+    return hints | {n: str(a) for n, a in vars(thing).get("__annotations__", {}).items()}
 
 
 @pytest.mark.parametrize(
     "thing", [Client, AsyncClient, Classification, ClassifiedRow, Neighbors, Options, Partial]
 )
 def test_nothing_public_is_any(thing: Any) -> None:
-    found = annotations(thing)
-    assert found
-    assert {name: a for name, a in found.items() if "Any" in a} == {}
+    hints = annotations(thing)
+    assert hints
+    assert {name: a for name, a in hints.items() if "Any" in a} == {}
 
 
 def test_any_would_have_been_seen() -> None:
