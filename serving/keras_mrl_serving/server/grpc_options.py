@@ -129,7 +129,7 @@ def _reason_against(config: Any) -> str:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         with _in_file(config.server_cert) as certificate, _in_file(config.server_key) as key:
-            # Without a password, an encrypted key would have OpenSSL ask for it at the terminal.
+            # An empty password: given none, OpenSSL would ask for it at the terminal.
             context.load_cert_chain(certificate, key, password="")
     except (ssl.SSLError, ValueError) as error:
         return f"server_key and server_cert are no PEM pair: {error}"
