@@ -16,17 +16,12 @@ import tensorflow as tf
 
 try:
     from tensorflow.python.client import pywrap_tf_session as _c_api
+    from tensorflow.python.saved_model.loader_impl import SavedModelLoader
 
     # The bare Session::Run; make_callable and Session.run word the error of a bad feed differently.
     RUNS_AS_TF_SERVING = hasattr(tf.compat.v1.Session, "_call_tf_sessionrun")
 except ImportError:
     RUNS_AS_TF_SERVING = False
-try:
-    from tensorflow.python.saved_model.loader_impl import SavedModelLoader
-
-    LOADS_AS_TF_SERVING = True
-except ImportError:
-    LOADS_AS_TF_SERVING = False
 
 _TAGS = ["serve"]
 
@@ -39,23 +34,27 @@ class SavedModelSession:
 
     Args:
         path: folder of the SavedModel, the one with `saved_model.pb`.
+        as_tf_serving: whether to use the private API.
 
     Raises:
         OSError: no readable SavedModel at `path`.
         RuntimeError: it has no graph tagged `serve`.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(
+        self, path: str | PathLike[str], *, as_tf_serving: bool = RUNS_AS_TF_SERVING
+    ) -> None:
+        self._runs_as_tf_serving = as_tf_serving
         self._session = tf.compat.v1.Session(graph=tf.Graph())
         try:
-            load = _load_as_tf_serving if LOADS_AS_TF_SERVING else _load_publicly
+            load = _load_as_tf_serving if as_tf_serving else _load_publicly
             with self._session.graph.as_default():
                 meta_graph = load(self._session, fspath(path))
             self.signatures: Mapping[str, Any] = dict(meta_graph.signature_def)
             # Plain dicts, since a protobuf map answers a missing key with a new message.
             self._feeds = {key: _names(s.inputs) for key, s in self.signatures.items()}
             self._fetches = {key: _names(s.outputs) for key, s in self.signatures.items()}
-            if RUNS_AS_TF_SERVING:
+            if as_tf_serving:
                 # Session.run does this before each call; for a graph that is final, once is enough.
                 self._session._extend_graph()
                 self._tf_outputs = {
@@ -129,7 +128,7 @@ class SavedModelSession:
             KeyError: no signature has a tensor of that name.
             tf.errors.OpError: the error of the TensorFlow runtime, with its text.
         """
-        run = self._run_as_tf_serving if RUNS_AS_TF_SERVING else self._run_publicly
+        run = self._run_as_tf_serving if self._runs_as_tf_serving else self._run_publicly
         return [as_array(value) for value in run(feeds, fetches, timeout_s)]
 
     def close(self) -> None:

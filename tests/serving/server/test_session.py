@@ -10,8 +10,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.util import deprecation
 
-from keras_mrl_serving import _session
-from keras_mrl_serving._session import SavedModelSession
+from keras_mrl_serving._session import RUNS_AS_TF_SERVING, SavedModelSession
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 WEIGHTS = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -24,8 +23,7 @@ def session(saved_model: Path) -> Iterator[SavedModelSession]:
 
 
 def test_the_private_run_of_tensorflow_is_there() -> None:
-    assert _session.RUNS_AS_TF_SERVING
-    assert _session.LOADS_AS_TF_SERVING
+    assert RUNS_AS_TF_SERVING
 
 
 def test_signatures_are_those_of_the_file(session: SavedModelSession) -> None:
@@ -86,12 +84,8 @@ def test_a_deadline_just_passed_is_not_no_deadline(session: SavedModelSession) -
         session.run("count", {"steps": np.array(10**7)}, timeout_s=0.0)
 
 
-def test_without_the_private_run_the_public_one_does(
-    saved_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_session, "RUNS_AS_TF_SERVING", False)
-    monkeypatch.setattr(_session, "LOADS_AS_TF_SERVING", False)
-    with SavedModelSession(saved_model) as session:
+def test_the_public_api_does_as_well(saved_model: Path) -> None:
+    with SavedModelSession(saved_model, as_tf_serving=False) as session:
         outputs = session.run("serving_default", {"x": X}, ["y"], timeout_s=60.0)
     np.testing.assert_array_equal(outputs["y"], X @ WEIGHTS)
 
@@ -122,18 +116,17 @@ def test_a_model_half_copied_loads_and_its_runs_name_what_is_missing(
         assert list(session.run("add", {"a": ones, "b": ones})["total"]) == [2, 2]
 
 
-@pytest.mark.parametrize("loads_as_tf_serving", [True, False])
+@pytest.mark.parametrize("as_tf_serving", [True, False])
 def test_the_deprecation_of_the_loader_is_not_logged(
     saved_model: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    loads_as_tf_serving: bool,
+    as_tf_serving: bool,
 ) -> None:
-    monkeypatch.setattr(_session, "LOADS_AS_TF_SERVING", loads_as_tf_serving)
     monkeypatch.setattr(deprecation, "_PRINTED_WARNING", {})  # TensorFlow logs each one once
     tf.get_logger().addHandler(caplog.handler)
     try:
-        SavedModelSession(saved_model).close()
+        SavedModelSession(saved_model, as_tf_serving=as_tf_serving).close()
     finally:
         tf.get_logger().removeHandler(caplog.handler)
     assert [r for r in caplog.records if "deprecated" in r.getMessage()] == []
