@@ -301,7 +301,11 @@ def test_a_reload_ends_once_its_caller_waits_no_longer(
 def test_a_close_ends_the_reload_under_way(
     configuration: Configuration, configure: Configure
 ) -> None:
+    checks: list[None] = []
+
     def is_active() -> bool:
+        checks.append(None)
+        assert len(checks) == 1, "the reload goes on"
         configuration.close()
         return True
 
