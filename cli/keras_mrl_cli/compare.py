@@ -49,14 +49,14 @@ _LEAST = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
         "--dims",
         type=dims,
         metavar="M,...",
-        help=f"two or more ({','.join(map(str, DIMS))})",
+        help=f"two dims or more ({','.join(map(str, DIMS))})",
     ),
     Option(
         "--seeds",
         type=int,
         default=1,
         metavar="N",
-        help="times that MRL and FF at the first, a middle and the last dim are trained, for a "
+        help="how often MRL, and FF at the first, a middle and the last dim, are trained, for a "
         "standard deviation (1)",
     ),
     Option(
@@ -66,8 +66,10 @@ _LEAST = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
         help="choose epochs, filters and, if it must be, fewer images so that all ends in about "
         "this time; the speed is measured first",
     ),
-    Option("--epochs", type=int, metavar="N", help=f"of every net ({EPOCHS})"),
-    Option("--filters", type=int, metavar="N", help=f"of the first convolution ({FILTERS})"),
+    Option("--epochs", type=int, metavar="N", help=f"epochs of every net ({EPOCHS})"),
+    Option(
+        "--filters", type=int, metavar="N", help=f"filters of the first convolution ({FILTERS})"
+    ),
     Option(
         "--size",
         type=int,

@@ -55,7 +55,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
     Option(
         "--backend",
         type=click.Choice(_BACKENDS),
-        help="what trains; the exported model is the same (KERAS_BACKEND, else tensorflow)",
+        help="backend that trains; the exported model is the same (KERAS_BACKEND, else tensorflow)",
     ),
     Option(
         "--out", default="keras-mrl-demo", metavar="DIR", help="folder to write (keras-mrl-demo)"
@@ -74,7 +74,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
         default=0,
         callback=between(0, 2**32 - 1, "Leave it out for 0."),
         metavar="N",
-        help="of the split and the training (0)",
+        help="seed of the split and the training (0)",
     ),
     json_option("print the report as one JSON object, the last line"),
 )

@@ -81,7 +81,7 @@ def _count(name: str, most: int, text: str, metavar: str, usual: int) -> Option:
         type=int,
         callback=between(1, 2**31 - 1, "Leave it out for a first guess."),
         metavar="MIB",
-        help="what a server may take, in MiB (1024 and three times the version's size on disk)",
+        help="memory of a server in MiB (1024 and three times the version's size on disk)",
     ),
     _count("--max-batch-size", _MOST_ROWS, "rows of a batch", "ROWS", 128),
     Option("--force", is_flag=True, help="replace files that are there"),

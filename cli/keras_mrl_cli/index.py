@@ -159,7 +159,7 @@ A folder that holds an index is replaced with --force, and stays whole until the
         Option(
             "--fingerprint",
             metavar="TEXT",
-            help="of the encoder; a client then refuses queries of another (unknown)",
+            help="fingerprint of the encoder; a client refuses queries of another (unknown)",
         ),
         target_option("a server of the encoder, whose manifest has its fingerprint and its dims"),
         *server_options(),

@@ -47,7 +47,10 @@ _REPORTED = ("holdout_size", "accuracy", "full_accuracy", "expected_dim", "cumul
 @command(
     __doc__,
     click.Argument(
-        ["folder"], required=False, metavar="FOLDER", help="version, or folder above the versions"
+        ["folder"],
+        required=False,
+        metavar="FOLDER",
+        help="a version, or the folder above the versions",
     ),
     json_option(),
     *under("A model that is served", target_option(), *server_options()),

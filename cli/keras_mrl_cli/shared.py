@@ -405,7 +405,7 @@ def server_options() -> list[Option]:
         Option(
             "--tls-ca",
             metavar="FILE",
-            help="PEM file of who signs the server's certificate (no TLS)",
+            help="PEM file of the authority that signs the server's certificate (no TLS)",
         ),
         Option(
             "--metadata",

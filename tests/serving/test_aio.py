@@ -178,6 +178,37 @@ def test_progress_counts_rows_in_both(server: InMemoryServer) -> None:
         assert waited == seen
 
 
+def test_a_client_of_another_batch_size_shares_what_the_first_knows(
+    toys: Mapping[str, Model], manifests: Mapping[str, Manifest], tmp_path: Path
+) -> None:
+    server = InMemoryServer(manifests["classifier"], toys["classifier"])
+
+    def calls() -> list[tuple[str, int]]:
+        sizes = [(c.signature, len(next(iter(c.inputs.values())))) for c in server.calls]
+        server.calls.clear()
+        return sorted(sizes)
+
+    client = Client(server)
+    manifest = client.describe()
+    other = client.with_batch_size(15)
+    assert (other.options.max_batch_size, client.options.max_batch_size) == (15, 1000)
+    embeddings = other.embed(ROWS, 2)
+    written = other.embed_dataset(ROWS, 2, tmp_path / "E.npy", manifest=manifest)
+    np.testing.assert_array_equal(embeddings, written)
+    parts = [("embed_2", 10), ("embed_2", 15), ("embed_2", 15)]
+    assert calls() == [("describe", 1), *sorted(2 * parts)]
+    np.testing.assert_array_equal(client.embed(ROWS, 2), embeddings)
+    assert calls() == [("embed_2", 40)]
+
+    async def ask() -> Any:
+        waited = AsyncClient(server)
+        await waited.describe()
+        return await waited.with_batch_size(15).embed(ROWS, 2)
+
+    np.testing.assert_array_equal(asyncio.run(ask()), embeddings)
+    assert calls() == [("describe", 1), *parts]
+
+
 def test_a_progress_function_that_raises_is_heard(server: InMemoryServer) -> None:
     def refuse(done: int, rows: int) -> None:
         if done > 7:
