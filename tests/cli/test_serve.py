@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,27 +19,16 @@ import trustme
 
 from keras_mrl_cli.serve import FLAGS
 from keras_mrl_serving import Client
-from tests.helpers.cli import KERAS_MRL, Call
+from tests.helpers.cli import KERAS_MRL, Call, Exported
 
-EXPORT = """
-import sys
-import keras
-import numpy as np
-from keras_mrl_export import export_saved_model
-model = keras.Sequential([keras.Input((3,), name="x"), keras.layers.Dense(8)])
-export_saved_model(model, sys.argv[1], np.eye(3, dtype="float32"), dims=(2, 8))
-"""
 SERVE = [*KERAS_MRL, "serve"]
-X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+X = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def base_path(exported: Exported) -> Path:
     """The folder of an exported model."""
-    folder = tmp_path_factory.mktemp("served") / "models"
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
-    subprocess.run([sys.executable, "-c", EXPORT, str(folder)], env=environment, check=True)
-    return folder
+    return exported.base_path
 
 
 @pytest.fixture
@@ -83,7 +71,7 @@ def test_it_serves_until_a_signal_ends_it(base_path: Path, number: signal.Signal
     with serving(*flags, cwd=base_path.parent) as (process, target, http):
         assert http is None
         with Client(target, model="tiny") as client:
-            assert client.describe().dims == (2, 8)
+            assert client.describe().dims == (2, 4, 16)
             lengths = np.linalg.norm(client.embed(X, dim=2), axis=1)
             np.testing.assert_allclose(lengths, 1, rtol=1e-5)
         process.send_signal(number)
