@@ -8,11 +8,6 @@ import pytest
 
 # TensorFlow's greetings drown what a failing test says; read by TensorFlow when it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Tests run small programs once or twice: what XLA would spend on optimizing them is lost. XLA reads
-# its flags before its first program.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
 
 # A shell without job control has its background jobs ignore interrupts, and they their children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
