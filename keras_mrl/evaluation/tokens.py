@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_mrl_serving.cascade.confidence import midway
 from keras_mrl_serving.cascade.policy import CascadePolicy, CascadeReport, Stage, report_exits
+from keras_mrl_serving.cascade.thresholds import midway
 
 from ..models import split
 

@@ -28,47 +28,17 @@ from grpc import StatusCode
 from ._wire import decode, encode, stubs
 from .calls import Envelope, Reply
 from .errors import (
-    AccessDeniedError,
-    DeadlineError,
-    InvalidInputError,
     KerasMrlError,
-    MessageTooLargeError,
-    ModelNotFoundError,
-    ServerError,
     ServerUnavailableError,
-    SignatureNotFoundError,
     VersionNotFoundError,
     call_error,
+    error_class,
 )
 from .options import Options
 
 T = TypeVar("T")
 
-# Status, pattern in the server's message, exception: the first row that fits. No row: ServerError.
-_ERRORS: tuple[tuple[StatusCode, str, type[KerasMrlError]], ...] = (
-    (StatusCode.NOT_FOUND, r"Specific\(", VersionNotFoundError),
-    (StatusCode.NOT_FOUND, "", ModelNotFoundError),
-    (StatusCode.INVALID_ARGUMENT, "^Unrecognized servable version label", VersionNotFoundError),
-    (StatusCode.INVALID_ARGUMENT, "", InvalidInputError),
-    (StatusCode.FAILED_PRECONDITION, "Serving signature key", SignatureNotFoundError),
-    (StatusCode.RESOURCE_EXHAUSTED, "larger than max", MessageTooLargeError),
-    (StatusCode.UNAVAILABLE, "", ServerUnavailableError),
-    (StatusCode.DEADLINE_EXCEEDED, "", DeadlineError),
-    (StatusCode.UNAUTHENTICATED, "", AccessDeniedError),
-    (StatusCode.PERMISSION_DENIED, "", AccessDeniedError),
-)
 _BATCH_TOO_LARGE = re.compile(r"is larger than maximum input batch size (\d+)")
-
-
-def error_class(status: StatusCode, details: str) -> type[KerasMrlError]:
-    """Return the exception that a gRPC status and the server's message stand for.
-
-    Examples:
-        >>> error_class(StatusCode.NOT_FOUND, "Servable not found for request: Specific(m, 7)")
-        <class 'keras_mrl_serving.errors.VersionNotFoundError'>
-    """
-    rows = (row for row in _ERRORS if row[0] is status and re.search(row[1], details))
-    return next((kind for _, _, kind in rows), ServerError)
 
 
 def translate_error(
@@ -86,7 +56,7 @@ def translate_error(
     call: Any = error  # the errors of grpc and grpc.aio share two methods, and no class
     status = call.code() if hasattr(error, "code") else StatusCode.UNKNOWN
     details = (call.details() if hasattr(error, "details") else None) or str(error)
-    kind = error_class(status, details)
+    kind = error_class(status.name, details)
     remedy = None
     if batch := _BATCH_TOO_LARGE.search(details):
         remedy = f"Set Options(max_batch_size={batch[1]})."

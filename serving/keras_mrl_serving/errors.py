@@ -1,11 +1,12 @@
 """Everything that can go wrong with a served model: one tree of exceptions, none of them gRPC's.
 
-The table from a gRPC status to these classes is in `_transport.py`, since this file needs no gRPC.
-The table at the end of this file gives each class about a server its rule and its remedy.
+Two tables follow the classes: which class the name of a gRPC status and the server's message stand
+for, and the rule and the remedy of each class about a server. This file needs no gRPC.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from .calls import Envelope
@@ -112,6 +113,36 @@ class TargetNotReachedError(KerasMrlError, ValueError):
     """
 
     front: tuple[Any, ...] = ()
+
+
+# Status, pattern in the server's message, exception: the first row that fits. No row: ServerError.
+_CLASS_OF_STATUS: tuple[tuple[str, str, type[KerasMrlError]], ...] = (
+    ("NOT_FOUND", r"Specific\(", VersionNotFoundError),
+    ("NOT_FOUND", "", ModelNotFoundError),
+    ("INVALID_ARGUMENT", "^Unrecognized servable version label", VersionNotFoundError),
+    ("INVALID_ARGUMENT", "", InvalidInputError),
+    ("FAILED_PRECONDITION", "Serving signature key", SignatureNotFoundError),
+    ("RESOURCE_EXHAUSTED", "larger than max", MessageTooLargeError),
+    ("UNAVAILABLE", "", ServerUnavailableError),
+    ("DEADLINE_EXCEEDED", "", DeadlineError),
+    ("UNAUTHENTICATED", "", AccessDeniedError),
+    ("PERMISSION_DENIED", "", AccessDeniedError),
+)
+
+
+def error_class(status: str, details: str) -> type[KerasMrlError]:
+    """Return the exception that a gRPC status and the server's message stand for.
+
+    Args:
+        status: Name of the status.
+        details: The server's message.
+
+    Examples:
+        >>> error_class("NOT_FOUND", "Servable not found for request: Specific(m, 7)")
+        <class 'keras_mrl_serving.errors.VersionNotFoundError'>
+    """
+    rows = (row for row in _CLASS_OF_STATUS if row[0] == status and re.search(row[1], details))
+    return next((kind for _, _, kind in rows), ServerError)
 
 
 # The first and the last sentence of an error about a server: the rule, and what to do.

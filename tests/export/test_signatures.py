@@ -14,8 +14,9 @@ import pytest
 import tensorflow as tf
 
 from keras_mrl_export.signatures import Likeliest, classify_adaptively, run_length
-from keras_mrl_serving.cascade.confidence import CONFIDENCES, confidence_of, midway
+from keras_mrl_serving.cascade.confidence import CONFIDENCES, confidence_of
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
+from keras_mrl_serving.cascade.thresholds import midway
 from keras_mrl_serving.contract import MANIFEST_FILE
 from tests.helpers.export_models import (
     DIMS,

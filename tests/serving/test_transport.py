@@ -23,7 +23,6 @@ from keras_mrl_serving._transport import (
     GrpcTransport,
     channel_address,
     channel_arguments,
-    error_class,
     translate_error,
 )
 from keras_mrl_serving.aio import AsyncClient
@@ -33,6 +32,7 @@ from keras_mrl_serving.errors import (
     KerasMrlError,
     MessageTooLargeError,
     ServerUnavailableError,
+    error_class,
 )
 from keras_mrl_serving.options import Options, Tls
 from tests.helpers.faulty_server import (
@@ -90,7 +90,7 @@ DECIDED_BY_TEXT = {
     "details", ["", "no.", LATEST, SPECIFIC, SIGNATURE, NO_LABEL, f"not {NO_LABEL}", TOO_LARGE]
 )
 def test_every_status_has_its_class_and_some_texts_another(details: str) -> None:
-    classes = {code.name: error_class(code, details) for code in grpc.StatusCode}
+    classes = {code.name: error_class(code.name, details) for code in grpc.StatusCode}
     assert classes == {
         name: DECIDED_BY_TEXT.get((name, details), kind) for name, kind in CLASSES.items()
     }

@@ -17,9 +17,6 @@ import grpc
 import numpy as np
 import pytest
 
-from keras_mrl_serving._transport import (
-    error_class,
-)
 from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.errors import (
@@ -28,6 +25,7 @@ from keras_mrl_serving.errors import (
     KerasMrlError,
     ModelNotFoundError,
     ServerUnavailableError,
+    error_class,
 )
 from keras_mrl_serving.options import Options
 from tests.helpers.faulty_server import (
@@ -118,7 +116,7 @@ def test_any_other_status_is_its_own_error_at_once(kind: type[Any], code: grpc.S
         with pytest.raises(KerasMrlError) as caught:
             client.describe()
         assert len(server.requests) == 1
-    assert type(caught.value) is error_class(code, "")
+    assert type(caught.value) is error_class(code.name, "")
     call = f"{code.name} from {server.target} for model 'default', signature 'describe'"
     assert f" Received: {call}, timeout 20 s: no, not now. " in str(caught.value)
     assert facts(caught.value) == {

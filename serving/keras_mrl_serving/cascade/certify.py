@@ -23,9 +23,10 @@ import numpy.typing as npt
 
 from ..contract import check_dims
 from ..inputs import check_holdout
-from .confidence import Floats, check_confidence, fit_temperatures, midway
+from .confidence import Floats, check_confidence, fit_temperatures
 from .policy import CascadePolicy, Guarantee, Stage
 from .search import DimCosts, Holdout, candidates, falling
+from .thresholds import midway
 
 _METHOD = "certified: searched on one half of the holdout, tested on the other"
 

@@ -111,27 +111,6 @@ def confidence_of(measure: str, logits: npt.NDArray[Any], temperature: float = 1
     return confidence_in(measure, softmax(logits, temperature))
 
 
-def midway(ascending: Floats, first: int) -> float:
-    """Return the threshold that accepts exactly `ascending[first:]`, midway to its neighbours.
-
-    Args:
-        ascending: Confidences of a holdout.
-        first: Position of the first one that is accepted.
-
-    Examples:
-        >>> midway(np.float32([0.25, 0.5, 0.75]), first=1)
-        0.375
-        >>> midway(np.float32([-0.5, -0.25]), first=0)  # of negative entropies, too
-        -1.0
-    """
-    lowest = ascending[0] if len(ascending) else np.float32(1)
-    below_all = np.float32(0) if lowest > 0 else lowest - np.float32(1)
-    below = ascending[first - 1] if first > 0 else below_all
-    above = ascending[first] if first < len(ascending) else np.float32(1)
-    middle = np.float32(below + (above - below) / 2)
-    return float(middle if below <= middle < above else below)
-
-
 def fit_temperatures(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[float, ...]:
     """Return for each dim the temperature of least cross-entropy on a holdout.
 

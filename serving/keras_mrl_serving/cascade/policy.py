@@ -19,7 +19,8 @@ import numpy.typing as npt
 from ..contract import check_dims
 from ..errors import ManifestError
 from ..inputs import check_holdout, check_logits
-from .confidence import Floats, check_confidence, check_temperatures, confidence_of, midway
+from .confidence import check_confidence, check_temperatures, confidence_of
+from .thresholds import learn_thresholds
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,8 @@ class CascadePolicy:
     ) -> CascadePolicy:
         """Learn the thresholds on a holdout, by the paper's procedure.
 
-        For each adjacent pair of dims on its own, and a grid of 100 thresholds from 0.1 to 1, the
-        accuracy of "accept at the smaller dim if the confidence exceeds the threshold, else use
-        the wider" is counted. The smallest threshold of the best accuracy is moved midway between
-        the two holdout confidences it separates.
+        Each adjacent pair of dims on its own: the threshold between them is the smallest of those
+        by which most rows are right.
 
         Args:
             logits: What `predict` of the nested model returns for the holdout.
@@ -136,12 +135,7 @@ class CascadePolicy:
         dims = check_dims(dims)
         scores, truth = check_holdout(logits, labels, len(dims))
         scales = check_temperatures(temperatures, len(dims))
-        grid = _threshold_grid(check_confidence(confidence), scores.shape[-1])
-        is_right = np.argmax(scores, axis=-1) == truth[:, None]
-        thresholds: list[float | None] = []
-        for i in range(len(dims) - 1):
-            sure = confidence_of(confidence, scores[:, i], scales[i])
-            thresholds.append(_best_threshold(sure, is_right[:, i], is_right[:, i + 1], grid))
+        thresholds = learn_thresholds(scores, truth, scales, check_confidence(confidence))
         stages = tuple(map(Stage, dims, [*thresholds, None], scales))
         method = "paper: adjacent pairs, grid of 100, smallest best threshold"
         policy = cls(stages, confidence, method=method)
@@ -238,42 +232,6 @@ class CascadePolicy:
 
 _REPORT_KEYS = ("accuracy", "full_accuracy", "expected_dim", "cumulative_dim", "exit_fractions")
 _GUARANTEE_KEYS = ("risk", "delta", "size", "errors")
-
-
-def _threshold_grid(measure: str, num_classes: int) -> Floats:
-    """Return 100 thresholds: the paper's from 0.1 to 1, or over all values of another measure."""
-    lowest, highest = {
-        "max_probability": (0.1, 1.0),
-        "margin": (0.0, 1.0),
-        "entropy": (-math.log(num_classes), 0.0),
-    }[measure]
-    return np.linspace(lowest, highest, 100, dtype=np.float32)
-
-
-def _best_threshold(
-    confidence: Floats,
-    is_right: npt.NDArray[np.bool],
-    is_right_next: npt.NDArray[np.bool],
-    grid: Floats,
-) -> float:
-    """Return the smallest best threshold between a dim and the next.
-
-    With rows in order of confidence, a threshold accepts a tail of them, so the accuracies of all
-    thresholds are two cumulative sums.
-
-    Args:
-        confidence: At the smaller dim, `(rows,)`.
-        is_right: Whether the smaller dim's class is right.
-        is_right_next: Whether the wider dim's class is right.
-        grid: The thresholds to try, ascending.
-    """
-    order = np.argsort(confidence, kind="stable")
-    ascending = confidence[order]
-    first_accepted = np.searchsorted(ascending, grid, side="right")
-    right_below = np.concatenate([[0], np.cumsum(is_right_next[order])])
-    right_above = np.concatenate([np.cumsum(is_right[order][::-1])[::-1], [0]])
-    best = int(np.argmax(right_below[first_accepted] + right_above[first_accepted]))
-    return midway(ascending, int(first_accepted[best]))
 
 
 def _report(

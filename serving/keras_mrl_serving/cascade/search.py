@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from ..contract import check_dims
 from ..inputs import as_float64, check_holdout
-from .confidence import check_confidence, check_temperatures, confidence_of, midway
+from .confidence import check_confidence, check_temperatures, confidence_of
 from .policy import CascadePolicy, Stage, report_exits
+from .thresholds import midway
 
 Bools = npt.NDArray[np.bool]
 Floats = npt.NDArray[np.float64]

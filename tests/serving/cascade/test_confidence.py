@@ -12,9 +12,9 @@ from keras_mrl_serving.cascade.confidence import (
     CONFIDENCES,
     confidence_of,
     max_probability,
-    midway,
     softmax,
 )
+from keras_mrl_serving.cascade.thresholds import midway
 from tests.helpers.galleries import Refuses
 from tests.helpers.holdouts import Array, holdouts, noisy_holdout
 
