@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from keras_mrl_serving.contract import MANIFEST_FILE
 from keras_mrl_serving.saved_model import read_signatures
 from tests.helpers import export_models as models
 from tests.helpers.cli import CASCADE, KERAS_MRL, LABELS, Call, Exported
+from tests.helpers.waiting import wait_until
 
 _DEADLINE_S = 120
 BACKEND = keras.backend.backend()
@@ -329,10 +329,8 @@ def test_an_export_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: in
     )
     signal.signal(number, before)
     with process:
-        deadline = time.monotonic() + _DEADLINE_S
-        while process.poll() is None and not list(base_path.glob(".unfinished-*/model/variables")):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        written = ".unfinished-*/model/variables"
+        wait_until(lambda: process.poll() is not None or list(base_path.glob(written)))
         process.send_signal(number)
         assert process.wait(_DEADLINE_S) == 128 + number
         assert process.stdout is not None

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from keras_mrl_export.process import module_search_path, run_child
 from keras_mrl_serving._session import SavedModelSession
 from tests.helpers import user_scripts
 from tests.helpers.export_models import X, read_manifest
+from tests.helpers.waiting import wait_until
 
 BACKEND = keras.backend.backend()
 # The backend's own functions, which a layer ought not to use.
@@ -178,13 +178,6 @@ from keras_mrl_export import export_saved_model
 model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(64)])
 export_saved_model(model, sys.argv[1], np.ones((4, 5), "float32"))
 """
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + _DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, condition()
-        time.sleep(0.01)
 
 
 @contextmanager

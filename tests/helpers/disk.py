@@ -1,6 +1,5 @@
 """Base paths whose versions compute nothing, and the models of a server that serves them."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,11 +86,3 @@ def states(models: Models, name: str = "m") -> str:
         f"{version.number}:{ModelVersionStatus.State.Name(version.state)}"
         for version in models.versions(name)
     )
-
-
-def wait_until(condition: Callable[[], bool], expectation: str = "it") -> None:
-    """Waits for a condition; a minute later it is taken for lost."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"{expectation} did not come about"
-        time.sleep(0.002)

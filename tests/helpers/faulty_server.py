@@ -27,6 +27,7 @@ from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.options import Options
+from tests.helpers.waiting import wait_until
 
 Model = Callable[[Call], Arrays]
 
@@ -107,14 +108,6 @@ def _classes(made_by: Any, digit: int, confidence: Any) -> dict[str, npt.NDArray
 
 def _dims(sure: Any) -> npt.NDArray[np.int32]:
     return np.where(sure > 0, 2, 4).astype(np.int32)
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Return once the condition holds; a minute is long enough on the busiest machine."""
-    give_up = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < give_up, "the condition never held"
-        time.sleep(0.002)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServic
 
 from keras_mrl_serving.saved_model import list_versions
 from keras_mrl_serving.server import DevServer
-from tests.helpers.disk import wait_until
+from tests.helpers.waiting import wait_until
 
 TIMEOUT_S = 60.0
 UNLIMITED = [

@@ -50,8 +50,8 @@ from tests.helpers.faulty_server import (
     echo,
     open_client,
     rows,
-    wait_until,
 )
+from tests.helpers.waiting import wait_until
 
 Model = Callable[[Call], Arrays]
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]

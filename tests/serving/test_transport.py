@@ -41,8 +41,8 @@ from tests.helpers.faulty_server import (
     echo,
     open_client,
     rows,
-    wait_until,
 )
+from tests.helpers.waiting import wait_until
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 

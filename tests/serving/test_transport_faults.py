@@ -37,8 +37,8 @@ from tests.helpers.faulty_server import (
     connect_to_all,
     open_client,
     rows,
-    wait_until,
 )
+from tests.helpers.waiting import wait_until
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 

@@ -16,7 +16,8 @@ from keras_mrl_serving.server.batching_config import (
     batching_parameters,
 )
 from keras_mrl_serving.server.status import StatusError
-from tests.helpers.disk import Clock, wait_until
+from tests.helpers.disk import Clock
+from tests.helpers.waiting import wait_until
 
 FULL = "The batch scheduling queue to which this task was submitted is full; "
 SPLIT = """max_batch_size {value: 10} enable_large_batch_splitting {value: true}

@@ -21,7 +21,8 @@ from keras_mrl_serving.server.loading import LoadOptions, load
 from keras_mrl_serving.server.run import ServingSession
 from keras_mrl_serving.server.status import StatusError
 from tests.helpers.batchable_models import save
-from tests.helpers.disk import Clock, wait_until
+from tests.helpers.disk import Clock
+from tests.helpers.waiting import wait_until
 
 Answers = list[Any]
 TOGETHER = "batch_timeout_micros {value: 10000000} num_batch_threads {value: 2}"

@@ -13,7 +13,8 @@ from keras_mrl_serving.server.config import Configuration, read_config, single_m
 from keras_mrl_serving.server.models import Models, Retries
 from keras_mrl_serving.server.poller import model_poller
 from keras_mrl_serving.server.status import StatusError
-from tests.helpers.disk import Disk, states, wait_until
+from tests.helpers.disk import Disk, states
+from tests.helpers.waiting import wait_until
 
 INACTIVE = "CANCELLED: Nobody waits for the reload any more."
 NEITHER = (

@@ -11,7 +11,8 @@ import pytest
 from keras_mrl_serving.server.models import Models, Retries, absent_versions, aspired_versions
 from keras_mrl_serving.server.run import ServingSession
 from keras_mrl_serving.server.status import StatusError
-from tests.helpers.disk import Clock, Disk, IdleSession, config, states, wait_until
+from tests.helpers.disk import Clock, Disk, IdleSession, config, states
+from tests.helpers.waiting import wait_until
 
 LOGGER = "keras_mrl_serving.server"
 PATHS = {1: "/m/1", 3: "/m/3", 10: "/m/10"}

@@ -13,7 +13,8 @@ from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
 from keras_mrl_serving.server.config import Awaited, Configuration
 from keras_mrl_serving.server.models import Models, Retries
 from keras_mrl_serving.server.poller import ConfigPoller, Poller, model_poller
-from tests.helpers.disk import Clock, Disk, config, states, wait_until
+from tests.helpers.disk import Clock, Disk, config, states
+from tests.helpers.waiting import wait_until
 
 ONCE = Retries(max_num=0)
 

@@ -26,8 +26,8 @@ from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServic
 from tensorflow_serving.apis.regression_pb2 import RegressionRequest
 
 from keras_mrl_serving.server import DevServer
-from tests.helpers.disk import wait_until
 from tests.helpers.server_target import TIMEOUT_S, Served, label, predict, refusal
+from tests.helpers.waiting import wait_until
 
 Publish = Callable[[Path, str], Path]
 LOGGER = "keras_mrl_serving.server"

@@ -16,8 +16,8 @@ from tensorflow_serving.apis.model_service_pb2_grpc import ModelServiceStub
 from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
 
 from keras_mrl_serving.server import DevServer
-from tests.helpers.disk import wait_until
 from tests.helpers.server_target import TIMEOUT_S, predict, status
+from tests.helpers.waiting import wait_until
 
 NUM_ROUNDS = 40 if os.environ.get("KERAS_MRL_SOAK") else 1
 NUM_CLIENTS = 8
