@@ -201,7 +201,7 @@ FEW_ROWS = "Give a few real rows, for example x[:8]."
             "Received: (2, 4). Prepare its rows as in training.",
         ),
     ],
-    # The sentence alone: a generator is called by its address, which differs from process to process.
+    # The sentence alone: the text of a generator differs from process to process.
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_samples_that_do_not_fit(sample: Any, text: str, tmp_path: Path) -> None:
