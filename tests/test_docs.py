@@ -126,3 +126,19 @@ def test_extras_named_in_messages_and_docs_exist() -> None:
     }
     assert named
     assert named <= set(project["optional-dependencies"])
+
+
+def test_the_map_of_the_files_names_each_once() -> None:
+    text = (ROOT / "docs" / "design.md").read_text()
+    chapters = re.findall(r"^### `(.+?)/`(.*?)(?=^##)", text, re.MULTILINE | re.DOTALL)
+    listed = sorted(
+        f"{folder}/{name}"
+        for folder, table in chapters
+        for row in re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
+        for name in re.findall(r"`([\w/]+\.py)`", row)
+    )
+    rooms = ("keras_mrl", "export", "serving", "cli")
+    files = (file for room in rooms for file in (ROOT / room).rglob("*.py"))
+    assert listed == sorted(
+        str(file.relative_to(ROOT)) for file in files if file.name != "__init__.py"
+    )
