@@ -28,7 +28,7 @@ _UNKNOWN_ROWS = 128  # of a chunk where the number of rows is not known
 class NestedCrossentropy(NamedTuple):
     """The result of one pass over a batch.
 
-    Args:
+    Attributes:
         loss: The weighted sum, a scalar with a gradient.
         losses: The cross-entropy of every row at every dim, `(rows, num_dims)`, without gradient.
         ranks: How many classes have a larger logit than the right one, in the same shape: 0 where
