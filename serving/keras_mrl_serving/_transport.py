@@ -112,9 +112,7 @@ class GrpcTransport:
         start = time.monotonic()
         try:
             response = self._stubs[method](
-                message,
-                timeout=_call_timeout_s(envelope),
-                metadata=self._options.headers(),
+                message, timeout=_call_timeout_s(envelope), metadata=self._options.headers()
             )
         except (grpc.RpcError, ValueError) as error:
             if self._closed:  # by another thread, while this call was under way
@@ -172,9 +170,7 @@ class AioTransport:
         start = time.monotonic()
         try:
             response = await self._stubs[method](
-                message,
-                timeout=_call_timeout_s(envelope),
-                metadata=self._options.headers(),
+                message, timeout=_call_timeout_s(envelope), metadata=self._options.headers()
             )
         except asyncio.CancelledError as error:
             task = asyncio.current_task()

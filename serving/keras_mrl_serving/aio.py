@@ -6,29 +6,27 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from copy import copy
-from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _transport, contract, corpus, flows, questions
+from . import contract, corpus, flows, questions
 from ._transport import AioTransport
 from .calls import AsyncTransport, Signature, VersionStatus
 from .cascade.policy import CascadePolicy
-from .contract import DEFAULT_MODEL_NAME, Manifest, cheapest_dim
-from .conversation import Conversation, Progress, Round, Rounds, Talk
+from .client import BaseClient
+from .contract import Manifest, cheapest_dim
+from .conversation import Progress, Round, Rounds, Talk
 from .errors import KerasMrlError
 from .index import Index
 from .inputs import Inputs
-from .options import Options
 from .results import Classification, Neighbors
 
 T = TypeVar("T")
 
 
-class AsyncClient:
+class AsyncClient(BaseClient[AsyncTransport]):
     """Asks one model of a TensorFlow Serving server from an event loop, without a thread.
 
     Each method is the one of `Client` with the same name, arguments, answers and errors. Any number
@@ -51,29 +49,8 @@ class AsyncClient:
         ```
     """
 
-    def __init__(
-        self,
-        target: str | Sequence[str] | AsyncTransport,
-        model: str = DEFAULT_MODEL_NAME,
-        *,
-        label: str | None = None,
-        options: Options | None = None,
-    ) -> None:
-        self.model = model
-        self.label = label
-        self.options = options or Options()
-        self._transport: AsyncTransport = (
-            AioTransport(target, self.options)
-            if isinstance(target, str | Sequence)
-            else _transport.check_transport(target, "send_async")
-        )
-        replicas = _transport.count_replicas(target)
-        self._conversation = Conversation(self.target, model, self.options, replicas, label=label)
-
-    @property
-    def target(self) -> str:
-        """Where the server is."""
-        return self._transport.target
+    _channel = AioTransport
+    _send = "send_async"
 
     async def describe(self) -> Manifest:
         """Return the model's manifest as it is now."""
@@ -90,13 +67,6 @@ class AsyncClient:
     async def cheapest_dim(self, quality: float = 0.98, measure: str | None = None) -> int:
         """Return the smallest dim that keeps this share of the full dim's quality."""
         return cheapest_dim(await self.describe(), quality, measure)
-
-    def with_batch_size(self, rows: int | None) -> AsyncClient:
-        """Return a client of the same connection and knowledge, with another `max_batch_size`."""
-        other = copy(self)
-        other.options = replace(self.options, max_batch_size=rows)
-        other._conversation = self._conversation.with_options(other.options)
-        return other
 
     async def embed(
         self, inputs: Inputs, dim: int, *, progress: Progress | None = None
@@ -181,9 +151,6 @@ class AsyncClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    def __repr__(self) -> str:
-        return f"AsyncClient({self.target!r}, model={self.model!r})"
 
     async def _run(self, rounds: Rounds[T]) -> T:
         with closing(rounds):  # an interrupt closes the file of `embed_dataset` at once

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from copy import copy
 from dataclasses import replace
-from typing import TypeVar
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _transport, contract, corpus, flows, questions
 from ._transport import GrpcTransport
-from .calls import Signature, Transport, VersionStatus
+from .calls import AsyncTransport, Signature, Transport, VersionStatus
 from .cascade.policy import CascadePolicy
 from .contract import DEFAULT_MODEL_NAME, Manifest, cheapest_dim
 from .conversation import Conversation, Progress, Round, Rounds, Talk
@@ -26,9 +26,62 @@ from .options import Options
 from .results import Classification, Neighbors
 
 T = TypeVar("T")
+TransportT = TypeVar("TransportT", Transport, AsyncTransport)
 
 
-class Client:
+class BaseClient(Generic[TransportT]):
+    """A model at a target, and what is known of it: what `Client` and `AsyncClient` share.
+
+    Each sets `_channel`, its transport for targets, and `_send`, the method every transport has.
+
+    Examples:
+        >>> issubclass(Client, BaseClient)
+        True
+    """
+
+    _channel: Callable[[str | Sequence[str], Options], TransportT]
+    _send: str
+
+    def __init__(
+        self,
+        target: str | Sequence[str] | TransportT,
+        model: str = DEFAULT_MODEL_NAME,
+        *,
+        label: str | None = None,
+        options: Options | None = None,
+    ) -> None:
+        self.model = model
+        self.label = label
+        self.options = options or Options()
+        self._transport: TransportT = (
+            self._channel(target, self.options)
+            if isinstance(target, str | Sequence)
+            else _transport.check_transport(target, self._send)
+        )
+        replicas = _transport.count_replicas(target)
+        self._conversation = Conversation(self.target, model, self.options, replicas, label=label)
+
+    @property
+    def target(self) -> str:
+        """Where the server is."""
+        return self._transport.target
+
+    def with_batch_size(self, rows: int | None) -> Self:
+        """Return a client of the same connection and knowledge, with another `max_batch_size`.
+
+        Args:
+            rows: Rows of one call; None for no limit. Closing either client closes both.
+        """
+        other = copy(self)
+        other.options = replace(self.options, max_batch_size=rows)
+        other._conversation = self._conversation.with_options(other.options)
+        return other
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.target!r}, model={self.model!r})"
+
+
+class Client(BaseClient[Transport]):
     """Asks one model of a TensorFlow Serving server, or of `keras-mrl serve`.
 
     The client needs neither TensorFlow nor Keras. It reads the model's manifest once, and again
@@ -54,29 +107,8 @@ class Client:
         ```
     """
 
-    def __init__(
-        self,
-        target: str | Sequence[str] | Transport,
-        model: str = DEFAULT_MODEL_NAME,
-        *,
-        label: str | None = None,
-        options: Options | None = None,
-    ) -> None:
-        self.model = model
-        self.label = label
-        self.options = options or Options()
-        self._transport: Transport = (
-            GrpcTransport(target, self.options)
-            if isinstance(target, str | Sequence)
-            else _transport.check_transport(target, "send")
-        )
-        replicas = _transport.count_replicas(target)
-        self._conversation = Conversation(self.target, model, self.options, replicas, label=label)
-
-    @property
-    def target(self) -> str:
-        """Where the server is."""
-        return self._transport.target
+    _channel = GrpcTransport
+    _send = "send"
 
     def describe(self) -> Manifest:
         """Return the model's manifest as it is now: its dims, inputs, policy and quality."""
@@ -98,17 +130,6 @@ class Client:
             measure: One of the manifest's measures; None means the only one, or `top1`.
         """
         return cheapest_dim(self.describe(), quality, measure)
-
-    def with_batch_size(self, rows: int | None) -> Client:
-        """Return a client of the same connection and knowledge, with another `max_batch_size`.
-
-        Args:
-            rows: Rows of one call; None for no limit. Closing either client closes both.
-        """
-        other = copy(self)
-        other.options = replace(self.options, max_batch_size=rows)
-        other._conversation = self._conversation.with_options(other.options)
-        return other
 
     def embed(
         self, inputs: Inputs, dim: int, *, progress: Progress | None = None
@@ -246,9 +267,6 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return f"Client({self.target!r}, model={self.model!r})"
-
     def _run(self, rounds: Rounds[T]) -> T:
         with closing(rounds):  # an interrupt closes the file of `embed_dataset` at once
             try:
@@ -274,7 +292,7 @@ class Client:
                 if outcome is not None:
                     round.receive(running[future], outcome)
         finally:  # after an interrupt, do not wait for the calls under way
-            round.stop()
+            round.stopped = True
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _outcome_unless_failed(self, round: Round, talk: Talk[T]) -> T | KerasMrlError | None:

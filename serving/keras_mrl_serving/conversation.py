@@ -63,6 +63,9 @@ class Round:
         talks: The talks by number.
         on_result: Called with the number and the result of each talk that succeeds.
 
+    Attributes:
+        stopped: Whether the caller has gone away, so that no talk sends anything more.
+
     Examples:
         >>> def talk():
         ...     return (yield Envelope("birds", None, AskStatus(), 1.0, 1.0)).answer
@@ -88,10 +91,6 @@ class Round:
     def failed(self) -> bool:
         """Whether a talk has failed."""
         return bool(self.errors)
-
-    def stop(self) -> None:
-        """Keep every talk from sending anything more, since the caller has gone away."""
-        self.stopped = True
 
     def receive(self, number: int, outcome: object) -> None:
         """Note the outcome of a talk: its result, or the error it raised."""
@@ -427,8 +426,7 @@ class Conversation:
         envelope = Envelope(self._model, error.version, call, 0.0, timeout_s)
         received = "the version that began the answer was gone before its end, twice,"
         changed = call_error(VersionChangedError, envelope, self._target, received)
-        if error.partial is not None:
-            changed.partial = error.partial
+        changed.partial = error.partial
         return changed
 
 

@@ -192,11 +192,7 @@ class EmbeddingFile:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        dim: int,
-        fingerprint: str,
-        corpus: str | None = None,
+        self, path: str | os.PathLike[str], dim: int, fingerprint: str, corpus: str | None = None
     ) -> None:
         self.path = Path(path)
         self.corpus = corpus

@@ -7,6 +7,8 @@ for, and the rule and the remedy of each class about a server. This file needs n
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .calls import Envelope
@@ -39,6 +41,32 @@ class KerasMrlError(Exception):
 
 class ManifestError(KerasMrlError, ValueError):
     """This package cannot read the manifest."""
+
+
+@contextmanager
+def manifest_errors(rule: str, received: object, writer: str) -> Iterator[None]:
+    """Raise what reading a saved value raises as a `ManifestError`.
+
+    Args:
+        rule: First sentence of the error.
+        received: The value.
+        writer: What the right version of keras-mrl did with it: "wrote it".
+
+    Examples:
+        >>> with manifest_errors("A funnel has a k.", {}, "wrote it"):
+        ...     {}["k"]
+        Traceback (most recent call last):
+        ...
+        keras_mrl_serving.errors.ManifestError: A funnel has a k. Received: {} (KeyError: 'k'). \
+Install the version of keras-mrl that wrote it, or a later one.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ManifestError(
+            f"{rule} Received: {received!r} ({type(error).__name__}: {error}). "
+            f"Install the version of keras-mrl that {writer}, or a later one."
+        ) from error
 
 
 class UnknownDimError(KerasMrlError, ValueError):

@@ -221,13 +221,10 @@ def _class_outputs(manifest: Manifest) -> dict[str, Output]:
 def _classification(columns: Arrays) -> Classification:
     fields: dict[str, Any] = dict(columns)
     if "labels" in fields:
-        fields["labels"] = _as_text(fields["labels"])
+        labels = fields["labels"]
+        text = [x if isinstance(x, str) else x.decode(errors="replace") for x in labels.flat]
+        fields["labels"] = np.array(text, dtype=object).reshape(labels.shape)
     return Classification(**fields)
-
-
-def _as_text(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    text = [x if isinstance(x, str) else x.decode(errors="replace") for x in labels.flat]
-    return np.array(text, dtype=object).reshape(labels.shape)
 
 
 def embed_with_fingerprint(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Embedded]:

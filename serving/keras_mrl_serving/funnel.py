@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from .contract import as_int, check_dims
-from .errors import ManifestError
+from .errors import manifest_errors
 
 _PAPER = ((16, 200), (32, 100), (64, 50), (128, 25), (256, 10))  # (dim, shortlist) before the last
 
@@ -147,11 +147,6 @@ class FunnelSchedule:
         Raises:
             ManifestError: If `funnel` is something else.
         """
-        try:
+        rule = "A funnel names its dims, its shortlists and k."
+        with manifest_errors(rule, funnel, "exported the model"):
             return cls(tuple(funnel["dims"]), tuple(funnel["shortlists"]), funnel["k"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ManifestError(
-                "A funnel names its dims, its shortlists and k. "
-                f"Received: {funnel!r} ({type(error).__name__}: {error}). "
-                "Install the version of keras-mrl that exported the model, or a later one."
-            ) from error

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..contract import check_dims
-from ..errors import ManifestError
+from ..errors import manifest_errors
 from ..inputs import check_holdout, check_logits
 from .confidence import check_confidence, check_temperatures, confidence_of
 from .thresholds import learn_thresholds
@@ -206,7 +206,8 @@ class CascadePolicy:
         Raises:
             ManifestError: If this version does not understand it.
         """
-        try:
+        rule = "A cascade names its stages and its confidence."
+        with manifest_errors(rule, cascade, "exported the model"):
             stages = tuple(
                 Stage(stage["dim"], stage["threshold"], stage.get("temperature", 1.0))
                 for stage in cascade["stages"]
@@ -222,12 +223,6 @@ class CascadePolicy:
                 guarantee = Guarantee(*(promise[name] for name in _GUARANTEE_KEYS))
             method = cascade.get("method", "unknown")
             return cls(stages, cascade["confidence"], holdout, method, guarantee)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ManifestError(
-                "A cascade names its stages and its confidence. "
-                f"Received: {cascade!r} ({type(error).__name__}: {error}). "
-                "Install the version of keras-mrl that exported the model, or a later one."
-            ) from error
 
 
 _REPORT_KEYS = ("accuracy", "full_accuracy", "expected_dim", "cumulative_dim", "exit_fractions")

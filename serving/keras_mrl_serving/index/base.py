@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..contract import as_int
 from ..embeddings import inverse_length
-from ..errors import ManifestError
+from ..errors import manifest_errors
 from ..funnel import FunnelSchedule
 from ..inputs import as_float32
 from ..results import Neighbors
@@ -156,15 +156,10 @@ class IndexFacts:
         Raises:
             ManifestError: If `saved` is something else.
         """
-        try:
+        rule = "An index names its schedule, its metric and its encoder."
+        with manifest_errors(rule, saved, "wrote it"):
             schedule = FunnelSchedule.from_json(saved["schedule"])
             return cls(schedule, saved["metric"], saved["encoder_fingerprint"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ManifestError(
-                "An index names its schedule, its metric and its encoder. "
-                f"Received: {saved!r} ({type(error).__name__}: {error}). "
-                "Install the version of keras-mrl that wrote it, or a later one."
-            ) from error
 
 
 class IndexBase:
@@ -280,19 +275,16 @@ def check_embeddings(values: npt.ArrayLike, name: str, width: int) -> Vectors:
             f"Received: shape {vectors.shape}. "
             "Embed them at the funnel's last dim, one row each."
         )
-    if not math.isfinite(np.vdot(vectors, vectors)) and not _lengths_are_finite(vectors):
-        raise ValueError(
-            f"The {name} must be finite, and so must the squares of their lengths in float32. "
-            "Received: NaN, infinity, or rows longer than 1e19. "
-            "Look for failed rows where the embeddings were made."
-        )
+    if not math.isfinite(np.vdot(vectors, vectors)):  # the sum may be infinite and no row be
+        with np.errstate(over="ignore"):
+            squares = np.einsum("rd,rd->r", vectors, vectors)
+        if not np.isfinite(squares).all():
+            raise ValueError(
+                f"The {name} must be finite, and so must the squares of their lengths in float32. "
+                "Received: NaN, infinity, or rows longer than 1e19. "
+                "Look for failed rows where the embeddings were made."
+            )
     return vectors
-
-
-def _lengths_are_finite(vectors: Vectors) -> bool:
-    with np.errstate(over="ignore"):
-        squares = np.einsum("rd,rd->r", vectors, vectors)
-    return bool(np.isfinite(squares).all())
 
 
 def as_gallery(embeddings: npt.ArrayLike, width: int) -> npt.NDArray[Any]:

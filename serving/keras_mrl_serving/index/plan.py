@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ManifestError
+from ..errors import manifest_errors
 from ..funnel import FunnelSchedule
 from .base import Ids
 from .first_stage import FirstStage
@@ -140,16 +140,11 @@ class Choice:
         Raises:
             ManifestError: If `saved` is something else.
         """
-        try:
+        rule = "A plan names its funnels, and what was measured of each."
+        with manifest_errors(rule, saved, "wrote it"):
             first = FirstStage(saved["factory"], saved["settings"])
             schedule = FunnelSchedule.from_json(saved["schedule"])
             return cls(first, schedule, saved["quality"], saved["error"], saved["seconds"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ManifestError(
-                "A plan names its funnels, and what was measured of each. "
-                f"Received: {saved!r} ({type(error).__name__}: {error}). "
-                "Install the version of keras-mrl that wrote it, or a later one."
-            ) from error
 
 
 @dataclass(frozen=True)

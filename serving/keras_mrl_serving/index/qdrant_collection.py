@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ from .base import Ids, IndexFacts, Vectors, best_first
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
-    from qdrant_client.models import Filter, QueryRequest, ScoredPoint, SearchParams
+    from qdrant_client.models import Filter, ScoredPoint, SearchParams
 
 _METADATA_KEY = "keras_mrl"  # of the collection: a search returns rows, never this
 _DISTANCES = {"cosine": "Dot", "dot": "Dot", "l2": "Euclid"}
@@ -211,20 +210,40 @@ class Collection:
         with self._our_errors() as models:
             # Local mode is exact already, and warns of parameters: only the caller's may cause it.
             exact = None if is_local else models.SearchParams(exact=True)
-            requests = _nested_queries(models, stages, _id_filter(models, among), exact)
+            only_ids = _id_filter(models, among)
+            requests = []
+            for vectors in zip(*(stage.queries.tolist() for stage in stages), strict=True):
+                request: Any = None  # each stage prefetches for the next
+                for number, (stage, vector) in enumerate(zip(stages, vectors, strict=True), 1):
+                    make = models.Prefetch if number < len(stages) else models.QueryRequest
+                    request = make(
+                        prefetch=request,
+                        query=vector,
+                        using=str(stage.dim),
+                        limit=stage.limit,
+                        params=exact if stage.exact else stage.params,
+                        filter=only_ids if number == 1 else None,  # later stages see nothing else
+                    )
+                requests.append(request)
             answers = self.client.query_batch_points(self.name, requests)
         return [answer.points for answer in answers]
 
     @contextmanager
     def _our_errors(self) -> Iterator[Any]:
         """Yield `qdrant_client.models`; raise what Qdrant raises as an error of this package."""
-        qdrant = _import_qdrant()
+        try:
+            from qdrant_client import models
+        except ImportError as error:
+            raise ImportError(
+                "QdrantIndex needs qdrant-client. "
+                f"Received: {error}. Install it: pip install 'keras-mrl[qdrant]'."
+            ) from error
         import grpc
         from qdrant_client.common.client_exceptions import QdrantException
         from qdrant_client.http.exceptions import ApiException
 
         try:
-            yield qdrant.models
+            yield models
         except (
             ApiException,
             QdrantException,
@@ -236,50 +255,11 @@ class Collection:
             raise _our_error(error, self.name) from error
 
 
-def _import_qdrant() -> ModuleType:
-    try:
-        import qdrant_client
-    except ImportError as error:
-        raise ImportError(
-            "QdrantIndex needs qdrant-client. "
-            f"Received: {error}. Install it: pip install 'keras-mrl[qdrant]'."
-        ) from error
-    return qdrant_client
-
-
 def _gallery_of(facts: IndexFacts) -> str:
     return (
         f"dims={facts.schedule.dims}, metric={facts.metric!r}, "
         f"encoder_fingerprint={facts.encoder_fingerprint!r}"
     )
-
-
-def _nested_queries(
-    models: Any, stages: Sequence[StageQuery], only_ids: Filter | None, exact: SearchParams | None
-) -> list[QueryRequest]:
-    """Return one request per query: each stage prefetches for the next.
-
-    Args:
-        models: `qdrant_client.models`.
-        stages: Stages of the funnel, first stage first.
-        only_ids: Filter of the first stage; later stages see nothing else.
-        exact: Parameters of exact stages.
-    """
-    requests = []
-    for vectors in zip(*(stage.queries.tolist() for stage in stages), strict=True):
-        request: Any = None
-        for number, (stage, vector) in enumerate(zip(stages, vectors, strict=True), 1):
-            make = models.Prefetch if number < len(stages) else models.QueryRequest
-            request = make(
-                prefetch=request,
-                query=vector,
-                using=str(stage.dim),
-                limit=stage.limit,
-                params=exact if stage.exact else stage.params,
-                filter=only_ids if number == 1 else None,
-            )
-        requests.append(request)
-    return requests
 
 
 def _id_filter(models: Any, ids: Ids | None) -> Filter | None:

@@ -23,7 +23,6 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -279,12 +278,7 @@ class IndexWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._arrays.clear()
         _remove((*self._paths.values(), self._new_card))
         if self._is_new_folder and not any(self.folder.iterdir()):
@@ -312,8 +306,7 @@ def _synced_entry(path: Path) -> dict[str, Any]:
     """Return a file's entry in the card, once the file is safe on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _file_digest(path)}
 
 
 def _sync_folder(path: Path) -> None:

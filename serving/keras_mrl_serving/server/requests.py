@@ -104,11 +104,7 @@ def _reload(configuration: Configuration, request: Any, is_active: Callable[[], 
 
 
 def predict(
-    models: Models,
-    request: Any,
-    timeout_s: float | None,
-    *,
-    as_tensor_content: bool = False,
+    models: Models, request: Any, timeout_s: float | None, *, as_tensor_content: bool = False
 ) -> Any:
     """Answers a PredictRequest.
 

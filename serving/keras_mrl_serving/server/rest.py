@@ -27,7 +27,7 @@ from tensorflow_serving.apis.predict_pb2 import PredictRequest
 from .models import Models
 from .requests import get_model_metadata, get_model_status, predict, serving
 from .rest_json import parse_body, read_inputs, write_columns, write_rows
-from .status import StatusError, invalid_argument
+from .status import StatusError, invalid_argument, unimplemented
 from .tensors import decode, encode
 
 _logger = logging.getLogger("keras_mrl_serving.server")
@@ -86,11 +86,10 @@ def _answer(models: Models, timeout_s: float | None, method: str, path: str, bod
         if match[4] == "predict":
             return _predict(models, timeout_s, spec, body)
         if match[4] in ("classify", "regress"):
-            raise StatusError(
-                grpc.StatusCode.UNIMPLEMENTED,
+            raise unimplemented(
                 "The development server answers predict calls only. "
                 f"Received: {method} {path}. Ask {path.rpartition(':')[0]}:predict, or run "
-                "tensorflow/serving on the same files.",
+                "tensorflow/serving on the same files."
             )
         raise malformed  # the verb counts in small letters only
     if method == "GET" and (match := _GET.fullmatch(path)):

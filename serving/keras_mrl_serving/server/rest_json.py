@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from math import isfinite, isinf, prod
 from typing import Any
 
-import grpc
 import numpy as np
 import tensorflow as tf
 
-from .status import StatusError, invalid_argument
+from .status import StatusError, invalid_argument, unimplemented
 
 _MAX_RANK = 64  # NumPy's
 _TOO_DEEP = "JSON Parse error: The document is nested too deeply."
@@ -249,10 +248,8 @@ def _checked_values(values: list[Any], dtype: tf.DType) -> list[Any]:
         _check_types(values, (str, dict), dtype)
         return [_bytes_of(value) for value in values]
     elif values:
-        raise StatusError(
-            grpc.StatusCode.UNIMPLEMENTED,
-            f"Conversion of JSON Value: {_text(values[0])} to type: {_dtype_name(dtype)}",
-        )
+        kind = _dtype_name(dtype)
+        raise unimplemented(f"Conversion of JSON Value: {_text(values[0])} to type: {kind}")
     return values
 
 

@@ -160,7 +160,11 @@ class DevServer:
         )
         credentials = server_credentials(self._ssl_config_file) if self._ssl_config_file else None
         options = server_options(self._channel_arguments)
-        models = Models(partial(load, options=self._load_options()), self._retries)
+        load_options = LoadOptions(
+            enable_model_warmup=self._enable_warmup,
+            batching_parameters=batching_parameters(self._enable_batching, self._batching_file),
+        )
+        models = Models(partial(load, options=load_options), self._retries)
         poller = model_poller(models, self._wait_s)
         configuration = Configuration(
             models, allow_labels_for_unavailable=self._allow_labels, wake=poller.wake
@@ -230,10 +234,6 @@ class DevServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    def _load_options(self) -> LoadOptions:
-        parameters = batching_parameters(self._enable_batching, self._batching_file)
-        return LoadOptions(enable_model_warmup=self._enable_warmup, batching_parameters=parameters)
 
     def _bind(
         self, server: grpc.Server, models: Models, credentials: grpc.ServerCredentials | None

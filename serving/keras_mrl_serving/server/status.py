@@ -35,6 +35,11 @@ def failed_precondition(message: str) -> StatusError:
     return StatusError(grpc.StatusCode.FAILED_PRECONDITION, message)
 
 
+def unimplemented(message: str) -> StatusError:
+    """The error of a request that this server does not answer."""
+    return StatusError(grpc.StatusCode.UNIMPLEMENTED, message)
+
+
 def from_number(number: int, message: str) -> StatusError:
     """The error of a TensorFlow exception, which knows its code by number."""
     return StatusError(_CODES[number], message)

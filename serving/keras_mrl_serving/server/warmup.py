@@ -19,7 +19,7 @@ from tensorflow.python.lib.io._pywrap_record_io import RecordIterator
 from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
 from .run import ServingSession, run, run_predict
-from .status import StatusError, from_number, invalid_argument
+from .status import StatusError, from_number, invalid_argument, unimplemented
 
 _logger = logging.getLogger("keras_mrl_serving.server")
 _FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")
@@ -70,9 +70,7 @@ def _run_log(session: ServingSession, log: Any) -> None:
         return
     if kind not in ("predict_log", "classify_log", "regress_log", "multi_inference_log"):
         number = log.DESCRIPTOR.fields_by_name[kind].number
-        raise StatusError(
-            grpc.StatusCode.UNIMPLEMENTED, f"Unsupported log_type for warmup: {number}"
-        )
+        raise unimplemented(f"Unsupported log_type for warmup: {number}")
     request = getattr(log, kind).request
     if kind == "predict_log":
         run_predict(session, request, None)
@@ -99,10 +97,7 @@ def _run_multi_inference(session: ServingSession, request: Any) -> None:
             raise invalid_argument(f"Duplicate evaluation of signature: {name}")
         method = task.method_name.removeprefix(_METHODS)
         if task.method_name not in (f"{_METHODS}classify", f"{_METHODS}regress"):
-            raise StatusError(
-                grpc.StatusCode.UNIMPLEMENTED,
-                f"Unsupported signature method_name: {task.method_name}",
-            )
+            raise unimplemented(f"Unsupported signature method_name: {task.method_name}")
         outputs_by_signature[name] = _outputs(session.signatures[name], method)
     for name, outputs in outputs_by_signature.items():
         run(session, name, _serialized_examples(request.input), outputs, None)
