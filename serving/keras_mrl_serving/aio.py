@@ -170,7 +170,7 @@ class AsyncClient(BaseClient[AsyncTransport]):
 
         async def work() -> None:
             for number, talk in numbered:  # shared: each talk goes to one worker
-                if round.failed:
+                if round.errors:
                     return
                 round.receive(number, await self._outcome(talk))
 

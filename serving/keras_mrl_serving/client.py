@@ -296,7 +296,7 @@ class Client(BaseClient[Transport]):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _outcome_unless_failed(self, round: Round, talk: Talk[T]) -> T | KerasMrlError | None:
-        return None if round.failed else self._outcome(round, talk)
+        return None if round.errors else self._outcome(round, talk)
 
     def _outcome(self, round: Round, talk: Talk[T]) -> T | KerasMrlError | None:
         """Send what a talk yields until it ends; return its result, or the error that ended it."""

@@ -87,11 +87,6 @@ class Round:
         self.stopped = False
         self._on_result = on_result
 
-    @property
-    def failed(self) -> bool:
-        """Whether a talk has failed."""
-        return bool(self.errors)
-
     def receive(self, number: int, outcome: object) -> None:
         """Note the outcome of a talk: its result, or the error it raised."""
         if isinstance(outcome, KerasMrlError):
@@ -283,19 +278,18 @@ class Conversation:
         version: int | None = None,
     ) -> Rounds[T]:
         """Ask by `facts`, or by those of the version that answers if its interface is another."""
-        parts = question.parts(facts, self._options)
-        talk = self._talk(question.flow(facts, parts[0]), version, deadline)
-        first, version = yield from self._run_talk(talk)
-        current = yield from self._current_facts(version, facts, question, deadline)
-        if current is not facts:
-            parts = question.parts(current, self._options)
-            talk = self._talk(question.flow(current, parts[0]), version, deadline)
+        facts_before = None
+        while facts is not facts_before:
+            parts = question.parts(facts, self._options)
+            talk = self._talk(question.flow(facts, parts[0]), version, deadline)
             first, version = yield from self._run_talk(talk)
+            facts_before = facts
+            facts = yield from self._current_facts(version, facts, question, deadline)
         if len(parts) == 1:
             if progress:
                 progress(_count_rows(parts[0]), _count_rows(parts[0]))
             return first
-        return (yield from self._ask_rest(current, question, parts, first, version, progress))
+        return (yield from self._ask_rest(facts, question, parts, first, version, progress))
 
     def _current_facts(
         self, version: int | None, facts: Any, question: Question[Any, T], deadline: float
@@ -337,7 +331,7 @@ class Conversation:
             talks = {i: self._talk(question.flow(facts, parts[i]), version, None) for i in missing}
             current = Round(talks, take)
             yield current
-            if not current.failed:
+            if not current.errors:
                 return join([answers[i] for i in range(len(parts))])
             error = next(iter(current.errors.values()))
             if is_last_try or not isinstance(error, ServerUnavailableError):
@@ -353,7 +347,7 @@ class Conversation:
         """Return the result of one talk, in a round of its own."""
         round = Round({0: talk})
         yield round
-        if round.failed:
+        if round.errors:
             raise round.errors[0]
         answer: T = round.answers[0]
         return answer
@@ -426,7 +420,8 @@ class Conversation:
         envelope = Envelope(self._model, error.version, call, 0.0, timeout_s)
         received = "the version that began the answer was gone before its end, twice,"
         changed = call_error(VersionChangedError, envelope, self._target, received)
-        changed.partial = error.partial
+        if error.partial is not None:
+            changed.partial = error.partial
         return changed
 
 

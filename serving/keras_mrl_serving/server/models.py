@@ -60,9 +60,6 @@ class Version:
         return self.failure if self.state == ModelVersionStatus.END else None
 
 
-_DEFAULT_RETRIES = Retries()
-
-
 class Models:
     """The models of a server.
 
@@ -82,7 +79,7 @@ class Models:
     def __init__(
         self,
         load: Callable[[str], ServingSession],
-        retries: Retries = _DEFAULT_RETRIES,
+        retries: Retries,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.labels = Labels()

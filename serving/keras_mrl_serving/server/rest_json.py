@@ -24,10 +24,7 @@ _ALL_DIGITS = {tf.float32: 9, tf.float64: 17}
 _INT32 = range(-(2**31), 2**31)
 _INTEGERS = {
     # The narrow types take any int32 and keep its low bits, as `int_val` does.
-    tf.int8: _INT32,
-    tf.int16: _INT32,
-    tf.int32: _INT32,
-    tf.uint8: _INT32,
+    **dict.fromkeys((tf.int8, tf.int16, tf.int32, tf.uint8), _INT32),
     tf.int64: range(-(2**63), 2**63),
     tf.uint32: range(2**32),
     tf.uint64: range(2**64),

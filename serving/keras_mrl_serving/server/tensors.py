@@ -18,11 +18,7 @@ _RAW = {
 }
 # Fields filled value by value: varints and strings.
 _VALUE_BY_VALUE = {
-    tf.int8: "int_val",
-    tf.int16: "int_val",
-    tf.int32: "int_val",
-    tf.uint8: "int_val",
-    tf.uint16: "int_val",
+    **dict.fromkeys((tf.int8, tf.int16, tf.int32, tf.uint8, tf.uint16), "int_val"),
     tf.uint32: "uint32_val",
     tf.int64: "int64_val",
     tf.uint64: "uint64_val",
