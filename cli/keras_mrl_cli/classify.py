@@ -20,9 +20,9 @@ from .output import Table, file_width, print_json
 from .shared import (
     Option,
     RefusalError,
-    at_least,
     check_one_of,
     command,
+    count_option,
     file_options,
     files_argument,
     json_option,
@@ -47,14 +47,7 @@ ShowRow = Callable[[str, int, int, float, Classes], None]
     *server_options(),
     Option("--dim", type=int, metavar="M", help="ask the head of this dim alone"),
     Option("--policy", metavar="FILE", help="JSON of a CascadePolicy to ask by (the model's own)"),
-    Option(
-        "--top",
-        type=int,
-        default=1,
-        callback=at_least(1, "Try 3."),
-        metavar="K",
-        help="how many classes of each row (1)",
-    ),
+    count_option("--top", "K", "how many classes of each row (1)", usual=1, remedy="Try 3."),
     *file_options(),
     json_option("print one JSON object per row"),
 )

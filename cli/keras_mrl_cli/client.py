@@ -71,14 +71,8 @@ def _options(arguments: SimpleNamespace) -> Options:
     if getattr(arguments, "max_batch_size", None) is not None:
         options = replace(options, max_batch_size=arguments.max_batch_size)
     if arguments.tls_ca is not None:
-        try:
-            tls = Tls.from_files(arguments.tls_ca)
-        except OSError as error:
-            raise RefusalError(
-                "--tls-ca must be a file that can be read. "
-                f"Received: {arguments.tls_ca} ({error.strerror}). Correct the path."
-            ) from error
-        options = replace(options, tls=tls)
+        with refusing(rule="--tls-ca must be a file that can be read.", remedy="Correct the path."):
+            options = replace(options, tls=Tls.from_files(arguments.tls_ca))
     return options
 
 

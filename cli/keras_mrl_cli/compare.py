@@ -29,7 +29,18 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
-from .shared import DONE, MISUSED, Option, RefusalError, command, dims, json_option, refusing
+from .shared import (
+    DONE,
+    MISUSED,
+    Option,
+    RefusalError,
+    command,
+    dims,
+    given_flags,
+    json_option,
+    needing,
+    refusing,
+)
 
 EPOCHS, FILTERS, DIMS = 10, 32, (8, 16, 32, 64, 128)
 _LEAST = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
@@ -90,17 +101,12 @@ def compare(arguments: SimpleNamespace) -> int:
     arguments.dims = arguments.dims or DIMS
     _check(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
+    rule = "A comparison trains with Keras, probes with scikit-learn and draws with matplotlib."
+    with needing("tensorflow,evaluate,images", rule):
         for name in ("matplotlib", "sklearn"):  # now, and not when all nets are trained
             import_module(name)
         from keras_mrl.comparison import ComparisonError, Plan
         from keras_mrl.comparison import compare as compare_methods
-    except ImportError as error:
-        raise RefusalError(
-            "A comparison trains with Keras, probes with scikit-learn and draws with matplotlib. "
-            f"Received: {error}. Install what it needs: pip install 'keras-mrl[tensorflow,evaluate,"
-            "images]'."
-        ) from error
     # TensorFlow warns of every net it traces, and this trains a dozen.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     plan = Plan(
@@ -150,10 +156,10 @@ def _check(arguments: SimpleNamespace) -> None:
                 "Leave it out for the usual.",
                 MISUSED,
             )
-    chosen = [name for name in ("epochs", "filters") if getattr(arguments, name) is not None]
+    chosen = given_flags(arguments, ("epochs", "filters"))
     if arguments.budget is not None and chosen:
         raise RefusalError(
             "A budget chooses epochs and filters itself. "
-            f"Received: --budget with --{' and --'.join(chosen)}. Leave out one or the other.",
+            f"Received: --budget with {' and '.join(chosen)}. Leave out one or the other.",
             MISUSED,
         )

@@ -29,7 +29,17 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from .shared import DONE, MISUSED, Option, RefusalError, at_least, between, command, json_option
+from .shared import (
+    DONE,
+    MISUSED,
+    Option,
+    RefusalError,
+    command,
+    count_option,
+    json_option,
+    needing,
+    refusing,
+)
 
 if TYPE_CHECKING:
     from keras_mrl_serving import CascadePolicy, Client, FunnelSchedule
@@ -60,21 +70,9 @@ Arrays = Mapping[str, npt.NDArray[Any]]
     Option(
         "--out", default="keras-mrl-demo", metavar="DIR", help="folder to write (keras-mrl-demo)"
     ),
-    Option(
-        "--epochs",
-        type=int,
-        default=10,
-        callback=at_least(1, "Try 10."),
-        metavar="N",
-        help="passes over the data (10)",
-    ),
-    Option(
-        "--seed",
-        type=int,
-        default=0,
-        callback=between(0, 2**32 - 1, "Leave it out for 0."),
-        metavar="N",
-        help="seed of the split and the training (0)",
+    count_option("--epochs", "N", "passes over the data (10)", usual=10, remedy="Try 10."),
+    count_option(
+        "--seed", "N", "seed of the split and the training (0)", usual=0, least=0, most=2**32 - 1
     ),
     json_option("print the report as one JSON object, the last line"),
 )
@@ -88,28 +86,18 @@ def demo(arguments: SimpleNamespace) -> int:
             MISUSED,
         )
     out = Path(arguments.out)
-    try:
+    with refusing(rule="--out must be a folder that can be written.", remedy="Name another."):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RefusalError(
-            "--out must be a folder that can be written. "
-            f"Received: {out} ({error.strerror}). Name another."
-        ) from error
     # All three are read when Keras is first imported.
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # The net is too small to share: on a busy machine PyTorch's threads wait for each other, and
     # an epoch takes ten times as long with two as with one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
+    needs = f"{backend},export,server,evaluate"
+    with needing(needs, "The demo trains, exports, serves and draws."):
         for name in _NEEDS:
             import_module(name)
-    except ImportError as error:
-        raise RefusalError(
-            "The demo trains, exports, serves and draws. "
-            f"Received: {error}. Install what it needs: "
-            f"pip install 'keras-mrl[{backend},export,server,evaluate]'."
-        ) from error
     report = _run(out, backend, arguments.epochs, arguments.seed)
     if arguments.json:
         print(json.dumps(report))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .output import in_bytes
-from .shared import DONE, MISUSED, Option, RefusalError, between, command, refusing
+from .shared import DONE, MAX_PORT, MISUSED, Option, RefusalError, command, count_option, refusing
 
 if TYPE_CHECKING:
     from keras_mrl_serving import Manifest
@@ -36,7 +36,6 @@ FILES = (
     "monitoring.config",
 )
 _MOST_ROWS = 1024
-_MAX_PORT = 2**16 - 1
 _CONNECTION_AGE_S = 60
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 # An image as containers name one: host and port, a path in lower case, a tag, a digest.
@@ -48,12 +47,6 @@ _IMAGE = re.compile(
 )
 _ALONE = re.compile(r"^(?P<margin> *)\$(?P<key>[a-z_]+)$", re.MULTILINE)
 _MOST_SLUG = 40  # Kubernetes allows 63, and names of ours are longer by a suffix
-
-
-def _count(name: str, most: int, text: str, metavar: str, usual: int) -> Option:
-    check = between(1, most, f"Leave it out for {usual}.")
-    text = f"{text} ({usual})"
-    return Option(name, type=int, default=usual, callback=check, metavar=metavar, help=text)
 
 
 @command(
@@ -73,17 +66,17 @@ def _count(name: str, most: int, text: str, metavar: str, usual: int) -> Option:
         metavar="IMAGE",
         help="image of the server (tensorflow/serving:2.20.0)",
     ),
-    _count("--replicas", 1000, "servers", "N", 2),
-    _count("--port", _MAX_PORT, "gRPC port", "PORT", 8500),
-    _count("--rest-port", _MAX_PORT, "HTTP port", "PORT", 8501),
-    Option(
+    count_option("--replicas", "N", "servers (2)", usual=2, most=1000),
+    count_option("--port", "PORT", "gRPC port (8500)", usual=8500, most=MAX_PORT),
+    count_option("--rest-port", "PORT", "HTTP port (8501)", usual=8501, most=MAX_PORT),
+    count_option(
         "--memory",
-        type=int,
-        callback=between(1, 2**31 - 1, "Leave it out for a first guess."),
-        metavar="MIB",
-        help="memory of a server in MiB (1024 and three times the version's size on disk)",
+        "MIB",
+        "memory of a server in MiB (1024 and three times the version's size on disk)",
+        most=2**31 - 1,
+        remedy="Leave it out for a first guess.",
     ),
-    _count("--max-batch-size", _MOST_ROWS, "rows of a batch", "ROWS", 128),
+    count_option("--max-batch-size", "ROWS", "rows of a batch (128)", usual=128, most=_MOST_ROWS),
     Option("--force", is_flag=True, help="replace files that are there"),
 )
 def deploy(arguments: SimpleNamespace) -> int:

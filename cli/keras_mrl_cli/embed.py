@@ -18,8 +18,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from .output import Progress, Table, file_width, print_json
 from .shared import (
     DONE,
@@ -30,9 +28,9 @@ from .shared import (
     file_options,
     files_argument,
     json_option,
-    one_line,
     refusing,
     server_options,
+    share,
     take_target,
     target_option,
 )
@@ -53,15 +51,7 @@ _COORDINATES = 6  # shown by a table
 def quality(text: str) -> tuple[str | None, float]:
     """Return the measure and the share of a flag, `[MEASURE=]SHARE`."""
     measure, _, number = text.rpartition("=")
-    try:
-        share = float(number)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise click.BadParameter(
-            f"it must end in a share in (0, 1]. Received: {text!r}. Give for example 0.98."
-        )
-    return measure or None, share
+    return measure or None, share(number)
 
 
 @command(
@@ -94,9 +84,9 @@ def embed(arguments: SimpleNamespace) -> int:
         if arguments.dim is not None:
             dim = manifest.check_dim(arguments.dim)
         elif arguments.quality is not None:
-            measure, share = arguments.quality
+            measure, least = arguments.quality
             with refusing(ValueError):
-                dim = cheapest_dim(manifest, share, measure)
+                dim = cheapest_dim(manifest, least, measure)
         if arguments.out is not None:
             return _write(arguments, client, manifest, dim)
 
@@ -114,22 +104,16 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
 
     total = _count_checked_rows(arguments, manifest)
     batches = (load_rows(file, manifest, arguments.scale) for file in arguments.files)
-    try:
-        with Progress(lambda: total) as progress, refusing(KerasMrlError, ValueError):
-            embeddings = client.embed_dataset(
-                batches,
-                dim,
-                arguments.out,
-                progress=lambda done, _: progress.show(done),
-                manifest=manifest,
-            )
-    except OSError as error:
-        if error.errno is None:  # a sentence of the client
-            raise RefusalError(one_line(error)) from error
-        raise RefusalError(
-            "--out must be a file that can be written. "
-            f"Received: {arguments.out} ({error.strerror}). Name another."
-        ) from error
+    rule = "--out must be a file that can be written."
+    writing = refusing(KerasMrlError, ValueError, rule=rule, remedy="Name another.")
+    with writing, Progress(lambda: total) as progress:
+        embeddings = client.embed_dataset(
+            batches,
+            dim,
+            arguments.out,
+            progress=lambda done, _: progress.show(done),
+            manifest=manifest,
+        )
     if arguments.json:
         print_json(out=arguments.out, rows=len(embeddings), dim=dim)
     else:

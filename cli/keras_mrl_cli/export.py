@@ -30,6 +30,7 @@ from .shared import (
     command,
     dims,
     ended_by_signals,
+    needing,
     one_line,
     refusing,
 )
@@ -112,13 +113,8 @@ def float32(text: str) -> float:
 def export(arguments: SimpleNamespace) -> int:
     """Load the model, export it, and print the folder of the version."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
+    with needing("export", "An export loads the model with Keras and writes it with TensorFlow."):
         return _export(arguments)
-    except ImportError as error:
-        raise RefusalError(
-            "An export loads the model with Keras and writes it with TensorFlow. "
-            f"Received: {error}. Install what it needs: pip install 'keras-mrl[export]'."
-        ) from error
 
 
 def _export(arguments: SimpleNamespace) -> int:
@@ -185,17 +181,14 @@ def _report(line: str) -> None:
 
 
 def _labels(file: str) -> list[str]:
+    rule = "--labels must be a file that can be read."
     try:
-        return Path(file).read_text("utf-8-sig").removesuffix("\n").split("\n")
+        with refusing(rule=rule, remedy="Correct the path."):
+            return Path(file).read_text("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise RefusalError(
             f"--labels must be a text in UTF-8. Received: {file} ({error.reason}). "
             "Write one class name a line."
-        ) from error
-    except OSError as error:
-        raise RefusalError(
-            "--labels must be a file that can be read. "
-            f"Received: {file} ({error.strerror}). Correct the path."
         ) from error
 
 
@@ -291,11 +284,6 @@ def _encoded_images(
             "it: x = keras.Input((224, 224, 3)); keras.Model(x, model(x))."
         )
     height, width, channels = shapes[0]
-    try:
+    with refusing(rule="--images must name files that can be read.", remedy="Correct the path."):
         encoded = [Path(file).read_bytes() for file in files]
-    except OSError as error:
-        raise RefusalError(
-            "--images must name files that can be read. "
-            f"Received: {error.filename} ({error.strerror}). Correct the path."
-        ) from error
     return encoded, ImageDecoder(height=height, width=width, channels=channels, scale=scale)

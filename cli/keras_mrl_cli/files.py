@@ -10,6 +10,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from keras_mrl_serving import CascadePolicy, InvalidInputError, Manifest, Manife
 from keras_mrl_serving.inputs import check_inputs
 from keras_mrl_serving.saved_model import GRAPH_FILE, list_versions
 
-from .shared import RefusalError
+from .shared import RefusalError, needing, refusing
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -36,14 +37,12 @@ def is_image(file: str) -> bool:
 
 def count_rows(file: str) -> int:
     """Return how many rows a file has, 0 where it does not read; images are not opened."""
-    try:
-        arrays = _npz(file) if file.lower().endswith(".npz") else None
-        if file.lower().endswith(".npy"):
-            arrays = {"": _npy(file)}
-    except (OSError, RefusalError):
-        return 0
-    if arrays is None:
+    if not file.lower().endswith((".npy", ".npz")):
         return int(is_image(file))
+    try:
+        arrays = load_arrays(file)
+    except RefusalError:
+        return 0
     return max((len(array) for array in arrays.values() if array.ndim), default=0)
 
 
@@ -61,14 +60,11 @@ def load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
     Raises:
         RefusalError: If the file does not read, or holds no rows of this model.
     """
-    suffix = Path(file).suffix.lower()
-    try:
-        if suffix in IMAGES:
+    if is_image(file):
+        with _reading():
             return _image_row(file, manifest, scale)
-        if suffix in (".npy", ".npz"):
-            return _checked(file, _by_input(file, load_arrays(file), manifest), manifest)
-    except OSError as error:
-        raise _unreadable(file, error) from error
+    if Path(file).suffix.lower() in (".npy", ".npz"):
+        return _checked(file, _by_input(file, load_arrays(file), manifest), manifest)
     raise RefusalError(
         f"Files must be .jpg, .jpeg, .png, .npy or .npz. Received: {file}. "
         "Save the rows with numpy.save."
@@ -165,13 +161,8 @@ def _decoded(file: str, height: int | None, width: int | None, channels: int) ->
     It is resized bilinearly and not rotated by its EXIF orientation; a height or width of None is
     the image's own.
     """
-    try:
+    with needing("images", "Images for a model that takes pixels are decoded by Pillow."):
         from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise RefusalError(
-            "Images for a model that takes pixels are decoded by Pillow. "
-            f"Received: {error}. Install it: pip install 'keras-mrl[images]'."
-        ) from error
     with open(file, "rb") as stream:  # so that an OSError below is Pillow's, about the content
         try:
             with Image.open(stream) as image:
@@ -199,10 +190,13 @@ def load_arrays(file: str) -> Arrays:
     Raises:
         RefusalError: If the file does not read, or holds none.
     """
+    if Path(file).suffix.lower() != ".npz":
+        return {"": load_array(file)}
     try:
-        return _npz(file) if Path(file).suffix.lower() == ".npz" else {"": _npy(file)}
-    except OSError as error:
-        raise _unreadable(file, error) from error
+        with _reading(), np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise _damaged(file, "no .npz of numbers, or not a whole one") from error
 
 
 def load_array(file: str) -> npt.NDArray[Any]:
@@ -212,9 +206,18 @@ def load_array(file: str) -> npt.NDArray[Any]:
         RefusalError: If the file does not read, or holds none.
     """
     try:
-        return _npy(file)
-    except OSError as error:
-        raise _unreadable(file, error) from error
+        try:
+            with _reading():
+                array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except ValueError:  # an array without rows cannot be mapped
+            array = np.load(file, allow_pickle=False)
+            if isinstance(array, np.ndarray) and array.size:
+                raise
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise _damaged(file, "no .npy of numbers, or not a whole one") from error
+    if not isinstance(array, np.ndarray):
+        raise _damaged(file, "it is an .npz")
+    return array
 
 
 def load_embeddings(flag: str, file: str) -> npt.NDArray[Any]:
@@ -249,29 +252,6 @@ def load_labels(flag: str, file: str, rows: int) -> npt.NDArray[Any]:
     return labels
 
 
-def _npy(file: str) -> npt.NDArray[Any]:
-    try:
-        try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except ValueError:  # an array without rows cannot be mapped
-            array = np.load(file, allow_pickle=False)
-            if isinstance(array, np.ndarray) and array.size:
-                raise
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise _damaged(file, "no .npy of numbers, or not a whole one") from error
-    if not isinstance(array, np.ndarray):
-        raise _damaged(file, "it is an .npz")
-    return array
-
-
-def _npz(file: str) -> dict[str, npt.NDArray[Any]]:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise _damaged(file, "no .npz of numbers, or not a whole one") from error
-
-
 def _damaged(file: str, why: str) -> RefusalError:
     return RefusalError(
         f"A file must hold what its name says. Received: {file} ({why}). "
@@ -279,11 +259,8 @@ def _damaged(file: str, why: str) -> RefusalError:
     )
 
 
-def _unreadable(file: str, error: OSError) -> RefusalError:
-    return RefusalError(
-        f"Every file must be one that can be read. Received: {file} "
-        f"({error.strerror or error}). Correct the path."
-    )
+def _reading() -> AbstractContextManager[None]:
+    return refusing(rule="Every file must be one that can be read.", remedy="Correct the path.")
 
 
 # A policy.
@@ -295,13 +272,10 @@ def load_policy(file: str) -> CascadePolicy:
     Raises:
         RefusalError: If the file does not read, or holds none.
     """
+    with refusing(rule="--policy must be a file that can be read.", remedy="Correct the path."):
+        text = Path(file).read_bytes()
     try:
-        return CascadePolicy.from_json(json.loads(Path(file).read_bytes()))
-    except OSError as error:
-        raise RefusalError(
-            "--policy must be a file that can be read. "
-            f"Received: {file} ({error.strerror}). Correct the path."
-        ) from error
+        return CascadePolicy.from_json(json.loads(text))
     except ManifestError as error:
         raise RefusalError(f"{file}: {error}") from error
     except ValueError as error:

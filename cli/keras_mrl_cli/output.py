@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from math import isfinite
-from types import TracebackType
 from typing import Any, Self
 
 _CLEAR = "\r\x1b[K"
@@ -112,10 +111,5 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.clear()

@@ -20,10 +20,18 @@ from typing import Any
 
 import click
 
-from .shared import DONE, MISUSED, Option, RefusalError, between, command
+from .shared import (
+    DONE,
+    MAX_PORT,
+    MISUSED,
+    Option,
+    RefusalError,
+    command,
+    count_option,
+    needing,
+)
 
 _REAL_SERVER = "tensorflow_model_server"
-_MAX_PORT = 2**16 - 1
 _DEFAULTS = {"model_name": "default", "port": 8500, "file_system_poll_wait_seconds": 1}
 
 
@@ -98,14 +106,14 @@ _ONLY_REAL = frozenset(
 
 
 def _option(name: str, read: Callable[[str], Any], text: str) -> Option:
+    flag = f"--{name}"
+    if name in ("port", "rest_api_port"):  # gRPC would take any other number modulo 2**16
+        remedy = "Choose another, or 0 for any free one."
+        return count_option(flag, "N", text, least=0, most=MAX_PORT, remedy=remedy)
     if read is not truth:
-        metavar = "N" if read is int else "TEXT"
-        # gRPC would take any other number modulo 2**16.
-        port = between(0, _MAX_PORT, "Choose another, or 0 for any free one.")
-        check = port if name in ("port", "rest_api_port") else None
-        return Option(f"--{name}", type=read, callback=check, metavar=metavar, help=text)
+        return Option(flag, type=read, metavar="N" if read is int else "TEXT", help=text)
     settings: dict[str, Any] = {"is_flag": False, "flag_value": "true"}  # without a value: true
-    return Option(f"--{name}", type=read, metavar="true|false", help=text, **settings)
+    return Option(flag, type=read, metavar="true|false", help=text, **settings)
 
 
 @command(
@@ -170,13 +178,8 @@ def _run_development_server(flags: dict[str, Any]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("absl").setLevel(logging.WARNING)
-    try:
+    with needing("server", "The development server runs SavedModels with TensorFlow."):
         from keras_mrl_serving.server import DevServer
-    except ImportError as error:
-        raise RefusalError(
-            "The development server runs SavedModels with TensorFlow. "
-            f"Received: {error}. Install it: pip install 'keras-mrl[server]'."
-        ) from error
     served = repr(flags["model_name"])
     if flags.get("model_config_file"):
         served = f"the models of {flags['model_config_file']!r}"

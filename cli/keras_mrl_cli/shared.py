@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+MAX_PORT = 2**16 - 1
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
@@ -26,7 +27,6 @@ Run = Callable[[SimpleNamespace], int]
 Check = Callable[[click.Context, click.Parameter, Any], Any]
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-_MOST_ROWS = 2**31 - 1
 
 
 class RefusalError(Exception):
@@ -87,6 +87,22 @@ def refusing(
         named = error.filename or place
         received = f"{named} ({error.strerror})" if named else error.strerror
         raise RefusalError(f"{rule} Received: {received}. {remedy}") from error
+
+
+@contextmanager
+def needing(extras: str, rule: str) -> Iterator[None]:
+    """Turn an import that fails into a refusal, which says what to install.
+
+    Args:
+        extras: Extras of the package that bring the import, with commas between them.
+        rule: First clause of the sentence: what the command does with it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise RefusalError(
+            f"{rule} Received: {error}. Install what it needs: pip install 'keras-mrl[{extras}]'."
+        ) from error
 
 
 @contextmanager
@@ -173,25 +189,9 @@ def under(section: str, *options: Option) -> tuple[Option, ...]:
 class Command(click.Command):
     """A command: a function of one namespace, with flags under headings.
 
-    Args:
-        run: Does the work, and returns the exit status. Words that are no flag of the command are
-            `rest` of its namespace, where `settings` let such be.
-        text: Summary, explanation and examples; lines that begin with two spaces are kept.
-        params: Flags and arguments.
-        settings: As of `click.Command`.
+    The function returns the exit status. Words that are no flag of the command are `rest` of its
+    namespace, where the settings of the command allow them.
     """
-
-    def __init__(
-        self, run: Run, text: str, params: Iterable[click.Parameter], **settings: Any
-    ) -> None:
-        super().__init__(
-            None,
-            callback=run,
-            params=list(params),
-            help=_with_examples(text),
-            short_help=text.partition("\n")[0],
-            **settings,
-        )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat a flag of many words before each of them: click takes one word a flag."""
@@ -227,9 +227,16 @@ class Command(click.Command):
 def command(
     text: str | None, *params: click.Parameter, **settings: Any
 ) -> Callable[[Run], Command]:
-    """Return a decorator that makes a command of a function; its help is `text`."""
+    """Return a decorator that makes a command of a function.
+
+    Args:
+        text: Its help: summary, explanation and examples, whose lines begin with two spaces.
+        params: Flags and arguments.
+        settings: As of `click.Command`.
+    """
     settings.setdefault("context_settings", {}).update(HELP)
-    return lambda run: Command(run, text or "", params, **settings)
+    settings |= {"help": _with_examples(text or ""), "short_help": (text or "").partition("\n")[0]}
+    return lambda run: Command(None, callback=run, params=list(params), **settings)
 
 
 def group(text: str | None, **commands: click.Command) -> click.Group:
@@ -295,24 +302,45 @@ def share(text: str) -> float:
     return number
 
 
-def between(least: float, most: float, remedy: str) -> Check:
-    """Return a callback that refuses a number outside `least..most`."""
-    return _range(f"lie in {least}..{most}", lambda number: least <= number <= most, remedy)
+def checked_by(is_allowed: Callable[[float], bool], rule: str, remedy: str) -> Check:
+    """Return a callback of a flag that refuses other numbers: the flag must `rule`."""
 
-
-def at_least(least: int, remedy: str) -> Check:
-    """Return a callback that refuses a smaller number."""
-    return _range(f"be at least {least}", lambda number: number >= least, remedy)
-
-
-def _range(rule: str, is_within: Callable[[float], bool], remedy: str) -> Check:
     def check(_ctx: click.Context, param: click.Parameter, number: Any) -> Any:
-        if number is not None and not is_within(number):
+        if number is not None and not is_allowed(number):
             sentence = f"{param.opts[0]} must {rule}. Received: {number}. {remedy}"
             raise RefusalError(sentence, MISUSED)
         return number
 
     return check
+
+
+def count_option(
+    name: str,
+    metavar: str,
+    text: str,
+    *,
+    usual: int | None = None,
+    least: int = 1,
+    most: int | None = None,
+    remedy: str = "",
+) -> Option:
+    """Return a flag whose value is an integer of at least `least`, and of at most `most`.
+
+    Args:
+        name: Its spelling.
+        metavar: What its help calls the value.
+        text: Its help.
+        usual: The value without the flag.
+        least: The smallest value.
+        most: The largest value; None for any.
+        remedy: Last sentence for another value; empty says to leave the flag out.
+    """
+    check = checked_by(
+        lambda number: least <= number and (most is None or number <= most),
+        f"be at least {least}" if most is None else f"lie in {least}..{most}",
+        remedy or f"Leave it out for {usual}.",
+    )
+    return Option(name, type=int, default=usual, callback=check, metavar=metavar, help=text)
 
 
 def flag_of(name: str) -> str:
@@ -394,9 +422,9 @@ def server_options() -> list[Option]:
         Option(
             "--timeout",
             type=float,
-            callback=_range(
-                "be a positive number of seconds",
+            callback=checked_by(
                 lambda seconds: math.isfinite(seconds) and seconds > 0,
+                "be a positive number of seconds",
                 "Give for example 10.",
             ),
             metavar="SECONDS",
@@ -419,20 +447,20 @@ def server_options() -> list[Option]:
 def file_options() -> list[Option]:
     """Return the flags that say how the rows of files become calls."""
     return [
-        Option(
+        count_option(
             "--max-batch-size",
-            type=int,
-            callback=between(1, _MOST_ROWS, "Leave it out for 1000."),
-            metavar="ROWS",
-            help="rows of one call (1000, fewer where rows are large)",
+            "ROWS",
+            "rows of one call (1000, fewer where rows are large)",
+            most=2**31 - 1,
+            remedy="Leave it out for 1000.",
         ),
         Option(
             "--scale",
             type=float,
             default=1.0,
-            callback=_range(
-                "be a finite number other than 0",
+            callback=checked_by(
                 lambda factor: math.isfinite(factor) and factor != 0,
+                "be a finite number other than 0",
                 "Give 0.00392156862745098 for pixels in 0..1.",
             ),
             metavar="FACTOR",

@@ -92,7 +92,7 @@ def test_without_pillow_the_remedy_is_named(ask: Ask, monkeypatch: pytest.Monkey
         "",
         "keras-mrl: Images for a model that takes pixels are decoded by Pillow. "
         "Received: import of PIL halted; None in sys.modules. "
-        "Install it: pip install 'keras-mrl[images]'.\n",
+        "Install what it needs: pip install 'keras-mrl[images]'.\n",
     )
 
 
