@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -42,10 +42,8 @@ def connect(arguments: SimpleNamespace) -> Iterator[Client]:
     """
     options = _options(arguments)
     with refusing(KerasMrlError):
-        try:
+        with refusing(ValueError, status=MISUSED):
             client = Client(arguments.target.split(","), arguments.model, options=options)
-        except ValueError as error:
-            raise RefusalError(str(error), MISUSED) from error
         with client:
             yield client
 
@@ -65,15 +63,15 @@ def connect_and_describe(arguments: SimpleNamespace) -> Iterator[tuple[Client, M
 
 
 def _options(arguments: SimpleNamespace) -> Options:
-    options = Options(metadata=_metadata(arguments.metadata))
-    if arguments.timeout is not None:
-        options = replace(options, timeout_s=arguments.timeout)
-    if getattr(arguments, "max_batch_size", None) is not None:
-        options = replace(options, max_batch_size=arguments.max_batch_size)
+    settings: dict[str, Any] = {
+        "metadata": _metadata(arguments.metadata),
+        "timeout_s": arguments.timeout,
+        "max_batch_size": getattr(arguments, "max_batch_size", None),
+    }
     if arguments.tls_ca is not None:
         with refusing(rule="--tls-ca must be a file that can be read.", remedy="Correct the path."):
-            options = replace(options, tls=Tls.from_files(arguments.tls_ca))
-    return options
+            settings["tls"] = Tls.from_files(arguments.tls_ca)
+    return Options(**{name: value for name, value in settings.items() if value is not None})
 
 
 def _metadata(pairs: Sequence[str]) -> dict[str, str]:

@@ -173,10 +173,6 @@ class Part:
     images: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
 
-    def take(self, rows: npt.NDArray[np.int64]) -> Part:
-        """Return these rows."""
-        return Part(self.images[rows], self.labels[rows])
-
 
 def load_parts(seed: int) -> tuple[Part, Part, Part]:
     """Return the training half, the holdout and the test quarter, with equal shares of classes."""
@@ -185,12 +181,15 @@ def load_parts(seed: int) -> tuple[Part, Part, Part]:
 
     digits = load_digits()
     images = (digits.images / 16).astype(np.float32)[..., None]
-    whole = Part(images, digits.target.astype(np.int64))
-    rows = np.arange(len(whole.labels))
-    how = {"test_size": 0.5, "random_state": seed}
-    train, rest = train_test_split(rows, stratify=whole.labels, **how)
-    holdout, test = train_test_split(rest, stratify=whole.labels[rest], **how)
-    return whole.take(train), whole.take(holdout), whole.take(test)
+
+    def halves(part: Part) -> tuple[Part, Part]:
+        first, second, first_labels, second_labels = train_test_split(
+            part.images, part.labels, test_size=0.5, random_state=seed, stratify=part.labels
+        )
+        return Part(first, first_labels), Part(second, second_labels)
+
+    training, rest = halves(Part(images, digits.target.astype(np.int64)))
+    return training, *halves(rest)
 
 
 def with_shifts(part: Part) -> Part:
@@ -335,16 +334,15 @@ def _wait(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
     while True:
         try:
             client.describe()
+            return
         except KerasMrlError as error:
-            if process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.2)
-                continue
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:])
-            raise RuntimeError(
-                f"The server must answer within {_START_S:g} s of its start. "
-                f"Received: {error} Its log ends:\n{tail}\nMend what it names and run again."
-            ) from error
-        return
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:])
+                raise RuntimeError(
+                    f"The server must answer within {_START_S:g} s of its start. "
+                    f"Received: {error} Its log ends:\n{tail}\nMend what it names and run again."
+                ) from error
+        time.sleep(0.2)
 
 
 # The questions, and the report of the answers.

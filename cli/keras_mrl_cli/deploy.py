@@ -37,7 +37,6 @@ FILES = (
 )
 _MOST_ROWS = 1024
 _CONNECTION_AGE_S = 60
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 # An image as containers name one: host and port, a path in lower case, a tag, a digest.
 _LABEL = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
 _PART = "[a-z0-9]+((\\.|_{1,2}|-+)[a-z0-9]+)*"
@@ -81,13 +80,17 @@ _MOST_SLUG = 40  # Kubernetes allows 63, and names of ours are longer by a suffi
 )
 def deploy(arguments: SimpleNamespace) -> int:
     """Render every template into the folder, and print each file's path."""
-    _check_ports(arguments)
+    if arguments.port == arguments.rest_port:
+        raise RefusalError(
+            "gRPC and HTTP need a port each. "
+            f"Received: --port and --rest-port {arguments.port}. Name another.",
+            MISUSED,
+        )
     values = _values(arguments)
     out = Path(arguments.out)
     text_by_name = {name: _rendered(name, values) for name in FILES}
-    with refusing(
-        rule="OUT_DIR must be a folder that can be written.", remedy="Name another.", place=str(out)
-    ):
+    rule = "OUT_DIR must be a folder that can be written."
+    with refusing(rule=rule, remedy="Name another.", place=str(out)):
         out.mkdir(parents=True, exist_ok=True)
         there = [name for name in FILES if (out / name).exists()]
         if there and not arguments.force:
@@ -102,15 +105,6 @@ def deploy(arguments: SimpleNamespace) -> int:
     return DONE
 
 
-def _check_ports(arguments: SimpleNamespace) -> None:
-    if arguments.port == arguments.rest_port:
-        raise RefusalError(
-            "gRPC and HTTP need a port each. "
-            f"Received: --port and --rest-port {arguments.port}. Name another.",
-            MISUSED,
-        )
-
-
 def _rendered(name: str, values: dict[str, str]) -> str:
     """Return a template's text with these values; one alone on its line keeps its margin."""
     text = (files("keras_mrl_serving") / "deploy" / name).read_text("utf-8")
@@ -119,10 +113,16 @@ def _rendered(name: str, values: dict[str, str]) -> str:
 
 
 def _values(arguments: SimpleNamespace) -> dict[str, str]:
+    from keras_mrl_serving.contract import is_model_name
     from keras_mrl_serving.saved_model import sizes
 
     folder, manifest = _model(arguments.base_path)
-    name = _checked_name(manifest.name if arguments.name is None else arguments.name)
+    name = manifest.name if arguments.name is None else arguments.name
+    if not is_model_name(name):
+        raise RefusalError(
+            "The name of a model that is served is of letters, digits, '_', '.' and '-', the first "
+            f"and the last a letter or digit. Received: {name!r}. Give another: --name."
+        )
     if not _IMAGE.fullmatch(arguments.image):
         raise RefusalError(
             "--image must be the name of an image. "
@@ -183,12 +183,8 @@ def _model(base_path: str) -> tuple[Path, Manifest]:
 
     from .files import find_version
 
-    with refusing(
-        ManifestError,
-        rule="--base-path must be a folder that can be read.",
-        remedy="Correct the path.",
-        place=base_path,
-    ):
+    rule = "--base-path must be a folder that can be read."
+    with refusing(ManifestError, rule=rule, remedy="Correct the path.", place=base_path):
         folder, versions = find_version(base_path)
         manifest = read_manifest(folder)
         read_signatures(folder)  # a version that cannot be read is not deployed
@@ -203,15 +199,6 @@ def _model(base_path: str) -> tuple[Path, Manifest]:
             f"Received: {folder}, which has none. Export it with keras-mrl export."
         )
     return folder, manifest
-
-
-def _checked_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise RefusalError(
-            "The name of a model that is served is of letters, digits, '_', '.' and '-', the first "
-            f"and the last a letter or digit. Received: {name!r}. Give another: --name."
-        )
-    return name
 
 
 def _slug(name: str) -> str:

@@ -198,17 +198,14 @@ def _import(modules: Sequence[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except SystemExit as error:  # a script that is no module
-            raise _not_imported(module, f"it ends by sys.exit({error.code!r})") from error
-        except Exception as error:  # a module of the user's may raise anything
-            raise _not_imported(module, f"{type(error).__name__}: {one_line(error)}") from error
-
-
-def _not_imported(module: str, why: str) -> RefusalError:
-    return RefusalError(
-        "--import must name a module that can be imported, here or installed. "
-        f"Received: {module} ({why}). Name it as in an import statement, without .py."
-    )
+        except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            if isinstance(error, SystemExit):  # a script that is no module
+                reason = f"it ends by sys.exit({error.code!r})"
+            raise RefusalError(
+                "--import must name a module that can be imported, here or installed. "
+                f"Received: {module} ({reason}). Name it as in an import statement, without .py."
+            ) from error
 
 
 def _load(file: str) -> Any:

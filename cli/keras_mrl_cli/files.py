@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving import CascadePolicy, InvalidInputError, Manifest, ManifestError
+from keras_mrl_serving import (
+    CascadePolicy,
+    InvalidInputError,
+    Manifest,
+    ManifestError,
+)
 from keras_mrl_serving.inputs import check_inputs
 from keras_mrl_serving.saved_model import GRAPH_FILE, list_versions
 

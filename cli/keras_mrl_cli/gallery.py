@@ -88,41 +88,16 @@ def _build(
     if arguments.engine == "exact":
         ExactIndex.build(gallery, *facts).save(arguments.out)
     else:
-        with _Passes() as progress:
+        with Progress(lambda: len(gallery)) as progress:
             FaissIndex.build(
                 gallery,
                 *facts,
                 first_stage=first_stage,
                 path=arguments.out,
-                progress=progress,
+                progress=lambda done, _: progress.show(done),
                 plan=plan,
             )
     return time.perf_counter() - start
-
-
-class _Passes:
-    """A progress line for each time FAISS goes over the rows."""
-
-    def __init__(self) -> None:
-        self._line: Progress | None = None
-        self._last = 0
-
-    def __call__(self, done: int, rows: int) -> None:
-        if self._line is None or done <= self._last:
-            self._clear()
-            self._line = Progress(lambda: rows)
-        self._line.show(done)
-        self._last = done
-
-    def _clear(self) -> None:
-        if self._line is not None:
-            self._line.clear()
-
-    def __enter__(self) -> _Passes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._clear()
 
 
 def _encoder(arguments: SimpleNamespace, gallery: Array) -> Manifest:
@@ -145,46 +120,39 @@ def _encoder(arguments: SimpleNamespace, gallery: Array) -> Manifest:
 
 def _check_out(out: str, force: bool) -> None:
     """Raise `RefusalError` for a folder that holds an index already, or something else."""
-    place = Path(out)
-    if not place.exists():
-        _check_writable(next(p for p in place.absolute().parents if p.exists()), out)
-        return
-    if not place.is_dir():
-        raise _not_writable(f"{out}, which is a file")
-    _check_writable(place, out)
-    names = sorted(os.listdir(place))
-    if CARD in names:
-        if not force:
-            raise RefusalError(
-                "An index is replaced only with --force. "
-                f"Received: --out {out}, which holds one. Add --force, or name another folder."
-            )
-        return
+    folder, is_there = _lowest_there(out), Path(out).exists()
+    reason = ""
+    if not folder.is_dir():
+        reason = ", which is a file" if is_there else f", for {folder} is a file"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = " (Permission denied)"
+    if reason:
+        raise RefusalError(
+            f"--out must be a folder that can be written. Received: {out}{reason}. Name another."
+        )
+    names = sorted(os.listdir(out)) if is_there else []
     others = [name for name in names if not is_ours(name)]
-    if others:
+    if CARD in names and not force:
+        raise RefusalError(
+            "An index is replaced only with --force. "
+            f"Received: --out {out}, which holds one. Add --force, or name another folder."
+        )
+    if others and CARD not in names:
         raise RefusalError(
             "An index is built in a folder of its own. "
             f"Received: --out {out}, which holds {others[0]}. Name a new folder."
         )
 
 
-def _check_writable(folder: Path, out: str) -> None:
-    if not folder.is_dir():
-        raise _not_writable(f"{out}, for {folder} is a file")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise _not_writable(f"{out} (Permission denied)")
-
-
-def _not_writable(received: str) -> RefusalError:
-    return RefusalError(
-        f"--out must be a folder that can be written. Received: {received}. Name another."
-    )
+def _lowest_there(out: str) -> Path:
+    """Return the path, or the lowest of the folders above it that exists."""
+    place = Path(out).absolute()
+    return next(path for path in (place, *place.parents) if path.exists())
 
 
 def _check_room(out: str, needed: int) -> None:
     """Raise `RefusalError` if the disk is too full: a memory-mapped file cannot say so later."""
-    place = Path(out).absolute()
-    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+    free = shutil.disk_usage(_lowest_there(out)).free
     if free < needed:
         raise RefusalError(
             f"An index of these rows takes {in_bytes(needed)} of disk. "
@@ -244,7 +212,9 @@ def _planned_funnel(
     else:
         # The sample is left out of what is searched, so it stays a small part of it.
         usual = min(usual_sample, max(LEAST_SAMPLE, len(gallery) // 10))
-        own_rows = _sample(len(gallery), arguments.sample or usual, arguments.seed)
+        size = min(arguments.sample or usual, len(gallery))
+        rng = np.random.default_rng(arguments.seed)
+        own_rows = np.sort(rng.choice(len(gallery), size, replace=False)).astype(np.int64)
         queries = gallery[own_rows]
     if dims is not None and dims[-1] < gallery.shape[1]:
         _report(
@@ -253,7 +223,12 @@ def _planned_funnel(
     name, target, measure_by_label = _target(arguments)
     measure = None
     if measure_by_label is not None:
-        measure = measure_by_label(*_labels(arguments, len(gallery), len(queries), own_rows))
+        labels = load_labels("--labels", arguments.labels, len(gallery))
+        if own_rows is not None:
+            query_labels = labels[own_rows]
+        else:
+            query_labels = load_labels("--query-labels", arguments.query_labels, len(queries))
+        measure = measure_by_label(labels, query_labels)
     try:
         plan = plan_funnel(
             gallery,
@@ -284,21 +259,6 @@ def _target(arguments: SimpleNamespace) -> tuple[str, float, Callable[..., Measu
     if arguments.target_map is not None:
         return "map", arguments.target_map, average_precision_by_label
     return "recall", arguments.target_recall, None
-
-
-def _sample(rows: int, size: int, seed: int) -> npt.NDArray[np.int64]:
-    chosen = np.random.default_rng(seed).choice(rows, min(size, rows), replace=False)
-    return np.sort(chosen).astype(np.int64)
-
-
-def _labels(
-    arguments: SimpleNamespace, rows: int, queries: int, own_rows: Array | None
-) -> tuple[Array, Array]:
-    """Return the labels of the gallery and of the queries."""
-    labels = load_labels("--labels", arguments.labels, rows)
-    if own_rows is not None:
-        return labels, labels[own_rows]
-    return labels, load_labels("--query-labels", arguments.query_labels, queries)
 
 
 def _report(text: str) -> None:

@@ -89,14 +89,9 @@ def _of_folder(path: str) -> dict[str, Any]:
 
     from .files import find_version, stray_files
 
-    with refusing(
-        KerasMrlError,
-        rule="A model must lie in a folder that can be read.",
-        remedy="Correct the path.",
-        place=path,
-    ):
+    rule = "A model must lie in a folder that can be read."
+    with refusing(KerasMrlError, rule=rule, remedy="Correct the path.", place=path):
         folder, versions = find_version(path)
-        manifest, signatures = read_manifest(folder), read_signatures(folder)
         return {
             "path": str(folder),
             "versions": [
@@ -105,7 +100,7 @@ def _of_folder(path: str) -> dict[str, Any]:
             ],
             "strays": stray_files(path) if versions else [],
             "sizes": sizes(folder),
-            **_described(manifest, signatures),
+            **_described(read_manifest(folder), read_signatures(folder)),
         }
 
 

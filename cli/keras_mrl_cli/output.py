@@ -79,6 +79,8 @@ def file_width(files: Sequence[str]) -> int:
 class Progress:
     """One line on stderr that shows the rows done; nothing where stderr is no terminal.
 
+    Where the rows done become fewer, another pass over the rows begins, with a speed of its own.
+
     Args:
         count: Returns all rows; called only where they are shown.
     """
@@ -86,17 +88,19 @@ class Progress:
     def __init__(self, count: Callable[[], int]) -> None:
         self._is_shown = sys.stderr.isatty()
         self._total = count() if self._is_shown else 0
-        self._start = time.monotonic()
-        self._first: int | None = None
+        self._start = 0.0
+        self._first = 0
+        self._last: int | None = None
         self._on_line = False
 
     def show(self, done: int) -> None:
         """Show how many rows are done."""
         if not self._is_shown:
             return
-        if self._first is None:
-            self._first = done
         # Rows of an earlier run, which this one goes on with, say nothing about its speed.
+        if self._last is None or done <= self._last:
+            self._first, self._start = done, time.monotonic()
+        self._last = done
         rate = (done - self._first) / max(time.monotonic() - self._start, 1e-3)
         line = f"{_CLEAR}{done:,}/{self._total:,} rows, {rate:,.0f} rows/s"
         print(line, end="", file=sys.stderr, flush=True)

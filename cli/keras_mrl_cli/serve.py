@@ -29,6 +29,7 @@ from .shared import (
     command,
     count_option,
     needing,
+    refusing,
 )
 
 _REAL_SERVER = "tensorflow_model_server"
@@ -184,10 +185,8 @@ def _run_development_server(flags: dict[str, Any]) -> int:
     if flags.get("model_config_file"):
         served = f"the models of {flags['model_config_file']!r}"
     server = DevServer(flags.pop("model_base_path", None), **flags)
-    try:
+    with refusing(OSError, RuntimeError, ValueError):
         target = server.start()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RefusalError(str(error)) from error
 
     def stop(number: int, frame: FrameType | None) -> None:
         del number, frame

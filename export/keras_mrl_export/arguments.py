@@ -20,14 +20,13 @@ from keras_mrl_serving.contract import (
     as_int,
     check_dims,
     check_positive_integer,
+    is_model_name,
     is_positive_integer,
 )
 from keras_mrl_serving.index import ExactIndex
 
 from .decoder import ImageDecoder
 
-# `keras-mrl deploy` takes the same: a name stands in flags, in URLs and in names of containers.
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 # One slash, because a Path drops the second. A scheme of one letter is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -61,7 +60,7 @@ def check_name(name: str) -> str:
         TypeError: If it is no `str`.
         ValueError: If it is empty or has other characters.
     """
-    if isinstance(name, str) and _NAME.fullmatch(name):
+    if isinstance(name, str) and is_model_name(name):
         return name
     kind = ValueError if isinstance(name, str) else TypeError
     raise kind(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -128,6 +129,20 @@ def is_positive_integer(value: object) -> bool:
         return as_int(value) > 0
     except TypeError:
         return False
+
+
+# A name stands in flags, in URLs and in names of containers.
+_MODEL_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a model can be exported, deployed and served under `name`.
+
+    Examples:
+        >>> is_model_name("birds-2.1"), is_model_name("birds/2")
+        (True, False)
+    """
+    return _MODEL_NAME.fullmatch(name) is not None
 
 
 def check_positive_integer(name: str, value: Any, remedy: str) -> int:

@@ -144,7 +144,8 @@ def test_words_that_do_not_fit(words: str, text: str, call: Call) -> None:
             ["serve", "--model_base_path", "models"],
             "tensorflow",
             "The development server runs SavedModels with TensorFlow. "
-            "Received: tensorflow is blocked. Install what it needs: pip install 'keras-mrl[server]'.",
+            "Received: tensorflow is blocked. "
+            "Install what it needs: pip install 'keras-mrl[server]'.",
         ),
         (
             ["compare", "--data", "birds"],

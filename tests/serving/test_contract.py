@@ -18,6 +18,7 @@ from keras_mrl_serving.contract import (
     cheapest_dim,
     check_dims,
     check_positive_integer,
+    is_model_name,
     is_positive_integer,
 )
 from keras_mrl_serving.errors import (
@@ -46,6 +47,13 @@ def test_the_signatures_have_the_names_of_the_contract() -> None:
     assert constants == ("describe", "features", "classify_adaptive")
     assert contract.SERVING_DEFAULT == "serving_default"
     assert contract.MANIFEST_FILE == "assets.extra/keras_mrl.json"
+
+
+@pytest.mark.parametrize("name", ["birds", "b", "7", "Birds-2.1_b", "a" * 300])
+def test_names_of_models(name: str) -> None:
+    assert is_model_name(name)
+    for other in ("", " ", f"{name} ", f"_{name}", f"{name}.", f"{name}/", f"{name}\n", f"ö{name}"):
+        assert not is_model_name(other)
 
 
 @pytest.mark.parametrize(
