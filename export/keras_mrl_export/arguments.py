@@ -19,7 +19,6 @@ from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import (
     as_int,
     check_dims,
-    check_positive_integer,
     is_model_name,
     is_positive_integer,
 )
@@ -117,11 +116,6 @@ def check_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
             f"Received: {sizes!r}. Give for example (1, 32), or () for no warm-up."
         )
     return tuple(map(as_int, sizes))
-
-
-def check_top_k(top_k: int) -> int:
-    """Return `top_k`, or raise `ValueError` unless it is a positive integer."""
-    return check_positive_integer("top_k", top_k, "Give for example 5.")
 
 
 def choose_dims(
@@ -249,12 +243,9 @@ def choose_signatures(
 def _possible_signatures(
     dims: tuple[int, ...], has_head: bool, policy: CascadePolicy | None, index: ExactIndex | None
 ) -> tuple[str, ...]:
-    names = [contract.embed(dim) for dim in dims]
-    if has_head:
-        names += [contract.classify(dim) for dim in dims]
-    names.append(contract.FEATURES)
-    if has_head:
-        names += [contract.head(dim) for dim in dims]
+    heads = dims if has_head else ()
+    names = [*map(contract.embed, dims), *map(contract.classify, heads)]
+    names += [contract.FEATURES, *map(contract.head, heads)]
     if policy is not None:
         names.append(contract.CLASSIFY_ADAPTIVE)
     if index is not None:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
-import numpy.typing as npt
 
 from keras_mrl import split
 from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_serving.contract import check_positive_integer
 from keras_mrl_serving.index import ExactIndex
 
 from .arguments import (
@@ -23,7 +22,6 @@ from .arguments import (
     check_kinds,
     check_name,
     check_policy_is_used,
-    check_top_k,
     choose_dims,
     choose_signatures,
     quality_by_dim,
@@ -114,7 +112,7 @@ def export_saved_model(
     model = in_float32(model)
     backbone, head = split(model)
     features = outputs_of(backbone, read.rows)
-    logits = None if head is None else outputs_of(model, read.rows)
+    logits: Any = None if head is None else outputs_of(model, read.rows)
     if features.ndim != 2:
         raise ValueError(
             "A model is exported with features of shape (batch, width). "
@@ -124,7 +122,7 @@ def export_saved_model(
     served = choose_dims(dims, None if head is None else head.dims, features.shape[1])
     num_classes = None if head is None else head.num_classes
     check_head_arguments(num_classes, served, policy, labels)
-    top_k = check_top_k(top_k)
+    top_k = check_positive_integer("top_k", top_k, "Give for example 5.")
     if index is not None:
         check_index(index, served, normalize)
     chosen = choose_signatures(signatures, served, head is not None, policy, index)
@@ -145,16 +143,12 @@ def export_saved_model(
         trained_on=keras.backend.backend(),
         sample=read.served,
         features=features[:, : served[-1]],
-        logits=logits if head is None else _at_dims(logits, head, served),
+        logits=logits if head is None else logits[:, [head.index_of(dim) for dim in served]],
         index=index,
         decoder=decoder,
         warmup_batch_sizes=batch_sizes,
     )
     return build_on_tensorflow(model, job)
-
-
-def _at_dims(logits: Any, head: Any, dims: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    return logits[:, [head.index_of(dim) for dim in dims]]
 
 
 def export_index(

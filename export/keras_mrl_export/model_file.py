@@ -11,8 +11,6 @@ import sys
 import sysconfig
 import tempfile
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +48,10 @@ def load(file: Path, objects: dict[str, Any]) -> keras.Model:
     Raises:
         ExportError: If it does not load.
     """
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")
     try:
-        with _global_float32():
-            return keras.models.load_model(file, custom_objects=objects, compile=False)
+        return keras.models.load_model(file, custom_objects=objects, compile=False)
     except Exception as error:
         backend = {"tensorflow": "TensorFlow", "jax": "JAX"}.get(keras.backend.backend(), "torch")
         raise ExportError(
@@ -60,14 +59,6 @@ def load(file: Path, objects: dict[str, Any]) -> keras.Model:
             f"Received: {type(error).__name__}: {error} "
             "Give layers of your own a get_config() and keras.ops; replace Lambda layers by them."
         ) from error
-
-
-@contextmanager
-def _global_float32() -> Iterator[None]:
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("float32")
-    try:
-        yield
     finally:
         keras.config.set_dtype_policy(before)
 

@@ -55,24 +55,21 @@ def check_parity(session: SavedModelSession, manifest: Manifest, job: Job) -> di
             raise differs(signature, "it is missing")
         return session.run(signature, inputs[signature] if arrays is None else arrays)
 
-    def is_written(name: str) -> bool:
-        return name in job.signatures
-
-    if is_written(name := contract.FEATURES):
+    if (name := contract.FEATURES) in job.signatures:
         shares[name] = compare_rows(name, run(name)["features"], job.features)
     for column, dim in enumerate(manifest.dims):
-        if is_written(name := contract.embed(dim)):
+        if (name := contract.embed(dim)) in job.signatures:
             expected = _embedding(job.features, dim, manifest.normalize)
             shares[name] = compare_rows(name, run(name)["embedding"], expected)
         if job.logits is not None:
             logits = job.logits[:, column]
-            if is_written(name := contract.classify(dim)):
+            if (name := contract.classify(dim)) in job.signatures:
                 shares[name] = _compare_classes(name, run(name), logits, dim, job)
-            if is_written(name := contract.head(dim)):
+            if (name := contract.head(dim)) in job.signatures:
                 answer = run(name)
                 shares[name] = compare_rows(name, answer["logits"], logits)
                 _compare_classes(name, answer, logits, dim, job)
-    if is_written(name := contract.CLASSIFY_ADAPTIVE):
+    if (name := contract.CLASSIFY_ADAPTIVE) in job.signatures:
         shares[name] = _compare_cascade(run(name), manifest, job)
     answer, name = run(contract.SERVING_DEFAULT), contract.SERVING_DEFAULT
     if job.logits is not None:
@@ -83,7 +80,7 @@ def check_parity(session: SavedModelSession, manifest: Manifest, job: Job) -> di
     if job.index is not None:
         queries = np.ascontiguousarray(job.features[:MAX_QUERIES, : manifest.width])
         shares |= compare_searches(run, job.index, queries, job.signatures)
-        if is_written(name := contract.RETRIEVE):
+        if (name := contract.RETRIEVE) in job.signatures:
             rows = {key: array[:MAX_QUERIES] for key, array in inputs[name].items()}
             neighbors, metric = job.index.search(queries), job.index.metric
             shares[name] = compare_neighbors(name, run(name, rows), neighbors, queries, metric)
@@ -101,14 +98,11 @@ def example_inputs(manifest: Manifest, job: Job) -> dict[str, Arrays]:
     widths = {contract.SEARCH: manifest.width}
     for dim in {*manifest.dims, *(job.index.schedule.dims if job.index else ())}:
         widths |= {contract.head(dim): dim, contract.search(dim): dim}
-    inputs: dict[str, Arrays] = {}
-    for name in (*job.signatures, contract.SERVING_DEFAULT):
-        if name in widths:
-            rows = np.ascontiguousarray(job.features[:, : widths[name]])
-            is_head = name == contract.head(widths[name])
-            inputs[name] = {"features" if is_head else "embedding": rows}
-        else:
-            inputs[name] = sample
+    inputs: dict[str, Arrays] = dict.fromkeys((*job.signatures, contract.SERVING_DEFAULT), sample)
+    for name in inputs.keys() & widths:
+        rows = np.ascontiguousarray(job.features[:, : widths[name]])
+        is_head = name == contract.head(widths[name])
+        inputs[name] = {"features" if is_head else "embedding": rows}
     return {**inputs, contract.DESCRIBE: {"key": np.array([b""], dtype=object)}}
 
 

@@ -61,7 +61,13 @@ def read_sample(backbone: keras.Model, sample: Any, decoder: ImageDecoder | None
     if decoder is None:
         arrays = _arrays_by_key(sample)
     else:
-        _check_one_input(backbone)
+        declared = list(declared_inputs(backbone))
+        if len(declared) > 1:
+            raise ValueError(
+                "A decoder makes the one input of a model out of images. "
+                f"Received: a decoder for a model with the inputs {', '.join(declared)}. "
+                "Export it without, for clients that send pixels."
+            )
         images = list(sample) if isinstance(sample, Iterable) else [sample]
         arrays = {"": decoder.pixels(images)}
     names = _served_names(backbone, arrays)
@@ -117,16 +123,6 @@ def _is_text(array: Array) -> bool:
     if array.dtype == object:
         return array.size > 0 and all(isinstance(value, (str, bytes)) for value in array.flat)
     return array.dtype.kind in "SUT"
-
-
-def _check_one_input(backbone: keras.Model) -> None:
-    declared = list(declared_inputs(backbone))
-    if len(declared) > 1:
-        raise ValueError(
-            "A decoder makes the one input of a model out of images. "
-            f"Received: a decoder for a model with the inputs {', '.join(declared)}. "
-            "Export it without, for clients that send pixels."
-        )
 
 
 def _served_names(backbone: keras.Model, arrays: Arrays) -> dict[str, str]:
