@@ -28,6 +28,7 @@ from .shared import (
     file_options,
     files_argument,
     json_option,
+    one_line,
     refusing,
     server_options,
     share,
@@ -104,16 +105,22 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
 
     total = _count_checked_rows(arguments, manifest)
     batches = (load_rows(file, manifest, arguments.scale) for file in arguments.files)
-    rule = "--out must be a file that can be written."
-    writing = refusing(KerasMrlError, ValueError, rule=rule, remedy="Name another.")
-    with writing, Progress(lambda: total) as progress:
-        embeddings = client.embed_dataset(
-            batches,
-            dim,
-            arguments.out,
-            progress=lambda done, _: progress.show(done),
-            manifest=manifest,
-        )
+    try:
+        with Progress(lambda: total) as progress, refusing(KerasMrlError, ValueError):
+            embeddings = client.embed_dataset(
+                batches,
+                dim,
+                arguments.out,
+                progress=lambda done, _: progress.show(done),
+                manifest=manifest,
+            )
+    except OSError as error:
+        if error.errno is None:  # a sentence of the client
+            raise RefusalError(one_line(error)) from error
+        raise RefusalError(  # the error may name the file that E.npy is written to first
+            "--out must be a file that can be written. "
+            f"Received: {arguments.out} ({error.strerror}). Name another."
+        ) from error
     if arguments.json:
         print_json(out=arguments.out, rows=len(embeddings), dim=dim)
     else:

@@ -17,12 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving import (
-    CascadePolicy,
-    InvalidInputError,
-    Manifest,
-    ManifestError,
-)
+from keras_mrl_serving import CascadePolicy, InvalidInputError, Manifest, ManifestError
 from keras_mrl_serving.inputs import check_inputs
 from keras_mrl_serving.saved_model import GRAPH_FILE, list_versions
 
@@ -211,13 +206,8 @@ def load_array(file: str) -> npt.NDArray[Any]:
         RefusalError: If the file does not read, or holds none.
     """
     try:
-        try:
-            with _reading():
-                array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except ValueError:  # an array without rows cannot be mapped
-            array = np.load(file, allow_pickle=False)
-            if isinstance(array, np.ndarray) and array.size:
-                raise
+        with _reading():
+            array = _mapped(file)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise _damaged(file, "no .npy of numbers, or not a whole one") from error
     if not isinstance(array, np.ndarray):
@@ -255,6 +245,16 @@ def load_labels(flag: str, file: str, rows: int) -> npt.NDArray[Any]:
             "Save them in the order of the rows."
         )
     return labels
+
+
+def _mapped(file: str) -> Any:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except ValueError:  # an array without rows cannot be mapped
+        array = np.load(file, allow_pickle=False)
+        if isinstance(array, np.ndarray) and array.size:
+            raise
+        return array
 
 
 def _damaged(file: str, why: str) -> RefusalError:
