@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from keras_mrl_serving.contract import check_dims as check_dims
-from keras_mrl_serving.contract import check_positive_integer
 
 
 def log_spaced_dims(width: int, smallest: int = 8) -> tuple[int, ...]:
@@ -40,20 +38,6 @@ def log_spaced_dims(width: int, smallest: int = 8) -> tuple[int, ...]:
         dims.append(dim)
         dim *= 2
     return (*dims, width)
-
-
-def check_count(name: str, value: Any, example: int) -> int:
-    """Return a positive integer of any library as Python's own.
-
-    Raises:
-        ValueError: If `value` is not a positive integer; True and 8.0 are not.
-
-    Examples:
-        >>> from keras_mrl._dims import check_count
-        >>> check_count("k", np.int64(5), example=10)
-        5
-    """
-    return check_positive_integer(name, value, f"Give for example {example}.")
 
 
 def check_width(dims: tuple[int, ...], width: int) -> None:

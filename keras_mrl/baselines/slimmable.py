@@ -117,7 +117,7 @@ def _outputs_at(full: keras.Model, share: float) -> Any:
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class Slimmable(keras.layers.Layer):
+class Slimmable(keras.layers.Wrapper):
     """A dense layer or a 2D convolution whose first units serve every width.
 
     A call at a share returns that share of the units, for inputs of any width up to the full one.
@@ -145,20 +145,14 @@ class Slimmable(keras.layers.Layer):
     """
 
     def __init__(self, layer: keras.layers.Layer, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         if not _is_slimmable(layer):
             raise TypeError(
                 "Slimmable makes a keras.layers.Dense or Conv2D (channels last, no groups) "
                 f"narrower. Received: {layer!r}. Give a layer that has its own weights at every "
                 "width to Switchable."
             )
-        self.layer = layer
+        super().__init__(layer, **kwargs)
         self.supports_masking = True
-
-    def build(self, input_shape: Sequence[int | None]) -> None:
-        """Create the weights of the full width."""
-        if not self.layer.built:
-            self.layer.build(input_shape)
 
     def call(self, inputs: Any, share: float = 1.0) -> Any:
         """Return the outputs of the first units, which use as many rows of the kernel as inputs."""
@@ -183,19 +177,9 @@ class Slimmable(keras.layers.Layer):
         """Return the shape at full width."""
         return tuple(self.layer.compute_output_shape(input_shape))
 
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments that make this layer again."""
-        layer = keras.saving.serialize_keras_object(self.layer)
-        return {**super().get_config(), "layer": layer}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Slimmable:
-        """Make the layer again."""
-        return cls(**{**config, "layer": keras.saving.deserialize_keras_object(config["layer"])})
-
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class Switchable(keras.layers.Layer):
+class Switchable(keras.layers.Wrapper):
     """A copy of one layer for every width, for what cannot be shared, such as batch statistics.
 
     Args:
@@ -223,13 +207,12 @@ class Switchable(keras.layers.Layer):
     """
 
     def __init__(self, layer: keras.layers.Layer, shares: Sequence[float], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         if not isinstance(layer, keras.layers.Layer):
             raise TypeError(
                 "Switchable copies a Keras layer. "
                 f"Received: {layer!r}. Give an instance, e.g. keras.layers.BatchNormalization()."
             )
-        self.layer = layer
+        super().__init__(layer, **kwargs)
         self.shares = _check_shares(shares)
         self.layers_by_share = [
             type(layer).from_config({**layer.get_config(), "name": f"{layer.name}_{index}"})
@@ -265,13 +248,7 @@ class Switchable(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this layer again."""
-        layer = keras.saving.serialize_keras_object(self.layer)
-        return {**super().get_config(), "layer": layer, "shares": self.shares}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Switchable:
-        """Make the layer again."""
-        return cls(**{**config, "layer": keras.saving.deserialize_keras_object(config["layer"])})
+        return {**super().get_config(), "shares": self.shares}
 
 
 def _check_shares(shares: Sequence[float]) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_mrl_serving.cascade.confidence import max_probability, softmax
+from keras_mrl_serving.contract import check_positive_integer
 from keras_mrl_serving.inputs import as_float32, check_class_ids, check_holdout
 
 from .._arrays import (
@@ -19,7 +20,7 @@ from .._arrays import (
     check_labels_for,
     check_labels_of,
 )
-from .._dims import check_count, check_dims
+from .._dims import check_dims
 from ..models.cut import split
 from .neighbors import (
     BLOCK_ROWS,
@@ -192,10 +193,8 @@ def score_embeddings(
     """
     ladder = check_dims(dims)
     queries, gallery = check_features(queries, ladder[-1]), check_features(gallery, ladder[-1])
-    expected, labels = (
-        check_labels_of(queries, query_labels),
-        check_labels_of(gallery, gallery_labels),
-    )
+    expected = check_labels_of(queries, query_labels)
+    labels = check_labels_of(gallery, gallery_labels)
     check_kinds(expected, labels)
     k = check_gallery(len(gallery), k)
     progress = _progress_bar(len(ladder) * -(-len(gallery) // BLOCK_ROWS), "block", verbose)
@@ -318,7 +317,7 @@ def expected_calibration_error(logits: Any, labels: Any, bins: int = 15) -> floa
         >>> round(expected_calibration_error(sure, [0, 1]), 3)  # sure of both, right once
         0.5
     """
-    count = check_count("bins", bins, 15)
+    count = check_positive_integer("bins", bins, "Give for example 15.")
     scores, truth = as_float32("logits", logits), as_labels(labels)
     if scores.ndim != 2 or truth.shape != scores.shape[:1]:
         raise ValueError(

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from keras_mrl_serving.contract import check_positive_integer
 from keras_mrl_serving.embeddings import MIN_SQUARE, truncate
 
 from .._arrays import Array, check_features, check_kinds, check_labels_of
-from .._dims import check_count
 
 BLOCK_ROWS, _BLOCK_QUERIES = 8192, 512  # the scores of a block of both are one matrix
 
@@ -109,10 +109,8 @@ def nearest_hits(
         [[True, False]]
     """
     gallery, queries = check_features(gallery, dim), check_features(queries, dim)
-    labels, expected = (
-        check_labels_of(gallery, gallery_labels),
-        check_labels_of(queries, query_labels),
-    )
+    labels = check_labels_of(gallery, gallery_labels)
+    expected = check_labels_of(queries, query_labels)
     check_kinds(expected, labels)
     return np.asarray(labels[nearest_ids(gallery, queries, dim, k)] == expected[:, None])
 
@@ -123,7 +121,7 @@ def check_gallery(rows: int, k: Any = 10) -> int:
     Raises:
         ValueError: If `k` is no positive integer, or the gallery has fewer rows.
     """
-    count = check_count("k", k, 10)
+    count = check_positive_integer("k", k, "Give for example 10.")
     if rows < count:
         raise ValueError(
             f"A gallery must hold at least the {count} nearest that are looked for. "

@@ -138,7 +138,7 @@ def score_tokens(
             "Write score_tokens(model, ids[:, :-1], ids[:, 1:])."
         )
     _check_tokens(truth[counted], head.num_classes)
-    chunks = []
+    dims, chunks = head.dims or (), []
     for start in range(0, len(ids), batch_size):
         rows = slice(start, start + batch_size)
         batch = np.asarray(backbone.predict_on_batch(_pad(ids[rows], batch_size)))
@@ -147,16 +147,13 @@ def score_tokens(
         for first in range(0, len(next_ids), chunk):
             part = slice(first, first + chunk)
             chunks.append(
-                [
-                    _score(head, features[part], next_ids[part], chunk, dim)
-                    for dim in head.dims or ()
-                ]
+                [_score(head, features[part], next_ids[part], chunk, dim) for dim in dims]
             )
     losses, confidences, right = (
         np.concatenate([np.stack([scores[i] for scores in by_dim], axis=1) for by_dim in chunks])
         for i in range(3)
     )
-    return TokenScores(head.dims or (), losses, confidences, right.astype(bool))
+    return TokenScores(dims, losses, confidences, right.astype(bool))
 
 
 def _check_tokens(labels: npt.NDArray[Any], num_classes: int) -> None:

@@ -78,11 +78,8 @@ class MatryoshkaHead(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.num_classes = check_positive_integer(
-            "num_classes",
-            num_classes,
-            "Count the classes of your labels: labels 0..9 make num_classes=10.",
-        )
+        remedy = "Count the classes of your labels: labels 0..9 make num_classes=10."
+        self.num_classes = check_positive_integer("num_classes", num_classes, remedy)
         self.dims = None if dims is None else check_dims(dims)
         self.tied = tied
         self.embedding = embedding

@@ -34,9 +34,8 @@ class LearnedPositions(keras.layers.Layer):
 
     def __init__(self, length: int, *, initializer: Any = "uniform", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.length = check_positive_integer(
-            "length", length, "Give the most tokens the model shall read at once."
-        )
+        remedy = "Give the most tokens the model shall read at once."
+        self.length = check_positive_integer("length", length, remedy)
         self.initializer = keras.initializers.get(initializer)
         self.supports_masking = True
 
