@@ -7,18 +7,18 @@ chunks share one buffer of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
-from .targets import Kernels, Targets
+from .targets import Kernels, Sums, Targets
 
 
 def _in_place(
     x: Any, targets: Targets, loss_weights: Any, nested: Kernels, size: int, training: bool
-) -> tuple[Any, Any, Any, list[Any], list[Any]]:
-    """Return the fields of `crossentropy._Sums` over all rows, from `size` rows at a time."""
+) -> Sums:
+    """Return the sums over all rows, from `size` rows at a time."""
     import torch
 
     with torch.no_grad():
@@ -35,24 +35,15 @@ def _in_place(
             rows = slice(start, start + size)
             chunk_targets = targets.map(lambda tensor, rows=rows: tensor[rows])
             logits = buffer[:, : len(x[rows])]
-            inputs = (x[rows], chunk_targets, loss_weights[rows], nested)
-            chunk(*inputs, logits, losses[rows], ranks[rows], d_x[rows], d_kernels, d_biases)
-        return losses, ranks, d_x if training else None, d_kernels, d_biases
+            sums = Sums(losses[rows], ranks[rows], d_x[rows], d_kernels, d_biases)
+            chunk(x[rows], chunk_targets, loss_weights[rows], nested, logits, sums)
+        return Sums(losses, ranks, d_x if training else None, d_kernels, d_biases)
 
 
 def _tied_chunk(
-    x: Any,
-    targets: Targets,
-    loss_weights: Any,
-    nested: Kernels,
-    logits: Any,
-    losses: Any,
-    ranks: Any,
-    d_x: Any,
-    d_kernels: Sequence[Any],
-    d_biases: Sequence[Any],
+    x: Any, targets: Targets, loss_weights: Any, nested: Kernels, logits: Any, sums: Sums
 ) -> None:
-    """Write losses and ranks, and add to the gradients; `logits` is a buffer for every dim."""
+    """Write losses and ranks to `sums`, add to its gradients; `logits` holds every dim."""
     import torch
 
     kernel = nested.kernels[0]
@@ -61,43 +52,34 @@ def _tied_chunk(
     for m, block in enumerate(blocks):
         wider = torch.addmm(wider, x[:, block], kernel[block], out=logits[m])
     for m in range(len(blocks)):
-        losses[:, m], ranks[:, m] = _softmax(logits[m], targets)
-    if not d_kernels:
+        sums.losses[:, m], sums.ranks[:, m] = _softmax(logits[m], targets)
+    if not sums.d_kernels:
         return
     d_logits = None
     for m in reversed(range(len(blocks))):
         block = blocks[m]
         d_logits = _gradient(logits[m], targets, loss_weights[:, m, None], d_logits)
-        d_x[:, block] = d_logits @ kernel[block].T
-        d_kernels[0][block].addmm_(x[:, block].T, d_logits)
-    for d_bias in d_biases:
+        sums.d_features[:, block] = d_logits @ kernel[block].T
+        sums.d_kernels[0][block].addmm_(x[:, block].T, d_logits)
+    for d_bias in sums.d_biases:
         d_bias += d_logits.sum(0)  # type: ignore[union-attr]
 
 
 def _untied_chunk(
-    x: Any,
-    targets: Targets,
-    loss_weights: Any,
-    nested: Kernels,
-    logits: Any,
-    losses: Any,
-    ranks: Any,
-    d_x: Any,
-    d_kernels: Sequence[Any],
-    d_biases: Sequence[Any],
+    x: Any, targets: Targets, loss_weights: Any, nested: Kernels, logits: Any, sums: Sums
 ) -> None:
-    """Write losses and ranks, and add to the gradients; `logits` is a buffer for one dim."""
+    """Write losses and ranks to `sums`, add to its gradients; `logits` holds one dim at a time."""
     import torch
 
     for m, dim in enumerate(nested.dims):
         bias = nested.biases[m] if nested.biases else torch.zeros((), device=x.device)
         torch.addmm(bias, x[:, :dim], nested.kernels[m], out=logits[0])
-        losses[:, m], ranks[:, m] = _softmax(logits[0], targets)
-        if d_kernels:
+        sums.losses[:, m], sums.ranks[:, m] = _softmax(logits[0], targets)
+        if sums.d_kernels:
             d_logits = _gradient(logits[0], targets, loss_weights[:, m, None], None)
-            d_x[:, :dim] += d_logits @ nested.kernels[m].T
-            d_kernels[m].addmm_(x[:, :dim].T, d_logits)
-            for d_bias in d_biases[m : m + 1]:
+            sums.d_features[:, :dim] += d_logits @ nested.kernels[m].T
+            sums.d_kernels[m].addmm_(x[:, :dim].T, d_logits)
+            for d_bias in sums.d_biases[m : m + 1]:
                 d_bias += d_logits.sum(0)
 
 
@@ -144,4 +126,4 @@ def _gradient(probabilities: Any, targets: Targets, weight: Any, wider: Any) -> 
     return d_logits
 
 
-in_place: Callable[..., Any] | None = _in_place if keras.backend.backend() == "torch" else None
+in_place: Callable[..., Sums] | None = _in_place if keras.backend.backend() == "torch" else None

@@ -17,7 +17,7 @@ from keras import ops
 
 from .._dims import check_dims, check_width
 from . import _torch
-from .targets import Kernels, Targets
+from .targets import Kernels, Sums, Targets
 from .weights import weights_by_dim
 
 # Logits of one dim that a chunk holds: 16 MiB. Fewer take less memory and more time.
@@ -169,16 +169,6 @@ def _check_kernels(
         )
 
 
-class _Sums(NamedTuple):
-    """Losses and ranks `(rows, num_dims)`, and the gradients of the weighted sum of the losses."""
-
-    losses: Any
-    ranks: Any
-    d_features: Any
-    d_kernels: list[Any]
-    d_biases: list[Any]
-
-
 def _chunked(
     x: Any,
     targets: Targets,
@@ -186,7 +176,7 @@ def _chunked(
     nested: Kernels,
     chunk_rows: int | None,
     training: bool,
-) -> _Sums:
+) -> Sums:
     """Return the sums over all rows.
 
     Args:
@@ -201,7 +191,7 @@ def _chunked(
     number = None if rows is None else _number_of_chunks(rows, size)
     if _torch.in_place is not None:
         size = -(-rows // number)
-        return _Sums(*_torch.in_place(x, targets, loss_weights, nested, size, training))
+        return _torch.in_place(x, targets, loss_weights, nested, size, training)
     if number == 1:
         sums = _chunk(x, targets, loss_weights, nested, training)
     else:
@@ -234,7 +224,7 @@ def _loop(
     training: bool,
     number: int | None,
     size: int,
-) -> _Sums:
+) -> Sums:
     rows = ops.shape(x)[0]
     if number is None:  # known only when the step runs, and a small batch is padded to a chunk
         size = min(size, _UNKNOWN_ROWS)
@@ -283,7 +273,7 @@ def _loop(
     by_row, totals = ops.fori_loop(0, number, body, state)
     flat = [ops.reshape(values, (size * number, values.shape[-1]))[:rows] for values in by_row]
     num_kernels = len(totals) - len(nested.biases)
-    return _Sums(flat[0], flat[1], flat[-1], totals[:num_kernels], totals[num_kernels:])
+    return Sums(flat[0], flat[1], flat[-1], totals[:num_kernels], totals[num_kernels:])
 
 
 def _gradient_shapes(nested: Kernels) -> list[tuple[int, ...]]:
@@ -296,7 +286,7 @@ def _gradient_shapes(nested: Kernels) -> list[tuple[int, ...]]:
     ]
 
 
-def _chunk(x: Any, targets: Targets, loss_weights: Any, nested: Kernels, training: bool) -> _Sums:
+def _chunk(x: Any, targets: Targets, loss_weights: Any, nested: Kernels, training: bool) -> Sums:
     weights_by_dim = [loss_weights[:, m : m + 1] for m in range(len(nested.dims))]
     chunk = _tied_chunk if nested.is_tied else _untied_chunk
     return chunk(x, targets, weights_by_dim, nested, training)
@@ -304,7 +294,7 @@ def _chunk(x: Any, targets: Targets, loss_weights: Any, nested: Kernels, trainin
 
 def _tied_chunk(
     x: Any, targets: Targets, weights_by_dim: Sequence[Any], nested: Kernels, training: bool
-) -> _Sums:
+) -> Sums:
     """Multiply every block of the one kernel once, forward and each way backward."""
     kernel, blocks = nested.kernels[0], nested.blocks
     logits: Any = nested.biases[0] if nested.biases else 0.0
@@ -315,7 +305,7 @@ def _tied_chunk(
     losses = ops.concatenate([softmax.loss for softmax in softmaxes], axis=1)
     ranks = ops.concatenate([softmax.rank for softmax in softmaxes], axis=1)
     if not training:
-        return _Sums(losses, ranks, None, [], [])
+        return Sums(losses, ranks, None, [], [])
     d_x, d_kernels = [], []
     d_logits: Any = 0.0
     for (start, stop), weight in zip(reversed(blocks), reversed(weights_by_dim), strict=True):
@@ -324,12 +314,12 @@ def _tied_chunk(
         d_x.append(ops.matmul(d_logits, ops.transpose(kernel[start:stop])))
         d_kernels.append(ops.matmul(ops.transpose(x[:, start:stop]), d_logits))
     d_biases = [ops.sum(d_logits, axis=0) for _ in nested.biases]
-    return _Sums(losses, ranks, ops.concatenate(d_x[::-1], axis=1), d_kernels[::-1], d_biases)
+    return Sums(losses, ranks, ops.concatenate(d_x[::-1], axis=1), d_kernels[::-1], d_biases)
 
 
 def _untied_chunk(
     x: Any, targets: Targets, weights_by_dim: Sequence[Any], nested: Kernels, training: bool
-) -> _Sums:
+) -> Sums:
     """Take the kernels one after the other, so that the logits of one dim are in memory."""
     losses, ranks, d_kernels, d_biases = [], [], [], []
     d_x: Any = ops.zeros_like(x)
@@ -347,7 +337,7 @@ def _untied_chunk(
             d_kernels.append(ops.matmul(ops.transpose(prefix), d_logits))
             d_biases.append(ops.sum(d_logits, axis=0))
     by_row = ops.concatenate(losses, axis=1), ops.concatenate(ranks, axis=1)
-    return _Sums(*by_row, d_x, d_kernels, d_biases[: len(nested.biases)])
+    return Sums(*by_row, d_x, d_kernels, d_biases[: len(nested.biases)])
 
 
 class _Softmax(NamedTuple):

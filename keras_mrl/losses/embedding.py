@@ -11,36 +11,23 @@ from keras import ops
 from keras_mrl_serving.contract import check_positive_integer
 
 from .._dims import check_dims, check_width
-from .similarity import TINY, Task, check_temperature, nested_rows
-from .weights import (
-    Weights,
-    check_dims_per_step,
-    check_weights_argument,
-    is_nested,
-    name_in_error,
-    no_seed_error,
-    positive_weights,
-    step_weights,
-)
+from .similarity import TINY, NestedRows, Task, check_temperature
+from .weights import NestedLoss, Weights, name_in_error, positive_weights, step_weights
 
 
-class _EmbeddingLoss(keras.losses.Loss):
-    """The base of all three: dims, their weights, and how many of them a training step counts."""
+class _EmbeddingLoss(NestedLoss):
+    """The base of all three: a nested loss that knows its dims."""
 
     def __init__(
         self, dims: Sequence[int], weights: Weights, dims_per_step: int | None, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(weights, dims_per_step, **kwargs)
         self.dims = check_dims(dims)
-        self.weights = check_weights_argument(weights)
-        self.dims_per_step = check_dims_per_step(dims_per_step)
         self.trained_dims, self._trained_weights = positive_weights(self.weights, self.dims)
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Return the weighted sum over dims, one value per row."""
-        if self.dims_per_step is not None:
-            raise no_seed_error(self)
-        return self.measure(y_true, y_pred)[0]
+    def rows(self, y_true: Any, y_pred: Any, seed: Any = None) -> Any:
+        """Return the weighted sum over the dims of one step, one value per row."""
+        return self.measure(y_true, y_pred, seed)[0]
 
     def measure(
         self, y_true: Any, y_pred: Any, seed: Any = None, temperature: Any = None
@@ -64,18 +51,7 @@ class _EmbeddingLoss(keras.losses.Loss):
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this loss again."""
-        return {
-            **super().get_config(),
-            "dims": self.dims,
-            "weights": keras.saving.serialize_keras_object(self.weights),
-            "dims_per_step": self.dims_per_step,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Any:
-        """Make the loss again."""
-        weights = keras.saving.deserialize_keras_object(config["weights"])
-        return cls(**{**config, "weights": weights})
+        return {**super().get_config(), "dims": self.dims}
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
@@ -127,8 +103,8 @@ class MatryoshkaEmbeddingLoss(_EmbeddingLoss):
         dims_per_step: int | None = None,
         name: str = "matryoshka_embedding_loss",
     ) -> None:
-        is_keras_loss = isinstance(loss, keras.losses.Loss)
-        if not is_keras_loss or is_nested(loss) or isinstance(loss, _LOSSES_ON_LOGITS):
+        unfit = (NestedLoss, *_LOSSES_ON_LOGITS)
+        if not isinstance(loss, keras.losses.Loss) or isinstance(loss, unfit):
             raise TypeError(
                 "loss must be a Keras loss on embeddings of one width. "
                 f"Received: {name_in_error(loss)}. Give an instance, for example "
@@ -188,7 +164,7 @@ def _unit_prefix(embeddings: Any, dim: int) -> Any:
 class _SimilarityLoss(_EmbeddingLoss):
     """The base of losses that compare the embeddings of a batch by a softmax over cosines."""
 
-    def __init__(self, *args: Any, temperature: float, chunk_size: int | None, **kwargs: Any):
+    def __init__(self, temperature: float, chunk_size: int | None, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.temperature = check_temperature(temperature)
         if chunk_size is not None:
@@ -201,7 +177,7 @@ class _SimilarityLoss(_EmbeddingLoss):
     ) -> tuple[Any, Any]:
         """Return losses and hits `(num_dims, rows)`, of float32 embeddings `(rows, width)`."""
         scale = 1.0 / (self.temperature if temperature is None else temperature)
-        return nested_rows(anchors, candidates, self.trained_dims, scale, task, self.chunk_size)
+        return NestedRows(self.trained_dims, task, self.chunk_size)(anchors, candidates, scale)
 
     def _weighted(self, losses: Any, seed: Any) -> Any:
         """Return the sum over dims of `(num_dims, rows)`, one value per row."""
@@ -281,15 +257,8 @@ class ContrastiveLoss(_SimilarityLoss):
         reduction: str | None = "sum_over_batch_size",
         name: str = "contrastive_loss",
     ) -> None:
-        super().__init__(
-            dims,
-            weights,
-            dims_per_step,
-            temperature=temperature,
-            chunk_size=chunk_size,
-            reduction=reduction,
-            name=name,
-        )
+        arguments = {"reduction": reduction, "name": name}
+        super().__init__(temperature, chunk_size, dims, weights, dims_per_step, **arguments)
         self.symmetric = symmetric
 
     def measure(
@@ -364,15 +333,8 @@ class SupervisedContrastiveLoss(_SimilarityLoss):
         reduction: str | None = "sum_over_batch_size",
         name: str = "supervised_contrastive_loss",
     ) -> None:
-        super().__init__(
-            dims,
-            weights,
-            dims_per_step,
-            temperature=temperature,
-            chunk_size=chunk_size,
-            reduction=reduction,
-            name=name,
-        )
+        arguments = {"reduction": reduction, "name": name}
+        super().__init__(temperature, chunk_size, dims, weights, dims_per_step, **arguments)
 
     def measure(
         self, y_true: Any, y_pred: Any, seed: Any = None, temperature: Any = None

@@ -14,21 +14,11 @@ import numpy as np
 from keras import ops
 
 from .._masks import with_mask_of
-from .weights import (
-    Weights,
-    check_dims_per_step,
-    check_weights_argument,
-    is_nested,
-    name_in_error,
-    no_seed_error,
-    row_loss,
-    step_weights,
-    weights_by_dim,
-)
+from .weights import NestedLoss, RowLoss, Weights, name_in_error, step_weights, weights_by_dim
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class MatryoshkaLoss(keras.losses.Loss):
+class MatryoshkaLoss(NestedLoss):
     """The weighted sum of one Keras loss over every dim of the logits.
 
     Reduction, sample weights and masks are Keras's own: the sum over dims is taken per sample.
@@ -73,16 +63,16 @@ class MatryoshkaLoss(keras.losses.Loss):
         dims_per_step: int | None = None,
         name: str = "matryoshka_loss",
     ) -> None:
-        if not isinstance(loss, keras.losses.Loss) or is_nested(loss):
+        if not isinstance(loss, keras.losses.Loss) or isinstance(loss, NestedLoss):
             raise TypeError(
                 "loss must be a Keras loss for one dim. "
                 f"Received: {name_in_error(loss)}. Give an instance, for example "
                 "keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
             )
-        super().__init__(name=name, reduction=loss.reduction, dtype=loss.dtype)
+        super().__init__(
+            weights, dims_per_step, name=name, reduction=loss.reduction, dtype=loss.dtype
+        )
         self.loss = loss
-        self.weights = check_weights_argument(weights)
-        self.dims_per_step = check_dims_per_step(dims_per_step)
 
     def weights_for(self, num_dims: int, seed: Any = None) -> Any:
         """Return the c_m of one step.
@@ -107,15 +97,16 @@ class MatryoshkaLoss(keras.losses.Loss):
         Args:
             seed: As for `weights_for`.
         """
-        return row_loss(lambda y_true, y_pred: self._rows(y_true, y_pred, seed), self)
+        return RowLoss(lambda y_true, y_pred: self.rows(y_true, y_pred, seed), self)
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Return the weighted sum over dims, one value per sample."""
-        if self.dims_per_step is not None:
-            raise no_seed_error(self)
-        return self._rows(y_true, y_pred, None)
+    def rows(self, y_true: Any, y_pred: Any, seed: Any = None) -> Any:
+        """Return the weighted sum over the dims of one step, one value per sample.
 
-    def _rows(self, y_true: Any, y_pred: Any, seed: Any) -> Any:
+        Args:
+            y_true: As for the loss.
+            y_pred: As for the loss.
+            seed: As for `weights_for`.
+        """
         if len(y_pred.shape) < 3:
             raise ValueError(
                 "MatryoshkaLoss needs logits of shape (..., num_dims, num_classes). "
@@ -138,19 +129,15 @@ class MatryoshkaLoss(keras.losses.Loss):
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this loss again."""
-        return {
-            "loss": keras.saving.serialize_keras_object(self.loss),
-            "weights": keras.saving.serialize_keras_object(self.weights),
-            "dims_per_step": self.dims_per_step,
-            "name": self.name,
-        }
+        config = super().get_config()
+        del config["reduction"]  # that of the inner loss
+        return {**config, "loss": keras.saving.serialize_keras_object(self.loss)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MatryoshkaLoss:
         """Make the loss again."""
         inner = keras.saving.deserialize_keras_object(config["loss"])
-        weights = keras.saving.deserialize_keras_object(config["weights"])
-        return cls(**{**config, "loss": inner, "weights": weights})
+        return super().from_config({**config, "loss": inner})
 
 
 def check_labels(loss: Any, labels: Any, num_classes: int) -> None:

@@ -63,29 +63,16 @@ def check_temperature(temperature: float) -> float:
     return float(temperature)
 
 
-def nested_rows(
-    anchors: Any,
-    candidates: Any,
-    dims: tuple[int, ...],
-    scale: Any,
-    task: Task,
-    chunk_size: int | None,
-) -> tuple[Any, Any]:
-    """Return the loss and the hit of every anchor at every dim, both `(num_dims, rows)`.
+class NestedRows(keras.Operation):
+    """The loss and the hit of every anchor at every dim.
+
+    An operation, so that symbolic tensors pass: the computation needs a number of rows.
 
     Args:
-        anchors: `(rows, width)`, float32.
-        candidates: `(candidates, width)`, float32.
         dims: Strictly increasing prefix lengths.
-        scale: One over the temperature.
         task: Which candidates are right.
         chunk_size: Anchors at a time; None for all.
     """
-    return _NestedRows(dims, task, chunk_size)(anchors, candidates, scale)
-
-
-class _NestedRows(keras.Operation):
-    """An operation, so that symbolic tensors pass: the computation needs a number of rows."""
 
     def __init__(self, dims: tuple[int, ...], task: Task, chunk_size: int | None) -> None:
         super().__init__()
@@ -94,11 +81,19 @@ class _NestedRows(keras.Operation):
         self.chunk_size = chunk_size
 
     def call(self, anchors: Any, candidates: Any, scale: Any) -> tuple[Any, Any]:
+        """Return losses and hits, both `(num_dims, rows)`.
+
+        Args:
+            anchors: `(rows, width)`, float32.
+            candidates: `(candidates, width)`, float32.
+            scale: One over the temperature.
+        """
         if self.chunk_size is None:
             return _all_at_once(anchors, candidates, self.dims, scale, self.task)
         return _by_chunks(anchors, candidates, self.dims, scale, self.task, self.chunk_size)
 
     def compute_output_spec(self, anchors: Any, *others: Any) -> tuple[Any, Any]:
+        """Return symbolic losses and hits."""
         del others
         shape = (len(self.dims), anchors.shape[0])
         return keras.KerasTensor(shape), keras.KerasTensor(shape)
@@ -107,7 +102,7 @@ class _NestedRows(keras.Operation):
 def _all_at_once(
     anchors: Any, candidates: Any, dims: Sequence[int], scale: Any, task: Task
 ) -> tuple[Any, Any]:
-    """Return what `nested_rows` does, with all similarities in memory."""
+    """Return losses and hits `(num_dims, rows)`, with all similarities in memory."""
     inverse, candidate_inverse = _inverse_lengths(anchors, dims), _inverse_lengths(candidates, dims)
     numbers = ops.arange(ops.shape(anchors)[0], dtype="int32")
     targets, compared = task.of(numbers)
@@ -181,7 +176,7 @@ def _own_logits(
 def _by_chunks(
     anchors: Any, candidates: Any, dims: Sequence[int], scale: Any, task: Task, chunk_size: int
 ) -> tuple[Any, Any]:
-    """Return what `nested_rows` does, from `chunk_size` anchors at a time."""
+    """Return losses and hits `(num_dims, rows)`, from `chunk_size` anchors at a time."""
     if anchors.shape[0] is not None:
         chunk_size = min(chunk_size, anchors.shape[0])
     arguments = (

@@ -1,4 +1,4 @@
-"""The operands of the nested cross-entropy: kernels of every dim, and labels of every row."""
+"""Operands and result of the nested cross-entropy: kernels, labels, and the sums over a batch."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ class Kernels(NamedTuple):
     def blocks(self) -> list[tuple[int, int]]:
         """The rows of a tied kernel that each dim adds, as (start, stop)."""
         return blocks(self.dims)
+
+
+class Sums(NamedTuple):
+    """Losses and ranks `(rows, num_dims)`, and the gradients of the weighted sum of the losses."""
+
+    losses: Any
+    ranks: Any
+    d_features: Any
+    d_kernels: list[Any]
+    d_biases: list[Any]
 
 
 @dataclass(frozen=True)

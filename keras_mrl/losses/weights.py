@@ -50,11 +50,54 @@ def first_boosted(num_dims: int, boost: float = 2.0) -> tuple[float, ...]:
     return (float(boost), *(1.0,) * (num_dims - 1))
 
 
-def check_weights_argument(
-    weights: Weights,
-) -> tuple[float, ...] | Callable[[int], Sequence[float]] | None:
-    """Return `weights` as a loss stores them: None, a function, or checked floats."""
-    return weights if weights is None or callable(weights) else check_weights(weights, len(weights))
+class NestedLoss(keras.losses.Loss):
+    """The base of the nested losses: weights of dims, and how many dims a training step counts."""
+
+    def __init__(self, weights: Weights, dims_per_step: int | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if weights is not None and not callable(weights):
+            weights = check_weights(weights, len(weights))
+        if dims_per_step is not None:
+            remedy = "Count the dims that a step trains, the widest included, or give None for all."
+            dims_per_step = check_positive_integer("dims_per_step", dims_per_step, remedy)
+        self.weights = weights
+        self.dims_per_step = dims_per_step
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Return the weighted sum over dims, one value per row."""
+        if self.dims_per_step is not None:
+            raise ValueError(
+                "dims_per_step draws dims from a seed that the model carries from step to step. "
+                f"Received: {type(self).__name__} with dims_per_step={self.dims_per_step}, called "
+                "alone or by a model that carries none. Train a MatryoshkaClassifier (of a "
+                "functional model: MatryoshkaClassifier(*split(model))) or a MatryoshkaEncoder, or "
+                "leave dims_per_step out."
+            )
+        return self.rows(y_true, y_pred)
+
+    def rows(self, y_true: Any, y_pred: Any, seed: Any = None) -> Any:
+        """Return the weighted sum over the dims of one step, one value per row.
+
+        Args:
+            y_true: As for the loss.
+            y_pred: As for the loss.
+            seed: In a training step, the `keras.random.SeedGenerator` of the model.
+        """
+        raise NotImplementedError
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that make this loss again."""
+        return {
+            **super().get_config(),
+            "weights": keras.saving.serialize_keras_object(self.weights),
+            "dims_per_step": self.dims_per_step,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Make the loss again."""
+        weights = keras.saving.deserialize_keras_object(config["weights"])
+        return cls(**{**config, "weights": weights})
 
 
 def weights_by_dim(weights: Weights, num_dims: int) -> tuple[float, ...]:
@@ -69,14 +112,6 @@ def positive_weights(
     pairs = zip(dims, weights_by_dim(weights, len(dims)), strict=True)
     positive = [(dim, weight) for dim, weight in pairs if weight]
     return tuple(dim for dim, _ in positive), tuple(weight for _, weight in positive)
-
-
-def check_dims_per_step(dims_per_step: int | None) -> int | None:
-    """Return `dims_per_step`; raise a `ValueError` unless it is None or a positive integer."""
-    if dims_per_step is None:
-        return None
-    remedy = "Count the dims that a step trains, the widest included, or give None for all."
-    return check_positive_integer("dims_per_step", dims_per_step, remedy)
 
 
 def step_weights(weights: tuple[float, ...], dims_per_step: int | None, seed: Any) -> Any:
@@ -106,35 +141,18 @@ def step_weights(weights: tuple[float, ...], dims_per_step: int | None, seed: An
     return ops.where(ranks < dims_per_step, ops.convert_to_tensor(weights, "float32"), 0.0)
 
 
-def no_seed_error(loss: Any) -> ValueError:
-    """Return the error of a loss with `dims_per_step` that is called without a seed."""
-    return ValueError(
-        "dims_per_step draws dims from a seed that the model carries from step to step. "
-        f"Received: {type(loss).__name__} with dims_per_step={loss.dims_per_step}, called alone or "
-        "by a model that carries none. Train a MatryoshkaClassifier (of a functional model: "
-        "MatryoshkaClassifier(*split(model))) or a MatryoshkaEncoder, or leave dims_per_step out."
-    )
-
-
-def is_nested(loss: Any) -> bool:
-    """Whether `loss` is one of the nested losses of this package."""
-    return hasattr(loss, "dims_per_step")
-
-
 def name_in_error(loss: Any) -> str:
     """Return the class of a Keras loss, or the `repr` of anything else."""
     return type(loss).__name__ if isinstance(loss, keras.losses.Loss) else repr(loss)
 
 
-def row_loss(rows: Callable[[Any, Any], Any], like: keras.losses.Loss) -> keras.losses.Loss:
-    """Return a loss of the values `rows(y_true, y_pred)`, reduced and named as `like`."""
-    return _RowLoss(rows, like)
+class RowLoss(keras.losses.Loss):
+    """A loss of the values `rows(y_true, y_pred)`, reduced and named as `like`."""
 
-
-class _RowLoss(keras.losses.Loss):
     def __init__(self, rows: Callable[[Any, Any], Any], like: keras.losses.Loss) -> None:
         super().__init__(name=like.name, reduction=like.reduction, dtype=like.dtype)
         self.rows = rows
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Return one value per row."""
         return self.rows(y_true, y_pred)

@@ -9,12 +9,18 @@ import keras
 from ..layers import MatryoshkaHead
 
 
-class HasParts:
-    """A model that `split` can take apart without importing its class."""
+class NestedModel(keras.Model):
+    """The base of both models, which `split` can take apart without importing their classes."""
 
     def parts(self) -> tuple[Any, MatryoshkaHead | None]:
         """Return the part that makes features, and the nested head; None without one."""
         raise NotImplementedError
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as a saved model was compiled."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
 
 
 def as_shapes(shapes: Any) -> Any:

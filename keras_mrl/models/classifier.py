@@ -25,7 +25,7 @@ from ..losses import MatryoshkaLoss
 from ..losses.crossentropy import nested_crossentropy
 from ..losses.matryoshka import check_labels
 from ..metrics import MatryoshkaMetric, as_weights_of, averaged_values
-from ._shapes import HasParts, as_shapes, output_shape
+from ._shapes import NestedModel, as_shapes, output_shape
 from .cut import cut
 
 _SPARSE = keras.losses.SparseCategoricalCrossentropy
@@ -33,7 +33,7 @@ _DENSE = keras.losses.CategoricalCrossentropy
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class MatryoshkaClassifier(HasParts, keras.Model):
+class MatryoshkaClassifier(NestedModel):
     """A backbone that makes features, and a `MatryoshkaHead` that reads their prefixes.
 
     `call` and `predict` return the logits of every dim. Compile it with a `MatryoshkaLoss` and
@@ -116,12 +116,6 @@ class MatryoshkaClassifier(HasParts, keras.Model):
             self._rowwise = rowwise_step(*(arguments.get(name) for name in names))
         for name in ("metrics", "weighted_metrics"):
             _check_metrics(arguments.get(name), self.head)
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as a saved model was."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.optimizer is not None and self.built:
-            self.optimizer.build(self.trainable_variables)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one batch, as Keras does on this backend."""
