@@ -257,8 +257,9 @@ class ContrastiveLoss(_SimilarityLoss):
         reduction: str | None = "sum_over_batch_size",
         name: str = "contrastive_loss",
     ) -> None:
-        arguments = {"reduction": reduction, "name": name}
-        super().__init__(temperature, chunk_size, dims, weights, dims_per_step, **arguments)
+        super().__init__(
+            temperature, chunk_size, dims, weights, dims_per_step, reduction=reduction, name=name
+        )
         self.symmetric = symmetric
 
     def measure(
@@ -333,8 +334,9 @@ class SupervisedContrastiveLoss(_SimilarityLoss):
         reduction: str | None = "sum_over_batch_size",
         name: str = "supervised_contrastive_loss",
     ) -> None:
-        arguments = {"reduction": reduction, "name": name}
-        super().__init__(temperature, chunk_size, dims, weights, dims_per_step, **arguments)
+        super().__init__(
+            temperature, chunk_size, dims, weights, dims_per_step, reduction=reduction, name=name
+        )
 
     def measure(
         self, y_true: Any, y_pred: Any, seed: Any = None, temperature: Any = None
