@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..evaluation import plot_by_cost, plot_by_dim
 from .folder import replacing
@@ -173,13 +174,7 @@ def _describe_cascades(results: Mapping[str, Any]) -> Iterator[str]:
     share = head / (head + results["madds"]["backbone"])
     accuracy_at = {int(dim): values[0] for dim, values in results["top1"]["mrl"].items()}
     for name, splits in cascades["splits"].items():
-        accuracy, full, ff, dim, paid_dim = (
-            _mean(splits, measure)
-            for measure in (
-                *("accuracy", "full_accuracy", "ff_accuracy"),
-                *("expected_dim", "cumulative_dim"),
-            )
-        )
+        accuracy, full, ff, dim, paid_dim = _by_measure(splits).mean(axis=1)
         if name == "oracle":
             yield (
                 "An oracle, which knows the label and stops at the first dim that is right, would "
@@ -219,8 +214,12 @@ def _describe_cascades(results: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _mean(splits: Sequence[Mapping[str, float]], measure: str) -> float:
-    return float(np.mean([split[measure] for split in splits]))
+_CASCADE_MEASURES = ("accuracy", "full_accuracy", "ff_accuracy", "expected_dim", "cumulative_dim")
+
+
+def _by_measure(splits: Sequence[Mapping[str, float]]) -> npt.NDArray[np.float64]:
+    """Return `(measures, splits)` in the order of `_CASCADE_MEASURES`."""
+    return np.array([[split[measure] for split in splits] for measure in _CASCADE_MEASURES])
 
 
 def _describe_retrieval(retrieval: Mapping[str, Any]) -> Iterator[str]:
@@ -291,17 +290,16 @@ def _by_dim(title: str, dims: list[str], rows: Mapping[str, Any]) -> Table:
 def _cascades(cascades: Mapping[str, Any]) -> Table:
     rows = []
     for name, splits in cascades["splits"].items():
-        below = [split["full_accuracy"] - split["accuracy"] for split in splits]
-        over = [split["accuracy"] - split["ff_accuracy"] for split in splits]
+        accuracy, full, ff, dim, paid_dim = _by_measure(splits)
         promise = f" (risk {cascades['risk']}, delta {cascades['delta']})"
         rows.append(
             (
                 name + promise * (name == "certified"),
-                spread([split["accuracy"] for split in splits], 100),
-                spread(below, 100),
-                spread(over, 100),
-                spread([split["expected_dim"] for split in splits]),
-                spread([split["cumulative_dim"] for split in splits]),
+                spread(accuracy, 100),
+                spread(full - accuracy, 100),
+                spread(accuracy - ff, 100),
+                spread(dim),
+                spread(paid_dim),
             )
         )
     header = (
@@ -333,7 +331,7 @@ def _retrieval(retrieval: Mapping[str, Any]) -> Iterator[Table]:
         yield Table(f"Retrieval with {NAMES[name]}", header, tuple(rows))
 
 
-def spread(values: Sequence[float], factor: float = 1) -> str:
+def spread(values: npt.ArrayLike, factor: float = 1) -> str:
     """Return a mean, with one standard deviation where there are several values.
 
     Examples:
@@ -342,7 +340,7 @@ def spread(values: Sequence[float], factor: float = 1) -> str:
         ('60.00 +- 14.14', '50.00')
     """
     scaled = factor * np.asarray(values)
-    more = f" +- {scaled.std(ddof=1):.2f}" if len(values) > 1 else ""
+    more = f" +- {scaled.std(ddof=1):.2f}" if len(scaled) > 1 else ""
     return f"{scaled.mean():.2f}{more}"
 
 
@@ -382,13 +380,10 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
     """Write every figure to `<name>.svg` and `<name>.png`."""
     top1, nearest = _lines(results["top1"]), _lines(_nearest(results))
     nested = {name: top1[name] for name in (NAMES["mrl"], NAMES["ff"])}
-    stars = {
-        name if name == "oracle" else f"cascade, {name}": (
-            _mean(splits, "expected_dim"),
-            _mean(splits, "accuracy"),
-        )
-        for name, splits in results["cascades"]["splits"].items()
-    }
+    stars = {}
+    for name, splits in results["cascades"]["splits"].items():
+        accuracy, _, _, dim, _ = _by_measure(splits).mean(axis=1)
+        stars[name if name == "oracle" else f"cascade, {name}"] = dim, accuracy
     searches, chosen = _costs(results["retrieval"])
     for suffix in ("svg", "png"):
         path = {name: folder / f"{name}.{suffix}" for name in FIGURES}
