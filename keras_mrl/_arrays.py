@@ -1,4 +1,4 @@
-"""The checks of features and labels in memory that baselines, callbacks and evaluation share."""
+"""Features and labels of the caller as arrays, checked."""
 
 from __future__ import annotations
 
@@ -53,6 +53,18 @@ def check_fitted(features: Any, width: int) -> Array:
             f"Received: width {table.shape[1]}, fitted on {width}. Embed with the same backbone."
         )
     return table
+
+
+def head_arrays(head: Any, dim: int) -> tuple[Array, Array]:
+    """Return the kernel `(dim, num_classes)` and the bias `(num_classes,)` of one dim of a head.
+
+    Both are float32. A head without biases has a bias of zeros.
+    """
+    kernel, bias = head.weights_at(dim)
+    kernel = np.asarray(keras.ops.convert_to_numpy(kernel), np.float32)
+    if bias is None:
+        return kernel, np.zeros(kernel.shape[1], np.float32)
+    return kernel, np.asarray(keras.ops.convert_to_numpy(bias), np.float32)
 
 
 def as_labels(labels: Any) -> Array:

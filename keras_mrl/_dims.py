@@ -1,4 +1,4 @@
-"""The checks of `dims` and `weights` that this package shares."""
+"""The checks of dims and weights, and the default ladder of dims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keras's masks through arithmetic, which drops them.
+"""Keras masks for the results of arithmetic, which drops them.
 
 In Keras's public API only a layer sees the mask of a tensor and passes it on, so each function
 here calls a layer made for it.

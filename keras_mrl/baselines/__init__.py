@@ -1,4 +1,4 @@
-"""What the paper compares Matryoshka training with: other ways to few coordinates.
+"""The paper's baselines: other ways to features of few coordinates.
 
 `fixed_features` and `slimmable` are trained. The others are computed from the features of a
 fixed-feature net at full width, a net that was trained at one dim only.

@@ -1,4 +1,4 @@
-"""A comparison from images to report: train the nets that are missing, judge, write."""
+"""`compare`: a comparison from images to report."""
 
 from __future__ import annotations
 

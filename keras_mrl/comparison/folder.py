@@ -1,4 +1,4 @@
-"""The folder of a comparison: one process at a time, and files that are whole or not there."""
+"""The output folder of a comparison: a lock for one process, and files replaced atomically."""
 
 from __future__ import annotations
 

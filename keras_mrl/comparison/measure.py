@@ -1,4 +1,4 @@
-"""What every method of a comparison is worth, dim by dim, from what its trained nets answered.
+"""The measures of a comparison: scores of every method at every dim, from the trained nets.
 
 Heads are judged by all test images. Cascades learn their thresholds, and funnels are chosen, on a
 fifth of the test images; the others judge them.

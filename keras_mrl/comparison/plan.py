@@ -1,4 +1,4 @@
-"""What a comparison trains, how long, and on how many images: as requested, or fitted to a budget.
+"""The plan of a comparison: nets, epochs and number of images, requested or fitted to a budget.
 
 A budget of minutes is spent on the largest net that leaves six epochs of all images. How fast nets
 train is measured on the spot, with a Matryoshka net of every size in turn.

@@ -1,4 +1,4 @@
-"""The report of a comparison: findings in sentences, tables, figures, and one page of all of them.
+"""The report of a comparison: sentences, tables, figures, and one HTML page of all of them.
 
 Every sentence carries its numbers. The page needs nothing but itself, so it opens offline.
 """

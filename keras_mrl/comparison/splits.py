@@ -1,4 +1,4 @@
-"""The parts of the images: training and test, the holdouts of the test, and the unseen classes.
+"""The parts of a comparison's images: training, test, holdouts of the test, unseen classes.
 
 Images are told apart by the digests of their pixels, so that equal images are never in two parts.
 `splits.npz` records which image was in which part, for anybody to check.

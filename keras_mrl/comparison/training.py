@@ -1,4 +1,4 @@
-"""Training one net of a comparison, an epoch at a time, so that it can go on where it stopped."""
+"""The training of one net of a comparison, which resumes after its last whole epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: what the dims are worth on one's own data, in numbers and pictures."""
+"""Evaluation: the quality of every dim on one's own data, in numbers and figures."""
 
 from .evaluate import evaluate as evaluate
 from .evaluate import expected_calibration_error as expected_calibration_error

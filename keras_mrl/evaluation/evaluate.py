@@ -1,4 +1,4 @@
-"""What every dim of a model is worth: one number per measure and dim, as a manifest carries it."""
+"""The quality of every dim of a model: one number per measure and dim, as in a manifest."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .._arrays import (
     check_kinds,
     check_labels_for,
     check_labels_of,
+    head_arrays,
 )
 from .._dims import check_dims
 from ..models.cut import split
@@ -117,7 +118,7 @@ def evaluate(
     quality: Quality = {dim: {} for dim in _dims_to_judge(head, dims, gallery)}
     if head is not None:
         for dim in [dim for dim in quality if dim in (head.dims or ())]:
-            quality[dim] |= score_head(features, truth, *_weights(head, dim))
+            quality[dim] |= score_head(features, truth, *head_arrays(head, dim))
     if gallery is not None:
         rows = embed(gallery[0])
         scores = score_embeddings(features, truth, rows, gallery_labels, tuple(quality), k, verbose)
@@ -141,12 +142,6 @@ def _dims_to_judge(head: Any, dims: Sequence[int] | None, gallery: Any) -> tuple
             f"Received: dims={requested}. Give those of the head, or gallery=(x, y)."
         )
     return requested
-
-
-def _weights(head: Any, dim: int) -> tuple[Any, Any]:
-    kernel, bias = head.weights_at(dim)
-    numpy = keras.ops.convert_to_numpy
-    return numpy(kernel), None if bias is None else numpy(bias)
 
 
 def _progress_bar(steps: int, unit: str, verbose: int) -> Callable[[], None]:

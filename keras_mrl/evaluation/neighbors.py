@@ -1,4 +1,4 @@
-"""The nearest rows of a gallery by exact search, and whether they share the query's label.
+"""Exact nearest-neighbour search in a gallery, and the precision of its results.
 
 Two definitions go by the name mAP@10, and both are here: `precision_at_k`, and the paper's own.
 

@@ -1,4 +1,4 @@
-"""The paper's figures: a measure over dims, and a measure over what a search costs.
+"""Figures: a measure over dims, and a measure over the cost of a search.
 
 They are drawn on matplotlib's `Figure` and not by pyplot: no global state, no display.
 """

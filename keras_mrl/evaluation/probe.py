@@ -1,4 +1,4 @@
-"""Linear probes: how well classes are told apart by a linear classifier of frozen features."""
+"""Linear probes: linear classifiers trained on frozen features."""
 
 from __future__ import annotations
 

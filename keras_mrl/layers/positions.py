@@ -1,4 +1,4 @@
-"""Learned positions of tokens, for a Transformer, which by itself ignores their order."""
+"""Learned position vectors for the tokens of a Transformer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nested cross-entropy on PyTorch, in place.
+"""The nested cross-entropy on PyTorch, computed in place.
 
 PyTorch runs one operation at a time, takes the memory of every result from the system, and gives it
 back. For the twenty temporaries of a chunk, page faults cost more than multiplications. So here all

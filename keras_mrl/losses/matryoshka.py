@@ -1,4 +1,4 @@
-"""Any Keras loss, at every dim of a nested head.
+"""`MatryoshkaLoss`: any Keras loss at every dim of a nested head.
 
 Integer labels that name no class are refused before training if they are in memory. In a data set
 they make the loss NaN: nothing can raise inside a compiled step on JAX, where such a label would

@@ -1,4 +1,4 @@
-"""Softmaxes over the cosines of every anchor and every candidate, at every dim.
+"""Softmaxes over the cosines of anchors and candidates, at every dim.
 
 A coordinate is multiplied once for all the dims it is in: the inner products of a prefix are those
 of the next narrower prefix plus those of one block of coordinates.

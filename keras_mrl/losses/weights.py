@@ -1,4 +1,4 @@
-"""The c_m of a nested loss: given, computed, or drawn anew for every step (`dims_per_step`).
+"""The base of the nested losses, and their weights c_m: fixed, or drawn for every step.
 
 A dim that a step leaves out has weight zero; shapes do not change, so a compiled step stays
 compiled. That saves no time: drawing dims is a regularizer.

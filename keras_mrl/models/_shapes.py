@@ -1,4 +1,4 @@
-"""Parts and shapes of models: the base of the classifier and the encoder."""
+"""The base of both models, and the shapes of their inputs and outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any Keras model as backbone, with a nested head.
+"""`MatryoshkaClassifier`: any Keras model as backbone, with a nested head.
 
 Where loss and metrics allow it, a training step goes from features to loss and metrics without the
 logits of the batch (`RowwiseStep`). `train_step` and `test_step` count themselves in

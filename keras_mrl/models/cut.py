@@ -1,4 +1,4 @@
-"""A nested model taken apart: its two parts, a plain Keras model of one dim, frozen layers."""
+"""The parts of a nested model, plain Keras models of one of its dims, and frozen layers."""
 
 from __future__ import annotations
 

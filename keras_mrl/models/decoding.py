@@ -1,4 +1,4 @@
-"""Text, token by token, each decided at the first dim that is confident enough."""
+"""Text generation, each token decided at the first dim that is confident enough."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from keras_mrl_serving.cascade.confidence import softmax
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import check_positive_integer
 
+from .._arrays import head_arrays
 from .cut import split
 
 Ids = npt.NDArray[np.int64]
@@ -117,7 +118,7 @@ class AdaptiveDecoder:
                 "A decoder needs a built language model that ends in a MatryoshkaHead. "
                 f"Received: {type(model).__name__} {model.name!r}. Train it, or call it on a batch."
             )
-        self._heads = [_as_numpy(*head.weights_at(dim)) for dim in policy.dims]
+        self._heads = [head_arrays(head, dim) for dim in policy.dims]
 
     def __call__(self, tokens: npt.NDArray[np.int32]) -> tuple[Ids, Ids]:
         """Return the next ids and the dims that decided them, both `(rows,)`."""
@@ -158,14 +159,6 @@ class AdaptiveDecoder:
 def _check_context(context: int) -> int:
     remedy = "Give the number of tokens the model was trained on."
     return check_positive_integer("context", context, remedy)
-
-
-def _as_numpy(kernel: Any, bias: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return a kernel and a bias in float32; zeros for a bias of None."""
-    kernel = np.asarray(keras.ops.convert_to_numpy(kernel), np.float32)
-    if bias is None:
-        return kernel, np.zeros(kernel.shape[1], np.float32)
-    return kernel, np.asarray(keras.ops.convert_to_numpy(bias), np.float32)
 
 
 def generate(decide: Decide, prompts: npt.ArrayLike, steps: int, context: int) -> tuple[Ids, Ids]:

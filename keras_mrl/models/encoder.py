@@ -1,4 +1,4 @@
-"""One tower or two, trained on pairs, triplets or labels, whose embeddings nest."""
+"""`MatryoshkaEncoder`: one tower or two, trained on pairs, triplets or labels."""
 
 from __future__ import annotations
 
