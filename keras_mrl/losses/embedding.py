@@ -12,10 +12,10 @@ from keras_mrl_serving.contract import check_positive_integer
 
 from .._dims import check_dims, check_width
 from .similarity import TINY, NestedRows, Task, check_temperature
-from .weights import NestedLoss, Weights, name_in_error, positive_weights, step_weights
+from .weights import Weights, _NestedLoss, name_in_error, positive_weights, step_weights
 
 
-class _EmbeddingLoss(NestedLoss):
+class _EmbeddingLoss(_NestedLoss):
     """The base of all three: a nested loss that knows its dims."""
 
     def __init__(
@@ -103,7 +103,7 @@ class MatryoshkaEmbeddingLoss(_EmbeddingLoss):
         dims_per_step: int | None = None,
         name: str = "matryoshka_embedding_loss",
     ) -> None:
-        unfit = (NestedLoss, *_LOSSES_ON_LOGITS)
+        unfit = (_NestedLoss, *_LOSSES_ON_LOGITS)
         if not isinstance(loss, keras.losses.Loss) or isinstance(loss, unfit):
             raise TypeError(
                 "loss must be a Keras loss on embeddings of one width. "

@@ -14,11 +14,11 @@ import numpy as np
 from keras import ops
 
 from .._masks import with_mask_of
-from .weights import NestedLoss, RowLoss, Weights, name_in_error, step_weights, weights_by_dim
+from .weights import Weights, _NestedLoss, _RowLoss, name_in_error, step_weights, weights_by_dim
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class MatryoshkaLoss(NestedLoss):
+class MatryoshkaLoss(_NestedLoss):
     """The weighted sum of one Keras loss over every dim of the logits.
 
     Reduction, sample weights and masks are Keras's own: the sum over dims is taken per sample.
@@ -63,7 +63,7 @@ class MatryoshkaLoss(NestedLoss):
         dims_per_step: int | None = None,
         name: str = "matryoshka_loss",
     ) -> None:
-        if not isinstance(loss, keras.losses.Loss) or isinstance(loss, NestedLoss):
+        if not isinstance(loss, keras.losses.Loss) or isinstance(loss, _NestedLoss):
             raise TypeError(
                 "loss must be a Keras loss for one dim. "
                 f"Received: {name_in_error(loss)}. Give an instance, for example "
@@ -97,7 +97,7 @@ class MatryoshkaLoss(NestedLoss):
         Args:
             seed: As for `weights_for`.
         """
-        return RowLoss(lambda y_true, y_pred: self.rows(y_true, y_pred, seed), self)
+        return _RowLoss(lambda y_true, y_pred: self.rows(y_true, y_pred, seed), self)
 
     def rows(self, y_true: Any, y_pred: Any, seed: Any = None) -> Any:
         """Return the weighted sum over the dims of one step, one value per sample.

@@ -50,7 +50,7 @@ def first_boosted(num_dims: int, boost: float = 2.0) -> tuple[float, ...]:
     return (float(boost), *(1.0,) * (num_dims - 1))
 
 
-class NestedLoss(keras.losses.Loss):
+class _NestedLoss(keras.losses.Loss):
     """The base of the nested losses: weights of dims, and how many dims a training step counts."""
 
     def __init__(self, weights: Weights, dims_per_step: int | None, **kwargs: Any) -> None:
@@ -146,7 +146,7 @@ def name_in_error(loss: Any) -> str:
     return type(loss).__name__ if isinstance(loss, keras.losses.Loss) else repr(loss)
 
 
-class RowLoss(keras.losses.Loss):
+class _RowLoss(keras.losses.Loss):
     """A loss of the values `rows(y_true, y_pred)`, reduced and named as `like`."""
 
     def __init__(self, rows: Callable[[Any, Any], Any], like: keras.losses.Loss) -> None:

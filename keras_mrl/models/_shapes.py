@@ -9,7 +9,7 @@ import keras
 from ..layers import MatryoshkaHead
 
 
-class NestedModel(keras.Model):
+class _NestedModel(keras.Model):
     """The base of both models, which `split` can take apart without importing their classes."""
 
     def parts(self) -> tuple[Any, MatryoshkaHead | None]:

@@ -25,7 +25,7 @@ from ..losses import MatryoshkaLoss
 from ..losses.crossentropy import nested_crossentropy
 from ..losses.matryoshka import check_labels
 from ..metrics import MatryoshkaMetric, as_weights_of, averaged_values
-from ._shapes import NestedModel, as_shapes, output_shape
+from ._shapes import _NestedModel, as_shapes, output_shape
 from .cut import cut
 
 _SPARSE = keras.losses.SparseCategoricalCrossentropy
@@ -33,7 +33,7 @@ _DENSE = keras.losses.CategoricalCrossentropy
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class MatryoshkaClassifier(NestedModel):
+class MatryoshkaClassifier(_NestedModel):
     """A backbone that makes features, and a `MatryoshkaHead` that reads their prefixes.
 
     `call` and `predict` return the logits of every dim. Compile it with a `MatryoshkaLoss` and

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from ..layers import MatryoshkaHead
-from ._shapes import NestedModel
+from ._shapes import _NestedModel
 
 
 def freeze_before(backbone: keras.Model, layer: str) -> None:
@@ -64,7 +64,7 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
         >>> backbone.output_shape, head.dims
         ((None, 8), (4, 8))
     """
-    if isinstance(model, NestedModel):
+    if isinstance(model, _NestedModel):
         return model.parts()
     last = model.layers[-1] if model.layers else None
     if isinstance(last, MatryoshkaHead) and not last.built:  # a sequential model without an Input

@@ -10,8 +10,8 @@ from keras import ops
 
 from ..losses import ContrastiveLoss, MatryoshkaEmbeddingLoss, SupervisedContrastiveLoss
 from ..losses.similarity import check_temperature
-from ..losses.weights import RowLoss
-from ._shapes import NestedModel, as_shapes, output_shape
+from ..losses.weights import _RowLoss
+from ._shapes import _NestedModel, as_shapes, output_shape
 
 _SIDES = ("anchor", "positive", "negative")
 _LOSSES = (ContrastiveLoss, SupervisedContrastiveLoss, MatryoshkaEmbeddingLoss)
@@ -19,7 +19,7 @@ _MAX_LOG_SCALE = math.log(100.0)  # as in CLIP: below a temperature of 0.01 roun
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class MatryoshkaEncoder(NestedModel):
+class MatryoshkaEncoder(_NestedModel):
     """A model of embeddings that are compared by their prefixes.
 
     For a `ContrastiveLoss`, `fit` takes pairs `(anchors, positives)`, triplets
@@ -180,7 +180,7 @@ class MatryoshkaEncoder(NestedModel):
         losses, hits = self.loss.measure(y, y_pred, seed, self.temperature)
         if hits is not None:
             self._recall.add(hits)
-        reduced_loss = RowLoss(lambda losses, _: losses, self.loss)
+        reduced_loss = _RowLoss(lambda losses, _: losses, self.loss)
         return reduced_loss(losses, y_pred, sample_weight=sample_weight) + sum(self.losses)
 
     def get_config(self) -> dict[str, Any]:
