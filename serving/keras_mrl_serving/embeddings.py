@@ -29,7 +29,7 @@ def truncate(x: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
 
     Raises:
         ValueError: If `dim` is not a positive integer or exceeds the width of `x`, or `x` is not an
-            array of real numbers.
+            array of real numbers, finite with finite squared lengths.
 
     Examples:
         >>> truncate([[3.0, 4.0, 12.0]], 2).tolist()
@@ -44,6 +44,7 @@ def truncate(x: npt.ArrayLike, dim: int) -> npt.NDArray[np.float32]:
             "Ask for fewer coordinates, or embed at a wider dim."
         )
     prefix = embeddings[..., :dim]
+    check_finite("Embeddings", prefix)
     return prefix * inverse_length(np.sum(np.square(prefix), axis=-1, keepdims=True))
 
 
@@ -55,3 +56,26 @@ def inverse_length(square: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
         [0.5, 1000000.0]
     """
     return 1 / np.sqrt(np.maximum(square, MIN_SQUARE))
+
+
+def check_finite(name: str, embeddings: npt.NDArray[np.float32]) -> None:
+    """Raise a `ValueError` unless embeddings and their squared lengths are finite.
+
+    Args:
+        name: Name of the embeddings, for the error.
+        embeddings: `(..., width)`.
+
+    Examples:
+        >>> check_finite("Embeddings", np.float32([[3.0, 4.0]]))
+    """
+    with np.errstate(over="ignore"):
+        # One sum is faster. It may be infinite and no row be.
+        if np.isfinite(np.vdot(embeddings, embeddings)):
+            return
+        squares = np.einsum("...d,...d->...", embeddings, embeddings)
+    if not np.isfinite(squares).all():
+        raise ValueError(
+            f"{name} must be finite, and so must the squares of their lengths in float32. "
+            "Received: NaN, infinity, or rows longer than 1e19. "
+            "Look for failed rows where the embeddings were made."
+        )

@@ -19,6 +19,7 @@ from .calls import Call as Call
 from .cascade.confidence import confidence_in, softmax
 from .cascade.policy import CascadePolicy
 from .contract import Manifest
+from .embeddings import check_finite
 from .errors import (
     EncoderMismatchError,
     InvalidInputError,
@@ -266,6 +267,10 @@ def search(
     """
     check_encoder(manifest.encoder_fingerprint, encoder)
     arrays = check_inputs(embedding_spec(manifest, dim), embeddings)
+    try:
+        check_finite("The queries", arrays["embedding"])
+    except ValueError as error:
+        raise InvalidInputError(str(error)) from error
     signature = contract.SEARCH if dim is None else contract.search(dim)
     answer = yield from ask(signature, arrays, _neighbor_outputs(manifest))
     if encoder is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -36,8 +38,9 @@ def check_inputs(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict
 def as_arrays(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict[str, Any]:
     """Return one array per input of the model, checked before anything is sent.
 
-    Floats of another width are cast, because float64 is only NumPy's default.
-    Integers are cast if no value changes. Nothing else is cast.
+    Floats of another width are rounded to the nearest that the model takes, because float64 is
+    only NumPy's default; NaN and infinity stay what they are. Integers and bools are cast if no
+    value changes. Nothing else is cast.
 
     Args:
         specs: The `inputs` of a manifest or of a signature.
@@ -45,7 +48,8 @@ def as_arrays(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict[st
             bytes or str is one array of strings.
 
     Raises:
-        InvalidInputError: If names, shapes or dtypes do not fit.
+        InvalidInputError: If names, shapes or dtypes do not fit, a number is too large for the
+            dtype or changes in it, a place is masked, or a str is no UTF-8.
 
     Examples:
         >>> specs = {"image": {"dtype": "string", "shape": [None]}}
@@ -70,34 +74,21 @@ def as_arrays(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict[st
 
 
 def _check_array(name: str, spec: Mapping[str, Any], value: npt.ArrayLike) -> npt.NDArray[Any]:
+    is_text = spec["dtype"] == "string"
     try:
-        array = np.asarray(value)
-        if array.dtype.kind == "S" and not isinstance(value, np.ndarray):
-            # NumPy's own bytes drop trailing zeros, which an image may end with; objects keep them.
-            array = np.array(value, object)
+        array = as_array(f"Input {name!r}", value, is_text=is_text)
     except ValueError as error:
-        raise InvalidInputError(
-            f"Input {name!r} must be an array. "
-            f"Received: {type(value).__name__} ({str(error).rstrip('.')}). "
-            "Make every row as long as the others."
-        ) from error
+        raise InvalidInputError(str(error)) from error
     shape = spec["shape"]
     if shape is not None and not _fits(array.shape, shape):
         expected = _format_shape(tuple("any" if size is None else size for size in shape))
-        batch, remedy = "", "Prepare the rows as in training."
-        if shape[:1] == [None]:
-            batch = ", batch first"
-            if array.ndim == len(shape) - 1:
-                remedy = "Give a batch: for one row, x[None]."
+        batch = ", batch first" if shape[:1] == [None] else ""
         raise InvalidInputError(
             f"Input {name!r} must be {spec['dtype']} of shape {expected}{batch}. "
-            f"Received: {array.dtype} of shape {_format_shape(array.shape)}. {remedy}"
+            f"Received: {_describe(array)}. {_shape_remedy(array, shape)}"
         )
-    if spec["dtype"] == "string":
-        objects = array.ravel().tolist() if array.dtype.kind == "O" else []
-        if array.dtype.kind in "SUTO" and all(isinstance(o, str | bytes) for o in objects):
-            return array
-        raise _wrong_dtype(name, spec, array)
+    if is_text:
+        return _check_text(name, array)
     try:
         dtype = np.dtype(spec["dtype"])
     except TypeError as error:
@@ -105,24 +96,85 @@ def _check_array(name: str, spec: Mapping[str, Any], value: npt.ArrayLike) -> np
             f"An input's dtype must be one that NumPy has. Received: {spec['dtype']} for input "
             f"{name!r}. Export the model with float32 inputs."
         ) from error
-    if array.dtype == dtype:
-        return array
-    if array.dtype.kind == "f" and dtype.kind == "f":
-        return array.astype(dtype)
-    if array.dtype.kind in "biu" and dtype.kind in "fiu":
-        cast = array.astype(dtype)
-        if np.array_equal(cast, array):
+    if array.dtype != dtype and not _is_cast(array.dtype, dtype):
+        raise InvalidInputError(
+            f"Input {name!r} must be {dtype}. Received: {_describe(array)}. "
+            f"Convert it, e.g. with .astype({dtype.name!r})."
+        )
+    try:
+        return _cast(f"Input {name!r}", array, dtype)
+    except ValueError as error:
+        raise InvalidInputError(str(error)) from error
+
+
+def _shape_remedy(array: npt.NDArray[Any], shape: list[int | None]) -> str:
+    if shape[:1] == [None] and array.ndim == len(shape) - 1:
+        if array.dtype.kind in "OSUT" and not array.ndim:
+            return "Give a batch: for one row, [x]."
+        if shape[-1] == 1 and _fits(array.shape, shape[:-1]):
+            column = "x[:, None]" if array.ndim == 1 else "x[..., None]"
+            return f"Give every row its last axis, of one number: {column}."
+        if _fits(array.shape, shape[1:]):
+            return "Give a batch: for one row, x[None]."
+    return "Prepare the rows as in training."
+
+
+def _check_text(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    received = _describe(array)
+    if array.dtype.kind not in "SUTO":
+        raise InvalidInputError(
+            f"Input {name!r} must be string. Received: {received}. Give str or bytes."
+        )
+    for element in array.ravel().tolist():
+        if isinstance(element, str):
+            try:
+                element.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidInputError(
+                    f"Input {name!r} must be text that UTF-8 can hold, or bytes. "
+                    f"Received: {received}, with half of a surrogate pair in {element[:40]!a}. "
+                    "Read the text with errors='replace', or give its bytes."
+                ) from error
+        elif not isinstance(element, bytes):
+            raise InvalidInputError(
+                f"Input {name!r} must be string. "
+                f"Received: {received}, with a {type(element).__name__}. Give str or bytes."
+            )
+    return array
+
+
+def _is_cast(dtype: np.dtype[Any], target: np.dtype[Any]) -> bool:
+    if dtype.kind in "biu":
+        return target.kind in "fiu"
+    is_float = dtype.kind == "f" or (dtype.names is None and np.can_cast(dtype, np.float32))
+    return target.kind == "f" and is_float  # bfloat16 of JAX is no float to NumPy
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _cast(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Return numbers as another dtype, floats rounded; raise if any other number changes."""
+    cast = array.astype(dtype, copy=False)
+    if array.dtype.kind not in "iu":
+        if array.dtype.itemsize <= dtype.itemsize or np.isfinite(cast).all():
             return cast
-    raise _wrong_dtype(name, spec, array)
-
-
-def _wrong_dtype(name: str, spec: Mapping[str, Any], array: npt.NDArray[Any]) -> InvalidInputError:
-    dtype = spec["dtype"]
-    convert = f"Convert it, e.g. with .astype({dtype!r})."
-    return InvalidInputError(
-        f"Input {name!r} must be {dtype}. Received: {array.dtype} of shape "
-        f"{_format_shape(array.shape)}. {'Give str or bytes.' if dtype == 'string' else convert}"
-    )
+        changes = np.isinf(cast) & np.isfinite(array)
+    elif dtype.kind == "f":
+        if array.dtype.itemsize < dtype.itemsize:  # room for every digit
+            return cast
+        # Compared as integers: NumPy compares an int64 and a float as floats.
+        is_outside = np.isinf(cast) | (
+            cast >= 2.0 ** (8 * array.dtype.itemsize - (array.dtype.kind == "i"))
+        )
+        changes = is_outside | (np.where(is_outside, 0, cast).astype(array.dtype) != array)
+    else:
+        changes = cast != array
+    if changes.any():
+        change = f"{array[changes][0]} would become {cast[changes][0]}"
+        raise ValueError(
+            f"{name} must be numbers that {dtype} holds. "
+            f"Received: {_describe(array)}, in which {change}. Scale or round them first."
+        )
+    return cast
 
 
 def _fits(shape: tuple[int, ...], expected: list[int | None]) -> bool:
@@ -130,8 +182,57 @@ def _fits(shape: tuple[int, ...], expected: list[int | None]) -> bool:
     return len(shape) == len(expected) and all(e is None or e == n for n, e in sizes)
 
 
+def _describe(array: npt.NDArray[Any]) -> str:
+    return f"{array.dtype} of shape {_format_shape(array.shape)}"
+
+
 def _format_shape(entries: tuple[Any, ...]) -> str:
     return f"({', '.join(map(str, entries))}{',' if len(entries) == 1 else ''})"
+
+
+def as_array(name: str, values: npt.ArrayLike, *, is_text: bool = False) -> npt.NDArray[Any]:
+    r"""Return what a caller gave as an array, of whatever dtype.
+
+    Args:
+        name: Name of the values, for the error.
+        values: An array of any library, or nested lists.
+        is_text: Whether to keep str and bytes as Python objects: NumPy's own strings drop
+            trailing zero bytes, which an image may end with.
+
+    Raises:
+        ValueError: If no array can be made of them, or a masked array hides some.
+
+    Examples:
+        >>> as_array("Texts", ["a\0", "b"], is_text=True).tolist()
+        ['a\x00', 'b']
+    """
+    array = _converted(name, values, is_text=is_text)
+    if isinstance(array, str):
+        raise ValueError(
+            f"{name} must be an array. Received: {array}. "
+            "Give a NumPy array, every row as long as the others."
+        )
+    return array
+
+
+def _converted(
+    name: str, values: npt.ArrayLike, *, is_text: bool = False
+) -> npt.NDArray[Any] | str:
+    """Return an array, or in words what could not become one."""
+    rows = values if isinstance(values, list | tuple) else [values]
+    if any(isinstance(row, np.ma.MaskedArray) and np.ma.is_masked(row) for row in rows):
+        raise ValueError(
+            f"{name} must hold a value at every place. Received: a masked array. "
+            "Fill what is masked, e.g. with .filled(0)."
+        )
+    try:
+        is_array = isinstance(values, np.ndarray)
+        array = np.array(values, object) if is_text and not is_array else np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(values).__name__} ({str(error).rstrip('.')})"
+    if array.ndim or array.dtype.kind != "O" or is_array or isinstance(values, str | bytes):
+        return array
+    return type(values).__name__  # such as None or a sparse matrix: an array of one object
 
 
 def as_float32(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -142,13 +243,14 @@ def as_float32(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float32]:
         values: The numbers.
 
     Raises:
-        ValueError: If they are strings, complex, ragged or not numbers at all.
+        ValueError: If they are no array of real numbers, a number is too large for float32, or an
+            integer changes in it.
 
     Examples:
         >>> as_float32("Embeddings", [[1, 2]])
         array([[1., 2.]], dtype=float32)
     """
-    return _as_reals(name, values, np.float32)
+    return _as_reals(name, values, np.dtype(np.float32))
 
 
 def as_float64(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -158,17 +260,18 @@ def as_float64(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
         >>> as_float64("costs", (8, 1e300))
         array([8.e+000, 1.e+300])
     """
-    return _as_reals(name, values, np.float64)
+    return _as_reals(name, values, np.dtype(np.float64))
 
 
-def _as_reals(name: str, values: npt.ArrayLike, dtype: type[Any]) -> npt.NDArray[Any]:
-    try:
-        array = np.asarray(values)
-        if array.dtype.kind not in "SUTcmM":  # NumPy would convert these too
-            return array.astype(dtype, copy=False)
-        received = f"{array.dtype} of shape {_format_shape(array.shape)}"
-    except (TypeError, ValueError) as error:
-        received = f"{type(values).__name__} ({str(error).rstrip('.')})"
+def _as_reals(name: str, values: npt.ArrayLike, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    array = _converted(name, values)
+    received = array if isinstance(array, str) else _describe(array)
+    if not isinstance(array, str):
+        if array.dtype.kind == "O" and all(isinstance(number, Real) for number in array.flat):
+            with suppress(OverflowError):
+                array = array.astype(np.float64)
+        if _is_cast(array.dtype, dtype):
+            return _cast(name, array, dtype)
     raise ValueError(
         f"{name} must be an array of real numbers. Received: {received}. "
         "Give a NumPy array of floats, every row as long as the others."
@@ -229,7 +332,7 @@ def check_holdout(
         ((1, 2, 2), array([1]))
     """
     scores = as_float32("logits", logits)
-    truth = np.asarray(labels)
+    truth = as_array("labels", labels)
     if truth.ndim == 2 and truth.shape[1] == 1:  # as in the datasets of Keras
         truth = truth[:, 0]
     if scores.ndim != 3 or scores.shape[1] != num_dims or truth.shape != scores.shape[:1]:

@@ -446,6 +446,21 @@ def test_one_dim_is_searched_exactly(index_server: InMemoryServer, gallery: Any,
     assert index_server.calls[-1].signature == f"search_{dim}"
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e20])
+def test_queries_that_have_no_length_are_not_sent(
+    index_server: InMemoryServer, value: float, refuses: Refuses
+) -> None:
+    num_calls = len(index_server.calls)
+    text = (
+        "The queries must be finite, and so must the squares of their lengths in float32. "
+        "Received: NaN, infinity, or rows longer than 1e19. "
+        "Look for failed rows where the embeddings were made."
+    )
+    with refuses(InvalidInputError, text):
+        Client(index_server).search([[value] * 8])
+    assert {call.signature for call in index_server.calls[num_calls:]} <= {"describe"}
+
+
 def test_an_index_refuses_the_embeddings_of_another_encoder(
     encoder_server: InMemoryServer, index_server: InMemoryServer, gallery: Any, refuses: Refuses
 ) -> None:

@@ -111,10 +111,11 @@ def test_a_dim_that_is_no_positive_integer_is_refused(dim: Any, refuses: Refuses
             "inhomogeneous shape after 1 dimensions. The detected shape was (2,) + inhomogeneous "
             "part)",
         ),
-        (
-            [[object, 1.0]],
-            "list (float() argument must be a string or a real number, not 'type')",
-        ),
+        ([[object, 1.0]], "object of shape (1, 2)"),
+        (np.array([[None, 1.0]]), "object of shape (1, 2)"),  # NumPy would make NaN of it
+        (np.array([["1.5", 1.0]], object), "object of shape (1, 2)"),
+        ([[10**400, 1.0]], "object of shape (1, 2)"),
+        (np.zeros((1, 2), [("a", "f4")]), "[('a', '<f4')] of shape (1, 2)"),
     ],
 )
 def test_what_is_no_array_of_real_numbers_is_refused(
@@ -126,3 +127,22 @@ def test_what_is_no_array_of_real_numbers_is_refused(
     )
     with refuses(ValueError, text):
         truncate(x, 2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e20])
+def test_what_has_no_length_is_refused(value: float, refuses: Refuses) -> None:
+    """The length of 1e20 is infinite in float32, and the row would be zero."""
+    text = (
+        "Embeddings must be finite, and so must the squares of their lengths in float32. "
+        "Received: NaN, infinity, or rows longer than 1e19. "
+        "Look for failed rows where the embeddings were made."
+    )
+    with refuses(ValueError, text):
+        truncate([[1.0, 2.0], [value, 0.0]], 1)
+    assert truncate([[1.0, value]], 1).tolist() == [[1.0]]  # past the prefix
+    assert truncate(np.full((20, 1), 1e19), 1).tolist() == [[1.0]] * 20  # only their sum is
+
+
+def test_bfloat16_of_jax_is_a_float() -> None:
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    assert truncate(np.array([[3.0, 4.0]], bfloat16), 1).tolist() == [[1.0]]

@@ -26,6 +26,15 @@ IMAGE = {"image": spec("float32", 2, 3)}
 TOKENS = {"tokens": spec("int32", None)}
 TEXT = {"text": spec("string")}
 PAIR = {"image": spec("float32", 2), "age": spec("int64")}
+COLUMN = {"age": spec("float32", 1)}
+CHANGED = (
+    "Input {!r} must be numbers that {} holds. Received: {}, in which {} would become {}. "
+    "Scale or round them first."
+)
+MASKED = (
+    "Input 'age' must hold a value at every place. Received: a masked array. "
+    "Fill what is masked, e.g. with .filled(0)."
+)
 ROWS = np.arange(12).reshape(2, 2, 3)
 
 
@@ -42,6 +51,57 @@ def test_numbers_that_keep_their_value_are_cast_to_float(dtype: str) -> None:
 def test_a_float_may_lose_digits_and_be_no_number() -> None:
     inputs = np.array([[[0.1, np.nan, np.inf]] * 2])
     np.testing.assert_array_equal(check_inputs(IMAGE, inputs)["image"], inputs.astype(np.float32))
+
+
+def test_numbers_too_small_for_a_float_round_to_zero() -> None:
+    assert check_inputs(COLUMN, [[1e-300]])["age"].tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("target", ["float16", "float32", "float64", "int8", "uint8", "uint64"])
+@pytest.mark.parametrize("source", ["int8", "uint8", "int32", "int64", "uint64"])
+def test_an_integer_is_cast_exactly_where_it_keeps_its_value(source: str, target: str) -> None:
+    """The rule, in Python's own integers: around every power of two, and at both ends."""
+    ends = np.iinfo(source)
+    numbers = {
+        sign * 2**power + step for sign in (1, -1) for power in range(65) for step in (-1, 0, 1)
+    }
+    for number in sorted(n for n in numbers | {ends.min, ends.max} if ends.min <= n <= ends.max):
+        if target.startswith("float"):
+            digits = np.finfo(target).nmant + 1
+            is_kept = (
+                abs(number) <= float(np.finfo(target).max)
+                and len(f"{abs(number):b}".rstrip("0")) <= digits
+            )
+        else:
+            is_kept = np.iinfo(target).min <= number <= np.iinfo(target).max
+        specs = {"x": {"dtype": target, "shape": [1]}}
+        values = np.array([number], source)
+        if is_kept:
+            assert int(check_inputs(specs, values)["x"][0]) == number
+        else:
+            with pytest.raises(InvalidInputError, match=f"{number} would become"):
+                check_inputs(specs, values)
+
+
+class OfTorch:
+    """As NumPy meets a tensor that needs a gradient, or lies on a device."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise RuntimeError("Use tensor.detach().numpy() instead.")
+
+
+def test_what_cannot_become_an_array_is_a_sentence(refuses: Refuses) -> None:
+    text = (
+        "Input 'age' must be an array. Received: OfTorch (Use tensor.detach().numpy() instead). "
+        "Give a NumPy array, every row as long as the others."
+    )
+    values: Any = OfTorch()
+    with refuses(InvalidInputError, text):
+        check_inputs(COLUMN, values)
+
+
+def test_a_masked_array_that_hides_nothing_is_an_array() -> None:
+    assert check_inputs(COLUMN, np.ma.masked_equal([[1.0]], 2))["age"].tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint16", "int64", "uint64", "bool"])
@@ -124,20 +184,20 @@ def test_strings_are_left_as_they_are(text: Any) -> None:
         (
             IMAGE,
             None,
-            "Input 'image' must be float32 of shape (any, 2, 3), batch first. "
-            "Received: object of shape (). Prepare the rows as in training.",
+            "Input 'image' must be an array. Received: NoneType. "
+            "Give a NumPy array, every row as long as the others.",
         ),
         (
             TEXT,
             "hare",
             "Input 'text' must be string of shape (any,), batch first. "
-            "Received: <U4 of shape (). Give a batch: for one row, x[None].",
+            "Received: object of shape (). Give a batch: for one row, [x].",
         ),
         (
             IMAGE,
             [[1], [1, 2]],
             f"Input 'image' must be an array. Received: {RAGGED}. "
-            "Make every row as long as the others.",
+            "Give a NumPy array, every row as long as the others.",
         ),
         (
             IMAGE,
@@ -160,14 +220,14 @@ def test_strings_are_left_as_they_are(text: Any) -> None:
         (
             IMAGE,
             ROWS + 2**24,
-            "Input 'image' must be float32. Received: int64 of shape (2, 2, 3). "
-            "Convert it, e.g. with .astype('float32').",
+            CHANGED.format(
+                "image", "float32", "int64 of shape (2, 2, 3)", "16777217", "16777216.0"
+            ),
         ),
         (
             TOKENS,
             [[2**31]],
-            "Input 'tokens' must be int32. Received: int64 of shape (1, 1). "
-            "Convert it, e.g. with .astype('int32').",
+            CHANGED.format("tokens", "int32", "int64 of shape (1, 1)", 2**31, -(2**31)),
         ),
         (
             TOKENS,
@@ -178,12 +238,77 @@ def test_strings_are_left_as_they_are(text: Any) -> None:
         (
             TEXT,
             [1.0, 2.0],
+            "Input 'text' must be string. Received: object of shape (2,), with a float. "
+            "Give str or bytes.",
+        ),
+        (
+            TEXT,
+            np.array([1.0, 2.0]),
             "Input 'text' must be string. Received: float64 of shape (2,). Give str or bytes.",
         ),
         (
             TEXT,
             np.array(["a", None], object),
-            "Input 'text' must be string. Received: object of shape (2,). Give str or bytes.",
+            "Input 'text' must be string. Received: object of shape (2,), with a NoneType. "
+            "Give str or bytes.",
+        ),
+        (
+            TEXT,
+            ["a", "b\ud800"],
+            "Input 'text' must be text that UTF-8 can hold, or bytes. Received: object of shape "
+            "(2,), with half of a surrogate pair in 'b\\ud800'. "
+            "Read the text with errors='replace', or give its bytes.",
+        ),
+        (
+            COLUMN,
+            np.zeros(5),
+            "Input 'age' must be float32 of shape (any, 1), batch first. "
+            "Received: float64 of shape (5,). "
+            "Give every row its last axis, of one number: x[:, None].",
+        ),
+        (
+            {"gray": spec("float32", 28, 28, 1)},
+            np.zeros((5, 28, 28)),
+            "Input 'gray' must be float32 of shape (any, 28, 28, 1), batch first. Received: "
+            "float64 of shape (5, 28, 28). "
+            "Give every row its last axis, of one number: x[..., None].",
+        ),
+        (
+            {"gray": spec("float32", 28, 28, 1)},
+            np.zeros((28, 28, 1)),
+            "Input 'gray' must be float32 of shape (any, 28, 28, 1), batch first. "
+            "Received: float64 of shape (28, 28, 1). Give a batch: for one row, x[None].",
+        ),
+        (
+            {"gray": spec("float32", 28, 28, 1)},
+            np.zeros((5, 32, 32)),
+            "Input 'gray' must be float32 of shape (any, 28, 28, 1), batch first. "
+            "Received: float64 of shape (5, 32, 32). Prepare the rows as in training.",
+        ),
+        (
+            COLUMN,
+            np.zeros((2, 1), [("a", "f4")]),
+            "Input 'age' must be float32. Received: [('a', '<f4')] of shape (2, 1). "
+            "Convert it, e.g. with .astype('float32').",
+        ),
+        (
+            COLUMN,
+            np.zeros((2, 1), "M8[s]"),
+            "Input 'age' must be float32. Received: datetime64[s] of shape (2, 1). "
+            "Convert it, e.g. with .astype('float32').",
+        ),
+        (COLUMN, np.ma.masked_equal([[1.0], [2.0]], 2), MASKED),
+        (COLUMN, [np.ma.masked_equal([1.0], 1)], MASKED),
+        (
+            COLUMN,
+            {1, 2},
+            "Input 'age' must be an array. Received: set. "
+            "Give a NumPy array, every row as long as the others.",
+        ),
+        (
+            COLUMN,
+            [[1e300]],
+            CHANGED.format("age", "float32", "float64 of shape (1, 1)", 1e300, "inf"),
         ),
     ],
 )
@@ -194,10 +319,11 @@ def test_what_the_model_does_not_take_is_refused(
         check_inputs(specs, inputs)
 
 
-def test_bytes_keep_their_trailing_zeros() -> None:
-    specs = {"image": {"dtype": "string", "shape": [None]}}
-    for inputs in ([b"png\x00", b""], np.array([b"png\x00", b""], object)):
-        assert check_inputs(specs, inputs)["image"].tolist() == [b"png\x00", b""]
+@pytest.mark.parametrize("texts", [[b"png\x00", b""], ["ab\0", "c"], ["a", b"\xff\0"], [["a\0"]]])
+def test_strings_keep_their_trailing_zeros(texts: list[Any]) -> None:
+    specs = {"text": {"dtype": "string", "shape": None}}
+    for inputs in (texts, np.array(texts, object)):
+        assert check_inputs(specs, inputs)["text"].tolist() == texts
 
 
 def test_inputs_of_a_foreign_model_may_be_of_any_shape() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..contract import check_dims
-from ..inputs import check_holdout
+from ..inputs import as_array, check_holdout
 from .policy import CascadePolicy, CascadeReport, report_exits
 
 _DRAWS = 9999
@@ -81,7 +81,7 @@ def exit_drift(policy: CascadePolicy, dims: npt.ArrayLike, seed: int = 0) -> Dri
             "Drift is seen against the holdout of a policy. Received: a policy without. "
             "Learn it, or set it: dataclasses.replace(policy, holdout=policy.evaluate(...))."
         )
-    stopped = np.asarray(dims)
+    stopped = as_array("dims", dims)
     if stopped.ndim != 1 or not len(stopped) or not np.isin(stopped, policy.dims).all():
         raise ValueError(
             f"dims must be one of {', '.join(map(str, policy.dims))} for each row. "

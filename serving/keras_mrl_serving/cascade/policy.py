@@ -7,7 +7,6 @@ procedure, and `CascadeReport` counts how it fares on rows whose labels are know
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
@@ -21,6 +20,8 @@ from ..errors import manifest_errors
 from ..inputs import check_holdout, check_logits
 from .confidence import check_confidence, check_temperatures, confidence_of
 from .thresholds import learn_thresholds
+
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,13 @@ class CascadePolicy:
             )
         temperatures = [stage.temperature for stage in self.stages]
         numbers = [*temperatures, *thresholds[:-1]]
-        are_finite = all(isinstance(n, Real) and math.isfinite(n) for n in numbers)
-        if not are_finite or min(temperatures) <= 0:
+        # The graph compares in float32, where 1e300 is infinite and 1e-300 is 0.
+        are_finite = all(
+            isinstance(n, Real) and not isinstance(n, bool) and abs(n) <= _LARGEST for n in numbers
+        )
+        if not are_finite or min(temperatures) < _SMALLEST:
             raise ValueError(
-                "Thresholds must be finite and temperatures positive. "
+                "Thresholds must be finite and temperatures positive, in float32. "
                 f"Received: {self.stages}. A threshold of 1 accepts no row, one of 0 every row."
             )
         check_confidence(self.confidence)

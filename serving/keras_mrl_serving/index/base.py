@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..contract import as_int
-from ..embeddings import inverse_length
+from ..embeddings import check_finite, inverse_length
 from ..errors import manifest_errors
 from ..funnel import FunnelSchedule
-from ..inputs import as_float32
+from ..inputs import as_array, as_float32
 from ..results import Neighbors
 
 Vectors = npt.NDArray[np.float32]
@@ -275,15 +274,7 @@ def check_embeddings(values: npt.ArrayLike, name: str, width: int) -> Vectors:
             f"Received: shape {vectors.shape}. "
             "Embed them at the funnel's last dim, one row each."
         )
-    if not math.isfinite(np.vdot(vectors, vectors)):  # the sum may be infinite and no row be
-        with np.errstate(over="ignore"):
-            squares = np.einsum("rd,rd->r", vectors, vectors)
-        if not np.isfinite(squares).all():
-            raise ValueError(
-                f"The {name} must be finite, and so must the squares of their lengths in float32. "
-                "Received: NaN, infinity, or rows longer than 1e19. "
-                "Look for failed rows where the embeddings were made."
-            )
+    check_finite(f"The {name}", vectors)
     return vectors
 
 
@@ -317,7 +308,7 @@ def check_ids(ids: npt.ArrayLike | None, rows: int) -> Ids:
     """
     if ids is None:
         return np.arange(rows, dtype=np.int64)
-    checked = np.asarray(ids)
+    checked = as_array("ids", ids)
     if checked.shape != (rows,) or not _are_ids(checked):
         raise ValueError(
             "ids must be one int64 >= 0 per gallery row. "
@@ -343,7 +334,7 @@ def check_among(among: npt.ArrayLike) -> Ids:
         >>> check_among([7, 2, 7]).tolist()
         [2, 7]
     """
-    checked = np.asarray(among)
+    checked = as_array("among", among)
     if checked.ndim != 1 or not (_are_ids(checked) or not checked.size):
         raise ValueError(
             "among must be int64 ids >= 0 in one dimension. "

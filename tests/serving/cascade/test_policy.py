@@ -318,7 +318,7 @@ THRESHOLDS = (
     "Received: thresholds={}. End with Stage(dim, None)."
 )
 NUMBERS = (
-    "Thresholds must be finite and temperatures positive. Received: {}. "
+    "Thresholds must be finite and temperatures positive, in float32. Received: {}. "
     "A threshold of 1 accepts no row, one of 0 every row."
 )
 INCREASING = "dims must be strictly increasing positive integers. Received: dims={}. {}"
@@ -333,6 +333,9 @@ REFUSED_STAGES: list[tuple[tuple[Stage, ...], str]] = [
             Stage(8, float("nan")),
             Stage(8, float("inf")),
             Stage(8, "0.5"),  # type: ignore[arg-type]
+            Stage(8, True),
+            Stage(8, 1e300),
+            Stage(8, 0.5, 1e-300),
             Stage(8, 0.5, 0.0),
             Stage(8, 0.5, -1.0),
             Stage(8, 0.5, float("nan")),
@@ -399,6 +402,14 @@ UNREAL: list[tuple[Any, str]] = [
     (LOGITS_5 + 0j, "complex128 of shape (5, 2, 3)"),
 ]
 BAD = [with_a_bad_value(value) for value in (np.nan, np.inf, -np.inf)]
+MASKED = (
+    "{} must hold a value at every place. Received: a masked array. "
+    "Fill what is masked, e.g. with .filled(0)."
+)
+HIDDEN: list[tuple[Any, Any, str]] = [
+    (LOGITS_5, np.ma.masked_equal(LABELS_5, LABELS_5[0]), "labels"),
+    (np.ma.masked_equal(LOGITS_5, LOGITS_5[0, 0, 0]), LABELS_5, "logits"),
+]
 REFUSED_HOLDOUTS: list[tuple[Any, Any, str]] = [
     (LOGITS_5, LABELS_5 + 1, CLASS_IDS.format("int64 labels from 1 to 3")),
     (LOGITS_5, LABELS_5 - 1, CLASS_IDS.format("int64 labels from -1 to 1")),
@@ -413,7 +424,14 @@ REFUSED_HOLDOUTS: list[tuple[Any, Any, str]] = [
     (LOGITS_5, np.array(list("abcab"), object), CLASS_IDS.format("object labels")),
     (LOGITS_5, LABELS_5[:3], SHAPES.format((5, 2, 3), (3,))),
     (LOGITS_5, np.stack([LABELS_5, LABELS_5], 1), SHAPES.format((5, 2, 3), (5, 2))),
-    (LOGITS_5, None, SHAPES.format((5, 2, 3), ())),
+    (LOGITS_5, np.eye(3)[LABELS_5], SHAPES.format((5, 2, 3), (5, 3))),  # one-hot
+    (
+        LOGITS_5,
+        None,
+        "labels must be an array. Received: NoneType. "
+        "Give a NumPy array, every row as long as the others.",
+    ),
+    *((logits, labels, MASKED.format(name)) for logits, labels, name in HIDDEN),
     (LOGITS_5[:, :1], LABELS_5, SHAPES.format((5, 1, 3), (5,))),
     (np.zeros((5, 3, 3)), LABELS_5, SHAPES.format((5, 3, 3), (5,))),
     (LOGITS_5[:, 0], LABELS_5, SHAPES.format((5, 3), (5,))),

@@ -234,6 +234,19 @@ def with_a_bad_value(value: float, row: int) -> Array:
     return values
 
 
+NO_ARRAY = "{} must be an array. Received: {}. Give a NumPy array, every row as long as the others."
+RAGGED = (
+    "setting an array element with a sequence. The requested array has an inhomogeneous shape "
+    "after 1 dimensions. The detected shape was (2,) + inhomogeneous part"
+)
+MASKED = (
+    "{} must hold a value at every place. Received: a masked array. "
+    "Fill what is masked, e.g. with .filled(0)."
+)
+TOO_LARGE = (
+    "The {} must be numbers that float32 holds. Received: float64 of shape {}, in which 1e+300 "
+    "would become inf. Scale or round them first."
+)
 UNREAL: list[tuple[Any, str]] = [
     ("abc", "<U3 of shape ()"),
     (GALLERY.astype("S3"), "|S3 of shape (9, 4)"),
@@ -262,6 +275,14 @@ BUILDS: list[tuple[dict[str, Any], str]] = [
     ({"ids": []}, NO_IDS.format("float64 ids of shape (0,)")),
     ({"ids": np.arange(9.0)}, NO_IDS.format("float64 ids of shape (9,)")),
     ({"ids": [True] * 9}, NO_IDS.format("bool ids of shape (9,)")),
+    ({"ids": [2**64, *range(8)]}, NO_IDS.format("object ids of shape (9,)")),
+    ({"ids": set(range(9))}, NO_ARRAY.format("ids", "set")),
+    ({"ids": np.ma.masked_equal(range(9), 2)}, MASKED.format("ids")),
+    (
+        {"embeddings": np.ma.masked_equal(GALLERY, GALLERY[0, 0])},
+        MASKED.format("The gallery"),
+    ),
+    ({"embeddings": np.full((9, 4), 1e300)}, TOO_LARGE.format("gallery", "(9, 4)")),
     ({"ids": list("abcdefghi")}, NO_IDS.format("<U1 ids of shape (9,)")),
 ]
 SEARCHES: list[tuple[dict[str, Any], str]] = [
@@ -273,7 +294,12 @@ SEARCHES: list[tuple[dict[str, Any], str]] = [
     ({"among": [1.0]}, NO_AMONG.format("float64 of shape (1,)")),
     ({"among": [[1]]}, NO_AMONG.format("int64 of shape (1, 1)")),
     ({"among": 1}, NO_AMONG.format("int64 of shape ()")),
-    ({"among": {1}}, NO_AMONG.format("object of shape ()")),
+    ({"among": {1}}, NO_ARRAY.format("among", "set")),
+    ({"among": [[1], [1, 2]]}, NO_ARRAY.format("among", f"list ({RAGGED})")),
+    ({"among": np.ma.masked_equal([1, 2], 2)}, MASKED.format("among")),
+    ({"queries": np.ma.masked_equal(QUERIES, QUERIES[0, 0])}, MASKED.format("The queries")),
+    ({"queries": [[1e300] * 4]}, TOO_LARGE.format("queries", "(1, 4)")),
+    ({"queries": np.array([[None] * 4])}, NO_REALS.format("queries", "object of shape (1, 4)")),
     ({"among": [True]}, NO_AMONG.format("bool of shape (1,)")),
     ({"among": ["a"]}, NO_AMONG.format("<U1 of shape (1,)")),
     ({"among": np.array([2**63], np.uint64)}, NO_AMONG.format("uint64 of shape (1,)")),
