@@ -100,8 +100,11 @@ def float32(text: str) -> float:
     ),
     Option("--top-k", type=int, metavar="K", help="how many classes are named (5)"),
     Option("--name", metavar="NAME", help="name in the manifest (the model's own)"),
-    Option("--version", type=int, metavar="N", help="its number (the next)"),
+    Option("--version", type=int, metavar="N", help="its number (seconds since 1970)"),
     Option("--no-normalize", is_flag=True, help="do not scale embeddings to unit length"),
+    Option(
+        "--no-identity", is_flag=True, help="leave model_id out of answers: one output over REST"
+    ),
     Option(
         "--import",
         "modules",
@@ -169,6 +172,7 @@ def _export(arguments: SimpleNamespace) -> int:
                 labels,
                 version=arguments.version,
                 normalize=not arguments.no_normalize,
+                identity=not arguments.no_identity,
                 decoder=decoder,
                 **{name: value for name, value in optional.items() if value is not None},
             )

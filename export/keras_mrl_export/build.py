@@ -28,13 +28,14 @@ from keras_mrl_serving.version import __version__
 
 from .decoder import ImageDecoder
 from .gallery import IndexGraph, forget
-from .graph import trace, trace_describe
+from .graph import trace, trace_describe, with_model_id
 from .job import ExportError, Job
 from .model_file import load
 from .parity import (
     MAX_QUERIES,
     check_described,
     check_parity,
+    checking_identity,
     compare_searches,
     example_inputs,
 )
@@ -80,13 +81,13 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
         write_warmup(staged.folder, session, job.name, inputs, job.warmup_batch_sizes)
 
 
-def build_index(index: ExactIndex, name: str, folder: Path) -> None:
+def build_index(index: ExactIndex, name: str, model_id: int | None, folder: Path) -> None:
     """Build the SavedModel of a gallery in `folder`, to be published.
 
     Raises:
         ExportError: If a signature answers otherwise than `index`.
     """
-    manifest = _index_manifest(index, name)
+    manifest = _index_manifest(index, name, model_id)
     _save_index(index, manifest, folder)
     gc.collect()  # functions hold their variables in cycles, and the rows are loaded once more
     _write_manifest(folder, manifest)
@@ -96,8 +97,10 @@ def build_index(index: ExactIndex, name: str, folder: Path) -> None:
     queries = np.concatenate([block[rows] for block in index.blocks], axis=1)
     inputs = {name: {"embedding": queries[:, :width]} for name, width in widths.items()}
     with SavedModelSession(folder) as session:
-        compare_searches(session.run, index, queries, widths)
-        check_described(session.run, manifest)
+        run = checking_identity(session.run, manifest.model_id)
+        compare_searches(run, index, queries, widths)
+        run(contract.SERVING_DEFAULT, inputs[contract.SERVING_DEFAULT])
+        check_described(run, manifest)
         write_warmup(folder, session, manifest.name, inputs, (1,))
 
 
@@ -110,9 +113,12 @@ def _save_index(index: ExactIndex, manifest: Manifest, folder: Path) -> None:
     gallery = IndexGraph(index)
     module = tf.Module()
     module.state = gallery.variables()
-    functions = gallery.functions().items()
-    signatures = {name: trace(function, specs) for name, (function, specs) in functions}
-    signatures[contract.SERVING_DEFAULT] = signatures[contract.SEARCH]
+    functions = gallery.functions()
+    signatures = {
+        name: trace(with_model_id(function, manifest.model_id), specs)
+        for name, (function, specs) in functions.items()
+    }
+    signatures[contract.SERVING_DEFAULT] = trace(*functions[contract.SEARCH])
     signatures[contract.DESCRIBE] = trace_describe(manifest)
     tf.saved_model.save(module, str(folder), signatures=signatures)
 
@@ -153,6 +159,7 @@ def _manifest(
         encoder_fingerprint=None if index is None else fingerprint,
         funnel=None if index is None else index.schedule.to_json(),
         size=None if index is None else len(index),
+        model_id=job.model_id,
         made_with={
             "keras_mrl": __version__,
             "keras": keras.__version__,
@@ -238,7 +245,7 @@ def _values_besides_weights(model: keras.Model) -> list[npt.NDArray[Any]]:
     return values
 
 
-def _index_manifest(index: ExactIndex, name: str) -> Manifest:
+def _index_manifest(index: ExactIndex, name: str, model_id: int | None) -> Manifest:
     return Manifest(
         name=name,
         kind="index",
@@ -251,6 +258,7 @@ def _index_manifest(index: ExactIndex, name: str) -> Manifest:
         metric=index.metric,
         funnel=index.schedule.to_json(),
         size=len(index),
+        model_id=model_id,
         made_with={"keras_mrl": __version__, "tensorflow": tf.__version__},
     )
 

@@ -28,7 +28,7 @@ from .arguments import (
     weights_of_dims,
 )
 from .decoder import ImageDecoder
-from .job import Job
+from .job import Job, draw_model_id
 from .model_file import in_float32
 from .process import build_on_tensorflow
 from .publish import check_version, publishing
@@ -53,6 +53,7 @@ def export_saved_model(
     signatures: Sequence[str] | None = None,
     decoder: ImageDecoder | None = None,
     warmup_batch_sizes: Sequence[int] = (1,),
+    identity: bool = True,
 ) -> Path:
     """Write `model` as the next version under `base_path`, with a signature per dim.
 
@@ -72,8 +73,8 @@ def export_saved_model(
             `classify_adaptive` out, the temperatures alone remain: the manifest has no cascade.
         labels: Class names in the order of the class ids.
         quality: Measures of the evaluation per dim, e.g. `{8: {"top1": 0.93}}`.
-        version: Number of the version; None takes the next. A version that exists is never
-            overwritten.
+        version: Number of the version; None takes the seconds since 1970, or one more than the
+            highest version if that is more. A version that exists is never overwritten.
         dims: Which dims to export; None means those of the head, or for an encoder 8, 16, 32, ...
             up to its width.
         normalize: Whether `embed_<m>` scales embeddings to unit length, after truncation.
@@ -91,6 +92,9 @@ def export_saved_model(
         warmup_batch_sizes: A server runs every signature at these batch sizes before the version
             answers. None of them may exceed the server's `max_batch_size`, or the version does not
             load; () writes no records.
+        identity: Whether every row of an answer also carries `model_id`, a number drawn for this
+            export, by which the client knows one model from another under one version number.
+            False keeps `embed_<m>` and `features` at one output, which REST answers as bare rows.
 
     Returns:
         The folder of the new version.
@@ -147,12 +151,18 @@ def export_saved_model(
         index=index,
         decoder=decoder,
         warmup_batch_sizes=batch_sizes,
+        model_id=draw_model_id() if identity else None,
     )
     return build_on_tensorflow(model, job)
 
 
 def export_index(
-    index: ExactIndex, base_path: str | Path, *, name: str = "index", version: int | None = None
+    index: ExactIndex,
+    base_path: str | Path,
+    *,
+    name: str = "index",
+    version: int | None = None,
+    identity: bool = True,
 ) -> Path:
     """Write a gallery as the next version under `base_path`: `search`, and `search_<m>` per dim.
 
@@ -165,8 +175,9 @@ def export_index(
         index: The gallery, built in memory or opened from a folder: `open_index(path)`.
         base_path: Folder of the index's versions; the server's `--model_base_path`. No URL.
         name: Name in the manifest, of letters, digits, `_`, `.` and `-`.
-        version: Number of the version; None takes the next. A version that exists is never
-            overwritten.
+        version: Number of the version; None takes the seconds since 1970, or one more than the
+            highest version if that is more. A version that exists is never overwritten.
+        identity: Whether every row of an answer also carries `model_id`, see `export_saved_model`.
 
     Returns:
         The folder of the new version.
@@ -189,5 +200,5 @@ def export_index(
     from .build import build_index  # TensorFlow, which other backends need only for this
 
     with publishing(folder, version) as staged:
-        build_index(index, name, staged.folder)
+        build_index(index, name, draw_model_id() if identity else None, staged.folder)
     return staged.published

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.contract import MODEL_ID, Manifest
 from keras_mrl_serving.embeddings import MIN_SQUARE
 
 Tensors = dict[str, Any]
@@ -22,6 +22,19 @@ def trace(function: Callable[..., Tensors], specs: Mapping[str, Any]) -> Any:
     """Return a function of named tensors as a signature, for the batch sizes of `specs`."""
     # Only the backbone, a function of its own, may hold Python that needs to be rewritten.
     return tf.function(function, autograph=False).get_concrete_function(**specs)
+
+
+def with_model_id(function: Callable[..., Tensors], model_id: int | None) -> Callable[..., Tensors]:
+    """Return a function whose rows also carry the id of the model; None leaves it as it is."""
+    if model_id is None:
+        return function
+
+    def identified(**inputs: Any) -> Tensors:
+        outputs = function(**inputs)
+        rows = tf.shape(next(iter(outputs.values())))[:1]
+        return {**outputs, MODEL_ID: tf.fill(rows, tf.constant(model_id, tf.int32))}
+
+    return identified
 
 
 def trace_describe(manifest: Manifest) -> Any:

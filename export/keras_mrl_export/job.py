@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,11 @@ from .decoder import ImageDecoder
 
 class ExportError(Exception):
     """The model could not be written as a SavedModel that equals it; nothing was published."""
+
+
+def draw_model_id() -> int:
+    """Return a random int32, 1 or greater, that no seed repeats."""
+    return 1 + secrets.randbelow(2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,6 +50,7 @@ class Job:
         index: A gallery of the model's embeddings, exported with it.
         decoder: Decodes images inside the served graph.
         warmup_batch_sizes: Rows of the warm-up records of each signature.
+        model_id: What every answer names its model by; None leaves answers without it.
     """
 
     base_path: Path
@@ -65,6 +72,7 @@ class Job:
     index: ExactIndex | None
     decoder: ImageDecoder | None
     warmup_batch_sizes: tuple[int, ...]
+    model_id: int | None
 
     def temperature(self, dim: int) -> float:
         """Return the divisor of the logits of `dim`: of its stage, or 1 if the policy has none."""

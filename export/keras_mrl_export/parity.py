@@ -50,10 +50,12 @@ def check_parity(session: SavedModelSession, manifest: Manifest, job: Job) -> di
     inputs = example_inputs(manifest, job)
     shares: dict[str, float] = {}
 
+    checked_run = checking_identity(session.run, manifest.model_id)
+
     def run(signature: str, arrays: Arrays | None = None) -> Arrays:
         if signature not in session.signatures:
             raise differs(signature, "it is missing")
-        return session.run(signature, inputs[signature] if arrays is None else arrays)
+        return checked_run(signature, inputs[signature] if arrays is None else arrays)
 
     if (name := contract.FEATURES) in job.signatures:
         shares[name] = compare_rows(name, run(name)["features"], job.features)
@@ -136,6 +138,29 @@ def compare_rows(
 
 def _embedding(features: Array, dim: int, normalize: bool) -> Array:
     return truncate(features, dim) if normalize else features[:, :dim]
+
+
+_WITHOUT_ID = (contract.DESCRIBE, contract.SERVING_DEFAULT)
+
+
+def checking_identity(run: Run, model_id: int | None) -> Run:
+    """Return a function that runs a signature, and raises unless each row carries the model's id.
+
+    Args:
+        run: Runs a signature.
+        model_id: The id in the manifest; None if no signature may answer one.
+    """
+
+    def checked(signature: str, inputs: Arrays) -> Arrays:
+        answer = run(signature, inputs)
+        rows = len(next(iter(inputs.values())))
+        expected = None if model_id is None or signature in _WITHOUT_ID else [model_id] * rows
+        served = answer.get(contract.MODEL_ID)
+        if (None if served is None else served.tolist()) != expected:
+            raise differs(signature, "its rows do not carry the manifest's model_id")
+        return answer
+
+    return checked
 
 
 def check_described(run: Run, manifest: Manifest) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +37,18 @@ class Staged:
 
 
 @contextmanager
-def publishing(base_path: Path, version: int | None) -> Iterator[Staged]:
+def publishing(
+    base_path: Path, version: int | None, clock: Callable[[], float] = time.time
+) -> Iterator[Staged]:
     """Yield folders to write a version in, and rename it to its number if nothing raised.
 
     Args:
         base_path: Folder of the versions; made if there is none, and removed again if it was made
             for a version that failed.
-        version: The number; None takes the one after the highest there is.
+        version: The number; None takes the seconds since 1970, as other exporters for TensorFlow
+            Serving do, or the number after the highest there is if that is more. So a number does
+            not come again where the versions before it were removed.
+        clock: Returns the seconds since 1970.
 
     Raises:
         FileExistsError: If `version` exists.
@@ -54,7 +60,7 @@ def publishing(base_path: Path, version: int | None) -> Iterator[Staged]:
     try:
         staged.scratch.mkdir()
         yield staged
-        staged.published = _rename_to_number(staged.folder, base_path, version)
+        staged.published = _rename_to_number(staged.folder, base_path, version, clock)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         _remove_empty(made)
@@ -84,7 +90,7 @@ def check_version(base_path: Path, version: int | None) -> None:
     if not _is_version(version):
         raise ValueError(
             f"version must be a non-negative integer. Received: version={version!r}. "
-            "Leave it out to take the next number."
+            "Leave it out to take a number that is free."
         )
     if base_path.exists() and version in list_versions(base_path):
         raise _exists_error(base_path, version)
@@ -97,15 +103,15 @@ def _is_version(number: object) -> bool:
         return False
 
 
-def _next_version(base_path: Path) -> int:
-    return max([0, *list_versions(base_path)]) + 1
+def _next_version(base_path: Path, clock: Callable[[], float] = time.time) -> int:
+    return max(int(clock()), 1 + max(list_versions(base_path), default=0))
 
 
 def _exists_error(base_path: Path, version: int) -> FileExistsError:
     return FileExistsError(
         "A published version is never overwritten. "
         f"Received: version={version}, which exists under {base_path}. "
-        f"Leave version out to take {_next_version(base_path)}."
+        "Leave version out to take a number that is free."
     )
 
 
@@ -129,9 +135,11 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _rename_to_number(folder: Path, base_path: Path, version: int | None) -> Path:
+def _rename_to_number(
+    folder: Path, base_path: Path, version: int | None, clock: Callable[[], float]
+) -> Path:
     while True:
-        number = _next_version(base_path) if version is None else version
+        number = _next_version(base_path, clock) if version is None else version
         published = base_path / str(number)
         try:
             os.rename(folder, published)

@@ -21,7 +21,7 @@ from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import Manifest
 
 from .gallery import IndexGraph
-from .graph import Tensors, Traceable, lengths, trace, trace_describe
+from .graph import Tensors, Traceable, lengths, trace, trace_describe, with_model_id
 from .job import Job
 from .sample import declared_inputs, input_structure
 
@@ -71,7 +71,11 @@ class ServedModel:
         """Return the signatures of the job, `describe` and the default, for any batch size."""
         functions = self._functions()
         default = contract.embed if self._head is None else contract.classify
-        chosen = {name: functions[name] for name in functions if name in self._job.signatures}
+        chosen = {
+            name: (with_model_id(function, self._job.model_id), specs)
+            for name, (function, specs) in functions.items()
+            if name in self._job.signatures
+        }
         chosen[contract.SERVING_DEFAULT] = functions[default(self._manifest.width)]
         signatures = {name: trace(function, specs) for name, (function, specs) in chosen.items()}
         return {**signatures, contract.DESCRIBE: trace_describe(self._manifest)}

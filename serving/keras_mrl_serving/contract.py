@@ -32,6 +32,8 @@ SERVING_DEFAULT = "serving_default"
 SEARCH = "search"
 RETRIEVE = "retrieve"
 
+MODEL_ID = "model_id"  # an output of every signature that has rows, but of `serving_default`
+
 
 def embed(dim: int) -> str:
     """Return the name of the signature that embeds at `dim`.
@@ -194,6 +196,8 @@ class Manifest:
         quality: Dim (as a string) to the measures of the evaluation at this dim.
         encoder_fingerprint: Fingerprint of the encoder whose embeddings an index holds.
         size: Number of rows of an index.
+        model_id: The number that every row of an answer carries, drawn anew at each export; None
+            of a model whose answers carry none.
         schema: Version of the manifest's format.
         extra: Keys that a later version wrote and this one does not know.
 
@@ -229,6 +233,7 @@ class Manifest:
     quality: Mapping[str, Mapping[str, float]] | None = None
     encoder_fingerprint: str | None = None
     size: int | None = None
+    model_id: int | None = None
     schema: int = SCHEMA
     extra: Mapping[str, Any] = field(default_factory=dict)
 

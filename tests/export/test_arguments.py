@@ -71,7 +71,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "version=-1": (
         {"version": -1},
         "version must be a non-negative integer. Received: version=-1. "
-        "Leave it out to take the next number.",
+        "Leave it out to take a number that is free.",
     ),
     "too few labels": (
         {"labels": ["a", "b"]},

@@ -158,7 +158,8 @@ def test_versions_of_one_model(tmp_path: Path) -> None:
         export_saved_model(model, tmp_path, X, version=7)
     assert str(caught.value) == (
         "A published version is never overwritten. "
-        f"Received: version=7, which exists under {tmp_path}. Leave version out to take 9."
+        f"Received: version=7, which exists under {tmp_path}. Leave version out to take "
+        "a number that is free."
     )
     assert (tmp_path / "7" / MANIFEST_FILE).stat() == before
     assert sorted(os.listdir(tmp_path)) == ["1", "10.tmp", "7", "8"]

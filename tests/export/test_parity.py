@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mrl_export import ExportError
-from keras_mrl_export.graph import trace, trace_describe
+from keras_mrl_export.graph import trace, trace_describe, with_model_id
 from keras_mrl_export.parity import check_parity, compare_searches, exact_neighbors
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade.policy import CascadePolicy
@@ -63,6 +63,7 @@ def with_threshold(version: Exported, threshold: float) -> Change:
 
 
 SMALL = r"by \d+\.?\d*(e-\d\d)?"
+UNIDENTIFIED = "its rows do not carry the manifest's model_id"
 MAGNITUDE = rf"{SMALL} on rows of magnitude \d+\.?\d*"
 
 # How the trained model would have to differ for the SavedModel to be wrong, and the error.
@@ -122,6 +123,8 @@ def test_a_confidence_by_another_measure_is_named(untied: Exported) -> None:
     [
         ({"normalize": False}, {}, "embed_8", MAGNITUDE),
         ({"name": "another"}, {}, "describe", "it is not the manifest"),
+        ({"model_id": 1}, {}, "features", UNIDENTIFIED),
+        ({"model_id": None}, {}, "features", UNIDENTIFIED),
         ({"dims": (8, 12, 20)}, {"signatures": ("embed_12",)}, "embed_12", "it is missing"),
         (
             {},
@@ -211,14 +214,22 @@ def faulty(
 
     image = {"image": tf.TensorSpec([None, 6, 6, 3], tf.float32, "image")}
     prefix = {"features": tf.TensorSpec([None, second], tf.float32, "features")}
+
+    def without_id(image: Any) -> Any:
+        outputs = of_the_last_columns(image)
+        return {name: outputs[name] for name in outputs if name != "model_id"}
+
+    def traced(function: Any, specs: Any) -> Any:
+        return trace(with_model_id(function, untied.manifest.model_id), specs)
+
     wrong = {
-        f"embed_{first}": trace(lambda image: {"embedding": features(image)[:, :first]}, image),
-        f"classify_{first}": trace(of_the_last_columns, image),
-        f"classify_{second}": trace(of_another_temperature, image),
-        f"classify_{last}": trace(with_ids_reversed, image),
-        f"head_{second}": trace(of_reversed_features, prefix),
-        "classify_adaptive": trace(always_at_the_last_dim, image),
-        "serving_default": trace(of_the_last_columns, image),
+        f"embed_{first}": traced(lambda image: {"embedding": features(image)[:, :first]}, image),
+        f"classify_{first}": traced(of_the_last_columns, image),
+        f"classify_{second}": traced(of_another_temperature, image),
+        f"classify_{last}": traced(with_ids_reversed, image),
+        f"head_{second}": traced(of_reversed_features, prefix),
+        "classify_adaptive": traced(always_at_the_last_dim, image),
+        "serving_default": trace(without_id, image),
         "describe": trace_describe(replace(untied.manifest, name="another")),
     }
     folder = str(tmp_path_factory.mktemp("faulty") / "1")

@@ -1,9 +1,11 @@
 """A version appears whole or not at all, and never in place of another."""
 
 import os
+import shutil
 import stat
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from keras_mrl_export.publish import Staged, check_version, publishing
 from keras_mrl_serving.saved_model import list_versions
 
 
-def publish(base_path: Path, version: int | None = None, text: str = "a model") -> Path:
-    with publishing(base_path, version) as staged:
+def publish(
+    base_path: Path, version: int | None = None, text: str = "a model", now: float = 0.0
+) -> Path:
+    with publishing(base_path, version, lambda: now) as staged:
         write(staged, text)
     return staged.published
 
@@ -40,12 +44,24 @@ def refusal(base_path: Path, kind: type[Exception], version: Any) -> str:
     return str(caught.value)
 
 
-def test_the_first_is_1_and_the_next_one_more(tmp_path: Path) -> None:
+def test_each_number_is_above_those_there(tmp_path: Path) -> None:
     base_path = tmp_path / "not" / "yet"
     assert publish(base_path, text="one") == base_path / "1"
     assert publish(base_path, text="two") == base_path / "2"
     assert files(base_path) == {"1/saved_model.pb": "one", "2/saved_model.pb": "two"}
     assert sorted(os.listdir(base_path)) == ["1", "2"]
+
+
+def test_a_number_is_the_time_and_does_not_come_again(tmp_path: Path) -> None:
+    assert publish(tmp_path, now=1_800_000_000.9) == tmp_path / "1800000000"
+    assert publish(tmp_path, now=1_800_000_000.9) == tmp_path / "1800000001"
+    shutil.rmtree(tmp_path / "1800000000")
+    shutil.rmtree(tmp_path / "1800000001")
+    assert publish(tmp_path, now=1_800_000_002.0) == tmp_path / "1800000002"
+    before = int(time.time())
+    with publishing(tmp_path, None) as staged:
+        write(staged)
+    assert int(staged.published.name) >= max(before, 1_800_000_003)
 
 
 def test_a_given_number_and_the_one_after_it(tmp_path: Path) -> None:
@@ -59,7 +75,8 @@ def test_an_existing_number_is_refused_and_untouched(tmp_path: Path) -> None:
     publish(tmp_path, 3, "mine")
     assert refusal(tmp_path, FileExistsError, 3) == (
         "A published version is never overwritten. "
-        f"Received: version=3, which exists under {tmp_path}. Leave version out to take 4."
+        f"Received: version=3, which exists under {tmp_path}. Leave version out to take "
+        "a number that is free."
     )
     assert files(tmp_path) == {"3/saved_model.pb": "mine"}
 
@@ -74,7 +91,8 @@ def test_a_number_taken_while_the_model_was_built_is_refused_and_untouched(tmp_p
         late()
     assert str(caught.value) == (
         "A published version is never overwritten. "
-        f"Received: version=3, which exists under {tmp_path}. Leave version out to take 4."
+        f"Received: version=3, which exists under {tmp_path}. Leave version out to take "
+        "a number that is free."
     )
     assert files(tmp_path) == {"3/saved_model.pb": "mine"}
     assert os.listdir(tmp_path) == ["3"]
@@ -85,7 +103,8 @@ def test_a_number_written_with_zeros_is_taken_too(tmp_path: Path) -> None:
     assert publish(tmp_path) == tmp_path / "8"
     assert refusal(tmp_path, FileExistsError, 7) == (
         "A published version is never overwritten. "
-        f"Received: version=7, which exists under {tmp_path}. Leave version out to take 9."
+        f"Received: version=7, which exists under {tmp_path}. Leave version out to take "
+        "a number that is free."
     )
 
 
@@ -95,7 +114,8 @@ def test_a_number_with_a_sign_or_blanks_is_taken_too(tmp_path: Path) -> None:
     for version in (5, 6):
         assert refusal(tmp_path, FileExistsError, version) == (
             "A published version is never overwritten. Received: "
-            f"version={version}, which exists under {tmp_path}. Leave version out to take 7."
+            f"version={version}, which exists under {tmp_path}. Leave version out to take "
+            "a number that is free."
         )
     assert publish(tmp_path) == tmp_path / "7"
 
@@ -125,7 +145,7 @@ def test_siblings_that_are_no_versions_do_not_count(tmp_path: Path) -> None:
 def test_a_version_is_a_number_a_server_reads(tmp_path: Path, version: Any) -> None:
     assert refusal(tmp_path, ValueError, version) == (
         f"version must be a non-negative integer. Received: version={version!r}. "
-        "Leave it out to take the next number."
+        "Leave it out to take a number that is free."
     )
 
 
@@ -240,7 +260,8 @@ def test_of_exports_that_race_for_one_number_one_gets_it(
     assert files(tmp_path) == {"5/saved_model.pb": f"model {winner}"}
     assert set(outcomes) - {5} == {
         "A published version is never overwritten. "
-        f"Received: version=5, which exists under {tmp_path}. Leave version out to take 6."
+        f"Received: version=5, which exists under {tmp_path}. Leave version out to take "
+        "a number that is free."
     }
 
 

@@ -42,9 +42,12 @@ ONE, SEVEN, NONE = (slice(SAMPLED, SAMPLED + 1), slice(SAMPLED + 1, SAMPLED + 8)
 BATCHES = pytest.mark.parametrize("part", [ONE, SEVEN], ids=["one", "seven"])
 
 
-def assert_answers(answer: Arrays, expected: Arrays) -> None:
+def assert_answers(version: Exported, answer: Arrays, expected: Arrays) -> None:
+    rows = len(next(iter(expected.values())))
+    expected = {**expected, "model_id": np.full(rows, version.manifest.model_id)}
     assert set(answer) == set(expected)
-    dtypes = {"class_ids": np.int64, "labels": np.object_, "dim": np.int32, "ids": np.int64}
+    dtypes = {"class_ids": np.int64, "labels": np.object_, "ids": np.int64}
+    dtypes |= dict.fromkeys(("dim", "model_id"), np.int32)
     for name, array in answer.items():
         assert array.dtype == dtypes.get(name, np.float32), name
         assert_equal_rows(array, expected[name])
@@ -65,7 +68,7 @@ def test_the_manifest_names_the_backend_that_trained(classifier: Exported) -> No
 @BATCHES
 def test_features_are_raw(classifier: Exported, part: slice) -> None:
     answer = classifier.ask("features", part)
-    assert_answers(answer, {"features": classifier.features[part, : DIMS[-1]]})
+    assert_answers(classifier, answer, {"features": classifier.features[part, : DIMS[-1]]})
 
 
 @backend
@@ -74,14 +77,14 @@ def test_features_are_raw(classifier: Exported, part: slice) -> None:
 def test_embed_cuts_then_scales(untied: Exported, dim: int, part: slice) -> None:
     prefix = untied.features[part, :dim].astype(np.float64)
     lengths = np.sqrt(np.square(prefix).sum(axis=-1, keepdims=True))
-    assert_answers(untied.ask(f"embed_{dim}", part), {"embedding": prefix / lengths})
+    assert_answers(untied, untied.ask(f"embed_{dim}", part), {"embedding": prefix / lengths})
 
 
 @backend
 @pytest.mark.parametrize("dim", DIMS)
 def test_embed_only_cuts_where_nothing_is_scaled(tied: Exported, dim: int) -> None:
     answer = tied.ask(f"embed_{dim}", SEVEN)
-    assert_answers(answer, {"embedding": tied.features[SEVEN, :dim]})
+    assert_answers(tied, answer, {"embedding": tied.features[SEVEN, :dim]})
 
 
 @backend
@@ -90,7 +93,7 @@ def test_embed_only_cuts_where_nothing_is_scaled(tied: Exported, dim: int) -> No
 def test_classify(classifier: Exported, column: int, part: slice) -> None:
     dim = DIMS[column]
     expected = expected_classes(classifier, part, column, TEMPERATURES[dim])
-    assert_answers(classifier.ask(f"classify_{dim}", part), expected)
+    assert_answers(classifier, classifier.ask(f"classify_{dim}", part), expected)
 
 
 @backend
@@ -101,7 +104,7 @@ def test_head_reads_features_of_the_caller(classifier: Exported, column: int, pa
     prefix = np.ascontiguousarray(classifier.features[part, :dim])
     answer = classifier.session.run(f"head_{dim}", {"features": prefix})
     expected = expected_classes(classifier, part, column, TEMPERATURES[dim])
-    assert_answers(answer, {**expected, "logits": classifier.logits[part, column]})
+    assert_answers(classifier, answer, {**expected, "logits": classifier.logits[part, column]})
 
 
 @backend
@@ -111,7 +114,7 @@ def test_classify_adaptive(classifier: Exported, part: slice) -> None:
     assert manifest.top_k is not None
     whole = cascade(classifier.logits, classifier.policy, manifest.top_k, manifest.labels)
     expected = {name: array[part] for name, array in whole.items()}
-    assert_answers(classifier.ask("classify_adaptive", part), expected)
+    assert_answers(classifier, classifier.ask("classify_adaptive", part), expected)
 
 
 @backend
@@ -129,8 +132,8 @@ def test_searches_are_those_of_the_gallery_that_was_exported_with_the_model(tied
     queries = np.ascontiguousarray(tied.features[SEVEN, : DIMS[-1]])
     neighbors = index.search(queries)
     expected: Arrays = {"ids": neighbors.ids, "scores": neighbors.scores}
-    assert_answers(tied.ask("retrieve", SEVEN), expected)
-    assert_answers(tied.session.run("search", {"embedding": queries}), expected)
+    assert_answers(tied, tied.ask("retrieve", SEVEN), expected)
+    assert_answers(tied, tied.session.run("search", {"embedding": queries}), expected)
 
 
 @backend
@@ -163,9 +166,9 @@ def test_serving_default_is_the_widest_dim(classifier: Exported, encoder: Export
         (encoder, f"embed_{encoder.manifest.width}"),
     ):
         default, widest = (version.ask(s, SEVEN) for s in ("serving_default", signature))
-        assert set(default) == set(widest)
-        for name, array in widest.items():
-            np.testing.assert_array_equal(default[name], array)
+        assert set(default) == set(widest) - {"model_id"}
+        for name, array in default.items():
+            np.testing.assert_array_equal(widest[name], array)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
@@ -179,14 +182,14 @@ def test_without_names_or_policy_a_temperature_is_one(of_tokens: Exported) -> No
     for column, dim in enumerate(DIMS):
         expected = expected_classes(of_tokens, SEVEN, column, 1.0)
         assert list(expected) == ["class_ids", "probabilities", "confidence"]
-        assert_answers(of_tokens.ask(f"classify_{dim}", SEVEN), expected)
+        assert_answers(of_tokens, of_tokens.ask(f"classify_{dim}", SEVEN), expected)
 
 
 def test_an_encoder_embeds(encoder: Exported) -> None:
     for dim in (8, 16, 20):
         prefix = encoder.features[SEVEN, :dim].astype(np.float64)
         scaled = prefix / np.linalg.norm(prefix, axis=-1, keepdims=True)
-        assert_answers(encoder.ask(f"embed_{dim}", SEVEN), {"embedding": scaled})
+        assert_answers(encoder, encoder.ask(f"embed_{dim}", SEVEN), {"embedding": scaled})
 
 
 def test_a_row_of_zeros_is_not_scaled(encoder: Exported) -> None:
@@ -218,6 +221,7 @@ def tensors(infos: Any) -> dict[str, Any]:
     }
 
 
+MODEL_ID = {"model_id": (tf.int32, [-1])}
 NEIGHBORS = {"ids": (tf.int64, [-1, 4]), "scores": (tf.float32, [-1, 4])}
 
 
@@ -256,6 +260,10 @@ def test_the_signatures_of_a_classifier_are_those_of_the_contract(
     if index:
         expected["retrieve"] = (inputs, NEIGHBORS)
         expected["search"] = expected[f"search_{DIMS[-1]}"]
+    expected = {
+        name: (inputs, outputs if name in ("serving_default", "describe") else outputs | MODEL_ID)
+        for name, (inputs, outputs) in expected.items()
+    }
     assert {
         name: (tensors(signature.inputs), tensors(signature.outputs))
         for name, signature in version.session.signatures.items()
@@ -268,6 +276,19 @@ def test_the_signatures_of_an_encoder_are_those_of_the_contract(encoder: Exporte
     expected = {"describe", "features", "serving_default", *embeds}
     assert written_signatures(encoder.session) == expected
     assert tensors(encoder.session.signatures["embed_8"].inputs) == INPUTS["encoder"]
+
+
+def test_without_identity_no_answer_names_the_model(tied: Exported, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"normalize": False, "index": tied.job.index, "identity": False}
+    with exported(tied.model, tied.rows, tmp_path, dims=(4, 16), **arguments) as version:
+        assert version.manifest.model_id is None
+        outputs = {
+            name: set(signature.outputs) for name, signature in version.session.signatures.items()
+        }
+        assert outputs["embed_4"] == {"embedding"}
+        assert outputs["search"] == outputs["search_4"] == outputs["retrieve"] == {"ids", "scores"}
+        assert "logits" in outputs["head_4"]
+        assert not any("model_id" in names for names in outputs.values())
 
 
 def test_no_variable_is_stored_twice(untied: Exported) -> None:
