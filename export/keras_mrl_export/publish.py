@@ -104,7 +104,7 @@ def _is_version(number: object) -> bool:
 
 
 def _next_version(base_path: Path, clock: Callable[[], float] = time.time) -> int:
-    return max(int(clock()), 1 + max(list_versions(base_path), default=0))
+    return max(int(clock()), max([0, *list_versions(base_path)]) + 1)
 
 
 def _exists_error(base_path: Path, version: int) -> FileExistsError:

@@ -63,7 +63,9 @@ def on_one_backend(name: str) -> pytest.MarkDecorator:
 
 def test_the_manifest_of_everything_given(untied: Exported) -> None:
     manifest = json.loads((untied.path / MANIFEST_FILE).read_bytes())
-    fingerprint = manifest.pop("fingerprint")
+    fingerprint, model_id = manifest.pop("fingerprint"), manifest.pop("model_id")
+    assert type(model_id) is int
+    assert 0 < model_id < 2**31
     assert len(bytes.fromhex(fingerprint)) == 32
     assert manifest == {
         "schema": 1,
@@ -137,20 +139,26 @@ def test_what_lies_in_a_version(untied: Exported) -> None:
         "assets.extra/tf_serving_warmup_requests",
     }
     assert (untied.path / "assets/labels.txt").read_text("utf-8").split("\n") == [*NAMES, ""]
-    assert os.listdir(untied.path.parent) == ["1"]
+    assert os.listdir(untied.path.parent) == [untied.path.name]
 
 
 def test_versions_of_one_model(tmp_path: Path) -> None:
     model = dense(head=True)
     (tmp_path / "10.tmp").mkdir()
     paths = [
-        export_saved_model(model, tmp_path, X),
+        export_saved_model(model, tmp_path, X, version=1),
         export_saved_model(model, str(tmp_path), X, version=7),
         export_saved_model(model, tmp_path, X, dims=(8, 2), top_k=1),
     ]
-    assert [path.relative_to(tmp_path) for path in paths] == [Path("1"), Path("7"), Path("8")]
+    assert [path.relative_to(tmp_path) for path in paths] == [
+        Path("1"),
+        Path("7"),
+        paths[2].relative_to(tmp_path),
+    ]
+    assert int(paths[2].name) > 1_700_000_000  # seconds since 1970
     manifests = [read_manifest(path) for path in paths]
     assert len({manifest.fingerprint for manifest in manifests}) == 1  # of one model
+    assert len({manifest.model_id for manifest in manifests}) == 3  # of three exports
     assert [manifest.dims for manifest in manifests] == [(2, 4, 8), (2, 4, 8), (2, 8)]
     assert [manifest.top_k for manifest in manifests] == [3, 3, 1]
     before = (tmp_path / "7" / MANIFEST_FILE).stat()
@@ -162,14 +170,15 @@ def test_versions_of_one_model(tmp_path: Path) -> None:
         "a number that is free."
     )
     assert (tmp_path / "7" / MANIFEST_FILE).stat() == before
-    assert sorted(os.listdir(tmp_path)) == ["1", "10.tmp", "7", "8"]
+    assert sorted(os.listdir(tmp_path)) == sorted(["1", "10.tmp", "7", paths[2].name])
 
 
 def test_a_relative_base_path_is_of_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert export_saved_model(dense(), "models/e", X, dims=(3,)) == tmp_path / "models/e/1"
+    path = export_saved_model(dense(), "models/e", X, dims=(3,), version=1)
+    assert path == tmp_path / "models/e/1"
 
 
 def test_measures_and_weights_of_other_types_are_numbers(tmp_path: Path) -> None:
@@ -251,7 +260,7 @@ def test_an_encoder_is_exported_as_its_tower(tmp_path: Path) -> None:
     model.compile("adam", ContrastiveLoss(dims=(2, 4)), run_eagerly=True)
     model.fit((X, 2 * X), verbose=0)
     with SavedModelSession(export_saved_model(model, tmp_path, X, dims=(2, 4))) as session:
-        (embedded,) = session.run("embed_2", {"x": X}).values()
+        embedded = session.run("embed_2", {"x": X})["embedding"]
     np.testing.assert_allclose(embedded, truncate(outputs(model, X), 2), rtol=0, atol=1e-5)
 
 

@@ -120,6 +120,7 @@ def test_the_manifest_of_an_index(version: Path) -> None:
     made_with, fingerprint = manifest.pop("made_with"), manifest.pop("fingerprint")
     assert made_with["keras_mrl"] == __version__
     assert len(bytes.fromhex(fingerprint)) == 32
+    assert 0 < manifest.pop("model_id") < 2**31
     assert {name: value for name, value in manifest.items() if value not in (None, False)} == {
         **{"schema": 1, "name": "birds", "kind": "index", "metric": "cosine"},
         **{"activation": "none", "encoder_fingerprint": "5e1f", "size": 300},
@@ -142,6 +143,25 @@ def test_no_block_is_gathered_from_and_every_search_is_warmed_up(version: Path) 
     assert "ResourceGather" not in used
     searches = {"search", "serving_default", "search_4", "search_8", "search_16"}
     assert warmup_sizes(version) == {name: [1] for name in searches}
+
+
+def test_every_search_but_the_default_names_the_model(version: Path, tmp_path: Path) -> None:
+    index = index_of()
+    again = export_index(index, tmp_path / "again")
+    bare = export_index(index, tmp_path / "bare", identity=False)
+    one, other, none = (read_manifest(path) for path in (version, again, bare))
+    assert one.model_id != other.model_id
+    assert none.model_id is None
+    for path, manifest in ((version, one), (again, other), (bare, none)):
+        with SavedModelSession(path) as session:
+            for name in ("search", "search_8", "serving_default"):
+                queries = QUERIES[:3, : 8 if name == "search_8" else None]
+                answer = session.run(name, {"embedding": queries})
+                served = answer.pop("model_id", np.empty(0, np.int32))
+                assert set(answer) == {"ids", "scores"}
+                assert served.dtype == np.int32
+                has_id = manifest.model_id is not None and name != "serving_default"
+                assert served.tolist() == [manifest.model_id] * 3 * has_id
 
 
 def test_a_version_is_never_overwritten(version: Path) -> None:

@@ -108,7 +108,7 @@ def test_code_that_does_not_travel(tmp_path: Path) -> None:
 def test_in_one_process_no_code_needs_to_travel(tmp_path: Path) -> None:
     model = model_with(Native(), Locked())
     path = export_saved_model(model, tmp_path, X, signatures=["features"])
-    assert path == tmp_path / "1"
+    assert path.parent == tmp_path
 
 
 @pytest.mark.backend
@@ -140,12 +140,11 @@ def test_a_script_exports_parts_of_its_own_and_runs_once(tmp_path: Path, name: s
         pytest.skip("one backend's time is enough")
     ended = user_scripts.run(tmp_path, name)
     assert ended.status == 0, ended.errors
-    version = ended.base_path / "1"
+    (version,) = ended.base_path.iterdir()
     # Importing the export imports TensorFlow only where Keras runs on it.
     is_imported = str(BACKEND == "tensorflow")
     assert ended.output.splitlines() == [is_imported, "training", str(version)]
     assert ended.runs.read_text() == "once\n"
-    assert os.listdir(ended.base_path) == ["1"]
     assert read_manifest(version).made_with["trained_on"] == BACKEND
     with SavedModelSession(version) as session:
         assert "classify_8" in session.signatures

@@ -150,11 +150,11 @@ def test_a_version_is_a_number_a_server_reads(tmp_path: Path, version: Any) -> N
 
 
 def test_nothing_a_server_loads_is_there_before_the_end(tmp_path: Path) -> None:
-    with publishing(tmp_path, None) as staged:
+    with publishing(tmp_path, 5) as staged:
         write(staged)
         assert list_versions(str(tmp_path)) == {}
         assert staged.folder.stat().st_dev == tmp_path.stat().st_dev
-    assert list_versions(str(tmp_path)) == {1: str(tmp_path / "1")}
+    assert list_versions(str(tmp_path)) == {5: str(tmp_path / "5")}
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
@@ -227,7 +227,7 @@ def race(together: threading.Barrier, base_path: Path, version: int | None) -> l
 
     def export(index: int) -> None:
         try:
-            with publishing(base_path, version) as staged:
+            with publishing(base_path, version, lambda: 0.0) as staged:
                 write(staged, f"model {index}")
                 together.wait()
             outcomes[index] = int(staged.published.name)
