@@ -198,6 +198,8 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
         dims = " -> ".join(map(str, funnel["dims"]))
         _line("funnel", f"{dims}, shortlists {shortlists}, k {funnel['k']}")
     _line("fingerprint", manifest["fingerprint"])
+    if manifest["model_id"] is not None:
+        _line("model id", manifest["model_id"])
     if manifest["encoder_fingerprint"] is not None:
         _line("encoder", manifest["encoder_fingerprint"])
     made = {key.replace("_", " "): value for key, value in manifest["made_with"].items()}

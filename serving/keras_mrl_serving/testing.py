@@ -20,7 +20,8 @@ class InMemoryServer:
     Args:
         manifest: Manifest of the model; it answers `describe`.
         answer: Takes every other `Call` and returns the outputs of its signature by name, or None
-            if the model lacks the signature. It may raise the `KerasMrlError` that a server should
+            if the model lacks the signature. The `model_id` of the manifest is added to them, if
+            they have none. It may raise the `KerasMrlError` that a server should
             seem to have sent.
         model: Name of the model.
         version: The version that answers.
@@ -100,4 +101,8 @@ class InMemoryServer:
             raise call_error(
                 errors.SignatureNotFoundError, envelope, self.target, "no such signature"
             )
+        model_id = self.manifest.model_id
+        if model_id is not None and call.signature != contract.SERVING_DEFAULT:
+            rows = len(next(iter(call.inputs.values())))
+            outputs = {contract.MODEL_ID: np.full(rows, model_id, np.int32), **outputs}
         return {name: np.asarray(outputs[name]) for name in call.outputs or outputs}

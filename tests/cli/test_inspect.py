@@ -66,7 +66,10 @@ def test_a_folder_in_json(exported: Exported, call: Call) -> None:
     assert set(model["signatures"]) == names
     assert model["signatures"]["embed_4"] == {
         "inputs": {"x": {"dtype": "float32", "shape": [None, 6]}},
-        "outputs": {"embedding": {"dtype": "float32", "shape": [None, 4]}},
+        "outputs": {
+            "embedding": {"dtype": "float32", "shape": [None, 4]},
+            "model_id": {"dtype": "int32", "shape": [None]},
+        },
     }
 
 
@@ -121,7 +124,9 @@ def test_a_folder_in_words(exported: Exported, call: Call) -> None:
     names = [line[2:].partition(":")[0] for line in lines if line.startswith("  embed_")]
     assert names == ["embed_2", "embed_4", "embed_16"]
     after = lines.index("  embed_16: x float32 (any, 6)") + 1
-    assert lines[after] == "    -> embedding float32 (any, 16)"
+    assert lines[after] == "    -> embedding float32 (any, 16), model_id int32 (any)"
+    manifest = inspected(call, str(exported.base_path))["manifest"]
+    assert f"  model id     {manifest['model_id']}" in lines
 
 
 def test_a_promise_is_shown(exported: Exported, call: Call, tmp_path: Path) -> None:

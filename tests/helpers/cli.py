@@ -192,7 +192,8 @@ def export_tiny_model(folder: Path) -> Exported:
     (folder / "labels.txt").write_text("\n".join(LABELS) + "\n", "utf-8")
     environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
     subprocess.run([sys.executable, "-c", MAKE], cwd=folder, env=environment, check=True)
-    words = [*KERAS_MRL, "export", "tiny.keras", "--base-path", "models", "--top-k", "3"]
+    words = [*KERAS_MRL, "export", "tiny.keras", "--base-path", "models", "--version", "1"]
+    words += ["--top-k", "3"]
     words += ["--import", "my_layers", "--policy", "policy.json", "--labels", "labels.txt"]
     done = subprocess.run(
         words, cwd=folder, env=environment, capture_output=True, text=True, check=False

@@ -43,6 +43,7 @@ INDEX = Manifest(
     encoder_fingerprint="5e1f",
     funnel=FUNNEL.to_json(),
     size=1_281_167,
+    model_id=2**31 - 1,
 )
 
 # What a value of a manifest may wrongly be.

@@ -146,6 +146,7 @@ def test_a_manifest_comes_back_from_its_json(manifest: Manifest) -> None:
         quality={"8": {"top1": 0.5}},
         encoder_fingerprint="a0",
         size=3,
+        model_id=5,
         extra={"colour": ["grün"]},
     )
     default = Manifest(**{f.name: getattr(manifest, f.name) for f in fields(Manifest)[:7]})

@@ -20,10 +20,16 @@ from keras_mrl_serving._wire import from_proto, to_proto
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import Manifest
 
-GOLDEN = Path(__file__).with_name("golden")
-MANIFEST = (GOLDEN / "manifest.json").read_text().strip()
-MAKE = runpy.run_path(str(GOLDEN / "make.py"))
-MADE: dict[str, Message] = MAKE["messages"]()
+NEW = Path(__file__).with_name("golden")
+OLD = NEW / "0.1.0"  # of models without model_id
+FOLDERS = (NEW, OLD)
+MANIFESTS = {folder: (folder / "manifest.json").read_text().strip() for folder in FOLDERS}
+MAKE = runpy.run_path(str(NEW / "make.py"))
+MADE: dict[tuple[Path, str], Message] = {
+    (folder, file): message
+    for folder in FOLDERS
+    for file, message in MAKE["messages"](folder).items()
+}
 KINDS: dict[str, tuple[Any, Any]] = {
     "PredictRequest": (wire.PredictRequest, predict_pb2.PredictRequest),
     "PredictResponse": (wire.PredictResponse, predict_pb2.PredictResponse),
@@ -42,7 +48,7 @@ def tables() -> tuple[list[list[str]], list[list[str]]]:
     """The rows of README's two tables, as cells without their backquotes."""
     rows = [
         [re.sub(r"^`(.*)`$", r"\1", cell.strip()) for cell in line.strip("|").split(" | ")]
-        for line in (GOLDEN / "README.md").read_text().splitlines()
+        for line in (NEW / "README.md").read_text().splitlines()
         if line.startswith("| `")
     ]
     return [row for row in rows if len(row) == 3], [row for row in rows if len(row) == 6]
@@ -52,10 +58,21 @@ FILES, TENSORS = tables()
 KIND_OF = {file: kind for file, kind, _ in FILES}
 
 
-def read(file: str) -> tuple[Any, Any]:
+@pytest.fixture(params=FOLDERS, ids=["new", "0.1.0"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+def described_tensors(folder: Path) -> list[list[str]]:
+    """The rows of the second table that hold in a folder."""
+    return [row for row in TENSORS if folder == NEW or row[1] != "model_id"]
+
+
+def read(file: str, folder: Path = NEW) -> tuple[Any, Any]:
     """The message in `file`, as ours and as TensorFlow Serving's."""
     ours, theirs = KINDS[KIND_OF[file]]
-    golden = (GOLDEN / file).read_bytes()
+    golden = (folder / file).read_bytes()
     return ours.FromString(golden), theirs.FromString(golden)
 
 
@@ -69,41 +86,46 @@ def read_by_tensorflow(tensor: Any) -> npt.NDArray[Any]:
     return np.asarray(array)
 
 
-def array_in(cell: str, dtype: str) -> npt.NDArray[Any]:
+def array_in(cell: str, dtype: str, folder: Path) -> npt.NDArray[Any]:
     if "manifest.json" in cell:
-        return np.array([MANIFEST.encode()], object)
+        return np.array([MANIFESTS[folder].encode()], object)
     if dtype == "DT_STRING":
         return np.vectorize(str.encode, otypes=[object])(np.array(json.loads(cell), object))
     return np.array(json.loads(cell), tf.as_dtype(wire.DataType.Value(dtype)).as_numpy_dtype)
 
 
-def test_every_file_is_made_described_and_there() -> None:
-    files = {path.name for path in GOLDEN.glob("*.bin")}
-    assert files == set(MADE) == set(KIND_OF)
+def test_every_file_is_made_described_and_there(folder: Path) -> None:
+    files = {path.name for path in folder.glob("*.bin")}
+    assert files == {file for of, file in MADE if of == folder} == set(KIND_OF)
     assert len(FILES) == len(KIND_OF)
-    described = {(file, name) for file, name, *_ in TENSORS}
-    assert len(described) == len(TENSORS)
+    described = {(file, name) for file, name, *_ in described_tensors(folder)}
+    assert len(described) == len(described_tensors(folder))
     predicted = [file for file, kind in KIND_OF.items() if kind.startswith("Predict")]
-    assert described == {(file, name) for file in predicted for name in tensors(read(file)[1])}
+    assert described == {
+        (file, name) for file in predicted for name in tensors(read(file, folder)[1])
+    }
 
 
-@pytest.mark.parametrize("file", sorted(MADE))
-def test_made_anew_every_file_has_the_same_bytes(file: str) -> None:
-    golden = (GOLDEN / file).read_bytes()
-    assert MADE[file].DESCRIPTOR.full_name == f"tensorflow.serving.{KIND_OF[file]}"
-    assert MAKE["serialized"](MADE[file]) == golden
-    for message in read(file):
+@pytest.mark.parametrize("file", sorted(KIND_OF))
+def test_made_anew_every_file_has_the_same_bytes(file: str, folder: Path) -> None:
+    golden = (folder / file).read_bytes()
+    made = MADE[folder, file]
+    assert made.DESCRIPTOR.full_name == f"tensorflow.serving.{KIND_OF[file]}"
+    assert MAKE["serialized"](made) == golden
+    for message in read(file, folder):
         assert message.SerializeToString(deterministic=True) == golden
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "dtype", "field", "shape", "cell"), TENSORS, ids=lambda cell: cell[:40]
+    ("folder", "file", "name", "dtype", "field", "shape", "cell"),
+    [(folder, *row) for folder in FOLDERS for row in described_tensors(folder)],
+    ids=lambda value: value.name if isinstance(value, Path) else value[:40],
 )
 def test_both_read_the_array_that_stands_in_the_table(
-    file: str, name: str, dtype: str, field: str, shape: str, cell: str
+    folder: Path, file: str, name: str, dtype: str, field: str, shape: str, cell: str
 ) -> None:
-    ours, theirs = (tensors(message)[name] for message in read(file))
-    expected = array_in(cell, dtype)
+    ours, theirs = (tensors(message)[name] for message in read(file, folder))
+    expected = array_in(cell, dtype, folder)
     assert json.loads(shape) == list(expected.shape)
     for tensor in (ours, theirs):
         assert wire.DataType.Name(tensor.dtype) == dtype
@@ -120,7 +142,7 @@ def test_both_read_the_array_that_stands_in_the_table(
         ("embed_8_request.bin", "digits", "embed_8", None, []),
         ("classify_adaptive_request.bin", "digits", "classify_adaptive", None, []),
         ("features_request.bin", "digits", "features", None, []),
-        ("head_8_request.bin", "digits", "head_8", 3, ["class_ids", "logits"]),
+        ("head_8_request.bin", "digits", "head_8", 3, ["class_ids", "logits", "model_id"]),
         ("search_request.bin", "digits-index", "search", None, []),
         ("describe_request.bin", "digits", "describe", None, []),
         ("embed_8_response.bin", "digits", "embed_8", 3, None),
@@ -134,9 +156,16 @@ def test_both_read_the_array_that_stands_in_the_table(
     ],
 )
 def test_each_names_the_model_signature_and_version(
-    file: str, model: str, signature: str, version: int | None, outputs: list[str] | None
+    file: str,
+    model: str,
+    signature: str,
+    version: int | None,
+    outputs: list[str] | None,
+    folder: Path,
 ) -> None:
-    for message in read(file):
+    if outputs is not None and folder == OLD:
+        outputs = [name for name in outputs if name != "model_id"]
+    for message in read(file, folder):
         spec = message.model_spec
         assert (spec.name, spec.signature_name) == (model, signature)
         assert (spec.version.value if spec.HasField("version") else None) == version
@@ -144,13 +173,13 @@ def test_each_names_the_model_signature_and_version(
             assert list(message.output_filter) == outputs
 
 
-@pytest.mark.parametrize("file", sorted(file for file in MADE if "_request" in file))
-def test_a_client_of_ours_asks_in_the_same_bytes(file: str) -> None:
-    ours, _ = read(file)
+@pytest.mark.parametrize("file", sorted(file for file in KIND_OF if "_request" in file))
+def test_a_client_of_ours_asks_in_the_same_bytes(file: str, folder: Path) -> None:
+    ours, _ = read(file, folder)
     if KIND_OF[file] == "PredictRequest":
         for tensor in ours.inputs.values():
             tensor.CopyFrom(to_proto(from_proto(tensor)))
-    assert ours.SerializeToString(deterministic=True) == (GOLDEN / file).read_bytes()
+    assert ours.SerializeToString(deterministic=True) == (folder / file).read_bytes()
 
 
 def test_the_status_is_the_one_described() -> None:
@@ -166,10 +195,13 @@ def test_the_status_is_the_one_described() -> None:
         assert statuses == [(4, "LOADING", 0), (3, "AVAILABLE", 0), (2, "END", 5), (1, "END", 0)]
 
 
-def test_the_manifest_is_valid_and_of_this_model() -> None:
+def test_the_manifest_is_valid_and_of_this_model(folder: Path) -> None:
     schema = Path(keras_mrl_serving.__file__).parent / "manifest.schema.json"
-    jsonschema.Draft202012Validator(json.loads(schema.read_text())).validate(json.loads(MANIFEST))
-    manifest = Manifest.from_json(MANIFEST)
+    jsonschema.Draft202012Validator(json.loads(schema.read_text())).validate(
+        json.loads(MANIFESTS[folder])
+    )
+    manifest = Manifest.from_json(MANIFESTS[folder])
+    assert manifest.model_id == (None if folder == OLD else MAKE["MODEL_ID"])
     assert manifest.name == "digits"
     assert manifest.cascade is not None
     assert CascadePolicy.from_json(manifest.cascade).dims == manifest.dims == (8, 16)
@@ -177,7 +209,7 @@ def test_the_manifest_is_valid_and_of_this_model() -> None:
 
 
 def test_the_answer_follows_from_the_manifest_s_own_cascade() -> None:
-    manifest = Manifest.from_json(MANIFEST)
+    manifest = Manifest.from_json(MANIFESTS[NEW])
     assert manifest.cascade is not None
     first = CascadePolicy.from_json(manifest.cascade).stages[0]
     outputs = read("classify_adaptive_response_values.bin")[0].outputs

@@ -135,6 +135,7 @@ def test_what_an_export_writes_is_valid(tmp_path: Path) -> None:
     VALIDATOR.validate(written)
     assert written["cascade"]
     assert written["top_k"] == 3
+    assert written["model_id"]
 
 
 def test_only_what_a_reader_needs_is_required() -> None:
@@ -185,6 +186,8 @@ BROKEN: list[tuple[Manifest, str, Any]] = [
     (ENCODER, "inputs.image", {"dtype": "float32"}),
     (ENCODER, "inputs.image.dtype", 1),
     (ENCODER, "inputs.image.shape", 4),
+    (ENCODER, "model_id", "5"),
+    (ENCODER, "model_id", 1.5),
     (CLASSIFIER, "weights", 1.0),
     (CLASSIFIER, "cascade.stages", []),
     (CLASSIFIER, "cascade.stages.0.threshold", None),
@@ -209,6 +212,8 @@ BROKEN_FOR_A_WRITER: list[tuple[Manifest, str, Any]] = [
     (ENCODER, "metric", "dot"),  # with normalize
     (ENCODER, "made_with.keras", 3),
     (ENCODER, "num_classes", 5),
+    (ENCODER, "model_id", 0),
+    (ENCODER, "model_id", 2**31),
     (ENCODER, "decoder", "jpeg"),
     (CLASSIFIER, "num_classes", None),
     (CLASSIFIER, "top_k", 0),

@@ -1,9 +1,11 @@
 """Writes the messages of the serving contract: `python tests/serving/golden/make.py`.
 
 With tensorflow-serving-api's own messages, so that nothing of ours stands between the files and
-TensorFlow Serving. README.md says what is in them, by hand: change both.
+TensorFlow Serving. README.md says what is in them, by hand: change both. The folder `0.1.0` holds
+the messages of models without `model_id`, and is written by the same functions.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from tensorflow.core.framework import tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2, predict_pb2
 
 HERE = Path(__file__).parent
+OLD = HERE / "0.1.0"
+MODEL_ID = 1_307_194_163  # of manifest.json
 # NumPy's dtype of the elements of a tensor, and the repeated field that holds them.
 FIELDS = {
     types_pb2.DT_FLOAT: ("<f4", "float_val"),
@@ -32,36 +36,47 @@ ADAPTIVE: dict[str, tuple[int, Any]] = {
 }
 
 
-def messages() -> dict[str, Message]:
-    """Each file's name and the message it holds."""
-    manifest = (HERE / "manifest.json").read_text().strip()
+def messages(folder: Path = HERE) -> dict[str, Message]:
+    """Each file's name and the message it holds; those of folder `OLD` are without `model_id`."""
+    manifest = (folder / "manifest.json").read_text().strip()
+    has_id = folder != OLD
+
+    def identified(signature: str, rows: int = 2, write: Any = values, **outputs: Any) -> Any:
+        ids = {"model_id": write(types_pb2.DT_INT32, [MODEL_ID] * rows)} if has_id else {}
+        return response(signature, **outputs, **ids)
+
     image = content(types_pb2.DT_FLOAT, IMAGES)
     features = content(types_pb2.DT_FLOAT, FEATURES)
     key = values(types_pb2.DT_STRING, [""])
     return {
         "embed_8_request.bin": request("embed_8", image=image),
-        "embed_8_response.bin": response("embed_8", embedding=values(types_pb2.DT_FLOAT, UNIT)),
+        "embed_8_response.bin": identified("embed_8", embedding=values(types_pb2.DT_FLOAT, UNIT)),
         "classify_adaptive_request.bin": request("classify_adaptive", image=image),
-        "classify_adaptive_response_values.bin": response(
+        "classify_adaptive_response_values.bin": identified(
             "classify_adaptive", **{name: values(*array) for name, array in ADAPTIVE.items()}
         ),
-        "classify_adaptive_response_content.bin": response(
-            "classify_adaptive", **{name: content(*array) for name, array in ADAPTIVE.items()}
+        "classify_adaptive_response_content.bin": identified(
+            "classify_adaptive",
+            write=content,
+            **{name: content(*array) for name, array in ADAPTIVE.items()},
         ),
         "features_request.bin": request("features", image=image),
-        "features_response.bin": response(
+        "features_response.bin": identified(
             "features", features=values(types_pb2.DT_FLOAT, FEATURES)
         ),
-        "features_response_short.bin": response(
-            "features", features=values(types_pb2.DT_FLOAT, FEATURES, kept=17)
+        "features_response_short.bin": identified(
+            "features",
+            write=partial(values, kept=1),
+            features=values(types_pb2.DT_FLOAT, FEATURES, kept=17),
         ),
         "head_8_request.bin": predict_pb2.PredictRequest(
             model_spec=spec("digits", "head_8", version=3),
             inputs={"features": content(types_pb2.DT_FLOAT, FEATURES[1:, :8])},
-            output_filter=["class_ids", "logits"],
+            output_filter=["class_ids", "logits", *(["model_id"] if has_id else [])],
         ),
-        "head_8_response.bin": response(
+        "head_8_response.bin": identified(
             "head_8",
+            rows=1,
             class_ids=values(types_pb2.DT_INT64, [[2, 0]]),
             logits=values(types_pb2.DT_FLOAT, [[-0.5, -1.25, 1.5]]),
         ),
@@ -69,6 +84,7 @@ def messages() -> dict[str, Message]:
         "search_response.bin": predict_pb2.PredictResponse(
             model_spec=spec("digits-index", "search", version=1),
             outputs={
+                **identified("search").outputs,
                 "ids": values(types_pb2.DT_INT64, [[7, 2**40, 0], [0, 7, 11]]),
                 "scores": values(types_pb2.DT_FLOAT, [[1, 0.5, -0.25], [0.75, 0.75, 0]]),
             },
@@ -153,5 +169,6 @@ def encoded(strings: Any) -> list[bytes]:
 
 
 if __name__ == "__main__":
-    for file_name, message in messages().items():
-        (HERE / file_name).write_bytes(serialized(message))
+    for folder in (HERE, OLD):
+        for file_name, message in messages(folder).items():
+            (folder / file_name).write_bytes(serialized(message))
