@@ -250,7 +250,9 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _specs(specs: Mapping[str, Mapping[str, Any]]) -> str:
-    return ", ".join(f"{n} {spec['dtype']} {_shape(spec['shape'])}" for n, spec in specs.items())
+    return ", ".join(
+        f"{n} {spec['dtype']} {_shape(spec['shape'])}" for n, spec in sorted(specs.items())
+    )
 
 
 def _shape(shape: Sequence[int | None] | None) -> str:
