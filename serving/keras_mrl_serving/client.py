@@ -59,7 +59,14 @@ class BaseClient(Generic[TransportT]):
             else _transport.check_transport(target, self._send)
         )
         replicas = _transport.count_replicas(target)
-        self._conversation = Conversation(self.target, model, self.options, replicas, label=label)
+        self._conversation = Conversation(
+            self.target,
+            model,
+            self.options,
+            replicas,
+            label=label,
+            connections=lambda: getattr(self._transport, "connections", 0),
+        )
 
     @property
     def target(self) -> str:

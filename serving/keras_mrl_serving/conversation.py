@@ -4,9 +4,10 @@ An answer takes one or several *rounds*. A round holds *talks*, which may go on 
 is a generator that yields envelopes and is sent replies. `Client` and `AsyncClient` are two ways to
 run a round, and differ in nothing else.
 
-All calls of an answer go to the version that answered the first. The first part of many rows goes
-alone, because its answer names the version for all others. If that version goes away meanwhile, the
-answer starts over, once.
+All calls of an answer go to the version that answered the first, and all their rows must carry the
+`model_id` of one model, if the manifest names one. The first part of many rows goes alone, because
+its answer names the model for all others. If that version goes away meanwhile, or another model
+answers under its number, the answer starts over, once.
 
 Rows are split per flow, not per call. A part of a cascade is the features *and* the heads of the
 same rows, so the parts done before an error are answers, and memory holds the features of one part.
@@ -19,19 +20,22 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from copy import copy
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from . import corpus, flows, questions
-from .calls import AskManifest, AskSignatures, Call, Envelope, Reply, check_label
-from .contract import Manifest
+from .calls import Arrays, AskManifest, AskSignatures, Call, Envelope, Reply, check_label
+from .contract import DESCRIBE, MODEL_ID, Manifest
 from .errors import (
     DeadlineError,
+    EncoderMismatchError,
     InvalidInputError,
     KerasMrlError,
     ManifestError,
+    ModelChangedError,
     NoCascadeError,
     NoHeadError,
     NoIndexError,
@@ -43,6 +47,7 @@ from .errors import (
     call_error,
 )
 from .flows import Flow
+from .knowledge import Identity, Knowledge
 from .options import Options
 from .questions import Question, same_interface
 from .results import Partial, join
@@ -96,44 +101,9 @@ class Round:
             self._on_result(number, outcome)
 
 
-class Knowledge:
-    """The manifests and the signatures a client has read, by version; threads may share it.
-
-    Attributes:
-        version: The version that last answered a call to the newest; None before the first answer.
-
-    Examples:
-        >>> from keras_mrl_serving.calls import AskSignatures
-        >>> knowledge = Knowledge()
-        >>> knowledge.put(AskSignatures(), 3, {"embed_8": ...})
-        >>> knowledge.get(AskSignatures(), 3)
-        {'embed_8': Ellipsis}
-        >>> knowledge.get(AskSignatures()) is None  # nothing has answered yet
-        True
-    """
-
-    def __init__(self) -> None:
-        self.version: int | None = None
-        self._facts: dict[tuple[type, int], Any] = {}
-
-    def get(self, request: AskManifest | AskSignatures, version: int | None = None) -> Any:
-        """Return the facts of a version; None takes the last that answered. None if unknown."""
-        version = self.version if version is None else version
-        return None if version is None else self._facts.get((type(request), version))
-
-    def put(self, request: AskManifest | AskSignatures, version: int | None, facts: object) -> None:
-        """Remember what a version answered to a request."""
-        if version is None:
-            return
-        if len(self._facts) >= _MOST_FACTS:
-            self._facts = {}
-        self._facts[type(request), version] = facts
-
-
-_MOST_FACTS = 8  # more than two versions at once are rare
-
 # Errors that may only mean that the client remembers the manifest of an older version.
 _PERHAPS_STALE = (
+    EncoderMismatchError,
     InvalidInputError,
     ManifestError,
     NoCascadeError,
@@ -159,6 +129,7 @@ class Conversation:
         replicas: How many servers take turns; a version that one lacks is asked of the others.
         clock: Returns the time in seconds; only differences count.
         label: Label of the version that answers; None for the newest.
+        connections: Returns how many connections the transport has made.
 
     Examples:
         >>> from keras_mrl_serving import questions
@@ -176,6 +147,7 @@ class Conversation:
         replicas: int = 1,
         clock: Callable[[], float] = time.monotonic,
         label: str | None = None,
+        connections: Callable[[], int] = lambda: 0,
     ) -> None:
         self._label = check_label(label)
         self._replicas = replicas
@@ -183,7 +155,7 @@ class Conversation:
         self._model = model
         self._options = options
         self._clock = clock
-        self._knowledge = Knowledge()
+        self._knowledge = Knowledge(connections)
 
     def with_options(self, options: Options) -> Conversation:
         """Return a conversation that shares this one's knowledge, and asks by other options."""
@@ -222,9 +194,10 @@ class Conversation:
             return file.finish()
 
     def ask(self, question: Question[Any, T], progress: Progress | None = None) -> Rounds[T]:
-        """Answer a question; one version answers all of its calls.
+        """Answer a question; one model answers all of its calls.
 
-        If that version goes away meanwhile, the answer starts over, once.
+        If its version goes away meanwhile, or another model answers under its number, the answer
+        starts over, once.
 
         Args:
             question: What to ask.
@@ -233,11 +206,12 @@ class Conversation:
         Raises:
             KerasMrlError: As the transport raised it, with `partial` if rows were answered.
             VersionChangedError: If the answering version went away twice.
+            ModelChangedError: If another model answered under its number, twice.
         """
         deadline = self._deadline()
         try:
             return (yield from self._ask(question, progress, deadline))
-        except VersionNotFoundError as error:
+        except (VersionNotFoundError, ModelChangedError) as error:
             self._knowledge.version = None
             if error.partial is not None:  # each of many parts has the whole timeout
                 deadline = self._deadline()
@@ -248,6 +222,9 @@ class Conversation:
             if error.version is None:  # no version had answered: it is the label that has none
                 raise
             raise self._version_changed(error) from error
+        except ModelChangedError:
+            self._knowledge.version = None
+            raise
 
     def _ask(
         self, question: Question[Any, T], progress: Progress | None, deadline: float
@@ -258,16 +235,15 @@ class Conversation:
         try:
             return (yield from self._ask_by(facts, question, progress, deadline))
         except _PERHAPS_STALE as error:
-            version = error.version
-            if version is not None and isinstance(facts, Manifest):
-                fresh: Any = yield from self._run_talk(self._manifest_of(version, deadline))
+            identity, fresh = None, facts
+            if error.version is not None and isinstance(facts, Manifest):
+                fresh = yield from self._run_talk(self._read_manifest(error.version, deadline))
+                identity = Identity(error.version, fresh.model_id)
             elif remembered is not None:
                 fresh = yield from self._learn(question.needs, deadline)
-            else:
-                raise
             if fresh == facts:
                 raise
-        return (yield from self._ask_by(fresh, question, progress, deadline, version))
+        return (yield from self._ask_by(fresh, question, progress, deadline, identity))
 
     def _ask_by(
         self,
@@ -275,30 +251,33 @@ class Conversation:
         question: Question[Any, T],
         progress: Progress | None,
         deadline: float,
-        version: int | None = None,
+        identity: Identity | None = None,
     ) -> Rounds[T]:
-        """Ask by `facts`, or by those of the version that answers if its interface is another."""
+        """Ask by `facts`, or by those of the model that answers if its interface is another."""
         facts_before = None
         while facts is not facts_before:
             parts = question.parts(facts, self._options)
-            talk = self._talk(question.flow(facts, parts[0]), version, deadline)
-            first, version = yield from self._run_talk(talk)
+            talk = self._talk(question.flow(facts, parts[0]), identity, deadline, facts)
+            first, identity = yield from self._run_talk(talk)
             facts_before = facts
-            facts = yield from self._current_facts(version, facts, question, deadline)
+            facts = yield from self._current_facts(identity, facts, question, deadline)
+            if facts is not facts_before and identity is not None:
+                identity = Identity(identity.version, facts.model_id)
         if len(parts) == 1:
             if progress:
                 progress(_count_rows(parts[0]), _count_rows(parts[0]))
             return first
-        return (yield from self._ask_rest(facts, question, parts, first, version, progress))
+        return (yield from self._ask_rest(facts, question, parts, first, identity, progress))
 
     def _current_facts(
-        self, version: int | None, facts: Any, question: Question[Any, T], deadline: float
+        self, identity: Identity | None, facts: Any, question: Question[Any, T], deadline: float
     ) -> Rounds[Any]:
-        """Return the manifest of the version that answered, or `facts` if the interface is one."""
-        remembered = self._knowledge.get(question.needs, version)
-        if version is None or remembered is facts or not isinstance(facts, Manifest):
+        """Return the manifest of the model that answered, or `facts` if the interface is one."""
+        if identity is None or not isinstance(facts, Manifest):
             return facts
-        manifest: Manifest = yield from self._run_talk(self._manifest_of(version, deadline))
+        if self._knowledge.get(question.needs, identity) is facts:
+            return facts
+        manifest: Manifest = yield from self._run_talk(self._manifest_of(identity, deadline))
         return facts if same_interface(manifest, facts) else manifest
 
     def _ask_rest(
@@ -307,10 +286,10 @@ class Conversation:
         question: Question[Any, T],
         parts: list[Any],
         first: T,
-        version: int | None,
+        identity: Identity | None,
         progress: Progress | None,
     ) -> Rounds[T]:
-        """Ask the parts after the first side by side, of the version that answered the first.
+        """Ask the parts after the first side by side, of the model that answered the first.
 
         Parts that found no server are asked once more.
         """
@@ -325,10 +304,13 @@ class Conversation:
             if progress:
                 progress(done, total)
 
-        take(0, (first, version))
+        take(0, (first, identity))
         for is_last_try in (False, True):
             missing = [i for i in range(len(parts)) if i not in answers]
-            talks = {i: self._talk(question.flow(facts, parts[i]), version, None) for i in missing}
+            talks = {
+                i: self._talk(question.flow(facts, parts[i]), identity, None, facts)
+                for i in missing
+            }
             current = Round(talks, take)
             yield current
             if not current.errors:
@@ -353,33 +335,53 @@ class Conversation:
         return answer
 
     def _talk(
-        self, flow: Flow[T], version: int | None, deadline: float | None
-    ) -> Talk[tuple[T, int | None]]:
-        """Run a flow; return its result and the version that answered.
+        self,
+        flow: Flow[T],
+        identity: Identity | None,
+        deadline: float | None,
+        facts: object = None,
+    ) -> Talk[tuple[T, Identity | None]]:
+        """Run a flow; return its result and the model that answered.
 
         Args:
             flow: The flow.
-            version: The version that must answer; None for the one that answers the first call.
+            identity: The model that must answer; None for the one that answers the first call.
             deadline: Time by which the last call must be answered; None for a timeout that begins
                 when the flow does.
+            facts: What the flow was made by. If it is a manifest that names a `model_id`, every
+                answer must carry one.
         """
         deadline = self._deadline() if deadline is None else deadline
+        named_id = facts.model_id if isinstance(facts, Manifest) else None
         answer: Any = None
         while True:
             try:
                 request = flow.send(answer)
             except StopIteration as done:
-                return done.value, version
+                return done.value, identity
             except KerasMrlError as error:  # raised by the flow about the answer it was sent
-                error.version = version
+                error.version = None if identity is None else identity.version
                 raise
             if isinstance(request, AskManifest):
-                answer = yield from self._manifest_of(version, deadline)
+                answer = yield from self._manifest_of(identity, deadline)
                 continue
+            if named_id is not None and isinstance(request, Call):
+                request = _asking_model_id(request)
+            version = None if identity is None else identity.version
             reply = yield from self._send(request, version, deadline)
             answer = reply.answer
-            if version is None and reply.version is not None:
-                version = self._knowledge.version = reply.version
+            if reply.version is None:
+                continue
+            answering = Identity(reply.version)
+            if named_id is not None and isinstance(request, Call):
+                expected_id = named_id if identity is None else identity.model_id
+                answering = Identity(reply.version, _model_id_in(answer, request, expected_id))
+            if identity is None:
+                identity = answering
+                self._knowledge.answered(identity, isinstance(facts, Manifest))
+            elif answering != identity:
+                received = f"an answer of {answering} after one of {identity}"
+                raise self._model_changed(received, request, identity.version)
 
     def _send(self, request: Any, version: int | None, deadline: float) -> Talk[Reply[Any]]:
         """Send one call; a call to one version goes to replica after replica until one has it."""
@@ -388,21 +390,37 @@ class Conversation:
                 return (yield self._envelope(request, version, deadline))
         return (yield self._envelope(request, version, deadline))
 
-    def _manifest_of(self, version: int | None, deadline: float) -> Talk[Manifest]:
-        remembered: Manifest | None = self._knowledge.get(AskManifest(), version)
+    def _manifest_of(self, identity: Identity | None, deadline: float) -> Talk[Manifest]:
+        """Return the manifest of a model, as remembered or read anew; None is the newest."""
+        remembered: Manifest | None = self._knowledge.get(AskManifest(), identity)
         if remembered is not None:
             return remembered
-        manifest, answering = yield from self._talk(flows.describe(), version, deadline)
-        self._knowledge.put(AskManifest(), answering, manifest)
+        version = None if identity is None else identity.version
+        manifest = yield from self._read_manifest(version, deadline)
+        if identity is not None and identity.model_id not in (None, manifest.model_id):
+            answering = Identity(identity.version, manifest.model_id or 0)
+            received = f"an answer of {identity} and the manifest of {answering}"
+            raise self._model_changed(received, Call(DESCRIBE, {}), identity.version)
+        return manifest
+
+    def _read_manifest(self, version: int | None, deadline: float) -> Talk[Manifest]:
+        """Read the manifest of a version, None for the newest, and remember it."""
+        asked = None if version is None else Identity(version)
+        manifest, answering = yield from self._talk(flows.describe(), asked, deadline)
+        if answering is not None:
+            identity = Identity(answering.version, manifest.model_id)
+            self._knowledge.put(AskManifest(), identity, manifest)
         return manifest
 
     def _learn(self, request: AskManifest | AskSignatures, deadline: float) -> Rounds[Any]:
         """Read the manifest or the signatures of the newest version, and remember them."""
-        is_manifest = isinstance(request, AskManifest)
-        flow: Flow[Any] = flows.describe() if is_manifest else flows.signatures()
-        facts, version = yield from self._run_talk(self._talk(flow, None, deadline))
-        self._knowledge.put(request, version, facts)
-        return facts
+        if isinstance(request, AskManifest):
+            return (yield from self._run_talk(self._read_manifest(None, deadline)))
+        talk = self._talk(flows.signatures(), None, deadline)
+        signatures, answering = yield from self._run_talk(talk)
+        if answering is not None:
+            self._knowledge.put(request, answering, signatures)
+        return signatures
 
     def _envelope(self, request: Any, version: int | None, deadline: float) -> Envelope:
         remaining_s, timeout_s = deadline - self._clock(), self._options.timeout_s
@@ -415,6 +433,10 @@ class Conversation:
     def _deadline(self) -> float:
         return self._clock() + self._options.timeout_s
 
+    def _model_changed(self, received: str, request: Any, version: int) -> KerasMrlError:
+        envelope = Envelope(self._model, version, request, 0.0, self._options.timeout_s)
+        return call_error(ModelChangedError, envelope, self._target, received)
+
     def _version_changed(self, error: VersionNotFoundError) -> KerasMrlError:
         call, timeout_s = Call(error.signature or "", {}), self._options.timeout_s
         envelope = Envelope(self._model, error.version, call, 0.0, timeout_s)
@@ -423,6 +445,21 @@ class Conversation:
         if error.partial is not None:
             changed.partial = error.partial
         return changed
+
+
+def _asking_model_id(call: Call) -> Call:
+    return replace(call, outputs=(*call.outputs, MODEL_ID)) if call.outputs else call
+
+
+def _model_id_in(answer: Arrays, call: Call, expected: int | None) -> int | None:
+    """Return the id that every row carries: 0 if there is no such; `expected` if no row is."""
+    rows = _count_rows(call.inputs)
+    ids = answer.get(MODEL_ID)
+    if ids is None or ids.dtype.kind not in "iu" or ids.shape != (rows,):
+        return 0
+    if not rows:
+        return expected
+    return int(ids[0]) if (ids == ids[0]).all() else 0
 
 
 def _count_rows(part: Any) -> int:

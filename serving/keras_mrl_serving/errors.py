@@ -125,6 +125,10 @@ class VersionChangedError(ServerError):
     """The server unloaded the version that was answering, twice in one answer."""
 
 
+class ModelChangedError(VersionChangedError):
+    """Two models answered under one version number, twice in one answer."""
+
+
 class SignatureNotFoundError(ServerError, LookupError):
     """The model has no such signature: another exporter made it, or it was exported without it."""
 
@@ -197,6 +201,11 @@ _RULES_AND_REMEDIES: dict[type[KerasMrlError], tuple[str, str]] = {
         "All calls of one answer must reach one version.",
         "Let the server keep the version before the newest "
         "(model_version_policy latest {num_versions: 2}), or swap less often.",
+    ),
+    ModelChangedError: (
+        "One version number must stand for one model.",
+        "Give every export a number of its own (leave version out), and every replica the same "
+        "versions.",
     ),
     SignatureNotFoundError: (
         "The model must have the signature.",
