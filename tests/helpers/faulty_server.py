@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,23 @@ def echo(version: int) -> Model:
             x = np.insert(inputs["x"], 1, version, axis=1)
             return {"embedding": x[:, : int(dim)]}
         raise KeyError(call.signature)
+
+    return answer
+
+
+def identified(model: Model, model_id: int, **changes: Any) -> Model:
+    """Return a model whose rows carry an id, and whose manifest names it, or has other changes."""
+
+    def answer(call: Call) -> Arrays:
+        arrays = model(call)
+        if call.signature == contract.DESCRIBE:
+            named = replace(
+                Manifest.from_json(arrays["manifest"][0]), **{"model_id": model_id, **changes}
+            )
+            text = np.array([named.to_json().encode()], object)
+            return {"manifest": np.repeat(text, len(arrays["manifest"]))}
+        rows = len(next(iter(arrays.values())))
+        return {contract.MODEL_ID: np.full(rows, model_id, np.int32), **arrays}
 
     return answer
 

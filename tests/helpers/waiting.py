@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], expectation: str = "the condition") -> None:
-    """Return once the condition holds; after two minutes it is taken for lost."""
-    give_up = time.monotonic() + 120
+def wait_until(
+    condition: Callable[[], object], expectation: str = "the condition", timeout_s: float = 120
+) -> None:
+    """Return once the condition holds; after so long it is taken for lost."""
+    give_up = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > give_up:
             raise TimeoutError(f"{expectation} did not come about: {condition()!r}")
