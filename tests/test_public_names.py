@@ -93,6 +93,7 @@ PUBLIC = {
         "MessageTooLargeError",
         "ModelNotFoundError",
         "Neighbors",
+        "ModelChangedError",
         "NoCascadeError",
         "NoHeadError",
         "NoIndexError",

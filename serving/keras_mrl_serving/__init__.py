@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .errors import KerasMrlError as KerasMrlError
     from .errors import ManifestError as ManifestError
     from .errors import MessageTooLargeError as MessageTooLargeError
+    from .errors import ModelChangedError as ModelChangedError
     from .errors import ModelNotFoundError as ModelNotFoundError
     from .errors import NoCascadeError as NoCascadeError
     from .errors import NoHeadError as NoHeadError
@@ -74,7 +75,7 @@ _NAMES = {
     "errors": (
         "AccessDeniedError DamagedIndexError DeadlineError EncoderMismatchError "
         "InvalidInputError KerasMrlError ManifestError MessageTooLargeError "
-        "ModelNotFoundError NoCascadeError NoHeadError NoIndexError ServerError "
+        "ModelChangedError ModelNotFoundError NoCascadeError NoHeadError NoIndexError ServerError "
         "ServerUnavailableError SignatureNotFoundError TargetNotReachedError UnknownDimError "
         "VersionChangedError VersionNotFoundError"
     ),
