@@ -181,7 +181,7 @@ def test_a_corpus_goes_on_with_the_same_weights_alone(
 
 def test_an_index_that_was_replaced_is_asked_for_its_encoder_anew() -> None:
     def index(encoder: str, model_id: int) -> Model:
-        changes = {"kind": "index", "encoder_fingerprint": encoder, "cascade": None}
+        changes: dict[str, Any] = {"kind": "index", "encoder_fingerprint": encoder, "cascade": None}
         changes |= {"num_classes": None, "top_k": None, "funnel": FUNNEL.to_json()}
 
         def answer(call: Call) -> Arrays:
