@@ -1,16 +1,15 @@
 """The files a user names: rows for a model, embeddings, labels, a policy, the folder of a model.
 
 Arrays of `.npy` files are memory-mapped, and checked by their first row, so they may be larger than
-the memory. Pillow decodes images, and is imported only for a model that takes pixels.
+the memory; `keras_mrl_serving.untrusted` reads them. Pillow decodes images, and is imported only
+for a model that takes pixels.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import zipfile
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,22 @@ import numpy.typing as npt
 from keras_mrl_serving import CascadePolicy, InvalidInputError, Manifest, ManifestError
 from keras_mrl_serving.inputs import check_inputs
 from keras_mrl_serving.saved_model import GRAPH_FILE, list_versions
+from keras_mrl_serving.untrusted import (
+    JSON_BYTES,
+    UntrustedFileError,
+    open_file,
+    parse_json,
+    read_array,
+    read_arrays,
+    read_bytes,
+)
 
 from .shared import RefusalError, needing, refusing
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 IMAGES = (".jpg", ".jpeg", ".png")
+_IMAGE_BYTES = 2**31 - 1  # of a message that holds one
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 
@@ -61,7 +70,7 @@ def load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
         RefusalError: If the file does not read, or holds no rows of this model.
     """
     if is_image(file):
-        with _reading():
+        with _reading(file):
             return _image_row(file, manifest, scale)
     if Path(file).suffix.lower() in (".npy", ".npz"):
         return _checked(file, _by_input(file, load_arrays(file), manifest), manifest)
@@ -126,7 +135,7 @@ def _image_row(file: str, manifest: Manifest, scale: float) -> Arrays:
                 f"--scale {scale} for model {manifest.name!r}, which decodes images itself. "
                 "Leave it out."
             )
-        encoded = Path(file).read_bytes()
+        encoded = read_bytes(file, _IMAGE_BYTES)
         if not encoded:
             raise _damaged(file, "it is empty")
         row = np.empty(1, object)
@@ -163,7 +172,7 @@ def _decoded(file: str, height: int | None, width: int | None, channels: int) ->
     """
     with needing("images", "Images for a model that takes pixels are decoded by Pillow."):
         from PIL import Image, UnidentifiedImageError
-    with open(file, "rb") as stream:  # so that an OSError below is Pillow's, about the content
+    with open_file(file) as stream:  # so that an OSError below is Pillow's, about the content
         try:
             with Image.open(stream) as image:
                 if image.mode not in _EIGHT_BITS:
@@ -192,11 +201,8 @@ def load_arrays(file: str) -> Arrays:
     """
     if Path(file).suffix.lower() != ".npz":
         return {"": load_array(file)}
-    try:
-        with _reading(), np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise _damaged(file, "no .npz of numbers, or not a whole one") from error
+    with _reading(file):
+        return read_arrays(file)
 
 
 def load_array(file: str) -> npt.NDArray[Any]:
@@ -205,14 +211,8 @@ def load_array(file: str) -> npt.NDArray[Any]:
     Raises:
         RefusalError: If the file does not read, or holds none.
     """
-    try:
-        with _reading():
-            array = _mapped(file)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise _damaged(file, "no .npy of numbers, or not a whole one") from error
-    if not isinstance(array, np.ndarray):
-        raise _damaged(file, "it is an .npz")
-    return array
+    with _reading(file):
+        return read_array(file)
 
 
 def load_embeddings(flag: str, file: str) -> npt.NDArray[Any]:
@@ -247,16 +247,6 @@ def load_labels(flag: str, file: str, rows: int) -> npt.NDArray[Any]:
     return labels
 
 
-def _mapped(file: str) -> Any:
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except ValueError:  # an array without rows cannot be mapped
-        array = np.load(file, allow_pickle=False)
-        if isinstance(array, np.ndarray) and array.size:
-            raise
-        return array
-
-
 def _damaged(file: str, why: str) -> RefusalError:
     return RefusalError(
         f"A file must hold what its name says. Received: {file} ({why}). "
@@ -264,8 +254,15 @@ def _damaged(file: str, why: str) -> RefusalError:
     )
 
 
-def _reading() -> AbstractContextManager[None]:
-    return refusing(rule="Every file must be one that can be read.", remedy="Correct the path.")
+@contextmanager
+def _reading(file: str) -> Iterator[None]:
+    """Turn what reading a file raises into refusals."""
+    rule = "Every file must be one that can be read."
+    try:
+        with refusing(rule=rule, remedy="Correct the path.", place=file):
+            yield
+    except UntrustedFileError as error:
+        raise _damaged(file, str(error)) from error
 
 
 # A policy.
@@ -277,13 +274,14 @@ def load_policy(file: str) -> CascadePolicy:
     Raises:
         RefusalError: If the file does not read, or holds none.
     """
-    with refusing(rule="--policy must be a file that can be read.", remedy="Correct the path."):
-        text = Path(file).read_bytes()
+    rule = "--policy must be a file that can be read."
     try:
-        return CascadePolicy.from_json(json.loads(text))
+        with refusing(rule=rule, remedy="Correct the path."):
+            text = read_bytes(file, JSON_BYTES)
+        return CascadePolicy.from_json(parse_json(text))
     except ManifestError as error:
         raise RefusalError(f"{file}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RefusalError(
             "--policy must be the JSON of a CascadePolicy. "
             f"Received: {file} ({error}). Write it with json.dump(policy.to_json(), file)."

@@ -296,11 +296,11 @@ def _read(path: str, *, verify: bool) -> dict[str, Any]:
     saved = read(path, verify=verify)
     facts = IndexFacts.from_json(saved.card)
     sizes = {place.name: place.stat().st_size for place in saved.files.values()}
-    first = saved.files["first" if "first" in saved.files else "columns_0"]
+    first = saved.file("first" if "first" in saved.files else "columns_0")
     return {
         "index": path,
         "engine": saved.card["engine"],
-        "rows": len(saved.array("ids")),
+        "rows": len(saved.array("ids", (None,), np.int64)),
         **facts.to_json(),
         "first_stage": saved.card.get("first_stage"),
         "first_stage_bytes": sizes[first.name],

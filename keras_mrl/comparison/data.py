@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,11 +18,19 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from keras_mrl_serving.untrusted import (
+    UntrustedFileError,
+    open_archive,
+    read_arrays,
+    read_bytes,
+)
+
 Array = npt.NDArray[Any]
 
 KERAS_DATASETS = ("cifar10", "cifar100", "fashion_mnist", "mnist")
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+_FILE_BYTES = 2**28  # of one image
 _LARGEST = 64  # height and width of files where no size is requested: the nets are small
 _DAMAGED_TAGS = (SyntaxError, struct.error)  # what Pillow raises for EXIF tags it cannot read
 
@@ -118,7 +125,7 @@ def read(places: Sequence[str], size: int | None, test: bool = False) -> Images:
 
 def has_test(place: str) -> bool:
     """Return whether a place holds test images of its own."""
-    return _is_dataset(place) or (_is_npz(place) and "x_test" in _load_npz(place))
+    return _is_dataset(place) or (_is_npz(place) and "x_test.npy" in _names_in_npz(place))
 
 
 def _numbers_first(name: str) -> tuple[bool, int, str]:
@@ -163,21 +170,26 @@ def _from_keras(name: str, size: int | None, test: bool) -> Iterator[tuple[Array
 
 def _from_npz(place: str, size: int | None, test: bool) -> Iterator[tuple[Array, str]]:
     names = ("x_test", "y_test") if test else ("x_train", "y_train")
-    arrays = _load_npz(place)
+    arrays = _load_npz(place, names)
     if not set(names) <= set(arrays):
-        raise _no_images(place, f"only {', '.join(arrays) or 'nothing'}", names)
+        there = ", ".join(_names_in_npz(place)).replace(".npy", "")
+        raise _no_images(place, f"only {there or 'nothing'}", names)
     yield from _from_arrays(arrays[names[0]], arrays[names[1]], place, size)
 
 
-def _load_npz(place: str) -> dict[str, Array]:
+def _names_in_npz(place: str) -> Sequence[str]:
     try:
-        with open(place, "rb") as file:
-            arrays = np.load(file, allow_pickle=False)
-            if isinstance(arrays, np.ndarray):
-                raise ValueError("one array without a name")
-            return {name: arrays[name] for name in arrays.files if name[:2] in ("x_", "y_")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with open_archive(place) as archive:
+            return archive.names
+    except (OSError, UntrustedFileError) as error:
         raise _no_images(place, str(error), ("x_train", "y_train")) from error
+
+
+def _load_npz(place: str, names: tuple[str, str]) -> dict[str, Array]:
+    try:
+        return read_arrays(place, lambda name: name in names)
+    except (OSError, UntrustedFileError) as error:
+        raise _no_images(place, str(error), names) from error
 
 
 def _no_images(place: str, received: str, names: tuple[str, str]) -> ComparisonError:
@@ -241,19 +253,28 @@ def _image_files(place: Path) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of every image in a folder or a zip, in the order of the names."""
     if place.is_dir():
         for name in _names_of_images(place, _walk(place)):
-            yield name, (place / name).read_bytes()
-    elif zipfile.is_zipfile(place):
-        with zipfile.ZipFile(place) as archive:
-            # Some programs write the separators of their system.
-            stored = {name.replace("\\", "/"): name for name in archive.namelist()}
-            for name in _names_of_images(place, stored):
-                yield name, archive.read(stored[name])
-    else:
+            yield name, _read_file(place, place / name)
+        return
+    try:
+        with open_archive(place) as archive:
+            for name in _names_of_images(place, archive.names):
+                yield name, archive.read(name)
+    except (OSError, UntrustedFileError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ComparisonError(
             "Images come from a folder, a zip, an .npz or a Keras dataset. "
-            f"Received: {place}, which is none of them. "
+            f"Received: {place} ({reason}). "
             "Correct the path, or name cifar10, cifar100, fashion_mnist or mnist."
-        )
+        ) from error
+
+
+def _read_file(place: Path, file: Path) -> bytes:
+    try:
+        return read_bytes(file, _FILE_BYTES)
+    except UntrustedFileError as error:
+        raise ComparisonError(
+            f"An image must be a file. Received: {file.relative_to(place)}, {error}. Leave it out."
+        ) from error
 
 
 def _walk(folder: Path) -> Iterator[str]:

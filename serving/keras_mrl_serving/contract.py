@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import pairwise
-from math import isfinite
 from typing import Any
 
 from .errors import ManifestError, NoCascadeError, NoHeadError, NoIndexError, UnknownDimError
+from .untrusted import parse_json
 
 SCHEMA = 1
 
@@ -321,7 +321,6 @@ def _check_one_of(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 _EXPORT_AGAIN = "Export the model again with keras_mrl_export.export_saved_model."
-_DEEPEST = 32  # levels of a JSON value; copying or writing a manifest recurses for each level
 
 
 def parse_manifest(text: str | bytes) -> dict[str, Any]:
@@ -344,9 +343,8 @@ def parse_manifest(text: str | bytes) -> dict[str, Any]:
 schema 2. Install the version of keras-mrl that exported the model, or a later one.
     """
     try:
-        fields: dict[str, Any] = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        fields: dict[str, Any] = parse_json(text)
         schema = fields["schema"]
-        _check_depth(fields)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ManifestError(
             "A manifest is a JSON object with a schema. "
@@ -359,27 +357,6 @@ schema 2. Install the version of keras-mrl that exported the model, or a later o
         )
     _check(fields, _rules(), "")
     return fields
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not isfinite(number):
-        raise ValueError(f"{text} is no number of JSON, or too large a one")
-    return number
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [child for parent in level for child in _children(parent)]
-    if level:
-        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
-
-
-def _children(value: Any) -> Any:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 @cache

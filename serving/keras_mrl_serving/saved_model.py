@@ -13,8 +13,11 @@ from ._wire import signatures_of
 from .calls import Signature
 from .contract import MANIFEST_FILE, Manifest
 from .errors import ManifestError
+from .untrusted import JSON_BYTES, UntrustedFileError, read_bytes
 
 GRAPH_FILE = "saved_model.pb"
+
+_GRAPH_BYTES = 2**31 - 1  # of a message of protobuf
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
@@ -34,7 +37,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
         None
     """
     file = Path(folder) / MANIFEST_FILE
-    return Manifest.from_json(file.read_bytes()) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        return Manifest.from_json(read_bytes(file, JSON_BYTES, within=folder))
+    except UntrustedFileError as error:
+        raise ManifestError(
+            f"A manifest is a file of the version, no longer than {JSON_BYTES:,} bytes. "
+            f"Received: {file}, {error}. Copy the version again, or export it again."
+        ) from error
 
 
 def read_signatures(folder: str | os.PathLike[str]) -> dict[str, Signature]:
@@ -57,11 +68,12 @@ def read_signatures(folder: str | os.PathLike[str]) -> dict[str, Signature]:
     """
     file = Path(folder) / GRAPH_FILE
     try:
-        graphs = wire.SavedModel.FromString(file.read_bytes()).meta_graphs
+        graph = read_bytes(file, _GRAPH_BYTES, within=folder)
+        graphs = wire.SavedModel.FromString(graph).meta_graphs
         if not graphs:
             raise ValueError("it holds no graph")
         return signatures_of(graphs[0].signature_def)
-    except (DecodeError, ValueError) as error:  # a ValueError for an unknown dtype
+    except (DecodeError, ValueError) as error:  # a ValueError for an unknown dtype too
         raise ManifestError(
             f"{GRAPH_FILE} must be a SavedModel as TensorFlow writes it. "
             f"Received: {file} ({error}). Copy the version again, or export it again."

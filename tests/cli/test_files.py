@@ -1,5 +1,6 @@
 """The files a command reads: images, rows of arrays, policies."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from keras_mrl_cli.files import load_rows
 from keras_mrl_serving import Manifest
 from tests.helpers.cli import BLUE, RED, Ended, lines, paint
+from tests.helpers.hostile_files import archives, arrays
 from tests.helpers.input_models import SPECS
 
 Ask = Callable[..., Ended]
@@ -114,10 +116,10 @@ def test_files_that_do_not_fit(ask: Ask) -> None:
         "wide.npy": takes + "wide.npy with x float32 (7, 5). Prepare the rows as in training.",
         "flat.npy": takes + "flat.npy with x float32 (3). Prepare the rows as in training.",
         "number.npy": takes + "number.npy with x float32 (). Prepare the rows as in training.",
-        "text.npy": torn.format("text.npy", "no .npy of numbers, or not a whole one"),
-        "text.npz": torn.format("text.npz", "no .npz of numbers, or not a whole one"),
-        "cut.npy": torn.format("cut.npy", "no .npy of numbers, or not a whole one"),
-        "pickle.npy": torn.format("pickle.npy", "no .npy of numbers, or not a whole one"),
+        "text.npy": torn.format("text.npy", "no .npy, or not a whole one"),
+        "text.npz": torn.format("text.npz", "no zip, or not a whole one (File is not a zip file)"),
+        "cut.npy": torn.format("cut.npy", "an array of float32 (50, 3), 600 bytes, in 200 bytes"),
+        "pickle.npy": torn.format("pickle.npy", "an array of Python objects"),
         "names.npz": "A file for model 'rows' must hold arrays named x. "
         "Received: names.npz with p, q. Save them by name with numpy.savez.",
         "words.txt": "Files must be .jpg, .jpeg, .png, .npy or .npz. Received: words.txt. "
@@ -169,3 +171,40 @@ def test_arrays_are_mapped_not_read(tmp_path: Path) -> None:
         kind="encoder",
     )
     assert isinstance(load_rows(str(tmp_path / "x.npy"), manifest, 1.0)["x"], np.memmap)
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(ask: Ask) -> None:
+    os.mkfifo("fifo.npy")
+    os.mkfifo("fifo.png")
+    os.mkfifo("policy.json")
+    Path("zero.npz").symlink_to("/dev/zero")
+    Path("zero.png").symlink_to("/dev/zero")
+    np.save("good.npy", np.zeros((1, 3), np.float32))
+    files = ["fifo.npy", "zero.npz", "fifo.png", "zero.png"]
+    kinds = ["a FIFO", "a device", "a FIFO", "a device"]
+    for model in ("pixels", "bytes"):
+        status, out, err = ask("classify", model, *files)
+        assert (status, out) == (1, "")
+        assert err.splitlines() == [
+            f"keras-mrl: A file must hold what its name says. Received: {file} "
+            f"({kind}, not a regular file). Make it anew, or leave it out."
+            for file, kind in zip(files, kinds, strict=True)
+        ]
+    assert ask("classify", "rows", "good.npy", "--policy", "policy.json") == (
+        1,
+        "",
+        "keras-mrl: --policy must be the JSON of a CascadePolicy. Received: policy.json "
+        "(a FIFO, not a regular file). Write it with json.dump(policy.to_json(), file).\n",
+    )
+
+
+def test_hostile_arrays_are_refused_each_by_its_name(ask: Ask) -> None:
+    files = []
+    for suffix, made in ((".npy", arrays()), (".npz", archives())):
+        for number, data in enumerate(made.values()):
+            files.append(f"{number}{suffix}")
+            Path(files[-1]).write_bytes(data)
+    status, out, err = ask("embed", "rows", *files)
+    assert (status, out) == (1, "")
+    refused = [line.partition(" Received: ")[2].partition(" ")[0] for line in err.splitlines()]
+    assert refused == files

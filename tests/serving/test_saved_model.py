@@ -1,5 +1,7 @@
 """SavedModels read without TensorFlow (tests/cli/test_inspect.py reads a real one); versions."""
 
+import os
+import random
 import re
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from keras_mrl_serving.saved_model import (
     sizes,
     version_number,
 )
+from tests.helpers.hostile_files import fuzzed, read_in_process
+
+SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
 
 MANIFEST = Manifest(
     name="m", kind="encoder", fingerprint="5e1f", dims=(8,), width=8, inputs={}, made_with={}
@@ -48,6 +53,77 @@ def test_a_graph_without_signatures_has_none(tmp_path: Path) -> None:
     saved = wire.SavedModel(meta_graphs=[wire.MetaGraphDef()])
     (tmp_path / "saved_model.pb").write_bytes(saved.SerializeToString())
     assert read_signatures(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["saved_model.pb", MANIFEST_FILE])
+def test_files_of_a_version_are_regular_ones_of_its_folder(name: str, tmp_path: Path) -> None:
+    reads = read_manifest if name == MANIFEST_FILE else read_signatures
+    (tmp_path / "passwords").write_text("secret")
+    file = tmp_path / "1" / name
+    file.parent.mkdir(parents=True)
+    for target, why in (
+        ("/dev/zero", "a link out of its folder"),
+        (tmp_path / "passwords", "a link out of its folder"),
+        ("pipe", "a FIFO, not a regular file"),
+    ):
+        file.unlink(missing_ok=True)
+        file.symlink_to(target)
+        if target == "pipe":
+            os.mkfifo(file.parent / "pipe")
+        with pytest.raises(ManifestError, match=re.escape(f"Received: {file}")) as caught:
+            reads(tmp_path / "1")
+        assert why in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+
+def test_a_manifest_is_short(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_FILE).parent.mkdir()
+    with open(tmp_path / MANIFEST_FILE, "wb") as file:
+        file.truncate(2**40)  # a hole: no disk is used
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(tmp_path)
+    assert str(caught.value) == (
+        "A manifest is a file of the version, no longer than 1,048,576 bytes. "
+        f"Received: {tmp_path / MANIFEST_FILE}, 1,099,511,627,776 bytes, more than 1,048,576. "
+        "Copy the version again, or export it again."
+    )
+
+
+READER = """
+from pathlib import Path
+from keras_mrl_serving.saved_model import ManifestError, read_manifest, read_signatures
+refusals = (ManifestError,)
+def read(path):
+    read_manifest(path)
+    read_signatures(path)
+"""
+
+
+@pytest.mark.soak
+def test_hostile_versions_take_little_memory(tmp_path: Path) -> None:
+    """100 damaged graphs, and 3,000 in `make soak`; and 3 MB of what is smallest and many."""
+    graph = wire.MetaGraphDef()
+    for dim in (8, 16):
+        graph.signature_def[f"embed_{dim}"].inputs["x"].tensor_shape.dim.add(size=-1)
+    whole = wire.SavedModel(meta_graphs=[graph]).SerializeToString()
+    chance = random.Random(0)
+    graphs = [fuzzed(whole, chance) for _ in range(3000 if SOAK else 100)]
+    entry = b"\x2a\x04\x0a\x02%c%c"  # a signature of two letters
+    many = b"".join(entry % (n % 251, n // 251) for n in range(251 * 250))
+    graphs += [b"\x12\x00" * 1_500_000, b"\x12" + varint(8 * len(many)) + 8 * many]
+    versions = []
+    for number, data in enumerate(graphs):
+        versions.append(tmp_path / str(number))
+        versions[-1].mkdir()
+        (versions[-1] / "saved_model.pb").write_bytes(data)
+    results, peak = read_in_process(READER, versions)
+    assert [result for result in results if result.startswith("RAISED")] == []
+    assert peak <= 300
+
+
+def varint(number: int) -> bytes:
+    low, rest = number & 127, number >> 7
+    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

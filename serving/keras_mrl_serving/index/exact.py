@@ -122,8 +122,14 @@ class ExactIndex(LocalIndex):
         """Return the index of files that were checked."""
         saved.check_engine(ENGINE)
         facts = IndexFacts.from_json(saved.card)
-        blocks = [saved.array(_block_name(stage)) for stage in range(len(facts.schedule.dims))]
-        return cls(facts, np.array(saved.array("ids")), blocks, np.array(saved.array("squares")))
+        ids = np.array(saved.array("ids", (None,), np.int64))
+        widths = np.diff(facts.schedule.dims, prepend=0).tolist()
+        blocks = [
+            saved.array(_block_name(stage), (len(ids), width), np.float32)
+            for stage, width in enumerate(widths)
+        ]
+        squares = saved.array("squares", (len(widths), len(ids)), np.float32)
+        return cls(facts, ids, blocks, np.array(squares))
 
     def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
         step = max(1, self.numbers_at_once // self._numbers_per_query(k, rows))

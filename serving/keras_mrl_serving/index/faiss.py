@@ -186,9 +186,14 @@ class FaissIndex(LocalIndex):
         """Return the index of files that were checked."""
         saved.check_engine(ENGINE)
         facts = IndexFacts.from_json(saved.card)
-        first = Shortlister.read(saved.files["first"], FirstStage(**saved.card["first_stage"]))
-        stages = {dim: saved.array(_stage_name(dim)) for dim in wider_dims(facts.schedule)}
-        return cls(facts, np.array(saved.array("ids")), first, stages, saved.card["plan"])
+        ids = np.array(saved.array("ids", (None,), np.int64))
+        stages = {
+            dim: saved.array(_stage_name(dim), (len(ids), dim), np.float32)
+            for dim in wider_dims(facts.schedule)
+        }
+        spec = FirstStage.from_json(saved.card.get("first_stage"))
+        first = Shortlister.read(saved.file("first"), spec, len(ids), facts)
+        return cls(facts, ids, first, stages, saved.card.get("plan"))
 
     @property
     def first_stage(self) -> FirstStage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DamagedIndexError
-from .base import Ids, Vectors
+from ..errors import DamagedIndexError, manifest_errors
+from .base import Ids, IndexFacts, Vectors
 
 Progress = Callable[[int, int], object]  # rows done, all rows
 
@@ -81,6 +82,26 @@ class FirstStage:
             'nprobe=1'
         """
         return cls(factory, _effort_setting(factory, graph=16, lists=1))
+
+    @classmethod
+    def from_json(cls, saved: Any) -> FirstStage:
+        """Read what was saved with an index.
+
+        Raises:
+            ManifestError: If `saved` is something else.
+
+        Examples:
+            >>> FirstStage.from_json({"factory": "HNSW32", "settings": "efSearch=64"}).settings
+            'efSearch=64'
+        """
+        rule = "A first stage has a factory and settings, texts of one line."
+        with manifest_errors(rule, saved, "wrote it"):
+            factory, settings = saved["factory"], saved["settings"]
+            if not (isinstance(factory, str) and isinstance(settings, str)):
+                raise TypeError("they are no texts")
+            if not factory.isprintable():
+                raise ValueError("its factory does not print")
+            return cls(factory, settings)
 
     @property
     def is_binary(self) -> bool:
@@ -264,22 +285,83 @@ class Shortlister:
             ) from error
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str], spec: FirstStage) -> Shortlister:
+    def read(
+        cls, path: str | os.PathLike[str], spec: FirstStage, rows: int, facts: IndexFacts
+    ) -> Shortlister:
         """Return what `write` wrote.
 
+        Args:
+            path: The file.
+            spec: The first stage it was made as.
+            rows: Rows of the gallery.
+            facts: Of the gallery: its first dim and its metric are those of the first stage.
+
         Raises:
-            DamagedIndexError: If FAISS does not read it.
+            DamagedIndexError: If FAISS does not read it, or it is of another gallery.
         """
         faiss = import_faiss()
         read = faiss.read_index_binary if spec.is_binary else faiss.read_index
+        dim = facts.schedule.dims[0]
         try:
-            return cls(read(os.fspath(path)), spec)
-        except RuntimeError as error:
+            with _bounded_by(os.stat(path).st_size):
+                index = read(os.fspath(path))
+            received = (index.ntotal, index.d, index.metric_type == faiss.METRIC_L2)
+            expected = (rows, dim, facts.metric == "l2" or spec.is_binary)
+            if received != expected or not _are_rows(index, rows):
+                raise ValueError("it is of another gallery")
+            shortlister = cls(index, spec)
+            shortlister.search(np.zeros((1, dim), np.float32), 1)  # or the first query would fail
+            return shortlister
+        except (RuntimeError, MemoryError, ValueError) as error:
             raise DamagedIndexError(
                 "A first stage is read as FAISS wrote it. "
                 f"Received: {os.fspath(path)!r} ({_reason(error)}). "
                 "Copy it again from where it is whole, or build the index anew."
             ) from error
+
+
+_LIMITS = threading.Lock()  # of FAISS's limits, which are the process's
+
+
+@contextmanager
+def _bounded_by(size: int) -> Iterator[None]:
+    """Let FAISS take no more memory for a vector than its file has bytes, whatever it says."""
+    faiss = import_faiss()
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):  # before FAISS 1.14
+        yield
+        return
+    with _LIMITS:
+        bytes_before = faiss.get_deserialization_vector_byte_limit()
+        loops_before = faiss.get_deserialization_loop_limit()
+        faiss.set_deserialization_vector_byte_limit(size + 1)
+        faiss.set_deserialization_loop_limit(size + 1)
+        try:
+            yield
+        finally:
+            faiss.set_deserialization_vector_byte_limit(bytes_before)
+            faiss.set_deserialization_loop_limit(loops_before)
+
+
+def _are_rows(index: Any, rows: int) -> bool:
+    """Return whether inverted lists name rows of the gallery alone, and each of them once.
+
+    FAISS reads the rows of a shortlist from wherever their numbers lead in memory.
+    """
+    faiss = import_faiss()
+    owner = index if isinstance(index, faiss.IndexBinaryIVF) else None
+    if isinstance(index, faiss.Index):
+        owner = faiss.try_extract_index_ivf(index)
+    if owner is None:
+        return True
+    lists, seen = owner.invlists, np.zeros(rows, bool)
+    for number in range(lists.nlist):
+        size = lists.list_size(number)
+        if size:
+            ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
+            if ids.min() < 0 or ids.max() >= rows:
+                return False
+            seen[ids] = True
+    return bool(seen.all())
 
 
 def import_faiss() -> Any:

@@ -20,6 +20,8 @@ from .first_stage import FirstStage
 
 Measure = Callable[[Ids], npt.NDArray[np.float64]]
 
+_RULE = "A plan names its funnels, and what was measured of each."
+
 
 def recall_against(truth: Ids) -> Measure:
     """Return the measure of how many of the true neighbours were found.
@@ -140,11 +142,13 @@ class Choice:
         Raises:
             ManifestError: If `saved` is something else.
         """
-        rule = "A plan names its funnels, and what was measured of each."
-        with manifest_errors(rule, saved, "wrote it"):
-            first = FirstStage(saved["factory"], saved["settings"])
+        with manifest_errors(_RULE, saved, "wrote it"):
+            first = FirstStage.from_json(saved)
             schedule = FunnelSchedule.from_json(saved["schedule"])
-            return cls(first, schedule, saved["quality"], saved["error"], saved["seconds"])
+            measured = (saved["quality"], saved["error"], saved["seconds"])
+            if not all(map(_is_number, measured)):
+                raise TypeError("what was measured is no numbers")
+            return cls(first, schedule, *measured)
 
 
 @dataclass(frozen=True)
@@ -202,9 +206,15 @@ class Plan:
             >>> Plan.from_json(plan.to_json()) == plan
             True
         """
-        front = saved.get("front")
-        choices = tuple(map(Choice.from_json, front if isinstance(front, list) else [{}]))
-        return cls(Choice.from_json(saved), saved.get("target", 0.0), choices)
+        with manifest_errors(_RULE, saved, "wrote it"):
+            front, target = saved["front"], saved.get("target", 0.0)
+            if not isinstance(front, list) or not _is_number(target):
+                raise TypeError("they are no list and no number")
+        return cls(Choice.from_json(saved), target, tuple(map(Choice.from_json, front)))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def table(front: Iterable[Choice], chosen: Choice | None = None) -> str:

@@ -11,11 +11,16 @@ written to.
 
 To open is to compare the size of every file with the card, and its digest too unless the caller
 waives that: a flipped bit in a memory-mapped matrix would be a wrong neighbour and no error.
+
+The digests find damage, not malice: whoever writes a card can write its digests. So a card names
+files by names that saving gives, which lie in its folder, and an array has the shape and the dtype
+that the facts of the index call for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -29,6 +34,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DamagedIndexError, ManifestError
+from ..untrusted import (
+    JSON_BYTES,
+    UntrustedFileError,
+    open_file,
+    parse_json,
+    read_array,
+    read_bytes,
+)
 from ..version import __version__
 
 try:
@@ -49,20 +62,56 @@ class SavedFiles:
     """The checked files of a saved index.
 
     Args:
+        folder: Where they lie.
         card: The facts of the index that `IndexWriter.commit` wrote.
         files: The path of each file by its name.
 
     Examples:
-        >>> SavedFiles({"engine": "exact"}, {}).card["engine"]
+        >>> SavedFiles(Path("birds.index"), {"engine": "exact"}, {}).card["engine"]
         'exact'
     """
 
+    folder: Path
     card: Mapping[str, Any]
     files: Mapping[str, Path]
 
-    def array(self, name: str) -> npt.NDArray[Any]:
-        """Return an array, memory-mapped and read-only."""
-        return np.load(self.files[name], mmap_mode="r", allow_pickle=False)
+    def file(self, name: str) -> Path:
+        """Return the path of a file.
+
+        Raises:
+            DamagedIndexError: If the card has none of this name.
+        """
+        if name not in self.files:
+            raise _damaged(self.folder, f"{CARD}, which names no file {name!r}")
+        return self.files[name]
+
+    def array(
+        self, name: str, shape: tuple[int | None, ...], dtype: npt.DTypeLike
+    ) -> npt.NDArray[Any]:
+        """Return an array, memory-mapped and read-only.
+
+        Args:
+            name: Of its file.
+            shape: That it must have; None is any size.
+            dtype: That it must have.
+
+        Raises:
+            DamagedIndexError: If it is another.
+        """
+        path = self.file(name)
+        try:
+            array = read_array(path, within=self.folder)
+        except UntrustedFileError as error:
+            raise _damaged(self.folder, f"{path.name}, {error}") from error
+        fits = len(array.shape) == len(shape) and all(
+            expected in (None, size) for size, expected in zip(array.shape, shape, strict=True)
+        )
+        if not fits or array.dtype != dtype or not array.flags.c_contiguous:
+            expected = f"{np.dtype(dtype)} {shape}".replace("None", "any")
+            received = f"{array.dtype} {array.shape}"
+            order = "" if array.flags.c_contiguous else " column by column"
+            raise _damaged(self.folder, f"{path.name} of {received}{order} instead of {expected}")
+        return array
 
     def check_engine(self, engine: str) -> None:
         """Raise `ManifestError` if another engine than this one wrote the index."""
@@ -130,14 +179,16 @@ def open_saved(path: str | os.PathLike[str], make: Callable[[SavedFiles], T], *,
 
 def _card_bytes(folder: Path) -> bytes | None:
     try:
-        return (folder / CARD).read_bytes()
-    except OSError:
+        return read_bytes(folder / CARD, JSON_BYTES, within=folder)
+    except (OSError, UntrustedFileError):
         return None
 
 
 def _checked_files(folder: Path, verify: bool) -> SavedFiles:
     try:
-        text = (folder / CARD).read_bytes()
+        text = read_bytes(folder / CARD, JSON_BYTES, within=folder)
+    except UntrustedFileError as error:
+        raise _damaged(folder, f"{CARD}, {error}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"A saved index is a folder with a file {CARD}. Received: {os.fspath(folder)!r}, which "
@@ -147,18 +198,20 @@ def _checked_files(folder: Path, verify: bool) -> SavedFiles:
     paths = {name: folder / entry["name"] for name, entry in card["files"].items()}
     for name, entry in card["files"].items():
         _check_file(folder, paths[name], entry, verify)
-    return SavedFiles(card, paths)
+    return SavedFiles(folder, card, paths)
 
 
 def _checked_card(folder: Path, text: bytes) -> dict[str, Any]:
     try:
-        card = json.loads(text)
+        card = parse_json(text)
         digest = card.pop("sha256")
         if _card_text(card, digest) != text:
             raise ValueError("not the bytes that were written")
-        if card["format"] == FORMAT and digest != _card_digest(card):
-            raise ValueError("its digest differs")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if card["format"] == FORMAT:
+            if digest != _card_digest(card):
+                raise ValueError("its digest differs")
+            _check_entries(card["files"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder, f"{CARD}, which does not read ({error})") from error
     if card["format"] != FORMAT:
         raise ManifestError(
@@ -167,6 +220,16 @@ def _checked_card(folder: Path, text: bytes) -> dict[str, Any]:
             "Install the version of keras-mrl that wrote it, or a later one."
         )
     return dict(card)
+
+
+def _check_entries(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise an error that says why where an entry is none that saving writes."""
+    for name, entry in entries.items():
+        file, size, digest = entry["name"], entry["bytes"], entry["sha256"]
+        if not _DATA_OR_NEW_CARD.fullmatch(file):
+            raise ValueError(f"{file!r:.80} is no name that saving gives to a file")
+        if type(size) is not int or type(digest) is not str:
+            raise ValueError(f"{name!r:.80} has no size and no digest")
 
 
 def _card_text(card: Mapping[str, Any], digest: str) -> bytes:
@@ -180,19 +243,22 @@ def _card_digest(card: Mapping[str, Any]) -> str:
 def _check_file(folder: Path, path: Path, entry: Mapping[str, Any], verify: bool) -> None:
     """Compare the size of a file with the card's entry, and its digest if `verify`."""
     try:
-        size = path.stat().st_size
-        is_same = size != entry["bytes"] or not verify or _file_digest(path) == entry["sha256"]
+        with open_file(path, within=folder) as file:
+            size = os.fstat(file.fileno()).st_size
+            is_read = verify and size == entry["bytes"]
+            is_same = not is_read or _digest(file) == entry["sha256"]
     except OSError as error:
         raise _damaged(folder, f"{path.name}: {error.strerror}") from error
+    except UntrustedFileError as error:
+        raise _damaged(folder, f"{path.name}, {error}") from error
     if size != entry["bytes"]:
         raise _damaged(folder, f"{path.name} of {size} bytes instead of {entry['bytes']}")
     if not is_same:
         raise _damaged(folder, f"{path.name}, whose bytes have changed")
 
 
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(file: io.BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged(folder: Path, received: str) -> DamagedIndexError:
@@ -220,7 +286,7 @@ class IndexWriter:
         ...     writer.commit({"engine": "exact"})
         >>> from keras_mrl_serving.index.storage import read
         >>> saved = read(folder)
-        >>> saved.card["engine"], saved.array("ids").tolist()
+        >>> saved.card["engine"], saved.array("ids", (None,), np.int64).tolist()
         ('exact', [7, 2, 5])
     """
 
@@ -306,7 +372,8 @@ def _synced_entry(path: Path) -> dict[str, Any]:
     """Return a file's entry in the card, once the file is safe on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _file_digest(path)}
+        digest = _digest(file)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 def _sync_folder(path: Path) -> None:

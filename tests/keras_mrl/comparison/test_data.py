@@ -1,7 +1,10 @@
 """Images and their classes, read from everywhere."""
 
+import io
+import os
 import re
 import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,13 @@ from PIL import Image
 
 from keras_mrl.comparison.data import ComparisonError, Images, has_test, read, split_classes
 from tests.helpers.comparisons import random_images
+from tests.helpers.hostile_files import (
+    Member,
+    archives,
+    bomb,
+    npy,
+    raw_zip,
+)
 from tests.helpers.laws import exactly
 
 RNG = np.random.default_rng(0)
@@ -257,7 +267,7 @@ NONE = (
         (
             Path,
             "Images come from a folder, a zip, an .npz or a Keras dataset. "
-            "Received: {place}, which is none of them. "
+            "Received: {place} (No such file or directory). "
             "Correct the path, or name cifar10, cifar100, fashion_mnist or mnist.",
         ),
         (
@@ -281,11 +291,12 @@ NONE = (
         ),
         (
             nameless,
-            NO_IMAGES + "(one array without a name). Write it with np.savez_compressed.",
+            NO_IMAGES + "(no zip, or not a whole one (File is not a zip file)). "
+            "Write it with np.savez_compressed.",
         ),
         (
             stored(x=PIXELS, y=np.arange(12)),
-            NO_IMAGES + "(only nothing). Write it with np.savez_compressed.",
+            NO_IMAGES + "(only x, y). Write it with np.savez_compressed.",
         ),
     ],
 )
@@ -347,3 +358,42 @@ def test_unseen_classes_have_one_number_in_every_part() -> None:
             for pixels, label in zip(side.pixels, side.labels, strict=True):
                 (row,) = np.flatnonzero((part.pixels == pixels).all(axis=(1, 2, 3)))
                 assert part.names[part.labels[row]] == side.names[label]
+
+
+def test_hostile_archives_are_refused_in_little_memory(tmp_path: Path) -> None:
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "png")
+    image = png.getvalue()
+    zips = {
+        "a/pipe.txt": raw_zip(Member(b"a/1.txt", image)),
+        "encrypted": raw_zip(Member(b"a/1.png", image, flags=1)),
+        "upwards": raw_zip(Member(b"a/../../1.png", image)),
+        "absolute": raw_zip(Member(b"/a/1.png", image)),
+        "twice": raw_zip(Member(b"a/1.png", image), Member(b"a\\1.png", image)),
+        "other bytes": raw_zip(Member(b"a/1.png", image, crc=1)),
+        "a bomb": raw_zip(bomb(b"a/1.png", 3 * 2**30, image)),
+        "bzip2": raw_zip(Member(b"a/1.png", image, zipfile.ZIP_BZIP2)),
+        "a zip": raw_zip(Member(b"a/1.png", raw_zip(Member(b"b/1.png", image)))),
+    }
+    paths = [tmp_path / f"{number}.zip" for number in range(len(zips))]
+    for path, data in zip(paths, zips.values(), strict=True):
+        path.write_bytes(data)
+    archives_of_arrays = {**archives(), "x": raw_zip(bomb(b"x_train.npy", 3 * 2**30, npy()))}
+    arrays_of_images = [tmp_path / f"{number}.npz" for number in range(len(archives_of_arrays))]
+    for path, data in zip(arrays_of_images, archives_of_arrays.values(), strict=True):
+        path.write_bytes(data)
+    for name in ("folder", "pipe"):
+        (tmp_path / name / "a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe.zip")
+    os.mkfifo(tmp_path / "pipe" / "a" / "1.png")
+    (tmp_path / "folder" / "a" / "1.png").symlink_to("/dev/zero")
+    special = [tmp_path / "pipe.zip", tmp_path / "pipe", tmp_path / "folder", Path("/dev/zero")]
+    tracemalloc.start()
+    try:
+        for path in (*paths, *arrays_of_images, *special):
+            with pytest.raises(ComparisonError):
+                read([str(path)], None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= 64 * 2**20

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving.errors import DamagedIndexError
+from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import FirstStage
+from keras_mrl_serving.index.base import IndexFacts
 from keras_mrl_serving.index.first_stage import (
     Shortlister,
     check_first_stage,
@@ -18,6 +20,7 @@ from keras_mrl_serving.index.first_stage import (
 from tests.helpers.galleries import FLAT, Array, Refuses, clusters
 
 PREFIXES = clusters(0, 400, 16)
+FACTS = IndexFacts(FunnelSchedule((16,), (), 1), "dot")
 
 
 def built(
@@ -179,7 +182,7 @@ def test_a_disk_that_is_full_is_an_os_error(factory: str) -> None:
 def test_a_file_that_faiss_does_not_read(tmp_path: Path) -> None:
     (tmp_path / "first.faiss").write_bytes(b"no index")
     with pytest.raises(DamagedIndexError, match=r"^A first stage is read as FAISS wrote it. "):
-        Shortlister.read(tmp_path / "first.faiss", FLAT)
+        Shortlister.read(tmp_path / "first.faiss", FLAT, 1, FACTS)
 
 
 def test_without_faiss_it_says_how_to_get_it(

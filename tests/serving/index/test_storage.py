@@ -1,9 +1,11 @@
 """An index on disk: whole, or refused, whatever happened to its files."""
 
 import hashlib
+import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from tests.helpers.galleries import (
     rewrite_card,
     searches,
 )
+from tests.helpers.hostile_files import fuzzed, read_in_process
 
 SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
 
@@ -594,3 +597,171 @@ def test_files_are_named_as_the_next_save_expects(folder: Path) -> None:
     assert names
     assert all(map(storage.is_ours, names))
     assert not any(storage.is_ours(f"{name}.bak") for name in names)
+
+
+# Folders that somebody else wrote: whoever writes a card can write its digests.
+
+
+def signed(folder: Path, **data: bytes) -> None:
+    """Replace the bytes of files by name, with the digests that belong to them."""
+    entries = json.loads((folder / "index.json").read_text())["files"]
+    for name, replaced in data.items():
+        (folder / entries[name]["name"]).write_bytes(replaced)
+        digest = hashlib.sha256(replaced).hexdigest()
+        entries[name] |= {"bytes": len(replaced), "sha256": digest}
+    rewrite_card(folder, files=entries)
+
+
+@pytest.mark.parametrize(
+    "name", ["/dev/zero", "../other.npy", "ids.npy", "a/b.npy", "", "x\0.npy", 7, None]
+)
+def test_a_card_names_files_as_saving_does(name: Any, folder: Path) -> None:
+    entries = json.loads((folder / "index.json").read_text())["files"]
+    entries["ids"]["name"] = name
+    rewrite_card(folder, files=entries)
+    for verify in (True, False):
+        with pytest.raises(DamagedIndexError, match=r" with index\.json, which does not read \("):
+            open_index(folder, verify=verify)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "fifo", "../ids.npy", "/etc/hostname"])
+def test_a_file_of_an_index_is_a_regular_one_of_its_folder(
+    target: str, folder: Path, tmp_path: Path
+) -> None:
+    file = ids_of(folder)
+    shutil.copy(file, tmp_path / "ids.npy")
+    os.mkfifo(folder / "fifo")
+    card = folder / "index.json"
+    for replaced in (file, card):
+        whole = replaced.read_bytes()
+        replaced.unlink()
+        replaced.symlink_to(target)
+        for verify in (True, False):
+            with pytest.raises(DamagedIndexError, match=re.escape(f" with {replaced.name}, a ")):
+                open_index(folder, verify=verify)
+        replaced.unlink()
+        replaced.write_bytes(whole)
+    open_index(folder)
+
+
+def test_a_link_inside_the_folder_is_followed(folder: Path) -> None:
+    (folder / "..data").mkdir()
+    for file in [*folder.glob("*.npy"), folder / "index.json"]:
+        shutil.move(file, folder / "..data")
+        file.symlink_to(Path("..data") / file.name)
+    assert_equal(open_index(folder), open_index(folder))
+
+
+def saved_bytes(array: Array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+OTHER_IDS = {
+    "float": np.arange(20.0),
+    "fewer": np.arange(19),
+    "more": np.arange(21),
+    "two axes": np.arange(20)[:, None],
+    "of 32 bits": np.arange(20, dtype=np.int32),
+    "big-endian": np.arange(20, dtype=">i8"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(OTHER_IDS))
+def test_an_array_has_the_shape_and_dtype_that_the_facts_call_for(kind: str, folder: Path) -> None:
+    signed(folder, ids=saved_bytes(OTHER_IDS[kind]))
+    with pytest.raises(DamagedIndexError, match=r"^An index is read as it was written\. Received"):
+        open_index(folder)
+
+
+def test_rows_that_lie_about_their_dims_are_refused(folder: Path) -> None:
+    entries = json.loads((folder / "index.json").read_text())["files"]
+    names = [name for name in entries if name not in ("ids", "first")]
+    assert names
+    for name in names:
+        path = folder / entries[name]["name"]
+        whole = path.read_bytes()
+        rows = np.load(path)
+        for lie in (rows[:, :-1], rows[:-1], rows.astype(np.float64), np.asfortranarray(rows)):
+            if lie.shape == rows.shape and lie.dtype == rows.dtype and lie.flags.c_contiguous:
+                continue  # of one column: there is no order to lie about
+            signed(folder, **{name: saved_bytes(lie)})
+            with pytest.raises(DamagedIndexError, match=rf"{path.name} of .* instead of float32 "):
+                open_index(folder)
+        signed(folder, **{name: whole})
+    open_index(folder)
+
+
+def test_a_schedule_that_the_files_do_not_fit_is_refused(folder: Path) -> None:
+    for dims in ([2, 3, 5], [1, 3, 4], [2, 3, 4, 8]):
+        lists = [6] * (len(dims) - 1)
+        rewrite_card(folder, schedule={"dims": dims, "shortlists": lists, "k": 3})
+        with pytest.raises(DamagedIndexError):
+            open_index(folder)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"files": []},
+        {"files": {"ids": 3}},
+        {"files": {}},
+        {"engine": ["exact"]},
+        {"schedule": [1]},
+        {"metric": {}},
+        {"first_stage": None},
+        {"first_stage": {"factory": "Flat"}},
+        {"first_stage": {"factory": 3, "settings": ""}},
+        {"first_stage": {"factory": "Fl\x1bat", "settings": ""}},
+        {"first_stage": {"factory": "Flat", "settings": "nprobe=0"}},
+    ],
+    ids=str,
+)
+def test_a_card_of_other_types_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
+    FaissIndex.build(GALLERY, SCHEDULE, first_stage=FLAT).save(tmp_path)
+    rewrite_card(tmp_path, **changed)
+    with pytest.raises((DamagedIndexError, ManifestError)):
+        open_index(tmp_path)
+
+
+@pytest.mark.parametrize("card", [b" " * 2**21, b'{"a": ' * 10**5, b"[" * 40 + b"]" * 40])
+def test_a_card_is_short(card: bytes, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_bytes(card)
+    with pytest.raises(DamagedIndexError, match=r"index\.json, "):
+        open_index(tmp_path)
+
+
+OPENER = """
+from keras_mrl_serving.errors import DamagedIndexError, ManifestError
+from keras_mrl_serving.index import open_index
+import numpy as np
+import faiss
+faiss.omp_set_num_threads(1)
+refusals = (DamagedIndexError, ManifestError)
+def read(path):
+    index = open_index(path)
+    found = index.search(np.eye(16, dtype=np.float32)[:4])
+    assert set(found.ids.ravel().tolist()) <= {-1, *index.ids.tolist()}
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "BFlat"])
+def test_a_hostile_first_stage_takes_no_memory(factory: str, tmp_path: Path) -> None:
+    """60 of each kind, and 1,000 in `make soak`; their digests fit."""
+    gallery = drawn(0, 200, 16)
+    schedule, first_stage = FunnelSchedule((8, 16), (20,), 3), FirstStage.usual(factory)
+    chance, folders = random.Random(factory), []
+    FaissIndex.build(gallery, schedule, first_stage=first_stage).save(tmp_path / "whole")
+    entries = json.loads((tmp_path / "whole" / "index.json").read_text())["files"]
+    whole = (tmp_path / "whole" / entries["first"]["name"]).read_bytes()
+    for number in range(1000 if SOAK else 60):
+        folders.append(tmp_path / str(number))
+        shutil.copytree(tmp_path / "whole", folders[-1])
+        signed(folders[-1], first=fuzzed(whole, chance))
+    results, peak = read_in_process(OPENER, [tmp_path / "whole", *folders])
+    assert results[0] == "answered"
+    assert [result for result in results if result.startswith("RAISED")] == []
+    assert "DamagedIndexError" in {result.partition(" ")[0] for result in results}
+    assert peak <= 128
