@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import grpc
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.message import DecodeError
 
 from . import _wire_pb2 as wire
+from ._wire_fields import check_parts, dtype_name, full_shape, header, parse_answer
 from .calls import AskSignatures, AskStatus, Call, Envelope, Reply, Signature, VersionStatus
-from .errors import ServerError, call_error
+from .errors import ManifestError, ServerError, call_error
 
 
 class _Encoding(NamedTuple):
@@ -31,7 +33,7 @@ class _Encoding(NamedTuple):
 
 
 _HALF_BITS = _Encoding("uint16", "half_val", "int32")
-_ENCODINGS = {
+_ENCODINGS: dict[wire.DataType, _Encoding] = {
     wire.DT_FLOAT: _Encoding("float32", "float_val", "float32"),
     wire.DT_DOUBLE: _Encoding("float64", "double_val", "float64"),
     wire.DT_HALF: _HALF_BITS,
@@ -105,11 +107,11 @@ def from_proto(proto: wire.TensorProto) -> npt.NDArray[Any]:
         >>> from_proto(wire.TensorProto(dtype=wire.DT_HALF, tensor_shape=shape, half_val=[15360]))
         array([1., 1., 1., 1.], dtype=float16)
     """
-    shape = _full_shape(proto.tensor_shape)
+    shape = full_shape(proto.tensor_shape)
     count = math.prod(shape)
     if proto.dtype == wire.DT_STRING:
         content = proto.tensor_content
-        strings = _split_strings(content, shape) if content else list(proto.string_val)
+        strings = _split_strings(content, shape) if content else proto.string_val[:count]
         values = np.empty(len(strings), object)
         values[:] = strings
         return _fit(values, count, b"").reshape(shape)
@@ -154,17 +156,6 @@ def _string_bytes(element: object) -> bytes:
     )
 
 
-def _full_shape(shape: wire.TensorShapeProto) -> tuple[int, ...]:
-    sizes = tuple(dim.size for dim in shape.dim)
-    if shape.unknown_rank or any(size < 0 for size in sizes):
-        received = "an unknown rank" if shape.unknown_rank else f"sizes {sizes}"
-        raise ValueError(
-            f"a tensor's shape must be fully known. Received: {received}. "
-            "The tensor is damaged: ask again, and if it stays so look at what the server runs."
-        )
-    return sizes
-
-
 def _fit(values: npt.NDArray[Any], count: int, nothing: object) -> npt.NDArray[Any]:
     """Return exactly `count` values: repeat the last one (or `nothing`), or drop the surplus."""
     missing = count - len(values)
@@ -183,7 +174,7 @@ def _split_strings(content: bytes, shape: tuple[int, ...]) -> list[bytes]:
     count = math.prod(shape)
     sizes: list[int] = []
     size = shift = position = 0
-    while len(sizes) < count and position < len(content):
+    while len(sizes) < count and position < len(content) and shift < 64:
         size |= (content[position] & 0x7F) << shift
         shift += 7
         if content[position] < 0x80:
@@ -220,9 +211,9 @@ def stubs(channel: grpc.Channel | grpc.aio.Channel) -> dict[str, Any]:
         method: channel.unary_unary(
             method,
             request_serializer=request.SerializeToString,
-            response_deserializer=response.FromString,
+            response_deserializer=None,  # `decode` measures the bytes first
         )
-        for method, (request, response) in METHODS.items()
+        for method, (request, _) in METHODS.items()
     }
 
 
@@ -244,23 +235,28 @@ def encode(envelope: Envelope) -> tuple[str, Any]:
     return STATUS, wire.GetModelStatusRequest(model_spec=spec)
 
 
-def decode(envelope: Envelope, response: Any, target: str) -> Reply[Any]:
+def decode(envelope: Envelope, data: bytes, target: str) -> Reply[Any]:
     """Return the reply that a response holds.
 
+    Args:
+        envelope: The request.
+        data: The response as it travelled.
+        target: Address of the server, for the error.
+
     Raises:
-        ServerError: If the response holds a tensor that this client cannot read.
+        ManifestError: If an output is missing, or of another dtype or shape than promised.
+        ServerError: If the response is damaged, holds a tensor that this client cannot read, or
+            would take far more memory than it has bytes.
     """
     try:
         if isinstance(envelope.request, AskStatus):
-            return Reply(tuple(map(_version_status, response.model_version_status)), None)
-        version = response.model_spec.version.value
+            return Reply(_version_statuses(data), None)
         if isinstance(envelope.request, AskSignatures):
-            # The message calls itself tensorflow.serving.SignatureDefMap, so `Unpack` refuses it.
-            packed = response.metadata[_SIGNATURES].value
-            definitions = wire.SignatureDefMap.FromString(packed).signature_def
-            return Reply(signatures_of(definitions), version)
-        return Reply({n: from_proto(proto) for n, proto in response.outputs.items()}, version)
-    except ValueError as error:
+            return _signatures(data)
+        return _outputs(envelope.request, data)
+    except ManifestError:
+        raise
+    except (ValueError, DecodeError) as error:
         remedy = "Ask a model exported by keras_mrl_export.export_saved_model."
         received, details = "what this client cannot read", str(error)
         raise call_error(
@@ -268,9 +264,58 @@ def decode(envelope: Envelope, response: Any, target: str) -> Reply[Any]:
         ) from error
 
 
+# Whatever a small message claims, its arrays stay below this and eight times its own size.
+_SPARE_BYTES = 2**22
+# Of what a server says about its models. Of a thousand inputs, a signature has 10,000 fields.
+_MOST_BYTES, _MOST_FIELDS = 2**21, 50_000
+
+
+def _outputs(call: Call, data: bytes) -> Reply[dict[str, npt.NDArray[Any]]]:
+    response = parse_answer(data, call)
+    version = response.model_spec.version.value
+    tensors = {name: proto for name, proto in response.outputs.items() if call.reads(name)}
+    headers = {name: header(proto) for name, proto in tensors.items()}
+    call.check_answer(headers, response.outputs.keys() - tensors.keys(), version)
+    most_bytes = 8 * len(data) + _SPARE_BYTES
+    needed_bytes = sum(
+        math.prod(shape) * _item_bytes(tensors[name].dtype) for name, (_, shape) in headers.items()
+    )
+    if needed_bytes > most_bytes:
+        raise ValueError(
+            f"an answer of {len(data)} bytes may become arrays of {most_bytes} bytes. "
+            f"Received: shapes that need {needed_bytes} bytes. Send every value, not only the "
+            "first of equal ones, or fewer rows at once."
+        )
+    return Reply({name: from_proto(proto) for name, proto in tensors.items()}, version)
+
+
+def _item_bytes(dtype: wire.DataType) -> int:
+    return np.dtype(_ENCODINGS[dtype].bits).itemsize if dtype in _ENCODINGS else _POINTER_BYTES
+
+
+_POINTER_BYTES = 8  # of an array of strings
+
+
+def _signatures(data: bytes) -> Reply[dict[str, Signature]]:
+    check_parts(data, wire.GetModelMetadataResponse, _MOST_BYTES, _MOST_FIELDS)
+    response = wire.GetModelMetadataResponse.FromString(data)
+    # The message calls itself tensorflow.serving.SignatureDefMap, so `Unpack` refuses it.
+    packed = response.metadata[_SIGNATURES].value
+    check_parts(packed, wire.SignatureDefMap, _MOST_BYTES, _MOST_FIELDS)
+    definitions = wire.SignatureDefMap.FromString(packed).signature_def
+    return Reply(signatures_of(definitions), response.model_spec.version.value)
+
+
+def _version_statuses(data: bytes) -> tuple[VersionStatus, ...]:
+    check_parts(data, wire.GetModelStatusResponse, _MOST_BYTES, _MOST_FIELDS)
+    response = wire.GetModelStatusResponse.FromString(data)
+    return tuple(map(_version_status, response.model_version_status))
+
+
 def _version_status(status: wire.ModelVersionStatus) -> VersionStatus:
-    state = wire.ModelVersionStatus.State.Name(status.state)
-    return VersionStatus(status.version, state, status.status.error_message)
+    states = wire.ModelVersionStatus.State
+    known = status.state if status.state in states.values() else states.UNKNOWN
+    return VersionStatus(status.version, states.Name(known), status.status.error_message)
 
 
 def signatures_of(definitions: Mapping[str, wire.SignatureDef]) -> dict[str, Signature]:
@@ -284,13 +329,9 @@ def signatures_of(definitions: Mapping[str, wire.SignatureDef]) -> dict[str, Sig
 
 def _specs(infos: Any) -> dict[str, dict[str, object]]:
     return {
-        name: {"dtype": _dtype(info), "shape": _shape_spec(info)} for name, info in infos.items()
+        name: {"dtype": dtype_name(info.dtype), "shape": _shape_spec(info)}
+        for name, info in infos.items()
     }
-
-
-def _dtype(info: wire.TensorInfo) -> str:
-    name = wire.DataType.Name(info.dtype).removeprefix("DT_").lower()
-    return {"float": "float32", "double": "float64", "half": "float16"}.get(name, name)
 
 
 def _shape_spec(info: wire.TensorInfo) -> list[int | None] | None:

@@ -2,15 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from .errors import ManifestError
+
 Arrays = Mapping[str, npt.NDArray[Any]]
+Header = tuple[str, tuple[int, ...]]  # dtype and shape of a tensor
 T_co = TypeVar("T_co", covariant=True)
+
+LABEL_BYTES = 4096  # of a class name, on average; ImageNet's longest has 121
+_ROWS = "rows"
+
+
+class Output:
+    """What is promised of an output: its dtype, its size, and how long its strings are.
+
+    Args:
+        dtype: "float32", "int32", "int64", or "object" for strings.
+        size: Length of a row, None for any length; without it, each row is one value.
+        string_bytes: The longest that its strings are on average.
+
+    Examples:
+        >>> print(Output("float32", 8), Output("int64", None), Output("int32"))
+        float32 (rows, 8) int64 (rows, any) int32 (rows,)
+        >>> Output("float32", 8).fits(("float16", (3, 8)), rows=3)
+        True
+    """
+
+    def __init__(
+        self, dtype: str, *size: int | None, string_bytes: int | None = LABEL_BYTES
+    ) -> None:
+        self.dtype = dtype
+        self.string_bytes = string_bytes
+        self._shape: tuple[int | str | None, ...] | None = (_ROWS, *size)
+
+    @classmethod
+    def of_signature(cls, spec: Mapping[str, Any]) -> Output:
+        """Return what a signature promises of an output, whose first axis need not be rows.
+
+        Args:
+            spec: One of `Signature.outputs`.
+
+        Examples:
+            >>> print(Output.of_signature({"dtype": "string", "shape": [None, 2]}))
+            object (any, 2)
+        """
+        output = cls(array_dtype(spec["dtype"]), string_bytes=None)
+        output._shape = None if spec["shape"] is None else tuple(spec["shape"])
+        return output
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether its first axis is that of the rows sent."""
+        return self._shape is not None and self._shape[:1] == (_ROWS,)
+
+    def fits(self, header: Header, rows: int) -> bool:
+        """Whether a tensor is so many of these rows, in this dtype or a wider or narrower one."""
+        dtype, shape = header
+        if not _same_kind(dtype, self.dtype):
+            return False
+        if self._shape is None:
+            return True
+        expected = (rows if size == _ROWS else size for size in self._shape)
+        sizes = zip(shape, expected, strict=False)
+        return len(shape) == len(self._shape) and all(e is None or n == e for n, e in sizes)
+
+    def __str__(self) -> str:
+        if self._shape is None:
+            return f"{self.dtype} of any shape"
+        sizes = ", ".join("any" if size is None else str(size) for size in self._shape)
+        return f"{self.dtype} ({sizes}{',' if len(self._shape) == 1 else ''})"
+
+
+def array_dtype(name: str) -> str:
+    """Return the dtype of the array that a tensor of a named dtype becomes.
+
+    Examples:
+        >>> array_dtype("string"), array_dtype("bfloat16"), array_dtype("float16")
+        ('object', 'float32', 'float16')
+    """
+    return {"string": "object", "bfloat16": "float32"}.get(name, name)
+
+
+def _same_kind(dtype: str, promised: str) -> bool:
+    """Whether both are floats, integers of any sign, or strings; else, whether they are equal."""
+    try:
+        kinds = [np.dtype(name).kind for name in (dtype, promised)]
+    except TypeError:  # a dtype that NumPy lacks
+        return dtype == promised
+    one, other = ({"u": "i", "U": "O", "S": "O"}.get(kind, kind) for kind in kinds)
+    return one == other
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +107,8 @@ class Call:
         signature: Name of the signature.
         inputs: Its inputs by name, batch first.
         outputs: The outputs to return; none means all.
+        promised: What must hold of the outputs that are read; the others are not decoded. None
+            at all reads every output, whatever it is.
 
     Examples:
         >>> Call("embed_8", {"image": np.zeros((1, 3), np.float32)}).outputs
@@ -30,37 +118,45 @@ class Call:
     signature: str
     inputs: Arrays
     outputs: tuple[str, ...] = ()
+    promised: Mapping[str, Output] = field(default_factory=dict)
 
+    def reads(self, output: str) -> bool:
+        """Whether an output of the answer is read."""
+        return not self.promised or output in self.promised
 
-class Output:
-    """The dtype and the size that the contract promises for each row of an output.
+    def check_answer(
+        self,
+        tensors: Mapping[str, Header],
+        others: Iterable[str] = (),
+        version: int | None = None,
+    ) -> None:
+        """Raise `ManifestError` unless an answer is as promised.
 
-    Args:
-        dtype: "float32", "int32", "int64", or "object" for strings.
-        size: Length of a row, None for any length; without it, each row is one value.
+        Args:
+            tensors: Dtype and shape of each tensor by output name.
+            others: Names of further tensors, which are not read.
+            version: The version that answered.
 
-    Examples:
-        >>> print(Output("float32", 8), Output("int64", None), Output("int32"))
-        float32 (rows, 8) int64 (rows, any) int32 (rows,)
-        >>> Output("float32", 8).fits(np.zeros((3, 8), np.float16), rows=3)
-        True
-    """
-
-    def __init__(self, dtype: str, *size: int | None) -> None:
-        self.dtype = dtype
-        self._row_shape = size
-
-    def fits(self, array: npt.NDArray[Any], rows: int) -> bool:
-        """Whether an array is so many of these rows, in this dtype or a wider or narrower one."""
-        if array.ndim != 1 + len(self._row_shape) or len(array) != rows:
-            return False
-        kinds = {"f": "f", "i": "iu", "O": "OU"}[np.dtype(self.dtype).kind]
-        sizes = zip(array.shape[1:], self._row_shape, strict=True)
-        return array.dtype.kind in kinds and all(s is None or n == s for n, s in sizes)
-
-    def __str__(self) -> str:
-        sizes = "".join(f" {'any' if size is None else size}" for size in self._row_shape)
-        return f"{self.dtype} (rows,{sizes})"
+        Examples:
+            >>> call = Call("embed_8", {"x": np.zeros((2, 3))}, promised={"y": Output("int32")})
+            >>> call.check_answer({"y": ("int64", (2,))})
+        """
+        promised = self.promised.items()
+        rows = next((array.shape[0] for array in self.inputs.values() if array.ndim), 1)
+        if all(n in tensors and output.fits(tensors[n], rows) for n, output in promised):
+            return
+        received = [f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(tensors.items())]
+        text = ", ".join([*received, *sorted(others)]) or "nothing"
+        rule, remedy = "", "Look at what the server runs: its signature says otherwise."
+        if any(output.has_rows for output in self.promised.values()):
+            rule = ", with a row for each row sent"
+            remedy = "Export the model again with keras_mrl_export.export_saved_model."
+        error = ManifestError(
+            f"A signature must answer {', '.join(f'{n} {output}' for n, output in promised)}{rule}."
+            f" Received: {text:.400} for {rows} rows of signature {self.signature!r}. {remedy}"
+        )
+        error.version = version
+        raise error
 
 
 @dataclass(frozen=True)

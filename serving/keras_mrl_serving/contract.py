@@ -322,6 +322,9 @@ def _check_one_of(name: str, value: str, choices: Sequence[str]) -> None:
 
 _EXPORT_AGAIN = "Export the model again with keras_mrl_export.export_saved_model."
 
+# An exported model's manifest has about 2 KB. JSON may take forty times its size in memory.
+LARGEST_MANIFEST_BYTES = 2**18
+
 
 def parse_manifest(text: str | bytes) -> dict[str, Any]:
     """Return the JSON object of a manifest, with every value of the type that its schema names.
@@ -343,6 +346,8 @@ def parse_manifest(text: str | bytes) -> dict[str, Any]:
 schema 2. Install the version of keras-mrl that exported the model, or a later one.
     """
     try:
+        if len(text) > LARGEST_MANIFEST_BYTES:
+            raise ValueError(f"{len(text)} bytes are more than {LARGEST_MANIFEST_BYTES}")
         fields: dict[str, Any] = parse_json(text)
         schema = fields["schema"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:

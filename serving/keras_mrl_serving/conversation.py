@@ -387,8 +387,16 @@ class Conversation:
         """Send one call; a call to one version goes to replica after replica until one has it."""
         for _ in range(_TIMES_ROUND * (self._replicas - 1) if version is not None else 0):
             with suppress(VersionNotFoundError):
-                return (yield self._envelope(request, version, deadline))
-        return (yield self._envelope(request, version, deadline))
+                return (yield from self._send_once(request, version, deadline))
+        return (yield from self._send_once(request, version, deadline))
+
+    def _send_once(self, request: Any, version: int | None, deadline: float) -> Talk[Reply[Any]]:
+        envelope = self._envelope(request, version, deadline)
+        reply = yield envelope
+        if self._clock() > deadline:
+            received = "an answer that was decoded too late"
+            raise call_error(DeadlineError, envelope, self._target, received)
+        return reply
 
     def _manifest_of(self, identity: Identity | None, deadline: float) -> Talk[Manifest]:
         """Return the manifest of a model, as remembered or read anew; None is the newest."""

@@ -61,17 +61,11 @@ def ask(
         StopIteration: {'embedding': array([[0., 0., 0., 0., 0., 0., 0., 0.],
                [0., 0., 0., 0., 0., 0., 0., 0.]], dtype=float32)}
     """
-    answer = yield Call(signature, inputs, tuple(outputs) if only else ())
-    rows = len(next(iter(inputs.values())))
-    if any(name not in answer or not outputs[name].fits(answer[name], rows) for name in outputs):
-        received = ", ".join(f"{n} {a.dtype} {a.shape}" for n, a in sorted(answer.items()))
-        raise ManifestError(
-            f"A signature must answer {', '.join(f'{n} {o}' for n, o in outputs.items())}, "
-            f"with a row for each row sent. Received: {received or 'nothing'} for {rows} rows of "
-            f"signature {signature!r}. "
-            "Export the model again with keras_mrl_export.export_saved_model."
-        )
-    return {name: answer[name].astype(o.dtype, copy=False) for name, o in outputs.items()}
+    call = Call(signature, inputs, tuple(outputs) if only else (), outputs)
+    answer = yield call
+    call.check_answer({name: (str(array.dtype), array.shape) for name, array in answer.items()})
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity, which is looked for
+        return {name: answer[name].astype(o.dtype, copy=False) for name, o in outputs.items()}
 
 
 def describe() -> Flow[Manifest]:
@@ -81,13 +75,9 @@ def describe() -> Flow[Manifest]:
         >>> next(describe()).signature
         'describe'
     """
-    answer = yield Call(contract.DESCRIBE, {"key": np.array([b""], dtype=object)})
-    if "manifest" not in answer or answer["manifest"].shape != (1,):
-        raise ManifestError(
-            "A model describes itself by a manifest. "
-            f"Received: a describe signature with {', '.join(sorted(answer)) or 'no outputs'}. "
-            "Ask a model exported by keras_mrl_export.export_saved_model."
-        )
+    key = {"key": np.array([b""], dtype=object)}
+    text = Output("object", string_bytes=contract.LARGEST_MANIFEST_BYTES)
+    answer = yield from ask(contract.DESCRIBE, key, {"manifest": text})
     return Manifest.from_json(answer["manifest"][0])
 
 
@@ -122,6 +112,7 @@ def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classificatio
     dim = manifest.check_dim(dim)
     arrays = check_inputs(manifest.inputs, inputs)
     answer = yield from ask(contract.classify(dim), arrays, _class_outputs(manifest))
+    _check_classes(manifest, contract.classify(dim), answer)
     return _classification({**answer, "dim": np.full(len(answer["confidence"]), dim, np.int32)})
 
 
@@ -142,6 +133,14 @@ def classify_adaptive(manifest: Manifest, inputs: Inputs) -> Flow[Classification
     answer = yield from ask(
         contract.CLASSIFY_ADAPTIVE, arrays, {**_class_outputs(manifest), "dim": Output("int32")}
     )
+    _check_classes(manifest, contract.CLASSIFY_ADAPTIVE, answer)
+    unknown = answer["dim"][~np.isin(answer["dim"], manifest.dims)]
+    if len(unknown):
+        raise ManifestError(
+            "A row is decided by one of the dims that the model serves, "
+            f"{', '.join(map(str, manifest.dims))}. Received: dim {unknown[0]}. "
+            "Export the model again with keras_mrl_export.export_saved_model."
+        )
     return _classification(answer)
 
 
@@ -178,13 +177,13 @@ def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Fl
     for stage in policy.stages:
         prefix = {"features": features[undecided, : stage.dim]}
         answer = yield from ask(contract.head(stage.dim), prefix, outputs, only=True)
+        _check_classes(manifest, contract.head(stage.dim), answer)
         probabilities = softmax(answer["logits"], stage.temperature)
         confidence = confidence_in(policy.confidence, probabilities)
         if not np.isfinite(confidence).all():
             raise ServerError(
                 "Classes are decided by finite logits. Received: NaN or infinity from signature "
-                f"{contract.head(stage.dim)!r}, temperature {stage.temperature}. Look for NaN in "
-                "the inputs, or train the model to a finite loss."
+                f"{contract.head(stage.dim)!r}, temperature {stage.temperature}. {_LOOK_FOR_NAN}"
             )
         sure = (
             np.ones(len(undecided), dtype=bool)
@@ -217,6 +216,46 @@ def _class_outputs(manifest: Manifest) -> dict[str, Output]:
         "confidence": Output("float32"),
         **({"labels": Output("object", k)} if manifest.labels else {}),
     }
+
+
+_LOOK_FOR_NAN = "Look for NaN in the inputs, or train the model to a finite loss."
+
+
+def _check_classes(manifest: Manifest, signature: str, answer: Arrays) -> None:
+    """Raise unless an answer names classes of the model, and by finite numbers."""
+    for name in ("logits", "probabilities", "confidence"):
+        if name in answer:
+            _check_finite("Classes are decided by finite numbers.", signature, name, answer[name])
+    class_ids, num_classes = answer["class_ids"], manifest.num_classes or 0
+    _check_lengths(signature, {n: answer[n] for n in answer if n in _class_outputs(manifest)})
+    if not class_ids.shape[1] or (class_ids < 0).any() or (class_ids >= num_classes).any():
+        received = f"{class_ids.min()} to {class_ids.max()}" if class_ids.size else "none"
+        raise ManifestError(
+            f"A row is of at least one class, each in 0..{num_classes - 1}. Received: class ids "
+            f"{received} from signature {signature!r}. "
+            "Export the model again with keras_mrl_export.export_saved_model."
+        )
+
+
+def _check_lengths(signature: str, lists: Arrays) -> None:
+    """Raise unless all lists of a row are of one length."""
+    shapes = {name: array.shape for name, array in lists.items() if array.ndim > 1}
+    if len(set(shapes.values())) > 1:
+        raise ManifestError(
+            "The lists of a row must be of one length. "
+            f"Received: {', '.join(f'{n} {s}' for n, s in shapes.items())} from signature "
+            f"{signature!r}. Export the model again with keras_mrl_export.export_saved_model."
+        )
+
+
+def _check_finite(rule: str, signature: str, name: str, values: npt.NDArray[Any]) -> None:
+    finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+    if not finite.all():
+        first, count = int(np.argmin(finite)), int((~finite).sum())
+        raise ServerError(
+            f"{rule} Received: NaN or infinity in {name} of signature {signature!r}, in {count} of "
+            f"{len(values)} rows, first in row {first}. {_LOOK_FOR_NAN}"
+        )
 
 
 def _classification(columns: Arrays) -> Classification:
@@ -273,6 +312,7 @@ def search(
         raise InvalidInputError(str(error)) from error
     signature = contract.SEARCH if dim is None else contract.search(dim)
     answer = yield from ask(signature, arrays, _neighbor_outputs(manifest))
+    _check_neighbors(signature, answer)
     if encoder is not None:
         answering: Manifest = yield AskManifest()  # of the version that answered
         check_encoder(answering.encoder_fingerprint, encoder)
@@ -306,6 +346,7 @@ def retrieve(manifest: Manifest, inputs: Inputs) -> Flow[Neighbors]:
     manifest.check_index()
     arrays = check_inputs(manifest.inputs, inputs)
     answer = yield from ask(contract.RETRIEVE, arrays, _neighbor_outputs(manifest))
+    _check_neighbors(contract.RETRIEVE, answer)
     return Neighbors(answer["ids"], answer["scores"])
 
 
@@ -344,6 +385,19 @@ def _neighbor_outputs(manifest: Manifest) -> dict[str, Output]:
     return {"ids": Output("int64", k), "scores": Output("float32", k)}
 
 
+def _check_neighbors(signature: str, answer: Arrays) -> None:
+    """Raise unless each query has different ids, by finite scores."""
+    _check_lengths(signature, answer)
+    _check_finite("Neighbours are ranked by finite scores.", signature, "scores", answer["scores"])
+    ids = np.sort(answer["ids"], axis=1)
+    if (ids < 0).any() or (ids[:, 1:] == ids[:, :-1]).any():
+        raise ManifestError(
+            "The neighbours of a query are different rows, with ids of 0 or more. Received: "
+            f"negative or repeated ids from signature {signature!r}. "
+            "Export the index again with keras_mrl_export.export_index."
+        )
+
+
 def predict(
     signatures: Mapping[str, Signature],
     inputs: Inputs,
@@ -370,7 +424,10 @@ def predict(
             f"outputs must be some of those of signature {signature!r}: "
             f"{', '.join(sorted(spec.outputs))}. Received: {', '.join(unknown)}. Rename them."
         )
-    answer = yield Call(signature, as_arrays(spec.inputs, inputs), outputs)
+    names = outputs or tuple(spec.outputs)
+    promised = {name: Output.of_signature(spec.outputs[name]) for name in names}
+    call = Call(signature, as_arrays(spec.inputs, inputs), outputs, promised)
+    answer = yield call
     return dict(answer)
 
 

@@ -129,7 +129,7 @@ def read_bytes(path: Path, most: int, within: Path | None = None) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return a JSON value of finite numbers and few levels.
+    """Return a JSON value of finite numbers, whole characters, keys that differ and few levels.
 
     Raises:
         ValueError: If it is none.
@@ -141,12 +141,15 @@ def parse_json(text: str | bytes) -> Any:
         ...
         ValueError: it is nested more than 32 levels deep
     """
-    value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+    value = json.loads(
+        text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object
+    )
     level = [value]
     for _ in range(_DEEPEST):
         level = [child for parent in level for child in _children(parent)]
     if level:
         raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+    json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     return value
 
 
@@ -155,6 +158,13 @@ def _finite(text: str) -> float:
     if not isfinite(number):
         raise ValueError(f"{text} is no number of JSON, or too large a one")
     return number
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
 
 
 def _children(value: Any) -> Any:

@@ -190,7 +190,7 @@ def test_another_schema_is_refused(schema: object, manifest: Manifest, refuses: 
         ("9" * 100, f"'{'9' * 79} (TypeError: 'int' object is not subscriptable)"),
         (
             None,
-            "None (TypeError: the JSON object must be str, bytes or bytearray, not NoneType)",
+            "None (TypeError: object of type 'NoneType' has no len())",
         ),
     ],
 )

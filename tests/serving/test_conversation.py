@@ -405,9 +405,9 @@ def test_all_calls_of_an_answer_share_one_timeout() -> None:
         run(conversation.ask(questions.classify_adaptive(rows(2), POLICY)), model.send)
     assert model.sent == [("describe", 2.0), ("features", 1.8), ("head_2", 1.0)]
     assert str(caught.value) == (
-        "An answer must come within the timeout. Received: no time left for the next call from "
-        "host:8500 for model 'm' version 1, signature 'head_4', timeout 2 s. Send fewer rows at "
-        "once, or raise Options(timeout_s=...)."
+        "An answer must come within the timeout. Received: an answer that was decoded too late "
+        "from host:8500 for model 'm' version 1, signature 'head_2', timeout 2 s. "
+        "Send fewer rows at once, or raise Options(timeout_s=...)."
     )
     assert caught.value.version == 1
 

@@ -244,8 +244,9 @@ def test_a_describe_of_another_kind_is_refused() -> None:
     with pytest.raises(ManifestError) as caught:
         flow.send({"text": np.array([b"hello"], dtype=object)})
     assert str(caught.value) == (
-        "A model describes itself by a manifest. Received: a describe signature with text. "
-        "Ask a model exported by keras_mrl_export.export_saved_model."
+        "A signature must answer manifest object (rows,), with a row for each row sent. Received: "
+        "text object (1,) for 1 rows of signature 'describe'. "
+        "Export the model again with keras_mrl_export.export_saved_model."
     )
 
 
@@ -287,7 +288,7 @@ def test_classes_are_never_decided_by_nan(manifest: Manifest, model: Model) -> N
     def broken(call: Call) -> Arrays:
         return {n: a * np.nan if n == "logits" else a for n, a in model(call).items()}
 
-    with pytest.raises(ServerError, match="NaN or infinity from signature 'head_2'"):
+    with pytest.raises(ServerError, match="NaN or infinity in logits of signature 'head_2'"):
         drive(flows.classify_by(manifest, ROWS, TWO), broken)
 
 

@@ -416,7 +416,7 @@ def test_a_tensor_this_client_cannot_read_is_an_error_of_ours() -> None:
     strange.outputs["manifest"].dtype = wire.DT_COMPLEX64
     envelope = Envelope("default", None, Call("describe", {}), 1.0, 1.0)
     with pytest.raises(ServerError) as caught:
-        decode(envelope, strange, "host:8500")
+        decode(envelope, strange.SerializeToString(), "host:8500")
     assert str(caught.value) == (
         "The server must answer without an error. Received: what this client cannot read from "
         "host:8500 for model 'default', signature 'describe', timeout 1 s: a tensor's dtype must "
