@@ -143,10 +143,10 @@ def full_shape(shape: wire.TensorShapeProto) -> tuple[int, ...]:
             f"a tensor's shape must be fully known. Received: {received}. "
             "The tensor is damaged: ask again, and if it stays so look at what the server runs."
         )
-    if len(shape.dim) > _HIGHEST_RANK or math.prod(filter(None, sizes)) >= 2**60:
+    if len(shape.dim) > _HIGHEST_RANK:
         raise ValueError(
-            f"a tensor must have at most {_HIGHEST_RANK} axes and 2**60 values. "
-            f"Received: {len(shape.dim)} axes, {received}. {_DAMAGED}"
+            f"a tensor must have at most {_HIGHEST_RANK} axes. "
+            f"Received: {len(shape.dim)}. {_DAMAGED}"
         )
     return sizes
 
