@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from . import _wire_pb2 as wire
 from ._wire_fields import check_parts, dtype_name, full_shape, header, parse_answer
+from .answers import check_answer
 from .calls import AskSignatures, AskStatus, Call, Envelope, Reply, Signature, VersionStatus
 from .errors import ManifestError, ServerError, call_error
 
@@ -275,7 +276,7 @@ def _outputs(call: Call, data: bytes) -> Reply[dict[str, npt.NDArray[Any]]]:
     version = response.model_spec.version.value
     tensors = {name: proto for name, proto in response.outputs.items() if call.reads(name)}
     headers = {name: header(proto) for name, proto in tensors.items()}
-    call.check_answer(headers, response.outputs.keys() - tensors.keys(), version)
+    check_answer(call, headers, response.outputs.keys() - tensors.keys(), version)
     most_bytes = 8 * len(data) + _SPARE_BYTES
     needed_bytes = sum(
         math.prod(shape) * _item_bytes(tensors[name].dtype) for name, (_, shape) in headers.items()

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from . import _wire_pb2 as wire
+from .answers import check_answer
 from .calls import Call, Header, Output, array_dtype
 
 # An answer of no more bytes is parsed as it is: in memory it stays below 8 MB, whatever it holds.
@@ -52,7 +53,7 @@ def parse_answer(data: bytes, call: Call) -> wire.PredictResponse:
             else:
                 others.append(name)
     headers = {name: _header(tensor) for name, tensor in outputs.items()}
-    call.check_answer(headers, others, response.model_spec.version.value)
+    check_answer(call, headers, others, response.model_spec.version.value)
     for name, tensor in outputs.items():
         _check_size(name, tensor, headers[name], call.promised.get(name))
         response.outputs[name].MergeFromString(bytes(tensor))

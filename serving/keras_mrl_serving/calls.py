@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-
-from .errors import ManifestError
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Header = tuple[str, tuple[int, ...]]  # dtype and shape of a tensor
@@ -123,40 +121,6 @@ class Call:
     def reads(self, output: str) -> bool:
         """Whether an output of the answer is read."""
         return not self.promised or output in self.promised
-
-    def check_answer(
-        self,
-        tensors: Mapping[str, Header],
-        others: Iterable[str] = (),
-        version: int | None = None,
-    ) -> None:
-        """Raise `ManifestError` unless an answer is as promised.
-
-        Args:
-            tensors: Dtype and shape of each tensor by output name.
-            others: Names of further tensors, which are not read.
-            version: The version that answered.
-
-        Examples:
-            >>> call = Call("embed_8", {"x": np.zeros((2, 3))}, promised={"y": Output("int32")})
-            >>> call.check_answer({"y": ("int64", (2,))})
-        """
-        promised = self.promised.items()
-        rows = next((array.shape[0] for array in self.inputs.values() if array.ndim), 1)
-        if all(n in tensors and output.fits(tensors[n], rows) for n, output in promised):
-            return
-        received = [f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(tensors.items())]
-        text = ", ".join([*received, *sorted(others)]) or "nothing"
-        rule, remedy = "", "Look at what the server runs: its signature says otherwise."
-        if any(output.has_rows for output in self.promised.values()):
-            rule = ", with a row for each row sent"
-            remedy = "Export the model again with keras_mrl_export.export_saved_model."
-        error = ManifestError(
-            f"A signature must answer {', '.join(f'{n} {output}' for n, output in promised)}{rule}."
-            f" Received: {text:.400} for {rows} rows of signature {self.signature!r}. {remedy}"
-        )
-        error.version = version
-        raise error
 
 
 @dataclass(frozen=True)

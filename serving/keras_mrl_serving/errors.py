@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .calls import Envelope
+
 if TYPE_CHECKING:
-    from .calls import Envelope
     from .results import Partial
 
 
@@ -248,7 +249,7 @@ def call_error(
         remedy: What to do; None takes the remedy of the table.
 
     Examples:
-        >>> from keras_mrl_serving.calls import AskStatus, Envelope
+        >>> from keras_mrl_serving.calls import AskStatus
         >>> envelope = Envelope("birds", None, AskStatus(), 1.0, 1.0)
         >>> print(call_error(DeadlineError, envelope, "localhost:8500", "nothing"))
         An answer must come within the timeout. Received: nothing from localhost:8500 for model \

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import contract
+from .answers import check_answer
 from .calls import Arrays as Arrays
 from .calls import AskManifest, AskSignatures, AskStatus, Output, Signature, VersionStatus
 from .calls import Call as Call
@@ -63,7 +64,7 @@ def ask(
     """
     call = Call(signature, inputs, tuple(outputs) if only else (), outputs)
     answer = yield call
-    call.check_answer({name: (str(array.dtype), array.shape) for name, array in answer.items()})
+    check_answer(call, {name: (str(array.dtype), array.shape) for name, array in answer.items()})
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity, which is looked for
         return {name: answer[name].astype(o.dtype, copy=False) for name, o in outputs.items()}
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,12 @@ class Case:
 def right_outputs(signature: str, rows: int) -> dict[str, Any]:
     """Return the outputs of a signature by name."""
     kind, _, dim = signature.rpartition("_")
-    logits = np.tile(np.float32([3, 2, 1, 0, -1]), (rows, 1))
+    logits = np.tile(np.array([3, 2, 1, 0, -1], np.float32), (rows, 1))
     if kind == "head" and rows > 1:
         logits[1:] = 0  # the second row is decided by the wider head
     classes = {
         "class_ids": np.tile(np.arange(TOP_K), (rows, 1)),
-        "probabilities": np.tile(np.float32([0.7, 0.2, 0.1]), (rows, 1)),
+        "probabilities": np.tile(np.array([0.7, 0.2, 0.1], np.float32), (rows, 1)),
         "confidence": np.full(rows, 0.7, np.float32),
         "labels": np.tile(np.array([b"lynx", b"ibex", b"otter"], object), (rows, 1)),
     }
@@ -146,7 +146,7 @@ def _signatures() -> wire.SignatureDefMap:
         ("flags", "DT_BOOL", None),
     ):
         infos = signature.inputs if name == "x" else signature.outputs
-        infos[name].dtype = wire.DataType.Value(dtype)
+        infos[name].dtype = getattr(wire, dtype)
         infos[name].tensor_shape.unknown_rank = sizes is None
         for size in sizes or ():
             infos[name].tensor_shape.dim.add(size=size)
@@ -228,11 +228,11 @@ def _set(tensor: wire.TensorProto, field: str, values: Any) -> None:
 def _tensors() -> Iterator[tuple[str, Damage]]:
     for sizes in _shapes():
         name = f"shape {sizes!s:.60}"
-        yield name, lambda t, s=sizes: _reshape(t, s)
-        yield f"{name}, one value", lambda t, s=sizes: (_reshape(t, s), _one(t))
+        yield name, partial(_reshape, sizes=sizes)
+        yield f"{name}, one value", partial(_one, sizes=sizes)
     yield "unknown rank", lambda t: setattr(t.tensor_shape, "unknown_rank", True)
     for dtype in (*range(34), 101, 999, -5, 2**31 - 1):
-        yield f"dtype {dtype}", lambda t, d=dtype: setattr(t, "dtype", d)
+        yield f"dtype {dtype}", partial(_retype, dtype=dtype)
     contents = {n: bytes(n) for n in (1, 3, 23, 4096, MEGABYTE)} | {
         "endless varint": b"\xff" * 100_000,
         "long varint": b"\x80" * 100_000,
@@ -240,30 +240,42 @@ def _tensors() -> Iterator[tuple[str, Damage]]:
         "negative lengths": (b"\xff" * 9 + b"\x01") * 6,
     }
     for key, content in contents.items():
-        yield f"content of {key}", lambda t, c=content: _set(t, "tensor_content", c)
+        yield f"content of {key}", partial(_set, field="tensor_content", values=content)
+    numbers: tuple[list[float], ...]
     numbers = [float("nan")], [float("inf")], [-float("inf")], [1e38] * 6, [], [1.0], [1.0] * 9999
     for floats in numbers:
-        yield f"floats {floats[:1]} x {len(floats)}", lambda t, v=floats: _set(t, "float_val", v)
         yield (
-            f"doubles {floats[:1]}",
-            lambda t, v=floats: (
-                setattr(t, "dtype", wire.DT_DOUBLE),
-                _set(t, "double_val", [value * 1e200 for value in v]),
-            ),
+            f"floats {floats[:1]} x {len(floats)}",
+            partial(_set, field="float_val", values=floats),
         )
+        yield f"doubles {floats[:1]}", partial(_doubles, values=floats)
     for integer in (-1, 2, 3, 5, 99, 2**31 - 1, 2**32 + 2, 2**63 - 1, -(2**63)):
-        yield f"integers {integer}", lambda t, i=integer: _set(t, "int64_val", [i])
-        yield f"narrow integers {integer}", lambda t, i=integer: _set(t, "int_val", [i % 2**31])
+        yield f"integers {integer}", partial(_set, field="int64_val", values=[integer])
+        yield f"narrow integers {integer}", partial(_set, field="int_val", values=[integer % 2**31])
+    texts: tuple[list[bytes], ...]
     texts = [], [b""], [b"\xff\xfe"], [b"a" * 9999] * 6, [b"\x1b]0;x\x07\0"], [b""] * 99999
     for strings in texts:
-        yield f"strings {strings[:1]!r:.20}", lambda t, v=strings: _set(t, "string_val", v)
+        yield f"strings {strings[:1]!r:.20}", partial(_set, field="string_val", values=strings)
     for text in manifests():
-        yield f"text {text[:40]!r}", lambda t, v=text: _set(t, "string_val", [v])
+        yield f"text {text[:40]!r}", partial(_set, field="string_val", values=[text])
 
 
-def _one(tensor: wire.TensorProto) -> None:
-    fields = {wire.DT_FLOAT: ("float_val", [1.0]), wire.DT_STRING: ("string_val", [b"a"])}
-    _set(tensor, *fields.get(tensor.dtype, ("int64_val", [1])))
+def _one(tensor: wire.TensorProto, sizes: tuple[int, ...]) -> None:
+    """Give a tensor another shape, and one value."""
+    _reshape(tensor, sizes)
+    if tensor.dtype == wire.DT_STRING:
+        _set(tensor, "string_val", [b"a"])
+    else:
+        _set(tensor, "float_val" if tensor.dtype == wire.DT_FLOAT else "int64_val", [1])
+
+
+def _doubles(tensor: wire.TensorProto, values: list[float]) -> None:
+    tensor.dtype = wire.DT_DOUBLE
+    _set(tensor, "double_val", [value * 1e200 for value in values])
+
+
+def _retype(tensor: wire.TensorProto, dtype: Any) -> None:
+    tensor.dtype = dtype
 
 
 def manifests() -> Iterator[bytes]:
@@ -296,69 +308,86 @@ def _field(number: int, value: bytes) -> bytes:
     return bytes([number << 3 | 2]) + length + bytes([size]) + value
 
 
+def _more(piece: bytes) -> Callable[[bytes], bytes]:
+    return lambda right: right + piece
+
+
+def _instead(data: bytes) -> Callable[[bytes], bytes]:
+    return lambda _: data
+
+
+def _twice(right: bytes) -> bytes:
+    return right * 2
+
+
+def _cut(right: bytes, end: int) -> bytes:
+    return right[:end]
+
+
 def _messages(outputs: tuple[str, ...]) -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
-    yield "nothing", lambda _: b""
-    yield "noise", lambda _: random.Random(0).randbytes(9999)
+    yield "nothing", _instead(b"")
+    yield "noise", _instead(random.Random(0).randbytes(9999))
     for end in (1, 2, 5, 9, 20, 40):
-        yield f"cut at {end}", lambda right, n=end: right[:n]
-        yield f"cut by {end}", lambda right, n=end: right[:-n]
-    yield "twice", lambda right: right * 2
+        yield f"cut at {end}", partial(_cut, end=end)
+        yield f"cut by {end}", partial(_cut, end=-end)
+    yield "twice", _twice
     entries = b"\x0a\x00", b"\x12\x00", b"\x0a\x04\x0a\x00\x12\x00"
     for piece in (*entries, b"\x0b", b"\x0c", b"\x80", b"\xff"):
         for count in (1, 100_000):
-            yield f"{piece!r} x {count} more", lambda right, p=piece * count: right + p
-            yield f"{piece!r} x {count}", lambda _, p=piece * count: p
-    yield "deep groups", lambda right: right + b"\x7b" * 5000 + b"\x7c" * 5000
-    yield "unknown field", lambda right: right + _field(15, bytes(MEGABYTE))
+            yield f"{piece!r} x {count} more", _more(piece * count)
+            yield f"{piece!r} x {count}", _instead(piece * count)
+    yield "deep groups", _more(b"\x7b" * 5000 + b"\x7c" * 5000)
+    yield "unknown field", _more(_field(15, bytes(MEGABYTE)))
     for output in outputs:
         name = _field(1, output.encode())
         dims = _field(2, _field(2, b"\x12\x00" * (MEGABYTE // 4)))
         merges = _field(2, b"\x12\x02\x12\x00" * (MEGABYTE // 8))
         empties = _field(2, b"\x08\x07" + b"\x42\x00" * (MEGABYTE // 4))
         for kind, value in (("dims", dims), ("merges", merges), ("empty strings", empties)):
-            yield f"{kind} in {output}", lambda right, e=name + value: right + _field(1, e)
-        yield f"{output} without a value", lambda right, e=name: right + _field(1, e)
+            yield f"{kind} in {output}", _more(_field(1, name + value))
+        yield f"{output} without a value", _more(_field(1, name))
     for bad in (b"\xff\xfe", b"a" * 5000, b"\x1b[2J", b"a\0b"):
-        yield f"name {bad[:4]!r}", lambda right, b=bad: right + _field(1, _field(1, b))
-        yield f"only name {bad[:4]!r}", lambda _, b=bad: _field(1, _field(1, b))
+        yield f"name {bad[:4]!r}", _more(_field(1, _field(1, bad)))
+        yield f"only name {bad[:4]!r}", _instead(_field(1, _field(1, bad)))
     many = b"".join(_field(1, _field(1, b"%d" % n)) for n in range(50_000))
-    yield "50,000 outputs", lambda right: right + many
+    yield "50,000 outputs", _more(many)
     for version in (0, -1, 2**63 - 1):
         spec = wire.ModelSpec(name="x" * 9999)
         spec.version.value = version
         packed = _field(2, spec.SerializeToString())
-        yield f"version {version}", lambda right, p=packed: right + p
+        yield f"version {version}", _more(packed)
 
 
 def _statuses() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
     yield from _messages(())
     for number in (1, 7, 99, 2**31 - 1):
         status = wire.ModelVersionStatus(version=-5, state=number)  # type: ignore[arg-type]
-        yield f"state {number}", lambda _, s=status: _field(1, s.SerializeToString())
+        yield f"state {number}", _instead(_field(1, status.SerializeToString()))
     text = _field(1, _field(3, _field(2, b"\xff\xfe")))
-    yield "error that is no text", lambda _: text
-    yield "a long error", lambda _: _field(1, _field(3, _field(2, b"a" * MEGABYTE)))
+    yield "error that is no text", _instead(text)
+    yield "a long error", _instead(_field(1, _field(3, _field(2, b"a" * MEGABYTE))))
 
 
 def _metadata() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
     yield from _messages(())
     for name, damage in _messages(()):
         packed = damage(_signatures().SerializeToString())
-        yield f"signatures: {name}", lambda _, p=packed: metadata(p)
+        yield f"signatures: {name}", _instead(metadata(packed))
     for sizes in (*_shapes(), (-1,) * 5000):
         signatures = _signatures()
         shape = signatures.signature_def["serving_default"].outputs["y"].tensor_shape
         for size in sizes[:5000]:
             shape.dim.add(size=size)
-        yield f"shape {sizes[:4]}", lambda _, s=signatures: metadata(s.SerializeToString())
-    for dtype in (33, 34, 101, -5):
+        yield f"shape {sizes[:4]}", _instead(metadata(signatures.SerializeToString()))
+    future: tuple[Any, ...] = (33, 34, 101, -5)
+    for dtype in future:
         signatures = _signatures()
-        signatures.signature_def["serving_default"].outputs["y"].dtype = dtype  # type: ignore[assignment]
-        yield f"dtype {dtype}", lambda _, s=signatures: metadata(s.SerializeToString())
+        signatures.signature_def["serving_default"].outputs["y"].dtype = dtype
+        yield f"dtype {dtype}", _instead(metadata(signatures.SerializeToString()))
     names = wire.SignatureDefMap()
     for number in range(40_000):
         _ = names.signature_def[str(number)]
-    yield "40,000 signatures", lambda _: metadata(names.SerializeToString())
+    yield "40,000 signatures", _instead(metadata(names.SerializeToString()))
 
 
 @cache
@@ -435,7 +464,7 @@ def main() -> None:
     made_cases()
     server = grpc.server(
         ThreadPoolExecutor(4),
-        handlers=(_Handler(),),
+        handlers=[_Handler()],
         options=(("grpc.max_send_message_length", -1),),
     )
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)

@@ -116,7 +116,8 @@ def assert_well_formed(ask: str, answer: Any) -> None:
         assert np.isfinite(answer.probabilities).all()
         assert np.isfinite(answer.confidence).all()
         assert np.isin(answer.dim, MANIFEST.dims).all()
-        assert all(isinstance(label, str) for label in np.ravel(answer.labels))
+        assert answer.labels is not None
+        assert all(isinstance(label, str) for label in answer.labels.flat)
     elif isinstance(answer, Neighbors):
         assert answer.ids.shape == answer.scores.shape == (2, K), ask
         assert np.isfinite(answer.scores).all()
