@@ -141,9 +141,7 @@ def parse_json(text: str | bytes) -> Any:
         ...
         ValueError: it is nested more than 32 levels deep
     """
-    value = json.loads(
-        text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object
-    )
+    value = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object)
     level = [value]
     for _ in range(_DEEPEST):
         level = [child for parent in level for child in _children(parent)]
