@@ -23,6 +23,7 @@ def check_answer(
         version: The version that answered.
 
     Examples:
+        >>> from keras_mrl_serving.calls import Output
         >>> call = Call("embed_8", {"x": np.zeros((2, 3))}, promised={"y": Output("int32")})
         >>> check_answer(call, {"y": ("int64", (2,))})
     """
