@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
 import click
 
+from .output import print_note
 from .shared import FAILED, HELP, INTERRUPTED, MISUSED, RefusalError, refuse
 
 # The first line of each command's own help, so that listing them imports none.
@@ -85,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has enough; Python would say so at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception:  # a mistake of ours; what it quotes may be anybody's
+        for line in traceback.format_exc().splitlines():
+            print_note(line)
         return FAILED
 
 

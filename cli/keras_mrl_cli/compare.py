@@ -22,13 +22,13 @@ on with the same command where it stopped.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+from .output import print_json, print_line, print_lines, print_note
 from .shared import (
     DONE,
     MISUSED,
@@ -127,6 +127,7 @@ def compare(arguments: SimpleNamespace) -> int:
                 test=list(arguments.test) or None,
                 budget_minutes=arguments.budget,
                 size=arguments.size,
+                progress=print_note,
             )
         except OSError as error:
             raise RefusalError(
@@ -134,9 +135,10 @@ def compare(arguments: SimpleNamespace) -> int:
                 f"Received: {error}. Mend that; the same command goes on where this one stopped."
             ) from error
     summary = (out / "results.md").read_text("utf-8").partition("\n\n")[0]
-    print(f"{summary}\n\nThe report is {out / 'report.html'}.")
+    print_lines(f"{summary}\n")
+    print_line(f"The report is {out / 'report.html'}.")
     if arguments.json:
-        print(json.dumps(results))
+        print_json(**results)
     return DONE
 
 

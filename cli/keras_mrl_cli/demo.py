@@ -29,6 +29,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from .output import print_json, print_line, print_lines
 from .shared import (
     DONE,
     MISUSED,
@@ -100,7 +101,7 @@ def demo(arguments: SimpleNamespace) -> int:
             import_module(name)
     report = _run(out, backend, arguments.epochs, arguments.seed)
     if arguments.json:
-        print(json.dumps(report))
+        print_json(**report)
     return DONE
 
 
@@ -129,7 +130,7 @@ def _run(out: Path, backend: str, epochs: int, seed: int) -> dict[str, Any]:
             weights=(1.0,) * len(DIMS),
             name=MODEL,
         )
-        print(f"  {version}")
+        print_line(f"  {version}")
     with _step("Serve it in a process of its own, and ask over gRPC"):
         with _served(base_path, MODEL, out / "server.log") as client:
             answers = _ask(client, training, test)
@@ -137,7 +138,7 @@ def _run(out: Path, backend: str, epochs: int, seed: int) -> dict[str, Any]:
         report = {**_report(answers), "backend": backend, "seed": seed, "epochs": epochs}
         _print_report(report)
     _write(out, answers, report)
-    print(
+    print_lines(
         f"\nEverything is in {out}: the SavedModel ({version.relative_to(out.absolute())}), "
         "report.json, predictions.npz, accuracy.png, retrieval.png.\n"
         "Go on with:\n"
@@ -152,10 +153,10 @@ def _run(out: Path, backend: str, epochs: int, seed: int) -> dict[str, Any]:
 
 @contextmanager
 def _step(title: str) -> Iterator[None]:
-    print(f"\n== {title}", flush=True)
+    print_lines(f"\n== {title}")
     start = time.monotonic()
     yield
-    print(f"  ({time.monotonic() - start:.1f} s)", flush=True)
+    print_lines(f"  ({time.monotonic() - start:.1f} s)")
 
 
 # Data.
@@ -225,7 +226,7 @@ def _train(part: Part, epochs: int, seed: int) -> Any:
     def print_epoch(epoch: int, logs: Mapping[str, float]) -> None:
         by_dim = "  ".join(f"{dim}: {100 * logs[f'accuracy_{dim}']:5.1f}" for dim in DIMS)
         progress = f"epoch {epoch + 1:3d}/{epochs}  loss {logs['loss']:7.3f}"
-        print(f"  {progress}  accuracy at dim {by_dim}", flush=True)
+        print_lines(f"  {progress}  accuracy at dim {by_dim}")
 
     model.fit(
         shifted.images,
@@ -283,7 +284,7 @@ def _calibrate(model: Any, holdout: Part) -> CascadePolicy:
 def _print_policy(policy: CascadePolicy) -> None:
     for stage in policy.stages:
         rule = "takes the rest" if stage.threshold is None else f"if above {stage.threshold:.4f}"
-        print(f"  stop at dim {stage.dim:>3} {rule}")
+        print_lines(f"  stop at dim {stage.dim:>3} {rule}")
 
 
 # The server, which is given the published folder and nothing else.
@@ -430,14 +431,16 @@ def _by_dim(dims: list[int], values: Any) -> dict[str, float]:
 
 
 def _print_report(report: Mapping[str, Any]) -> None:
-    print(f"  {'dim':>6}  {'accuracy':>8}  {'stopped':>7}  {'p10':>6}  {'map10':>6}  {'madds':>8}")
+    print_lines(
+        f"  {'dim':>6}  {'accuracy':>8}  {'stopped':>7}  {'p10':>6}  {'map10':>6}  {'madds':>8}"
+    )
     for dim, accuracy in report["accuracy_by_dim"].items():
-        print(
+        print_lines(
             f"  {dim:>6}  {100 * accuracy:7.2f}%  {report['stopped_by_dim'][dim]:>7}"
             f"  {100 * report['p10_by_dim'][dim]:6.2f}  {100 * report['map10_by_dim'][dim]:6.2f}"
             f"  {report['madds_by_dim'][dim]:>8,}"
         )
-    print(
+    print_lines(
         f"  adaptive classification: {100 * report['adaptive_accuracy']:.2f}% at "
         f"{report['expected_dim']:.1f} dims on average ({report['cumulative_dim']:.1f} counting "
         f"every head asked), against {100 * report['full_accuracy']:.2f}% at the full dim and "
@@ -446,7 +449,7 @@ def _print_report(report: Mapping[str, Any]) -> None:
     )
     share = report["funnel_madds"] / report["exact_madds"]
     first = report["funnel"]["shortlists"][0] / report["gallery_size"]
-    print(
+    print_lines(
         f"  funnel {' -> '.join(map(str, report['funnel']['dims']))} with a shortlist of "
         f"{100 * first:.1f}%: map10 {100 * report['map10_funnel']:.2f} against "
         f"{100 * report['map10_exact']:.2f} exhaustive, p10 {100 * report['p10_funnel']:.2f}, at "

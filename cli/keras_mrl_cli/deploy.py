@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .output import in_bytes
+from .output import in_bytes, print_line
 from .shared import DONE, MAX_PORT, MISUSED, Option, RefusalError, command, count_option, refusing
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def deploy(arguments: SimpleNamespace) -> int:
         for name, text in text_by_name.items():
             (out / name).write_text(text, "utf-8")
     for name in FILES:
-        print(out / name)
+        print_line(str(out / name))
     return DONE
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from .output import Progress, Table, file_width, print_json
+from .output import Progress, Table, file_width, print_json, print_line
 from .shared import (
     DONE,
     Option,
@@ -124,7 +124,7 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
     if arguments.json:
         print_json(out=arguments.out, rows=len(embeddings), dim=dim)
     else:
-        print(f"{len(embeddings)} rows of dim {dim} are in {arguments.out}.")
+        print_line(f"{len(embeddings)} rows of dim {dim} are in {arguments.out}.")
     return DONE
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .output import print_line, print_note
 from .shared import (
     DONE,
     Option,
@@ -144,7 +145,7 @@ def _export(arguments: SimpleNamespace) -> int:
     if sample is not None:
         sample = sample[""] if set(sample) == {""} else dict(sample)
     _import(arguments.modules)
-    _report(f"Loading {arguments.model} on {keras.backend.backend()} ...")
+    print_note(f"Loading {arguments.model} on {keras.backend.backend()} ...")
     model = _load(arguments.model)
     optional = {name: getattr(arguments, name) for name in ("dims", "signatures", "top_k", "name")}
     with refusing(
@@ -161,8 +162,8 @@ def _export(arguments: SimpleNamespace) -> int:
             sample, decoder = _encoded_images(model, arguments.images, scale)
         elif sample is None:
             sample = _random_rows(model)
-            _report(_RANDOM_ROWS)
-        _report("Exporting, and comparing every signature with the model ...")
+            print_note(_RANDOM_ROWS)
+        print_note("Exporting, and comparing every signature with the model ...")
         with ended_by_signals():
             version = export_saved_model(
                 model,
@@ -176,12 +177,8 @@ def _export(arguments: SimpleNamespace) -> int:
                 decoder=decoder,
                 **{name: value for name, value in optional.items() if value is not None},
             )
-    print(Path(arguments.base_path) / version.name)  # a relative base path stays one
+    print_line(str(Path(arguments.base_path) / version.name))  # a relative base path stays one
     return DONE
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _labels(file: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from keras_mrl_serving.index.storage import CARD, is_ours, read
 
 from .client import connect
 from .files import load_array, load_embeddings, load_labels
-from .output import Progress, in_bytes, print_json, printable
+from .output import Progress, in_bytes, print_json, print_line, print_lines, print_note
 from .shared import DONE, MISUSED, RefusalError, refusing_index_errors
 
 Array = npt.NDArray[Any]
@@ -67,7 +66,7 @@ def build_index(arguments: SimpleNamespace, is_planned: bool, usual_sample: int)
         print_json(**index, seconds=round(seconds, 3))
     else:
         _print(index)
-        print(f"  built in     {seconds:.1f} s")
+        print_line(f"  built in     {seconds:.1f} s")
     return DONE
 
 
@@ -245,10 +244,11 @@ def _planned_funnel(
         )
     except TargetNotReachedError as error:
         if error.front:
-            print(table(error.front), file=sys.stderr)
+            for line in table(error.front).split("\n"):
+                print_note(line)
         raise
     if not arguments.json:
-        print(plan.table(), flush=True)
+        print_lines(plan.table())
     how = {"measure": name, "queries": len(queries), "batch": arguments.batch}
     return plan.schedule, plan.first_stage, {**how, **plan.to_json()}
 
@@ -262,7 +262,7 @@ def _target(arguments: SimpleNamespace) -> tuple[str, float, Callable[..., Measu
 
 
 def _report(text: str) -> None:
-    print(printable(" ".join(text.split())), file=sys.stderr, flush=True)
+    print_note(" ".join(text.split()))
 
 
 # What an index is.
@@ -272,22 +272,22 @@ def show_index(path: str, as_json: bool) -> int:
     """Print what an index is, its files and its plan, after a look at every byte."""
     with refusing_index_errors():
         index = _read(path, verify=True)
+        plan = index["plan"]
+        chosen = None if plan is None else Plan.from_json(plan)
     if as_json:
         print_json(**index, verified=True)
         return DONE
     _print(index)
-    print(f"  made with    keras-mrl {index['made_with']}")
+    print_line(f"  made with    keras-mrl {index['made_with']}")
     for name, size in index["files"].items():
-        print(f"  {'file':11}  {name}, {in_bytes(size)}")
-    print("  digests      every file is as it was written")
-    plan = index["plan"]
-    if plan is not None:
-        measure = plan.get("measure", "quality")
-        print(
-            f"  planned for  {measure} {plan['target']}: {plan['quality']:.4f} "
-            f"with a standard error of {plan['error']:.4f}"
+        print_line(f"  {'file':11}  {name}, {in_bytes(size)}")
+    print_line("  digests      every file is as it was written")
+    if chosen is not None:
+        print_line(
+            f"  planned for  {plan.get('measure', 'quality')} {chosen.target}: "
+            f"{chosen.choice.quality:.4f} with a standard error of {chosen.choice.error:.4f}"
         )
-        print(Plan.from_json(plan).table())
+        print_lines(chosen.table())
     return DONE
 
 
@@ -296,17 +296,20 @@ def _read(path: str, *, verify: bool) -> dict[str, Any]:
     saved = read(path, verify=verify)
     facts = IndexFacts.from_json(saved.card)
     sizes = {place.name: place.stat().st_size for place in saved.files.values()}
+    stage = saved.card.get("first_stage")
+    if stage is not None:
+        FirstStage.from_json(stage)
     first = saved.file("first" if "first" in saved.files else "columns_0")
     return {
         "index": path,
         "engine": saved.card["engine"],
         "rows": len(saved.array("ids", (None,), np.int64)),
         **facts.to_json(),
-        "first_stage": saved.card.get("first_stage"),
+        "first_stage": stage,
         "first_stage_bytes": sizes[first.name],
         "disk_bytes": sum(sizes.values()),
         "files": sizes,
-        "made_with": saved.card["made_with"],
+        "made_with": saved.card.get("made_with"),
         "plan": saved.card.get("plan"),
     }
 
@@ -318,13 +321,11 @@ def _print(index: dict[str, Any]) -> None:
     if stage is not None:
         first = f"{stage['factory']} {stage['settings']}".rstrip() + f", {size} of memory"
     encoder = index["encoder_fingerprint"]
-    print(
-        f"{printable(index['index'])}: {index['rows']} rows, {index['engine']}, {index['metric']}"
-    )
-    print(f"  funnel       {_funnel(FunnelSchedule.from_json(index['schedule']))}")
-    print(f"  first stage  {first}")
-    print(f"  encoder      {'unknown, nobody checks' if encoder is None else printable(encoder)}")
-    print(f"  on disk      {in_bytes(index['disk_bytes'])}")
+    print_line(f"{index['index']}: {index['rows']} rows, {index['engine']}, {index['metric']}")
+    print_line(f"  funnel       {_funnel(FunnelSchedule.from_json(index['schedule']))}")
+    print_line(f"  first stage  {first}")
+    print_line(f"  encoder      {'unknown, nobody checks' if encoder is None else encoder}")
+    print_line(f"  on disk      {in_bytes(index['disk_bytes'])}")
 
 
 def _funnel(schedule: FunnelSchedule) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .output import Table, in_bytes, print_json, printable
+from .output import Table, in_bytes, print_json, print_line, print_lines
 from .shared import (
     DONE,
     MISUSED,
@@ -136,7 +136,7 @@ def print_model(model: Mapping[str, Any]) -> None:
     manifest = model["manifest"]
     kind = "" if manifest is None else f": {manifest['name']}, {manifest['kind']}"
     place = model["path"] if "path" in model else f"{model['model']} at {model['target']}"
-    print(printable(place + kind))
+    print_line(place + kind)
     if manifest is None:
         _line("manifest", _FOREIGN)
     else:
@@ -153,11 +153,11 @@ def print_model(model: Mapping[str, Any]) -> None:
             _print_cascade(manifest["cascade"])
         if manifest["quality"]:
             _print_quality(manifest["quality"])
-    print("\nsignatures")
+    print_lines("\nsignatures")
     for name in sorted(model["signatures"], key=_by_number):
         signature = model["signatures"][name]
-        print(printable(f"  {name}: {_specs(signature['inputs'])}"))
-        print(printable(f"    -> {_specs(signature['outputs'])}"))
+        print_line(f"  {name}: {_specs(signature['inputs'])}")
+        print_line(f"    -> {_specs(signature['outputs'])}")
 
 
 def _by_number(name: str) -> tuple[str, int]:
@@ -167,7 +167,7 @@ def _by_number(name: str) -> tuple[str, int]:
 
 
 def _line(name: str, value: object) -> None:
-    print(f"  {name:12} {printable(str(value))}")
+    print_line(f"  {name:12} {value}")
 
 
 def _version(version: Mapping[str, Any]) -> str:
@@ -207,8 +207,8 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
 
 
 def _print_cascade(cascade: Mapping[str, Any]) -> None:
-    print()
-    print(printable(f"cascade by {cascade['confidence']}"))
+    print_line()
+    print_line(f"cascade by {cascade['confidence']}")
     table = Table({"  DIM": -5, "ABOVE": -9, "TEMPERATURE": -9, "ROWS": -6})
     shares = cascade.get("exit_fractions", [])
     if len(shares) != len(cascade["stages"]):  # the report was cut: unknown
@@ -222,7 +222,7 @@ def _print_cascade(cascade: Mapping[str, Any]) -> None:
             "-" if share is None else f"{share:.1%}",
         )
     if all(cascade.get(name) is not None for name in _REPORTED):
-        print(
+        print_line(
             f"  on {cascade['holdout_size']} rows: accuracy {cascade['accuracy']:.4f}, "
             f"{cascade['full_accuracy']:.4f} at the full dim; "
             f"expected dim {cascade['expected_dim']:.1f}, "
@@ -230,7 +230,7 @@ def _print_cascade(cascade: Mapping[str, Any]) -> None:
         )
     promise = cascade.get("guarantee")
     if promise is not None:
-        print(
+        print_line(
             f"  promised with delta {promise['delta']:g}: right at the full dim and wrong here "
             f"in at most {promise['risk']:g} of rows; certified on {promise['size']} rows, "
             f"{promise['errors']} of them so"
@@ -238,7 +238,7 @@ def _print_cascade(cascade: Mapping[str, Any]) -> None:
 
 
 def _print_quality(quality: Mapping[str, Mapping[str, float]]) -> None:
-    print("\nquality")
+    print_lines("\nquality")
     measures = list(dict.fromkeys(name for row in quality.values() for name in row))
     table = Table({"  DIM": -5, **{name: -8 for name in measures}})
     for dim, row in quality.items():

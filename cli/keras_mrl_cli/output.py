@@ -1,8 +1,15 @@
-"""What a command prints: JSON lines, tables whose rows come one by one, progress on a terminal."""
+"""What a command prints: lines, JSON, tables whose rows come one by one, progress on a terminal.
+
+All that reaches the terminal goes through here, and a test holds that nothing else prints. File
+names, labels, and what a server or a file says are anybody's: a character that does not print is
+shown as its escape, so that none of them moves the cursor, sets a title or makes a line of its own.
+Errors keep the words they quote as they came; they are escaped here, when they are printed.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +19,24 @@ from typing import Any, Self
 _CLEAR = "\r\x1b[K"
 
 
+def print_line(text: str = "") -> None:
+    """Print one line."""
+    print(printable(text), flush=True)
+
+
+def print_lines(text: str) -> None:
+    """Print a text of several lines of the command's own."""
+    for line in text.split("\n"):
+        print_line(line)
+
+
+def print_note(text: str) -> None:
+    """Print one line where errors and progress go."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
 def print_json(**fields: Any) -> None:
-    """Print one object as a line; NaN and infinity, which JSON has not, are null."""
+    """Print one object as a line in ASCII; NaN and infinity, which JSON has not, are null."""
     print(json.dumps(_finite(fields), allow_nan=False))
 
 
@@ -26,7 +49,12 @@ def _finite(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Return text that cannot break a table: characters that do not print are escaped."""
+    r"""Return one line that a terminal only shows: characters that do not print are escaped.
+
+    Examples:
+        >>> print(printable("birds\n\x1b]0;title\x07 \u202e"))
+        birds\n\x1b]0;title\x07 \u202e
+    """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -117,3 +145,15 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.clear()
+
+
+class LogLines(logging.Formatter):
+    """Formats records of a log as lines that a terminal only shows."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        """Return the lines of a traceback."""
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))

@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 
+from .output import LogLines, print_line
 from .shared import (
     DONE,
     MAX_PORT,
@@ -177,7 +178,9 @@ def _check_rest(words: Sequence[str]) -> None:
 
 def _run_development_server(flags: dict[str, Any]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    lines = logging.StreamHandler()
+    lines.setFormatter(LogLines("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[lines])
     logging.getLogger("absl").setLevel(logging.WARNING)
     with needing("server", "The development server runs SavedModels with TensorFlow."):
         from keras_mrl_serving.server import DevServer
@@ -196,7 +199,7 @@ def _run_development_server(flags: dict[str, Any]) -> int:
     rest_target = ""
     if server.rest_api_port is not None:
         rest_target = f" and http://{target.rpartition(':')[0]}:{server.rest_api_port}"
-    print(f"Serving {served} at {target}{rest_target}. Stop with Ctrl-C.", flush=True)
+    print_line(f"Serving {served} at {target}{rest_target}. Stop with Ctrl-C.")
     try:
         server.wait()
     except KeyboardInterrupt:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, SimpleNamespace
 from typing import Any
 
 import click
+
+from .output import print_note
 
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 MAX_PORT = 2**16 - 1
@@ -44,7 +45,7 @@ class RefusalError(Exception):
 
 def refuse(sentence: str, status: int = FAILED) -> int:
     """Print a sentence where errors go, and return the exit status."""
-    print(f"keras-mrl: {sentence}", file=sys.stderr)
+    print_note(f"keras-mrl: {sentence}")
     return status
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from keras_mrl import comparison
 from keras_mrl.comparison import Plan
+from keras_mrl_cli.output import print_note
 from tests.helpers.cli import Call
 
 
@@ -88,7 +89,7 @@ def test_flags_are_arguments_of_the_library(
     out = tmp_path / "out"
     words = ("compare", "--data", "a.npz", "b", "--out", str(out), *flags)
     assert call(*words).status == 0
-    defaults = {"test": None, "budget_minutes": None, "size": None}
+    defaults = {"test": None, "budget_minutes": None, "size": None, "progress": print_note}
     assert calls == [(["a.npz", "b"], out, plan, defaults | settings)]
 
 
@@ -108,5 +109,5 @@ def test_a_refusal_of_the_library_is_one_sentence(call: Call, tmp_path: Path) ->
     place = tmp_path / "missing"
     status, out, err = call("compare", "--data", str(place), "--out", str(tmp_path / "out"))
     assert (status, out) == (1, "")
-    assert f"Received: {place}, which is none of them." in err.splitlines()[-1]
+    assert f"Received: {place} (No such file or directory)." in err.splitlines()[-1]
     assert "Traceback" not in err

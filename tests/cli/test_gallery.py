@@ -353,7 +353,7 @@ def test_files_that_hold_something_else(run: Call) -> None:
         "words.npy": f"{rule} words.npy with <U1 (1, 2). {remedy}",
         "complex.npy": f"{rule} complex.npy with complex128 (3, 2). {remedy}",
         "text.npy": "keras-mrl: A file must hold what its name says. Received: text.npy "
-        "(no .npy of numbers, or not a whole one). Make it anew, or leave it out.\n",
+        "(no .npy, or not a whole one). Make it anew, or leave it out.\n",
         "gone.npy": "keras-mrl: Every file must be one that can be read. Received: gone.npy "
         "(No such file or directory). Correct the path.\n",
     }
