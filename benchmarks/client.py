@@ -2,8 +2,9 @@
 
     python benchmarks/client.py [--calls 2000]
 
-The development server runs in a process of its own, over a model of one matrix product. The stub
-and the client ask it in turns, the same rows, so that what else the machine does falls on both.
+The development server runs in a process of its own, over a model of one matrix product, which it
+serves twice: without a `model_id` in its answers, and with one. The stub and the client ask it in
+turns, the same rows, so that what else the machine does falls on all.
 "The same work" of the stub: the request's tensor from the array's bytes, the call, and
 `np.array(float_val)` of the answer; it checks nothing. Then: decoding a million floats, importing
 the client in a fresh process, its size as installed, and rows split over calls in flight.
@@ -42,18 +43,31 @@ from keras_mrl_serving import Manifest
 from keras_mrl_serving.server import DevServer
 
 path, port, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-manifest = Manifest(name="toy", kind="encoder", fingerprint="5e1f", dims=(width,), width=width,
-    inputs={"x": {"dtype": "float32", "shape": [None, width]}}, made_with={}).to_json()
 module = tf.Module()
 module.matrix = tf.Variable(np.random.default_rng(0).normal(size=(width, width)), dtype=tf.float32)
 rows = tf.TensorSpec((None, width), tf.float32, "x")
 key = tf.TensorSpec((None,), tf.string, "key")
-signatures = {
-    f"embed_{width}": tf.function(lambda x: {"embedding": x @ module.matrix}, [rows]),
-    "describe": tf.function(lambda key: {"manifest": tf.fill(tf.shape(key), manifest)}, [key]),
-}
-tf.saved_model.save(module, path + "/1", signatures=signatures)
-server = DevServer(path, model_name="toy", port=port)
+
+def save(name, model_id):
+    manifest = Manifest(name=name, kind="encoder", fingerprint="5e1f", dims=(width,), width=width,
+        inputs={"x": {"dtype": "float32", "shape": [None, width]}}, made_with={},
+        model_id=model_id).to_json()
+
+    def embed(x):
+        ids = {} if model_id is None else {"model_id": tf.fill(tf.shape(x)[:1], model_id)}
+        return {"embedding": x @ module.matrix, **ids}
+
+    signatures = {
+        f"embed_{width}": tf.function(embed, [rows]),
+        "describe": tf.function(lambda key: {"manifest": tf.fill(tf.shape(key), manifest)}, [key]),
+    }
+    tf.saved_model.save(module, f"{path}/{name}/1", signatures=signatures)
+    return f'config {{ name: "{name}" base_path: "{path}/{name}" model_platform: "tensorflow" }}'
+
+configs = [save("toy", None), save("identified", 5)]
+with open(path + "/models.config", "w") as file:
+    file.write(f"model_config_list {{ {' '.join(configs)} }}")
+server = DevServer(model_config_file=path + "/models.config", port=port)
 server.start()
 print("ready", flush=True)
 server.wait()
@@ -170,14 +184,27 @@ def main() -> None:
     from keras_mrl_serving import Client, Options
 
     report: dict[str, Any] = {}
-    with served() as target, Client(target, "toy") as client:
+    with (
+        served() as target,
+        Client(target, "toy") as client,
+        Client(target, "identified") as identified,
+    ):
         stub = stub_of(target)
         for batch in BATCHES:
             rows = np.random.default_rng(1).normal(size=(batch, WIDTH)).astype(np.float32)
             np.testing.assert_array_equal(stub(rows), client.embed(rows, WIDTH))
-            raw, ours = in_turns(calls, partial(stub, rows), partial(client.embed, rows, WIDTH))
-            print(f"batch {batch}: stub {raw:.3f} ms, client {ours:.3f} ms, {ours / raw:.3f}x")
-            report[str(batch)] = (raw, ours)
+            np.testing.assert_array_equal(stub(rows), identified.embed(rows, WIDTH))
+            raw, ours, with_id = in_turns(
+                calls,
+                partial(stub, rows),
+                partial(client.embed, rows, WIDTH),
+                partial(identified.embed, rows, WIDTH),
+            )
+            print(
+                f"batch {batch}: stub {raw:.3f} ms, client {ours:.3f} ms, {ours / raw:.3f}x; "
+                f"with model_id {with_id:.3f} ms, {with_id / ours:.3f}x of without"
+            )
+            report[str(batch)] = (raw, ours, with_id)
         many = np.random.default_rng(2).normal(size=(50_000, WIDTH)).astype(np.float32)
         one, four = (
             Client(target, "toy", options=Options(max_in_flight=n, timeout_s=60)) for n in (1, 4)
@@ -187,7 +214,8 @@ def main() -> None:
                 10, lambda: one.embed(many, WIDTH), lambda: four.embed(many, WIDTH)
             )
         print(f"50,000 rows by 1,000: {alone:.0f} ms one call at a time, {together:.0f} ms by four")
-    ratios = {batch: ours / raw for batch, (raw, ours) in report.items()}
+    ratios = {batch: ours / raw for batch, (raw, ours, _) in report.items()}
+    of_id = {batch: with_id / ours for batch, (_, ours, with_id) in report.items()}
     print(
         json.dumps(
             {
@@ -195,6 +223,7 @@ def main() -> None:
                 "client_ms": round(report["1"][1], 4),
                 "client_over_stub": round(max(ratios.values()), 3),
                 "client_over_stub_by_batch": {b: round(r, 3) for b, r in ratios.items()},
+                "identity_over_none_by_batch": {b: round(r, 3) for b, r in of_id.items()},
                 "raw_stub_64_ms": round(report["64"][0], 4),
                 "client_64_ms": round(report["64"][1], 4),
                 "decode_1m_floats_ms": round(decode_ms(), 4),

@@ -102,6 +102,7 @@ def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sample=images()[:16],
         policy=CascadePolicy((Stage(2, 0.5), Stage(4, 0.6), Stage(8, None))),
         labels=["lynx", "ibex", "grüner Specht"],
+        version=1,
     )
 
 
