@@ -20,14 +20,13 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from copy import copy
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from . import corpus, flows, questions
-from .calls import Arrays, AskManifest, AskSignatures, Call, Envelope, Reply, check_label
+from .calls import Arrays, AskManifest, AskSignatures, Call, Envelope, Output, Reply, check_label
 from .contract import DESCRIBE, MODEL_ID, Manifest
 from .errors import (
     DeadlineError,
@@ -239,6 +238,7 @@ class Conversation:
             if error.version is not None and isinstance(facts, Manifest):
                 fresh = yield from self._run_talk(self._read_manifest(error.version, deadline))
                 identity = Identity(error.version, fresh.model_id)
+                self._knowledge.answered(identity, is_identified=True)
             elif remembered is not None:
                 fresh = yield from self._learn(question.needs, deadline)
             if fresh == facts:
@@ -455,8 +455,12 @@ class Conversation:
         return changed
 
 
+_ID = {MODEL_ID: Output("int32")}
+
+
 def _asking_model_id(call: Call) -> Call:
-    return replace(call, outputs=(*call.outputs, MODEL_ID)) if call.outputs else call
+    outputs = (*call.outputs, MODEL_ID) if call.outputs else ()
+    return Call(call.signature, call.inputs, outputs, {**call.promised, **_ID})
 
 
 def _model_id_in(answer: Arrays, call: Call, expected: int | None) -> int | None:
@@ -467,7 +471,8 @@ def _model_id_in(answer: Arrays, call: Call, expected: int | None) -> int | None
         return 0
     if not rows:
         return expected
-    return int(ids[0]) if (ids == ids[0]).all() else 0
+    first = ids.item(0)
+    return first if rows == 1 or (ids == first).all() else 0
 
 
 def _count_rows(part: Any) -> int:

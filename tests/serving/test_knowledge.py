@@ -187,8 +187,9 @@ def test_an_index_that_was_replaced_is_asked_for_its_encoder_anew() -> None:
         def answer(call: Call) -> Arrays:
             if call.signature == DESCRIBE:
                 return echo(1)(call)
-            found = np.full((len(call.inputs["embedding"]), FUNNEL.k), model_id)
-            return {"ids": found.astype(np.int64), "scores": found.astype(np.float32)}
+            rows = len(call.inputs["embedding"])
+            found = np.tile(model_id + np.arange(FUNNEL.k), (rows, 1))
+            return {"ids": found.astype(np.int64), "scores": -found.astype(np.float32)}
 
         return identified(answer, model_id, **changes)
 
