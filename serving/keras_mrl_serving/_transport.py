@@ -1,48 +1,55 @@
-"""One gRPC channel, blocking or for asyncio, and what its errors mean.
+"""The transports of both clients: they carry envelopes over gRPC, and say what its errors mean.
 
-A transport carries envelopes. It adds three things to gRPC: the channel's settings made from
-`Options`, one address made from several targets, and the table below, which turns every gRPC
-status into an exception of `errors.py`.
+A transport adds four things to gRPC: one address made from several targets (`_targets.py`), a new
+channel where the old one is silent (`_connection.py`), retries, and the table in `errors.py` that
+turns every gRPC status into an exception.
 
-Retries are gRPC's own, for UNAVAILABLE alone. gRPC knows when a call cannot have reached the
-server, keeps all attempts within one deadline, and waits a random while between them. It does not
-say how often it tried: `KerasMrlError.attempts` is estimated from the time the call took, and is
-wrong where the server forbids retries.
+Retries are for UNAVAILABLE alone, within the deadline of the call. They are not left to gRPC,
+which would try again what cannot get better, such as a certificate of another host, and does not
+say how often it tried. Calls that cannot have reached a server are sent again by gRPC besides.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
+import random
 import re
-import socket
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 from grpc import StatusCode
 
-from ._wire import decode, encode, stubs
+from ._connection import Attempt, Connection, Connections, Silence, open_channel, readiness
+from ._targets import Proxy, channel_address, count_replicas, find_proxy
+from ._wire import decode, encode
 from .calls import Envelope, Reply
 from .errors import (
+    DeadlineError,
     KerasMrlError,
     ServerUnavailableError,
     VersionNotFoundError,
     call_error,
     error_class,
+    find_cause,
 )
 from .options import Options
 
-T = TypeVar("T")
-
 _BATCH_TOO_LARGE = re.compile(r"is larger than maximum input batch size (\d+)")
+_OWN_DEADLINE = "deadline exceeded"  # as gRPC says it; servers use other words
 
 
 def translate_error(
-    error: grpc.RpcError, envelope: Envelope, target: str, options: Options, took_s: float
+    error: grpc.RpcError,
+    envelope: Envelope,
+    target: str,
+    *,
+    attempts: int = 1,
+    is_connected: bool = True,
+    proxy: Proxy | None = None,
 ) -> KerasMrlError:
     """Return our exception for gRPC's, with all that is known about the call that failed.
 
@@ -50,40 +57,151 @@ def translate_error(
         error: What gRPC raised.
         envelope: The call.
         target: Address of the server.
-        options: Settings of the client.
-        took_s: Seconds from sending the call to the error.
+        attempts: How often the call was sent.
+        is_connected: Whether there was a connection when it failed.
+        proxy: The proxy on the way to the target.
     """
-    call: Any = error  # the errors of grpc and grpc.aio share two methods, and no class
-    status = call.code() if hasattr(error, "code") else StatusCode.UNKNOWN
-    details = (call.details() if hasattr(error, "details") else None) or str(error)
+    status, details = _status(error)
     kind = error_class(status.name, details)
     remedy = None
     if batch := _BATCH_TOO_LARGE.search(details):
         remedy = f"Set Options(max_batch_size={batch[1]})."
     if kind is VersionNotFoundError and envelope.version is None:
         remedy = "Give a label that the server's model config sets, or none for the newest version."
-    attempts = _estimate_attempts(options, took_s) if kind is ServerUnavailableError else None
-    after = f" after {attempts} attempts" if attempts and attempts > 1 else ""
+    if _is_own_deadline(error):
+        details = _SILENT if is_connected else _NOT_CONNECTED
+        remedy = _SILENT_REMEDY if is_connected else _NOT_CONNECTED_REMEDY
+    if kind is ServerUnavailableError and (cause := find_cause(details)):
+        remedy = cause.remedy
+    after = f" after {attempts} attempts" if attempts > 1 else ""
     received = f"{status.name}{after}"
+    if proxy is not None and kind in (ServerUnavailableError, DeadlineError):
+        details = f"{details.rstrip('.')} (through the proxy {proxy.address} of {proxy.variable})"
+        remedy = f"{remedy or ''} {_PROXY_REMEDY}".strip()
     translated = call_error(kind, envelope, target, received, details=details, remedy=remedy)
     translated.attempts = attempts
     return translated
 
 
-def _estimate_attempts(options: Options, took_s: float) -> int | None:
-    """Return how often an UNAVAILABLE call was sent; None if it may have been sent less often.
+_SILENT = "connected, but no answer came"
+_NOT_CONNECTED = "no connection was made"
+_SILENT_REMEDY = (
+    "Send fewer rows at once, or raise Options(timeout_s=...). Where a network forgets connections "
+    "that are idle, set Options(keepalive_s=...) to what the server allows."
+)
+_NOT_CONNECTED_REMEDY = (
+    "See whether a server runs there and can be reached from here, or raise Options(timeout_s=...)."
+)
+_PROXY_REMEDY = (
+    "To go without the proxy, name the target in no_proxy, or give Options(proxy=False)."
+)
 
-    gRPC gives up after the last attempt that is allowed, or earlier if the next one would come
-    after the deadline. So a call that took as long as all the waits was sent as often as allowed.
-    Each wait may be a fifth shorter than its setting.
+
+def _status(error: grpc.RpcError) -> tuple[StatusCode, str]:
+    call: Any = error  # the errors of grpc and grpc.aio share two methods, and no class
+    status = call.code() if hasattr(error, "code") else StatusCode.UNKNOWN
+    details = (call.details() if hasattr(error, "details") else None) or str(error)
+    return status, details
+
+
+def _is_own_deadline(error: grpc.RpcError) -> bool:
+    """Whether the client's deadline passed; a server's own has a text of the server."""
+    status, details = _status(error)
+    return status is StatusCode.DEADLINE_EXCEEDED and details.lower() == _OWN_DEADLINE
+
+
+class _Route:
+    """Where a transport sends its calls, and how.
+
+    Args:
+        targets: One address, or several that serve the same models.
+        options: Settings of the client.
+        kind: Class of the interceptors.
     """
-    waits_s = [options.first_backoff_s * 2**n for n in range(options.max_attempts - 1)]
-    shortest_s = 0.8 * sum(min(wait_s, options.max_backoff_s) for wait_s in waits_s)
-    return int(options.max_attempts) if took_s >= shortest_s else None
+
+    def __init__(self, targets: str | Sequence[str], options: Options, kind: type[Any]) -> None:
+        self.target = targets if isinstance(targets, str) else ",".join(targets)
+        self.options = options
+        self._interceptors = _check_interceptors(options, kind)
+        self.proxy: Proxy | None = None
+        self._address = channel_address(targets)
+        self._replicas = count_replicas(targets)
+        if options.proxy:
+            self.proxy = find_proxy(targets)
+
+    def connect(self) -> Connection:
+        """Return a new connection of `grpc`."""
+        channel = self._open(grpc)
+        intercepted = grpc.intercept_channel(channel, *self._interceptors)
+        return Connection(intercepted, self._silence(), readiness(channel))
+
+    def connect_aio(self) -> Connection:
+        """Return a new connection of `grpc.aio`."""
+        channel = self._open(grpc.aio, self._interceptors)
+        return Connection(channel, self._silence(), readiness(channel))
+
+    def _silence(self) -> Silence:
+        return Silence(self._replicas, self.options.timeout_s)
+
+    def _open(self, module: Any, *interceptors: list[Any]) -> Any:
+        proxied = self.proxy is not None
+        return open_channel(module, self._address, self.options, *interceptors, proxied=proxied)
+
+
+class _Tries:
+    """How often a call was sent, and whether it is sent again."""
+
+    def __init__(self, envelope: Envelope, route: _Route) -> None:
+        self._envelope = envelope
+        self._route = route
+        self._deadline_s = time.monotonic() + min(envelope.remaining_s, _LONGEST_TIMEOUT_S)
+        self._count = 0
+        self.headers = route.options.headers()
+
+    def begin(self) -> float:
+        """Return the seconds that the next try may take."""
+        self._count += 1
+        return max(0.0, self._deadline_s - time.monotonic())
+
+    def wait_s(self, error: grpc.RpcError, attempt: Attempt) -> float:
+        """Return the seconds to wait before the call is sent again.
+
+        Raises:
+            KerasMrlError: If it is not.
+        """
+        is_connected = attempt.connection.look()
+        if not _is_own_deadline(error):
+            attempt.is_answered = True
+        elif is_connected:
+            attempt.is_answered = False
+        if self._is_worth_another(error):
+            options, doubled = self._route.options, 2 ** (self._count - 1)
+            wait_s = min(options.first_backoff_s * doubled, options.max_backoff_s)
+            wait_s *= random.uniform(0.8, 1.2)  # so that clients do not return in step
+            if time.monotonic() + wait_s < self._deadline_s:
+                return float(wait_s)
+        raise translate_error(
+            error,
+            self._envelope,
+            self._route.target,
+            attempts=self._count,
+            is_connected=is_connected,
+            proxy=self._route.proxy,
+        ) from error
+
+    def _is_worth_another(self, error: grpc.RpcError) -> bool:
+        status, details = _status(error)
+        cause = find_cause(details)
+        is_lasting = cause is not None and cause.is_lasting
+        is_last = self._count >= self._route.options.max_attempts
+        return status is StatusCode.UNAVAILABLE and not is_lasting and not is_last
+
+
+_LONGEST_TIMEOUT_S = 1e9  # a deadline after 2262 overflows and ends the call at once
 
 
 class GrpcTransport:
-    """Sends envelopes over one gRPC channel; any number of threads may share it.
+    """Sends envelopes over gRPC; any number of threads may share it.
 
     Args:
         targets: One address, or several that serve the same models.
@@ -94,55 +212,86 @@ class GrpcTransport:
     """
 
     def __init__(self, targets: str | Sequence[str], options: Options) -> None:
-        self._address = channel_address(targets)
-        self._interceptors = _check_interceptors(options, grpc.UnaryUnaryClientInterceptor)
-        self.target = targets if isinstance(targets, str) else ",".join(targets)
-        self._options = options
-        self._closed = False
-        self._opening = threading.Lock()
+        self._route = _Route(targets, options, grpc.UnaryUnaryClientInterceptor)
         self._open()
+
+    @property
+    def target(self) -> str:
+        """Address of the server, as errors name it."""
+        return self._route.target
+
+    @property
+    def connections(self) -> int:
+        """How often a connection was made or begun, the first included.
+
+        One of several replicas that is lost is not counted while others are connected.
+        """
+        return self._connections.made
 
     def send(self, envelope: Envelope) -> Reply[Any]:
         """Return the reply; raise a `KerasMrlError`."""
-        if self._closed:
-            raise _closed_error(self.target)
         if os.getpid() != self._pid:
             self._open_after_fork()
         method, message = encode(envelope)
-        start = time.monotonic()
-        try:
-            response = self._stubs[method](
-                message, timeout=_call_timeout_s(envelope), metadata=self._options.headers()
-            )
-        except (grpc.RpcError, ValueError) as error:
-            if self._closed:  # by another thread, while this call was under way
-                raise _closed_error(self.target) from error
-            if isinstance(error, ValueError):
-                raise
-            took_s = time.monotonic() - start
-            raise translate_error(error, envelope, self.target, self._options, took_s) from error
-        return decode(envelope, response, self.target)
+        tries = _Tries(envelope, self._route)
+        wait_s = 0.0
+        while not self._closed.wait(wait_s):
+            attempt = self._connections.begin()
+            try:
+                response = attempt.connection.stubs[method](
+                    message, timeout=tries.begin(), metadata=tries.headers
+                )
+            except (grpc.RpcError, ValueError) as error:
+                if self._closed.is_set():  # by another thread, while this call was under way
+                    raise _closed_error(self.target) from error
+                if not isinstance(error, grpc.RpcError):
+                    raise
+                wait_s = tries.wait_s(error, attempt)
+            else:
+                attempt.succeed()
+                return decode(envelope, response, self.target)
+            finally:
+                if over := self._connections.end(attempt):
+                    over.channel.close()
+        raise _closed_error(self.target)
 
     def close(self) -> None:
         """Close the channel."""
-        self._closed = True
-        self._channel.close()
+        self._closed.set()
+        for connection in self._connections.all():
+            connection.channel.close()
 
     def _open(self) -> None:
-        channel = _open_channel(grpc, self._address, self._options)
-        self._channel = grpc.intercept_channel(channel, *self._interceptors)
-        self._stubs = stubs(self._channel)
+        self._closed = threading.Event()
+        self._connections = Connections(self._route.connect)
         self._pid = os.getpid()
 
     def _open_after_fork(self) -> None:
-        """Open a channel in a forked child; gRPC has closed the one of its parent."""
-        with self._opening:
+        """Open a channel in a forked child; gRPC has closed the one of its parent.
+
+        Locks of the parent may be held here for ever, so nothing of it is used or freed.
+        """
+        with _FORKING:
             if os.getpid() != self._pid:
+                _OF_PARENTS.append(self._connections)
+                was_closed = self._closed.is_set()
                 self._open()
+                if was_closed:
+                    self.close()
+
+
+_FORKING = threading.Lock()  # free in every child
+_OF_PARENTS: list[Connections] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_FORKING.acquire,
+        after_in_parent=_FORKING.release,
+        after_in_child=_FORKING.release,
+    )
 
 
 class AioTransport:
-    """Sends envelopes over one channel of `grpc.aio`, opened in the loop that sends first.
+    """Sends envelopes over `grpc.aio`, from the event loop that sends first.
 
     Args:
         targets: One address, or several that serve the same models.
@@ -153,47 +302,66 @@ class AioTransport:
     """
 
     def __init__(self, targets: str | Sequence[str], options: Options) -> None:
-        self._address = channel_address(targets)
-        self._interceptors = _check_interceptors(options, grpc.aio.ClientInterceptor)
-        self.target = targets if isinstance(targets, str) else ",".join(targets)
-        self._options = options
+        self._route = _Route(targets, options, grpc.aio.ClientInterceptor)
         self._pid = os.getpid()
-        self._channel: grpc.aio.Channel | None = None
-        self._stubs: dict[str, Any] = {}
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._connections: Connections | None = None
+
+    @property
+    def target(self) -> str:
+        """Address of the server, as errors name it."""
+        return self._route.target
+
+    @property
+    def connections(self) -> int:
+        """How often a connection was made or begun, the first included.
+
+        One of several replicas that is lost is not counted while others are connected.
+        """
+        return 0 if self._connections is None else self._connections.made
 
     async def send_async(self, envelope: Envelope) -> Reply[Any]:
         """Return the reply; raise a `KerasMrlError`."""
-        self._open_or_refuse()
+        self._check_place()
         method, message = encode(envelope)
-        start = time.monotonic()
-        try:
-            response = await self._stubs[method](
-                message, timeout=_call_timeout_s(envelope), metadata=self._options.headers()
-            )
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if self._closed and task is not None and not task.cancelling():
+        tries = _Tries(envelope, self._route)
+        while not self._closed:
+            connections = self._open()
+            attempt = connections.begin()
+            try:
+                response = await attempt.connection.stubs[method](
+                    message, timeout=tries.begin(), metadata=tries.headers
+                )
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if self._closed and task is not None and not task.cancelling():
+                    raise _closed_error(self.target) from error
+                raise
+            except grpc.RpcError as error:
+                if self._closed:  # by another task, while this call was under way
+                    raise _closed_error(self.target) from error
+                wait_s = tries.wait_s(error, attempt)
+            except grpc.aio.UsageError as error:  # of a channel closed before the call began
                 raise _closed_error(self.target) from error
-            raise
-        except grpc.RpcError as error:
-            if self._closed:  # by another task, while this call was under way
-                raise _closed_error(self.target) from error
-            took_s = time.monotonic() - start
-            raise translate_error(error, envelope, self.target, self._options, took_s) from error
-        except grpc.aio.UsageError as error:  # raised for a channel closed before the call began
-            raise _closed_error(self.target) from error
-        return decode(envelope, response, self.target)
+            else:
+                attempt.succeed()
+                return decode(envelope, response, self.target)
+            finally:
+                if over := connections.end(attempt):
+                    await over.channel.close()
+            await asyncio.sleep(wait_s)
+        raise _closed_error(self.target)
 
     async def close_async(self) -> None:
         """Close the channel."""
         self._closed = True
-        if self._channel is not None and asyncio.get_running_loop() is self._loop:
-            await self._channel.close()
+        if self._connections is not None and asyncio.get_running_loop() is self._loop:
+            for connection in self._connections.all():
+                await connection.channel.close()
 
-    def _open_or_refuse(self) -> None:
-        """Open the channel in the first loop; raise in another process or loop, or when closed."""
+    def _check_place(self) -> None:
+        """Raise in another process or loop than that of the first call."""
         if os.getpid() != self._pid:
             raise _unusable_error(
                 "An AsyncClient lives in the process that made it. "
@@ -204,20 +372,20 @@ class AioTransport:
             )
         if self._closed:
             raise _closed_error(self.target)
-        loop = asyncio.get_running_loop()
-        if self._channel is None:
-            self._loop = loop
-            self._channel = _open_channel(
-                grpc.aio, self._address, self._options, self._interceptors
-            )
-            self._stubs = stubs(self._channel)
-        if loop is not self._loop:
+        if self._loop is not None and asyncio.get_running_loop() is not self._loop:
             raise _unusable_error(
                 "An AsyncClient lives in the event loop that it first asked from. "
                 f"Received: a call from another loop, to {self.target}. Make one client per loop: "
                 "`async with AsyncClient(...)` inside the function given to asyncio.run.",
                 self.target,
             )
+
+    def _open(self) -> Connections:
+        """Return the connections, opened in the first loop."""
+        if self._connections is None:
+            self._loop = asyncio.get_running_loop()
+            self._connections = Connections(self._route.connect_aio)
+        return self._connections
 
 
 def _closed_error(target: str) -> KerasMrlError:
@@ -234,101 +402,6 @@ def _unusable_error(text: str, target: str) -> KerasMrlError:
     return error
 
 
-def check_transport(transport: T, method: str) -> T:
-    """Return `transport`.
-
-    Raises:
-        ValueError: If it lacks the method, and so is not a transport.
-    """
-    if not hasattr(transport, method):
-        raise _target_error(transport)
-    return transport
-
-
-def count_replicas(targets: object) -> int:
-    """Return how many servers may take turns: one per target, or a few behind a `dns:` name."""
-    if isinstance(targets, str):
-        return _REPLICAS_BEHIND_DNS if targets.startswith("dns:") else 1
-    return len(targets) if isinstance(targets, Sequence) else 1
-
-
-_REPLICAS_BEHIND_DNS = 3
-
-
-def channel_address(targets: str | Sequence[str]) -> str:
-    """Return the one address gRPC takes, for one target or several, "host:port" each.
-
-    The hosts of several targets are looked up here, once. To follow changes behind a name, give
-    `dns:///name:port` as the only target: gRPC looks it up again.
-
-    Raises:
-        ValueError: If there is no target, a target has no port, or its host has no address.
-    """
-    if isinstance(targets, str):
-        return _check_target(targets)
-    if not targets:
-        raise ValueError(
-            "A client needs a target. Received: an empty list. Give for example 'localhost:8500'."
-        )
-    if len(targets) == 1:
-        return _check_target(targets[0])
-    addresses_by_family = [_look_up(_check_target(target)) for target in targets]
-    for family, scheme in ((socket.AF_INET, "ipv4"), (socket.AF_INET6, "ipv6")):
-        if all(family in addresses for addresses in addresses_by_family):
-            unique = dict.fromkeys(addresses[family] for addresses in addresses_by_family)
-            return f"{scheme}:" + ",".join(unique)
-    raise ValueError(
-        "Targets of one list must all have addresses of IPv4, or all of IPv6. "
-        f"Received: {', '.join(targets)}. Give a client to each kind, or one 'dns:///name:port'."
-    )
-
-
-_LAST_PORT = 2**16 - 1
-
-
-def _check_target(target: object) -> str:
-    if not isinstance(target, str):
-        raise _target_error(target)
-    if "," in target and not target.startswith(("ipv4:", "ipv6:")):
-        raise ValueError(
-            f"A target is one address. Received: {target!r}. "
-            f"Give several as a list: {target.split(',')}."
-        )
-    has_scheme = ":///" in target or target.startswith(("unix:", "ipv4:", "ipv6:", "dns:", "xds:"))
-    _, _, port = target.rpartition(":")
-    if has_scheme or (port.isdecimal() and int(port) <= _LAST_PORT):
-        return target
-    raise ValueError(
-        f"A target must be 'host:port'. Received: {target!r}. "
-        f"Give the server's gRPC port, for example {target.rstrip(':') or 'localhost'}:8500."
-    )
-
-
-def _target_error(received: object) -> ValueError:
-    return ValueError(
-        "A target is 'host:port', a list of them, or a transport. "
-        f"Received: {type(received).__name__}. Give for example 'localhost:8500'."
-    )
-
-
-def _look_up(target: str) -> dict[int, str]:
-    """Return the first address of the target's host in each family, IPv4 and IPv6."""
-    host, _, port = target.rpartition(":")
-    try:
-        entries = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ValueError(
-            "Every target of a list must be a host with an address. "
-            f"Received: {target!r} ({error.strerror}). Correct it, or give one 'dns:///name:port'."
-        ) from error
-    formats = {socket.AF_INET: "{}:{}", socket.AF_INET6: "[{}]:{}"}
-    return {
-        family: formats[family].format(*address[:2])
-        for family, _, _, _, address in reversed(entries)  # the first one wins
-        if family in formats
-    }
-
-
 def _check_interceptors(options: Options, kind: type[Any]) -> list[Any]:
     """Return the interceptors of `options`; raise if one is not of the kind the client needs."""
     for interceptor in options.interceptors:
@@ -339,68 +412,3 @@ def _check_interceptors(options: Options, kind: type[Any]) -> list[Any]:
                 "Give a Client those of grpc, and an AsyncClient those of grpc.aio."
             )
     return list(options.interceptors)
-
-
-def _open_channel(module: Any, address: str, options: Options, *interceptors: list[Any]) -> Any:
-    """Return a channel of `grpc` or of `grpc.aio`, which differ in their interceptors alone."""
-    compression = grpc.Compression.Gzip if options.compress else grpc.Compression.NoCompression
-    settings = (channel_arguments(options), compression, *interceptors)
-    tls = options.tls
-    if tls is None:
-        return module.insecure_channel(address, *settings)
-    credentials = grpc.ssl_channel_credentials(
-        tls.root_certificates, tls.private_key, tls.certificate_chain
-    )
-    return module.secure_channel(address, credentials, *settings)
-
-
-_LONGEST_KEEPALIVE_S = 1e6
-_LONGEST_RECONNECT_MS = 5000  # by default two minutes, in which a restarted server is not found
-
-
-def channel_arguments(options: Options) -> list[tuple[str, Any]]:
-    """Return gRPC's settings for the options of a client."""
-    limit = -1 if options.max_message_bytes is None else int(options.max_message_bytes)
-    retries = {
-        "maxAttempts": int(options.max_attempts),
-        "initialBackoff": _duration(options.first_backoff_s),
-        "maxBackoff": _duration(options.max_backoff_s),
-        "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"],
-    }
-    every_method: dict[str, Any] = {"name": [{}]}
-    if options.max_attempts > 1:
-        every_method["retryPolicy"] = retries
-    service = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": [every_method]}
-    arguments: list[tuple[str, Any]] = [
-        ("grpc.max_receive_message_length", limit),
-        ("grpc.max_send_message_length", limit),
-        ("grpc.service_config", json.dumps(service)),
-        ("grpc.service_config_disable_resolution", 1),
-        ("grpc.initial_reconnect_backoff_ms", int(min(100, options.first_backoff_s * 1000)) or 1),
-        ("grpc.max_reconnect_backoff_ms", _LONGEST_RECONNECT_MS),
-        ("grpc.per_rpc_retry_buffer_size", 2**31 - 1),  # by default, above 256 KiB none is retried
-    ]
-    if options.keepalive_s is not None:
-        keepalive_ms = int(1000 * min(options.keepalive_s, _LONGEST_KEEPALIVE_S)) or 1
-        arguments += [
-            ("grpc.keepalive_time_ms", keepalive_ms),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.max_pings_without_data", 0),  # by default, two and no more
-        ]
-    if options.tls is not None and options.tls.server_name is not None:
-        arguments.append(("grpc.ssl_target_name_override", options.tls.server_name))
-    return arguments
-
-
-def _duration(seconds: float) -> str:
-    """Return seconds as the JSON of gRPC's service config, within the range that gRPC reads."""
-    return f"{min(max(seconds, 0.001), 86400):.3f}s"
-
-
-_LONGEST_TIMEOUT_S = 1e9
-
-
-def _call_timeout_s(envelope: Envelope) -> float:
-    """Return the timeout of one call: a deadline after 2262 overflows and ends the call at once."""
-    return min(envelope.remaining_s, _LONGEST_TIMEOUT_S)

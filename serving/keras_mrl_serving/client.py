@@ -13,7 +13,7 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import _transport, contract, corpus, flows, questions
+from . import _targets, contract, corpus, flows, questions
 from ._transport import GrpcTransport
 from .calls import AsyncTransport, Signature, Transport, VersionStatus
 from .cascade.policy import CascadePolicy
@@ -56,9 +56,9 @@ class BaseClient(Generic[TransportT]):
         self._transport: TransportT = (
             self._channel(target, self.options)
             if isinstance(target, str | Sequence)
-            else _transport.check_transport(target, self._send)
+            else _targets.check_transport(target, self._send)
         )
-        replicas = _transport.count_replicas(target)
+        replicas = _targets.count_replicas(target)
         self._conversation = Conversation(
             self.target,
             model,

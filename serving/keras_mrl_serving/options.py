@@ -94,6 +94,9 @@ class Options:
         tls: Certificates; None talks in the clear.
         metadata: Headers of every call, such as `{"authorization": "Bearer ..."}`, or a function
             that returns them for each call. Names are in lower case.
+        proxy: Whether a proxy is asked that the environment names: `grpc_proxy`, `https_proxy` or
+            `http_proxy`, in lower case, unless `no_proxy` names the target. Loopback and lists of
+            targets are asked without one.
         compress: Whether requests are compressed with gzip.
         keepalive_s: Seconds between keepalive pings, at least 1; None sends none. TensorFlow
             Serving hangs up on a client that pings more often than every 300 s.
@@ -119,6 +122,7 @@ class Options:
     metadata: Mapping[str, str] | Callable[[], Mapping[str, str]] = field(
         default_factory=dict, repr=False
     )
+    proxy: bool = True
     compress: bool = False
     keepalive_s: float | None = None
     interceptors: tuple[grpc.UnaryUnaryClientInterceptor | grpc.aio.ClientInterceptor, ...] = ()
