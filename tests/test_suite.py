@@ -12,7 +12,10 @@ FILES = sorted(TESTS.rglob("*.py"))
 ROOMS = ("keras_mrl", "keras_mrl_cli", "keras_mrl_export", "keras_mrl_serving")
 PRIVATE = re.compile(r"(^|\.)_[^_.]\w*$")
 # Modules that are private to the application, not to the room.
-MODULES = {"_arrays", "_dims", "_masks", "_session", "_torch", "_transport", "_wire", "_wire_pb2"}
+MODULES = {
+    *("_arrays", "_dims", "_masks", "_session", "_torch"),
+    *("_connection", "_targets", "_transport", "_wire", "_wire_pb2"),
+}
 NOT_OURS = {"_PRINTED_WARNING"}  # TensorFlow's, which logs each of its warnings once
 CLOCK = re.compile(
     r"assert .*(monotonic|perf_counter|process_time|time\(\)).*[<>]"

@@ -66,6 +66,7 @@ def _options(arguments: SimpleNamespace) -> Options:
     settings: dict[str, Any] = {
         "metadata": _metadata(arguments.metadata),
         "timeout_s": arguments.timeout,
+        "proxy": not arguments.no_proxy,
         "max_batch_size": getattr(arguments, "max_batch_size", None),
     }
     if arguments.tls_ca is not None:

@@ -377,9 +377,9 @@ def check_one_of(arguments: SimpleNamespace, *names: str) -> None:
 # Flags that several commands have.
 
 DEFAULT_MODEL = "default"
-SERVER_FLAGS = ("model", "timeout", "tls_ca", "metadata")
+SERVER_FLAGS = ("model", "timeout", "tls_ca", "metadata", "no_proxy")
 FILE_FLAGS = ("max_batch_size", "scale")
-_DEFAULTS = {"model": DEFAULT_MODEL, "scale": 1.0}
+_DEFAULTS = {"model": DEFAULT_MODEL, "scale": 1.0, "no_proxy": False}
 
 
 def files_argument(before: str = "") -> click.Argument:
@@ -441,6 +441,11 @@ def server_options() -> list[Option]:
             multiple=True,
             metavar="KEY=VALUE",
             help="sent with every call, such as authorization='Bearer ...'; may be given again",
+        ),
+        Option(
+            "--no-proxy",
+            is_flag=True,
+            help="ask no proxy that http_proxy, https_proxy or grpc_proxy names",
         ),
     ]
 

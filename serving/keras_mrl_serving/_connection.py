@@ -6,8 +6,8 @@ but TensorFlow Serving hangs up on clients that ping. So deadlines are counted h
 on which nothing came back during three of them is given up, and a new channel is opened.
 
 A channel has connections to all replicas, and does not tell which of them a call went to. They
-take turns. So a replica may be silent until as many calls in a row were answered that each
-replica must have been among them.
+take turns, so of N replicas a silent one has every Nth call. Answers end the count only where there
+are more than 2N of them to a late one: then it is all replicas that are late now and then.
 
 The new channel gets connections of its own: by default gRPC shares them between the equal channels
 of a process, the dead ones too. It counts as connected to a peer only when the peer has spoken, so
@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +29,7 @@ from ._wire import stubs
 from .options import Options
 
 SILENT_DEADLINES = 3
-_TIMES_ROUND = 4  # threads may overtake each other between the number of a call and its replica
+_TIMES_ROUND = 2
 
 
 class Silence:
@@ -46,46 +45,33 @@ class Silence:
     Examples:
         >>> silence = Silence(replicas=1, timeout_s=1.0)
         >>> for start_s in range(3):
-        ...     silence.end_unanswered(silence.begin(), start_s, start_s + 1)
+        ...     silence.unanswered(start_s, start_s + 1)
         False
         False
         True
     """
 
     def __init__(self, replicas: int, timeout_s: float) -> None:
-        self._turns = _TIMES_ROUND * replicas if replicas > 1 else 0
+        self._answers_a_late_one = _TIMES_ROUND * replicas if replicas > 1 else 0
         self._shortest_s = timeout_s / 2
-        self._under_way: OrderedDict[int, None] = OrderedDict()
-        self._begun = 0
-        self._last_unanswered = 0
-        self._deadlines = 0
-        self._since_s = float("-inf")
+        self._deadlines = self._late = self._answered = 0
+        self._since_s = float("-inf")  # deadlines of calls that began earlier do not count
 
-    def begin(self) -> int:
-        """Return the number of a call that begins now."""
-        self._begun += 1
-        self._under_way[self._begun] = None
-        return self._begun
-
-    def end(self, number: int) -> None:
-        """Note the end of a call that proves nothing, such as one that was cancelled."""
-        del self._under_way[number]
-
-    def end_answered(self, number: int, now_s: float) -> None:
+    def answered(self, now_s: float) -> None:
         """Note that a server answered a call, be it with an error."""
-        del self._under_way[number]
-        if not self._turns:
-            self._deadlines, self._since_s = 0, now_s
-        elif self._deadlines:
-            oldest = next(iter(self._under_way), self._begun + 1)
-            if oldest - self._last_unanswered > self._turns:
-                self._deadlines = 0
+        if not self._answers_a_late_one:
+            self._since_s = now_s
+        if self._deadlines:
+            self._answered += 1
+            if self._answered > self._answers_a_late_one * self._late:
+                self._deadlines = self._late = self._answered = 0
 
-    def end_unanswered(self, number: int, start_s: float, now_s: float) -> bool:
+    def unanswered(self, start_s: float, now_s: float) -> bool:
         """Note that a deadline passed without an answer; return whether it was one too many."""
-        del self._under_way[number]
-        self._last_unanswered = max(self._last_unanswered, number)
-        if start_s >= self._since_s and now_s - start_s >= self._shortest_s:
+        if now_s - start_s < self._shortest_s:
+            return False
+        self._late += 1
+        if start_s >= self._since_s:
             self._deadlines, self._since_s = self._deadlines + 1, now_s
         return self._deadlines >= SILENT_DEADLINES
 
@@ -136,7 +122,6 @@ class Attempt:
     def __init__(self, connection: Connection, start_s: float) -> None:
         self.connection = connection
         self.start_s = start_s
-        self.number = connection.silence.begin()
         self.is_answered: bool | None = None
 
     def succeed(self) -> None:
@@ -171,10 +156,10 @@ class Connections:
         """How often a connection was made or begun, the first included."""
         return self._made_before + 1 + self._current.times_lost
 
-    def all(self) -> list[Connection]:
-        """Return the connections that are open."""
+    def channels(self) -> list[Any]:
+        """Return the channels that are open."""
         with self._lock:
-            return [self._current, *self._given_up]
+            return [each.channel for each in (self._current, *self._given_up)]
 
     def begin(self) -> Attempt:
         """Return an attempt on the current connection."""
@@ -183,21 +168,19 @@ class Connections:
             self._current.calls += 1
             return Attempt(self._current, self._clock())
 
-    def end(self, attempt: Attempt) -> Connection | None:
-        """Note the end of an attempt; return a connection that is now to be closed, if any."""
+    def end(self, attempt: Attempt) -> Any:
+        """Note the end of an attempt; return a channel that is now to be closed, or None."""
         connection, silence, now_s = attempt.connection, attempt.connection.silence, self._clock()
         with self._lock:
             connection.calls -= 1
-            if attempt.is_answered is None:
-                silence.end(attempt.number)
-            elif attempt.is_answered:
-                silence.end_answered(attempt.number, now_s)
-            elif silence.end_unanswered(attempt.number, attempt.start_s, now_s):
+            if attempt.is_answered:
+                silence.answered(now_s)
+            elif attempt.is_answered is False and silence.unanswered(attempt.start_s, now_s):
                 self._give_up(connection)
             if connection is self._current or connection.calls:
                 return None
             self._given_up.discard(connection)
-            return connection
+            return connection.channel
 
     def _give_up(self, connection: Connection) -> None:
         if connection is self._current:

@@ -221,6 +221,6 @@ def _is_named(host: str, port: str, name: str) -> bool:
     if name == "*":
         return True
     with suppress(ValueError):
-        return ipaddress.ip_address(host) in ipaddress.ip_network(name.strip("[]"), strict=False)
+        return ipaddress.ip_address(host) in ipaddress.ip_network(name, strict=False)
     end = name.removeprefix("*").lstrip(".")
     return bool(end) and (host.endswith(end) or f"{host}:{port}".endswith(end))

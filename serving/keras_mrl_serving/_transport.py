@@ -1,8 +1,8 @@
 """The transports of both clients: they carry envelopes over gRPC, and say what its errors mean.
 
 A transport adds four things to gRPC: one address made from several targets (`_targets.py`), a new
-channel where the old one is silent (`_connection.py`), retries, and the table in `errors.py` that
-turns every gRPC status into an exception.
+channel where the old one is silent (`_connection.py`), retries, and the tables that turn every gRPC
+status into an exception (`errors.py`) and the causes that gRPC names into advice (`_causes.py`).
 
 Retries are for UNAVAILABLE alone, within the deadline of the call. They are not left to gRPC,
 which would try again what cannot get better, such as a certificate of another host, and does not
@@ -23,6 +23,7 @@ from typing import Any
 import grpc
 from grpc import StatusCode
 
+from ._causes import find_cause
 from ._connection import Attempt, Connection, Connections, Silence, open_channel, readiness
 from ._targets import Proxy, channel_address, count_replicas, find_proxy
 from ._wire import decode, encode
@@ -34,7 +35,6 @@ from .errors import (
     VersionNotFoundError,
     call_error,
     error_class,
-    find_cause,
 )
 from .options import Options
 
@@ -187,7 +187,7 @@ class _Tries:
             attempts=self._count,
             is_connected=is_connected,
             proxy=self._route.proxy,
-        ) from error
+        ) from error.with_traceback(None)  # its frames in gRPC hold the call, and the channel
 
     def _is_worth_another(self, error: grpc.RpcError) -> bool:
         status, details = _status(error)
@@ -252,14 +252,14 @@ class GrpcTransport:
                 return decode(envelope, response, self.target)
             finally:
                 if over := self._connections.end(attempt):
-                    over.channel.close()
+                    over.close()
         raise _closed_error(self.target)
 
     def close(self) -> None:
         """Close the channel."""
         self._closed.set()
-        for connection in self._connections.all():
-            connection.channel.close()
+        for channel in self._connections.channels():
+            channel.close()
 
     def _open(self) -> None:
         self._closed = threading.Event()
@@ -349,7 +349,7 @@ class AioTransport:
                 return decode(envelope, response, self.target)
             finally:
                 if over := connections.end(attempt):
-                    await over.channel.close()
+                    await over.close()
             await asyncio.sleep(wait_s)
         raise _closed_error(self.target)
 
@@ -357,8 +357,8 @@ class AioTransport:
         """Close the channel."""
         self._closed = True
         if self._connections is not None and asyncio.get_running_loop() is self._loop:
-            for connection in self._connections.all():
-                await connection.channel.close()
+            for channel in self._connections.channels():
+                await channel.close()
 
     def _check_place(self) -> None:
         """Raise in another process or loop than that of the first call."""

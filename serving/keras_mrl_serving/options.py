@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import grpc
 
 _LARGEST_COUNT = 2**31 - 1  # gRPC's limit for its settings
-_MOST_ATTEMPTS = 5  # gRPC's limit, whatever its setting
+_MOST_ATTEMPTS = 5
 _METADATA_NAME = re.compile(r"(?!.*-bin$)[a-z0-9_.-]+")
 _METADATA_VALUE = re.compile(r"[ -~]*")
 
@@ -99,7 +99,9 @@ class Options:
             targets are asked without one.
         compress: Whether requests are compressed with gzip.
         keepalive_s: Seconds between keepalive pings, at least 1; None sends none. TensorFlow
-            Serving hangs up on a client that pings more often than every 300 s.
+            Serving hangs up on clients that ping, unless it was started with
+            `--grpc_channel_arguments=grpc.keepalive_permit_without_calls=1,`
+            `grpc.http2.min_ping_interval_without_data_ms=10000` (here for every 10 s).
         interceptors: The user's own gRPC interceptors, such as those of OpenTelemetry: of
             `grpc` for a `Client`, of `grpc.aio` for an `AsyncClient`.
 
@@ -139,6 +141,11 @@ class Options:
             raise ValueError(
                 f"tls must be a Tls, or None. Received: {type(self.tls).__name__}. "
                 "Read one with Tls.from_files."
+            )
+        if not isinstance(self.proxy, bool):
+            raise ValueError(
+                f"proxy must be True or False. Received: proxy={self.proxy!r}. "
+                "Name a proxy in the environment variable http_proxy."
             )
         self._check_count("max_attempts", _MOST_ATTEMPTS)
         self._check_count("max_in_flight", _LARGEST_COUNT)

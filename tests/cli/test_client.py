@@ -28,6 +28,7 @@ from tests.helpers.cli import (
     run_without,
 )
 from tests.helpers.faulty_server import FaultyServer, Request, rows
+from tests.helpers.proxies import ConnectProxy
 
 Ask = Callable[..., Ended]
 
@@ -178,6 +179,22 @@ def test_the_flags_reach_the_server(call: Call, folder: Path) -> None:
         assert call("embed", "x.npy", "--target", server.target).status == 0
         assert server.requests_of("embed_4")[-1].count == 20
         assert all(remaining < 11 for remaining in seconds)
+
+
+def test_a_proxy_of_the_environment_is_turned_off(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del folder
+    np.save("x.npy", rows(1))
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    embed = call.of("embed", "x.npy", "--target", "nobody.invalid:8500", "--timeout=20")
+    with FaultyServer() as server, ConnectProxy(server.port) as proxy:
+        monkeypatch.setenv("grpc_proxy", f"http://{proxy.target}")
+        assert embed().status == 0
+        assert proxy.asked == ["nobody.invalid:8500"]
+        assert "errors resolving nobody.invalid:8500" in embed("--no-proxy").err
+        assert proxy.connections == 1
 
 
 def test_a_call_holds_few_large_images(call: Call, folder: Path) -> None:

@@ -115,7 +115,10 @@ def test_compose_and_kubernetes_start_the_same_server(deployed: Path, exported: 
     assert named == set(made["files"])
     assert made["name"] == pod["volumes"][1]["configMap"]["name"]
     assert kustomization["resources"] == ["kubernetes.yaml"]
-    assert values["grpc_channel_arguments"] == "grpc.max_connection_age_ms=60000"
+    assert values["grpc_channel_arguments"] == (
+        "grpc.max_connection_age_ms=60000,grpc.keepalive_permit_without_calls=1,"
+        "grpc.http2.min_ping_interval_without_data_ms=10000"
+    )
 
 
 def test_the_flags_are_those_of_the_real_server(deployed: Path) -> None:

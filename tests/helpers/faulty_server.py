@@ -26,6 +26,7 @@ from keras_mrl_serving.calls import Arrays, Call
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.errors import DeadlineError
 from keras_mrl_serving.options import Options
 from tests.helpers.waiting import wait_until
 
@@ -313,6 +314,12 @@ class _Awaited:
             return method
         return lambda *args, **named: self._runner.run(method(*args, **named))
 
+    def side_by_side(self, ask: Callable[[AsyncClient], Any], count: int) -> list[Any]:
+        async def gather() -> list[Any]:
+            return await asyncio.gather(*(ask(self._client) for _ in range(count)))
+
+        return self._runner.run(gather())
+
 
 @contextmanager
 def open_client(kind: type[Any], target: Any, options: Options | None = None) -> Iterator[Any]:
@@ -327,6 +334,34 @@ def open_client(kind: type[Any], target: Any, options: Options | None = None) ->
             yield _Awaited(awaited, runner)
         finally:
             runner.run(awaited.close())
+
+
+def deadlines_until(condition: Callable[[], bool], client: Any, callers: int) -> list[int]:
+    """Ask by so many threads or tasks until the condition holds; how often each was too late."""
+    x = rows(1)
+
+    def ask(_: int) -> int:
+        late = 0
+        while not condition():
+            try:
+                client.embed(x, 2)
+            except DeadlineError:
+                late += 1
+        return late
+
+    async def ask_awaiting(waiting: AsyncClient) -> int:
+        late = 0
+        while not condition():
+            try:
+                await waiting.embed(x, 2)
+            except DeadlineError:
+                late += 1
+        return late
+
+    if isinstance(client, _Awaited):
+        return client.side_by_side(ask_awaiting, callers)
+    with ThreadPoolExecutor(callers) as pool:
+        return list(pool.map(ask, range(callers)))
 
 
 def main(port: int, stuck: int) -> None:

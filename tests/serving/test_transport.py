@@ -1,14 +1,16 @@
 """The transport: gRPC's errors as ours, targets, and channels as the options say."""
 
 import asyncio
-import json
 import os
 import re
 import socket
+import socketserver
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,13 @@ import pytest
 import trustme
 
 from keras_mrl_serving import errors
-from keras_mrl_serving._transport import (
-    AioTransport,
-    GrpcTransport,
-    channel_address,
-    channel_arguments,
-    translate_error,
-)
+from keras_mrl_serving._targets import Proxy
+from keras_mrl_serving._transport import AioTransport, GrpcTransport, translate_error
 from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.calls import AskStatus, Call, Envelope
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.errors import (
+    DeadlineError,
     KerasMrlError,
     MessageTooLargeError,
     ServerUnavailableError,
@@ -42,6 +40,7 @@ from tests.helpers.faulty_server import (
     open_client,
     rows,
 )
+from tests.helpers.proxies import ConnectProxy, Relay
 from tests.helpers.waiting import wait_until
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
@@ -121,7 +120,7 @@ def envelope(version: int | None = None, timeout_s: float = 10.0) -> Envelope:
 
 def test_an_error_says_the_rule_what_was_received_and_what_to_do() -> None:
     failure = Failure("NOT_FOUND", SPECIFIC)
-    error = translate_error(failure, envelope(7, 2.50), "host:8500", Options(), 0.1)
+    error = translate_error(failure, envelope(7, 2.50), "host:8500")
     assert type(error) is errors.VersionNotFoundError
     assert str(error) == (
         "The server must have the version. Received: NOT_FOUND from host:8500 for model 'm' "
@@ -134,7 +133,7 @@ def test_an_error_says_the_rule_what_was_received_and_what_to_do() -> None:
         "version": 7,
         "signature": "embed_8",
         "timeout_s": 2.5,
-        "attempts": None,
+        "attempts": 1,
     }
 
 
@@ -209,7 +208,7 @@ def test_an_error_says_the_rule_what_was_received_and_what_to_do() -> None:
     ],
 )
 def test_each_status_has_a_text(code: str, details: str | None, rule: str, remedy: str) -> None:
-    error = translate_error(Failure(code, details), envelope(), "host:8500", Options(), 0.1)
+    error = translate_error(Failure(code, details), envelope(), "host:8500")
     call = f"{code} from host:8500 for model 'm', signature 'embed_8', timeout 10 s"
     own_words = (details or "as printed").rstrip(".")
     assert str(error) == f"{rule} Received: {call}: {own_words}. {remedy}"
@@ -219,7 +218,7 @@ def test_each_status_has_a_text(code: str, details: str | None, rule: str, remed
 
 def test_an_error_without_a_status_is_unknown() -> None:
     status = Envelope("m", None, AskStatus(), 1.0, 1.0)
-    error = translate_error(grpc.RpcError("broken"), status, "host:8500", Options(), 0.1)
+    error = translate_error(grpc.RpcError("broken"), status, "host:8500")
     assert type(error) is errors.ServerError
     assert error.signature is None
     assert str(error) == (
@@ -228,94 +227,46 @@ def test_an_error_without_a_status_is_unknown() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "took_s", "attempts"),
-    [
-        (Options(), 1.5, 5),  # 0.1 + 0.2 + 0.4 + 0.8
-        (Options(), 1.21, 5),  # each wait may be a fifth shorter
-        (Options(), 1.19, None),
-        (Options(max_attempts=1), 0.0, 1),
-        (Options(max_attempts=3, first_backoff_s=1.0, max_backoff_s=1.5), 1.9, None),
-        (Options(max_attempts=3, first_backoff_s=1.0, max_backoff_s=1.5), 2.0, 3),
-    ],
-)
-def test_attempts_are_known_where_there_was_time_for_all(
-    options: Options, took_s: float, attempts: int | None
-) -> None:
-    failure = Failure("UNAVAILABLE", "busy")
-    error = translate_error(failure, envelope(), "host:8500", options, took_s)
-    assert error.attempts == attempts
-    assert (f"after {attempts} attempts from" in str(error)) == ((attempts or 0) > 1)
-    other = Failure("INTERNAL", "busy")
-    assert translate_error(other, envelope(), "host:8500", options, took_s).attempts is None
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "INTERNAL"])
+def test_an_error_says_how_often_the_call_was_sent(code: str) -> None:
+    for attempts in (1, 2):
+        error = translate_error(Failure(code, "busy"), envelope(), "host:8500", attempts=attempts)
+        assert error.attempts == attempts
+        assert (f" {code} after {attempts} attempts from " in str(error)) == (attempts > 1)
 
 
-# Targets.
-
-
-@pytest.mark.parametrize(
-    ("targets", "address"),
-    [
-        ("localhost:8500", "localhost:8500"),
-        ("dns:///models:8500", "dns:///models:8500"),
-        ("unix:/tmp/socket", "unix:/tmp/socket"),
-        (["127.0.0.1:8500"], "127.0.0.1:8500"),
-        (["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:1"], "ipv4:127.0.0.1:1,127.0.0.1:2"),
-        (["[::1]:1", "[::1]:2"], "ipv6:[::1]:1,[::1]:2"),
-    ],
-)
-def test_targets_become_one_address(targets: Any, address: str) -> None:
-    assert channel_address(targets) == address
-
-
-def no_port(target: str, example: str) -> tuple[str, str]:
-    return target, (
-        f"A target must be 'host:port'. Received: {target!r}. "
-        f"Give the server's gRPC port, for example {example}:8500."
+def test_words_of_a_server_are_no_cause() -> None:
+    """A proxy of the server's side says so of the connection behind it."""
+    text = "upstream connect error: TLS_error CERTIFICATE_VERIFY_FAILED, HTTP_REQUEST"
+    error = translate_error(Failure("UNAVAILABLE", text), envelope(), "host:8500")
+    assert str(error).endswith(
+        f": {text}. Start one with `keras-mrl serve --model_base_path PATH "
+        "--port PORT`, or correct the target."
     )
 
 
-@pytest.mark.parametrize(
-    ("targets", "text"),
-    [
-        no_port("localhost", "localhost"),
-        no_port("localhost:", "localhost"),
-        no_port("birds.example.org:http", "birds.example.org:http"),
-        no_port("", "localhost"),
-        (["127.0.0.1:1", "models:"], no_port("models:", "models")[1]),
+def test_an_error_behind_a_proxy_names_the_proxy() -> None:
+    proxy = Proxy("http_proxy", "proxy.example.org:3128")
+    without = "To go without the proxy, name the target in no_proxy, or give Options(proxy=False)."
+    for code, details, remedy in (
+        ("UNAVAILABLE", "Connection refused", without),
         (
-            "one:1,two:2",
-            "A target is one address. Received: 'one:1,two:2'. "
-            "Give several as a list: ['one:1', 'two:2'].",
+            *("DEADLINE_EXCEEDED", "Deadline Exceeded"),
+            "Send fewer rows at once, or raise Options(timeout_s=...). Where a network forgets "
+            "connections that are idle, set Options(keepalive_s=...) to what the server allows. "
+            + without,
         ),
-        (
-            None,
-            "A target is 'host:port', a list of them, or a transport. Received: NoneType. "
-            "Give for example 'localhost:8500'.",
-        ),
-        (
-            [],
-            "A client needs a target. Received: an empty list. Give for example 'localhost:8500'.",
-        ),
-        (
-            ["127.0.0.1:1", "[::1]:2"],
-            "Targets of one list must all have addresses of IPv4, or all of IPv6. "
-            "Received: 127.0.0.1:1, [::1]:2. "
-            "Give a client to each kind, or one 'dns:///name:port'.",
-        ),
-    ],
-)
-@BOTH
-def test_targets_nobody_could_reach_are_refused(
-    kind: type[Any], targets: Any, text: str, refuses: Refuses
-) -> None:
-    with refuses(ValueError, text):
-        kind(targets)
+    ):
+        error = translate_error(Failure(code, details), envelope(), "host:8500", proxy=proxy)
+        through = "(through the proxy proxy.example.org:3128 of http_proxy)"
+        assert str(error).endswith(f" {through}. {remedy}")
+    refused = Failure("NOT_FOUND", LATEST)
+    assert str(translate_error(refused, envelope(), "host:8500", proxy=proxy)) == str(
+        translate_error(refused, envelope(), "host:8500")
+    )
 
 
-def test_a_target_of_a_list_without_an_address_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be a host with an address\. Received: 'a b:1' \("):
-        channel_address(["127.0.0.1:1", "a b:1"])
+# Targets.
 
 
 @pytest.mark.parametrize("target", ["dns:///localhost:{}", "localhost:{}", "ipv4:127.0.0.1:{}"])
@@ -365,6 +316,11 @@ def test_a_target_of_a_list_that_is_not_there_is_passed_over(kind: type[Any]) ->
 CA = trustme.CA()
 SERVER = CA.issue_cert("127.0.0.1")
 NAMED = CA.issue_cert("birds.example.org")
+EXPIRED = CA.issue_cert(
+    "127.0.0.1",
+    not_before=datetime(2019, 1, 1, tzinfo=UTC),
+    not_after=datetime(2020, 1, 1, tzinfo=UTC),
+)
 CLIENT = CA.issue_cert("client@example.org")
 STRANGER = trustme.CA().issue_cert("stranger@example.org")
 
@@ -382,37 +338,112 @@ def guarded(pair: trustme.LeafCert = SERVER, *, mutual: bool = False) -> FaultyS
 def trusting(ca: trustme.CA = CA, pair: trustme.LeafCert | None = None) -> Options:
     key, chain = pem(pair) if pair else (None, None)
     tls = Tls(root_certificates=ca.cert_pem.bytes(), private_key=key, certificate_chain=chain)
-    return Options(tls=tls, max_attempts=1)
+    return Options(tls=tls)
 
 
-def assert_unavailable(client: Any, target: str) -> str:
-    """The error names the call, and what gRPC knows of the reason."""
+def assert_unavailable(client: Any, target: str, words: str, remedy: str) -> None:
+    """The error names the call, the reason in gRPC's words, and what to do about it."""
     with pytest.raises(ServerUnavailableError) as caught:
         client.describe()
-    text = str(caught.value)
     assert re.fullmatch(
         r"A TensorFlow Serving server must answer at the target\. Received: UNAVAILABLE from "
-        rf"{re.escape(target)} for model 'default', signature 'describe', timeout 10 s: .+\. "
-        r"Start one with `keras-mrl serve --model_base_path PATH --port PORT`, or correct the "
-        r"target\.",
-        text,
-        re.DOTALL,
+        rf"{re.escape(target)} for model 'default', signature 'describe', timeout 10 s: "
+        rf"[^\n]*{words}[^\n]*\. {re.escape(remedy)}",
+        str(caught.value),
     )
     assert caught.value.attempts == 1
-    return text
+
+
+AUTHORITY = (
+    "CERTIFICATE_VERIFY_FAILED",
+    "Give the authority that signed the server's certificate: "
+    "Options(tls=Tls(root_certificates=...)).",
+)
+OUT_OF_DATE = (
+    "certificate has expired",
+    "The server's certificate is out of date: renew it, or set the clock of this machine.",
+)
+NO_TLS = (
+    "WRONG_VERSION_NUMBER",
+    "No TLS is spoken at this port: leave out Options(tls=...), or give a port with TLS.",
+)
+NAME = (
+    "Hostname Verification Check failed",
+    "The server's certificate bears another name than the target: give it by "
+    "Options(tls=Tls(server_name=...)).",
+)
+HUNG_UP = (
+    "Socket closed",
+    "The server hung up before it spoke gRPC. If it asks for TLS, give "
+    "Options(tls=Tls(root_certificates=...)); if for a certificate of its clients, add "
+    "private_key=... and certificate_chain=....",
+)
+NO_GRPC = (
+    "Expected SETTINGS frame as the first frame",
+    "No gRPC is spoken at this port. TensorFlow Serving has one port for gRPC (8500) and another "
+    "for REST (8501): give that of gRPC.",
+)
 
 
 @BOTH
 def test_tls(kind: type[Any]) -> None:
-    with guarded() as server:
-        with open_client(kind, server.target, trusting()) as client:
-            assert client.embed(rows(3), 2).shape == (3, 2)
-        with open_client(kind, server.target, trusting(trustme.CA())) as client:
-            assert "CERTIFICATE_VERIFY_FAILED" in assert_unavailable(client, server.target)
-        with open_client(kind, server.target, Options(max_attempts=1)) as client:  # in the clear
-            assert_unavailable(client, server.target)
+    with guarded() as server, open_client(kind, server.target, trusting()) as client:
+        assert client.embed(rows(3), 2).shape == (3, 2)
+
+
+@BOTH
+def test_what_cannot_get_better_is_named_and_sent_once(kind: type[Any]) -> None:
+    with guarded() as server, open_client(kind, server.target, trusting(trustme.CA())) as client:
+        assert_unavailable(client, server.target, *AUTHORITY)
+    with guarded(EXPIRED) as server, open_client(kind, server.target, trusting()) as client:
+        assert_unavailable(client, server.target, *OUT_OF_DATE)
+    with guarded(NAMED) as server, open_client(kind, server.target, trusting()) as client:
+        assert_unavailable(client, server.target, *NAME)
     with FaultyServer() as clear, open_client(kind, clear.target, trusting()) as client:
-        assert_unavailable(client, clear.target)
+        assert_unavailable(client, clear.target, *NO_TLS)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"<!DOCTYPE HTML>", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n"]
+)
+@BOTH
+def test_a_port_without_grpc_is_named_and_asked_once(kind: type[Any], answer: bytes) -> None:
+    with answering(answer) as target, open_client(kind, target) as client:
+        assert_unavailable(client, target, *NO_GRPC)
+
+
+@BOTH
+def test_an_alert_of_tls_is_named(kind: type[Any]) -> None:
+    remedy = "TLS is spoken at this port: give Options(tls=Tls(root_certificates=...))."
+    with answering(bytes.fromhex("15030300020246") + bytes(40)) as target:
+        with open_client(kind, target) as client:
+            assert_unavailable(client, target, "got frame type 0", remedy)
+
+
+@BOTH
+def test_a_server_that_hangs_up_may_ask_for_tls(kind: type[Any]) -> None:
+    once = Options(max_attempts=1)
+    with guarded() as server, open_client(kind, server.target, once) as client:
+        assert_unavailable(client, server.target, *HUNG_UP)
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """A port that answers every connection with these bytes."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1 << 16)
+            self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @BOTH
@@ -426,8 +457,9 @@ def test_mutual_tls_lets_in_whom_its_ca_knows(kind: type[Any], tmp_path: Path) -
             with open_client(kind, server.target, options) as client:
                 assert client.embed(rows(3), 2).shape == (3, 2)
         for options in (trusting(), trusting(pair=STRANGER)):
+            options = replace(options, max_attempts=1)
             with open_client(kind, server.target, options) as client:
-                assert_unavailable(client, server.target)
+                assert_unavailable(client, server.target, *HUNG_UP)
         assert len(server.requests) == 4  # those of the first two clients
 
 
@@ -437,29 +469,129 @@ def test_the_name_in_a_certificate_may_be_given(kind: type[Any]) -> None:
     with guarded(NAMED) as server:
         with open_client(kind, server.target, Options(tls=tls)) as client:
             assert client.embed(rows(3), 2).shape == (3, 2)
-        with open_client(kind, server.target, trusting()) as client:
-            assert_unavailable(client, server.target)
+
+
+# Proxies.
+
+
+@pytest.fixture
+def proxy_variables(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the variables that name proxies; others are not there."""
+
+    def set_only(**value_by_name: str) -> None:
+        for name in list(os.environ):
+            if name.lower().endswith("_proxy"):
+                monkeypatch.delenv(name)
+        for name, value in value_by_name.items():
+            monkeypatch.setenv(name, value)
+
+    return set_only
+
+
+FAR = "birds.example.org:8500"  # nobody looks it up but a proxy
+
+
+@pytest.mark.parametrize("variable", ["grpc_proxy", "https_proxy", "http_proxy"])
+@BOTH
+def test_a_proxy_of_the_environment_is_asked(
+    kind: type[Any], variable: str, proxy_variables: Callable[..., None]
+) -> None:
+    with FaultyServer() as server, ConnectProxy(server.port) as proxy:
+        proxy_variables(**{variable: f"http://birds:5e1f@{proxy.target}"})
+        with open_client(kind, FAR) as client:
+            assert client.embed(rows(3), 2).shape == (3, 2)
+        assert proxy.asked == [FAR]
+        assert proxy.credentials == ["birds:5e1f"]
+
+
+@pytest.mark.parametrize("no_proxy", ["", "*", "other.example.org,127.0.0.1"])
+@BOTH
+def test_no_proxy_is_asked_for_this_machine(
+    kind: type[Any], no_proxy: str, proxy_variables: Callable[..., None]
+) -> None:
+    with FaultyServer() as server, FaultyServer() as other, ConnectProxy(server.port) as proxy:
+        proxy_variables(http_proxy=f"http://{proxy.target}", no_proxy=no_proxy)
+        for target in (
+            server.target,
+            f"localhost:{server.port}",
+            f"ipv4:127.0.0.1:{server.port}",
+            [server.target, other.target],
+        ):
+            with open_client(kind, target) as client:
+                assert client.embed(rows(3), 2).shape == (3, 2)
+        assert proxy.connections == 0
+
+
+@BOTH
+def test_the_options_turn_proxies_off(
+    kind: type[Any], proxy_variables: Callable[..., None]
+) -> None:
+    with ConnectProxy(1) as proxy:
+        proxy_variables(http_proxy=f"http://{proxy.target}")
+        with open_client(kind, "nobody.invalid:1", Options(proxy=False, max_attempts=1)) as client:
+            with pytest.raises(ServerUnavailableError, match=r"errors resolving nobody\.invalid"):
+                client.describe()
+        assert proxy.connections == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "attempts", "remedy"),
+    [
+        (
+            *("407 Proxy Authentication Required", 1),
+            "Give the proxy a name and a password in its variable: http://NAME:PASSWORD@HOST:PORT.",
+        ),
+        ("403 Forbidden", 1, "Let the proxy allow CONNECT to the target."),
+        (
+            *("502 Bad Gateway", 2),
+            "See whether a server runs at the target, and whether the proxy reaches it.",
+        ),
+    ],
+)
+@BOTH
+def test_a_proxy_that_refuses_is_named(
+    kind: type[Any],
+    status: str,
+    attempts: int,
+    remedy: str,
+    proxy_variables: Callable[..., None],
+) -> None:
+    with ConnectProxy(1, status) as proxy:
+        proxy_variables(https_proxy=f"http://birds:5e1f@{proxy.target}")
+        with open_client(kind, FAR, Options(max_attempts=2)) as client:
+            with pytest.raises(ServerUnavailableError) as caught:
+                client.describe()
+    text = str(caught.value)
+    assert caught.value.attempts == attempts
+    assert f"HTTP proxy returned response code {status[:3]}" in text
+    assert text.endswith(
+        f" (through the proxy {proxy.target} of https_proxy). {remedy} To go without the proxy, "
+        "name the target in no_proxy, or give Options(proxy=False)."
+    )
+    assert "5e1f" not in text
+
+
+@BOTH
+def test_a_proxy_that_is_silent_or_away_is_named(
+    kind: type[Any], proxy_variables: Callable[..., None]
+) -> None:
+    with ConnectProxy(1, "") as proxy:
+        proxy_variables(http_proxy=f"http://{proxy.target}")
+        with open_client(kind, FAR, Options(timeout_s=0.3)) as client:
+            with pytest.raises(DeadlineError) as caught:
+                client.describe()
+    through = f"(through the proxy {proxy.target} of http_proxy)"
+    assert f"no connection was made {through}. See whether" in str(caught.value)
+    with open_client(kind, FAR, Options(max_attempts=1)) as client:
+        with pytest.raises(ServerUnavailableError) as refused:
+            client.describe()
+    assert str(refused.value).endswith(
+        f"Connection refused {through}. To go without the proxy, name the target in no_proxy, or "
+        "give Options(proxy=False)."
+    )
 
 
 # Settings: retries, deadlines, metadata, compression, keepalive, message sizes, interceptors.
-
-
-def test_the_options_are_in_the_channel_s_service_config() -> None:
-    def retry_policy(options: Options) -> Any:
-        config = json.loads(dict(channel_arguments(options))["grpc.service_config"])
-        (method,) = config["methodConfig"]
-        return method.get("retryPolicy")
-
-    assert retry_policy(Options(max_attempts=3, first_backoff_s=0.25, max_backoff_s=1e9)) == {
-        "maxAttempts": 3,
-        "initialBackoff": "0.250s",
-        "maxBackoff": "86400.000s",  # the longest that gRPC reads
-        "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"],
-    }
-    assert retry_policy(Options(max_attempts=1)) is None
-    arguments = dict(channel_arguments(Options()))
-    assert arguments["grpc.max_reconnect_backoff_ms"] == 5000  # of a server that was restarted
 
 
 def test_a_call_has_the_time_that_remains_of_the_answer() -> None:
@@ -517,74 +649,25 @@ def test_metadata_may_be_made_for_each_call(kind: type[Any]) -> None:
     assert headers == [f"Bearer {n}" for n in range(4)]
 
 
-class Wire:
-    """A proxy between a client and a server, which keeps the bytes that the client writes."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._open: list[socket.socket] = []
-        self._written: list[bytearray] = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
-
-    def __enter__(self) -> "Wire":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for each in (self._listener, *self._open):
-            try:
-                each.shutdown(socket.SHUT_RDWR)
-            except OSError:  # it is closed already
-                pass
-        for thread in self._threads:
-            thread.join()
-        for each in (self._listener, *self._open):
-            each.close()
-
-    def frames(self) -> Iterator[tuple[int, int, bytes]]:
-        """Type, flags and payload of each whole frame of HTTP/2."""
-        for written in self._written:
-            data = bytes(written)
-            assert b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".startswith(data[:24])
-            at = 24
-            while at + 9 <= len(data):
-                length = int.from_bytes(data[at : at + 3])
-                if at + 9 + length > len(data):
-                    break
-                yield data[at + 3], data[at + 4], data[at + 9 : at + 9 + length]
-                at += 9 + length
-
-    def pings(self) -> int:
-        return sum(frame == PING and not flags & ACK for frame, flags, _ in self.frames())
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(("127.0.0.1", self._port))
-            written = bytearray()
-            self._written.append(written)
-            self._open += [client, server]
-            for args in ((client, server, written), (server, client, bytearray())):
-                self._threads.append(threading.Thread(target=self._copy, args=args))
-                self._threads[-1].start()
-
-    @staticmethod
-    def _copy(source: socket.socket, sink: socket.socket, copy: bytearray) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                copy += data
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:  # the other side is gone
-            return
-
-
 DATA, PING, ACK = 0, 6, 1
+
+
+def frames(relay: Relay) -> Iterator[tuple[int, int, bytes]]:
+    """Type, flags and payload of each whole frame of HTTP/2 that clients have written."""
+    for written in relay.written:
+        data = bytes(written)
+        assert b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".startswith(data[:24])
+        at = 24
+        while at + 9 <= len(data):
+            length = int.from_bytes(data[at : at + 3])
+            if at + 9 + length > len(data):
+                break
+            yield data[at + 3], data[at + 4], data[at + 9 : at + 9 + length]
+            at += 9 + length
+
+
+def pings(relay: Relay) -> int:
+    return sum(frame == PING and not flags & ACK for frame, flags, _ in frames(relay))
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -592,10 +675,10 @@ DATA, PING, ACK = 0, 6, 1
 def test_requests_are_sent_with_gzip_if_the_options_say_so(kind: type[Any], compress: bool) -> None:
     x = rows(1000)
     x[:, 0] = 1
-    with FaultyServer() as server, Wire(server.port) as wire:
-        with open_client(kind, wire.target, Options(compress=compress)) as client:
+    with FaultyServer() as server, Relay(server.port) as relay:
+        with open_client(kind, relay.target, Options(compress=compress)) as client:
             assert client.embed(x, 2).shape == (1000, 2)
-        data = [payload for frame, _, payload in wire.frames() if frame == DATA and payload]
+        data = [payload for frame, _, payload in frames(relay) if frame == DATA and payload]
     gzips = [payload for payload in data if payload[0] == 1 and payload[5:8] == b"\x1f\x8b\x08"]
     sent_bytes = sum(map(len, data))
     if compress:
@@ -611,15 +694,15 @@ def test_an_idle_client_sends_pings_only_if_the_options_say_so(kind: type[Any]) 
     keepalive = Options(keepalive_s=0.2)
     with (
         FaultyServer() as server,
-        Wire(server.port) as silent_wire,
-        Wire(server.port) as wire,
-        open_client(kind, silent_wire.target) as silent,
-        open_client(kind, wire.target, keepalive) as client,
+        Relay(server.port) as silent_relay,
+        Relay(server.port) as relay,
+        open_client(kind, silent_relay.target) as silent,
+        open_client(kind, relay.target, keepalive) as client,
     ):
         silent.describe()
         client.describe()
-        wait_until(lambda: wire.pings() >= 3)  # the first measures the line
-        assert silent_wire.pings() <= 1
+        wait_until(lambda: pings(relay) >= 3)  # the first measures the line
+        assert pings(silent_relay) <= 1
 
 
 @BOTH

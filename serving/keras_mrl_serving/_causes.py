@@ -1,0 +1,104 @@
+"""Why a server is unavailable, as gRPC's words tell, and what to do about each cause."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a server is unavailable, as gRPC's words tell.
+
+    Args:
+        pattern: Pattern in the words.
+        remedy: What to do.
+        is_lasting: Whether another attempt would fail in the same way.
+    """
+
+    pattern: str
+    remedy: str
+    is_lasting: bool = True
+
+
+# The first that fits.
+_CAUSES = (
+    Cause(
+        "HTTP proxy returned response code 407",
+        "Give the proxy a name and a password in its variable: http://NAME:PASSWORD@HOST:PORT.",
+    ),
+    Cause("HTTP proxy returned response code 4", "Let the proxy allow CONNECT to the target."),
+    Cause(
+        "HTTP proxy returned response code",
+        "See whether a server runs at the target, and whether the proxy reaches it.",
+        is_lasting=False,
+    ),
+    Cause(
+        "WRONG_VERSION_NUMBER|HTTP_REQUEST",
+        "No TLS is spoken at this port: leave out Options(tls=...), or give a port with TLS.",
+    ),
+    Cause(
+        "CERTIFICATE_VERIFY_FAILED: certificate (has expired|is not yet valid)",
+        "The server's certificate is out of date: renew it, or set the clock of this machine.",
+    ),
+    Cause(
+        "CERTIFICATE_VERIFY_FAILED",
+        "Give the authority that signed the server's certificate: "
+        "Options(tls=Tls(root_certificates=...)).",
+    ),
+    Cause(
+        "Hostname Verification Check failed",
+        "The server's certificate bears another name than the target: give it by "
+        "Options(tls=Tls(server_name=...)).",
+    ),
+    Cause(
+        "CERTIFICATE_REQUIRED|BAD_CERTIFICATE|UNKNOWN_CA",
+        "The server asks who its clients are: give a certificate that it knows, "
+        "Options(tls=Tls(private_key=..., certificate_chain=...)).",
+    ),
+    Cause(
+        r"Expected SETTINGS frame as the first frame, got frame type 0\b",  # an alert of TLS
+        "TLS is spoken at this port: give Options(tls=Tls(root_certificates=...)).",
+    ),
+    Cause(
+        "Expected SETTINGS frame as the first frame|http1.x server",
+        "No gRPC is spoken at this port. TensorFlow Serving has one port for gRPC (8500) and "
+        "another for REST (8501): give that of gRPC.",
+    ),
+    Cause(
+        "last error: .*(Socket closed|Connection reset by peer)",
+        "The server hung up before it spoke gRPC. If it asks for TLS, give "
+        "Options(tls=Tls(root_certificates=...)); if for a certificate of its clients, add "
+        "private_key=... and certificate_chain=....",
+        is_lasting=False,
+    ),
+    Cause(
+        "last error: .*timed out before receiving SETTINGS",
+        "The port takes connections and says nothing: see whether the server hangs, or give its "
+        "gRPC port.",
+        is_lasting=False,
+    ),
+    Cause(
+        "errors resolving|DNS resolution failed",
+        "Give a host that has an address here.",
+        is_lasting=False,
+    ),
+)
+
+
+def find_cause(details: str) -> Cause | None:
+    """Return why a server is unavailable; None if gRPC's words do not tell.
+
+    Examples:
+        >>> find_cause("last error: UNKNOWN: ipv4:127.0.0.1:1: Connection refused") is None
+        True
+    """
+    if not re.match(_NOT_CONNECTED, details):  # a server's own words
+        return None
+    return next((cause for cause in _CAUSES if re.search(cause.pattern, details)), None)
+
+
+_NOT_CONNECTED = (
+    "failed to connect to all addresses|connections to all backends failing"
+    "|errors resolving|DNS resolution failed"
+)
