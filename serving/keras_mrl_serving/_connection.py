@@ -153,7 +153,8 @@ class Connections:
 
     @property
     def made(self) -> int:
-        """How often a connection was made or begun, the first included."""
+        """How often a connection was made, the first and one that is lost now included."""
+        self._current.look()
         return self._made_before + 1 + self._current.times_lost
 
     def channels(self) -> list[Any]:

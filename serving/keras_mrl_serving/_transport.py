@@ -222,7 +222,7 @@ class GrpcTransport:
 
     @property
     def connections(self) -> int:
-        """How often a connection was made or begun, the first included.
+        """How often a connection was made, the first and one that is lost now included.
 
         One of several replicas that is lost is not counted while others are connected.
         """
@@ -315,7 +315,7 @@ class AioTransport:
 
     @property
     def connections(self) -> int:
-        """How often a connection was made or begun, the first included.
+        """How often a connection was made, the first and one that is lost now included.
 
         One of several replicas that is lost is not counted while others are connected.
         """
