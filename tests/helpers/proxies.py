@@ -150,7 +150,5 @@ class ConnectProxy(_Proxy):
             client.sendall(f"HTTP/1.1 {self._status}\r\n\r\n".encode())
         if self._status.startswith("200"):
             self._join(client, self._port, bytearray())
-        elif self._status:
-            client.shutdown(socket.SHUT_RDWR)
         else:
-            client.recv(1)
+            client.recv(1)  # until the client hangs up

@@ -29,6 +29,7 @@ TREE = {
     "ModelNotFoundError": ("ServerError", "LookupError"),
     "VersionNotFoundError": ("ModelNotFoundError",),
     "VersionChangedError": ("ServerError",),
+    "ModelChangedError": ("VersionChangedError",),
     "SignatureNotFoundError": ("ServerError", "LookupError"),
 }
 CLASSES: dict[str, Any] = {
