@@ -109,6 +109,7 @@ PUBLIC = {
         "TargetNotReachedError",
         "Tls",
         "UnknownDimError",
+        "UnreadableImageError",
         "VersionChangedError",
         "VersionNotFoundError",
         "VersionStatus",
@@ -120,7 +121,9 @@ PUBLIC = {
         "exit_drift",
         "fit_temperatures",
         "oracle_report",
+        "read_image",
         "search_cascades",
+        "served_image",
         "truncate",
     },
 }

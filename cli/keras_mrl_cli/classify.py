@@ -2,9 +2,10 @@
 
 Prints the best class of each row, its probability and the dim that decided it. Without --dim the
 model's own policy decides, wider dims only for rows still unsure; a model without a policy is
-asked at its full dim. A file that is bad is reported, the others are answered all the same, and
-the exit status is 1. Images are sent as they are to a model that decodes them itself; for one that
-takes pixels they are decoded and resized here (pip install 'keras-mrl[images]').
+asked at its full dim. Every file is checked before anything is sent, and bad ones are named all at
+once; --skip-unreadable goes on without them. A model that decodes images gets a JPEG or PNG as it
+is, and as a PNG what it would read otherwise; for one that takes pixels, images are decoded and
+resized here (pip install 'keras-mrl[images]').
 
   keras-mrl classify --target localhost:8500 --model birds birds/*.jpg --top 3
   keras-mrl classify --target localhost:8500 test.npy --dim 16 --json

@@ -1,8 +1,9 @@
 """The one connection of a command that asks a server, and the files it asks about.
 
 Rows of several files go out together, in windows of as many rows as the client has under way at
-once. If a window is refused as invalid input, its halves are asked, down to the file that is bad;
-that file is reported, and the walk goes on.
+once. Files are checked before anything is sent. If the server refuses a window as invalid input all
+the same, its halves are asked, down to the file that is bad; that file is reported, and the walk
+goes on.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import numpy as np
 
 from keras_mrl_serving import Client, InvalidInputError, KerasMrlError, Manifest, Options, Tls
 from keras_mrl_serving.corpus import window_rows
+from keras_mrl_serving.images import is_image
 
-from .files import Arrays, count_rows, is_image, load_rows
+from .files import Arrays, check_rows, count_rows, load_rows
 from .output import Progress
 from .shared import DONE, MISUSED, RefusalError, one_line, refuse, refusing
 
@@ -38,10 +40,11 @@ def connect(arguments: SimpleNamespace) -> Iterator[Client]:
     """Give a client of `--target`, whose errors are refusals.
 
     Raises:
-        RefusalError: If a flag does not fit, or for every `KerasMrlError` meanwhile.
+        RefusalError: If a flag does not fit, for every `KerasMrlError` meanwhile, or if a library
+            is not installed.
     """
     options = _options(arguments)
-    with refusing(KerasMrlError):
+    with refusing(KerasMrlError, ImportError):  # images need Pillow
         with refusing(ValueError, status=MISUSED):
             client = Client(arguments.target.split(","), arguments.model, options=options)
         with client:
@@ -138,6 +141,32 @@ class Part:
         return {name: array.shape[1:] for name, array in self.arrays.items()}
 
 
+def checked_files(arguments: SimpleNamespace, manifest: Manifest) -> Iterator[tuple[str, Arrays]]:
+    """Yield each file and its rows; report all that are bad, before anything is sent.
+
+    Raises:
+        RefusalError: At the end, if files are bad and `--skip-unreadable` was not given, or none is
+            left.
+    """
+    bad = 0
+    for file in arguments.files:
+        try:
+            rows = check_rows(file, manifest, arguments.scale)
+        except RefusalError as refusal:
+            if len(arguments.files) == 1:
+                raise
+            refuse(str(refusal))
+            bad += 1
+        else:
+            yield file, rows
+    if bad and (bad == len(arguments.files) or not arguments.skip_unreadable):
+        raise RefusalError(
+            "All files are checked before anything is sent. "
+            f"Received: {bad} of {len(arguments.files)} that cannot be used, named above. "
+            "Mend them, or go on without them: --skip-unreadable."
+        )
+
+
 def ask_files(
     arguments: SimpleNamespace, client: Client, manifest: Manifest, ask: Ask, show: Show
 ) -> int:
@@ -151,8 +180,10 @@ def ask_files(
         show: Prints one row.
 
     Raises:
+        RefusalError: As `checked_files`.
         KerasMrlError: If the server answers no more; the answers before that are shown.
     """
+    arguments.files = [file for file, _ in checked_files(arguments, manifest)]
     walk = _Walk(ask, show, lambda: sum(map(count_rows, arguments.files)))
     size = window_rows(client.options)
     with walk.progress:

@@ -8,7 +8,8 @@ convolutions: the methods are compared, not how far a large net would get.
 
 Images are a folder with one sub-folder per class, a zip of it, an .npz with x_train and y_train
 (and x_test and y_test), or a dataset of Keras: cifar10, cifar100, fashion_mnist, mnist. Files are
-turned upright as their EXIF orientation says. Without --test, test images are the second part of
+JPEG, PNG, GIF, BMP or WebP, and stand upright as their EXIF orientation says; all that cannot be
+read are named before anything is trained. Without --test, test images are the second part of
 an .npz or a dataset, else a fifth of every class. A test image that training has too is left out.
 
 Writes report.html (one file, opens offline), results.json, .md and .csv, figures as SVG and PNG,
@@ -40,6 +41,7 @@ from .shared import (
     json_option,
     needing,
     refusing,
+    skip_unreadable_option,
 )
 
 EPOCHS, FILTERS, DIMS = 10, 32, (8, 16, 32, 64, 128)
@@ -93,6 +95,7 @@ _LEAST = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
         help="also train MRL and the separate nets without a fifth of the classes, and look for "
         "neighbours among those",
     ),
+    skip_unreadable_option(),
     Option("--no-flip", is_flag=True, help="do not mirror images in training: digits, text"),
     json_option("print the results as one JSON object, the last line"),
 )
@@ -128,6 +131,7 @@ def compare(arguments: SimpleNamespace) -> int:
                 budget_minutes=arguments.budget,
                 size=arguments.size,
                 progress=print_note,
+                skip_unreadable=arguments.skip_unreadable,
             )
         except OSError as error:
             raise RefusalError(

@@ -3,10 +3,10 @@
 Prints the first coordinates of each row, or all of them with --json. With --out they are written
 to one .npy file instead, a row for every row of the files in the order given. If that is
 interrupted, the same command goes on after the last row that was safe. Every file is checked
-before anything is sent, and a bad one is refused; without --out it is reported, the others are
-answered all the same, and the exit status is 1. .npy files are memory-mapped and may be
-larger than the memory. Images are sent as they are to a model that decodes them itself; for one
-that takes pixels they are decoded and resized here (pip install 'keras-mrl[images]').
+before anything is sent, and bad ones are named all at once; --skip-unreadable goes on without
+them. .npy files are memory-mapped and may be larger than the memory. A model that decodes
+images gets a JPEG or PNG as it is, and as a PNG what it would read otherwise; for one that takes
+pixels, images are decoded and resized here (pip install 'keras-mrl[images]').
 
   keras-mrl embed --target localhost:8500 a.npy b.npy --out E.npy
   keras-mrl embed --target localhost:8500 birds/*.jpg --quality 0.98 --json
@@ -129,13 +129,18 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
 
 
 def _count_checked_rows(arguments: SimpleNamespace, manifest: Manifest) -> int:
-    """Return how many rows all files have; raise `RefusalError` for the first that is bad."""
-    from .files import load_rows
+    """Return how many rows the files have that can be used, and leave only those.
+
+    Raises:
+        RefusalError: If a file is bad, or its rows are of another size.
+    """
+    from .client import checked_files
 
     total = 0
+    files = []
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in arguments.files:
-        arrays = load_rows(file, manifest, arguments.scale)
+    for file, arrays in checked_files(arguments, manifest):
+        files.append(file)
         for name, array in arrays.items():
             if shapes.setdefault(name, array.shape[1:]) != array.shape[1:]:
                 raise RefusalError(
@@ -144,6 +149,7 @@ def _count_checked_rows(arguments: SimpleNamespace, manifest: Manifest) -> int:
                     "Resize them, or write several."
                 )
         total += len(next(iter(arrays.values())))
+    arguments.files = files
     return total
 
 

@@ -90,7 +90,7 @@ def float32(text: str) -> float:
         "--images",
         many=True,
         metavar="FILE...",
-        help="a few JPEG or PNG files: the version then takes the bytes of such files, decoded "
+        help="a few image files: the version then takes the bytes of such files, decoded "
         "in its graph to the size of the model's input (it takes pixels)",
     ),
     Option(
@@ -273,6 +273,7 @@ def _encoded_images(
         RefusalError: If a file does not read, or the model takes no image of known size.
     """
     from keras_mrl_export import ImageDecoder
+    from keras_mrl_serving import UnreadableImageError, served_image
 
     shapes = [tuple(tensor.shape[1:]) for tensor in _declared_inputs(model).values()]
     if len(shapes) != 1 or len(shapes[0]) != 3 or None in shapes[0]:
@@ -282,6 +283,7 @@ def _encoded_images(
             "it: x = keras.Input((224, 224, 3)); keras.Model(x, model(x))."
         )
     height, width, channels = shapes[0]
-    with refusing(rule="--images must name files that can be read.", remedy="Correct the path."):
-        encoded = [Path(file).read_bytes() for file in files]
+    rule = "--images must name files that can be read."
+    with refusing(UnreadableImageError, ImportError, rule=rule, remedy="Correct the path."):
+        encoded = [served_image(Path(file).read_bytes(), file) for file in files]
     return encoded, ImageDecoder(height=height, width=width, channels=channels, scale=scale)

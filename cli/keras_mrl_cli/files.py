@@ -1,47 +1,52 @@
 """The files a user names: rows for a model, embeddings, labels, a policy, the folder of a model.
 
 Arrays of `.npy` files are memory-mapped, and checked by their first row, so they may be larger than
-the memory; `keras_mrl_serving.untrusted` reads them. Pillow decodes images, and is imported only
-for a model that takes pixels.
+the memory; `keras_mrl_serving.untrusted` reads them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving import CascadePolicy, InvalidInputError, Manifest, ManifestError
+from keras_mrl_serving import (
+    CascadePolicy,
+    InvalidInputError,
+    Manifest,
+    ManifestError,
+    UnreadableImageError,
+)
+from keras_mrl_serving.images import (
+    SUFFIXES,
+    is_image,
+    read_image,
+    resize_image,
+    served_image,
+)
 from keras_mrl_serving.inputs import check_inputs
 from keras_mrl_serving.saved_model import GRAPH_FILE, list_versions
 from keras_mrl_serving.untrusted import (
     JSON_BYTES,
     UntrustedFileError,
-    open_file,
     parse_json,
     read_array,
     read_arrays,
     read_bytes,
 )
 
-from .shared import RefusalError, needing, refusing
+from .shared import RefusalError, refusing
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+T = TypeVar("T")
 
-IMAGES = (".jpg", ".jpeg", ".png")
 _IMAGE_BYTES = 2**31 - 1  # of a message that holds one
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
-
-
-def is_image(file: str) -> bool:
-    """Whether the name of a file says that it is an image."""
-    return Path(file).suffix.lower() in IMAGES
+_CHANNELS = (1, 3, 4)
 
 
 def count_rows(file: str) -> int:
@@ -75,9 +80,24 @@ def load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
     if Path(file).suffix.lower() in (".npy", ".npz"):
         return _checked(file, _by_input(file, load_arrays(file), manifest), manifest)
     raise RefusalError(
-        f"Files must be .jpg, .jpeg, .png, .npy or .npz. Received: {file}. "
+        f"Files must be {', '.join(SUFFIXES)}, .npy or .npz. Received: {file}. "
         "Save the rows with numpy.save."
     )
+
+
+def check_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
+    """Return the rows of a file as `load_rows`, and decode an image that is sent as it is, too.
+
+    Where Pillow is not installed, the server will say of such an image that it is damaged.
+
+    Raises:
+        RefusalError: As `load_rows`; or if the image is damaged.
+    """
+    rows = load_rows(file, manifest, scale)
+    if is_image(file) and next(iter(rows.values())).dtype == object:
+        with _reading(file), suppress(ImportError):
+            _read(file, read_image)
+    return rows
 
 
 def _by_input(file: str, arrays: Arrays, manifest: Manifest) -> Arrays:
@@ -135,15 +155,13 @@ def _image_row(file: str, manifest: Manifest, scale: float) -> Arrays:
                 f"--scale {scale} for model {manifest.name!r}, which decodes images itself. "
                 "Leave it out."
             )
-        encoded = read_bytes(file, _IMAGE_BYTES)
-        if not encoded:
-            raise _damaged(file, "it is empty")
         row = np.empty(1, object)
-        row[0] = encoded
+        row[0] = _read(file, served_image)
         return {name: row}
-    if spec["dtype"] == "string" or len(shape) != 4 or shape[3] not in _MODES:
+    if spec["dtype"] == "string" or len(shape) != 4 or shape[3] not in _CHANNELS:
         raise _not_for_images(file, manifest)
-    pixels = _decoded(file, shape[1], shape[2], shape[3])
+    pixels = _read(file, read_image, channels=shape[3])
+    pixels = resize_image(pixels, shape[1] or pixels.shape[0], shape[2] or pixels.shape[1])
     if np.dtype(spec["dtype"]).kind != "f":
         if scale != 1:
             raise RefusalError(
@@ -155,6 +173,13 @@ def _image_row(file: str, manifest: Manifest, scale: float) -> Arrays:
     return {name: (pixels[None] * np.float32(scale)).astype(spec["dtype"], copy=False)}
 
 
+def _read(file: str, read: Callable[..., T], **settings: Any) -> T:
+    """Return what a function of images makes of the bytes of a file."""
+    data = read_bytes(file, _IMAGE_BYTES)
+    with refusing(UnreadableImageError):
+        return read(data, name=file, **settings)
+
+
 def _not_for_images(file: str, manifest: Manifest) -> RefusalError:
     return RefusalError(
         "An image can be sent to a model of one input, of encoded images, string (any), or of "
@@ -162,32 +187,6 @@ def _not_for_images(file: str, manifest: Manifest) -> RefusalError:
         f"Received: {file} for model {manifest.name!r}, which takes {_in_words(manifest.inputs)}. "
         "Prepare the rows as in training and give them as .npy or .npz."
     )
-
-
-def _decoded(file: str, height: int | None, width: int | None, channels: int) -> npt.NDArray[Any]:
-    """Return the uint8 pixels `(height, width, channels)` of an image.
-
-    It is resized bilinearly and not rotated by its EXIF orientation; a height or width of None is
-    the image's own.
-    """
-    with needing("images", "Images for a model that takes pixels are decoded by Pillow."):
-        from PIL import Image, UnidentifiedImageError
-    with open_file(file) as stream:  # so that an OSError below is Pillow's, about the content
-        try:
-            with Image.open(stream) as image:
-                if image.mode not in _EIGHT_BITS:
-                    raise ValueError(f"pixels of mode {image.mode}, not of 8 bits")
-                pixels = image.convert(_MODES[channels])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            why = "it is no image" if isinstance(error, UnidentifiedImageError) else error
-            raise RefusalError(
-                f"An image must be one that Pillow decodes. Received: {file} "
-                f"({str(why).rstrip('.')}). Save it anew as an 8-bit PNG or JPEG, or leave it out."
-            ) from error
-    size = (width or pixels.width, height or pixels.height)
-    if size != pixels.size:
-        pixels = pixels.resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(pixels).reshape(size[1], size[0], channels)
 
 
 # Arrays.

@@ -4,8 +4,9 @@ Prints a line for each query, its nearest rows as id:score, best first; a higher
 With --query the rows of an .npy file are the queries, as wide as the index or wider. With
 --target the files go to a model that is served, are embedded at the index's width and then
 searched: images as they are, or .npy and .npz of the model's inputs. An index that knows its
-encoder refuses embeddings of another model; the rows of --query cannot be checked. A file that is
-bad is reported, the others are answered all the same, and the exit status is 1.
+encoder refuses embeddings of another model; the rows of --query cannot be checked. Every file is
+checked before anything is sent, and bad ones are named all at once; --skip-unreadable goes on
+without them.
 
   keras-mrl search birds.index --query queries.npy --k 5
   keras-mrl search birds.index --target localhost:8500 --model birds new/*.jpg

@@ -378,13 +378,14 @@ def check_one_of(arguments: SimpleNamespace, *names: str) -> None:
 
 DEFAULT_MODEL = "default"
 SERVER_FLAGS = ("model", "timeout", "tls_ca", "metadata", "no_proxy")
-FILE_FLAGS = ("max_batch_size", "scale")
-_DEFAULTS = {"model": DEFAULT_MODEL, "scale": 1.0, "no_proxy": False}
+FILE_FLAGS = ("max_batch_size", "scale", "skip_unreadable")
+_DEFAULTS = {"model": DEFAULT_MODEL, "scale": 1.0, "no_proxy": False, "skip_unreadable": False}
 
 
 def files_argument(before: str = "") -> click.Argument:
     """Return the files of rows that a server is asked about."""
-    text = f"{before}images (.jpg .jpeg .png), .npy of rows, .npz of rows by input name"
+    images = "images (.jpg .jpeg .png .gif .bmp .webp)"
+    text = f"{before}{images}, .npy of rows, .npz of rows by input name"
     return click.Argument(["files"], nargs=-1, metavar="FILES...", help=text)
 
 
@@ -472,7 +473,14 @@ def file_options() -> list[Option]:
             metavar="FACTOR",
             help="multiplies the pixels of decoded images, 0..255 as in Keras's own loaders (1)",
         ),
+        skip_unreadable_option(),
     ]
+
+
+def skip_unreadable_option() -> Option:
+    """Return the flag that goes on without the files that cannot be read."""
+    text = "leave out the files that cannot be read, and go on; they are named (all are refused)"
+    return Option("--skip-unreadable", is_flag=True, help=text)
 
 
 def json_option(text: str = "print one JSON object") -> Option:

@@ -34,6 +34,7 @@ def compare(
     test: str | Path | Sequence[str | Path] | None = None,
     budget_minutes: float | None = None,
     size: int | None = None,
+    skip_unreadable: bool = False,
     progress: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> dict[str, Any]:
     """Train Matryoshka and its alternatives on images, judge them, and write a report.
@@ -52,6 +53,8 @@ def compare(
         budget_minutes: Replaces the epochs, filters and rows of the plan by those that fit into
             this time, for which the speed is measured. None trains the plan as it is.
         size: Height and width to resize to; None keeps those of the first image.
+        skip_unreadable: Whether to leave out image files that cannot be read, and go on. By
+            default they are refused, all of them named at once.
         progress: Takes a line of text now and then; by default it is printed to stderr.
 
     Returns:
@@ -82,7 +85,12 @@ def compare(
     requested, folder = plan or Plan(), Path(out)
     with claim(folder, places):
         progress("reading images")
-        training, judging, left_out = load_parts(places, test_places, size)
+        unreadable: list[str] = []
+        training, judging, left_out = load_parts(
+            places, test_places, size, unreadable if skip_unreadable else None
+        )
+        if unreadable:
+            progress(f"left out, as they cannot be read: {', '.join(unreadable)}")
         rows, height, width, channels = training.pixels.shape
         progress(
             f"{rows:,} training and {len(judging.labels):,} test images of {height} x {width} x "
@@ -94,7 +102,7 @@ def compare(
         nets = _begin(folder, training, judging, requested, budget_minutes, progress)
         _train_missing(nets, progress)
         progress("evaluating (minutes for tens of thousands of images)")
-        results = _about(nets, places, left_out) | _measure(nets, progress)
+        results = _about(nets, places, left_out, unreadable) | _measure(nets, progress)
         write_report(results, folder)
     return results
 
@@ -161,7 +169,9 @@ def _without(unseen: list[int], training: Images, test: Images) -> tuple[Images,
     return split_classes(training, unseen)[0], split_classes(test, unseen)[0]
 
 
-def _about(nets: TrainedNets, data: list[str], left_out: int) -> dict[str, Any]:
+def _about(
+    nets: TrainedNets, data: list[str], left_out: int, unreadable: list[str]
+) -> dict[str, Any]:
     plan, full = nets.plan, nets.model(f"{nets.full}-0")
     images, classes = len(nets.training.labels), len(nets.training.names)
     return {
@@ -171,6 +181,7 @@ def _about(nets: TrainedNets, data: list[str], left_out: int) -> dict[str, Any]:
             "images": [images, len(nets.test.labels)],
             "classes": classes,
             "left_out": left_out,
+            "unreadable": unreadable,
             "probed": min(measure.PROBED, images),
             "seeded": plan.seeded,
             "unseen": _names_of_unseen(plan, nets.training.names),

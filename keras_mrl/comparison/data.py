@@ -6,11 +6,10 @@ as a viewer shows them; arrays are taken as they are.
 
 from __future__ import annotations
 
-import io
 import os
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +17,8 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from keras_mrl_serving.errors import UnreadableImageError
+from keras_mrl_serving.images import is_image, read_image, resize_image
 from keras_mrl_serving.untrusted import (
     UntrustedFileError,
     open_archive,
@@ -29,10 +30,8 @@ Array = npt.NDArray[Any]
 
 KERAS_DATASETS = ("cifar10", "cifar100", "fashion_mnist", "mnist")
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 _FILE_BYTES = 2**28  # of one image
 _LARGEST = 64  # height and width of files where no size is requested: the nets are small
-_DAMAGED_TAGS = (SyntaxError, struct.error)  # what Pillow raises for EXIF tags it cannot read
 
 
 class ComparisonError(ValueError):
@@ -85,7 +84,12 @@ def _of_classes(images: Images, classes: npt.NDArray[np.int64]) -> Images:
     return Images(images.pixels[rows], labels, names)
 
 
-def read(places: Sequence[str], size: int | None, test: bool = False) -> Images:
+def read(
+    places: Sequence[str],
+    size: int | None,
+    test: bool = False,
+    unreadable: list[str] | None = None,
+) -> Images:
     """Return the images of all `places` together.
 
     Args:
@@ -94,17 +98,26 @@ def read(places: Sequence[str], size: int | None, test: bool = False) -> Images:
         size: Height and width to resize to. None keeps that of arrays, and gives files the height
             of the first, up to 64.
         test: Whether to read the test part of `.npz` files and Keras's datasets.
+        unreadable: Takes name and reason of every image file that cannot be read; those are left
+            out. None refuses them, all at once.
 
     Raises:
-        ComparisonError: If a place is none of those, or holds no images of classes.
-        OSError: If a file or folder cannot be read.
+        ComparisonError: If a place is none of those, or holds no images of classes; or if image
+            files cannot be read.
+        OSError: If a folder cannot be read.
     """
     pixels: list[Array] = []
     names: list[str] = []
+    left_out: list[str] = []
     for place in places:
-        for image, name in _images(place, size, pixels[0].shape[0] if pixels else None, test):
+        height = pixels[0].shape[0] if pixels else None
+        for image, name in _images(place, size, height, test, left_out):
             pixels.append(image)
             names.append(name)
+    if unreadable is None or not pixels:
+        refuse_unreadable(left_out)
+    else:
+        unreadable += left_out
     if not pixels:
         raise ComparisonError(
             "--data must hold images in one sub-folder per class. "
@@ -123,6 +136,16 @@ def read(places: Sequence[str], size: int | None, test: bool = False) -> Images:
     return Images(np.stack(pixels), labels, classes)
 
 
+def refuse_unreadable(files: Sequence[str]) -> None:
+    """Raise `ComparisonError` if there are image files that cannot be read, given with reasons."""
+    if files:
+        raise ComparisonError(
+            "Every image file must be a whole JPEG, PNG, GIF, BMP or WebP. "
+            f"Received: {len(files)} that cannot be read: {', '.join(files)}. Save them anew as "
+            "8-bit PNG or JPEG, or go on without them: --skip-unreadable, skip_unreadable=True."
+        )
+
+
 def has_test(place: str) -> bool:
     """Return whether a place holds test images of its own."""
     return _is_dataset(place) or (_is_npz(place) and "x_test.npy" in _names_in_npz(place))
@@ -134,14 +157,14 @@ def _numbers_first(name: str) -> tuple[bool, int, str]:
 
 
 def _images(
-    place: str, size: int | None, height: int | None, test: bool
+    place: str, size: int | None, height: int | None, test: bool, unreadable: list[str]
 ) -> Iterator[tuple[Array, str]]:
     """The images of one place with the names of their classes; `height` is that of earlier ones."""
     if _is_dataset(place):
         return _from_keras(place, size, test)
     if _is_npz(place):
         return _from_npz(place, size, test)
-    return _from_files(Path(place), size or height)
+    return _from_files(Path(place), size or height, unreadable)
 
 
 def _is_dataset(place: str) -> bool:
@@ -211,7 +234,7 @@ def _from_arrays(
             "Scale pixels to 0..255, and give class ids or names."
         )
     for image, name in zip(pixels, _class_names(flat, place), strict=True):
-        yield (image if size is None else _resize(image, size)), name
+        yield (image if size is None else resize_image(image, size, size)), name
 
 
 def _class_names(labels: Array, place: str) -> list[str]:
@@ -227,53 +250,43 @@ def _class_names(labels: Array, place: str) -> list[str]:
     return [str(label) for label in labels]
 
 
-def _resize(pixels: Array, size: int) -> Array:
-    """The image `(height, width, channels)` at another height and width."""
-    if pixels.shape[:2] == (size, size):
-        return pixels
-    pillow = _import_pillow()
-    planes = [
-        np.asarray(pillow.fromarray(plane).resize((size, size), pillow.Resampling.BILINEAR))
-        for plane in np.moveaxis(pixels, -1, 0)
-    ]
-    return np.stack(planes, axis=-1)
-
-
 # Files.
 
 
-def _from_files(place: Path, size: int | None) -> Iterator[tuple[Array, str]]:
-    for name, data in _image_files(place):
-        pixels = _decode(name, data, size)
-        size = pixels.shape[0]  # the first image decides where no size is requested
-        yield pixels, PurePosixPath(name).parent.name
+def _from_files(
+    place: Path, size: int | None, unreadable: list[str]
+) -> Iterator[tuple[Array, str]]:
+    for name, read in _image_files(place):
+        try:
+            pixels = read_image(read(), name=name)
+        except UnreadableImageError as error:
+            unreadable.append(f"{name} ({error.reason})")
+        except ImportError as error:
+            raise ComparisonError(str(error)) from error
+        except (OSError, UntrustedFileError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            unreadable.append(f"{name} ({reason})")
+        else:
+            size = size or min(len(pixels), _LARGEST)  # the first image decides
+            yield resize_image(pixels, size, size), PurePosixPath(name).parent.name
 
 
-def _image_files(place: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of every image in a folder or a zip, in the order of the names."""
+def _image_files(place: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Every image in a folder or a zip by name, and what reads its bytes, in order of the names."""
     if place.is_dir():
         for name in _names_of_images(place, _walk(place)):
-            yield name, _read_file(place, place / name)
+            yield name, partial(read_bytes, place / name, _FILE_BYTES)
         return
     try:
         with open_archive(place) as archive:
             for name in _names_of_images(place, archive.names):
-                yield name, archive.read(name)
+                yield name, partial(archive.read, name)
     except (OSError, UntrustedFileError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ComparisonError(
             "Images come from a folder, a zip, an .npz or a Keras dataset. "
             f"Received: {place} ({reason}). "
             "Correct the path, or name cifar10, cifar100, fashion_mnist or mnist."
-        ) from error
-
-
-def _read_file(place: Path, file: Path) -> bytes:
-    try:
-        return read_bytes(file, _FILE_BYTES)
-    except UntrustedFileError as error:
-        raise ComparisonError(
-            f"An image must be a file. Received: {file.relative_to(place)}, {error}. Leave it out."
         ) from error
 
 
@@ -296,7 +309,7 @@ def _links_upwards(folder: Path) -> bool:
 
 
 def _names_of_images(place: Path, names: Iterable[str]) -> list[str]:
-    images = sorted(filter(_is_image, names))
+    images = sorted(filter(_is_of_a_class, names))
     above = sorted({str(PurePosixPath(name).parent.parent) for name in images})
     if len(above) > 1:
         raise ComparisonError(
@@ -307,61 +320,9 @@ def _names_of_images(place: Path, names: Iterable[str]) -> list[str]:
     return images
 
 
-def _is_image(name: str) -> bool:
+def _is_of_a_class(name: str) -> bool:
     """Whether this is an image of a class: hidden files and those in no folder are not."""
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
     is_file = not name.endswith("/")  # a zip lists folders, too
-    return is_file and bool(path.parent.name) and path.suffix.lower() in _SUFFIXES and not hidden
-
-
-def _decode(name: str, data: bytes, size: int | None) -> Array:
-    """The pixels of an image file: upright, RGB and square."""
-    pillow = _import_pillow()
-    try:
-        with pillow.open(io.BytesIO(data)) as file:
-            image = _as_rgb(_upright(file), pillow)
-    except (*_DAMAGED_TAGS, OSError, ValueError, pillow.DecompressionBombError) as error:
-        raise ComparisonError(
-            "An image must be one that Pillow decodes. "
-            f"Received: {name} ({error}). Save it anew as PNG, or leave it out."
-        ) from error
-    side = size or min(image.height, _LARGEST)
-    if image.size != (side, side):
-        image = image.resize((side, side), pillow.Resampling.BILINEAR)
-    return np.asarray(image)
-
-
-def _upright(image: Any) -> Any:
-    """The image turned as its EXIF orientation says; as stored where its tags do not read."""
-    from PIL import ImageOps
-
-    try:
-        image.getexif()
-    except _DAMAGED_TAGS:
-        return image
-    return ImageOps.exif_transpose(image)
-
-
-def _as_rgb(image: Any, pillow: Any) -> Any:
-    """The image in three channels of eight bits; what is transparent shows white."""
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image)
-        if values.dtype.kind == "f" or values.min() < 0 or values.max() >= 1 << 16:
-            raise ValueError(f"pixels of mode {image.mode} without a scale")
-        image = pillow.fromarray((values >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _import_pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ComparisonError(
-            "Image files are decoded, and resized, by Pillow. "
-            f"Received: {error}. Install it: pip install 'keras-mrl[images]'."
-        ) from error
-    return Image
+    return is_file and bool(path.parent.name) and is_image(name) and not hidden

@@ -450,6 +450,7 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
         "Images": f"{about['images'][0]:,} for training, {about['images'][1]:,} for judging, "
         f"{about['classes']} classes; {about['left_out']} test images that training has too "
         "were left out",
+        **({"Not readable": ", ".join(about["unreadable"])} if about.get("unreadable") else {}),
         "Recipe": f"{plan['epochs']} epochs of {plan['rows']:,} images, {plan['filters']} filters "
         f"in the first of eight convolutions; {plan['seeds']} "
         f"seed{'s' if plan['seeds'] > 1 else ''} of MRL and of FF at "

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .data import ComparisonError, Images, has_test, read
+from .data import ComparisonError, Images, has_test, read, refuse_unreadable
 from .folder import damaged, replacing
 
 Rows = npt.NDArray[np.int64]
@@ -28,7 +28,10 @@ _HOLDOUT_SHARE = 0.2
 
 
 def load_parts(
-    data: Sequence[str], test: Sequence[str] | None, size: int | None
+    data: Sequence[str],
+    test: Sequence[str] | None,
+    size: int | None,
+    unreadable: list[str] | None = None,
 ) -> tuple[Images, Images, int]:
     """Return training images, test images, and how many test images training has, too.
 
@@ -39,15 +42,18 @@ def load_parts(
         test: Places of the test images. None takes the second part of `.npz` files and Keras's
             datasets, or else a fifth of every class of `data`, drawn at random.
         size: Height and width to resize to; None keeps the first image's.
+        unreadable: Takes name and reason of every image file that cannot be read; those are left
+            out. None refuses them, all of both parts at once.
 
     Raises:
         ComparisonError: As `read`; for fewer than two classes or too few images; and for test
             images of other classes or with other channels than the training images.
     """
-    training = read(data, size)
+    left_unread: list[str] = []
+    training = read(data, size, unreadable=left_unread)
     with_test = [place for place in data if has_test(place)]
     if test is not None:
-        judging = read(test, size or training.pixels.shape[1])
+        judging = read(test, size or training.pixels.shape[1], unreadable=left_unread)
     elif len(with_test) == len(data):
         judging = read(data, size, test=True)
     elif with_test:
@@ -58,6 +64,10 @@ def load_parts(
     else:
         drawn = _draw_test(training.labels)
         training, judging = training.take(~drawn), training.take(drawn)
+    if unreadable is None:
+        refuse_unreadable(left_unread)
+    else:
+        unreadable += left_unread
     judging = _renumbered(judging, training.names)
     trained = set(digests(training))
     new = np.array([digest not in trained for digest in digests(judging)], bool)

@@ -42,9 +42,12 @@ if TYPE_CHECKING:
     from .errors import SignatureNotFoundError as SignatureNotFoundError
     from .errors import TargetNotReachedError as TargetNotReachedError
     from .errors import UnknownDimError as UnknownDimError
+    from .errors import UnreadableImageError as UnreadableImageError
     from .errors import VersionChangedError as VersionChangedError
     from .errors import VersionNotFoundError as VersionNotFoundError
     from .funnel import FunnelSchedule as FunnelSchedule
+    from .images import read_image as read_image
+    from .images import served_image as served_image
     from .index import ExactIndex as ExactIndex
     from .index import FaissIndex as FaissIndex
     from .index import FirstStage as FirstStage
@@ -77,9 +80,10 @@ _NAMES = {
         "InvalidInputError KerasMrlError ManifestError MessageTooLargeError "
         "ModelChangedError ModelNotFoundError NoCascadeError NoHeadError NoIndexError ServerError "
         "ServerUnavailableError SignatureNotFoundError TargetNotReachedError UnknownDimError "
-        "VersionChangedError VersionNotFoundError"
+        "UnreadableImageError VersionChangedError VersionNotFoundError"
     ),
     "funnel": "FunnelSchedule",
+    "images": "read_image served_image",
     "index": "ExactIndex FaissIndex FirstStage Plan QdrantIndex open_index plan_funnel",
     "options": "Options Tls",
     "results": "Classification ClassifiedRow Neighbors Partial",

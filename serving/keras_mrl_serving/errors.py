@@ -93,6 +93,16 @@ class InvalidInputError(KerasMrlError, ValueError):
     """The server, or the client before it, refused the inputs."""
 
 
+class UnreadableImageError(InvalidInputError):
+    """The bytes of a file are no image, or not a whole one.
+
+    Attributes:
+        reason: Why, in a few words.
+    """
+
+    reason: str = ""
+
+
 class ServerError(KerasMrlError):
     """The server answered with an error that has no class of its own here."""
 

@@ -14,6 +14,7 @@ from .calls import AskManifest, AskSignatures, Signature
 from .cascade.policy import CascadePolicy
 from .contract import Manifest
 from .flows import Flow
+from .images import served_image
 from .inputs import Inputs, check_inputs
 from .options import Options
 from .results import Classification, Embedded, Neighbors
@@ -56,10 +57,13 @@ class Question(Generic[K, T]):
 
         Raises:
             InvalidInputError: If the inputs are not what the model takes.
+            ImportError: If an image must be turned before it is sent, and Pillow is not installed.
         """
         if self.specs is None:
             return [self.inputs]
         arrays = check_inputs(self.specs(facts), self.inputs)
+        if isinstance(facts, Manifest) and facts.decoder is not None:
+            arrays = {name: _as_served(array) for name, array in arrays.items()}
         rows = len(next(iter(arrays.values())))
         size = options.max_batch_size or max(rows, 1)
         if rows > 1:
@@ -197,6 +201,16 @@ def _about_model(
     answer_row_bytes: Callable[[Manifest], int],
 ) -> Question[Manifest, T]:
     return Question(inputs, flow, AskManifest(), lambda m: m.inputs, answer_row_bytes)
+
+
+def _as_served(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The bytes of images as a model that decodes them must get them; numbers as they are."""
+    if array.dtype.kind not in "SO":
+        return array
+    images = np.empty(array.shape, object)
+    for row, data in enumerate(array.ravel().tolist()):
+        images.flat[row] = served_image(data, f"row {row}") if isinstance(data, bytes) else data
+    return images
 
 
 def _vector_bytes(manifest: Manifest, dim: int) -> int:

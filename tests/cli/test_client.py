@@ -15,6 +15,7 @@ from keras_mrl_serving import ExactIndex, FunnelSchedule, Manifest
 from keras_mrl_serving.calls import Arrays
 from keras_mrl_serving.calls import Call as Asking
 from tests.helpers.cli import (
+    BAD_FILES,
     BLUE,
     FRAMEWORKS,
     KERAS_MRL,
@@ -48,33 +49,58 @@ def test_rows_keep_their_files_across_windows(ask: Ask) -> None:
     assert [row["embedding"] for row in answers] == corpus.tolist()
 
 
+def cut_noise(file: str) -> None:
+    """Write an image whose header is whole, and whose pixels are cut off."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(file)
+    whole = Path(file).read_bytes()
+    Path(file).write_bytes(whole[: len(whole) // 2])
+
+
 @pytest.mark.parametrize("model", ["pixels", "bytes"])
-def test_a_bad_image_is_reported_and_the_others_answered(ask: Ask, model: str) -> None:
+def test_bad_images_are_named_at_once_and_can_be_skipped(ask: Ask, model: str) -> None:
     paint("red.png", RED)
     Path("text.jpg").write_text("no image")
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    Image.fromarray(noise).save("cut.png")
-    Path("cut.png").write_bytes(Path("cut.png").read_bytes()[:6000])
+    cut_noise("cut.png")
     paint("blue.png", BLUE)
     files = ("red.png", "text.jpg", "cut.png", "gone.png", "blue.png")
-    status, out, err = ask("classify", model, *files, "--json")
-    assert status == 1
-    assert [row["file"] for row in lines(out)] == ["red.png", "blue.png"]
-    assert [row["classes"][0]["label"] for row in lines(out)] == ["red", "blue"]
-    sentences = err.splitlines()
-    assert len(sentences) == 3
-    assert all(line.startswith("keras-mrl: ") for line in sentences)
-    for file in ("text.jpg", "cut.png", "gone.png"):
-        assert sum(file in line for line in sentences) == 1
-    assert (
-        "keras-mrl: Every file must be one that can be read. "
-        "Received: gone.png (No such file or directory). Correct the path." in sentences
+    is_none = (
+        "keras-mrl: An image file must be a whole JPEG, PNG, GIF, BMP or WebP. Received: {} ({}). "
+        "Save it anew as an 8-bit PNG or JPEG, or leave it out."
     )
-    if model == "pixels":
-        assert sentences[0] == (
-            "keras-mrl: An image must be one that Pillow decodes. Received: text.jpg "
-            "(it is no image). Save it anew as an 8-bit PNG or JPEG, or leave it out."
-        )
+    sentences = [
+        is_none.format("text.jpg", "it is none"),
+        is_none.format("cut.png", "image file is truncated"),
+        "keras-mrl: Every file must be one that can be read. "
+        "Received: gone.png (No such file or directory). Correct the path.",
+    ]
+    status, out, err = ask("classify", model, *files, "--json")
+    assert (status, out) == (1, "")
+    assert err.splitlines() == [*sentences, BAD_FILES.format(3, 5)]
+    for command, key in (("classify", "classes"), ("embed", "embedding")):
+        status, out, err = ask(command, model, *files, "--json", "--skip-unreadable")
+        assert (status, err.splitlines()) == (0, sentences)
+        assert [row["file"] for row in lines(out)] == ["red.png", "blue.png"]
+        assert all(key in row for row in lines(out))
+    ended = ask("embed", model, *files, "--out", "E.npy")
+    assert ended.err.splitlines() == [*sentences, BAD_FILES.format(3, 5)]
+    assert not list(Path().glob("E.npy*"))
+    assert ask("embed", model, *files, "--out", "E.npy", "--skip-unreadable").status == 0
+    np.testing.assert_array_equal(np.load("E.npy"), [RED, BLUE])
+    ended = ask("classify", model, "text.jpg", "cut.png", "--skip-unreadable")
+    assert (ended.status, ended.out) == (1, "")
+
+
+def test_damage_that_the_server_alone_finds_is_reported(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint("red.png", RED)
+    cut_noise("cut.png")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    status, out, err = ask("embed", "bytes", "cut.png", "red.png", "--json")
+    assert (status, [row["file"] for row in lines(out)]) == (1, ["red.png"])
+    assert err.startswith("keras-mrl: cut.png: ")
+    assert "Invalid PNG data" in err
 
 
 def test_what_was_answered_before_an_error_is_printed(call: Call, folder: Path) -> None:
@@ -201,7 +227,8 @@ def test_a_call_holds_few_large_images(call: Call, folder: Path) -> None:
     del folder
     files = [f"{number}.jpg" for number in range(6)]
     for file in files:
-        Path(file).write_bytes(bytes(2**22))
+        paint(file, RED)
+        Path(file).write_bytes(Path(file).read_bytes().ljust(2**22, b"\0"))
     manifest = Manifest(
         name="images",
         kind="encoder",
@@ -283,9 +310,10 @@ def test_a_reader_that_has_enough_is_no_traceback(target: str, folder: Path) -> 
     assert end_reading_early(folder, *words) == (1, b"")
 
 
-def test_what_a_server_says_in_many_lines_is_one(ask: Ask) -> None:
-    Path("text.jpg").write_text("no image")
-    status, out, err = ask("embed", "bytes", "text.jpg", "--out", "E.npy")
+def test_what_a_server_says_in_many_lines_is_one(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_noise("cut.jpg")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    status, out, err = ask("embed", "bytes", "cut.jpg", "--out", "E.npy")
     assert (status, out) == (1, "")
     assert err.startswith("keras-mrl: ")
     assert err.count("\n") == 1

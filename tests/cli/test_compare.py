@@ -76,6 +76,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         ),
         (["--budget", "2.5"], Plan(), {"budget_minutes": 2.5}),
         (["--test", "c.npz", "d.zip"], Plan(), {"test": ["c.npz", "d.zip"]}),
+        (["--skip-unreadable"], Plan(), {"skip_unreadable": True}),
     ],
 )
 def test_flags_are_arguments_of_the_library(
@@ -89,7 +90,13 @@ def test_flags_are_arguments_of_the_library(
     out = tmp_path / "out"
     words = ("compare", "--data", "a.npz", "b", "--out", str(out), *flags)
     assert call(*words).status == 0
-    defaults = {"test": None, "budget_minutes": None, "size": None, "progress": print_note}
+    defaults: dict[str, Any] = {
+        "test": None,
+        "budget_minutes": None,
+        "size": None,
+        "skip_unreadable": False,
+    }
+    defaults["progress"] = print_note
     assert calls == [(["a.npz", "b"], out, plan, defaults | settings)]
 
 

@@ -4,15 +4,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from keras_mrl_cli.files import load_rows
-from keras_mrl_serving import Manifest
-from tests.helpers.cli import BLUE, RED, Ended, lines, paint
+from keras_mrl_cli.files import check_rows, load_rows
+from keras_mrl_cli.shared import RefusalError
+from keras_mrl_serving import Manifest, read_image, served_image
+from tests.helpers.cli import BAD_FILES, BLUE, RED, Ended, lines, paint
 from tests.helpers.hostile_files import archives, arrays
+from tests.helpers.image_files import files
 from tests.helpers.input_models import SPECS
 
 Ask = Callable[..., Ended]
@@ -49,14 +52,41 @@ def test_pixels_are_resized_and_scaled(ask: Ask) -> None:
         assert row["dim"] == 3
 
 
-def test_an_image_of_another_mode_becomes_what_the_model_takes(ask: Ask) -> None:
+def test_what_is_transparent_shows_white(ask: Ask) -> None:
     paint("l.png", 90, mode="L")
     paint("rgba.png", (10, 20, 30, 0), mode="RGBA")
     rows = lines(ask("embed", "pixels", "l.png", "rgba.png", "--json")[1])
     assert [row["embedding"] for row in rows] == [
         pytest.approx([90, 90, 90]),
-        pytest.approx([10, 20, 30]),
+        pytest.approx([255, 255, 255]),
     ]
+
+
+def manifest_of(image: dict[str, Any]) -> Manifest:
+    about: dict[str, Any] = {"name": "m", "fingerprint": "", "made_with": {}, "kind": "encoder"}
+    return Manifest(dims=(1, 3), width=3, inputs={"image": image}, **about)
+
+
+def test_every_image_is_read_by_one_rule(folder: Path) -> None:
+    del folder
+    of_pixels = {
+        channels: manifest_of({"dtype": "uint8", "shape": [None, None, None, channels]})
+        for channels in (1, 3, 4)
+    }
+    of_files = manifest_of({"dtype": "string", "shape": [None]})
+    bytes_by_name = files()
+    for name, data in bytes_by_name.items():
+        Path(name).write_bytes(data)
+    for name in ("tiff-called.png", "float-called.png", "transparent-sixteen.png"):
+        del bytes_by_name[name]
+        for manifest in (*of_pixels.values(), of_files):
+            with pytest.raises(RefusalError, match=rf"Received: {name} \("):
+                check_rows(name, manifest, 1.0)
+    for name, data in bytes_by_name.items():
+        for channels, manifest in of_pixels.items():
+            (pixels,) = load_rows(name, manifest, 1.0)["image"]
+            np.testing.assert_array_equal(pixels, read_image(data, channels), name)
+        assert check_rows(name, of_files, 1.0)["image"].tolist() == [served_image(data)]
 
 
 def test_a_model_of_any_size_gets_the_image_s_own(ask: Ask) -> None:
@@ -92,9 +122,9 @@ def test_without_pillow_the_remedy_is_named(ask: Ask, monkeypatch: pytest.Monkey
     assert ask("classify", "pixels", "blue.png") == (
         1,
         "",
-        "keras-mrl: Images for a model that takes pixels are decoded by Pillow. "
+        "keras-mrl: Image files are read by Pillow. "
         "Received: import of PIL halted; None in sys.modules. "
-        "Install what it needs: pip install 'keras-mrl[images]'.\n",
+        "Install it: pip install 'keras-mrl[images]'.\n",
     )
 
 
@@ -122,8 +152,8 @@ def test_files_that_do_not_fit(ask: Ask) -> None:
         "pickle.npy": torn.format("pickle.npy", "an array of Python objects"),
         "names.npz": "A file for model 'rows' must hold arrays named x. "
         "Received: names.npz with p, q. Save them by name with numpy.savez.",
-        "words.txt": "Files must be .jpg, .jpeg, .png, .npy or .npz. Received: words.txt. "
-        "Save the rows with numpy.save.",
+        "words.txt": "Files must be .jpg, .jpeg, .png, .gif, .bmp, .webp, .npy or .npz. "
+        "Received: words.txt. Save the rows with numpy.save.",
         "red.png": "An image can be sent to a model of one input, of encoded images, string "
         "(any), or of pixels, (any, height, width, channels) with 1, 3 or 4 channels. Received: "
         "red.png for model 'rows', which takes x float32 (any, 3). "
@@ -131,13 +161,15 @@ def test_files_that_do_not_fit(ask: Ask) -> None:
     }
     status, out, err = ask("classify", "rows", *sentence_by_file)
     assert (status, out) == (1, "")
-    assert err.splitlines() == [f"keras-mrl: {sentence}" for sentence in sentence_by_file.values()]
+    sentences = [f"keras-mrl: {sentence}" for sentence in sentence_by_file.values()]
+    count = len(sentences)
+    assert err.splitlines() == [*sentences, BAD_FILES.format(count, count)]
     np.save("good.npy", np.zeros((2, 3), np.float32))
     for file, sentence in sentence_by_file.items():
         assert ask("embed", "rows", "good.npy", file, "--out", "E.npy") == (
             1,
             "",
-            f"keras-mrl: {sentence}\n",
+            f"keras-mrl: {sentence}\n{BAD_FILES.format(1, 2)}\n",
         )
     assert not list(Path().glob("E.npy*"))
 
@@ -156,6 +188,7 @@ def test_several_inputs_come_by_name(ask: Ask) -> None:
         "Prepare the rows as in training.",
         "keras-mrl: A file for model 'pair' must hold arrays named a, b. "
         "Received: one.npy with no names. Save them by name with numpy.savez.",
+        BAD_FILES.format(2, 2),
     ]
 
 
@@ -186,9 +219,12 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(ask: Ask) -> None
         status, out, err = ask("classify", model, *files)
         assert (status, out) == (1, "")
         assert err.splitlines() == [
-            f"keras-mrl: A file must hold what its name says. Received: {file} "
-            f"({kind}, not a regular file). Make it anew, or leave it out."
-            for file, kind in zip(files, kinds, strict=True)
+            *(
+                f"keras-mrl: A file must hold what its name says. Received: {file} "
+                f"({kind}, not a regular file). Make it anew, or leave it out."
+                for file, kind in zip(files, kinds, strict=True)
+            ),
+            BAD_FILES.format(4, 4),
         ]
     assert ask("classify", "rows", "good.npy", "--policy", "policy.json") == (
         1,
@@ -206,5 +242,6 @@ def test_hostile_arrays_are_refused_each_by_its_name(ask: Ask) -> None:
             Path(files[-1]).write_bytes(data)
     status, out, err = ask("embed", "rows", *files)
     assert (status, out) == (1, "")
-    refused = [line.partition(" Received: ")[2].partition(" ")[0] for line in err.splitlines()]
-    assert refused == files
+    *sentences, last = err.splitlines()
+    refused = [line.partition(" Received: ")[2].partition(" ")[0] for line in sentences]
+    assert (refused, last) == (files, BAD_FILES.format(len(files), len(files)))

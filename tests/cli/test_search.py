@@ -13,6 +13,7 @@ from keras_mrl_serving import ExactIndex, FaissIndex, FirstStage, FunnelSchedule
 from keras_mrl_serving.calls import Arrays
 from keras_mrl_serving.calls import Call as Asking
 from tests.helpers.cli import (
+    BAD_FILES,
     BLUE,
     FRAMEWORKS,
     GREEN,
@@ -266,7 +267,7 @@ def test_the_encoder_that_answers_is_the_one_that_counts(run: Call) -> None:
 
 
 @pytest.mark.parametrize("model", ["pixels", "bytes"])
-def test_a_bad_image_is_reported_and_the_others_answered(
+def test_bad_images_are_named_at_once_and_can_be_skipped(
     run: Call, target: str, model: str
 ) -> None:
     paint("red.png", RED)
@@ -274,18 +275,20 @@ def test_a_bad_image_is_reported_and_the_others_answered(
     paint("blue.png", BLUE)
     files = ("red.png", "text.jpg", "gone.png", "blue.png")
     status, out, err = run(*served(target, model), *files, "--json")
-    assert status == 1
+    assert (status, out) == (1, "")
+    *sentences, last = err.splitlines()
+    assert last == BAD_FILES.format(2, 4)
+    assert sentences == [
+        "keras-mrl: An image file must be a whole JPEG, PNG, GIF, BMP or WebP. Received: text.jpg "
+        "(it is none). Save it anew as an 8-bit PNG or JPEG, or leave it out.",
+        "keras-mrl: Every file must be one that can be read. "
+        "Received: gone.png (No such file or directory). Correct the path.",
+    ]
+    status, out, err = run(*served(target, model), *files, "--json", "--skip-unreadable")
+    assert (status, err.splitlines()) == (0, sentences)
     assert [(row["file"], row["ids"][0]) for row in lines(out)] == [
         *(("red.png", 10), ("blue.png", 30))
     ]
-    sentences = err.splitlines()
-    assert len(sentences) == 2
-    assert all(line.startswith("keras-mrl: ") for line in sentences)
-    assert sum("text.jpg" in line for line in sentences) == 1
-    assert (
-        "keras-mrl: Every file must be one that can be read. "
-        "Received: gone.png (No such file or directory). Correct the path." in sentences
-    )
 
 
 def test_rows_that_embed_to_nothing_are_reported(run: Call, target: str) -> None:

@@ -21,6 +21,12 @@ KERAS_MRL = [sys.executable, "-m", "keras_mrl_cli"]
 FRAMEWORKS = ("keras", "tensorflow", "tensorflow_serving", "jax", "torch", "keras_mrl")
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
+# The last line where files are bad, filled in with how many of how many.
+BAD_FILES = (
+    "keras-mrl: All files are checked before anything is sent. Received: {} of {} that cannot be "
+    "used, named above. Mend them, or go on without them: --skip-unreadable."
+)
+
 _BLOCKER = """
 import json, os, sys
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from keras_mrl.comparison import ComparisonError, Plan, compare
 from keras_mrl.comparison.plan import subset
@@ -44,6 +45,26 @@ def test_fewer_images_leave_some_to_search_among(tmp_path: Path) -> None:
     with pytest.raises(ComparisonError, match=r"Received: 2 classes with 8 and 12\."):
         compare(place, tmp_path / "out", replace(PLAN, rows=40), progress=interrupt_training)
     assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_files_that_cannot_be_read_are_refused_or_told(tmp_path: Path) -> None:
+    for row, image in enumerate(random_images().pixels):
+        file = tmp_path / "data" / f"class{row % 2}" / f"{row}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(file)
+    (tmp_path / "data" / "class0" / "x.png").write_bytes(b"no image")
+    plan, lines = replace(PLAN, unseen=False), list[str]()
+
+    def stop(line: str) -> None:
+        lines.append(line)
+        if "training and" in line:
+            raise Interrupted
+
+    with pytest.raises(ComparisonError, match=r"class0/x\.png \(it is none\)"):
+        compare(tmp_path / "data", tmp_path / "out", plan, progress=stop)
+    with pytest.raises(Interrupted):
+        compare(tmp_path / "data", tmp_path / "out", plan, skip_unreadable=True, progress=stop)
+    assert "left out, as they cannot be read: class0/x.png (it is none)" in lines
 
 
 def test_a_budget_is_measured_and_told(tmp_path: Path) -> None:

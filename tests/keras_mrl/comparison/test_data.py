@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from keras_mrl.comparison.data import ComparisonError, Images, has_test, read, split_classes
+from keras_mrl_serving import read_image
 from tests.helpers.comparisons import random_images
 from tests.helpers.hostile_files import (
     Member,
@@ -23,6 +25,7 @@ from tests.helpers.hostile_files import (
     npy,
     raw_zip,
 )
+from tests.helpers.image_files import files
 from tests.helpers.laws import exactly
 
 RNG = np.random.default_rng(0)
@@ -186,6 +189,55 @@ def test_sixteen_bits_become_eight_and_transparency_white(tmp_path: Path) -> Non
     assert (opaque[8:] == 255).all()
 
 
+def test_files_have_the_pixels_that_every_room_reads(tmp_path: Path) -> None:
+    bytes_by_name = files()
+    (tmp_path / "ant").mkdir()
+    for name, data in bytes_by_name.items():
+        (tmp_path / "ant" / name).write_bytes(data)
+    unreadable: list[str] = []
+    images = read([str(tmp_path)], None, unreadable=unreadable)
+    refused = ("float-called.png", "tiff-called.png", "transparent-sixteen.png")
+    assert [sentence.partition(" (")[0] for sentence in unreadable] == [
+        f"ant/{name}" for name in refused
+    ]
+    readable = sorted(set(bytes_by_name) - set(refused))
+    for name, pixels in zip(readable, images.pixels, strict=True):
+        np.testing.assert_array_equal(pixels, read_image(bytes_by_name[name]), name)
+
+
+@pytest.mark.parametrize("as_stored", [Path, packed])
+def test_all_files_that_cannot_be_read_are_named_at_once(as_stored: Any, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "pictures")
+    (folder / "ant" / "00.png").write_bytes(b"not an image")
+    whole = (folder / "cat" / "02.png").read_bytes()
+    (folder / "cat" / "02.png").write_bytes(whole[:300])
+    place = str(as_stored(folder))
+    named = "ant/00.png (it is none), cat/02.png (image file is truncated)"
+    with pytest.raises(ComparisonError, match=rf"Received: 2 .*: {re.escape(named)}\. Save"):
+        read([place], None)
+    unreadable: list[str] = []
+    images = read([place], None, unreadable=unreadable)
+    assert ", ".join(unreadable) == named
+    assert np.bincount(images.labels).tolist() == [3, 4, 3]
+
+
+def test_a_file_that_may_not_be_opened_is_one_of_them(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "pictures")
+    (folder / "ant" / "aa.png").symlink_to(tmp_path / "nowhere.png")
+    unreadable: list[str] = []
+    assert len(read([str(folder)], None, unreadable=unreadable).labels) == 12
+    assert unreadable == ["ant/aa.png (No such file or directory)"]
+
+
+def test_without_pillow_there_are_no_image_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = str(folder_of(tmp_path / "pictures"))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ComparisonError, match=r"Install it: pip install 'keras-mrl\[images\]'\."):
+        read([place], None)
+
+
 def test_large_files_become_small_without_a_size(tmp_path: Path) -> None:
     (tmp_path / "a" / "ant").mkdir(parents=True)
     Image.fromarray(np.zeros((300, 400, 3), np.uint8)).save(tmp_path / "a" / "ant" / "0.png")
@@ -272,8 +324,9 @@ NONE = (
         ),
         (
             damaged,
-            "An image must be one that Pillow decodes. Received: ant/00.png (cannot identify image "
-            "file ...). Save it anew as PNG, or leave it out.",
+            "Every image file must be a whole JPEG, PNG, GIF, BMP or WebP. Received: 1 that cannot "
+            "be read: ant/00.png (it is none). Save them anew as 8-bit PNG or JPEG, or go on "
+            "without them: --skip-unreadable, skip_unreadable=True.",
         ),
         (stored(x_train=PIXELS[:3], y_train=np.array([1.0, np.nan, 2.0])), NO_CLASS),
         (stored(x_train=PIXELS[:3], y_train=np.array([0.5, 1, 2])), NO_CLASS),

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from keras_mrl.comparison.data import ComparisonError, Images
 from keras_mrl.comparison.splits import (
@@ -47,6 +48,26 @@ def test_a_test_image_that_training_has_is_left_out(tmp_path: Path) -> None:
     assert len(test.labels) == 59
     assert not set(digests(training)) & set(digests(test))
     np.testing.assert_array_equal(test.labels, np.delete(second.labels, 7))
+
+
+def test_files_of_both_parts_that_cannot_be_read_are_named_at_once(tmp_path: Path) -> None:
+    places = []
+    for part in ("training", "test"):
+        places.append(str(tmp_path / part))
+        for row, image in enumerate(random_images(seed=len(part)).pixels):
+            file = tmp_path / part / f"class{row % 2}" / f"{row}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[..., 0]).save(file)
+        (tmp_path / part / "class1" / f"{part}.jpg").write_bytes(b"no image")
+    named = ["class1/training.jpg (it is none)", "class1/test.jpg (it is none)"]
+    with pytest.raises(
+        ComparisonError, match=re.escape(f"Received: 2 that cannot be read: {', '.join(named)}.")
+    ):
+        load_parts(places[:1], places[1:], None)
+    unreadable: list[str] = []
+    training, test, _ = load_parts(places[:1], places[1:], None, unreadable)
+    assert unreadable == named
+    assert len(training.labels) == len(test.labels) == 60
 
 
 def test_classes_of_the_test_images_are_numbered_as_in_training(tmp_path: Path) -> None:
