@@ -109,8 +109,9 @@ def _most(
         raise ValueError(f"{name} must have at most {most} fields. Received: more. {_DAMAGED}")
 
 
-# The dtypes that NumPy calls otherwise, or lacks.
+# NumPy's names of TensorFlow's dtypes, where it has one.
 _DTYPE_NAMES: dict[int, str] = {
+    **{number: name.removeprefix("DT_").lower() for name, number in wire.DataType.items()},
     wire.DT_FLOAT: "float32",
     wire.DT_DOUBLE: "float64",
     wire.DT_HALF: "float16",
@@ -123,11 +124,7 @@ def dtype_name(number: int) -> str:
 
     A dtype that is newer than this client is a number.
     """
-    if number in _DTYPE_NAMES:
-        return _DTYPE_NAMES[number]
-    if number in wire.DataType.values():
-        return wire.DataType.Name(number).removeprefix("DT_").lower()
-    return str(number)
+    return _DTYPE_NAMES.get(number) or str(number)
 
 
 def full_shape(shape: wire.TensorShapeProto) -> tuple[int, ...]:

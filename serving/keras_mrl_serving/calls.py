@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -87,6 +88,7 @@ def array_dtype(name: str) -> str:
     return {"string": "object", "bfloat16": "float32"}.get(name, name)
 
 
+@lru_cache(maxsize=64)
 def _same_kind(dtype: str, promised: str) -> bool:
     """Whether both are floats, integers of any sign, or strings; else, whether they are equal."""
     try:
