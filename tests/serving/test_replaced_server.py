@@ -153,6 +153,19 @@ def test_a_server_that_comes_back_with_another_model_is_known(
         assert client.describe() == read_manifest(exports["two"] / "1")
 
 
+def test_without_an_id_the_manifest_is_read_anew_after_a_reconnect(
+    exports: dict[str, Path], places: Any
+) -> None:
+    place, index = places(exports["one without"]), index_of(exports["one without"])
+    with Client(place.target) as client:
+        assert client.retrieve(rows(2), index).ids.shape == (2, 3)
+        assert client.retrieve(rows(2), index).ids.shape == (2, 3)
+        place.serve(exports["two without"])
+        with pytest.raises(EncoderMismatchError, match="An index answers embeddings of the"):
+            client.retrieve(rows(2), index)
+        assert client.describe().model_id is None
+
+
 def test_an_answer_that_was_under_way_is_of_the_new_model(
     exports: dict[str, Path], places: Any
 ) -> None:
