@@ -26,7 +26,7 @@ import grpc
 
 from ._targets import is_one_address
 from ._wire import stubs
-from .options import Options
+from .options import LARGEST_ANSWER_BYTES, Options
 
 SILENT_DEADLINES = 3
 _TIMES_ROUND = 2
@@ -255,9 +255,10 @@ _ONE_DAY_MS = 24 * 3600 * 1000
 def channel_arguments(options: Options) -> list[tuple[str, Any]]:
     """Return gRPC's settings for the options of a client."""
     limit = -1 if options.max_message_bytes is None else int(options.max_message_bytes)
+    answer_limit = int(options.max_message_bytes or LARGEST_ANSWER_BYTES)
     unacknowledged_s = min(SILENT_DEADLINES * options.timeout_s, _LONGEST_UNACKNOWLEDGED_S)
     arguments: list[tuple[str, Any]] = [
-        ("grpc.max_receive_message_length", limit),
+        ("grpc.max_receive_message_length", answer_limit),
         ("grpc.max_send_message_length", limit),
         ("grpc.use_local_subchannel_pool", 1),  # by default a new channel gets old connections
         ("grpc.initial_reconnect_backoff_ms", int(min(100, options.first_backoff_s * 1000)) or 1),

@@ -141,7 +141,7 @@ class Client(BaseClient[Transport]):
     def embed(
         self, inputs: Inputs, dim: int, *, progress: Progress | None = None
     ) -> npt.NDArray[np.float32]:
-        """Return embeddings `(batch, dim)`.
+        """Return embeddings `(batch, dim)`, as the model computed them: NaN, too.
 
         Args:
             inputs: One array, batch first, or a dict of them by input name.

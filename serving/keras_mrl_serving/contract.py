@@ -244,9 +244,19 @@ class Manifest:
         _check_one_of("activation", self.activation, ("softmax", "sigmoid", "none"))
 
     def to_json(self) -> str:
-        """Return the manifest as a JSON object on one line."""
+        """Return the manifest as a JSON object on one line.
+
+        Raises:
+            ManifestError: If it is longer than a client reads.
+        """
         fields = asdict(self)
-        return json.dumps({**fields.pop("extra"), **fields}, allow_nan=False)
+        text = json.dumps({**fields.pop("extra"), **fields}, allow_nan=False)
+        if len(text) > LARGEST_MANIFEST_BYTES:
+            raise ManifestError(
+                f"A manifest has at most {LARGEST_MANIFEST_BYTES} bytes. Received: {len(text)} "
+                f"bytes for model {self.name!r}. Give fewer measures as quality, or shorter names."
+            )
+        return text
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:

@@ -233,7 +233,8 @@ _RULES_AND_REMEDIES: dict[type[KerasMrlError], tuple[str, str]] = {
     ),
     MessageTooLargeError: (
         "A message must be no larger than both ends take.",
-        "Send fewer rows at once, Options(max_batch_size=...), or raise the limit that is named.",
+        "Send fewer rows at once, Options(max_batch_size=...), or raise the limit that is named; "
+        "the client's is Options(max_message_bytes=...).",
     ),
     ServerError: ("The server must answer without an error.", "See the server's log."),
 }

@@ -17,6 +17,7 @@ from .errors import InvalidInputError
 if TYPE_CHECKING:
     import grpc
 
+LARGEST_ANSWER_BYTES = 2**28  # unless the options say otherwise
 _LARGEST_COUNT = 2**31 - 1  # gRPC's limit for its settings
 _MOST_ATTEMPTS = 5
 _METADATA_NAME = re.compile(r"(?!.*-bin$)[a-z0-9_.-]+")
@@ -87,9 +88,10 @@ class Options:
         max_backoff_s: The longest wait between two attempts, give or take a fifth.
         max_batch_size: Rows of one call; more are split. None means no limit. (TensorFlow
             Serving with batching refuses more than its own `max_batch_size`, by default 1000.)
-        max_message_bytes: Largest message sent or received; rows are split to stay below it. None
-            means no limit but protobuf's 2 GiB. (gRPC's own default, 4 MiB, is just too small
-            for 1024 embeddings of 1024 float32.)
+        max_message_bytes: Largest message sent or received, decompressed; rows are split to stay
+            below it. None sends up to protobuf's 2 GiB and takes answers of up to 256 MiB, since
+            an answer needs three times its size in memory while it arrives. (gRPC's own default,
+            4 MiB, is just too small for 1024 embeddings of 1024 float32.)
         max_in_flight: Calls under way at once, if rows are split.
         tls: Certificates; None talks in the clear.
         metadata: Headers of every call, such as `{"authorization": "Bearer ..."}`, or a function

@@ -16,7 +16,7 @@ from .contract import Manifest
 from .flows import Flow
 from .images import served_image
 from .inputs import Inputs, check_inputs
-from .options import Options
+from .options import LARGEST_ANSWER_BYTES, Options
 from .results import Classification, Embedded, Neighbors
 
 T = TypeVar("T")
@@ -68,9 +68,12 @@ class Question(Generic[K, T]):
         size = options.max_batch_size or max(rows, 1)
         if rows > 1:
             sent_bytes = sum(_row_bytes(array) for array in arrays.values())
-            row_bytes = max(sent_bytes, self.answer_row_bytes(facts), 1)
-            message_bytes = options.max_message_bytes or _LARGEST_MESSAGE_BYTES
-            size = min(size, max(1, (message_bytes - _ENVELOPE_BYTES) // row_bytes))
+            for row_bytes, limit in (
+                (sent_bytes, _LARGEST_MESSAGE_BYTES),
+                (self.answer_row_bytes(facts), LARGEST_ANSWER_BYTES),
+            ):
+                room = (options.max_message_bytes or limit) - _ENVELOPE_BYTES
+                size = min(size, max(1, room // max(row_bytes, 1)))
         starts = range(0, max(rows, 1), size)
         return [{name: a[i : i + size] for name, a in arrays.items()} for i in starts]
 

@@ -30,6 +30,7 @@ from keras_mrl_serving.errors import (
     NoCascadeError,
     NoHeadError,
     NoIndexError,
+    ServerError,
     ServerUnavailableError,
     SignatureNotFoundError,
     UnknownDimError,
@@ -162,6 +163,21 @@ def test_retrieve_embeds_at_the_width_of_the_index(client: Client) -> None:
 def test_rows_are_cast_to_what_the_model_takes(client: Client, inputs: Any) -> None:
     dim: Any = np.int64(4)
     np.testing.assert_array_equal(client.embed(inputs, dim), client.embed(ROWS, 4))
+
+
+def test_nan_never_comes_back_as_a_class(client: Client, policy: CascadePolicy) -> None:
+    x = ROWS.copy()
+    x[3] = np.nan
+    for answer in (
+        lambda: client.classify(x, 4),
+        lambda: client.classify_adaptive(x),
+        lambda: client.classify_adaptive(x, policy),
+    ):
+        with pytest.raises(
+            ServerError, match=r"NaN or infinity in .* 1 of 40 rows, first in row 3"
+        ):
+            answer()
+    assert np.isnan(client.embed(x, 4)).all(axis=1).nonzero()[0].tolist() == [3]
 
 
 def test_no_rows_are_no_answers(client: Client, policy: CascadePolicy) -> None:

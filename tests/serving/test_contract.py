@@ -188,9 +188,11 @@ def test_another_schema_is_refused(schema: object, manifest: Manifest, refuses: 
             "invalid start byte)",
         ),
         ("9" * 100, f"'{'9' * 79} (TypeError: 'int' object is not subscriptable)"),
+        (None, "None (TypeError: object of type 'NoneType' has no len())"),
+        ("[]," * 99_999, f"'{'[],' * 26}[ (ValueError: 299997 bytes are more than 262144)"),
         (
-            None,
-            "None (TypeError: object of type 'NoneType' has no len())",
+            '{"schema": 1, "schema": 2}',
+            """'{"schema": 1, "schema": 2}' (ValueError: a key stands twice in one object)""",
         ),
     ],
 )
@@ -198,6 +200,31 @@ def test_what_is_no_manifest_is_refused(text: Any, received: str, refuses: Refus
     rule = "A manifest is a JSON object with a schema."
     with refuses(ManifestError, f"{rule} Received: {received}. {AGAIN}"):
         Manifest.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 99_999, "RecursionError: "),
+        ('{"schema": ' + "9" * 5000 + "}", "ValueError: "),
+        (r'{"schema": 1, "name": "\ud800"}', "UnicodeEncodeError: .* surrogates not allowed"),
+    ],
+)
+def test_what_no_exporter_writes_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ManifestError, match=rf"^A manifest is a JSON object .* \({reason}"):
+        Manifest.from_json(text)
+
+
+def test_a_manifest_that_no_client_would_read_is_not_written(
+    manifest: Manifest, refuses: Refuses
+) -> None:
+    long = replace(manifest, quality={"8": {"x" * 2**18: 1.0}})
+    text = (
+        f"A manifest has at most 262144 bytes. Received: {len(manifest.to_json()) + 2**18 + 12} "
+        "bytes for model 'toy'. Give fewer measures as quality, or shorter names."
+    )
+    with refuses(ManifestError, text):
+        long.to_json()
 
 
 @pytest.mark.parametrize(

@@ -397,6 +397,15 @@ class SlowModel:
         return Reply(echo(1)(envelope.request), 1)
 
 
+def test_an_answer_decoded_after_the_deadline_is_none() -> None:
+    model = SlowModel(embed_2=2.0)
+    conversation = Conversation("host:8500", "m", Options(), clock=lambda: model.now_s)
+    run(conversation.ask(questions.embed(rows(2), 2)), model.send)
+    model.seconds["embed_2"] = 10.5
+    with pytest.raises(DeadlineError, match="an answer that was decoded too late from host:8500"):
+        run(conversation.ask(questions.embed(rows(2), 2)), model.send)
+
+
 def test_all_calls_of_an_answer_share_one_timeout() -> None:
     model = SlowModel(describe=0.2, features=0.8, head_2=1.5)  # each by itself in time
     options = Options(timeout_s=2.0)

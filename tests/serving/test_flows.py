@@ -284,12 +284,132 @@ def test_every_column_of_a_classification_is_looked_at(
         drive(flows.classify_adaptive(manifest, ROWS), shorter)
 
 
-def test_classes_are_never_decided_by_nan(manifest: Manifest, model: Model) -> None:
-    def broken(call: Call) -> Arrays:
-        return {n: a * np.nan if n == "logits" else a for n, a in model(call).items()}
+CLASSIFY: dict[str, Callable[[Manifest], Flow[Any]]] = {
+    "classify_4": lambda m: flows.classify(m, ROWS, 4),
+    "classify_adaptive": lambda m: flows.classify_adaptive(m, ROWS),
+    "head_2": lambda m: flows.classify_by(m, ROWS, TWO),
+}
+INDEX = Manifest(
+    name="birds",
+    kind="index",
+    fingerprint="c0de",
+    dims=(2, 4),
+    width=4,
+    inputs={"x": {"dtype": "float32", "shape": [None, 4]}},
+    made_with={},
+)
+SEARCH: dict[str, Callable[[], Flow[Any]]] = {
+    "search": lambda: flows.search(INDEX, ROWS),
+    "search_2": lambda: flows.search(INDEX, ROWS[:, :2], 2),
+    "retrieve": lambda: flows.retrieve(INDEX, ROWS),
+}
+LOOK = "Look for NaN in the inputs, or train the model to a finite loss."
+EXPORT = "Export the model again with keras_mrl_export.export_saved_model."
 
-    with pytest.raises(ServerError, match="NaN or infinity in logits of signature 'head_2'"):
-        drive(flows.classify_by(manifest, ROWS, TWO), broken)
+
+def with_value(model: Model, name: str, value: object) -> Model:
+    """The model, of whose answers row 3 holds another value."""
+
+    def changed(call: Call) -> Arrays:
+        answer = {n: np.array(a) for n, a in model(call).items()}
+        if name in answer:
+            answer[name][3] = value
+        return answer
+
+    return changed
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["probabilities", "confidence", "logits"])
+@pytest.mark.parametrize("signature", CLASSIFY)
+def test_classes_are_never_decided_by_nan(
+    manifest: Manifest, model: Model, signature: str, name: str, value: float, refuses: Refuses
+) -> None:
+    if (name == "logits") != (signature == "head_2"):
+        return  # a head is asked for logits alone, and nothing else is
+    text = (
+        f"Classes are decided by finite numbers. Received: NaN or infinity in {name} of signature "
+        f"{signature!r}, in 1 of 40 rows, first in row 3. {LOOK}"
+    )
+    with refuses(ServerError, text):
+        drive(CLASSIFY[signature](manifest), with_value(model, name, value))
+
+
+def test_logits_of_any_finite_size_decide(manifest: Manifest, model: Model) -> None:
+    policy = CascadePolicy((Stage(2, -1.0, temperature=1e-30), Stage(8, None)))
+    huge = with_value(model, "logits", [3e38, -3e38, 0, 1, 2])
+    answer, _ = drive(flows.classify_by(manifest, ROWS, policy), huge)
+    assert answer.confidence[3] == 1
+
+
+@pytest.mark.parametrize("value", [-1, 5, 2**40])
+@pytest.mark.parametrize("signature", CLASSIFY)
+def test_a_class_is_one_of_the_model_s(
+    manifest: Manifest, model: Model, signature: str, value: int
+) -> None:
+    rule = rf"A row is of at least one class, each in 0\.\.4\. Received: .* signature '{signature}'"
+    with pytest.raises(ManifestError, match=rule):
+        drive(CLASSIFY[signature](manifest), with_value(model, "class_ids", value))
+
+
+def test_a_row_is_decided_by_a_dim_of_the_model(
+    manifest: Manifest, model: Model, refuses: Refuses
+) -> None:
+    text = (
+        "A row is decided by one of the dims that the model serves, 2, 4, 8. Received: dim 3. "
+        f"{EXPORT}"
+    )
+    with refuses(ManifestError, text):
+        drive(flows.classify_adaptive(manifest, ROWS), with_value(model, "dim", 3))
+
+
+def test_a_manifest_without_top_k_takes_lists_of_one_length(
+    manifest: Manifest, model: Model
+) -> None:
+    def shorter(call: Call) -> Arrays:
+        return {n: a[:, :2] if n == "labels" else a for n, a in model(call).items()}
+
+    whole = replace(manifest, top_k=None)
+    assert drive(flows.classify(whole, ROWS, 4), model)[0].class_ids.shape == (40, 3)
+    with pytest.raises(ManifestError, match=r"^The lists of a row must be of one length\. "):
+        drive(flows.classify(whole, ROWS, 4), shorter)
+
+
+def neighbors(_: Call) -> Arrays:
+    return {
+        "ids": np.tile(np.array([7, 2]), (40, 1)),
+        "scores": np.tile(np.array([0.9, 0.4], np.float32), (40, 1)),
+    }
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("signature", SEARCH)
+def test_neighbours_are_never_ranked_by_nan(signature: str, value: float, refuses: Refuses) -> None:
+    text = (
+        "Neighbours are ranked by finite scores. Received: NaN or infinity in scores of signature "
+        f"{signature!r}, in 1 of 40 rows, first in row 3. {LOOK}"
+    )
+    assert len(drive(SEARCH[signature](), neighbors)[0]) == 40
+    with refuses(ServerError, text):
+        drive(SEARCH[signature](), with_value(neighbors, "scores", value))
+
+
+@pytest.mark.parametrize("ids", [[7, 7], [7, -1]])
+@pytest.mark.parametrize("signature", SEARCH)
+def test_neighbours_are_different_rows(signature: str, ids: list[int], refuses: Refuses) -> None:
+    text = (
+        "The neighbours of a query are different rows, with ids of 0 or more. Received: negative "
+        f"or repeated ids from signature {signature!r}. "
+        "Export the index again with keras_mrl_export.export_index."
+    )
+    with refuses(ManifestError, text):
+        drive(SEARCH[signature](), with_value(neighbors, "ids", ids))
+
+
+def test_an_embedding_is_as_the_server_computed_it(manifest: Manifest, model: Model) -> None:
+    strange = with_value(model, "embedding", [np.nan, np.inf, -0.0, 1e-45])
+    embedding, _ = drive(flows.embed(manifest, ROWS, 4), strange)
+    assert embedding[3].tobytes() == np.array([np.nan, np.inf, -0.0, 1e-45], "f4").tobytes()
 
 
 def test_a_policy_is_a_policy(manifest: Manifest, model: Model, refuses: Refuses) -> None:

@@ -1,6 +1,7 @@
 """Rows split into calls: every row once, in order, no call larger than it may be."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,13 @@ def test_parts_are_the_rows_in_order_and_each_fits(
         assert batch is None or len(part["x"]) <= batch
         sent = sum(array.nbytes for array in part.values())
         assert megabytes is None or sent <= megabytes or len(part["x"]) == 1
+
+
+def test_by_default_answers_stay_below_256_mebibytes() -> None:
+    rows, dim = np.zeros((100, 1), np.float32), 2**20
+    facts = replace(manifest(x=[None, 1]), dims=(dim,), width=dim)
+    parts: list[Any] = questions.embed(rows, dim).parts(facts, Options())
+    assert [len(part["x"]) for part in parts] == [63, 37]  # of 4 MiB a row
 
 
 def test_answers_larger_than_the_rows_are_counted() -> None:

@@ -188,7 +188,7 @@ def test_an_error_says_the_rule_what_was_received_and_what_to_do() -> None:
             *("RESOURCE_EXHAUSTED", TOO_LARGE),
             "A message must be no larger than both ends take.",
             "Send fewer rows at once, Options(max_batch_size=...), or raise the limit that is "
-            "named.",
+            "named; the client's is Options(max_message_bytes=...).",
         ),
         (
             *("RESOURCE_EXHAUSTED", "Run() timeout exceeded while waiting in batching queue"),

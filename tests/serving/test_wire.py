@@ -18,9 +18,9 @@ from hypothesis.extra import numpy as hnp
 from tensorflow.core.framework import tensor_pb2
 
 from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving._wire import decode, from_proto, to_proto
-from keras_mrl_serving.calls import Call, Envelope
-from keras_mrl_serving.errors import ServerError
+from keras_mrl_serving._wire import decode, from_proto, signatures_of, to_proto
+from keras_mrl_serving.calls import AskSignatures, AskStatus, Call, Envelope, Output, VersionStatus
+from keras_mrl_serving.errors import ManifestError, ServerError
 
 # The first call into TensorFlow takes longer than Hypothesis allows an example.
 SHORT = settings(deadline=None, max_examples=30)
@@ -384,7 +384,11 @@ def test_content_that_does_not_fit_its_shape_is_refused(
 
 
 @pytest.mark.parametrize(
-    "content", [b"\x01", b"\x01\x02ab", b"\x01\x02abcd", b"\x80", b"\x01\x80", b"\xff" * 9]
+    "content",
+    [
+        *(b"\x01", b"\x01\x02ab", b"\x01\x02abcd", b"\x80", b"\x01\x80", b"\xff" * 9),
+        b"\x80" * 10 + b"\x00\x00",  # a length of eleven bytes
+    ],
 )
 def test_string_content_that_does_not_fit_its_shape_is_refused(content: bytes) -> None:
     text = (
@@ -424,3 +428,178 @@ def test_a_tensor_this_client_cannot_read_is_an_error_of_ours() -> None:
         "dtype=DT_COMPLEX64. Cast the output in the exported signature: tf.cast(output, "
         "tf.float32). Ask a model exported by keras_mrl_export.export_saved_model."
     )
+
+
+# What a server may say, and what becomes of it before any array is made.
+
+
+def call(**promised: Output) -> Envelope:
+    inputs = {"x": np.zeros((3, 2), np.float32)}
+    return Envelope("m", None, Call("embed_2", inputs, promised=promised), 1.0, 1.0)
+
+
+def answer(**outputs: wire.TensorProto) -> bytes:
+    response = wire.PredictResponse()
+    response.model_spec.version.value = 7
+    for name, proto in outputs.items():
+        response.outputs[name].CopyFrom(proto)
+    return response.SerializeToString()
+
+
+LARGE = to_proto(np.zeros((2**14 + 1, 4), np.float32))  # an answer with it is not small
+
+
+@pytest.mark.parametrize("others", [{}, {"large": LARGE}])
+def test_an_output_that_was_not_asked_for_is_not_decoded(others: Any) -> None:
+    unreadable = tensor("DT_COMPLEX64", (2**40,))
+    asked = to_proto(np.ones((3, 2), np.float32))
+    data = answer(y=asked, z=unreadable, **others)
+    reply = decode(call(y=Output("float32", 2)), data, "host:8500")
+    assert reply.version == 7
+    assert list(reply.answer) == ["y"]
+    assert reply.answer["y"].tolist() == [[1, 1]] * 3
+    with pytest.raises(ServerError, match=r"DT_COMPLEX64|need"):
+        decode(call(), data, "host:8500")
+
+
+@pytest.mark.parametrize("others", [{}, {"large": LARGE}])
+@pytest.mark.parametrize(
+    ("proto", "received"),
+    [
+        (tensor("DT_FLOAT", (2**28,), float_val=[1]), "float32 (268435456,)"),
+        (tensor("DT_FLOAT", (3, 2**60), float_val=[1]), "float32 (3, 1152921504606846976)"),
+        (tensor("DT_STRING", (3, 2), string_val=[b"a"]), "object (3, 2)"),
+        (tensor("DT_COMPLEX64", (3, 2)), "complex64 (3, 2)"),
+    ],
+)
+def test_another_dtype_or_size_is_refused_before_it_is_decoded(
+    proto: wire.TensorProto, received: str, others: Any
+) -> None:
+    with pytest.raises(ManifestError) as caught:
+        decode(call(y=Output("float32", 2)), answer(y=proto, **others), "host:8500")
+    assert caught.value.version == 7
+    assert str(caught.value) == (
+        "A signature must answer y float32 (rows, 2), with a row for each row sent. Received: "
+        f"y {received}{', large' if others else ''} for 3 rows of signature 'embed_2'. "
+        "Export the model again with keras_mrl_export.export_saved_model."
+    )
+
+
+def test_a_small_answer_does_not_become_a_large_array() -> None:
+    repeated = answer(y=tensor("DT_FLOAT", (2**20,), float_val=[1]))
+    assert decode(call(), repeated, "host:8500").answer["y"].sum() == 2**20  # TensorFlow's rule
+    many = answer(y=tensor("DT_FLOAT", (2**20,), float_val=[1]), z=tensor("DT_BOOL", (2**19,)))
+    most = 8 * len(many) + 2**22
+    text = (
+        f"an answer of {len(many)} bytes may become arrays of {most} bytes. Received: shapes that "
+        f"need {2**22 + 2**19} bytes. Send every value, not only the first of equal ones, or fewer "
+        "rows at once."
+    )
+    with pytest.raises(ServerError, match=re.escape(text)):
+        decode(call(), many, "host:8500")
+
+
+LABELS = Output("object", 2)
+MANY_DIMS = wire.TensorShapeProto(dim=[wire.TensorShapeProto.Dim()] * 600)
+
+
+@pytest.mark.parametrize(
+    ("data", "promised", "text"),
+    [
+        (
+            answer(y=tensor("DT_STRING", (3, 2), string_val=[b"a" * 2**17])),
+            LABELS,
+            "output 'y' must take at most 25600 bytes for shape (3, 2). Received: 131088 bytes.",
+        ),
+        (
+            answer(y=tensor("DT_FLOAT", (3, 2), float_val=[1] * 2**15)),
+            Output("float32", 2),
+            "output 'y' must take at most 1096 bytes for shape (3, 2). Received: 131088 bytes.",
+        ),
+        (
+            answer(y=tensor("DT_STRING", (3, 2), string_val=[b""] * 2**16)),
+            Output("object", 2, string_bytes=None),
+            "output 'y' must have at most 70 fields. Received: more.",
+        ),
+        (
+            answer(y=wire.TensorProto(dtype=wire.DT_FLOAT, tensor_shape=MANY_DIMS), z=LARGE),
+            Output("float32", 2),
+            "a tensor's shape must have at most 32 sizes. Received: 1200 bytes of them.",
+        ),
+        (
+            answer(y=tensor("DT_FLOAT", (1,) * 33)),
+            Output("float32", 2),
+            "a tensor must have at most 32 axes. Received: 33.",
+        ),
+        (
+            b"\x0a\x04\x0a\x00\x12\x00" * 2**14,
+            Output("float32", 2),
+            "an answer must have at most 4096 fields. Received: more.",
+        ),
+        (b"\x0b" * 2**17, LABELS, "a message must end where its last field does."),
+        (b"\x0a" + b"\xff" * 2**17, LABELS, "a number of a message must have at most 10 bytes."),
+        (b"\x08" * 2**17, LABELS, "a string or message must be bytes. Received: a number."),
+    ],
+)
+def test_what_no_serializer_writes_is_refused(data: bytes, promised: Output, text: str) -> None:
+    with pytest.raises(ServerError, match=re.escape(text)) as caught:
+        decode(call(y=promised), data, "host:8500")
+    assert "what this client cannot read from host:8500 for model 'm'" in str(caught.value)
+
+
+def field_of(number: int, value: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + varint(len(value)) + value
+
+
+@pytest.mark.parametrize("field", [1, 2])
+def test_a_large_tensor_has_one_dtype_and_one_shape(field: int) -> None:
+    whole = tensor("DT_STRING", (3, 2), string_val=[b"a" * 9999] * 6).SerializeToString()
+    part = b"\x08\x07" if field == 1 else b"\x12\x04\x12\x02\x08\x03"
+    data = field_of(1, field_of(1, b"y") + field_of(2, whole + part)) + field_of(15, bytes(2**16))
+    promised = Output("object", 2, string_bytes=None)
+    with pytest.raises(ServerError, match="output 'y' must be a dtype, a shape and values"):
+        decode(call(y=promised), data, "host:8500")
+
+
+@SHORT
+@given(data=st.data())
+def test_a_large_answer_is_read_as_a_small_one(data: st.DataObject) -> None:
+    small = {
+        dtype: data.draw(arrays(dtype)) for dtype in data.draw(st.sets(st.sampled_from(NUMERIC)))
+    }
+    small["text"] = data.draw(string_arrays(BYTES))
+    protos = {name: to_proto(array) for name, array in small.items()}
+    received = decode(call(), answer(**protos, large=LARGE), "host:8500").answer
+    for name, array in decode(call(), answer(**protos), "host:8500").answer.items():
+        assert_same(received[name], array)
+        assert_same(array, small[name])
+
+
+def test_what_is_no_message_is_an_error_of_ours() -> None:
+    for request in (Call("x", {}), AskSignatures(), AskStatus()):
+        envelope = Envelope("m", None, request, 1.0, 1.0)
+        with pytest.raises(ServerError, match="what this client cannot read from host:8500"):
+            decode(envelope, b"\xff\xff", "host:8500")
+
+
+def test_a_state_or_a_dtype_newer_than_this_client_is_no_error() -> None:
+    status = wire.GetModelStatusResponse.FromString(b"\x0a\x04\x08\x01\x10\x63")
+    envelope = Envelope("m", None, AskStatus(), 1.0, 1.0)
+    reply = decode(envelope, status.SerializeToString(), "host:8500")
+    assert reply.answer == (VersionStatus(1, "UNKNOWN"),)
+    info = wire.TensorInfo.FromString(b"\x10\x63")
+    signatures = {"s": wire.SignatureDef(outputs={"y": info})}
+    assert signatures_of(signatures)["s"].outputs["y"]["dtype"] == "99"
+
+
+@pytest.mark.parametrize("request_", [AskSignatures(), AskStatus()])
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"\x0a\x00" * 60_000, "the message must have at most 50000 fields. Received: more."),
+        (b"\x7a\x80\x80\x80\x01" + bytes(2**21), "must have at most 2097152 bytes."),
+    ],
+)
+def test_what_is_said_of_models_is_bounded(request_: Any, data: bytes, text: str) -> None:
+    with pytest.raises(ServerError, match=re.escape(text)):
+        decode(Envelope("m", None, request_, 1.0, 1.0), data, "host:8500")
