@@ -108,7 +108,10 @@ def from_proto(proto: wire.TensorProto) -> npt.NDArray[Any]:
         >>> from_proto(wire.TensorProto(dtype=wire.DT_HALF, tensor_shape=shape, half_val=[15360]))
         array([1., 1., 1., 1.], dtype=float16)
     """
-    shape = full_shape(proto.tensor_shape)
+    return _array(proto, full_shape(proto.tensor_shape))
+
+
+def _array(proto: wire.TensorProto, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     count = math.prod(shape)
     if proto.dtype == wire.DT_STRING:
         content = proto.tensor_content
@@ -279,7 +282,8 @@ def _outputs(call: Call, data: bytes) -> Reply[dict[str, npt.NDArray[Any]]]:
     check_answer(call, headers, response.outputs.keys() - tensors.keys(), version)
     most_bytes = 8 * len(data) + _SPARE_BYTES
     needed_bytes = sum(
-        math.prod(shape) * _item_bytes(tensors[name].dtype) for name, (_, shape) in headers.items()
+        math.prod(shape) * _ITEM_BYTES.get(tensors[name].dtype, _POINTER_BYTES)
+        for name, (_, shape) in headers.items()
     )
     if needed_bytes > most_bytes:
         raise ValueError(
@@ -287,13 +291,10 @@ def _outputs(call: Call, data: bytes) -> Reply[dict[str, npt.NDArray[Any]]]:
             f"Received: shapes that need {needed_bytes} bytes. Send every value, not only the "
             "first of equal ones, or fewer rows at once."
         )
-    return Reply({name: from_proto(proto) for name, proto in tensors.items()}, version)
+    return Reply({n: _array(proto, headers[n][1]) for n, proto in tensors.items()}, version)
 
 
-def _item_bytes(dtype: wire.DataType) -> int:
-    return np.dtype(_ENCODINGS[dtype].bits).itemsize if dtype in _ENCODINGS else _POINTER_BYTES
-
-
+_ITEM_BYTES = {dtype: np.dtype(encoding.bits).itemsize for dtype, encoding in _ENCODINGS.items()}
 _POINTER_BYTES = 8  # of an array of strings
 
 

@@ -19,6 +19,9 @@ from .calls import Call, Header, Output, array_dtype
 
 # An answer of no more bytes is parsed as it is: in memory it stays below 8 MB, whatever it holds.
 SMALL_BYTES = 2**16
+# Nor are the fields of tensors of no more bytes counted, one by one: of them the sizes of a shape
+# alone take much more memory than bytes, twenty times as much.
+_COUNTED_BYTES = 2**18
 
 _LONGEST_NAME = 1024
 _LONGEST_SHAPE = 1024  # bytes: room for 32 sizes and a few names
@@ -28,6 +31,7 @@ _MOST_FIELDS = 64  # of a tensor, besides its strings; a serializer writes four
 _NUMBER_BYTES = 12  # of one number at most, with the tag of one that stands alone
 _DAMAGED = "The answer is damaged: ask again, and if it stays so look at what the server runs."
 _EMPTY = memoryview(b"")
+_STRING = array_dtype("string")
 
 
 def parse_answer(data: bytes, call: Call) -> wire.PredictResponse:
@@ -54,8 +58,11 @@ def parse_answer(data: bytes, call: Call) -> wire.PredictResponse:
                 others.append(name)
     headers = {name: _header(tensor) for name, tensor in outputs.items()}
     check_answer(call, headers, others, response.model_spec.version.value)
+    are_large = sum(map(len, outputs.values())) > _COUNTED_BYTES
     for name, tensor in outputs.items():
-        _check_size(name, tensor, headers[name], call.promised.get(name))
+        _check_length(name, tensor, headers[name], call.promised.get(name))
+        if are_large:
+            _check_fields(name, tensor, headers[name])
         response.outputs[name].MergeFromString(bytes(tensor))
     return response
 
@@ -79,20 +86,23 @@ def header(tensor: wire.TensorProto) -> Header:
     return array_dtype(dtype_name(tensor.dtype)), full_shape(tensor.tensor_shape)
 
 
-def _check_size(name: str, tensor: memoryview, header: Header, promised: Output | None) -> None:
-    """Raise unless a tensor holds no more bytes, and no more fields, than its shape needs."""
+def _check_length(name: str, tensor: memoryview, header: Header, promised: Output | None) -> None:
+    """Raise unless a tensor holds no more bytes than its shape needs."""
     dtype, shape = header
-    is_string = dtype == array_dtype("string")
     string_bytes = None if promised is None else promised.string_bytes
-    count = math.prod(shape)
-    value_bytes = string_bytes if is_string else _NUMBER_BYTES
-    most_bytes = None if value_bytes is None else count * value_bytes + _LONGEST_SHAPE
+    value_bytes = string_bytes if dtype == _STRING else _NUMBER_BYTES
+    most_bytes = None if value_bytes is None else math.prod(shape) * value_bytes + _LONGEST_SHAPE
     if most_bytes is not None and len(tensor) > most_bytes:
         raise ValueError(
             f"output {name!r} must take at most {most_bytes} bytes for shape {shape}. "
             f"Received: {len(tensor)} bytes. {_DAMAGED}"
         )
-    most = _MOST_FIELDS + (count if is_string else 0)
+
+
+def _check_fields(name: str, tensor: memoryview, header: Header) -> None:
+    """Raise unless a tensor is a dtype, a shape, and no more pieces than it has strings."""
+    dtype, shape = header
+    most = _MOST_FIELDS + (math.prod(shape) if dtype == _STRING else 0)
     numbers = [number for number, _ in _most(fields(tensor), most, f"output {name!r}")]
     if 1 in numbers[1:] or 2 in numbers[2:]:
         raise ValueError(
@@ -133,18 +143,17 @@ def full_shape(shape: wire.TensorShapeProto) -> tuple[int, ...]:
     Raises:
         ValueError: If one is unknown or negative, or no array can have them.
     """
-    sizes = tuple(dim.size for dim in islice(shape.dim, _HIGHEST_RANK + 1))
-    is_known = not shape.unknown_rank and all(size >= 0 for size in sizes)
-    received = "an unknown rank" if shape.unknown_rank else f"sizes {sizes}"
-    if not is_known:
-        raise ValueError(
-            f"a tensor's shape must be fully known. Received: {received}. "
-            "The tensor is damaged: ask again, and if it stays so look at what the server runs."
-        )
     if len(shape.dim) > _HIGHEST_RANK:
         raise ValueError(
             f"a tensor must have at most {_HIGHEST_RANK} axes. "
             f"Received: {len(shape.dim)}. {_DAMAGED}"
+        )
+    sizes = tuple([dim.size for dim in shape.dim])
+    if shape.unknown_rank or min(sizes, default=0) < 0:
+        received = "an unknown rank" if shape.unknown_rank else f"sizes {sizes}"
+        raise ValueError(
+            f"a tensor's shape must be fully known. Received: {received}. "
+            "The tensor is damaged: ask again, and if it stays so look at what the server runs."
         )
     return sizes
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-Header = tuple[str, tuple[int, ...]]  # dtype and shape of a tensor
+Header = tuple[str | np.dtype[Any], tuple[int, ...]]  # dtype and shape of a tensor
 T_co = TypeVar("T_co", covariant=True)
 
 LABEL_BYTES = 4096  # of a class name, on average; ImageNet's longest has 121
@@ -67,9 +67,11 @@ class Output:
             return False
         if self._shape is None:
             return True
-        expected = (rows if size == _ROWS else size for size in self._shape)
+        expected = tuple([rows if size == _ROWS else size for size in self._shape])
+        if shape == expected:
+            return True
         sizes = zip(shape, expected, strict=False)
-        return len(shape) == len(self._shape) and all(e is None or n == e for n, e in sizes)
+        return len(shape) == len(expected) and all(e is None or n == e for n, e in sizes)
 
     def __str__(self) -> str:
         if self._shape is None:
@@ -89,7 +91,7 @@ def array_dtype(name: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _same_kind(dtype: str, promised: str) -> bool:
+def _same_kind(dtype: str | np.dtype[Any], promised: str) -> bool:
     """Whether both are floats, integers of any sign, or strings; else, whether they are equal."""
     try:
         kinds = [np.dtype(name).kind for name in (dtype, promised)]

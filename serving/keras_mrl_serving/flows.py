@@ -64,7 +64,7 @@ def ask(
     """
     call = Call(signature, inputs, tuple(outputs) if only else (), outputs)
     answer = yield call
-    check_answer(call, {name: (str(array.dtype), array.shape) for name, array in answer.items()})
+    check_answer(call, {name: (array.dtype, array.shape) for name, array in answer.items()})
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity, which is looked for
         return {name: answer[name].astype(o.dtype, copy=False) for name, o in outputs.items()}
 
@@ -224,7 +224,7 @@ def _check_classes(manifest: Manifest, signature: str, answer: Arrays) -> None:
         if name in answer:
             _check_finite("Classes are decided by finite numbers.", signature, name, answer[name])
     class_ids, num_classes = answer["class_ids"], manifest.num_classes or 0
-    _check_lengths(signature, {n: answer[n] for n in answer if n in _class_outputs(manifest)})
+    _check_lengths(signature, {n: answer[n] for n in _class_outputs(manifest) if n in answer})
     if not class_ids.shape[1] or (class_ids < 0).any() or (class_ids >= num_classes).any():
         received = f"{class_ids.min()} to {class_ids.max()}" if class_ids.size else "none"
         raise ManifestError(
