@@ -108,13 +108,16 @@ def deploy(arguments: SimpleNamespace) -> int:
 def _rendered(name: str, values: dict[str, str]) -> str:
     """Return a template's text with these values; one alone on its line keeps its margin."""
     text = (files("keras_mrl_serving") / "deploy" / name).read_text("utf-8")
-    spread = _ALONE.sub(lambda line: indent(values[line["key"]], line["margin"]), text)
-    return Template(spread).substitute(values)
+
+    def spread(line: re.Match[str]) -> str:
+        return indent(values[line["key"]], line["margin"]).replace("$", "$$")
+
+    return Template(_ALONE.sub(spread, text)).substitute(values)
 
 
 def _values(arguments: SimpleNamespace) -> dict[str, str]:
     from keras_mrl_serving.contract import is_model_name
-    from keras_mrl_serving.saved_model import sizes
+    from keras_mrl_serving.saved_model import sizes, version_number
 
     folder, manifest = _model(arguments.base_path)
     name = manifest.name if arguments.name is None else arguments.name
@@ -129,26 +132,31 @@ def _values(arguments: SimpleNamespace) -> dict[str, str]:
             f"Received: {arguments.image!r}. Give for example tensorflow/serving:2.20.0.",
             MISUSED,
         )
+    slug = _slug(name)
+    number = str(version_number(folder.name))  # the folder may be named " 007"
     disk_bytes = sum(sizes(folder).values())
     memory_mib, why_memory = arguments.memory, "given to keras-mrl deploy"
     if memory_mib is None:
         memory_mib = 1024 + 3 * -(-disk_bytes // 2**20)
-        on_disk = f"{in_bytes(disk_bytes)} of version {folder.name} on disk"
+        on_disk = f"{in_bytes(disk_bytes)} of version {number} on disk"
         why_memory = f"1024 MiB and three times the {on_disk}"
     batch = arguments.max_batch_size
     allowed = [2**power for power in range(batch.bit_length()) if 2**power < batch]
-    path = json.dumps(str(folder.parent.absolute()), ensure_ascii=False)
     batching_flags, why_batching = _batching(manifest)
     return {
         "name": name,
-        "slug": _slug(name),
+        "slug": slug,
+        "slug_scalar": _scalar(slug),
+        "models_scalar": _scalar(f"{slug}-models"),
+        "config_scalar": _scalar(f"{slug}-config"),
+        "mount_scalar": _scalar(f"/models/{name}"),
         "kind": manifest.kind,
-        "version": folder.name,
+        "version": number,
         "dims": ", ".join(map(str, manifest.dims)),
-        "base_path": path.replace("$", "$$"),  # compose's escape
+        "source_scalar": _scalar(str(folder.parent.absolute())).replace("$", "$$"),  # for compose
         "batching_flags": batching_flags,
         "batching_why": why_batching,
-        "image": arguments.image,
+        "image_scalar": _scalar(arguments.image),
         "replicas": str(arguments.replicas),
         "port": str(arguments.port),
         "rest_port": str(arguments.rest_port),
@@ -170,8 +178,8 @@ def _batching(manifest: Manifest) -> tuple[str, str]:
             "In use: every row of the model's inputs has one shape.",
         )
     why = (
-        f"Not in use: requests differ in the shape of {', '.join(open_ended)}, and only equal "
-        "shapes are batched."
+        f"Not in use: requests differ in the shape of {', '.join(map(_plain, open_ended))}, and "
+        "only equal shapes are batched."
     )
     return f"# {why}\n- --enable_batching=false", why
 
@@ -205,3 +213,26 @@ def _slug(name: str) -> str:
     """Return the name as Kubernetes takes one: lower case, digits and '-', a letter first."""
     slug = re.sub("[^a-z0-9]+", "-", name.lower())[:_MOST_SLUG].strip("-")
     return slug if slug[0].isalpha() else f"model-{slug}"
+
+
+def _scalar(text: str) -> str:
+    """Return a string of YAML: one of JSON, with what does not print as an escape of YAML's.
+
+    Raises:
+        RefusalError: If it is the name of a file that is no text.
+    """
+    if not text.isprintable():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RefusalError(
+                "--base-path must be a path in UTF-8. "
+                f"Received: {text}. Rename the folder, or link to it."
+            ) from error
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
+
+
+def _plain(name: str) -> str:
+    """Return a name for a comment or for Markdown: other characters than these are escaped."""
+    return re.sub("[^A-Za-z0-9_.:/ -]", lambda c: f"\\u{ord(c[0]):04x}", name)

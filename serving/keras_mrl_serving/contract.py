@@ -339,7 +339,7 @@ LARGEST_MANIFEST_BYTES = 2**18
 def parse_manifest(text: str | bytes) -> dict[str, Any]:
     """Return the JSON object of a manifest, with every value of the type that its schema names.
 
-    Types and required keys are checked here; the code that uses a value checks the rest.
+    Types, names and required keys are checked here; the code that uses a value checks the rest.
 
     Args:
         text: The JSON.
@@ -394,6 +394,11 @@ def _check(value: Any, rule: Mapping[str, Any], place: str) -> None:
         raise ManifestError(
             f"{place} of a manifest must be {expected}. Received: {value!r:.80}. {_EXPORT_AGAIN}"
         )
+    if isinstance(value, str) and not re.search(rule.get("pattern", ""), value):
+        raise ManifestError(
+            f"{place} of a manifest must be a name of 1 to 200 characters that print. "
+            f"Received: {value!r:.80}. {_EXPORT_AGAIN}"
+        )
     if isinstance(value, dict):
         rule_of_key, other_rule = rule.get("properties", {}), rule.get("additionalProperties", {})
         prefix = f"{place}." if place else ""
@@ -403,6 +408,8 @@ def _check(value: Any, rule: Mapping[str, Any], place: str) -> None:
                     f"{prefix}{key} of a manifest must be given. Received: none. {_EXPORT_AGAIN}"
                 )
         for key, child in value.items():
+            if "$ref" in rule.get("propertyNames", {}):
+                _check(key, rule["propertyNames"], f"A key of {place}")
             _check(child, rule_of_key.get(key, other_rule), f"{prefix}{key}")
     elif isinstance(value, list):
         for position, child in enumerate(value):

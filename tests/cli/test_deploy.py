@@ -1,6 +1,8 @@
 """`keras-mrl deploy`: what it writes parses as what reads it, and says what the model says."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -225,10 +227,72 @@ def test_what_differs_in_shape_is_not_batched(
     assert why in (out / "docker-compose.yml").read_text()
 
 
+def with_inputs(exported: Exported, base: Path, *names: str) -> Path:
+    """A base path whose one version takes inputs of these names, in any length."""
+    version = shutil.copytree(exported.base_path / "1", base / "1")
+    manifest = version / "assets.extra" / "keras_mrl.json"
+    fields = json.loads(manifest.read_text())
+    fields["inputs"] = {name: {"dtype": "float32", "shape": [None, None]} for name in names}
+    manifest.write_text(json.dumps(fields))
+    return base
+
+
+NAMES = [
+    "in$put", "$(HOSTNAME)", "${HOME}", "$port", "a: b", "a # b", "- a", "&a", "*a", "!!python/x",
+    "'", '"', "a|b", "<script>alert(1)</script>", "`x`", "größe", "値", "\\", "{a}", "x" * 200,
+    "%s", "{0}",
+]  # fmt: skip
+
+
+def test_a_name_of_the_model_is_a_word_of_a_comment_alone(
+    exported: Exported, tmp_path: Path, call: Call
+) -> None:
+    """It reaches no flag of the server, no key and no variable, of compose or of Kubernetes."""
+    plain = tmp_path / "plain"
+    command = ["deploy", "--memory", "4096", "--base-path"]
+    models = with_inputs(exported, tmp_path / "models", "x")
+    assert call(*command, str(models), str(plain)).status == 0
+    for number, name in enumerate(NAMES):
+        out = tmp_path / str(number)
+        base = with_inputs(exported, tmp_path / f"models{number}", name)
+        assert call(*command, str(base), str(out)).status == 0, name
+        for file in FILES:
+            text, expected = (folder.joinpath(file).read_text() for folder in (out, plain))
+            text = text.replace(f"models{number}", "models")
+            if file.endswith((".yml", ".yaml")):
+                kinds = [list(yaml.safe_load_all(text)) for text in (text, expected)]
+                assert kinds[0] == kinds[1], (name, file)
+            changed = [
+                line
+                for line, before in zip(text.splitlines(), expected.splitlines(), strict=True)
+                if line != before
+            ]
+            shown = [line.partition(" shape of ")[2].partition(", and only")[0] for line in changed]
+            assert all(re.fullmatch(r"[A-Za-z0-9_.:/ \\-]+", words) for words in shown), changed
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x\n- --model_config_file=/evil #", "\x1b[2J", "a\u202eb", "a\u200b", "\u2028", "a\x9bb", "",
+     "a\n", "x" * 201],
+)  # fmt: skip
+def test_a_name_that_does_not_print_is_refused(
+    name: str, exported: Exported, tmp_path: Path, call: Call
+) -> None:
+    base = with_inputs(exported, tmp_path / "models", "x", name)
+    text = call.refused("deploy", str(tmp_path / "out"), "--base-path", str(base))
+    assert text == (
+        "A key of inputs of a manifest must be a name of 1 to 200 characters that print. "
+        f"Received: {name!r:.80}. "
+        "Export the model again with keras_mrl_export.export_saved_model."
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_path_is_a_string_to_yaml_and_to_compose(
     exported: Exported, tmp_path: Path, call: Call
 ) -> None:
-    base = tmp_path / 'a "b" $HOME: #c 😀'
+    base = tmp_path / 'a "b" $HOME: #c 😀 \n\x1b\x85\u2028\u202e\ufeff\\'
     base.mkdir()
     (base / "1").symlink_to(exported.base_path / "1")
     out = tmp_path / "out"
@@ -237,6 +301,26 @@ def test_a_path_is_a_string_to_yaml_and_to_compose(
     source = compose["services"]["tiny-one"]["volumes"][0]["source"]
     assert source.replace("$$", "$") == str(base)
     assert "$$HOME" in source
+
+
+def test_a_path_that_is_no_text_is_refused(exported: Exported, tmp_path: Path, call: Call) -> None:
+    base = tmp_path / os.fsdecode(b"a\xff")
+    base.mkdir()
+    (base / "1").symlink_to(exported.base_path / "1")
+    assert call.refused("deploy", str(tmp_path / "out"), "--base-path", str(base)) == (
+        f"--base-path must be a path in UTF-8. Received: {tmp_path}/a\\udcff. "
+        "Rename the folder, or link to it."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_version_is_named_by_its_number(exported: Exported, tmp_path: Path, call: Call) -> None:
+    """TensorFlow Serving reads a folder named so as version 7."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "\n007").symlink_to(exported.base_path / "1")
+    out = tmp_path / "out"
+    assert call("deploy", str(out), "--base-path", str(tmp_path / "models")).status == 0
+    assert " for version 7 of model " in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
