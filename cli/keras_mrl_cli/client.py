@@ -22,6 +22,7 @@ import numpy as np
 from keras_mrl_serving import Client, InvalidInputError, KerasMrlError, Manifest, Options, Tls
 from keras_mrl_serving.corpus import window_rows
 from keras_mrl_serving.images import is_image
+from keras_mrl_serving.untrusted import UntrustedFileError, read_bytes
 
 from .files import Arrays, check_rows, count_rows, load_rows
 from .output import Progress
@@ -31,6 +32,8 @@ Ask = Callable[[Arrays, Callable[[int, int], object]], Any]
 Show = Callable[[str, int, Any], None]  # a file, the number of its row, and that row's answer
 
 _METADATA_NAME = re.compile(r"[0-9a-z_.-]+")
+_METADATA_VARIABLE = "KERAS_MRL_METADATA"
+_VALUE_BYTES = 2**16  # of a file that holds a value
 _CALL_BYTES = 2**24  # of one call, where --max-batch-size does not say how many rows
 _MOST_ROWS = 1000
 
@@ -79,21 +82,47 @@ def _options(arguments: SimpleNamespace) -> Options:
 
 
 def _metadata(pairs: Sequence[str]) -> dict[str, str]:
-    """Return the metadata of every call; raise `RefusalError` for a pair gRPC cannot send."""
+    """Return the metadata of every call: that of the environment, then that of the flags.
+
+    Raises:
+        RefusalError: For a pair that gRPC cannot send. It may be a secret, or have one on the wrong
+            side of its "=": nothing of it is repeated.
+    """
+    lines = os.environ.get(_METADATA_VARIABLE, "").splitlines()
+    places = [(f"line {n} of {_METADATA_VARIABLE}", line) for n, line in enumerate(lines, 1)]
+    places += [(f"--metadata number {number}", pair) for number, pair in enumerate(pairs, 1)]
     value_by_key = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
+    for place, pair in places:
+        key, equals, value = pair.strip().partition("=")
         key = key.lower()
-        sendable = value.isascii() and value.isprintable() and not key.endswith("-bin")
-        if not equals or not sendable or not _METADATA_NAME.fullmatch(key):
-            raise RefusalError(
-                "--metadata must be KEY=VALUE in printable ASCII, its key of letters, digits and "
-                f"_.- and not ending in -bin. Received: {pair!r}. "
-                "Give for example --metadata authorization='Bearer 5e1f'.",
-                MISUSED,
-            )
+        if value.startswith("@"):
+            value = _value_of_file(value[1:], place)
+        if not equals:
+            raise _unfit_metadata(f"{place}, which has no '='")
+        if key.endswith("-bin") or not _METADATA_NAME.fullmatch(key):
+            raise _unfit_metadata(f"{place}, whose key is another")
+        if not (value.isascii() and value.isprintable()):
+            raise _unfit_metadata(f"{place}, whose value is another")
         value_by_key[key] = value
     return value_by_key
+
+
+def _value_of_file(file: str, place: str) -> str:
+    try:
+        return read_bytes(file, _VALUE_BYTES).decode("latin-1").strip()
+    except UntrustedFileError as error:
+        raise _unfit_metadata(f"{place}, whose file is {error}") from error
+    except OSError as error:
+        raise _unfit_metadata(f"{place}, whose file does not read ({error.strerror})") from error
+
+
+def _unfit_metadata(received: str) -> RefusalError:
+    return RefusalError(
+        "Metadata must be KEY=VALUE or KEY=@FILE in printable ASCII, its key of letters, digits "
+        f"and _.- and not ending in -bin. Received: {received}. "
+        "Give for example --metadata authorization=@token, a file that holds 'Bearer 5e1f'.",
+        MISUSED,
+    )
 
 
 def _rows_of_a_call(manifest: Manifest, files: Sequence[str]) -> int:
@@ -104,8 +133,15 @@ def _rows_of_a_call(manifest: Manifest, files: Sequence[str]) -> int:
         if spec["dtype"] == "string":
             row_bytes += largest_image
         else:
-            row_bytes += np.dtype(spec["dtype"]).itemsize * prod(n or 1 for n in spec["shape"])
+            row_bytes += _item_bytes(spec["dtype"]) * prod(n or 1 for n in spec["shape"])
     return max(1, min(_MOST_ROWS, _CALL_BYTES // max(row_bytes, 1)))
+
+
+def _item_bytes(dtype: str) -> int:
+    try:
+        return np.dtype(dtype).itemsize
+    except TypeError:  # one that NumPy has not: its rows are refused
+        return 1
 
 
 def _file_bytes(file: str) -> int:

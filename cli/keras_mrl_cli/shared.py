@@ -441,7 +441,9 @@ def server_options() -> list[Option]:
             "--metadata",
             multiple=True,
             metavar="KEY=VALUE",
-            help="sent with every call, such as authorization='Bearer ...'; may be given again",
+            help="sent with every call; may be given again. KEY=@FILE takes the value from a file, "
+            "which keeps it out of the list of processes, and so do lines of KEY=VALUE in the "
+            "environment variable KERAS_MRL_METADATA",
         ),
         Option(
             "--no-proxy",

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> None:
     sentences = "".join(f"- {sentence}\n" for sentence in findings(results))
     markdown = "\n".join(table.markdown() for table in tables(results))
     texts = {
-        "results.json": json.dumps(results, indent=1) + "\n",
+        "results.json": json.dumps(_finite(results), indent=1, allow_nan=False) + "\n",
         "results.csv": as_csv(results),
         "results.md": f"{sentences}\n{SPREAD}\n\n{markdown}",
         "report.html": html(results, folder),
@@ -72,6 +72,15 @@ def write_report(results: Mapping[str, Any], folder: Path) -> None:
     for name, text in texts.items():
         with replacing(folder / name) as partial:
             partial.write_text(text, "utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Return results with null for NaN and infinity, which JSON has not."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
@@ -444,7 +453,7 @@ dt { font-weight: 600; }
 def html(results: Mapping[str, Any], folder: Path) -> str:
     """Return the report, with the figures of `folder` inside."""
     plan, about = results["plan"], results["about"]
-    sentences = "".join(f"<li>{escape(sentence)}</li>\n" for sentence in findings(results))
+    sentences = "".join(f"<li>{_text(sentence)}</li>\n" for sentence in findings(results))
     figures = "".join(_figure(folder / f"{name}.svg", text) for name, text in FIGURES.items())
     facts = {
         "Images": f"{about['images'][0]:,} for training, {about['images'][1]:,} for judging, "
@@ -461,13 +470,13 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
     }
     if about["unseen"]:
         facts["Classes never seen"] = ", ".join(about["unseen"])
-    rows = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>\n" for name, text in facts.items())
+    rows = "".join(f"<dt>{name}</dt><dd>{_text(text)}</dd>\n" for name, text in facts.items())
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         "<title>Did Matryoshka pay off?</title>\n"
         f"<style>{_STYLE}</style></head><body>\n<h1>Did Matryoshka pay off?</h1>\n"
         f"<h2>What the numbers say</h2>\n<ul>\n{sentences}</ul>\n<h2>Figures</h2>\n{figures}\n"
-        f"<h2>Tables</h2>\n<p>{escape(SPREAD)}</p>\n{''.join(map(_table, tables(results)))}"
+        f"<h2>Tables</h2>\n<p>{_text(SPREAD)}</p>\n{''.join(map(_table, tables(results)))}"
         f"<h2>How it was measured</h2>\n<dl>\n{rows}</dl>\n</body></html>\n"
     )
 
@@ -475,16 +484,25 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
 def _figure(svg: Path, text: str) -> str:
     # An image of its own, since figures within one page would share the names inside them.
     data = base64.b64encode(svg.read_bytes()).decode()
-    return f'<figure><img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}"></figure>\n'
+    return f'<figure><img alt="{_text(text)}" src="data:image/svg+xml;base64,{data}"></figure>\n'
 
 
 def _table(table: Table) -> str:
-    header = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
+    header = "".join(f"<th>{_text(cell)}</th>" for cell in table.header)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>\n"
         for row in table.rows
     )
     return (
-        f'<div class="wide"><table><caption>{escape(table.title)}</caption>\n'
+        f'<div class="wide"><table><caption>{_text(table.title)}</caption>\n'
         f"<tr>{header}</tr>\n{rows}</table></div>\n"
     )
+
+
+def _text(text: str) -> str:
+    """Return text for the page; names of classes and files are anybody's.
+
+    What does not print is shown as its escape: HTML's own escapes leave it to turn the direction of
+    the text, or to be no UTF-8.
+    """
+    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))

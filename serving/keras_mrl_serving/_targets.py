@@ -79,6 +79,11 @@ def is_one_address(address: str) -> bool:
 def _check_target(target: object) -> str:
     if not isinstance(target, str):
         raise _target_error(target)
+    if "@" in target and "://" not in target and not target.startswith(_SCHEMES):
+        raise ValueError(
+            "A target is 'host:port', without a name or a password. Received: one with '@'. "
+            "Give what the server asks for as Options(metadata={'authorization': ...})."
+        )
     if "," in target and not target.startswith(("ipv4:", "ipv6:")):
         raise ValueError(
             f"A target is one address. Received: {target!r}. "
@@ -114,7 +119,8 @@ def _host_and_port(target: str) -> tuple[str, str]:
 
 def _url_error(target: str) -> ValueError:
     scheme, _, rest = target.partition("://")
-    place = rest.partition("/")[0].rpartition("@")[2]  # without user and password
+    # Without a path, a query, a user and a password.
+    place = rest.partition("/")[0].partition("?")[0].rpartition("@")[2]
     host, colon, port = place.rpartition(":")
     if not colon or port.endswith("]"):
         host, port = place, ""

@@ -146,7 +146,7 @@ class Options:
             )
         if not isinstance(self.proxy, bool):
             raise ValueError(
-                f"proxy must be True or False. Received: proxy={self.proxy!r}. "
+                f"proxy must be True or False. Received: {type(self.proxy).__name__}. "
                 "Name a proxy in the environment variable http_proxy."
             )
         self._check_count("max_attempts", _MOST_ATTEMPTS)

@@ -7,6 +7,7 @@ differently from the other indexes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qdrant_client import QdrantClient
     from qdrant_client.models import Filter, ScoredPoint, SearchParams
 
+_USER_OF_URL = re.compile(r"//[^/\s]*@")  # name and password
 _METADATA_KEY = "keras_mrl"  # of the collection: a search returns rows, never this
 _DISTANCES = {"cosine": "Dot", "dot": "Dot", "l2": "Euclid"}
 
@@ -127,7 +129,7 @@ class Collection:
         if self.exists():
             with self._our_errors():
                 metadata = self.client.get_collection(self.name).config.metadata
-            received = f"collection {self.name!r} with metadata {metadata}"
+            received = f"collection {self.name!r} with metadata {metadata!s:.200}"
         if not metadata or _METADATA_KEY not in metadata:
             raise ManifestError(
                 "A QdrantIndex needs a collection that QdrantIndex.build made, on a server that "
@@ -226,7 +228,27 @@ class Collection:
                     )
                 requests.append(request)
             answers = self.client.query_batch_points(self.name, requests)
-        return [answer.points for answer in answers]
+        points = [answer.points for answer in answers]
+        self._check_answers(points, len(requests), stages[-1].limit)
+        return points
+
+    def _check_answers(
+        self, answers: Sequence[Sequence[ScoredPoint]], queries: int, limit: int
+    ) -> None:
+        """Raise `ServerError` where Qdrant answers with other points than rows of a gallery."""
+        received = ""
+        if len(answers) != queries:
+            received = f"{len(answers)} answers to {queries} queries"
+        elif max(map(len, answers), default=0) > limit:
+            received = f"{max(map(len, answers))} points where {limit} were asked for"
+        elif not all(type(p.id) is int and 0 <= p.id < 2**63 for points in answers for p in points):
+            received = "a point whose id is no int64 >= 0"
+        if received:
+            raise ServerError(
+                "Qdrant must answer with rows of the gallery. "
+                f"Received: {received}, for collection {self.name!r}. "
+                "See which server answers, and what else writes to the collection."
+            )
 
     @contextmanager
     def _our_errors(self) -> Iterator[Any]:
@@ -252,7 +274,8 @@ class Collection:
             RuntimeError,  # a client that is closed
             ValueError,  # all that local mode refuses
         ) as error:
-            raise _our_error(error, self.name) from error
+            secrets = [self.client.init_options.get("api_key")]
+            raise _our_error(error, self.name, secrets) from error
 
 
 def _gallery_of(facts: IndexFacts) -> str:
@@ -308,7 +331,7 @@ _ERRORS: dict[type[KerasMrlError], tuple[str, str, tuple[int | str, ...]]] = {
     ),
     AccessDeniedError: (
         "Qdrant must let the caller in.",
-        "Give its key: QdrantClient(..., api_key=...).",
+        "Give its key: QdrantClient(..., api_key=os.environ['QDRANT_API_KEY']).",
         (401, 403, "UNAUTHENTICATED", "PERMISSION_DENIED"),
     ),
     MessageTooLargeError: (
@@ -328,11 +351,14 @@ _CLASSES_BY_STATUS: dict[int | str, type[KerasMrlError]] = {
 }
 
 
-def _our_error(error: Any, collection: str) -> KerasMrlError:
+def _our_error(error: Any, collection: str, secrets: Sequence[str | None]) -> KerasMrlError:
     kind = _class_for(error)
     rule, remedy, _ = _ERRORS[kind]
     message = str(error.details() if _is_of_grpc(error) else error) or type(error).__name__
     received = " ".join(message.split()).rstrip(".")
+    for secret in filter(None, secrets):
+        received = received.replace(secret, "***")
+    received = _USER_OF_URL.sub("//***@", received)
     return kind(f"{rule} Received: {received}, for collection {collection!r}. {remedy}")
 
 

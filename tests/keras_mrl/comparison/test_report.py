@@ -2,15 +2,19 @@
 
 import base64
 import csv
+import json
+import math
+import os
 import re
 import xml.etree.ElementTree
 from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
-from keras_mrl.comparison.report import NAMES, findings
+from keras_mrl.comparison.report import NAMES, findings, html, write_report
 from tests.helpers.comparisons import Compared
 
 
@@ -49,6 +53,22 @@ def test_the_report_needs_nothing_but_itself(compared: Compared) -> None:
                 if name.endswith(("href", "src")):
                     assert value.startswith("#")
         assert all(inner.startswith("#") for inner in re.findall(r"url\(([^)]*)\)", svg))
+
+
+def test_a_page_shows_names_and_does_no_more(compared: Compared) -> None:
+    names = [
+        "<script>alert(1)</script>", "</dd></dl><img src=x onerror=alert(1)>", "a&lt;b", "\'\"",
+        "\u202egnp.txt", "\x1b[2J\x00\x9b", os.fsdecode(b"a\xff"), "--><!--", "a\nb", "<!DOCTYPE",
+    ]  # fmt: skip
+    about = {**compared.results["about"], "unseen": names, "command": " ".join(names)}
+    page = html({**compared.results, "about": about}, compared.out)
+    reader = Addresses()
+    reader.feed(page)
+    assert not reader.open
+    assert len(reader.found) == 4
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
+    assert not [c for c in page if not c.isprintable() and c != "\n"]
+    assert page.encode()
 
 
 def test_tables_and_figures_say_the_same_numbers(compared: Compared) -> None:
@@ -181,3 +201,10 @@ def test_a_cascade_saves_a_share_of_the_head(compared_text: Callable[..., list[s
     (certified,) = (line for line in compared_text(0.0) if "'certified'" in line)
     assert "with a chance of 0.9 over" in certified
     assert "in at most 2% of new rows" in certified
+
+
+def test_results_are_json_whatever_was_measured(compared: Compared, tmp_path: Path) -> None:
+    results = {**compared.results, "minutes": {"mrl": math.nan, "ff": math.inf}}
+    write_report(results, tmp_path)
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["minutes"] == {"mrl": None, "ff": None}

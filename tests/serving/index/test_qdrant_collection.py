@@ -9,6 +9,7 @@ import pytest
 from qdrant_client import QdrantClient
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+from qdrant_client.models import QueryResponse, ScoredPoint
 
 from keras_mrl_serving import errors
 from keras_mrl_serving.funnel import FunnelSchedule
@@ -143,7 +144,7 @@ def test_an_error_says_what_the_server_answered(
         errors.AccessDeniedError,
         "Qdrant must let the caller in. Received: Unexpected Response: 401 (Unrecognized Status "
         "Code) Raw response content: b'{\"status\": \"...\"}', for collection 'pets'. "
-        "Give its key: QdrantClient(..., api_key=...).",
+        "Give its key: QdrantClient(..., api_key=os.environ['QDRANT_API_KEY']).",
     ):
         index.search(GALLERY)
     raised = Rpc(grpc.StatusCode.INTERNAL)
@@ -153,3 +154,56 @@ def test_an_error_says_what_the_server_answered(
         "See the server's log.",
     ):
         index.search(GALLERY)
+
+
+def test_a_key_and_a_password_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = QdrantClient(":memory:")
+    client._init_options["api_key"] = "5e1f"
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ValueError("no 5e1f at https://birds:gr@y@host:6333/collections?key=5e1f or //a/b@c")
+
+    monkeypatch.setattr(client, "collection_exists", fails)
+    with pytest.raises(errors.InvalidInputError) as caught:
+        Collection(client, "pets").exists()
+    assert "no *** at https://***@host:6333/collections?key=*** or //a/b@c, for" in str(
+        caught.value
+    )
+
+
+UUID = "5e1f5e1f-5e1f-5e1f-5e1f-5e1f5e1f5e1f"
+
+
+def point(id: Any) -> ScoredPoint:
+    return ScoredPoint(id=id, version=0, score=0.5)
+
+
+@pytest.mark.parametrize(
+    ("answers", "received"),
+    [
+        ([], "0 answers to 2 queries"),
+        ([[]] * 3, "3 answers to 2 queries"),
+        ([[point(n) for n in range(9)]] * 2, "9 points where 2 were asked for"),
+        (
+            [[point("5e1f5e1f-5e1f-5e1f-5e1f-5e1f5e1f5e1f")]] * 2,
+            "a point whose id is no int64 >= 0",
+        ),
+        ([[point(2**63)], []], "a point whose id is no int64 >= 0"),
+    ],
+)
+def test_an_answer_holds_rows_of_the_gallery(
+    answers: list[list[ScoredPoint]],
+    received: str,
+    monkeypatch: pytest.MonkeyPatch,
+    refuses: Refuses,
+) -> None:
+    client = QdrantClient(":memory:")
+    index = build(client, "pets")
+    responses = [QueryResponse(points=points) for points in answers]
+    monkeypatch.setattr(client, "query_batch_points", lambda *_, **__: responses)
+    with refuses(
+        errors.ServerError,
+        f"Qdrant must answer with rows of the gallery. Received: {received}, for collection "
+        "'pets'. See which server answers, and what else writes to the collection.",
+    ):
+        index.search(GALLERY[:2])
