@@ -30,9 +30,9 @@ def with_model_id(function: Callable[..., Tensors], model_id: int | None) -> Cal
         return function
 
     def identified(**inputs: Any) -> Tensors:
-        outputs = function(**inputs)
-        rows = tf.shape(next(iter(outputs.values())))[:1]
-        return {**outputs, MODEL_ID: tf.fill(rows, tf.constant(model_id, tf.int32))}
+        rows = tf.shape(next(iter(inputs.values())))[:1]
+        ids = tf.fill(rows, tf.constant(model_id, tf.int32))
+        return {**function(**inputs), MODEL_ID: ids}
 
     return identified
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import corpus, flows, questions
-from .calls import Arrays, AskManifest, AskSignatures, Call, Envelope, Output, Reply, check_label
+from .calls import AskManifest, AskSignatures, Call, Envelope, Output, Reply, check_label
 from .contract import DESCRIBE, MODEL_ID, Manifest
 from .errors import (
     DeadlineError,
@@ -375,7 +375,9 @@ class Conversation:
             answering = Identity(reply.version)
             if named_id is not None and isinstance(request, Call):
                 expected_id = named_id if identity is None else identity.model_id
-                answering = Identity(reply.version, _model_id_in(answer, request, expected_id))
+                answer = dict(answer)
+                model_id = _model_id_in(answer.pop(MODEL_ID, None), request, expected_id)
+                answering = Identity(reply.version, model_id)
             if identity is None:
                 identity = answering
                 self._knowledge.answered(identity, isinstance(facts, Manifest))
@@ -463,10 +465,9 @@ def _asking_model_id(call: Call) -> Call:
     return Call(call.signature, call.inputs, outputs, {**call.promised, **_ID})
 
 
-def _model_id_in(answer: Arrays, call: Call, expected: int | None) -> int | None:
+def _model_id_in(ids: npt.NDArray[Any] | None, call: Call, expected: int | None) -> int | None:
     """Return the id that every row carries: 0 if there is no such; `expected` if no row is."""
     rows = _count_rows(call.inputs)
-    ids = answer.get(MODEL_ID)
     if ids is None or ids.dtype.kind not in "iu" or ids.shape != (rows,):
         return 0
     if not rows:

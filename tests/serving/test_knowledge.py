@@ -145,7 +145,7 @@ def test_rows_in_parts_are_all_of_the_new_model(kind: type[Any], after: int) -> 
 
 def test_the_rows_that_were_answered_before_another_model_are_of_one() -> None:
     with FaultyServer({1: OLD}) as server, open_client(Client, server.target, PARTS) as client:
-        replace_after(server, {4: NEW, 9: THIRD})
+        replace_after(server, {4: NEW, 13: THIRD})
         with pytest.raises(ModelChangedError) as caught:
             client.embed(rows(20), 2)
     partial = caught.value.partial
