@@ -337,12 +337,15 @@ def open_client(kind: type[Any], target: Any, options: Options | None = None) ->
 
 
 def deadlines_until(condition: Callable[[], bool], client: Any, callers: int) -> list[int]:
-    """Ask by so many threads or tasks until the condition holds; how often each was too late."""
+    """Ask by so many threads or tasks until the condition holds; how often each was too late.
+
+    A caller that was too late 100 times gives up.
+    """
     x = rows(1)
 
     def ask(_: int) -> int:
         late = 0
-        while not condition():
+        while not condition() and late < 100:
             try:
                 client.embed(x, 2)
             except DeadlineError:
@@ -351,7 +354,7 @@ def deadlines_until(condition: Callable[[], bool], client: Any, callers: int) ->
 
     async def ask_awaiting(waiting: AsyncClient) -> int:
         late = 0
-        while not condition():
+        while not condition() and late < 100:
             try:
                 await waiting.embed(x, 2)
             except DeadlineError:
