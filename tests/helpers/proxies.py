@@ -27,13 +27,19 @@ class _Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in (self._listener, *self._open):
-            with suppress(OSError):  # it is closed already
-                each.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # it is closed already
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self.hang_up()
         for thread in self._threads:
             thread.join()
         for each in (self._listener, *self._open):
             each.close()
+
+    def hang_up(self) -> None:
+        """Close every connection."""
+        for each in self._open:
+            with suppress(OSError):  # it is closed already
+                each.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         while True:
