@@ -19,6 +19,7 @@ TREE = {
     "NoIndexError": ("KerasMrlError", "TypeError"),
     "EncoderMismatchError": ("KerasMrlError", "ValueError"),
     "InvalidInputError": ("KerasMrlError", "ValueError"),
+    "UnreadableImageError": ("InvalidInputError",),
     "DamagedIndexError": ("KerasMrlError", "ValueError"),
     "TargetNotReachedError": ("KerasMrlError", "ValueError"),
     "ServerError": ("KerasMrlError",),
