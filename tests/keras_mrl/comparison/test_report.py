@@ -71,6 +71,14 @@ def test_a_page_shows_names_and_does_no_more(compared: Compared) -> None:
     assert page.encode()
 
 
+def test_files_that_could_not_be_read_are_in_the_report(compared: Compared) -> None:
+    assert "Files that cannot be read" not in html(compared.results, compared.out)
+    about = {**compared.results["about"], "unreadable": ["ant/<1>.png (it is none)"]}
+    page = html({**compared.results, "about": about}, compared.out)
+    fact = "<dt>Files that cannot be read</dt><dd>left out: ant/&lt;1&gt;.png (it is none)</dd>"
+    assert fact in page
+
+
 def test_tables_and_figures_say_the_same_numbers(compared: Compared) -> None:
     out, results = compared.out, compared.results
     with (out / "results.csv").open() as file:
