@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras_mrl_serving import contract
 from keras_mrl_serving.embeddings import inverse_length
 from keras_mrl_serving.index import ExactIndex
+from keras_mrl_serving.index.base import rounding
 
 from .graph import Tensors, Traceable, lengths
 
@@ -40,11 +41,13 @@ class IndexGraph:
         self._ids = tf.Variable(index.ids[order], trainable=False, name="ids")
         self._blocks = []  # by dim: the columns that it adds to the dim before
         self._scales = []  # by dim: one over the lengths of rows, or their squares, or nothing
+        self._longest = []  # by dim: the length of the longest row
         squares = np.zeros(self._num_rows, np.float32)
         for start, stop in zip((0, *self._dims), self._dims, strict=False):
             block, added_squares = _block(index, start, stop, order, rows_at_once)
             squares = squares + added_squares
             self._blocks.append(block)
+            self._longest.append(float(np.sqrt(squares.max())))
             if self._facts.metric != "dot":
                 scales = squares if self._facts.metric == "l2" else inverse_length(squares)
                 self._scales.append(tf.Variable(scales, trainable=False, name=f"scales_{stop}"))
@@ -80,7 +83,7 @@ class IndexGraph:
             for block in range(next_block, stop):
                 products = self._products(queries[block], block, rows)
                 dots = products if dots is None else dots + products
-            dots, rows = self._best(dots, rows, stop - 1, size)
+            dots, rows = self._best(dots, rows, queries[:stop], size)
             next_block = stop
         return self._answer(queries, rows)
 
@@ -88,7 +91,7 @@ class IndexGraph:
         """Return the neighbours at one dim, exactly."""
         queries = self._split(embedding, dim)
         dots = tf.add_n([self._products(query, b, None) for b, query in enumerate(queries)])
-        _, rows = self._best(dots, None, len(queries) - 1, self._facts.schedule.k)
+        _, rows = self._best(dots, None, queries, self._facts.schedule.k)
         return self._answer(queries, rows)
 
     def _split(self, embedding: Any, width: int) -> list[Any]:
@@ -101,12 +104,66 @@ class IndexGraph:
             return tf.matmul(query, self._blocks[block], transpose_b=True)
         return tf.einsum("qc,qnc->qn", query, _gather(self._blocks[block], rows))
 
-    def _best(self, dots: Any, rows: Any, last_block: int, size: int) -> tuple[Any, Any]:
-        """Return products and rows of the best `size` rows of each query, in order of id."""
-        ranking = self._ranking(dots, rows, last_block)
-        best = tf.sort(tf.math.top_k(ranking, min(size, self._num_rows)).indices, axis=1)
-        best_rows = best if rows is None else tf.gather(rows, best, batch_dims=1)
-        return tf.gather(dots, best, batch_dims=1), best_rows
+    def _best(self, dots: Any, rows: Any, queries: Sequence[Any], size: int) -> tuple[Any, Any]:
+        """Return products and rows of the best `size` rows of each query, in order of id.
+
+        Where the edge between the best and the others may run through equal rows, scores are
+        summed again row by row: a matrix product gives equal rows values that differ in the last
+        bit, and values that depend on the other queries. `top_k` then takes the lower of equal
+        columns, which has the lower id.
+        """
+        ranking = self._ranking(dots, rows, len(queries) - 1)
+        num_columns = self._num_rows if rows is None else rows.shape[1]
+        if size < num_columns:
+            top, best = tf.math.top_k(ranking, size + 1)
+            is_close = top[:, size - 1] - top[:, size] <= self._slack(queries)
+            tied = tf.where(is_close)  # number of each query, (n, 1)
+            some_rows = None if rows is None else tf.gather_nd(rows, tied)
+            scores = self._row_by_row([tf.gather_nd(q, tied) for q in queries], some_rows)
+            _, settled = tf.math.top_k(scores, size)
+            best = tf.tensor_scatter_nd_update(best[:, :size], tied, settled)
+            best = tf.sort(best, axis=1)
+            dots = tf.gather(dots, best, batch_dims=1)
+        else:
+            best = tf.tile(tf.range(num_columns)[None], [tf.shape(dots)[0], 1])
+        return dots, best if rows is None else tf.gather(rows, best, batch_dims=1)
+
+    def _slack(self, queries: Sequence[Any]) -> Any:
+        """Return how far apart equal rows may be in `_ranking`."""
+        last, metric = len(queries) - 1, self._facts.metric
+        lengths_ = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(q), -1) for q in queries]))
+        longest = 1.0 if metric == "cosine" else self._longest[last]
+        return rounding(metric, self._dims[last], lengths_, longest)
+
+    def _row_by_row(self, queries: Sequence[Any], rows: Any) -> Any:
+        """Return the scores of rows, each summed by itself: equal rows have equal scores."""
+        if rows is not None:
+            products = [
+                tf.reduce_sum(_gather(block, rows) * query[:, None], axis=-1)
+                for query, block in zip(queries, self._blocks, strict=False)
+            ]
+            return self._scores(queries, tf.add_n(products), rows)
+
+        def score_all(query: Any) -> Any:
+            parts = [part[None] for part in query]
+            products = [
+                tf.reduce_sum(block.read_value() * part, axis=-1)[None]
+                for part, block in zip(parts, self._blocks, strict=False)
+            ]
+            return self._scores(parts, tf.add_n(products), None)[0]
+
+        # A query after another: each takes the memory of the gallery once more.
+        return tf.map_fn(score_all, tuple(queries), fn_output_signature=tf.float32)
+
+    def _scores(self, queries: Sequence[Any], products: Any, rows: Any) -> Any:
+        """Return the scores that products make."""
+        scores = self._ranking(products, rows, len(queries) - 1)
+        if self._facts.metric == "cosine":
+            return scores / lengths(tf.concat(queries, axis=-1))
+        if self._facts.metric == "l2":
+            squares = tf.add_n([tf.reduce_sum(tf.square(q), -1, keepdims=True) for q in queries])
+            return tf.minimum(scores - squares, 0)
+        return scores
 
     def _ranking(self, dots: Any, rows: Any, last_block: int) -> Any:
         """Return scores that rank rows as the metric does, without the terms of the query alone."""
@@ -117,19 +174,7 @@ class IndexGraph:
         return 2 * dots - scales if self._facts.metric == "l2" else dots * scales
 
     def _answer(self, queries: Sequence[Any], rows: Any) -> Tensors:
-        # Summed again, row by row: a matrix product gives equal rows values that differ in the
-        # last bit, and values that depend on the other queries.
-        products = [
-            tf.reduce_sum(_gather(block, rows) * query[:, None], axis=-1)
-            for query, block in zip(queries, self._blocks, strict=False)
-        ]
-        scores = self._ranking(tf.add_n(products), rows, len(queries) - 1)
-        if self._facts.metric == "cosine":
-            scores = scores / lengths(tf.concat(queries, axis=-1))
-        elif self._facts.metric == "l2":
-            squares = tf.add_n([tf.reduce_sum(tf.square(q), -1, keepdims=True) for q in queries])
-            scores = tf.minimum(scores - squares, 0)
-        scores, order = tf.math.top_k(scores, self._facts.schedule.k)
+        scores, order = tf.math.top_k(self._row_by_row(queries, rows), self._facts.schedule.k)
         rows = tf.gather(rows, order, batch_dims=1)
         return {"ids": _gather(self._ids, rows), "scores": scores}
 

@@ -186,8 +186,9 @@ class Conversation:
         digest = corpus.digest(data)
         with corpus.EmbeddingFile(path, dim, manifest.fingerprint, digest) as file:
             size = corpus.window_rows(self._options)
-            for window in corpus.windows(data, manifest.inputs, size, file.rows):
-                file.append((yield from self.ask(questions.embed_with_fingerprint(window, dim))))
+            for window in file.missing(corpus.windows(data, manifest.inputs, size)):
+                question = questions.embed_with_fingerprint(window, dim)
+                file.append((yield from self.ask(question)), window)
                 if progress:
                     progress(file.rows, total)
             return file.finish()

@@ -35,60 +35,50 @@ _CALLS_IN_A_ROW = 2  # per window and call in flight, since the first call of a 
 
 
 def windows(
-    data: Corpus, specs: Mapping[str, Mapping[str, Any]], size: int, skip: int = 0
-) -> Iterator[Inputs]:
-    """Yield consecutive windows of a corpus, of about `size` rows each.
+    data: Corpus, specs: Mapping[str, Mapping[str, Any]], size: int
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """Yield consecutive windows of a corpus, of about `size` rows each, as the model takes them.
 
     Args:
         data: An array or a dict of arrays, batch first, memory-mapped ones too; or an iterable of
             such batches.
-        specs: The inputs of the model; the batches of an iterable are checked against them.
+        specs: The inputs of the model.
         size: Rows of a window. Batches of an iterable are joined, so its windows may have up to
             twice as many.
-        skip: Rows to leave out at the start; an iterable makes them in vain.
 
     Raises:
         InvalidInputError: If the model does not take a batch.
-        ValueError: If the corpus has fewer rows than `skip`.
 
     Examples:
         >>> specs = {"x": {"dtype": "float32", "shape": [None, 3]}}
-        >>> [len(window) for window in windows(np.zeros((10, 3)), specs, 4, skip=1)]
+        >>> [len(window["x"]) for window in windows(np.zeros((9, 3)), specs, 4)]
         [4, 4, 1]
-        >>> [len(w["x"]) for w in windows([np.zeros((3, 3))] * 4, specs, 5, skip=1)]
-        [5, 6]
+        >>> [len(window["x"]) for window in windows([np.zeros((3, 3))] * 4, specs, 5)]
+        [6, 6]
     """
     total = count_rows(data)
     if total is not None:
-        _check_longer(skip - total)
-        for start in range(skip, total, size):
-            yield _slice(data, start, start + size)
+        for start in range(0, total, size):
+            yield check_inputs(specs, _slice(data, start, start + size))
         return
     slices: list[Any] = []
     num_rows = 0  # in `slices`
     for batch in data:
         arrays = check_inputs(specs, batch)
-        rows = len(next(iter(arrays.values())))
+        rows = _num_rows(arrays)
         # A batch may be a whole memory-mapped file, so it is cut too.
-        for start in range(min(skip, rows), rows, size):
+        for start in range(0, rows, size):
             slices.append(_slice(arrays, start, min(start + size, rows)))
             num_rows += min(size, rows - start)
             if num_rows >= size:
                 yield _join(slices)
                 slices, num_rows = [], 0
-        skip -= min(skip, rows)
     if slices:
         yield _join(slices)
-    _check_longer(skip)
 
 
-def _check_longer(missing: int) -> None:
-    if missing > 0:
-        raise ValueError(
-            "A corpus that is gone on with must be the one that was begun. "
-            f"Received: one that ends {missing} rows before those already embedded. "
-            "Give the same rows in the same order."
-        )
+def _num_rows(arrays: Mapping[str, npt.NDArray[Any]]) -> int:
+    return len(next(iter(arrays.values())))
 
 
 def _slice(data: Any, start: int, stop: int) -> Any:
@@ -158,6 +148,38 @@ def digest(data: Corpus) -> str | None:
     return hash_.hexdigest()
 
 
+class RowDigest:
+    """A digest of rows in their order, however they are cut into windows.
+
+    Examples:
+        >>> one, other = RowDigest(), RowDigest()
+        >>> one.update({"x": np.arange(6)})
+        >>> other.update({"x": np.arange(4)})
+        >>> other.update({"x": np.arange(4, 6)})
+        >>> one.hexdigest() == other.hexdigest()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._by_input: dict[str, Any] = {}
+
+    def update(self, rows: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Take in more rows, by input: numbers, or str and bytes."""
+        for name, array in rows.items():
+            hash_ = self._by_input.setdefault(name, hashlib.sha256())
+            if array.dtype.kind not in "OSUT":
+                hash_.update(np.ascontiguousarray(array))
+                continue
+            for element in array.ravel().tolist():
+                text = element.encode() if isinstance(element, str) else element
+                hash_.update(len(text).to_bytes(8, "little") + text)
+
+    def hexdigest(self) -> str:
+        """Return the digest of all rows so far."""
+        by_input = {name: hash_.hexdigest() for name, hash_ in sorted(self._by_input.items())}
+        return hashlib.sha256(json.dumps(by_input).encode()).hexdigest()
+
+
 _HEADER_BYTES = 128  # fits any number of rows, so that the header can be rewritten in place
 _VALUE_BYTES = 4
 
@@ -185,7 +207,7 @@ class EmbeddingFile:
         >>> import tempfile
         >>> path = tempfile.mkdtemp() + "/birds.npy"
         >>> with EmbeddingFile(path, 2, "5e1f") as file:
-        ...     file.append(Embedded(np.ones((3, 2), np.float32), "5e1f"))
+        ...     file.append(Embedded(np.ones((3, 2), np.float32), "5e1f"), {"x": np.zeros((3, 9))})
         >>> with EmbeddingFile(path, 2, "5e1f") as file:
         ...     file.rows, file.finish().shape
         (3, (3, 2))
@@ -199,6 +221,8 @@ class EmbeddingFile:
         self.dim = dim
         self.fingerprint = fingerprint
         self.rows = 0
+        self._digest = RowDigest()
+        self._safe_digest: str | None = None  # of the rows that an earlier writer embedded
         self._partial = Path(f"{self.path}.partial")
         self._journal = Path(f"{self.path}.partial.json")
         self._check_free()
@@ -216,8 +240,41 @@ class EmbeddingFile:
             self._file.close()
             raise
 
-    def append(self, embedded: Embedded) -> None:
-        """Write rows to the disk; once this returns, they are safe.
+    def missing(
+        self, windows: Iterable[Mapping[str, npt.NDArray[Any]]]
+    ) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+        """Yield the rows of a corpus that the file does not hold; read the others, to check them.
+
+        Args:
+            windows: All rows of the corpus, as `windows` yields them.
+
+        Raises:
+            ValueError: If the rows that the file holds were made of others.
+        """
+        unread = self.rows
+        for window in windows:
+            rows = _num_rows(window)
+            if unread:
+                self._digest.update(_slice(window, 0, unread))
+                window = _slice(window, min(unread, rows), rows)
+                unread -= min(unread, rows)
+                if not unread and self._safe_digest not in (None, self._digest.hexdigest()):
+                    raise self._other_corpus_error()
+            if _num_rows(window):
+                yield window
+        if unread:
+            raise ValueError(
+                "A corpus that is gone on with must be the one that was begun. "
+                f"Received: one that ends {unread} rows before those already embedded. "
+                "Give the same rows in the same order."
+            )
+
+    def append(self, embedded: Embedded, rows: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Write embeddings to the disk; once this returns, they are safe.
+
+        Args:
+            embedded: The embeddings.
+            rows: The rows of the corpus that they were made of, by input.
 
         Raises:
             EncoderMismatchError: If another model made them than the rows before them.
@@ -233,7 +290,13 @@ class EmbeddingFile:
         self._file.write(np.ascontiguousarray(embedded.embeddings, "<f4").tobytes())
         self._sync()
         self.rows += len(embedded.embeddings)
-        entry = {"dim": self.dim, "fingerprint": self.fingerprint, "rows": self.rows}
+        self._digest.update(rows)
+        entry = {
+            "dim": self.dim,
+            "fingerprint": self.fingerprint,
+            "rows": self.rows,
+            "rows_sha256": self._digest.hexdigest(),
+        }
         new_journal = Path(f"{self._journal}.new")
         with open(new_journal, "w") as file:
             json.dump({**entry, "corpus": self.corpus}, file)
@@ -296,7 +359,7 @@ class EmbeddingFile:
         try:
             entry = json.loads(self._journal.read_text())
             dim, rows, fingerprint = int(entry["dim"]), int(entry["rows"]), entry["fingerprint"]
-            corpus = entry.get("corpus")
+            corpus, self._safe_digest = entry.get("corpus"), entry.get("rows_sha256")
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged_error(f"{self._journal}, which does not read") from error
         if fingerprint != self.fingerprint:
@@ -308,16 +371,19 @@ class EmbeddingFile:
                 f"dim it was begun with, or remove {self._partial} and {self._journal}."
             )
         if None not in (corpus, self.corpus) and corpus != self.corpus:
-            raise ValueError(
-                "A corpus that is gone on with must be the one that was begun. Received: other "
-                f"rows than those of {self._partial}. Give the same rows in the same order, or "
-                f"remove {self._partial} and {self._journal} to begin anew."
-            )
+            raise self._other_corpus_error()
         size, needed = self._partial.stat().st_size, _HEADER_BYTES + rows * dim * _VALUE_BYTES
         if rows < 0 or size < needed:
             received = f"{size} bytes in {self._partial} where {rows} rows need {needed}"
             raise self._damaged_error(received)
         return rows
+
+    def _other_corpus_error(self) -> ValueError:
+        return ValueError(
+            "A corpus that is gone on with must be the one that was begun. Received: other "
+            f"rows than those of {self._partial}. Give the same rows in the same order, or "
+            f"remove {self._partial} and {self._journal} to begin anew."
+        )
 
     def _damaged_error(self, received: str) -> ValueError:
         return ValueError(

@@ -26,6 +26,7 @@ from keras_mrl_serving.contract import MANIFEST_FILE
 from keras_mrl_serving.errors import EncoderMismatchError
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, open_index
+from keras_mrl_serving.results import Neighbors
 from keras_mrl_serving.server import DevServer
 from tests.helpers import export_models as models
 from tests.helpers.export_galleries import (
@@ -45,6 +46,7 @@ from tests.helpers.export_models import (
     warmup_sizes,
     written_signatures,
 )
+from tests.helpers.galleries import TiedSearch, assert_lowest_of_copies, drawn
 
 
 def assert_same(answer: Any, expected: Any) -> None:
@@ -83,6 +85,45 @@ def test_every_search_is_that_of_the_numpy_index(schedule: str, metric: str) -> 
         alone = ExactIndex.build(GALLERY, FunnelSchedule((dim,), (), index.schedule.k), IDS, metric)
         assert_same(searches[f"search_{dim}"](queries[:, :dim]), alone.search(queries))
     assert set(searches) == {"search", *(f"search_{dim}" for dim in dims)}
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_every_cut_leaves_out_the_highest_of_equal_ids(seed: int) -> None:
+    search = TiedSearch.drawn(seed, 3)
+    index = ExactIndex.build(search.gallery, search.schedule, search.ids, search.metric)
+    queries = search.queries.astype(np.float32)
+    searches = searches_of(IndexGraph(index))
+    np.testing.assert_array_equal(searches["search"](queries)["ids"], search.expected_ids())
+    for dim in index.schedule.dims:
+        alone = search._replace(schedule=FunnelSchedule((dim,), (), index.schedule.k))
+        ids = searches[f"search_{dim}"](queries[:, :dim])["ids"]
+        np.testing.assert_array_equal(ids, alone.expected_ids())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dims", [(24,), (6, 24)])
+@pytest.mark.parametrize("num_queries", [1, 30])
+def test_of_copies_of_a_row_the_lowest_ids_are_returned(
+    num_queries: int, dims: tuple[int, ...], metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a matrix product tells copies apart, as BLAS does at the edge of its blocks."""
+    noise = np.random.default_rng(0)
+    matmul = tf.matmul
+
+    def uneven(*arguments: Any, **options: Any) -> Any:
+        product = matmul(*arguments, **options)
+        bits = tf.random.uniform(tf.shape(product), -1, 2, tf.int32)
+        return product * (1 + 2.0**-23 * tf.cast(bits, tf.float32))
+
+    monkeypatch.setattr(tf, "matmul", uneven)
+    gallery = drawn(0, 40, 24)[noise.integers(0, 40, 400)]
+    schedule = FunnelSchedule(dims, (60,)[: len(dims) - 1], 30)
+    index = ExactIndex.build(gallery, schedule, noise.permutation(400), metric)
+    queries = drawn(1, num_queries, 24)
+    answer = searches_of(IndexGraph(index))["search"](queries)
+    neighbors = Neighbors(answer["ids"], answer["scores"])
+    assert_lowest_of_copies(neighbors, gallery, index.ids)
+    np.testing.assert_array_equal(neighbors.ids, index.search(queries).ids)
 
 
 def test_rows_are_copied_in_parts() -> None:

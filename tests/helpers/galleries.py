@@ -1,5 +1,7 @@
 """Galleries, and in float64 the neighbours that a search of them must return."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable
@@ -161,6 +163,59 @@ def assert_scored(result: Neighbors, search: Search) -> Array:
 def assert_ties_by_id(result: Neighbors) -> None:
     tied = result.scores[:, :-1] == result.scores[:, 1:]
     assert (result.ids[:, :-1] < result.ids[:, 1:])[tied].all()
+
+
+class TiedSearch(NamedTuple):
+    """A search of signs, whose scores float32 holds exactly at dims 4, 16 and 64: most of them tie.
+
+    A row of it is one of a few kinds, and its prefixes are those of even fewer.
+    """
+
+    queries: Array
+    gallery: Array
+    schedule: FunnelSchedule
+    ids: Array
+    metric: str
+
+    @classmethod
+    def drawn(cls, seed: int, num_queries: int) -> TiedSearch:
+        rng = np.random.default_rng(seed)
+        rows = int(rng.integers(5, 200))
+        kinds = rng.choice([-1.0, 1.0], size=(int(rng.integers(1, 30)), 64))
+        dims = ((64,), (4, 64), (4, 16, 64))[seed % 3]
+        sizes = np.sort(rng.integers(1, rows + 1, size=len(dims)))[::-1].tolist()
+        return cls(
+            queries=rng.choice([-1.0, 1.0], size=(num_queries, 64)),
+            gallery=kinds[rng.integers(0, len(kinds), rows)],
+            schedule=FunnelSchedule(dims, tuple(sizes[:-1]), sizes[-1]),
+            ids=rng.permutation(5 * rows)[:rows],
+            metric=str(rng.choice(METRICS)),
+        )
+
+    def expected_ids(self) -> Array:
+        """The ids of the funnel whose every cut leaves out the worst, of equal ones the highest."""
+        sizes = (*self.schedule.shortlists, self.schedule.k)
+        expected = []
+        for query in self.queries:
+            rows = np.arange(len(self.gallery))
+            for dim, size in zip(self.schedule.dims, sizes, strict=True):
+                scores = self.gallery[rows, :dim] @ query[:dim]
+                rows = rows[np.lexsort((self.ids[rows], -scores))[:size]]
+            expected.append(self.ids[rows])
+        return np.array(expected)
+
+
+def assert_lowest_of_copies(result: Neighbors, gallery: Array, ids: Array) -> None:
+    """Of rows that are copies of each other, those of the lowest ids were returned, in order."""
+    _, kinds = np.unique(gallery, axis=0, return_inverse=True)
+    kind_of = dict(zip(ids.tolist(), kinds.ravel().tolist(), strict=True))
+    copies: dict[int, list[int]] = {}
+    for id_ in np.sort(ids).tolist():
+        copies.setdefault(kind_of[id_], []).append(id_)
+    for row in result.ids.tolist():
+        for kind in {kind_of[id_] for id_ in row}:
+            returned = [id_ for id_ in row if kind_of[id_] == kind]
+            assert returned == copies[kind][: len(returned)]
 
 
 def assert_nearest(result: Neighbors, search: Search, among: Array | None = None) -> None:

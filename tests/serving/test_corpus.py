@@ -20,7 +20,7 @@ from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.calls import Call
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
-from keras_mrl_serving.corpus import EmbeddingFile, windows
+from keras_mrl_serving.corpus import EmbeddingFile, RowDigest, windows
 from keras_mrl_serving.errors import (
     EncoderMismatchError,
     InvalidInputError,
@@ -131,12 +131,12 @@ def test_rows_that_were_not_said_to_be_safe_are_written_again(tmp_path: Path) ->
     path = tmp_path / "rows.npy"
     rows = np.arange(8, dtype=np.float32).reshape(4, 2)
     with EmbeddingFile(path, 2, "a") as file:
-        file.append(Embedded(rows[:2], "a"))
+        file.append(Embedded(rows[:2], "a"), {"x": rows[:2]})
     with open(f"{path}.partial", "ab") as torn:
         torn.write(b"half a row")
     with EmbeddingFile(path, 2, "a") as file:
         assert file.rows == 2
-        file.append(Embedded(rows[2:], "a"))
+        file.append(Embedded(rows[2:], "a"), {"x": rows[2:]})
         np.testing.assert_array_equal(file.finish(), rows)
 
 
@@ -145,7 +145,7 @@ def test_two_models_never_share_a_file(
 ) -> None:
     path = tmp_path / "rows.npy"
     with EmbeddingFile(path, 4, "dead") as file:
-        file.append(Embedded(np.zeros((3, 4), np.float32), "dead"))
+        file.append(Embedded(np.zeros((3, 4), np.float32), "dead"), {"x": ROWS[:3]})
     text = (
         "All rows of a file are embedded by one model. Received: rows of the model with "
         f"fingerprint 'dead' and of '5e1f', for {path}.partial. Serve the model it was begun with "
@@ -179,7 +179,7 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path, refuses: Refuses
     path = tmp_path / "rows.npy"
     journal, growing = Path(f"{path}.partial.json"), Path(f"{path}.partial")
     with EmbeddingFile(path, 2, "a") as file:
-        file.append(Embedded(np.zeros((3, 2), np.float32), "a"))
+        file.append(Embedded(np.zeros((3, 2), np.float32), "a"), {"x": ROWS[:3]})
         with refuses(
             BlockingIOError,
             f"One process writes a file of embeddings. Received: {growing}, which another is "
@@ -208,22 +208,112 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path, refuses: Refuses
 
 
 def test_a_batch_larger_than_a_window_is_cut() -> None:
-    cut = list(windows(iter([ROWS[:3], ROWS[3:90], ROWS[90:]]), SPECS, 10, skip=2))
-    sizes = [len(window["x"]) for window in cut]  # type: ignore
-    assert sum(sizes) == 95
-    assert max(sizes) < 20
-    np.testing.assert_array_equal(np.concatenate([w["x"] for w in cut]), ROWS[2:])  # type: ignore
+    cut = [w["x"] for w in windows(iter([ROWS[:3], ROWS[3:90], ROWS[90:]]), SPECS, 10)]
+    assert max(map(len, cut)) < 20
+    np.testing.assert_array_equal(np.concatenate(cut), ROWS)
 
 
-def test_a_corpus_shorter_than_what_is_done_is_another(refuses: Refuses) -> None:
+def begin(client: Client, data: Any, path: Path, windows: int = 2) -> None:
+    """Embed the first windows of a corpus, and stop as a crash would."""
+
+    def stop(*_: int | None) -> None:
+        nonlocal windows
+        windows -= 1
+        if not windows:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client.embed_dataset(data, 4, path, progress=stop)
+
+
+@pytest.mark.parametrize("as_batches", [False, True])
+def test_a_corpus_shorter_than_what_is_done_is_another(
+    server: InMemoryServer, tmp_path: Path, as_batches: bool, refuses: Refuses
+) -> None:
+    path = tmp_path / "rows.npy"
+    client = Client(server, options=SMALL)
+    begin(client, [ROWS] if as_batches else ROWS, path)
     with refuses(
         ValueError,
         "A corpus that is gone on with must be the one that was begun. Received: one that ends "
         "2 rows before those already embedded. Give the same rows in the same order.",
     ):
-        list(windows(iter([ROWS[:3]]), SPECS, 4, skip=5))
-    with pytest.raises(ValueError, match="ends 2 rows before"):
-        list(windows(ROWS[:3], SPECS, 4, skip=5))
+        client.embed_dataset([ROWS[:30]], 4, path)
+
+
+@pytest.mark.parametrize("kind", ["array", "dict", "batches", "float64"])
+@pytest.mark.parametrize("row", [0, 15, 16, 20, 31])
+def test_a_row_that_changed_since_it_was_embedded_is_noticed(
+    server: InMemoryServer, tmp_path: Path, kind: str, row: int, refuses: Refuses
+) -> None:
+    def data(rows: Any) -> Any:
+        return {
+            "array": rows,
+            "dict": {"x": rows},
+            "batches": iter([rows[:7], rows[7:]]),
+            "float64": rows.astype(np.float64),
+        }[kind]
+
+    path = tmp_path / "rows.npy"
+    client = Client(server, options=SMALL)
+    begin(client, data(ROWS), path)  # 32 rows
+    other = ROWS.copy()
+    other[row, 2] = np.nextafter(other[row, 2], 9)
+    num_calls = len(server.calls)
+    with refuses(
+        ValueError,
+        "A corpus that is gone on with must be the one that was begun. Received: other rows than "
+        f"those of {path}.partial. Give the same rows in the same order, or remove {path}.partial "
+        f"and {path}.partial.json to begin anew.",
+    ):
+        client.embed_dataset(data(other), 4, path)
+    assert {call.signature for call in server.calls[num_calls:]} <= {"describe"}
+    # In windows of another size the rows are the same.
+    embeddings = Client(server, options=Options(max_batch_size=3)).embed_dataset(
+        data(ROWS), 4, path
+    )
+    np.testing.assert_allclose(embeddings, Client(server).embed(ROWS, 4), rtol=0, atol=1e-6)
+
+
+def test_rows_that_are_still_to_come_may_change(server: InMemoryServer, tmp_path: Path) -> None:
+    """All but the first and last: the file holds the embeddings of the rows given last."""
+    path = tmp_path / "rows.npy"
+    client = Client(server, options=SMALL)
+    begin(client, ROWS, path)
+    other = ROWS.copy()
+    other[40] += 1
+    embeddings = client.embed_dataset(other, 4, path)
+    np.testing.assert_allclose(embeddings, Client(server).embed(other, 4), rtol=0, atol=1e-6)
+
+
+def test_a_file_begun_by_an_older_version_is_gone_on_with(
+    server: InMemoryServer, tmp_path: Path
+) -> None:
+    path, journal = tmp_path / "rows.npy", tmp_path / "rows.npy.partial.json"
+    client = Client(server, options=SMALL)
+    begin(client, ROWS, path)
+    entry = json.loads(journal.read_text())
+    del entry["rows_sha256"]
+    journal.write_text(json.dumps(entry))
+    begin(client, ROWS, path, windows=1)  # from now on it is noticed
+    assert json.loads(journal.read_text())["rows"] == 48
+    other = ROWS.copy()
+    other[20] += 1
+    with pytest.raises(ValueError, match="must be the one that was begun"):
+        client.embed_dataset(other, 4, path)
+    assert len(client.embed_dataset(ROWS, 4, path)) == 97
+
+
+def test_texts_are_told_apart_wherever_they_are_cut() -> None:
+    digests = set()
+    for texts in (["ab", "c"], ["a", "bc"], ["ab", "c", ""], ["ab\0", "c"], [b"ab", b"\xff"]):
+        digest, parts = RowDigest(), RowDigest()
+        digest.update({"text": np.array(texts, object)})
+        for text in texts:
+            parts.update({"text": np.array([text], object)})
+        assert digest.hexdigest() == parts.hexdigest()
+        digests.add(digest.hexdigest())
+    assert len(digests) == 5
 
 
 def test_another_corpus_is_not_gone_on_with(server: InMemoryServer, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -360,3 +361,72 @@ def best_first(ids: Ids, scores: Vectors) -> npt.NDArray[np.int64]:
         [[2, 1, 0]]
     """
     return np.lexsort((ids, -scores), axis=1)
+
+
+def rounding(metric: str, dim: int, queries: Any, rows: Any) -> Any:
+    """Return how far apart the scores of equal rows may be, for products summed in any order.
+
+    A matrix product gives equal rows scores that differ in the last bits: those at the edge of
+    its blocks are summed in another order.
+
+    Args:
+        metric: "cosine", "dot" or "l2".
+        dim: Number of coordinates that are summed.
+        queries: Lengths of the queries.
+        rows: Length of the longest row; 1 where rows are scaled.
+
+    Examples:
+        >>> float(rounding("dot", 16, queries=1.0, rows=2.0)) < 1e-5
+        True
+    """
+    scale = (queries + rows) ** 2 if metric == "l2" else queries * rows
+    return 2.0**-21 * math.sqrt(dim) * scale
+
+
+Ask = Callable[[int, int], tuple[Vectors, Ids]]  # of a query's number and a count: scores, rows
+
+
+def lowest_ids_first(
+    scores: Vectors, rows: Ids, ids: Ids | None, slack: float, ask: Ask
+) -> npt.NDArray[np.int64]:
+    """Return all columns of rows but the last; of rows as near as the last, those of lowest id.
+
+    Where the last two columns are as near, the edge between them runs through equal rows, and an
+    engine took whichever of them it met first. Such a query is asked again alone, for more rows.
+
+    Args:
+        scores: Of each row, in order from the best; higher or lower may be better.
+        rows: Row numbers, best first, -1 after the last.
+        ids: Ids of all rows; None takes the row numbers.
+        slack: How far the scores of equal rows may differ here. From `ask` they may not.
+        ask: Returns so many of the best rows of a query, and their scores, in one dimension.
+
+    Shapes:
+        scores, rows: `(batch, n)`. Returns `(batch, n - 1)`.
+
+    Examples:
+        >>> ask = lambda query, count: (np.float32([9, 9, 9, 5]), np.array([2, 1, 0, 3]))
+        >>> lowest_ids_first(np.float32([[9, 9]]), np.array([[2, 1]]), None, 0.0, ask).tolist()
+        [[0]]
+    """
+    size = rows.shape[1] - 1
+    # By Python's floats: a search of one query takes little longer than NumPy to begin.
+    if len(rows) == 1 and abs(scores.item(0, size) - scores.item(0, size - 1)) > slack:
+        return rows[:, :size]
+    best = np.ascontiguousarray(rows[:, :size])
+    is_close = np.abs(scores[:, size] - scores[:, size - 1]) <= slack
+    for query in np.flatnonzero(is_close & (rows[:, size] >= 0)).tolist():
+        count = size
+        while True:
+            count *= 4
+            some_scores, some_rows = ask(query, count)
+            num_rows = np.count_nonzero(some_rows >= 0)
+            if num_rows < count or some_scores[-1] != some_scores[size - 1]:
+                break
+        if num_rows > size:  # or else FAISS returned fewer than before
+            some_scores, some_rows = some_scores[:num_rows], some_rows[:num_rows]
+            tied = some_rows[some_scores == some_scores[size - 1]]
+            better = some_rows[: np.argmax(some_scores == some_scores[size - 1])]
+            order = np.argsort(tied if ids is None else ids[tied])
+            best[query] = np.concatenate([better, tied[order]])[:size]
+    return best

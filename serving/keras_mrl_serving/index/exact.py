@@ -17,7 +17,16 @@ import numpy.typing as npt
 from ..embeddings import inverse_length
 from ..funnel import FunnelSchedule
 from ..results import Neighbors
-from .base import Ids, IndexFacts, LocalIndex, Vectors, best_first, check_embeddings, check_ids
+from .base import (
+    Ids,
+    IndexFacts,
+    LocalIndex,
+    Vectors,
+    best_first,
+    check_embeddings,
+    check_ids,
+    rounding,
+)
 from .storage import IndexWriter, SavedFiles, open_saved
 
 ENGINE = "exact"
@@ -54,6 +63,7 @@ class ExactIndex(LocalIndex):
         self.blocks = blocks
         self.squares = squares
         self._inverse_lengths = inverse_length(squares)
+        self._longest = np.sqrt(squares.max(axis=1))  # by stage
 
     @classmethod
     def build(
@@ -153,25 +163,57 @@ class ExactIndex(LocalIndex):
         for stage, size in enumerate((*self.schedule.shortlists, k)):
             if stage:
                 dots = dots + np.einsum("qsd,qd->qs", self.blocks[stage][rows], query_blocks[stage])
-            scores = self._scores(dots, stage, rows)
-            best = _best_columns(scores, size, self.ids[rows])
+            best = self._best_columns(dots, rows, size, query_blocks[: stage + 1])
             if isinstance(rows, slice):
                 rows = best
             else:
-                rows = np.take_along_axis(np.broadcast_to(rows, scores.shape), best, axis=1)
+                rows = np.take_along_axis(np.broadcast_to(rows, dots.shape), best, axis=1)
             dots = np.take_along_axis(dots, best, axis=1)
         return self._ordered(query_blocks, np.asarray(rows))
 
-    def _ordered(self, query_blocks: Sequence[Vectors], rows: Ids) -> tuple[Ids, Vectors]:
-        """Return the ids of each query's rows, best first, and their scores."""
-        # Summed again, row by row: BLAS gives equal rows products that differ in the last bit.
+    def _best_columns(
+        self, dots: Vectors, rows: Ids | slice, size: int, query_blocks: Sequence[Vectors]
+    ) -> npt.NDArray[np.int64]:
+        """Return the columns of each query's `size` best rows, in no order; equal ones by id."""
+        if size >= dots.shape[1]:
+            return np.broadcast_to(np.arange(dots.shape[1]), dots.shape)
+        stage = len(query_blocks) - 1
+        scores = self._scores(dots, stage, rows)
+        best = np.argpartition(-scores, size - 1, axis=1)[:, :size]
+        edge = np.take_along_axis(scores, best, axis=1).min(axis=1, keepdims=True)
+        lengths = np.sqrt(_squares(query_blocks))[:, None]
+        longest = 1.0 if self.metric == "cosine" else self._longest[stage]
+        slack = rounding(self.metric, self.schedule.dims[stage], lengths, longest)
+        for query in np.flatnonzero((scores >= edge - slack).sum(axis=1) > size):
+            offsets = scores[query] - edge[query]
+            better = np.flatnonzero(offsets > slack[query])
+            near = np.flatnonzero(np.abs(offsets) <= slack[query])
+            all_rows = np.arange(len(self)) if isinstance(rows, slice) else rows
+            near_rows = np.broadcast_to(all_rows, dots.shape)[query, near]
+            order = self._order([block[query] for block in query_blocks], near_rows)
+            best[query] = np.concatenate([better, near[order[: size - len(better)]]])
+        return best
+
+    def _order(self, query_blocks: Sequence[Vectors], rows: Ids) -> npt.NDArray[np.int64]:
+        """Return the order of some rows for one query: best first, equal ones by id."""
+        step = max(1, self.numbers_at_once // self.width)
+        parts = [rows[start : start + step] for start in range(0, len(rows), step)]
+        blocks = [block[None] for block in query_blocks]
+        scores = [self._row_scores(blocks, part[None])[0] for part in parts]
+        return best_first(self.ids[rows][None], np.concatenate(scores)[None])[0]
+
+    def _row_scores(self, query_blocks: Sequence[Vectors], rows: Ids) -> Vectors:
+        """Return the scores of each query's rows, each summed by itself: equal for equal rows."""
         parts = [
             np.einsum("qsd,qd->qs", block[rows], query_block)
-            for block, query_block in zip(self.blocks, query_blocks, strict=True)
+            for block, query_block in zip(self.blocks, query_blocks, strict=False)
         ]
-        scores = self._scores(np.sum(parts, axis=0, dtype=np.float32), -1, rows)
-        squares = np.sum([np.square(block).sum(axis=1) for block in query_blocks], axis=0)
-        scores = self._with_query_term(scores, squares.astype(np.float32))
+        scores = self._scores(np.sum(parts, axis=0, dtype=np.float32), len(parts) - 1, rows)
+        return self._with_query_term(scores, _squares(query_blocks))
+
+    def _ordered(self, query_blocks: Sequence[Vectors], rows: Ids) -> tuple[Ids, Vectors]:
+        """Return the ids of each query's rows, best first, and their scores."""
+        scores = self._row_scores(query_blocks, rows)
         order = best_first(self.ids[rows], scores)
         rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
         return self.ids[rows], scores
@@ -192,19 +234,10 @@ class ExactIndex(LocalIndex):
         return scores
 
 
-def _best_columns(scores: Vectors, size: int, ids: Ids) -> npt.NDArray[np.int64]:
-    """Return the columns of each row's `size` best scores, best first, equal ones by id."""
-    ids = np.broadcast_to(ids, scores.shape)
-    if size >= scores.shape[1]:
-        return best_first(ids, scores)
-    best = np.argpartition(-scores, size - 1, axis=1)[:, :size]
-    last = np.take_along_axis(scores, best, axis=1).min(axis=1, keepdims=True)
-    for row in np.flatnonzero((scores >= last).sum(axis=1) > size):  # a tie across the edge
-        tied = np.flatnonzero(scores[row] >= last[row])
-        best[row] = tied[np.lexsort((ids[row, tied], -scores[row, tied]))[:size]]
-    best_ids = np.take_along_axis(ids, best, axis=1)
-    order = best_first(best_ids, np.take_along_axis(scores, best, axis=1))
-    return np.take_along_axis(best, order, axis=1)
+def _squares(query_blocks: Sequence[Vectors]) -> Vectors:
+    """Return the squared lengths of queries up to the last of some blocks."""
+    squares = np.sum([np.square(block).sum(axis=1) for block in query_blocks], axis=0)
+    return np.asarray(squares, np.float32)
 
 
 def _column_blocks(vectors: Vectors, dims: tuple[int, ...]) -> list[Vectors]:

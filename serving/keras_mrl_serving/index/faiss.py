@@ -26,6 +26,8 @@ from .base import (
     best_first,
     check_embeddings,
     check_ids,
+    lowest_ids_first,
+    rounding,
 )
 from .first_stage import FirstStage, Progress, Shortlister, check_first_stage, import_faiss
 from .storage import IndexWriter, SavedFiles, open_saved
@@ -41,8 +43,9 @@ class FaissIndex(LocalIndex):
 
     The first stage holds the prefixes of the first dim alone. Every later stage is a matrix of
     its prefixes, of which only the rows on the shortlist are read; opened from a folder, it is
-    memory-mapped. A shortlist of the whole gallery skips the first stage. Made by `build` or
-    `open`.
+    memory-mapped. A shortlist of the whole gallery skips the first stage. Of rows with equal
+    scores the lower ids pass every edge, except in first stages that are graphs, signs or codes of
+    4 bits. Made by `build` or `open`.
 
     Args:
         facts: Schedule, metric and encoder.
@@ -227,7 +230,9 @@ class FaissIndex(LocalIndex):
             chunk = queries[start : start + step]
             shortlists: Ids | None
             if not is_exhaustive:
-                shortlists = self._first.search(_cut(chunk, schedule.dims[0]), size, among)
+                shortlists = self._first.search(
+                    _cut(chunk, schedule.dims[0]), size, among, self.ids
+                )
             else:
                 shortlists = None if among is None else np.tile(among, (len(chunk), 1))
             answers.append(self._rerank(chunk, k, shortlists, among))
@@ -248,24 +253,30 @@ class FaissIndex(LocalIndex):
         metric = self.facts.metric
         *between, (_, widest) = self._stages.items()
         for (dim, stage), size in zip(between, self.schedule.shortlists[1:], strict=True):
-            shortlists, _ = closest(_cut(queries, dim), stage, shortlists, size, metric)
-        rows, scores = closest(queries, widest, shortlists, k, metric)
+            shortlists, _ = closest(_cut(queries, dim), stage, shortlists, size, metric, self.ids)
+        rows, scores = closest(queries, widest, shortlists, k, metric, self.ids)
         # -1 means that the first stage returned fewer than k rows: compare the query with all.
         # Tested on a list, which for one query takes a tenth of the time that NumPy does.
         if -1 in rows[:, -1].tolist():
             allowed = None if among is None else among[None]
             for query in np.flatnonzero(rows[:, -1] < 0):
                 one = slice(query, query + 1)
-                rows[one], scores[one] = closest(queries[one], widest, allowed, k, metric)
+                rows[one], scores[one] = closest(queries[one], widest, allowed, k, metric, self.ids)
         return rows, scores
 
 
 def closest(
-    queries: Vectors, rows: Vectors, shortlists: Ids | None, k: int, metric: str
+    queries: Vectors,
+    rows: Vectors,
+    shortlists: Ids | None,
+    k: int,
+    metric: str,
+    ids: Ids | None = None,
 ) -> tuple[Ids, Vectors]:
     """Return the best rows of each query's shortlist, best first, and their scores.
 
-    FAISS compares them, with no Python per row.
+    FAISS compares them, with no Python per row. Which of equal rows are among the best, their ids
+    decide; in which order equal rows come, nothing does.
 
     Args:
         queries: As the metric compares them, contiguous `(batch, dim)`.
@@ -273,6 +284,7 @@ def closest(
         shortlists: Row numbers `(batch, n)`, contiguous, -1 after the last; None: every row.
         k: Number of rows to return.
         metric: "cosine", "dot" or "l2".
+        ids: Ids of all rows; None takes the row numbers.
 
     Shapes:
         Returns int64 and float32 `(batch, k)`, fewer columns where there are fewer rows, and
@@ -284,20 +296,53 @@ def closest(
         [[2]]
     """
     faiss = import_faiss()
-    is_distance = metric == "l2"
     if shortlists is None:
-        kind = faiss.METRIC_L2 if is_distance else faiss.METRIC_INNER_PRODUCT
-        scores, best = faiss.knn(queries, rows, min(k, len(rows)), metric=kind)
-    else:
-        stride = shortlists.shape[1]
-        k = min(k, stride)
-        scores = np.empty((len(queries), k), np.float32)
-        best = np.empty((len(queries), k), np.int64)
-        by_idx = faiss.knn_L2sqr_by_idx if is_distance else faiss.knn_inner_products_by_idx
-        x, y, subset, values, ids = map(faiss.swig_ptr, (queries, rows, shortlists, scores, best))
-        sizes = queries.shape[1], len(queries), len(rows), stride, k
-        by_idx(x, y, subset, *sizes, values, ids, stride)  # FAISS's own stride is len(rows)
-    return best, -scores if is_distance else scores
+        shortlists = _closest_of_all(queries, rows, k, metric, ids)
+
+    def ask_again(query: int, count: int) -> tuple[Vectors, Ids]:
+        one = slice(query, query + 1)
+        distances, best = _compared(faiss, queries[one], rows, shortlists[one], count, metric)
+        return distances[0], best[0]
+
+    distances, best = _compared(faiss, queries, rows, shortlists, k + 1, metric)
+    if best.shape[1] > k:
+        best = lowest_ids_first(distances, best, ids, 0.0, ask_again)
+        distances = distances[:, :k]
+    return best, -distances if metric == "l2" else distances
+
+
+def _compared(
+    faiss: Any, queries: Vectors, rows: Vectors, shortlists: Ids, count: int, metric: str
+) -> tuple[Vectors, Ids]:
+    """Return up to `count` of the best rows of shortlists, each compared by itself."""
+    stride = shortlists.shape[1]
+    count = min(count, stride)
+    scores = np.empty((len(queries), count), np.float32)
+    best = np.empty((len(queries), count), np.int64)
+    by_idx = faiss.knn_L2sqr_by_idx if metric == "l2" else faiss.knn_inner_products_by_idx
+    x, y, subset, values, ids = map(faiss.swig_ptr, (queries, rows, shortlists, scores, best))
+    sizes = queries.shape[1], len(queries), len(rows), stride, count
+    by_idx(x, y, subset, *sizes, values, ids, stride)  # FAISS's own stride is len(rows)
+    return scores, best
+
+
+def _closest_of_all(queries: Vectors, rows: Vectors, k: int, metric: str, ids: Ids | None) -> Ids:
+    """Return the rows of the whole gallery that are nearest to each query, in no order."""
+    faiss = import_faiss()
+    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+
+    def ask_again(query: int, count: int) -> tuple[Vectors, Ids]:
+        one = queries[query : query + 1]
+        scores, best = faiss.knn(one, rows, min(count, len(rows)), metric=kind)
+        return scores[0], best[0]
+
+    if k >= len(rows):
+        return np.tile(np.arange(len(rows)), (len(queries), 1))
+    scores, best = faiss.knn(queries, rows, k + 1, metric=kind)
+    at_the_edge = rows[best[:, k - 1 :].ravel()]
+    lengths = [np.sqrt(np.einsum("rd,rd->r", some, some).max()) for some in (queries, at_the_edge)]
+    slack = rounding(metric.replace("cosine", "dot"), queries.shape[1], *lengths)
+    return lowest_ids_first(scores, best, ids, slack, ask_again)
 
 
 def _cut(queries: Vectors, dim: int) -> Vectors:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DamagedIndexError, manifest_errors
-from .base import Ids, IndexFacts, Vectors
+from .base import Ids, IndexFacts, Vectors, lowest_ids_first, rounding
 
 Progress = Callable[[int, int], object]  # rows done, all rows
 
@@ -172,6 +172,7 @@ class Shortlister:
         self.index = index
         self.spec = spec
         self.dim = int(index.d)
+        self._is_coarse = "x4fs" in spec.factory  # rows of many kinds look equally near to it
         self.set(spec.settings)
 
     @classmethod
@@ -229,13 +230,19 @@ class Shortlister:
                 f"{self.spec.factory!r} ({_reason(error)}). Leave them out: settings=''."
             ) from error
 
-    def search(self, prefixes: Vectors, size: int, among: Ids | None = None) -> Ids:
+    def search(
+        self, prefixes: Vectors, size: int, among: Ids | None = None, ids: Ids | None = None
+    ) -> Ids:
         """Return the `size` gallery rows that look nearest to each prefix, in no promised order.
+
+        Of rows that FAISS meets and that look equally near, those of lowest id are returned; where
+        it looks coarsely, any of them.
 
         Args:
             prefixes: `(batch, dim)`, as the metric compares them.
-            size: Number of rows on each shortlist.
+            size: Number of rows on each shortlist; fewer than there are.
             among: The only rows that may be returned, of an index that `can_choose`.
+            ids: Ids of all rows; None takes the row numbers.
 
         Shapes:
             Returns int64 `(batch, size)`, -1 where fewer were found.
@@ -247,12 +254,42 @@ class Shortlister:
         if self.spec.is_binary:
             shortlists: Ids = self.index.search(_signs(prefixes), size, params=parameters)[1]
             return shortlists
+        if self._is_coarse:
+            return self._ask(faiss, prefixes, size, parameters)[1]
+
+        def ask_again(query: int, count: int) -> tuple[Vectors, Ids]:
+            count = min(count, self.index.ntotal)
+            scores, rows = self._ask(faiss, prefixes[query : query + 1], count, parameters)
+            return scores[0], rows[0]
+
+        scores, rows = self._ask(faiss, prefixes, size + 1, parameters)
+        slack = 0.0
+        if len(prefixes) > 1 and self._longest:  # by a matrix product
+            lengths = np.sqrt(np.einsum("qd,qd->q", prefixes, prefixes))
+            metric = "l2" if self.index.metric_type == faiss.METRIC_L2 else "dot"
+            slack = float(rounding(metric, self.dim, lengths.max(), self._longest))
+        return lowest_ids_first(scores, rows, ids, slack, ask_again)
+
+    def _ask(
+        self, faiss: Any, prefixes: Vectors, count: int, parameters: Any
+    ) -> tuple[Vectors, Ids]:
         # Not by FAISS's Python wrapper, whose checks of one query take half as long as reranking.
-        shortlists = np.empty((len(prefixes), size), np.int64)
-        scores = np.empty((len(prefixes), size), np.float32)
-        x, values, ids = map(faiss.swig_ptr, (prefixes, scores, shortlists))
-        self.index.search_c(len(prefixes), x, size, values, ids, parameters)
-        return shortlists
+        rows = np.empty((len(prefixes), count), np.int64)
+        scores = np.empty((len(prefixes), count), np.float32)
+        x, values, row_numbers = map(faiss.swig_ptr, (prefixes, scores, rows))
+        self.index.search_c(len(prefixes), x, count, values, row_numbers, parameters)
+        return scores, rows
+
+    @cached_property
+    def _longest(self) -> float:
+        """Length of the longest row of flat storage, which FAISS multiplies as a matrix; else 0."""
+        faiss = import_faiss()
+        index = faiss.downcast_index(self.index)
+        if not isinstance(index, faiss.IndexFlat) or not index.ntotal:
+            return 0.0
+        rows = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * self.dim)
+        rows = rows.reshape(-1, self.dim)
+        return float(np.sqrt(np.einsum("rd,rd->r", rows, rows).max()))
 
     @cached_property
     def can_choose(self) -> bool:

@@ -26,10 +26,10 @@ class QdrantIndex(IndexBase):
     """A gallery in a Qdrant collection, and its funnel as one nested query per query.
 
     Every stage is a named vector ("64"), so the engine's own options set the precision of each.
-    The first stage is as exact as its index (on a server: HNSW), Qdrant decides ties across the
-    edge of a shortlist, and every shard has a shortlist of its own; later stages compare the whole
-    shortlist exactly. Shortlists of half the gallery or more make the whole search exact, whatever
-    `params` say. Made by `build` or `open`.
+    The first stage is as exact as its index (on a server: HNSW), Qdrant decides which of equal
+    rows pass the edge of a shortlist or of the answer, and every shard has a shortlist of its own;
+    later stages compare the whole shortlist exactly. Shortlists of half the gallery or more make
+    the whole search exact, whatever `params` say. Made by `build` or `open`.
 
     Args:
         client: A `qdrant_client.QdrantClient`: of a server, a path or ":memory:".
@@ -215,7 +215,7 @@ class QdrantIndex(IndexBase):
     def search(
         self, queries: npt.ArrayLike, k: int | None = None, among: npt.ArrayLike | None = None
     ) -> Neighbors:
-        """Return the nearest gallery rows of each query, best first, ties in order of id.
+        """Return the nearest gallery rows of each query, best first, ties among them by id.
 
         Args:
             queries: Embeddings `(batch, width)` or wider, raw or scaled.

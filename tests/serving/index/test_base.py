@@ -16,6 +16,8 @@ from tests.helpers.galleries import (
     Array,
     Refuses,
     Search,
+    TiedSearch,
+    assert_lowest_of_copies,
     assert_nearest,
     assert_same,
     drawn,
@@ -128,6 +130,44 @@ def test_equal_scores_come_in_order_of_id(
     order = np.lexsort((np.broadcast_to(ids, scores.shape), -scores))
     np.testing.assert_array_equal(result.ids, ids[order])
     np.testing.assert_array_equal(result.scores, np.take_along_axis(scores, order, 1))
+
+
+@given(st.integers(0, 2**32), engines, st.sampled_from([1, 2, 30]))
+def test_every_cut_leaves_out_the_highest_of_equal_ids(
+    seed: int, name: str, num_queries: int
+) -> None:
+    search = TiedSearch.drawn(seed, num_queries)
+    index = ENGINES[name](search.gallery, search.schedule, search.ids, search.metric)
+    np.testing.assert_array_equal(index.search(search.queries).ids, search.expected_ids())
+
+
+@given(
+    st.integers(0, 2**32),
+    engines,
+    st.sampled_from(METRICS),
+    st.sampled_from([1, 2, 30]),
+    st.booleans(),
+)
+def test_of_copies_of_a_row_the_lowest_ids_are_returned(
+    seed: int, name: str, metric: str, num_queries: int, is_filtered: bool
+) -> None:
+    """Of any floats: a matrix product gives copies scores that differ in the last bits."""
+    rng = np.random.default_rng(seed)
+    rows, width = int(rng.integers(10, 400)), int(rng.integers(2, 70))
+    gallery = drawn(seed, int(rng.integers(1, rows)), width)
+    gallery = gallery[rng.integers(0, len(gallery), rows)]
+    ids = rng.permutation(5 * rows)[:rows]
+    dims = tuple(sorted({int(rng.integers(1, width + 1)), width}))
+    sizes = np.sort(rng.integers(1, rows + 1, size=len(dims)))[::-1].tolist()
+    schedule = FunnelSchedule(dims, tuple(sizes[:-1]), sizes[-1])
+    index = ENGINES[name](gallery, schedule, ids, metric)
+    queries = drawn(seed + 1, num_queries, width)
+    among = rng.permutation(ids)[: rows // 2] if is_filtered else None
+    result = index.search(queries, among=among)
+    listed = np.isin(ids, ids if among is None else among)
+    assert_lowest_of_copies(result, gallery[listed], ids[listed])
+    if num_queries > 1 and not is_filtered:  # and so it is for each query alone
+        np.testing.assert_array_equal(index.search(queries[:1]).ids[0], result.ids[0])
 
 
 @given(st.data(), engines)

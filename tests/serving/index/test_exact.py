@@ -13,7 +13,9 @@ from keras_mrl_serving.results import Neighbors
 from tests.helpers.galleries import (
     METRICS,
     Search,
+    assert_lowest_of_copies,
     assert_nearest,
+    assert_same,
     assert_scored,
     assert_ties_by_id,
     drawn,
@@ -134,6 +136,34 @@ def test_a_search_holds_a_bounded_number_of_numbers(
     np.testing.assert_array_equal(index.search(queries).ids, whole.search(queries).ids)
     assert max(chunk_sizes) == queries_at_once
     assert sum(chunk_sizes) == 40
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dims", [(24,), (6, 24)])
+def test_equal_rows_tie_though_a_matrix_product_tells_them_apart(
+    dims: tuple[int, ...], metric: str
+) -> None:
+    """As BLAS does at the edge of its blocks, here everywhere: the last bit of a product varies."""
+    noise = np.random.default_rng(0)
+
+    class Uneven(np.ndarray[Any, Any]):
+        def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+            result = getattr(ufunc, method)(*map(np.asarray, inputs), **options)
+            if ufunc is np.matmul:
+                result *= 1 + 2.0**-23 * noise.integers(-1, 2, result.shape)
+            return result
+
+    gallery = drawn(0, 40, 24)[noise.integers(0, 40, 400)]
+    schedule = FunnelSchedule(dims, (60,)[: len(dims) - 1], 30)
+    whole = ExactIndex.build(gallery, schedule, noise.permutation(400), metric)
+    first, *others = whole.blocks
+    index = ExactIndex(whole.facts, whole.ids, [first.view(Uneven), *others], whole.squares)
+    queries = drawn(1, 100, 24)
+    expected = whole.search(queries)
+    assert_lowest_of_copies(expected, gallery, whole.ids)
+    assert_same(index.search(queries), expected)
+    index.numbers_at_once = 100  # rows that tie are compared in parts
+    assert_same(index.search(queries), expected)
 
 
 # Vectors whose products and lengths float32 holds exactly, so that equal scores are equal bits.
