@@ -253,7 +253,8 @@ class Client(BaseClient[Transport]):
 
         Args:
             data: An array or a dict of arrays, memory-mapped ones too, or an iterable of such
-                batches. To resume, give the same rows in the same order.
+                batches. To resume, give the same rows in the same order: those already embedded
+                are read once more and compared with a digest.
             dim: One of `describe().dims`.
             path: The file. Until all rows are embedded, they are in `PATH.partial`.
             progress: Called with the rows embedded so far and all rows; None for an unknown number.
@@ -261,6 +262,10 @@ class Client(BaseClient[Transport]):
 
         Returns:
             The embeddings `(rows, dim)`, memory-mapped, read-only.
+
+        Raises:
+            ValueError: If rows that are already embedded have changed.
+            FileExistsError: If the file is there: it is never overwritten.
         """
         return self._run(self._conversation.embed_dataset(data, dim, path, progress, manifest))
 
