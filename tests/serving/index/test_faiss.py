@@ -1,5 +1,6 @@
 """`FaissIndex` beside a search in float64 and beside `ExactIndex`."""
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
