@@ -2,7 +2,8 @@
 
 Where `tensorflow_model_server` is on PATH this command becomes it, with the flags as they were
 given. Elsewhere, or with --dev, the development server of keras-mrl serves the same files: it is
-for development and tests, and production runs tensorflow/serving.
+for development and tests, and production runs tensorflow/serving. It bounds what clients may take
+of it, as docs/serve.md lists. SIGTERM or Ctrl-C ends it within ten seconds, a second one at once.
 
   keras-mrl serve --model_base_path models/digits --model_name digits
 """
@@ -13,16 +14,21 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import click
 
-from .output import LogLines, print_line
+from .output import LogLines, print_line, print_note
 from .shared import (
     DONE,
+    FAILED,
     MAX_PORT,
     MISUSED,
     Option,
@@ -34,6 +40,11 @@ from .shared import (
 )
 
 _REAL_SERVER = "tensorflow_model_server"
+_MAX_STOP_S = 10.0  # a little more than the server's own time to stop
+_STOPPING = (
+    "keras-mrl: Stopping. Requests under way have five seconds; another signal ends them now."
+)
+_ENDED = 0  # no signal has this number
 _DEFAULTS = {"model_name": "default", "port": 8500, "file_system_poll_wait_seconds": 1}
 
 
@@ -188,20 +199,95 @@ def _run_development_server(flags: dict[str, Any]) -> int:
     if flags.get("model_config_file"):
         served = f"the models of {flags['model_config_file']!r}"
     server = DevServer(flags.pop("model_base_path", None), **flags)
-    with refusing(OSError, RuntimeError, ValueError):
-        target = server.start()
+    with _events() as events:
+        with refusing(OSError, RuntimeError, ValueError):
+            target = events.result_of(server.start)
+        rest_target = ""
+        if server.rest_api_port is not None:
+            rest_target = f" and http://{target.rpartition(':')[0]}:{server.rest_api_port}"
+        print_line(f"Serving {served} at {target}{rest_target}. Stop with Ctrl-C.")
+        events.wait_for_signal()
+        print_note(_STOPPING)
+        events.result_of(server.stop, _MAX_STOP_S)
+    # Python would wait for the threads of pools, and a model may never give one back.
+    _end_at_once(DONE)
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        server.stop()
 
-    signal.signal(signal.SIGTERM, stop)
-    rest_target = ""
-    if server.rest_api_port is not None:
-        rest_target = f" and http://{target.rpartition(':')[0]}:{server.rest_api_port}"
-    print_line(f"Serving {served} at {target}{rest_target}. Stop with Ctrl-C.")
-    try:
-        server.wait()
-    except KeyboardInterrupt:
-        server.stop()
-    return DONE
+class _Events:
+    """What the main thread waits for: signals, and the ends of calls in threads of their own.
+
+    A handler in Python would run between two instructions of the main thread, which may be waiting
+    for a lock, or be within a minute of TensorFlow's code. So signals are read from a socket.
+    """
+
+    def __init__(
+        self, reader: socket.socket, writer: socket.socket, numbers: Sequence[int]
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._numbers = numbers
+
+    def wait_for_signal(self) -> None:
+        """Return once a signal has come."""
+        self._next(None)
+
+    def result_of(self, call: Callable[[], Any], max_s: float | None = None) -> Any:
+        """Return what a call returns, or raise what it raises; a signal ends the process at once.
+
+        So does the time, where it is limited.
+        """
+        results: list[Any] = []
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                results.append(call())
+            except BaseException as error:  # raised again by the thread that waits
+                errors.append(error)
+            self._writer.send(bytes((_ENDED,)))
+
+        threading.Thread(target=work, name=call.__name__, daemon=True).start()
+        try:
+            event = self._next(max_s)
+        except TimeoutError:
+            print_note(f"keras-mrl: The server did not end within {max_s:g} s. It is ended now.")
+            _end_at_once(FAILED)
+        if event != _ENDED:
+            _end_at_once(128 + event)
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def _next(self, max_s: float | None) -> int:
+        self._reader.settimeout(max_s)
+        while (event := self._reader.recv(1)[0]) not in (_ENDED, *self._numbers):
+            pass  # a signal that something else handles
+        return event
+
+
+@contextmanager
+def _events() -> Iterator[_Events]:
+    """The signals that end the server, for as long as the context lasts."""
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as in the background of a shell
+    ]
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.setblocking(False)
+        previous = [signal.signal(number, lambda *_: None) for number in numbers]
+        previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield _Events(reader, writer, numbers)
+        finally:
+            signal.set_wakeup_fd(previous_fd)
+            for number, handler in zip(numbers, previous, strict=True):
+                signal.signal(number, handler)
+
+
+def _end_at_once(status: int) -> NoReturn:
+    """End the process without waiting for its threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -131,6 +131,10 @@ class SavedModelSession:
         run = self._run_as_tf_serving if self._runs_as_tf_serving else self._run_publicly
         return [as_array(value) for value in run(feeds, fetches, timeout_s)]
 
+    def cancel(self) -> None:
+        """Ends the runs under way, and all later ones, with `tf.errors.CancelledError`."""
+        self._session.close()
+
     def close(self) -> None:
         """Frees the session and its variables; call it once no run is under way."""
         self._session.close()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,10 +17,15 @@ import grpc
 import numpy as np
 import pytest
 import trustme
+from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
 
 from keras_mrl_cli.serve import FLAGS
 from keras_mrl_serving import Client
 from tests.helpers.cli import KERAS_MRL, Call, Exported
+from tests.helpers.endless_models import put_endless_load, save_endless
+from tests.helpers.hostile_peers import open_connections, post
+from tests.helpers.server_target import predict
+from tests.helpers.waiting import wait_until
 
 SERVE = [*KERAS_MRL, "serve"]
 X = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
@@ -91,6 +97,105 @@ def test_a_signal_right_after_its_first_line_ends_it_too(base_path: Path) -> Non
     assert process.returncode == 0
 
 
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base path of a model whose calls need not end."""
+    base = tmp_path_factory.mktemp("endless")
+    save_endless(base / "1")
+    return base
+
+
+@contextmanager
+def serving_endless_calls(base: Path, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A server in the middle of everything that could keep it from ending.
+
+    A run that can be cancelled and one that cannot, over gRPC; one over REST; a load of another
+    version; slow and silent connections at both ports.
+    """
+    shutil.copytree(base, folder / "base")
+    pipe = folder / "pipe"
+    os.mkfifo(pipe)
+    flags = (
+        "--model_name=tiny",
+        f"--model_base_path={folder / 'base'}",
+        "--rest_api_port=0",
+        "--rest_api_timeout_in_ms=0",
+    )
+    with (
+        serving(*flags, cwd=folder) as (process, target, http),
+        grpc.insecure_channel(target) as channel,
+    ):
+        assert http
+        rest_port, grpc_port = (int(text.rpartition(":")[2]) for text in (http, target))
+        stub = PredictionServiceStub(channel)
+        steps, path = np.array(2**62), np.array(str(pipe))
+        calls = [
+            stub.Predict.future(predict(inputs=inputs, name="tiny", signature=signature))
+            for inputs, signature in (({"steps": steps}, "count"), ({"path": path}, "read"))
+        ]
+        body = json.dumps({"signature_name": "count", "inputs": 2**62}).encode()
+        put_endless_load(folder / "base" / "2")
+        asked = post(body).replace(b"/default:", b"/tiny:")
+        with (
+            open_connections(rest_port, 1, asked),
+            open_connections(rest_port, 100, asked[:-9]),
+            open_connections(rest_port, 100),
+            open_connections(grpc_port, 100),
+        ):
+
+            def state_of_2() -> str:
+                with urlopen(f"{http}/v1/models/tiny", timeout=30) as response:
+                    return str(json.load(response)["model_version_status"][0])
+
+            wait_until(lambda: "LOADING" in state_of_2())
+            assert not any(call.done() for call in calls)
+            yield process
+
+
+@pytest.mark.usefixtures("no_real_server")
+def test_a_signal_ends_it_whatever_is_under_way(endless: Path, tmp_path: Path) -> None:
+    with serving_endless_calls(endless, tmp_path) as process:
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    if process.returncode:  # where the machine is too busy to stop in order
+        assert process.returncode == 1
+        assert "keras-mrl: The server did not end within 10 s. It is ended now.\n" in err
+    else:
+        assert f"A run on {tmp_path}/base/1 does not end; it is left behind." in err
+        assert "A load or an unload does not end; it is left behind." in err
+
+
+@pytest.mark.usefixtures("no_real_server")
+def test_a_second_signal_ends_it_at_once(endless: Path, tmp_path: Path) -> None:
+    with serving_endless_calls(endless, tmp_path) as process:
+        assert process.stderr
+        process.terminate()
+        while not process.stderr.readline().startswith("keras-mrl: Stopping. Requests under way "):
+            pass
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "left behind" not in err
+
+
+@pytest.mark.usefixtures("no_real_server")
+def test_a_signal_ends_it_while_it_loads(tmp_path: Path) -> None:
+    put_endless_load(tmp_path / "base" / "1")
+    process = subprocess.Popen(
+        [*SERVE, "--port=0", f"--model_base_path={tmp_path / 'base'}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr
+    while "This server is for development and tests." not in process.stderr.readline():
+        pass
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + signal.SIGTERM, "")
+
+
 @pytest.mark.usefixtures("no_real_server")
 def test_it_serves_rest_and_tls(base_path: Path, tmp_path: Path) -> None:
     authority = trustme.CA()
@@ -153,6 +258,17 @@ def test_a_base_path_without_versions(base_path: Path, call: Call) -> None:
         f"under base path {leaf}. Did you forget to name your leaf directory as a number (eg. "
         f"'/1/')? Put the SavedModel at {leaf}/1, or give the folder above the numbered one."
     )
+
+
+@pytest.mark.usefixtures("no_real_server")
+def test_a_model_config_that_does_not_parse(tmp_path: Path, call: Call) -> None:
+    """Scripts look on stderr for these words, which are TensorFlow Serving's."""
+    config = tmp_path / "models.config"
+    config.write_text('model_config_list {\n  config { nam: "m" }\n}\n')
+    assert (
+        "Error parsing text-format tensorflow.serving.ModelServerConfig: 2:15: Message type "
+        '"tensorflow.serving.ModelConfig" has no field named "nam"'
+    ) in refusal(call, f"--model_config_file={config}")
 
 
 @pytest.mark.usefixtures("no_real_server")

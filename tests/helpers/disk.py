@@ -36,7 +36,10 @@ class Disk:
         self.events.append(f"load {name}")
         if name in self.broken:
             raise StatusError(grpc.StatusCode.DATA_LOSS, f"{name} is broken")
-        return IdleSession(lambda: self.events.append(f"close {name}"))
+        return IdleSession(
+            lambda: self.events.append(f"close {name}"),
+            lambda: self.events.append(f"cancel {name}"),
+        )
 
     def new_events(self) -> list[str]:
         """The events since the last call."""
@@ -47,9 +50,12 @@ class Disk:
 class IdleSession:
     """A session that computes nothing."""
 
-    def __init__(self, on_close: Callable[[], object]) -> None:
+    def __init__(
+        self, on_close: Callable[[], object], on_cancel: Callable[[], object] = lambda: None
+    ) -> None:
         self.signatures: Mapping[str, Any] = {}
         self._on_close = on_close
+        self._on_cancel = on_cancel
 
     def run(
         self,
@@ -60,6 +66,9 @@ class IdleSession:
         timeout_s: float | None = None,
     ) -> dict[str, np.ndarray]:
         raise NotImplementedError
+
+    def cancel(self) -> None:
+        self._on_cancel()
 
     def close(self) -> None:
         self._on_close()

@@ -4,7 +4,6 @@ The inputs of a batch are put together along dimension 0 and padded to an allowe
 gets its own rows of the outputs.
 """
 
-import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,9 @@ from tensorflow.core.framework.types_pb2 import DataType
 from .._session import SavedModelSession
 from .batch_scheduler import Arrays, BatchQueue, BatchScheduler, Task
 from .batching_config import BatchingOptions
+from .log import logger
 from .status import StatusError, failed_precondition, from_number, invalid_argument
 
-_logger = logging.getLogger("keras_mrl_serving.server")
 _MAX_RANK = 6
 
 
@@ -65,6 +64,10 @@ class BatchingSession:
         answers = [part.answer.result() for part in self._scheduler.put(queue, task)]
         outputs = answers[0] if len(answers) == 1 else merge(answers, 0, False)
         return {name: outputs[tensor] for name, tensor in fetches.items()}
+
+    def cancel(self) -> None:
+        """Ends the batches under way, and all later ones, with CANCELLED."""
+        self._session.cancel()
 
     def close(self) -> None:
         """Frees the session and its variables; call it once no run is under way."""
@@ -226,5 +229,5 @@ def _as_status(error: Exception) -> StatusError:
         return error
     if isinstance(error, tf.errors.OpError):
         return from_number(error.error_code, error.message)
-    _logger.error("a batch failed", exc_info=error)
+    logger.error("a batch failed", exc_info=error)
     return StatusError(grpc.StatusCode.UNKNOWN, str(error))

@@ -1,24 +1,27 @@
-"""What a gRPC server has besides its services: options, a socket, TLS, health, refusals."""
+"""What a gRPC server has besides its services: options, a socket, TLS, health."""
 
 import os
 import ssl
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from .text_proto import TextProtoFile, empty_message
 
 Options = tuple[tuple[str, int | str], ...]
 _OPTIONS: dict[str, int | str] = {
-    # TensorFlow Serving limits no message; Python's default is 4 MB.
-    "grpc.max_receive_message_length": -1,
+    # TensorFlow Serving's limit, the largest that there is; Python's default is 4 MB.
+    "grpc.max_receive_message_length": 2**31 - 1,
     "grpc.max_send_message_length": -1,
+    # TensorFlow Serving has none of these three limits.
+    "grpc.max_allowed_incoming_connections": 1000,
+    "grpc.max_concurrent_streams": 100,
+    "grpc.server_handshake_timeout_ms": 20_000,
     # Otherwise two servers share one port in silence, and each answers half of the requests.
     "grpc.so_reuseport": 0,
 }
@@ -30,7 +33,6 @@ _SSL_CONFIG = {
     "custom_ca": "string",
     "client_verify": "bool",
 }
-_UNREADABLE = object()
 
 
 def server_options(grpc_channel_arguments: str = "") -> Options:
@@ -148,34 +150,3 @@ def _in_file(text: str) -> Iterator[str]:
         file.write(text)
         file.flush()
         yield file.name
-
-
-class RefusesUnreadable(grpc.ServerInterceptor):
-    """Refuses a request that is no message of its method, from within the handler.
-
-    gRPC's Python server would refuse it with the same code and text, but would keep the state of
-    the call for ever: 15 KB each.
-    """
-
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Any],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """The handler of a call; if one message answers one message, with a reader of its own."""
-        handler: Any = continuation(handler_call_details)
-        if handler is None or handler.request_streaming or handler.response_streaming:
-            return handler
-
-        def read(data: bytes) -> Any:
-            try:
-                return handler.request_deserializer(data)
-            except DecodeError:
-                return _UNREADABLE
-
-        def answer(request: Any, context: grpc.ServicerContext) -> Any:
-            if request is _UNREADABLE:
-                context.abort(grpc.StatusCode.INTERNAL, "Exception deserializing request!")
-            return handler.unary_unary(request, context)
-
-        return grpc.unary_unary_rpc_method_handler(answer, read, handler.response_serializer)

@@ -5,7 +5,6 @@ unloaded next follows TensorFlow Serving's AvailabilityPreservingPolicy: an old 
 a new one does. A version that does not load is tried again some times, while it stays aspired.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -17,10 +16,9 @@ import grpc
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 
 from ..saved_model import list_versions
+from .log import logger
 from .run import ServingSession
 from .status import StatusError, failed_precondition, invalid_argument
-
-_logger = logging.getLogger("keras_mrl_serving.server")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,8 @@ class Version:
     """One life of a version, which begins when it is aspired and ends when it is unloaded.
 
     `state` is a `ModelVersionStatus.State`; `session` is there exactly while the version is
-    available; `failure` is that of the last try, and `retry_at` the time of the next one.
+    available, and `retired` from then on until it is unloaded; `failure` is that of the last try,
+    and `retry_at` the time of the next one.
     """
 
     number: int
@@ -49,6 +48,7 @@ class Version:
     state: int = ModelVersionStatus.START
     failure: StatusError | None = None
     session: ServingSession | None = None
+    retired: ServingSession | None = None
     in_use: int = 0
     is_aspired: bool = True
     tries: int = 0
@@ -93,6 +93,7 @@ class Models:
         self._configs: tuple[Any, ...] = ()
         self._left_out: set[str] = set()
         self._problems: dict[str, str] = {}
+        self._is_closed = False
 
     def watch(self, configs: Iterable[Any]) -> dict[str, frozenset[Version]]:
         """Sets which models are served; the next `poll` acts upon it.
@@ -165,11 +166,38 @@ class Models:
         model = self._models.get(name)
         return [] if model is None else model.versions()
 
-    def close(self) -> None:
-        """Unloads everything, once the requests under way are answered."""
-        with self._managing:
+    def close(self, grace_s: float | None = None) -> None:
+        """Unloads everything, once the requests under way are answered; nothing loads any more.
+
+        Args:
+            grace_s: how long to wait for runs, which are cancelled, and as long again for a load
+                under way. What goes on even so is left behind. None means to cancel no run, and
+                to wait without limit.
+        """
+        self._is_closed = True
+        if grace_s is not None:
+            self._cancel_runs(grace_s)
+        if not self._managing.acquire(timeout=-1 if grace_s is None else grace_s):
+            logger.warning("A load or an unload does not end; it is left behind.")
+            return
+        try:
             for model in list(self._models.values()):
                 model.close()
+        finally:
+            self._managing.release()
+
+    def _cancel_runs(self, grace_s: float) -> None:
+        """Cancels all runs under way; a version of which one goes on even so is left behind."""
+        busy = [version for model in list(self._models.values()) for version in model.in_use()]
+        for version in busy:
+            if session := version.session or version.retired:
+                session.cancel()
+        with self.changed:
+            self.changed.wait_for(lambda: not any(v.in_use for v in busy), grace_s)
+            for version in busy:
+                if version.in_use:
+                    logger.warning("A run on %s does not end; it is left behind.", version.path)
+                    version.session = None
 
     def _read_base_paths(self) -> Mapping[str, Mapping[int, str]]:
         """The aspired versions of each model; of none if a base path cannot be read."""
@@ -190,7 +218,7 @@ class Models:
     def _warn(self, name: str, problem: str) -> None:
         """Logs the problem of a model when it is new, and not at every poll."""
         if problem and problem != self._problems.get(name):
-            _logger.warning("%s: %s", name, problem)
+            logger.warning("%s: %s", name, problem)
         self._problems[name] = problem
 
     def _load_and_unload(self) -> None:
@@ -199,8 +227,9 @@ class Models:
             models = list(self._models.values())
         for name in left_out:
             self._models[name].aspire({})
-        while action := _first(m.next_unload() for m in models) or _first(
-            m.next_load() for m in models
+        while not self._is_closed and (
+            action := _first(m.next_unload() for m in models)
+            or _first(m.next_load() for m in models)
         ):
             action()
 
@@ -309,6 +338,11 @@ class ServedModel:
         with self._changed:
             return sorted(self._listed.values(), key=lambda v: v.number, reverse=True)
 
+    def in_use(self) -> list[Version]:
+        """The versions that answer requests right now."""
+        with self._changed:
+            return [version for version in self._managed.values() if version.in_use]
+
     def close(self) -> None:
         """Unloads everything, once the requests under way are answered."""
         self.aspire({})
@@ -335,17 +369,17 @@ class ServedModel:
             self._fail(version, error)
             return
         except Exception as error:  # a version may break in any way; the other models must go on
-            _logger.exception("%s: version %d", self.name, version.number)
+            logger.exception("%s: version %d", self.name, version.number)
             self._fail(version, StatusError(grpc.StatusCode.UNKNOWN, str(error)))
             return
         with self._changed:
             version.state, version.session = ModelVersionStatus.AVAILABLE, session
             version.failure = None
             self._changed.notify_all()
-        _logger.info("%s: version %d loaded from %s", self.name, version.number, version.path)
+        logger.info("%s: version %d loaded from %s", self.name, version.number, version.path)
 
     def _fail(self, version: Version, error: StatusError) -> None:
-        _logger.error("%s: version %d does not load: %s", self.name, version.number, error)
+        logger.error("%s: version %d does not load: %s", self.name, version.number, error)
         with self._changed:
             version.failure = error
             if version.tries > self._retries.max_num:
@@ -358,16 +392,18 @@ class ServedModel:
         with self._changed:
             # Taken out first, so that no new request gets it while the ones under way finish.
             session, version.session = version.session, None
+            version.retired = session
             version.state = ModelVersionStatus.UNLOADING
             self._changed.notify_all()
             self._changed.wait_for(lambda: version.in_use == 0)
         if session is not None:
             session.close()
         with self._changed:
+            version.retired = None
             version.state = ModelVersionStatus.END
             self._managed.pop(version.number, None)  # gone already if a signal's handler closed
             self._changed.notify_all()
-        _logger.info("%s: version %d unloaded", self.name, version.number)
+        logger.info("%s: version %d unloaded", self.name, version.number)
 
 
 class Labels:

@@ -1,15 +1,13 @@
 """The threads that read base paths, and the file of the model config, again and again."""
 
-import logging
 import os
 import threading
 from collections.abc import Callable
 
 from .config import Configuration, read_config
+from .log import logger
 from .models import Models
 from .status import StatusError
-
-_logger = logging.getLogger("keras_mrl_serving.server")
 
 
 class Poller:
@@ -39,12 +37,16 @@ class Poller:
         """Ends the wait before the next call."""
         self._woken.set()
 
-    def stop(self) -> None:
-        """Ends the thread, once a call under way has returned."""
+    def stop(self, grace_s: float | None = None) -> None:
+        """Ends the thread, once a call under way has returned.
+
+        Args:
+            grace_s: how long to wait for that call; None means without limit.
+        """
         self.is_stopping = True
         self.wake()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(grace_s)
 
     def _run(self) -> None:
         while True:
@@ -55,7 +57,7 @@ class Poller:
             try:
                 self._look()
             except Exception:  # without this thread, nothing would be loaded or unloaded any more
-                _logger.exception("%s: a look failed", self._name)
+                logger.exception("%s: a look failed", self._name)
 
 
 def model_poller(models: Models, wait_s: float) -> Poller:
@@ -96,9 +98,13 @@ class ConfigPoller:
         """Starts the thread; the first look comes after the first wait."""
         self._poller.start()
 
-    def stop(self) -> None:
-        """Ends the thread, and a wait for models in it."""
-        self._poller.stop()
+    def stop(self, grace_s: float | None = None) -> None:
+        """Ends the thread, and a wait for models in it.
+
+        Args:
+            grace_s: how long to wait for a look under way; None means without limit.
+        """
+        self._poller.stop(grace_s)
 
     def look(self) -> None:
         """Reads the file and reloads the config; a new problem with it is logged."""
@@ -116,7 +122,7 @@ class ConfigPoller:
         if self._has_changed(stamp):
             problem = ""
         if problem and problem != self._problem and not self._poller.is_stopping:
-            _logger.error("%s: %s", self._path, problem)
+            logger.error("%s: %s", self._path, problem)
         self._problem = problem
 
     def _has_changed(self, stamp: tuple[int, int, int] | None) -> bool:

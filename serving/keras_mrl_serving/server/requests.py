@@ -11,6 +11,7 @@ from tensorflow_serving.apis.get_model_status_pb2 import GetModelStatusResponse
 from tensorflow_serving.apis.model_management_pb2 import ReloadConfigResponse
 from tensorflow_serving.apis.predict_pb2 import PredictResponse
 
+from .answer_size import MAX_ANSWER_BYTES
 from .config import Configuration
 from .models import Models
 from .run import ServingSession, run_predict
@@ -104,7 +105,12 @@ def _reload(configuration: Configuration, request: Any, is_active: Callable[[], 
 
 
 def predict(
-    models: Models, request: Any, timeout_s: float | None, *, as_tensor_content: bool = False
+    models: Models,
+    request: Any,
+    timeout_s: float | None,
+    *,
+    as_tensor_content: bool = False,
+    max_answer_bytes: int = MAX_ANSWER_BYTES,
 ) -> Any:
     """Answers a PredictRequest.
 
@@ -113,14 +119,16 @@ def predict(
         request: the `PredictRequest`.
         timeout_s: the time left until the caller's deadline; None without one.
         as_tensor_content: answer in bytes, not in the field of each dtype.
+        max_answer_bytes: the most that the outputs may take.
 
     Raises:
-        StatusError: the code and the text TensorFlow Serving would send.
+        StatusError: the code and the text TensorFlow Serving would send; RESOURCE_EXHAUSTED, the
+            answer would be too large.
     """
     _check_has_model_spec(request)
     spec = request.model_spec
     with serving(models, spec) as (number, session):
-        name, outputs = run_predict(session, request, timeout_s)
+        name, outputs = run_predict(session, request, timeout_s, max_answer_bytes)
     response = PredictResponse()
     response.model_spec.name = spec.name
     response.model_spec.signature_name = name

@@ -16,6 +16,8 @@ import tensorflow as tf
 
 from .status import StatusError, invalid_argument, unimplemented
 
+_ENCODER = json.JSONEncoder(indent=4, ensure_ascii=False)
+_MAX_TEXT = 2**16
 _MAX_RANK = 64  # NumPy's
 _TOO_DEEP = "JSON Parse error: The document is nested too deeply."
 _MAY_OVERFLOW_A_DOUBLE = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{309}")
@@ -302,8 +304,13 @@ def _format_error(value: Any, rule: str) -> StatusError:
 
 
 def _text(value: Any) -> str:
-    """A JSON value as errors print it."""
-    return json.dumps(value, indent=4, ensure_ascii=False)
+    """A JSON value as errors print it; a long one is cut, which TensorFlow Serving's is not."""
+    text = ""
+    for piece in _ENCODER.iterencode(value):
+        text += piece[: _MAX_TEXT + 1]
+        if len(text) > _MAX_TEXT:
+            return f"{text[:_MAX_TEXT]}...TRUNCATED"
+    return text
 
 
 def _dtype_name(dtype: tf.DType) -> str:

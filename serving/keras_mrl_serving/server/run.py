@@ -6,6 +6,13 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from .answer_size import (
+    MAX_ANSWER_BYTES,
+    check_size,
+    expected_size,
+    one_large_at_a_time,
+    size_of,
+)
 from .status import failed_precondition, from_number, invalid_argument
 from .tensors import decode
 
@@ -25,12 +32,18 @@ class ServingSession(Protocol):
     ) -> dict[str, np.ndarray]:
         """Runs one signature; see `SavedModelSession.run`."""
 
+    def cancel(self) -> None:
+        """Ends the runs under way, and all later ones, with CANCELLED."""
+
     def close(self) -> None:
         """Frees everything; call it once no run is under way."""
 
 
 def run_predict(
-    session: ServingSession, request: Any, timeout_s: float | None
+    session: ServingSession,
+    request: Any,
+    timeout_s: float | None,
+    max_answer_bytes: int = MAX_ANSWER_BYTES,
 ) -> tuple[str, dict[str, np.ndarray]]:
     """The name of the signature that answers a PredictRequest, and its outputs.
 
@@ -38,9 +51,11 @@ def run_predict(
         session: the version.
         request: the `PredictRequest`; of its model_spec the signature alone counts.
         timeout_s: the time left until the caller's deadline; None without one.
+        max_answer_bytes: the most that the outputs may take.
 
     Raises:
-        StatusError: the code and the text TensorFlow Serving would send.
+        StatusError: the code and the text TensorFlow Serving would send; RESOURCE_EXHAUSTED, the
+            answer would be too large.
     """
     name = request.model_spec.signature_name or "serving_default"
     if name not in session.signatures:
@@ -48,7 +63,16 @@ def run_predict(
     signature = session.signatures[name]
     inputs = _decoded_inputs(signature, request.inputs)
     _check_output_filter(signature, request.output_filter)
-    return name, run(session, name, inputs, request.output_filter, timeout_s)
+
+    def run_rows(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return run(session, name, rows, request.output_filter, timeout_s)
+
+    size = expected_size(run_rows, signature, inputs, request.output_filter)
+    check_size(size, max_answer_bytes)
+    with one_large_at_a_time(size, timeout_s):
+        outputs = run_rows(inputs)
+    check_size(size_of(outputs), max_answer_bytes)
+    return name, outputs
 
 
 def run(

@@ -5,9 +5,8 @@ version, or a version that does not load, ends the start at once; TensorFlow Ser
 it, or try it again for five minutes.
 """
 
-import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
+import time
 from functools import partial
 from os import PathLike, fspath
 from typing import Any
@@ -17,24 +16,26 @@ import grpc
 from ..saved_model import list_versions
 from .batching_config import batching_parameters
 from .config import Configuration, check_logging, read_config, single_model
+from .grpc_messages import CallThreads, MessageReader
 from .grpc_options import (
-    RefusesUnreadable,
     add_health,
     server_credentials,
     server_options,
     socket_address,
 )
+from .http_server import HttpServer
 from .loading import LoadOptions, load
+from .log import logger
 from .models import Models, Retries, absent_version, absent_versions, aspired_versions, no_versions
 from .poller import ConfigPoller, Poller, model_poller
 from .requests import add_services
-from .rest import HttpServer, answer
+from .rest import answer
 from .status import StatusError
 
-_logger = logging.getLogger("keras_mrl_serving.server")
 _GRACE_S = 5.0
-# Most of them wait, for a batch or for a reload; those that compute release the GIL.
-_MAX_THREADS = 64
+_CANCEL_S = 1.0
+# Most of them wait: for a message, a batch or a reload. Those that compute release the GIL.
+_MAX_THREADS = 256
 StrPath = str | PathLike[str]
 
 
@@ -123,6 +124,7 @@ class DevServer:
         self._as_tensor_content = enable_serialization_as_tensor_content
         self._models: Models | None = None
         self._server: grpc.Server | None = None
+        self._reader: MessageReader | None = None
         self._http: HttpServer | None = None
         self._configuration: Configuration | None = None
         self._poller: Poller | None = None
@@ -148,7 +150,7 @@ class DevServer:
                 "A DevServer must have models. Received: neither base_path nor "
                 "model_config_file. Give one of them."
             )
-        _logger.warning(
+        logger.warning(
             "This server is for development and tests. Production runs tensorflow/serving on the "
             "very same files: %s",
             source,
@@ -170,9 +172,9 @@ class DevServer:
             models, allow_labels_for_unavailable=self._allow_labels, wake=poller.wake
         )
         _apply_first(configuration, config, source)
-        server = grpc.server(
-            ThreadPoolExecutor(_MAX_THREADS), interceptors=[RefusesUnreadable()], options=options
-        )
+        threads = CallThreads(_MAX_THREADS)
+        reader = MessageReader(lambda: threads.num_queued)
+        server = grpc.server(threads, interceptors=[reader], options=options)
         try:
             if self._wait_s >= 0:
                 _load_first_versions(models, config)
@@ -186,6 +188,8 @@ class DevServer:
             models.close()
             raise
         server.start()
+        reader.start()
+        self._reader = reader
         self._models, self._configuration, self._server = models, configuration, server
         if self._http is not None:
             self._http.start()
@@ -205,24 +209,32 @@ class DevServer:
             self._poller.wake()  # to learn when a version that just failed is tried again
 
     def stop(self) -> None:
-        """Closes the ports, gives requests under way five seconds, and unloads the models.
+        """Closes the ports and unloads the models, in eight seconds at most.
 
-        An unload waits for runs that still compute, and for a load under way.
+        Requests and loads under way have five seconds. Then runs are cancelled, and have a second
+        to end. A load, or an op that does not heed the cancel, is left behind in its thread.
         """
         if self._configuration is not None:
             self._configuration.close()
+        until = time.monotonic() + _GRACE_S
+
+        def grace_s() -> float:
+            return max(until - time.monotonic(), 0.0)
+
         stopped = None if self._server is None else self._server.stop(_GRACE_S)
         if self._http is not None:
-            self._http.stop(_GRACE_S)
+            self._http.stop(grace_s())
         if self._config_poller is not None:
-            self._config_poller.stop()
+            self._config_poller.stop(grace_s())
         if self._poller is not None:
-            self._poller.stop()
+            self._poller.stop(grace_s())
             self._poller = None
         if stopped is not None:
-            stopped.wait()
+            stopped.wait(grace_s() + _CANCEL_S)
+        if self._reader is not None:
+            self._reader.stop()
         if self._models is not None:
-            self._models.close()
+            self._models.close(_CANCEL_S)
 
     def wait(self) -> None:
         """Blocks until another thread stops the server, or a signal's handler raises."""
@@ -265,9 +277,9 @@ class DevServer:
     def _log_addresses(self, config: Any) -> str:
         target = f"{self._host}:{self.port}"
         for model in config.model_config_list.config:
-            _logger.info("%s: serving %s on %s", model.name, model.base_path, target)
+            logger.info("%s: serving %s on %s", model.name, model.base_path, target)
         if self.rest_api_port is not None:
-            _logger.info("REST on http://%s:%d/v1/models", self._host, self.rest_api_port)
+            logger.info("REST on http://%s:%d/v1/models", self._host, self.rest_api_port)
         return target
 
 

@@ -34,7 +34,7 @@ _MAX_PLAIN_DIMS = 8
 # Objects of the runtime: some of them, when parsed from a client's bytes, end the process.
 _HANDLES = (tf.variant, tf.resource)
 _MAX_REPEATED_BYTES = 2**24
-_STRING_BYTES = 8  # a string's share of an array; its dtype says 0
+_STRING_BYTES = 64  # what a string takes besides its text, in TensorFlow and in an array
 
 
 def decode(proto: Any) -> np.ndarray:
@@ -114,8 +114,13 @@ def _check_size(proto: Any, dtype: tf.DType) -> None:
     terabytes of zeros. TensorFlow Serving tries to make them, and runs out of memory.
     """
     elements = math.prod(dim.size or 1 for dim in proto.tensor_shape.dim)
-    size = elements * (dtype.size or _STRING_BYTES)
-    if size > _MAX_REPEATED_BYTES and size > _MAX_REPEATED_BYTES + proto.ByteSize():
+    if dtype == tf.string:  # each that is sent takes a byte at least; the last one is repeated
+        elements -= max(len(proto.string_val), len(proto.tensor_content))
+        last = len(proto.string_val[-1]) if proto.string_val else 0
+        size = elements * (_STRING_BYTES + last)
+    else:
+        size = elements * dtype.size - proto.ByteSize()
+    if size > _MAX_REPEATED_BYTES:
         raise ValueError
 
 

@@ -4,7 +4,6 @@ Records are requests of Predict, or of Classify, Regress and MultiInference, whi
 A record that fails fails the load.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,10 +17,10 @@ from google.protobuf.message import DecodeError
 from tensorflow.python.lib.io._pywrap_record_io import RecordIterator
 from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
+from .log import logger
 from .run import ServingSession, run, run_predict
 from .status import StatusError, from_number, invalid_argument, unimplemented
 
-_logger = logging.getLogger("keras_mrl_serving.server")
 _FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")
 _MAX_RECORDS = 1000
 _METHODS = "tensorflow/serving/"
@@ -51,7 +50,7 @@ def warm_up(session: ServingSession, path: str) -> None:
             raise invalid_argument(
                 f"Number of warmup records exceeds the maximum ({_MAX_RECORDS}) at {file}"
             )
-    _logger.info("warmed up by %s", file)
+    logger.info("warmed up by %s", file)
 
 
 def _records(file: str) -> Iterator[bytes]:

@@ -80,6 +80,7 @@ def test_a_file_that_is_no_text_proto(tmp_path: Path) -> None:
         batching_parameters(True, str(file))
     assert str(caught.value) == (
         "batching_parameters_file must be a text proto of tensorflow.serving.BatchingParameters. "
-        f"Received: batching_parameters_file='{file}', 1:17 : 'max_batch_size: 7': Expected "
-        '"{". Correct the file: max_batch_size { value: 128 } and the like.'
+        f"Received: batching_parameters_file='{file}', Error parsing text-format "
+        'tensorflow.serving.BatchingParameters: 1:17: Expected "{", found "7". Correct '
+        "the file: max_batch_size { value: 128 } and the like."
     )

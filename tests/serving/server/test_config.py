@@ -358,7 +358,9 @@ def test_a_config_file_that_is_no_text_proto(tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith(
         "model_config_file must be a text proto of tensorflow.serving.ModelServerConfig. "
-        f"Received: model_config_file='{file}', 1:21 : "
+        f"Received: model_config_file='{file}', Error parsing text-format "
+        "tensorflow.serving.ModelServerConfig: 1:27: Message type "
+        '"tensorflow.serving.ModelConfigList" has no field named "confg"'
     )
     assert message.endswith(
         '. Correct the file: model_config_list { config { name: "m" base_path: "/models/m" '

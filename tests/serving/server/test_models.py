@@ -379,6 +379,65 @@ def test_closing_cancels_tries_and_unloads_all(disk: Disk) -> None:
     assert disk.new_events() == ["load a/1", "load b/1", "close a/1"]
 
 
+def test_a_close_with_a_grace_cancels_runs(disk: Disk) -> None:
+    disk.put("a/1", "b/1")
+    models = serve(disk, "a", "b")
+    with models.serving("a", None) as (_, session):
+        ended = threading.Event()
+        session.cancel = ended.set  # type: ignore[method-assign]
+        closing = threading.Thread(target=models.close, args=(60,))
+        closing.start()
+        assert ended.wait(60)
+    closing.join()
+    assert (states(models, "a"), states(models, "b")) == ("1:END", "1:END")
+
+
+def test_a_close_leaves_a_run_behind_that_heeds_no_cancel(
+    disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.put("a/1", "b/1")
+    models = serve(disk, "a", "b")
+    with models.serving("a", None):
+        models.close(0.01)
+        assert states(models, "b") == "1:END"
+    assert disk.new_events() == ["load a/1", "load b/1", "cancel a/1", "close b/1"]
+    assert caplog.messages == [f"A run on {disk.root}/a/1 does not end; it is left behind."]
+
+
+def test_a_close_cancels_the_runs_that_an_unload_waits_for(disk: Disk) -> None:
+    disk.put("a/1")
+    models = serve(disk, "a")
+    disk.put("a/2")
+    with models.serving("a", 1):
+        polling = threading.Thread(target=models.poll)
+        polling.start()
+        wait_until(lambda: states(models, "a") == "2:AVAILABLE 1:UNLOADING")
+        models.close(0.01)
+        assert disk.new_events() == ["load a/1", "load a/2", "cancel a/1"]
+    polling.join()
+
+
+def test_a_close_does_not_wait_for_a_load(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+    loading, gate = threading.Event(), threading.Event()
+
+    def load(path: str) -> Any:
+        loading.set()
+        assert gate.wait(60)
+        return disk.load(path)
+
+    disk.put("a/1", "a/2")
+    models = Models(load, ONCE)
+    models.watch([config(disk, "a", "all {}")])
+    polling = threading.Thread(target=models.poll)
+    polling.start()
+    assert loading.wait(60)
+    models.close(0.01)
+    assert caplog.messages == ["A load or an unload does not end; it is left behind."]
+    gate.set()
+    polling.join()
+    assert disk.new_events() == ["load a/2"]  # and not the other one, after the close
+
+
 def test_requests_under_way_hold_an_unload_and_nothing_of_other_models(disk: Disk) -> None:
     disk.put("a/1", "b/1")
     models = serve(disk, "a", "b")

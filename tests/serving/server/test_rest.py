@@ -1,12 +1,10 @@
-"""The REST surface over real sockets: paths, bodies, connections, and the end of a server."""
+"""The REST surface over real sockets: paths and bodies."""
 
-import gzip
+import base64
 import http.client
 import json
 import shutil
-import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mrl_serving.server import DevServer
-from keras_mrl_serving.server.rest import HttpServer, answer
+from keras_mrl_serving.server.rest import answer
 from tests.helpers.server_target import TIMEOUT_S, Served, predict
 
 X = np.array([[0.1, -2.5, 1 / 3, 7.0], [1e-30, 3e20, 0.0, -1.0]], np.float32)
@@ -329,66 +327,6 @@ def test_one_connection_serves_request_after_request(rest: Rest) -> None:
     assert answers[3] == answers[0] == (200, b'{"outputs": [3.0]}')
 
 
-def exchange(port: int, data: bytes) -> bytes:
-    """The answer to bytes as they are, to the end of the connection."""
-    with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as connection:
-        connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
-        return b"".join(iter(lambda: connection.recv(65536), b""))
-
-
-HEAD = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\n".encode()
-LENGTH = "A body must have a length or come in chunks. Received: Transfer-Encoding="
-
-
-@pytest.mark.parametrize(
-    ("data", "code", "text"),
-    [
-        (
-            HEAD + b"Content-Length: -1\r\n\r\n",
-            400,
-            f"{LENGTH}'identity', Content-Length='-1'. Send Content-Length.",
-        ),
-        (
-            HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
-            400,
-            f"{LENGTH}'identity', Content-Length='2, 3'. Send Content-Length.",
-        ),
-        (
-            HEAD + b"Transfer-Encoding: gzip\r\n\r\n",
-            400,
-            f"{LENGTH}'gzip', Content-Length='0'. Send Content-Length.",
-        ),
-        (
-            HEAD + b"Transfer-Encoding: chunked\r\n\r\n-5\r\n",
-            400,
-            "Each chunk must begin with its size, a hexadecimal number. Received: b'-5\\r\\n'. "
-            "Send Content-Length instead.",
-        ),
-        (b"BREW /v1/models HTTP/1.1\r\n\r\n", 501, "Unsupported method ('BREW')"),
-        (b"GET /v1/models HTTP/9\r\n\r\n", 400, "Bad request version ('HTTP/9')"),
-    ],
-)
-def test_requests_that_are_no_http(rest: Rest, data: bytes, code: int, text: str) -> None:
-    head, _, body = exchange(rest.port, data).rpartition(b"\r\n\r\n")
-    assert json.loads(body) == {"error": text}
-    if head:  # a request of no known version is answered without one
-        assert head.startswith(f"HTTP/1.1 {code} ".encode())
-        assert b"Connection: close" in head
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        HEAD + f"Content-Length: {10**18}\r\n\r\n".encode() + b"{}",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 15 + b"\r\n{}",
-    ],
-)
-def test_a_body_that_ends_early_gets_no_answer_and_does_no_harm(rest: Rest, data: bytes) -> None:
-    assert exchange(rest.port, data) == b""
-    assert rest("GET", "/v1/models/tiny")[0] == 200
-
-
 def test_an_error_of_the_servers_own_is_answered(caplog: pytest.LogCaptureFixture) -> None:
     models: Any = None  # which has no versions to ask for
     status, document = answer(models, None, "GET", "/v1/models/tiny", b"")
@@ -399,10 +337,14 @@ def test_an_error_of_the_servers_own_is_answered(caplog: pytest.LogCaptureFixtur
     assert "GET /v1/models/tiny" in caplog.messages
 
 
-def test_a_head_has_no_body(rest: Rest) -> None:
-    response = exchange(rest.port, b"HEAD /v1/models/tiny HTTP/1.1\r\n\r\n")
-    assert response.startswith(b"HTTP/1.1 400 ")
-    assert response.endswith(b"\r\n\r\n")
+def test_an_answer_that_is_too_large_is_refused(typed: Rest) -> None:
+    text = {"b64": base64.b64encode(bytes(2**20)).decode()}
+    body = {"signature_name": "text", "inputs": [text] * 20}
+    assert typed.refuses(body) == (
+        429,
+        "An answer of the development server must have at most 33554432 bytes. Received: a request "
+        "whose answer has about 41945600. Send fewer rows in a request.",
+    )
 
 
 def test_big_answers_arrive_whole(rest: Rest) -> None:
@@ -425,87 +367,3 @@ def test_curl(rest: Rest) -> None:
     assert documents[0] == documents[1]
     y = float32([row["y"] for row in documents[0]["predictions"]])
     np.testing.assert_array_equal(y, rest.grpc({"x": X})["y"], strict=True)
-
-
-class Echo:
-    """Answers a request with its body, once a gate is open."""
-
-    def __init__(self) -> None:
-        self.entered, self.gate = threading.Event(), threading.Event()
-        self.gate.set()
-
-    def __call__(self, _method: str, _path: str, body: bytes) -> tuple[int, bytes]:
-        self.entered.set()
-        assert self.gate.wait(TIMEOUT_S)
-        return 200, body
-
-
-def test_a_packed_body_is_unpacked() -> None:
-    """It counts as empty if it is damaged, cut off, or unpacks to more than the limit."""
-    body = b"x" * 1000
-    packed = gzip.compress(body)
-    server = HttpServer("127.0.0.1", 0, Echo(), max_unpacked_bytes=len(body))
-    server.start()
-    with connected(server.server_port) as connection:
-
-        def echo(data: bytes) -> bytes:
-            connection.request("POST", "/", data, {"Content-Encoding": "gzip"})
-            return connection.getresponse().read()
-
-        assert echo(packed) == body
-        for damaged in (body, packed[:-9], packed[:5] + b"x" + packed[6:-20] + bytes(20)):
-            assert echo(damaged) == b""
-        assert echo(gzip.compress(body + b"x")) == b""
-    server.stop(TIMEOUT_S)
-
-
-def test_an_answer_is_sent_at_once() -> None:
-    """Nagle's algorithm would hold a body back until the client acknowledges the head."""
-    no_delay = []
-
-    class Watched(HttpServer):
-        def shutdown_request(self, request: Any) -> None:
-            no_delay.append(request.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
-            super().shutdown_request(request)
-
-    server = Watched("127.0.0.1", 0, Echo())
-    server.start()
-    assert exchange(server.server_port, b"GET / HTTP/1.0\r\n\r\n")
-    server.stop(TIMEOUT_S)
-    assert all(no_delay)
-    assert len(no_delay) == 1
-
-
-def test_a_stop_answers_what_is_under_way_and_closes_what_is_idle() -> None:
-    echo = Echo()
-    server = HttpServer("127.0.0.1", 0, echo)
-    server.start()
-    with connected(server.server_port) as idle, connected(server.server_port) as busy:
-        idle.request("POST", "/", b"first")
-        assert idle.getresponse().read() == b"first"
-        echo.entered.clear()
-        echo.gate.clear()
-        busy.request("POST", "/", b"second")
-        assert echo.entered.wait(TIMEOUT_S)
-        stopping = threading.Thread(target=server.stop, args=(TIMEOUT_S,))
-        stopping.start()
-        assert idle.sock.recv(1) == b""  # closed, while the other one still waits
-        assert stopping.is_alive()
-        echo.gate.set()
-        assert busy.getresponse().read() == b"second"
-        stopping.join()
-    with pytest.raises(OSError, match="refused"):
-        socket.create_connection(("127.0.0.1", server.server_port))
-
-
-def test_a_stop_waits_no_longer_than_its_grace() -> None:
-    echo = Echo()
-    echo.gate.clear()
-    server = HttpServer("127.0.0.1", 0, echo)
-    server.start()
-    with connected(server.server_port) as busy:
-        busy.request("POST", "/", b"late")
-        assert echo.entered.wait(TIMEOUT_S)
-        server.stop(0)  # returns, although the gate is closed
-        echo.gate.set()
-        assert busy.getresponse().read() == b"late"

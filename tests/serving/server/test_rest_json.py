@@ -66,6 +66,14 @@ def refusal(body: Any, inputs: Declared) -> tuple[str, str]:
     return caught.value.code.name, caught.value.message
 
 
+def test_a_long_value_is_cut_in_an_error() -> None:
+    code, message = refusal({"inputs": ["a" * 10**6]}, X)
+    assert code == "INVALID_ARGUMENT"
+    assert message.startswith('JSON Value: "aaa')
+    assert message.endswith("aaa...TRUNCATED Type: String is not of expected type: float")
+    assert len(message) < 70_000
+
+
 def b64(text: bytes) -> dict[str, str]:
     return {"b64": base64.b64encode(text).decode()}
 

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_serving.apis.predict_pb2 import PredictRequest, PredictResponse
 
 from keras_mrl_serving.server import DevServer
+from tests.helpers.hostile_peers import mutated
 from tests.helpers.server_target import TIMEOUT_S, UNLIMITED, predict
 
 COUNT = 2000 if os.environ.get("KERAS_MRL_SOAK") else 200
@@ -63,25 +64,6 @@ BODIES = (
     {"signature_name": "echo", "inputs": {"text": {"b64": "aGVsbG8="}}},
     {"signature_name": "echo", "inputs": "grün \U0001f600"},
 )
-
-
-def mutated(rng: random.Random, data: bytes) -> bytes:
-    """The bytes, of which some are flipped, cut out, put in or repeated."""
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        start = rng.randrange(len(changed) + 1)
-        end = min(len(changed), start + rng.choice((1, 1, 2, 8)))
-        piece = rng.choice(
-            (
-                b"",
-                rng.randbytes(end - start),
-                bytes(changed[start:end]) * rng.choice((2, 10)),
-                bytes((rng.choice((0x00, 0x01, 0x7F, 0x80, 0xFF)),)),
-                bytes(byte ^ 1 << rng.randrange(8) for byte in changed[start:end]),
-            )
-        )
-        changed[start:end] = piece
-    return bytes(changed)
 
 
 def twisted(rng: random.Random, request: PredictRequest) -> bytes:

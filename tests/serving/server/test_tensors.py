@@ -92,11 +92,21 @@ def test_objects_of_the_runtime_are_no_inputs(dtype: str) -> None:
         # No element, but one row of zeros for each index of the first axis.
         "dtype: DT_FLOAT tensor_shape { dim { size: 1099511627776 } dim {} }",
         'dtype: DT_STRING string_val: "a" tensor_shape { dim { size: 1099511627776 } }',
+        'dtype: DT_STRING string_val: "" tensor_shape { dim { size: 1500000 } }',
+        f'dtype: DT_STRING string_val: "{"a" * 1000}" tensor_shape {{ dim {{ size: 20000 }} }}',
     ],
 )
 def test_a_few_bytes_are_no_large_tensor(text: str) -> None:
     with pytest.raises(ValueError, match=r"^$"):
         decode(text_format.Parse(text, TensorProto()))
+
+
+def test_many_strings_that_are_sent_are_no_repetition() -> None:
+    texts = np.full(400_000, b"", object)
+    assert len(decode(content(texts))) == len(texts)
+    listed = TensorProto()
+    encode(texts, listed)
+    assert len(decode(listed)) == len(texts)
 
 
 NUMBERS = (1, 2, 3, 4, 6, 9, 10, 14, 17, 19, 23)  # DataType of most of DTYPES, and of others
