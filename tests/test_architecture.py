@@ -118,7 +118,7 @@ def is_allowed(room: str, file: Path, name: str) -> bool:
     if room == "keras_mrl_serving":
         if top in TENSORFLOW:
             return file.name == "_session.py" or "server" in file.parts
-        if top == "grpc_health":
+        if top in ("grpc_health", "h11"):
             return "server" in file.parts
         if top in {"faiss", "qdrant_client"}:
             return file.parent.name == "index"
