@@ -233,7 +233,7 @@ def test_no_answer_is_mixed_while_servers_come_back_with_other_models(
     exports: dict[str, Path], places: Any
 ) -> None:
     """Two replicas, each replaced again and again under the number 1."""
-    replacements = 300 if SOAK else 4
+    replacements = 100 if SOAK else 4
     index = index_of(exports["one"])
     replicas = [places(exports["one"]), places(exports["one"])]
     targets = [replica.target for replica in replicas]
