@@ -26,7 +26,7 @@ from keras_mrl_serving.client import Client
 from keras_mrl_serving.errors import (
     EncoderMismatchError,
     ModelChangedError,
-    ServerUnavailableError,
+    ServerError,
 )
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex
@@ -266,7 +266,7 @@ def test_no_answer_is_mixed_while_servers_come_back_with_other_models(
                     tally("answers" if (found == 8).all() else "wrong")
             except (ModelChangedError, EncoderMismatchError):
                 tally("refused")
-            except ServerUnavailableError:
+            except ServerError:  # none answers, or it stops and cancels what takes long
                 tally("unavailable")
 
     def replace_each() -> None:
