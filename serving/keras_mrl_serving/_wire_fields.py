@@ -46,11 +46,18 @@ def parse_answer(data: bytes, call: Call) -> wire.PredictResponse:
     response = wire.PredictResponse()
     outputs: dict[str, memoryview] = {}
     others: list[str] = []
+    num_fields = 0
     for number, value in _most(fields(memoryview(data)), _MOST_OUTPUTS, "an answer"):
+        num_fields += 1
         if number == 2 and len(_as_bytes(value)) <= SMALL_BYTES:
             response.model_spec.MergeFromString(bytes(value))
         elif number == 1:
-            entry = dict(_most(fields(_as_bytes(value)), 2, "an output"))
+            parts = list(_most(fields(_as_bytes(value)), 2, "an output"))
+            entry = dict(parts)
+            if len(entry) < len(parts):
+                raise ValueError(
+                    f"an output must be one name and one tensor. Received: two. {_DAMAGED}"
+                )
             name = str(_as_bytes(entry.get(1, _EMPTY))[:_LONGEST_NAME], "utf-8")
             if call.reads(name):
                 outputs[name] = _as_bytes(entry.get(2, _EMPTY))
@@ -63,6 +70,9 @@ def parse_answer(data: bytes, call: Call) -> wire.PredictResponse:
         _check_length(name, tensor, headers[name], call.promised.get(name))
         if are_large:
             _check_fields(name, tensor, headers[name])
+    if num_fields == len(outputs) + response.HasField("model_spec"):  # nothing to leave out
+        return wire.PredictResponse.FromString(data)
+    for name, tensor in outputs.items():
         response.outputs[name].MergeFromString(bytes(tensor))
     return response
 

@@ -536,6 +536,11 @@ MANY_DIMS = wire.TensorShapeProto(dim=[wire.TensorShapeProto.Dim()] * 600)
             Output("float32", 2),
             "an answer must have at most 4096 fields. Received: more.",
         ),
+        (
+            b"\x0a\x84\x80\x08" + b"\x12\xfe\xff\x07" + bytes(2**17 - 2) + b"\x12\x00",
+            LABELS,
+            "an output must be one name and one tensor. Received: two.",
+        ),
         (b"\x0b" * 2**17, LABELS, "a message must end where its last field does."),
         (b"\x0a" + b"\xff" * 2**17, LABELS, "a number of a message must have at most 10 bytes."),
         (b"\x08" * 2**17, LABELS, "a string or message must be bytes. Received: a number."),
