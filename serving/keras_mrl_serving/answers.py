@@ -33,12 +33,13 @@ def check_answer(
         return
     received = [f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(tensors.items())]
     text = ", ".join([*received, *sorted(others)]) or "nothing"
+    expected = ", ".join(f"{name} {output}" for name, output in promised)
     rule, remedy = "", "Look at what the server runs: its signature says otherwise."
     if any(output.has_rows for output in call.promised.values()):
         rule = ", with a row for each row sent"
         remedy = "Export the model again with keras_mrl_export.export_saved_model."
     error = ManifestError(
-        f"A signature must answer {', '.join(f'{n} {output}' for n, output in promised)}{rule}."
+        f"A signature must answer {expected:.400}{rule}."
         f" Received: {text:.400} for {rows} rows of signature {call.signature!r}. {remedy}"
     )
     error.version = version
