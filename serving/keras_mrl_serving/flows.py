@@ -412,14 +412,14 @@ def predict(
     if signature not in signatures:
         raise SignatureNotFoundError(
             f"The model must have the signature. Received: signature={signature!r}. "
-            f"Choose one of {', '.join(sorted(signatures))}."
+            f"Choose one of {', '.join(sorted(signatures)):.400}."
         )
     spec = signatures[signature]
     unknown = [name for name in outputs if name not in spec.outputs]
     if unknown:
         raise InvalidInputError(
             f"outputs must be some of those of signature {signature!r}: "
-            f"{', '.join(sorted(spec.outputs))}. Received: {', '.join(unknown)}. Rename them."
+            f"{', '.join(sorted(spec.outputs)):.400}. Received: {', '.join(unknown)}. Rename them."
         )
     names = outputs or tuple(spec.outputs)
     promised = {name: Output.of_signature(spec.outputs[name]) for name in names}
