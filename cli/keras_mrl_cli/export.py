@@ -39,6 +39,7 @@ from .shared import (
 if TYPE_CHECKING:
     from keras_mrl_export import ImageDecoder
 
+_LABELS_BYTES = 2**26
 _ROWS = 8  # of a random sample
 _RANDOM_ROWS = "The export is verified on random rows in [0, 1); real rows verify more: --sample."
 
@@ -182,13 +183,17 @@ def _export(arguments: SimpleNamespace) -> int:
 
 
 def _labels(file: str) -> list[str]:
+    from keras_mrl_serving.untrusted import read_bytes
+
     rule = "--labels must be a file that can be read."
     try:
         with refusing(rule=rule, remedy="Correct the path."):
-            return Path(file).read_text("utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
+            text = read_bytes(file, _LABELS_BYTES).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except ValueError as error:  # of the bytes, or of what the file is
+        reason = error.reason if isinstance(error, UnicodeDecodeError) else error
         raise RefusalError(
-            f"--labels must be a text in UTF-8. Received: {file} ({error.reason}). "
+            f"--labels must be a text in UTF-8. Received: {file} ({reason}). "
             "Write one class name a line."
         ) from error
 

@@ -26,7 +26,7 @@ def claim(folder: Path, data: Sequence[str]) -> Iterator[None]:
     """
     _check_place(folder, data)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("a") as lock:
         try:
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,6 +60,7 @@ def _check_place(folder: Path, data: Sequence[str]) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a name beside `path` to write to; it takes the place of `path` once all is written."""
     partial = path.with_name(f".partial-{path.name}")
+    partial.unlink(missing_ok=True)  # what a killed process left, or a link that somebody put there
     yield partial
     os.replace(partial, path)
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_mrl_serving.untrusted import JSON_BYTES, parse_json, read_bytes
+
 from .data import ComparisonError, Images
 from .folder import damaged, replacing
 from .nets import Net, nets_for
@@ -91,10 +93,10 @@ def load_or_make_plan(path: Path, requested: Mapping[str, Any], make: Callable[[
             partial.write_text(text + "\n")
         return plan
     try:
-        saved = json.loads(path.read_text())
+        saved = parse_json(read_bytes(path, JSON_BYTES))
         plan = Plan(**{**saved["plan"], "dims": tuple(saved["plan"]["dims"])})
         before = dict(saved["asked"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(path, error) from error
     changes = [
         f"{name}={requested.get(name)} after {value}"

@@ -7,13 +7,14 @@ Images are told apart by the digests of their pixels, so that equal images are n
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from keras_mrl_serving.untrusted import read_arrays
 
 from .data import ComparisonError, Images, has_test, read, refuse_unreadable
 from .folder import damaged, replacing
@@ -218,10 +219,9 @@ def check_disjoint(train: Sequence[str], test: Sequence[str], splits: Splits) ->
 
 def _check_same(path: Path, images: Mapping[str, Any]) -> None:
     try:
-        with path.open("rb") as file:
-            recorded = np.load(file, allow_pickle=False)
-            same = all(recorded[name].tolist() == ids for name, ids in images.items())
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        recorded = read_arrays(path)
+        same = all(recorded[name].tolist() == ids for name, ids in images.items())
+    except (ValueError, KeyError) as error:
         raise damaged(path, error) from error
     if not same:
         raise ComparisonError(

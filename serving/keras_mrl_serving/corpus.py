@@ -21,6 +21,7 @@ from .errors import EncoderMismatchError
 from .inputs import Inputs, check_inputs
 from .options import Options
 from .results import Embedded
+from .untrusted import JSON_BYTES, parse_json, read_bytes
 
 try:
     import fcntl
@@ -228,7 +229,9 @@ class EmbeddingFile:
         self._check_free()
         was_begun = self._partial.exists()
         # Opened without truncation, since another process may be writing the file.
-        self._file = open(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        # Nor through a link, since its name can be guessed and its folder may be shared.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        self._file = open(os.open(self._partial, flags, 0o666), "r+b")
         try:
             self._lock()
             self._check_free()  # another process may have finished it before this one got the lock
@@ -298,7 +301,8 @@ class EmbeddingFile:
             "rows_sha256": self._digest.hexdigest(),
         }
         new_journal = Path(f"{self._journal}.new")
-        with open(new_journal, "w") as file:
+        new_journal.unlink(missing_ok=True)
+        with open(new_journal, "x") as file:
             json.dump({**entry, "corpus": self.corpus}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -357,7 +361,7 @@ class EmbeddingFile:
     def _safe_rows(self) -> int:
         """Return the number of rows in the journal; raise if this writer cannot resume there."""
         try:
-            entry = json.loads(self._journal.read_text())
+            entry = parse_json(read_bytes(self._journal, JSON_BYTES))
             dim, rows, fingerprint = int(entry["dim"]), int(entry["rows"]), entry["fingerprint"]
             corpus, self._safe_digest = entry.get("corpus"), entry.get("rows_sha256")
         except (ValueError, KeyError, TypeError) as error:

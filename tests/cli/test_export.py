@@ -205,6 +205,11 @@ def test_files_that_are_not_there(refused: Refused) -> None:
         "--labels must be a file that can be read. "
         "Received: none.txt (No such file or directory). Correct the path."
     )
+    os.mkfifo("pipe.txt")
+    assert refused("untied", "--labels", "pipe.txt") == (
+        "--labels must be a text in UTF-8. Received: pipe.txt (a FIFO, not a regular file). "
+        "Write one class name a line."
+    )
     Path("latin.txt").write_bytes("grün".encode("latin-1"))
     assert refused("untied", "--labels", "latin.txt") == (
         "--labels must be a text in UTF-8. Received: latin.txt (invalid start byte). "

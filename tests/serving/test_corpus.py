@@ -454,3 +454,17 @@ def test_a_dim_nobody_serves_leaves_no_file(server: InMemoryServer, tmp_path: Pa
     with pytest.raises(KerasMrlError):
         Client(server).embed_dataset(ROWS, 3, tmp_path / "rows.npy")
     assert not os.listdir(tmp_path)
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """The names of what is being written can be guessed, and the folder may be shared."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "rows.npy.partial").symlink_to("mine")
+    with pytest.raises(OSError, match="symbolic links"):
+        EmbeddingFile(tmp_path / "rows.npy", 2, "5e1f")
+    (tmp_path / "rows.npy.partial").unlink()
+    (tmp_path / "rows.npy.partial.json.new").symlink_to("mine")
+    with EmbeddingFile(tmp_path / "rows.npy", 2, "5e1f") as file:
+        file.append(Embedded(np.ones((3, 2), np.float32), "5e1f"))
+        assert file.finish().shape == (3, 2)
+    assert (tmp_path / "mine").read_text() == "mine"

@@ -13,6 +13,9 @@ from google.protobuf import (
     wrappers_pb2,
 )
 
+from ..untrusted import UntrustedFileError, read_bytes
+
+_FILE_BYTES = 2**26
 _TAB = 8
 _BYTE_ORDER_MARK = "\ufeff"
 _BAD_ESCAPE = "Invalid escape sequence in string literal."
@@ -80,8 +83,7 @@ class TextProtoFile:
             ValueError: it is no text proto of the message.
         """
         try:
-            with open(self.path, encoding="utf-8", newline="") as file:
-                text = file.read()
+            text = read_bytes(self.path, _FILE_BYTES).decode()
         except OSError as error:
             raise OSError(
                 f"{self.flag} must be a file that can be read. Received: {self.flag}={self.path!r} "
@@ -89,6 +91,8 @@ class TextProtoFile:
             ) from error
         except UnicodeDecodeError as error:
             raise self.error("it is no UTF-8 text") from error
+        except UntrustedFileError as error:
+            raise self.error(str(error)) from error
         try:
             if (escape := _bad_escape(text)) is not None:
                 raise self._parse_error(text, escape, _BAD_ESCAPE)

@@ -68,3 +68,16 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
         partial.write_text("{}")
     assert path.read_text() == "{}"
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """The names of what is being written can be guessed, and the folder may be shared."""
+    (tmp_path / "mine").write_text("mine")
+    for name in (".lock", ".partial-plan.json"):
+        (tmp_path / name).symlink_to("mine")
+    with replacing(tmp_path / "plan.json") as partial:
+        partial.write_text("a plan")
+    assert (tmp_path / "plan.json").read_text() == "a plan"
+    with claim(tmp_path, []):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"

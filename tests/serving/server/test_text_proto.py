@@ -1,5 +1,6 @@
 """Text protos of flags: multi-line strings, files that cannot be used, and messages of our own."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -182,3 +183,9 @@ def test_a_message_of_our_own() -> None:
     assert message.DESCRIPTOR.full_name == "tensorflow.serving.Ours"
     assert (message.a, list(message.b), message.c.value) == ("x", [1, 2], True)
     assert not empty_message("Ours", fields).HasField("c")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"file', a FIFO, not a regular file\. Correct the file:"):
+        text_proto(tmp_path / "file").read()
