@@ -73,7 +73,7 @@ def read_signatures(folder: str | os.PathLike[str]) -> dict[str, Signature]:
         if not graphs:
             raise ValueError("it holds no graph")
         return signatures_of(graphs[0].signature_def)
-    except (DecodeError, ValueError) as error:  # a ValueError for an unknown dtype too
+    except (DecodeError, ValueError) as error:
         raise ManifestError(
             f"{GRAPH_FILE} must be a SavedModel as TensorFlow writes it. "
             f"Received: {file} ({error}). Copy the version again, or export it again."

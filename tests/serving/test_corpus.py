@@ -465,6 +465,6 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "rows.npy.partial").unlink()
     (tmp_path / "rows.npy.partial.json.new").symlink_to("mine")
     with EmbeddingFile(tmp_path / "rows.npy", 2, "5e1f") as file:
-        file.append(Embedded(np.ones((3, 2), np.float32), "5e1f"))
+        file.append(Embedded(np.ones((3, 2), np.float32), "5e1f"), {"x": ROWS[:3]})
         assert file.finish().shape == (3, 2)
     assert (tmp_path / "mine").read_text() == "mine"
