@@ -34,8 +34,8 @@ from tests.helpers.hostile_answers import (
 )
 
 SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
-MADE = range(0, len(made_cases()), 1 if SOAK else 12)
-RANDOM = range(10_000 if SOAK else 400)
+MADE = range(0, len(made_cases()), 1 if SOAK else 30)
+RANDOM = range(10_000 if SOAK else 200)
 MOST_BYTES = 16 * 2**20  # above twice the memory of the right answer, which has two rows
 TIMEOUT_S = 3.0
 
