@@ -15,6 +15,21 @@ Array = npt.NDArray[Any]
 _CHECKED_ROWS = 8192  # at a time: a mask of a whole memory map would fill the memory
 
 
+def check_unmasked(*data: Any) -> None:
+    """Raise for masked arrays: whoever reads an array reads what stands behind a mask.
+
+    Raises:
+        ValueError: If an entry of an array in `data` is masked.
+    """
+    for part in keras.tree.flatten(data):
+        if np.ma.is_masked(part):
+            raise ValueError(
+                "Arrays must hold a number in every place. "
+                f"Received: a masked array, {int(part.mask.sum())} of {part.size} entries "
+                "masked. Fill them, for example with array.filled(0), or leave the rows out."
+            )
+
+
 def check_features(features: Any, dim: int = 1) -> Array:
     """Return features as an array `(rows, width)`, at least `dim` wide.
 
@@ -22,6 +37,7 @@ def check_features(features: Any, dim: int = 1) -> Array:
         ValueError: If `features` are not a finite table with at least one row, or are narrower
             than `dim`.
     """
+    check_unmasked(features)
     # Keras would copy an array, and read a memory map whole.
     is_array = isinstance(features, np.ndarray)
     table = features if is_array else keras.ops.convert_to_numpy(features)
@@ -75,6 +91,7 @@ def as_labels(labels: Any) -> Array:
         >>> as_labels([[7], [9]]).tolist()
         [7, 9]
     """
+    check_unmasked(labels)
     array: Array = keras.ops.convert_to_numpy(labels)
     return array[:, 0] if array.shape[1:] == (1,) else array
 

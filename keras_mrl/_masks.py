@@ -1,7 +1,8 @@
 """Keras masks for the results of arithmetic, which drops them.
 
 In Keras's public API only a layer sees the mask of a tensor and passes it on, so each function
-here calls a layer made for it.
+here calls a layer made for it. The two layers are made once: PyTorch's compiler makes none in a
+step. They have no state.
 """
 
 from __future__ import annotations
@@ -9,11 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-
-
-def with_mask_of(source: Any, target: Any) -> Any:
-    """Return `target` with the mask that Keras put on `source`, if any."""
-    return _MaskOfFirst(autocast=False, name="mask_of_first")(source, target)
 
 
 class _MaskOfFirst(keras.layers.Layer):
@@ -31,26 +27,31 @@ class _MaskOfFirst(keras.layers.Layer):
         return previous_mask
 
 
-def mask_of(tensor: Any) -> Any:
-    """Return the mask that Keras put on `tensor`; None without one."""
-    reader = _MaskReader(autocast=False, name="mask_reader")
-    reader(tensor)
-    return reader.mask
+class _Mask(keras.layers.Layer):
+    """Returns the mask of its input, or a scalar if it has none."""
 
-
-class _MaskReader(keras.layers.Layer):
-    """Stores the mask of its input as `mask`."""
-
-    mask: Any = None
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
         """There are no weights."""
 
-    def call(self, tensor: Any) -> Any:
+    def call(self, tensor: Any, mask: Any = None) -> Any:
         del tensor
-        return keras.ops.zeros(())  # Keras calls compute_mask only for an output without a mask
+        return keras.ops.zeros(()) if mask is None else mask
 
-    def compute_mask(self, tensor: Any, previous_mask: Any) -> Any:
-        del tensor
-        self.mask = previous_mask
-        return previous_mask
+
+_MASK_OF_FIRST = _MaskOfFirst(autocast=False, name="mask_of_first")
+_MASK = _Mask(autocast=False, name="mask")
+
+
+def with_mask_of(source: Any, target: Any) -> Any:
+    """Return `target` with the mask that Keras put on `source`, if any."""
+    return _MASK_OF_FIRST(source, target)
+
+
+def mask_of(tensor: Any) -> Any:
+    """Return the mask that Keras put on `tensor`; None without one."""
+    mask = _MASK(tensor)
+    return mask if len(mask.shape) else None

@@ -3,6 +3,7 @@
 Keras passes the log of an epoch to the callbacks in the order of their list, and then to its own
 history and progress bar. A callback that writes an entry must stand before one that reads it:
 `callbacks=[NeighborMetrics(...), AcrossDims("1nn"), EarlyStopping("val_1nn_worst", mode="max")]`.
+`fit` of a `MatryoshkaClassifier` or a `MatryoshkaEncoder` finds the mode of such entries by itself.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from ._arrays import as_labels, check_kinds
+from ._arrays import as_labels, check_kinds, check_unmasked
 from ._dims import check_dims, check_weights
+from ._modes import _Writer
 from .evaluation.neighbors import check_gallery, mean_average_precision_at_k, nearest_hits
 from .models.cut import split
 
 
-class NeighborMetrics(keras.callbacks.Callback):
+class NeighborMetrics(_Writer):
     """1-NN accuracy and map10 of the embeddings at every dim, after every epoch.
 
     Writes `val_1nn_<dim>` and `val_map10_<dim>` into the log, for the callbacks that follow it in
@@ -70,6 +72,10 @@ class NeighborMetrics(keras.callbacks.Callback):
         self.batch_size = batch_size
         self._backbone: Any = None
 
+    def mode_of(self, entry: str) -> str | None:
+        """Return "max" for the entries of this callback."""
+        return "max" if re.fullmatch(r"(1nn|map10)_\d+", entry) else None
+
     def on_train_begin(self, logs: Any = None) -> None:
         """Forget the model of an earlier `fit`."""
         del logs
@@ -106,6 +112,7 @@ def _check_pair(name: str, pair: Any) -> tuple[Any, Any]:
     received = f"a {type(pair).__name__}"
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
         x, y = pair
+        check_unmasked(x)
         labels = as_labels(y)
         shapes = [tuple(np.shape(part)) for part in keras.tree.flatten(x)]
         received = f"inputs of shapes {shapes}, labels of shape {labels.shape}"
@@ -117,7 +124,7 @@ def _check_pair(name: str, pair: Any) -> tuple[Any, Any]:
     )
 
 
-class AcrossDims(keras.callbacks.Callback):
+class AcrossDims(_Writer):
     """One number for all dims: the worst, and the weighted mean.
 
     Reads the entries `<name>_<dim>` and `val_<name>_<dim>` of the log, and writes `<name>_worst`,
@@ -147,6 +154,12 @@ class AcrossDims(keras.callbacks.Callback):
         self.name = name
         self.weights = None if weights is None else check_weights(weights, len(weights))
         self.lower_is_better = lower_is_better
+
+    def mode_of(self, entry: str) -> str | None:
+        """Return "min" for the entries of this callback if lower is better, otherwise "max"."""
+        if entry not in (f"{self.name}_worst", f"{self.name}_mean"):
+            return None
+        return "min" if self.lower_is_better else "max"
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Write the worst dim and the weighted mean."""

@@ -67,7 +67,10 @@ class MatryoshkaMetric(keras.metrics.Metric):
                 f"dims={self.dims}. Give the metric the dims of the head."
             )
         for index, metric in enumerate(self.metrics_by_dim):
-            logits = with_mask_of(y_pred, y_pred[..., index, :])
+            logits = y_pred[..., index, :]
+            if type(metric) in _OF_RANKS:
+                logits = _wrong_where_nan(logits, y_true)
+            logits = with_mask_of(y_pred, logits)
             metric.update_state(y_true, logits, sample_weight=sample_weight)
 
     def update_rows(
@@ -196,6 +199,28 @@ class Perplexity(keras.metrics.Mean):
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this metric again."""
         return {**super().get_config(), "ignore_class": self.ignore_class}
+
+
+_OF_RANKS = (
+    keras.metrics.SparseCategoricalAccuracy,
+    keras.metrics.CategoricalAccuracy,
+    keras.metrics.SparseTopKCategoricalAccuracy,
+    keras.metrics.TopKCategoricalAccuracy,
+)
+
+
+def _wrong_where_nan(logits: Any, labels: Any) -> Any:
+    """Return logits whose rows with NaN put the right class last: argmax would answer class 0."""
+    labels = ops.convert_to_tensor(labels)
+    has_classes = len(labels.shape) == len(logits.shape)
+    if has_classes and labels.shape[-1] == 1:  # labels may come as a column
+        labels, has_classes = ops.squeeze(labels, axis=-1), False
+    if has_classes:
+        right = ops.argmax(labels, axis=-1)
+    else:
+        right = ops.cast(labels, "int32")
+    last = -ops.one_hot(right, logits.shape[-1], dtype=logits.dtype)
+    return ops.where(ops.any(ops.isnan(logits), axis=-1, keepdims=True), last, logits)
 
 
 def averaged_values(

@@ -30,7 +30,7 @@ from .decoder import ImageDecoder
 from .gallery import IndexGraph, forget
 from .graph import trace, trace_describe, with_model_id
 from .job import ExportError, Job
-from .model_file import load
+from .model_file import load, with_scopes
 from .parity import (
     MAX_QUERIES,
     check_described,
@@ -59,13 +59,19 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
     Raises:
         ExportError: If the model cannot be loaded or traced, or a signature differs from it.
     """
-    model = load(saved, objects)
+    model = with_scopes(load(saved, objects), objects)
     backbone, head = split(model)
     manifest = _manifest(model, saved, backbone, head, job)
     try:
         _save_model(ServedModel(backbone, head, manifest, job, staged.scratch), staged.folder)
     except OSError:
         raise
+    except tf.errors.OpError as error:
+        raise ExportError(
+            "A version is written whole, or not at all. "
+            f"Received: {type(error).__name__}: {error.message} "
+            f"Look for space and rights in {job.base_path}, and export again."
+        ) from error
     except Exception as error:
         raise ExportError(
             "Every layer must run inside a TensorFlow graph. "

@@ -7,6 +7,7 @@ beside the file.
 
 from __future__ import annotations
 
+import re
 import sys
 import sysconfig
 import tempfile
@@ -24,9 +25,12 @@ def save(model: keras.Model, file: Path) -> None:
 
     Raises:
         ExportError: If a part of it cannot be saved.
+        OSError: If the file cannot be written.
     """
     try:
         model.save(file)
+    except OSError:
+        raise
     except Exception as error:
         raise ExportError(
             "A model travels in Keras' own .keras form, so every part of it must be saveable. "
@@ -52,6 +56,8 @@ def load(file: Path, objects: dict[str, Any]) -> keras.Model:
     keras.config.set_dtype_policy("float32")
     try:
         return keras.models.load_model(file, custom_objects=objects, compile=False)
+    except OSError:
+        raise
     except Exception as error:
         backend = {"tensorflow": "TensorFlow", "jax": "JAX"}.get(keras.backend.backend(), "torch")
         raise ExportError(
@@ -85,6 +91,43 @@ def in_float32(model: keras.Model) -> keras.Model:
             for layer in filter(_computes_in_half, model._flatten_layers()):
                 layer.dtype_policy = "float32"
     return model
+
+
+# What TensorFlow takes for a scope of operations and variables.
+_SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.>-]*", re.ASCII)
+
+
+def with_scopes(model: keras.Model, objects: dict[str, Any]) -> keras.Model:
+    """Return `model`, or a copy with other names where a name of a layer is no TensorFlow scope.
+
+    A copy, because the variables of a layer keep the name that it was built under.
+
+    Raises:
+        ExportError: If a layer keeps such a name.
+    """
+    if not _without_scope(model):
+        return model
+    names = {layer.name for layer in model._flatten_layers()}
+    for number, layer in enumerate(_without_scope(model)):
+        free = (f"layer_{number}" + "_" * tail for tail in range(len(names) + 1))
+        layer.name = next(name for name in free if name not in names)
+        names.add(layer.name)
+    with tempfile.TemporaryDirectory(prefix="keras-mrl-names-") as folder:
+        file = Path(folder) / "model.keras"
+        save(model, file)
+        model = load(file, objects)
+    left = [layer.name for layer in _without_scope(model)]
+    if left:
+        raise ExportError(
+            "TensorFlow makes scopes of the names of layers: ASCII letters, digits, '_', '.', '-'. "
+            f"Received: {', '.join(map(repr, left))}, given by layers of your own to themselves. "
+            "Take the name from their argument: super().__init__(name=name)."
+        )
+    return model
+
+
+def _without_scope(model: keras.Model) -> list[keras.Layer]:
+    return [layer for layer in model._flatten_layers() if not _SCOPE.fullmatch(layer.name)]
 
 
 def _computes_in_half(layer: keras.Layer) -> bool:

@@ -19,6 +19,7 @@ from .._arrays import (
     check_kinds,
     check_labels_for,
     check_labels_of,
+    check_unmasked,
     head_arrays,
 )
 from .._dims import check_dims
@@ -97,6 +98,7 @@ def evaluate(
     # Check first: embedding the data may take hours.
     if head is None or head.dims is not None:
         _dims_to_judge(head, dims, gallery)
+    check_unmasked(inputs, gallery)
     truth, gallery_labels = check_labels_for(inputs, labels), None
     if head is not None and (dims is None or set(dims) & set(head.dims or ())):
         check_class_ids(truth, head.num_classes)

@@ -109,7 +109,7 @@ def score_tokens(
 
     Raises:
         ValueError: If the model has no nested head, shapes differ, no label is left or one names
-            no token, or `batch_size` or `chunk` is below 1.
+            no token, `batch_size` or `chunk` is below 1, or a logit is NaN.
 
     Examples:
         >>> backbone = causal_transformer(vocabulary_size=50, width=16, length=8)
@@ -153,6 +153,12 @@ def score_tokens(
         np.concatenate([np.stack([scores[i] for scores in by_dim], axis=1) for by_dim in chunks])
         for i in range(3)
     )
+    if np.isnan(losses).any():
+        raise ValueError(
+            "A text is scored by logits that are numbers. "
+            f"Received: NaN at {int(np.isnan(losses).any(axis=1).sum())} of {len(losses)} tokens. "
+            "Train the model to a finite loss."
+        )
     return TokenScores(dims, losses, confidences, right.astype(bool))
 
 

@@ -232,13 +232,23 @@ def _reseeded(initializer: Any, index: int) -> Any:
 
 
 def _is_source_frozen(layer: keras.layers.Layer) -> bool:
-    """Whether `layer` stands in a functional model and no layer before it has trainable weights."""
+    """Whether `layer` stands in a functional model and no layer before it has trainable weights.
+
+    Walks the graph: a `keras.Model` of it could not be made in a step that PyTorch compiles.
+    """
     try:
-        features = layer.input
+        tensors = keras.tree.flatten(layer.input)
     except AttributeError:  # not in a functional model: its caller knows what comes before it
         return False
-    source = keras.Model(keras.utils.get_source_inputs(features), features)
-    return not source.trainable_weights
+    visited = set()
+    while tensors:
+        operation, node_index, _ = tensors.pop()._keras_history
+        if (id(operation), node_index) not in visited:
+            visited.add((id(operation), node_index))
+            if getattr(operation, "trainable_weights", None):
+                return False
+            tensors += operation._inbound_nodes[node_index].input_tensors
+    return True
 
 
 def warn_frozen(owner: Any) -> None:

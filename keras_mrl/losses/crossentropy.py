@@ -122,9 +122,12 @@ def nested_crossentropy(
         x, *parameters = (ops.cast(argument, "float32") for argument in arguments)
         nested = Kernels(parameters[:num_kernels], parameters[num_kernels:], dims)
         sums = _chunked(x[:, : dims[-1]], targets, loss_weights, nested, chunk_rows, training)
-        # A row of weight zero adds nothing even if its loss is NaN: such are ignored labels.
+        # A row of weight zero adds nothing even if its loss is NaN: such are ignored labels. But
+        # its features count if they are not finite: zero times NaN is NaN in the gradients.
         losses = ops.where(loss_weights != 0, sums.losses, 0.0)
-        loss = ops.reshape(ops.sum(losses * loss_weights), (1,))
+        is_finite = ops.all(ops.isfinite(x[:, : dims[-1]]))
+        loss = ops.where(is_finite, ops.sum(losses * loss_weights), float("nan"))
+        loss = ops.reshape(loss, (1,))
         flat = [loss, *(ops.reshape(rows, (-1,)) for rows in (sums.losses, sums.ranks))]
 
         def gradient(*upstreams: Any, upstream: Any = None, **_: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 
 from .._masks import with_mask_of
+from .targets import check_form, names_no_class
 from .weights import Weights, _NestedLoss, _RowLoss, name_in_error, step_weights, weights_by_dim
 
 
@@ -113,6 +114,9 @@ class MatryoshkaLoss(_NestedLoss):
                 f"Received: y_pred of shape {tuple(y_pred.shape)}. "
                 "End the model with a MatryoshkaHead, or use the inner loss alone."
             )
+        is_sparse, is_dense = _forms(self.loss)
+        if is_sparse or is_dense:
+            check_form(y_true, len(y_pred.shape) - 1, y_pred.shape[-1], is_dense)
         total: Any = 0.0
         losses: Any = None
         weights = self.weights_for(y_pred.shape[-2], seed)
@@ -140,24 +144,26 @@ class MatryoshkaLoss(_NestedLoss):
         return super().from_config({**config, "loss": inner})
 
 
-def check_labels(loss: Any, labels: Any, num_classes: int) -> None:
-    """Raise if in-memory integer `labels` name no class of a head of `num_classes`.
+def check_labels(loss: Any, labels: Any, output_shape: tuple[int | None, ...]) -> None:
+    """Raise if in-memory `labels` do not fit a nested cross-entropy, or name no class.
 
     Args:
-        loss: The compiled loss. Only a nested sparse cross-entropy takes integer labels; for any
-            other loss nothing is checked.
+        loss: The compiled loss. For any other than a nested cross-entropy nothing is checked.
         labels: The argument `y` of `fit`. None (a data set) is not checked.
-        num_classes: Number of classes of the head.
+        output_shape: Shape of the logits, `(batch, ..., num_dims, num_classes)`.
 
     Raises:
-        ValueError: If a label lies outside 0..num_classes-1.
+        ValueError: If the labels are not numbers, or have another form than the loss takes, or an
+            integer label lies outside 0..num_classes-1.
     """
     inner = getattr(loss, "loss", None)
-    if labels is None or not isinstance(inner, keras.losses.SparseCategoricalCrossentropy):
+    is_sparse, is_dense = _forms(inner)
+    if labels is None or not (is_sparse or is_dense):
         return
-    values = ops.convert_to_numpy(labels)
+    values, num_classes = ops.convert_to_numpy(labels), int(output_shape[-1] or 0)
+    check_form(values, len(output_shape) - 1, num_classes, is_dense)
     outside = _is_outside(inner, values, num_classes)
-    if outside.any():
+    if outside is not None and outside.any():
         wrong = np.unique(values[outside])
         shown = ", ".join(str(label) for label in wrong[:5]) + (", ..." if wrong.size > 5 else "")
         remedy = "Number the classes from 0"
@@ -170,10 +176,16 @@ def check_labels(loss: Any, labels: Any, num_classes: int) -> None:
         )
 
 
+def _forms(loss: Any) -> tuple[bool, bool]:
+    """Return whether `loss` takes integer labels, and whether it takes a share of every class."""
+    dense = (keras.losses.CategoricalCrossentropy, keras.losses.CategoricalFocalCrossentropy)
+    return isinstance(loss, keras.losses.SparseCategoricalCrossentropy), isinstance(loss, dense)
+
+
 def _is_outside(loss: keras.losses.Loss, labels: Any, num_classes: int) -> Any:
     """Return where sparse `labels` name no class; None if `loss` takes labels of another form."""
     if not isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
         return None
-    outside = ~((labels >= 0) & (labels < num_classes))  # true of NaN
+    outside = names_no_class(labels, num_classes)
     ignored = loss.get_config().get("ignore_class")
     return outside if ignored is None else outside & (labels != ignored)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import keras
+import numpy as np
 from keras import ops
 
 from .._dims import blocks
@@ -63,7 +65,7 @@ class Targets:
                 f"Received: label_smoothing={smoothing!r}. Give for example 0.1."
             )
         if len(labels.shape) == 1:
-            outside = ~((labels >= 0) & (labels < num_classes))  # true of NaN
+            outside = names_no_class(labels, num_classes)
             classes = ops.cast(ops.where(outside, ops.zeros_like(labels), labels), "int32")
             return cls(classes, outside, None, num_classes, smoothing)
         if len(labels.shape) != 2 or labels.shape[1] != num_classes:
@@ -98,3 +100,51 @@ class Targets:
             return 1.0
         sums = ops.sum(self.shares, axis=1, keepdims=True)
         return sums * (1 - self.smoothing) + self.smoothing
+
+
+def names_no_class(labels: Any, num_classes: int) -> Any:
+    """Return where labels, an array or a tensor, are no whole number in 0..num_classes-1."""
+    outside = ~((labels >= 0) & (labels < num_classes))  # true of NaN
+    if keras.backend.is_float_dtype(keras.backend.standardize_dtype(labels.dtype)):
+        outside = outside | (labels % 1 != 0)
+    return outside
+
+
+def check_form(labels: Any, num_axes: int, num_classes: int, is_dense: bool) -> None:
+    """Raise unless labels, an array or a tensor, have the form that a cross-entropy takes.
+
+    Args:
+        labels: The labels.
+        num_axes: Number of axes of the logits of one dim: 2, or 3 for sequences.
+        num_classes: Number of classes.
+        is_dense: Whether the loss takes a share of every class, not an integer.
+
+    Raises:
+        ValueError: If they are not numbers, or shares where integers are taken, or the reverse.
+    """
+    shape = tuple(labels.shape)
+    if not _is_number(labels.dtype):
+        raise ValueError(
+            "Labels must be numbers: a model gives classes by their ids. "
+            f"Received: labels of {labels.dtype}. "
+            "Number the names: names, labels = numpy.unique(labels, return_inverse=True)."
+        )
+    has_classes = len(shape) == num_axes
+    if is_dense and (not has_classes or shape[-1] != num_classes):
+        raise ValueError(
+            "CategoricalCrossentropy takes a share of every class per row. "
+            f"Received: labels of shape {shape} for {num_classes} classes. "
+            "Use SparseCategoricalCrossentropy for integer labels."
+        )
+    if not is_dense and has_classes and shape[-1] != 1:
+        raise ValueError(
+            "SparseCategoricalCrossentropy takes one integer per row. "
+            f"Received: labels of shape {shape} for {num_classes} classes. "
+            "Use CategoricalCrossentropy for one-hot labels, or take their argmax."
+        )
+
+
+def _is_number(dtype: Any) -> bool:
+    if isinstance(dtype, np.dtype):
+        return dtype.kind in "biufV"  # "V" is bfloat16
+    return keras.backend.standardize_dtype(dtype) != "string"

@@ -2,19 +2,67 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import keras
 
+from .._arrays import check_unmasked
+from .._modes import set_modes
 from ..layers import MatryoshkaHead
 
 
 class _NestedModel(keras.Model):
     """The base of both models, which `split` can take apart without importing their classes."""
 
+    _modes: Mapping[str, str | None] = MappingProxyType({})  # of the log's entries of one dim
+
     def parts(self) -> tuple[Any, MatryoshkaHead | None]:
         """Return the part that makes features, and the nested head; None without one."""
         raise NotImplementedError
+
+    @property
+    def input_shape(self) -> Any:
+        """The shape of the inputs that the model is built for."""
+        if not self.built:
+            raise AttributeError(f"Model {self.name!r} has no shapes before it is built.")
+        return self.get_build_config()["input_shape"]
+
+    @property
+    def output_shape(self) -> Any:
+        """The shape of the output."""
+        return self.compute_output_shape(self.input_shape)
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `keras.Model.fit` does."""
+        check_unmasked(x, y, kwargs.get("sample_weight"), kwargs.get("validation_data"))
+        self._build_for(x)
+        bound = inspect.signature(keras.Model.fit).bind(self, x, y, *args, **kwargs)
+        set_modes(bound.arguments.get("callbacks"), self._modes)
+        return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as `keras.Model.evaluate` does."""
+        check_unmasked(x, y, kwargs.get("sample_weight"))
+        self._build_for(x)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def _build_for(self, x: Any) -> None:
+        """Build for arrays, or for a `tf.data.Dataset`, before a step is traced.
+
+        TensorFlow loses variables that are made in a step that fails, and Keras takes them for
+        built.
+        """
+        if self.built:
+            return
+        spec = getattr(x, "element_spec", x)
+        if spec is not x and isinstance(spec, tuple):
+            spec = spec[0]
+        shapes = [getattr(part, "shape", None) for part in keras.tree.flatten(spec)]
+        if shapes and all(shapes):
+            self.build(keras.tree.map_structure(lambda part: (None, *part.shape[1:]), spec))
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as a saved model was compiled."""
@@ -30,6 +78,36 @@ def as_shapes(shapes: Any) -> Any:
     if any(isinstance(entry, (list, tuple)) for entry in shapes):
         return [as_shapes(shape) for shape in shapes]
     return tuple(shapes)
+
+
+def known_input_shape(backbone: keras.layers.Layer) -> Any:
+    """Return the shape of the backbone's inputs; None if it is not built, or takes arguments."""
+    if getattr(backbone, "inputs", None):
+        return keras.tree.map_structure(lambda own: tuple(own.shape), input_of(backbone))
+    shape = (backbone.get_build_config() or {}).get("input_shape") if backbone.built else None
+    return None if shape is None else as_shapes(shape)
+
+
+def input_of(model: keras.Model) -> Any:
+    """Return the symbolic input; `input` of a sequential model is that of the model around it."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
+def inputs_like(backbone: keras.layers.Layer) -> Any:
+    """Return new symbolic inputs with the names, shapes and dtypes of the backbone's own."""
+    if getattr(backbone, "inputs", None):
+        return keras.tree.map_structure(
+            lambda own: keras.Input(batch_shape=own.shape, dtype=own.dtype, name=own.name),
+            input_of(backbone),
+        )
+    # A subclassed backbone has recorded no more than the shapes it was built with.
+    shapes = backbone.get_build_config()["input_shape"]
+    shapes_by_name = shapes if isinstance(shapes, dict) else {None: shapes}
+    inputs = {
+        name: keras.Input(batch_shape=(None, *shape[1:]), dtype=backbone.compute_dtype, name=name)
+        for name, shape in shapes_by_name.items()
+    }
+    return inputs if isinstance(shapes, dict) else inputs[None]
 
 
 def output_shape(backbone: keras.layers.Layer, input_shape: Any) -> Any:

@@ -19,13 +19,15 @@ import keras
 from keras import ops
 
 from .._masks import mask_of
+from .._modes import mode_of_metric
 from ..layers import MatryoshkaHead
 from ..layers.head import warn_frozen, with_embedding_of
 from ..losses import MatryoshkaLoss
 from ..losses.crossentropy import nested_crossentropy
 from ..losses.matryoshka import check_labels
+from ..losses.targets import check_form
 from ..metrics import MatryoshkaMetric, as_weights_of, averaged_values
-from ._shapes import _NestedModel, as_shapes, output_shape
+from ._shapes import _NestedModel, as_shapes, inputs_like, known_input_shape, output_shape
 from .cut import cut
 
 _SPARSE = keras.losses.SparseCategoricalCrossentropy
@@ -42,8 +44,10 @@ class MatryoshkaClassifier(_NestedModel):
 
     Args:
         backbone: Any Keras model from the inputs to features `(batch, width)`, or
-            `(batch, time, width)` for sequences.
+            `(batch, time, width)` for sequences. Once its shapes are known, the head is built.
         head: The nested head.
+        pooling: A layer from what the backbone gives (a feature map, several tensors) to such
+            features; None if it gives them itself.
         **kwargs: Arguments of every Keras model (`name`, `dtype`).
 
     Shapes:
@@ -61,7 +65,14 @@ class MatryoshkaClassifier(_NestedModel):
         (2, 3, 10)
     """
 
-    def __init__(self, backbone: keras.layers.Layer, head: MatryoshkaHead, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        backbone: keras.layers.Layer,
+        head: MatryoshkaHead,
+        *,
+        pooling: keras.layers.Layer | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if not isinstance(backbone, keras.layers.Layer) or not isinstance(head, MatryoshkaHead):
             raise TypeError(
@@ -69,31 +80,57 @@ class MatryoshkaClassifier(_NestedModel):
                 f"Received: backbone={backbone!r}, head={head!r}. "
                 "Write MatryoshkaClassifier(backbone, MatryoshkaHead(num_classes))."
             )
+        if pooling is not None and not isinstance(pooling, keras.layers.Layer):
+            raise TypeError(
+                "pooling must be a Keras layer. "
+                f"Received: pooling={pooling!r}. "
+                "Give for example pooling=keras.layers.GlobalAveragePooling2D()."
+            )
         self.backbone = backbone
         self.head = head
+        self.pooling = pooling
         self._rowwise: RowwiseStep | None = None
         self._rowwise_steps = 0
+        self._dims_of_metrics: dict[str, tuple[int, ...]] = {}
         # For `dims_per_step`: the same in every process, and so in every replica.
         self.seed_generator = keras.random.SeedGenerator(0)
+        shape = known_input_shape(backbone)
+        # A subclass may build what its constructor has yet to make.
+        if shape is not None and type(self).build is MatryoshkaClassifier.build:
+            self.build(shape)
 
     def parts(self) -> tuple[keras.layers.Layer, MatryoshkaHead]:
-        """Return the backbone and the head."""
-        return self.backbone, self.head
+        """Return the backbone, with the pooling after it if there is one, and the head."""
+        if self.pooling is None:
+            return self.backbone, self.head
+        inputs = inputs_like(self.backbone)
+        features = self.pooling(self.backbone(inputs))
+        return keras.Model(inputs, features, name=f"{self.backbone.name}_pooled"), self.head
 
     def build(self, input_shape: Any) -> None:
-        """Build the backbone, then the head on its features."""
-        features_shape = output_shape(self.backbone, as_shapes(input_shape))
+        """Build the backbone and the pooling, then the head on their features."""
+        features_shape = self._features_shape(as_shapes(input_shape))
         _check_features(features_shape)
         if not self.head.built:
             self.head.build(features_shape)
 
+    def _features_shape(self, input_shape: Any) -> Any:
+        shape = output_shape(self.backbone, input_shape)
+        return shape if self.pooling is None else output_shape(self.pooling, shape)
+
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Return the logits of every dim; within a step that needs no logits, the features."""
         del mask  # Keras keeps masks on the tensors
-        if training and not self.backbone.trainable_weights:
+        if training and not self._has_trainable_features():
             warn_frozen(self)
         features = self.backbone(inputs, training=training)
+        if self.pooling is not None:
+            features = self.pooling(features)
         return features if self._rowwise_steps else self.head(features, training=training)
+
+    def _has_trainable_features(self) -> bool:
+        parts = (self.backbone, self.pooling)
+        return any(part.trainable_weights for part in parts if part is not None)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configure training as `keras.Model.compile` does.
@@ -102,8 +139,15 @@ class MatryoshkaClassifier(_NestedModel):
         (accuracy, top-k accuracy, cross-entropy, `Perplexity`), the logits of a batch are never in
         memory during `fit` and `evaluate`: see `nested_crossentropy`.
         """
-        super().compile(*args, **kwargs)
         arguments = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
+        metrics = keras.tree.flatten([arguments.get("metrics"), arguments.get("weighted_metrics")])
+        _check_metrics(metrics, self.head.dims)
+        super().compile(*args, **kwargs)
+        nested = [metric for metric in metrics if isinstance(metric, MatryoshkaMetric)]
+        self._modes = {
+            by_dim.name: mode_of_metric(by_dim) for m in nested for by_dim in m.metrics_by_dim
+        }
+        self._dims_of_metrics = {metric.name: metric.dims for metric in nested}
         names = ("loss", "metrics", "weighted_metrics", "loss_weights")
         has_own_step = any(
             getattr(type(self), name) is not getattr(MatryoshkaClassifier, name)
@@ -114,8 +158,6 @@ class MatryoshkaClassifier(_NestedModel):
         self._rowwise = None
         if is_plain_head and not has_own_step:
             self._rowwise = rowwise_step(*(arguments.get(name) for name in names))
-        for name in ("metrics", "weighted_metrics"):
-            _check_metrics(arguments.get(name), self.head)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one batch, as Keras does on this backend."""
@@ -138,7 +180,7 @@ class MatryoshkaClassifier(_NestedModel):
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Return `(batch, num_dims, num_classes)`."""
-        return self.head.compute_output_shape(output_shape(self.backbone, input_shape))
+        return self.head.compute_output_shape(self._features_shape(as_shapes(input_shape)))
 
     def compute_loss(
         self,
@@ -173,13 +215,25 @@ class MatryoshkaClassifier(_NestedModel):
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `keras.Model.fit` does, after a check of integer labels that are in memory."""
+        """Train as `keras.Model.fit` does, after a check of labels that are in memory."""
         _check_loss(self.loss)
-        check_labels(self.loss, y, self.head.num_classes)
+        self._check_data(x, y)
         validation = kwargs.get("validation_data")
         if isinstance(validation, (tuple, list)) and len(validation) > 1:
-            check_labels(self.loss, validation[1], self.head.num_classes)
+            self._check_data(*validation[:2])
         return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as `keras.Model.evaluate` does, after a check of labels that are in memory."""
+        self._check_data(x, y)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def _check_data(self, x: Any, y: Any) -> None:
+        self._build_for(x)
+        if self.built:
+            for name, dims in self._dims_of_metrics.items():
+                _check_dims(name, dims, self.head.dims)
+            check_labels(self.loss, y, self.output_shape)
 
     def at(self, dim: int) -> keras.Model:
         """Return a plain Keras model cut to `dim`: see `keras_mrl.cut`."""
@@ -191,6 +245,7 @@ class MatryoshkaClassifier(_NestedModel):
             **super().get_config(),
             "backbone": keras.saving.serialize_keras_object(self.backbone),
             "head": keras.saving.serialize_keras_object(self.head),
+            "pooling": keras.saving.serialize_keras_object(self.pooling),
         }
 
     @classmethod
@@ -199,7 +254,8 @@ class MatryoshkaClassifier(_NestedModel):
         backbone = keras.saving.deserialize_keras_object(config["backbone"], custom_objects)
         head_config = with_embedding_of(backbone, config["head"])
         head = keras.saving.deserialize_keras_object(head_config, custom_objects)
-        return cls(**{**config, "backbone": backbone, "head": head})
+        pooling = keras.saving.deserialize_keras_object(config.get("pooling"), custom_objects)
+        return cls(**{**config, "backbone": backbone, "head": head, "pooling": pooling})
 
 
 # A subclass that overrides one of these is given logits.
@@ -222,32 +278,46 @@ def _check_loss(loss: Any) -> None:
         )
 
 
-def _check_metrics(metrics: Any, head: MatryoshkaHead) -> None:
-    """Raise for a metric of Keras's own, which would read the axis of dims as one of samples."""
-    for metric in keras.tree.flatten(metrics or []):
+def _check_metrics(metrics: list[Any], dims: tuple[int, ...] | None) -> None:
+    """Raise for a metric of other dims, or of Keras, which would read dims as samples."""
+    for metric in metrics:
+        if isinstance(metric, MatryoshkaMetric) and dims is not None:
+            _check_dims(metric.name, metric.dims, dims)
         is_keras = type(metric).__module__.startswith("keras.") and metric is not None
         if isinstance(metric, str) or (is_keras and isinstance(metric, keras.metrics.Metric)):
             shown = repr(metric) if isinstance(metric, str) else type(metric).__name__
             raise ValueError(
                 "Metrics of a MatryoshkaClassifier are counted per dim. "
                 f"Received: {shown}. Write MatryoshkaMetric("
-                f"keras.metrics.SparseCategoricalAccuracy(name='accuracy'), dims={head.dims})."
+                f"keras.metrics.SparseCategoricalAccuracy(name='accuracy'), dims={dims})."
             )
+
+
+def _check_dims(name: str, received: tuple[int, ...], dims: tuple[int, ...] | None) -> None:
+    if received != dims:
+        raise ValueError(
+            "A MatryoshkaMetric must name the dims of the head. "
+            f"Received: {name!r} with dims={received} for a head of {dims}. "
+            f"Write MatryoshkaMetric(..., dims={dims})."
+        )
 
 
 def _check_features(shape: Any) -> None:
     """Raise for several outputs, and for a feature map, whose positions would be classified."""
     if isinstance(shape, dict) or any(isinstance(entry, (list, tuple)) for entry in shape):
+        key = repr(next(iter(shape))) if isinstance(shape, dict) else "0"
         raise ValueError(
             "A backbone must give one tensor of features. "
-            f"Received: a backbone whose outputs are {shape}. "
-            "Make a model of the one to use: keras.Model(backbone.input, backbone.output[0])."
+            f"Received: a backbone whose outputs are {shape}. Make a model of the one to use, "
+            f"keras.Model(backbone.input, backbone.output[{key}]), or give pooling=, a layer that "
+            "makes features of them."
         )
     if len(shape) not in (2, 3):
+        layer = f"keras.layers.GlobalAveragePooling{'3D' if len(shape) == 5 else '2D'}()"
         raise ValueError(
             "A backbone must end in features (batch, width), or (batch, time, width) for "
-            f"sequences. Received: a backbone whose output is {tuple(shape)}. "
-            "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D()."
+            f"sequences. Received: a backbone whose output is {tuple(shape)}. Add a pooling layer: "
+            f"MatryoshkaClassifier(backbone, head, pooling={layer})."
         )
 
 
@@ -305,12 +375,7 @@ class RowwiseStep:
         """
         dims, config = head.dims or (), self.loss.loss.get_config()
         for metric in (*self.metrics, *self.weighted_metrics):
-            if metric.dims != dims:
-                raise ValueError(
-                    "A MatryoshkaMetric must name the dims of the head. "
-                    f"Received: {metric.name!r} with dims={metric.dims} for a head of {dims}. "
-                    f"Write MatryoshkaMetric(..., dims={dims})."
-                )
+            _check_dims(metric.name, metric.dims, dims)
         kernels, biases = head.parameters()
         is_dense = isinstance(self.loss.loss, _DENSE)
         labels, targets = _labels_and_targets(labels, features, head.num_classes, is_dense)
@@ -345,19 +410,7 @@ def _labels_and_targets(
 ) -> tuple[Any, Any]:
     """Return integer labels in the shape of the features' rows, and the targets of the loss."""
     labels = ops.convert_to_tensor(labels)
-    has_classes = len(labels.shape) == len(features.shape)
-    if is_dense and (not has_classes or labels.shape[-1] != num_classes):
-        raise ValueError(
-            "CategoricalCrossentropy takes a share of every class per row. "
-            f"Received: labels of shape {tuple(labels.shape)} for {num_classes} classes. "
-            "Use SparseCategoricalCrossentropy for integer labels."
-        )
-    if not is_dense and has_classes and labels.shape[-1] != 1:
-        raise ValueError(
-            "SparseCategoricalCrossentropy takes one integer per row. "
-            f"Received: labels of shape {tuple(labels.shape)} for {num_classes} classes. "
-            "Use CategoricalCrossentropy for one-hot labels, or take their argmax."
-        )
+    check_form(labels, len(features.shape), num_classes, is_dense)
     if is_dense:
         shares = ops.reshape(ops.cast(labels, "float32"), (-1, num_classes))
         return ops.argmax(labels, axis=-1), shares

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 
 from ..layers import MatryoshkaHead
-from ._shapes import _NestedModel
+from ._shapes import _NestedModel, input_of, inputs_like
 
 
 def freeze_before(backbone: keras.Model, layer: str) -> None:
@@ -70,7 +68,7 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
     if isinstance(last, MatryoshkaHead) and not last.built:  # a sequential model without an Input
         raise _not_built_error(model)
     if isinstance(last, MatryoshkaHead) and len(getattr(model, "outputs", None) or ()) == 1:
-        return keras.Model(_input_of(model), last.input, name=f"{model.name}_features"), last
+        return keras.Model(input_of(model), last.input, name=f"{model.name}_features"), last
     return model, None
 
 
@@ -107,7 +105,7 @@ def cut(model: keras.Model, dim: int) -> keras.Model:
     if not head.built:
         raise _not_built_error(model)
     kernel, bias = head.weights_at(dim)
-    inputs = _inputs_like(backbone)
+    inputs = inputs_like(backbone)
     prefix = backbone(inputs)[..., :dim]
     dense = keras.layers.Dense(
         head.num_classes,
@@ -125,25 +123,3 @@ def _not_built_error(model: keras.Model) -> ValueError:
         "A model must be built before it is cut. "
         f"Received: {model.name!r}, which has no weights yet. Call it on a batch or train it."
     )
-
-
-def _inputs_like(backbone: keras.layers.Layer) -> Any:
-    """Return new symbolic inputs with the names, shapes and dtypes of the backbone's own."""
-    if getattr(backbone, "inputs", None):
-        return keras.tree.map_structure(
-            lambda own: keras.Input(batch_shape=own.shape, dtype=own.dtype, name=own.name),
-            _input_of(backbone),
-        )
-    # A subclassed backbone has recorded no more than the shapes it was built with.
-    shapes = backbone.get_build_config()["input_shape"]
-    shapes_by_name = shapes if isinstance(shapes, dict) else {None: shapes}
-    inputs = {
-        name: keras.Input(batch_shape=(None, *shape[1:]), dtype=backbone.compute_dtype, name=name)
-        for name, shape in shapes_by_name.items()
-    }
-    return inputs if isinstance(shapes, dict) else inputs[None]
-
-
-def _input_of(model: keras.Model) -> Any:
-    """Return the symbolic input; `input` of a sequential model is that of the model around it."""
-    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input

@@ -29,11 +29,26 @@ def most_likely(logits: npt.NDArray[np.float32]) -> Ids:
     Args:
         logits: `(rows, classes)`.
 
+    Raises:
+        ValueError: If a logit is NaN.
+
     Examples:
         >>> most_likely(np.float32([[0, 2, 1]])).tolist()
         [1]
     """
-    return np.argmax(logits, axis=-1)
+    return np.argmax(_check_logits(logits), axis=-1)
+
+
+def _check_logits(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the logits; of NaN, `argmax` and `argsort` would make id 0 the best."""
+    is_bad = np.isnan(logits).any(axis=-1)
+    if is_bad.any():
+        raise ValueError(
+            "A token is chosen by logits that are numbers. "
+            f"Received: NaN in {int(is_bad.sum())} of {len(logits)} rows. "
+            "Train the model to a finite loss."
+        )
+    return logits
 
 
 def sampler(temperature: float = 1.0, top_k: int = 40, seed: int | None = None) -> Choose:
@@ -45,7 +60,8 @@ def sampler(temperature: float = 1.0, top_k: int = 40, seed: int | None = None) 
         seed: Seed of the random numbers; None draws different ones every time.
 
     Raises:
-        ValueError: If `temperature` or `top_k` is not positive.
+        ValueError: If `temperature` or `top_k` is not positive, or a logit that the function is
+            given is NaN.
 
     Examples:
         >>> choose = sampler(top_k=1)  # the best alone
@@ -61,7 +77,7 @@ def sampler(temperature: float = 1.0, top_k: int = 40, seed: int | None = None) 
     random = np.random.default_rng(seed)
 
     def choose(logits: npt.NDArray[np.float32]) -> Ids:
-        best = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+        best = np.argsort(-_check_logits(logits), axis=-1, kind="stable")[:, :top_k]
         probabilities = softmax(np.take_along_axis(logits, best, axis=-1), temperature)
         sums = np.cumsum(probabilities, axis=-1, dtype=np.float64)
         draws = random.random((len(logits), 1)) * sums[:, -1:]

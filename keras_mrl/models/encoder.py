@@ -11,7 +11,7 @@ from keras import ops
 from ..losses import ContrastiveLoss, MatryoshkaEmbeddingLoss, SupervisedContrastiveLoss
 from ..losses.similarity import check_temperature
 from ..losses.weights import _RowLoss
-from ._shapes import _NestedModel, as_shapes, output_shape
+from ._shapes import _NestedModel, as_shapes, known_input_shape, output_shape
 
 _SIDES = ("anchor", "positive", "negative")
 _LOSSES = (ContrastiveLoss, SupervisedContrastiveLoss, MatryoshkaEmbeddingLoss)
@@ -90,6 +90,12 @@ class MatryoshkaEncoder(_NestedModel):
         # For `dims_per_step`: the same in every process, and so in every replica.
         self.seed_generator = keras.random.SeedGenerator(0)
         self._recall = _Recall(())
+        shapes = [
+            known_input_shape(model) for model in self._towers(1 if other_tower is None else 2)
+        ]
+        # A subclass may build what its constructor has yet to make.
+        if None not in shapes and type(self).build is MatryoshkaEncoder.build:
+            self.build(shapes[0] if other_tower is None else shapes)
 
     def parts(self) -> tuple[keras.layers.Layer, None]:
         """Return the tower, and None: there is no head."""
@@ -207,6 +213,8 @@ class _Recall:
 
     def __init__(self, dims: tuple[int, ...]) -> None:
         self.means = [keras.metrics.Mean(name=f"recall_{dim}") for dim in dims]
+        for mean in self.means:
+            mean._direction = "up"  # for callbacks whose mode is "auto"
 
     def add(self, hits: Any) -> None:
         for index, mean in enumerate(self.means):

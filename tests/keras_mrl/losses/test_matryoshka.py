@@ -237,11 +237,14 @@ WRONG = [
 @pytest.mark.parametrize(("labels", "text"), WRONG)
 def test_fit_refuses_arrays_of_labels_that_name_no_class(labels: np.ndarray, text: str) -> None:
     model = classifier()
+    before = model.get_weights()
     with pytest.raises(ValueError, match=exactly(text)):
         model.fit(X, labels, verbose=0)
     with pytest.raises(ValueError, match=exactly(text)):
         model.fit(X, Y, validation_data=(X, labels), verbose=0)
-    assert not model.built  # refused before anything was made or trained
+    with pytest.raises(ValueError, match=exactly(text)):
+        model.evaluate(X, labels, verbose=0)
+    np.testing.assert_equal(model.get_weights(), before)  # refused before anything was trained
 
 
 def test_a_label_tensor_of_the_backend_is_looked_at_too() -> None:

@@ -145,15 +145,16 @@ def of_outputs(*widths: int) -> keras.Model:
             keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(8, 1)]),
             np.ones((2, 4, 4, 1), "float32"),
             "A backbone must end in features (batch, width), or (batch, time, width) for "
-            "sequences. Received: a backbone whose output is (2, 4, 4, 8). "
-            "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D().",
+            "sequences. Received: a backbone whose output is (None, 4, 4, 8). Add a pooling layer: "
+            "MatryoshkaClassifier(backbone, head, pooling=keras.layers.GlobalAveragePooling2D()).",
         ),
         (
             of_outputs(4, 8),
             X,
             "A backbone must give one tensor of features. "
-            "Received: a backbone whose outputs are [(12, 4), (12, 8)]. "
-            "Make a model of the one to use: keras.Model(backbone.input, backbone.output[0]).",
+            "Received: a backbone whose outputs are [(None, 4), (None, 8)]. "
+            "Make a model of the one to use, keras.Model(backbone.input, backbone.output[0]), "
+            "or give pooling=, a layer that makes features of them.",
         ),
         (
             of_outputs(6),

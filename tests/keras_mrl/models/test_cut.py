@@ -158,7 +158,8 @@ def test_a_dim_the_head_does_not_have_is_refused() -> None:
 
 def unbuilt_classifier() -> keras.Model:
     head = MatryoshkaHead(NUM_CLASSES, dims=DIMS)
-    return compiled(MatryoshkaClassifier(backbone(), head, name="unbuilt"))
+    body = keras.Sequential([layers.Dense(8)])
+    return compiled(MatryoshkaClassifier(body, head, name="unbuilt"))
 
 
 def unbuilt_sequential() -> keras.Model:
