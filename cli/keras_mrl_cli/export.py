@@ -189,13 +189,16 @@ def _labels(file: str) -> list[str]:
     try:
         with refusing(rule=rule, remedy="Correct the path."):
             text = read_bytes(file, _LABELS_BYTES).decode("utf-8-sig")
-        return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+        lines = text.replace("\r\n", "\n").split("\n")
     except ValueError as error:  # of the bytes, or of what the file is
         reason = error.reason if isinstance(error, UnicodeDecodeError) else error
         raise RefusalError(
             f"--labels must be a text in UTF-8. Received: {file} ({reason}). "
             "Write one class name a line."
         ) from error
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
+    return lines
 
 
 def _import(modules: Sequence[str]) -> None:

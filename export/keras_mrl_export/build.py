@@ -64,14 +64,8 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
     manifest = _manifest(model, saved, backbone, head, job)
     try:
         _save_model(ServedModel(backbone, head, manifest, job, staged.scratch), staged.folder)
-    except OSError:
+    except (ExportError, OSError):
         raise
-    except tf.errors.OpError as error:
-        raise ExportError(
-            "A version is written whole, or not at all. "
-            f"Received: {type(error).__name__}: {error.message} "
-            f"Look for space and rights in {job.base_path}, and export again."
-        ) from error
     except Exception as error:
         raise ExportError(
             "Every layer must run inside a TensorFlow graph. "
@@ -112,7 +106,7 @@ def build_index(index: ExactIndex, name: str, model_id: int | None, folder: Path
 
 # Functions of their own: what they trace is released before the SavedModel is loaded.
 def _save_model(served: ServedModel, folder: Path) -> None:
-    tf.saved_model.save(served.resources(), str(folder), signatures=served.signatures())
+    _write(served.resources(), served.signatures(), folder)
 
 
 def _save_index(index: ExactIndex, manifest: Manifest, folder: Path) -> None:
@@ -126,7 +120,18 @@ def _save_index(index: ExactIndex, manifest: Manifest, folder: Path) -> None:
     }
     signatures[contract.SERVING_DEFAULT] = trace(*functions[contract.SEARCH])
     signatures[contract.DESCRIBE] = trace_describe(manifest)
-    tf.saved_model.save(module, str(folder), signatures=signatures)
+    _write(module, signatures, folder)
+
+
+def _write(resources: Any, signatures: Mapping[str, Any], folder: Path) -> None:
+    try:
+        tf.saved_model.save(resources, str(folder), signatures=signatures)
+    except tf.errors.OpError as error:  # TensorFlow's own form of an OSError
+        raise ExportError(
+            "A version is written whole or not at all, and TensorFlow could not write it. "
+            f"Received: {error.message} "
+            "Make room on the disk of base_path, or mend what the message names."
+        ) from error
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:

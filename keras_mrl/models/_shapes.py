@@ -71,6 +71,12 @@ class _NestedModel(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
 
+def named_without_package(kind: type[keras.Model]) -> type[keras.Model]:
+    """Let Keras find a model's class by its bare name, which is all that an `.h5` file holds."""
+    keras.saving.get_custom_objects()[kind.__name__] = kind
+    return kind
+
+
 def as_shapes(shapes: Any) -> Any:
     """Return shapes as tuples: the configuration of a saved model holds them as lists."""
     if isinstance(shapes, dict):

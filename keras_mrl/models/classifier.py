@@ -27,13 +27,21 @@ from ..losses.crossentropy import nested_crossentropy
 from ..losses.matryoshka import check_labels
 from ..losses.targets import check_form
 from ..metrics import MatryoshkaMetric, as_weights_of, averaged_values
-from ._shapes import _NestedModel, as_shapes, inputs_like, known_input_shape, output_shape
+from ._shapes import (
+    _NestedModel,
+    as_shapes,
+    inputs_like,
+    known_input_shape,
+    named_without_package,
+    output_shape,
+)
 from .cut import cut
 
 _SPARSE = keras.losses.SparseCategoricalCrossentropy
 _DENSE = keras.losses.CategoricalCrossentropy
 
 
+@named_without_package
 @keras.saving.register_keras_serializable(package="keras_mrl")
 class MatryoshkaClassifier(_NestedModel):
     """A backbone that makes features, and a `MatryoshkaHead` that reads their prefixes.

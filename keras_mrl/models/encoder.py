@@ -11,13 +11,14 @@ from keras import ops
 from ..losses import ContrastiveLoss, MatryoshkaEmbeddingLoss, SupervisedContrastiveLoss
 from ..losses.similarity import check_temperature
 from ..losses.weights import _RowLoss
-from ._shapes import _NestedModel, as_shapes, known_input_shape, output_shape
+from ._shapes import _NestedModel, as_shapes, known_input_shape, named_without_package, output_shape
 
 _SIDES = ("anchor", "positive", "negative")
 _LOSSES = (ContrastiveLoss, SupervisedContrastiveLoss, MatryoshkaEmbeddingLoss)
 _MAX_LOG_SCALE = math.log(100.0)  # as in CLIP: below a temperature of 0.01 roundings are trained on
 
 
+@named_without_package
 @keras.saving.register_keras_serializable(package="keras_mrl")
 class MatryoshkaEncoder(_NestedModel):
     """A model of embeddings that are compared by their prefixes.
@@ -165,6 +166,8 @@ class MatryoshkaEncoder(_NestedModel):
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does; raise for sample weights that Keras would ignore."""
         _check_weights(x, y, kwargs.get("sample_weight"))
+        if isinstance(self.loss, SupervisedContrastiveLoss):
+            _check_ids(y)
         return super().fit(x, y, *args, **kwargs)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -242,6 +245,23 @@ def _check_weights(x: Any, y: Any, sample_weight: Any) -> None:
             "Keras passes sample weights only beside labels. "
             "Received: sample_weight without y. "
             "Give y=np.zeros(len(anchors)), which ContrastiveLoss does not read."
+        )
+
+
+def _check_ids(labels: Any) -> None:
+    """Raise for in-memory labels that become others in int32 or float32, which backends hold."""
+    if labels is None:  # a data set
+        return
+    ids = ops.convert_to_numpy(labels)
+    limit = 2**24 if ids.dtype.kind == "f" else 2**31 - 1
+    if ids.dtype.kind not in "biuf" or (ids.size and (ids.min() < -limit or ids.max() > limit)):
+        received = f"labels of {ids.dtype}"
+        if ids.dtype.kind in "biuf":
+            received += f" from {ids.min()} to {ids.max()}"
+        raise ValueError(
+            "Labels must be integers that every backend can tell apart. "
+            f"Received: {received}. "
+            "Number them anew: names, labels = numpy.unique(labels, return_inverse=True)."
         )
 
 

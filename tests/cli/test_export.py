@@ -87,7 +87,8 @@ def refusal_at_the_end(export: Call) -> str:
 def test_everything_that_can_be_said(export: Export) -> None:
     policy = {"stages": CASCADE["stages"], "confidence": "max_probability"}
     Path("policy.json").write_text(json.dumps(policy))
-    Path("labels.txt").write_text("\n".join(models.NAMES) + "\n", "utf-8-sig")
+    text = "\n".join(models.NAMES) + "\n \n\n"  # as editors leave them
+    Path("labels.txt").write_text(text, "utf-8-sig", newline="\r\n")
     np.save("sample.npy", models.images(4))
     files = "--policy policy.json --labels labels.txt --sample sample.npy"
     more = "--dims 16,2 --name other --version 7 --top-k 3 --no-normalize --no-identity"

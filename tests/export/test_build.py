@@ -1,6 +1,7 @@
 """A fingerprint is of all that makes an embedding; a graph holds operations of TensorFlow alone."""
 
 import re
+import resource
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -199,3 +200,24 @@ def test_operations_that_keras_uses_beside_the_public_ones_are_taken(tmp_path: P
     model = keras.Model(inputs, keras.layers.Dense(8)(Updated()(inputs)))
     path = export_saved_model(model, tmp_path, X, signatures=["features"])
     assert b"XlaDynamicUpdateSlice" in (path / "saved_model.pb").read_bytes()
+
+
+def test_a_disk_that_is_full_is_not_blamed_on_layers(tmp_path: Path) -> None:
+    inputs = keras.Input((5,), name="x")
+    hidden = keras.layers.Dense(64)(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(8)(hidden))
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    errors: list[str] = []
+    for size in range(2_000, 60_000, 6_000):  # files of that size end in "File too large"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
+        try:
+            export_saved_model(model, tmp_path / "base", X[:2], signatures=["embed"])
+            break
+        except (ExportError, OSError) as error:
+            errors.append(str(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert not list(tmp_path.glob("base/[0-9]*"))
+    assert any("TensorFlow could not write it" in error for error in errors)
+    assert any("File too large" in error for error in errors)
+    assert [error for error in errors if "keras.ops" in error or "get_config" in error] == []

@@ -1,5 +1,6 @@
 """A model's file: in what precision it computes, and which classes and functions are the user's."""
 
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -12,8 +13,16 @@ import pytest
 from keras import layers, ops
 
 from keras_mrl_export import ExportError
-from keras_mrl_export.model_file import in_float32, load, save, user_modules, user_objects
+from keras_mrl_export.model_file import (
+    in_float32,
+    load,
+    save,
+    user_modules,
+    user_objects,
+    with_scopes,
+)
 from tests.helpers.export_models import outputs
+from tests.helpers.laws import exactly
 
 X = np.random.default_rng(0).normal(size=(6, 5, 5, 2)).astype(np.float32)
 HALVES = ("mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
@@ -198,3 +207,45 @@ def test_the_users_parts_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_part_of_keras_or_of_ours_is_the_users() -> None:
     dense = layers.Dense(5, activation="relu", kernel_regularizer="l2")
     assert user_objects(model_with(dense, layers.BatchNormalization())) == {}
+
+
+NAMES = ["my layer", "größe", "_x", "a:b", "{}%s", "é\n", "x" * 300, "layer_0", "plain"]
+
+
+def test_layers_of_any_name_become_scopes_of_tensorflow() -> None:
+    inputs = keras.Input((5,), name="x")
+    inner = keras.Sequential([keras.Input((5,)), layers.Dense(4, name="my layer")], name="in ner")
+    features: Any = inner(inputs)
+    for name in NAMES:
+        features = layers.Dense(4, name=name)(features)
+    model = keras.Model(inputs, features, name="my model")
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    expected = outputs(model, x)
+    renamed = with_scopes(model, {})
+    names = [layer.name for layer in renamed._flatten_layers()]
+    assert names.count("plain") == 1
+    assert [name for name in names if not re.fullmatch(r"[A-Za-z0-9.][\w.>-]*", name, re.A)] == []
+    paths = [weight.path for weight in renamed.weights]
+    assert [path for path in paths if not re.fullmatch(r"[A-Za-z0-9.][\w.>/-]*", path, re.A)] == []
+    np.testing.assert_array_equal(outputs(renamed, x), expected)
+    assert with_scopes(renamed, {}) is renamed
+
+
+class Stubborn(layers.Layer):
+    """A layer that gives itself a name."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "name": "my layer"})
+
+    def call(self, x: Any) -> Any:
+        return 2 * x
+
+
+def test_a_layer_that_keeps_a_name_of_no_scope_is_named() -> None:
+    text = (
+        "TensorFlow makes scopes of the names of layers: ASCII letters, digits, '_', '.', '-'. "
+        "Received: 'my layer', given by layers of your own to themselves. "
+        "Take the name from their argument: super().__init__(name=name)."
+    )
+    with pytest.raises(ExportError, match=exactly(text)):
+        with_scopes(model_of(Stubborn()), {"Stubborn": Stubborn})

@@ -245,3 +245,23 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     exact = np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(low, "float32")))
     expected = perplexity(exact, TOKEN_LABELS, np.ones(TOKEN_LABELS.shape))
     assert float(metric.result()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense"])
+def test_logits_that_are_nan_are_never_right(is_dense: bool) -> None:
+    kinds: Any = (
+        (keras.metrics.CategoricalAccuracy, keras.metrics.TopKCategoricalAccuracy)
+        if is_dense
+        else (
+            keras.metrics.SparseCategoricalAccuracy,
+            keras.metrics.SparseTopKCategoricalAccuracy,
+        )
+    )
+    broken = LOGITS.copy()
+    broken[:, 1] = np.nan
+    labels = np.eye(NUM_CLASSES, dtype="float32")[Y] if is_dense else Y
+    for metric in (kinds[0](name="right"), kinds[1](k=1, name="right")):
+        nested = MatryoshkaMetric(metric, DIMS)
+        nested.update_state(labels, broken)
+        expected = {"right_2": RIGHT[:, 0].mean(), "right_4": 0, "right_8": RIGHT[:, 2].mean()}
+        assert result(nested) == pytest.approx(expected)

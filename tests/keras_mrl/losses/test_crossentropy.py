@@ -234,3 +234,13 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], sentence: str) -> 
     arguments |= {"dims": DIMS} | change
     with pytest.raises(ValueError, match=exactly(sentence)):
         nested_crossentropy(**arguments)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_features_that_are_not_finite_are_seen_even_in_a_row_of_weight_zero(tied: bool) -> None:
+    weights = np.where(np.arange(ROWS) == 3, 0, R).astype("float32")
+    broken = X.copy()
+    broken[3, 0] = np.nan
+    arguments = {"row_weights": ops.convert_to_tensor(weights)}
+    assert np.isfinite(float(fused(tied, X, **arguments)[0]))
+    assert np.isnan(float(fused(tied, broken, **arguments)[0]))

@@ -2,10 +2,19 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
-from keras_mrl import AdaptiveDecoder, generate, most_likely, next_token, sampler
+from keras_mrl import (
+    AdaptiveDecoder,
+    MatryoshkaClassifier,
+    MatryoshkaHead,
+    generate,
+    most_likely,
+    next_token,
+    sampler,
+)
 from keras_mrl_serving import CascadePolicy, Stage
 from keras_mrl_serving.cascade.confidence import max_probability
 from tests.helpers.language_models import DIMS, LENGTH, READ, TOKENS, language_model, randomised
@@ -134,8 +143,10 @@ def test_a_decoder_asks_a_built_model() -> None:
         "A decoder needs a built language model that ends in a MatryoshkaHead. "
         "Received: MatryoshkaClassifier 'new'. Train it, or call it on a batch."
     )
+    body = keras.Sequential([keras.layers.Embedding(TOKENS, 8)])
+    new = MatryoshkaClassifier(body, MatryoshkaHead(TOKENS, dims=DIMS), name="new")
     with pytest.raises(ValueError, match=exactly(sentence)):
-        AdaptiveDecoder(language_model(name="new"), policy(0.5, 0.5), LENGTH)
+        AdaptiveDecoder(new, policy(0.5, 0.5), LENGTH)
 
 
 def test_a_decoder_asks_dims_of_the_head(model: Any) -> None:
@@ -216,3 +227,14 @@ CONTEXT = (
 def test_bad_arguments_are_refused(function: Any, arguments: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=exactly(sentence)):
         function(*arguments)
+
+
+@pytest.mark.parametrize("choose", [most_likely, sampler()], ids=["greedy", "sampler"])
+def test_no_token_is_chosen_by_nan(choose: Any) -> None:
+    logits = np.array([[0, 2, 1], [0, np.nan, 1]], "float32")
+    text = (
+        "A token is chosen by logits that are numbers. Received: NaN in 1 of 2 rows. "
+        "Train the model to a finite loss."
+    )
+    with pytest.raises(ValueError, match=exactly(text)):
+        choose(logits)

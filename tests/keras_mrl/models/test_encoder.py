@@ -312,3 +312,23 @@ def test_labels_that_are_missing_are_asked_for() -> None:
     encoder.compile("sgd", SupervisedContrastiveLoss(DIMS), run_eagerly=EAGERLY)
     with pytest.raises(ValueError, match="needs one integer label per row"):
         encoder.fit(ANCHORS, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "received"),
+    [
+        (np.array([2**40, 7] * 6), "labels of int64 from 7 to 1099511627776"),
+        (np.array([2**25, 7] * 6, "float32"), "labels of float32 from 7.0 to 33554432.0"),
+        (np.array(["cat", "dog"] * 6), "labels of <U3"),
+    ],
+    ids=["int64", "float32", "strings"],
+)
+def test_ids_that_a_backend_would_change_are_refused(labels: Any, received: str) -> None:
+    encoder = MatryoshkaEncoder(tower())
+    encoder.compile("sgd", SupervisedContrastiveLoss(DIMS), run_eagerly=EAGERLY)
+    text = (
+        f"Labels must be integers that every backend can tell apart. Received: {received}. "
+        "Number them anew: names, labels = numpy.unique(labels, return_inverse=True)."
+    )
+    with pytest.raises(ValueError, match=exactly(text)):
+        encoder.fit(ANCHORS, labels, verbose=0)

@@ -1,0 +1,262 @@
+"""A nested model is built as soon as its shapes are known, and a step that fails harms nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from keras_mrl import (
+    ContrastiveLoss,
+    MatryoshkaClassifier,
+    MatryoshkaEncoder,
+    MatryoshkaHead,
+    MatryoshkaLoss,
+    MatryoshkaMetric,
+)
+from tests.helpers.laws import exactly
+from tests.helpers.small_models import (
+    DIMS,
+    NUM_CLASSES,
+    X,
+    Y,
+    accuracy,
+    as_numpy,
+    backbone,
+    classifier,
+    compiled,
+    cross_entropy,
+)
+
+pytestmark = pytest.mark.backend
+
+DENSE = keras.losses.CategoricalCrossentropy(from_logits=True)
+ONE_HOT = np.eye(NUM_CLASSES, dtype="float32")[Y]
+MAPS = np.random.default_rng(0).normal(size=(12, 4, 4, 1)).astype("float32")
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class OfOneLayer(keras.Model):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.features = keras.layers.Dense(8)
+
+    def call(self, inputs: Any) -> Any:
+        return self.features(inputs)
+
+
+def called() -> keras.Model:
+    body = OfOneLayer()
+    body(X)
+    return body
+
+
+def of_a_dict() -> keras.Model:
+    inputs = {"x": keras.Input((5,), name="x")}
+    return keras.Model(inputs, keras.layers.Dense(8)(inputs["x"]))
+
+
+KNOWN: dict[str, tuple[Callable[[], keras.Model], Any]] = {
+    "sequential": (backbone, X),
+    "of a dict": (of_a_dict, {"x": X}),
+    "subclassed and called": (called, X),
+}
+
+
+@pytest.mark.parametrize(("body", "x"), KNOWN.values(), ids=KNOWN)
+def test_a_model_of_known_shapes_is_whole_before_the_first_step(
+    body: Callable[[], keras.Model], x: Any, tmp_path: Path
+) -> None:
+    model = MatryoshkaClassifier(body(), MatryoshkaHead(NUM_CLASSES))
+    assert model.head.dims == (8,)
+    assert model.output_shape == (None, 1, NUM_CLASSES)
+    assert model.count_params() == 5 * 8 + 8 + 8 * NUM_CLASSES + NUM_CLASSES
+    lines: list[str] = []
+    model.summary(print_fn=lines.append)
+    assert "(None, 1, 3)" in "".join(lines)
+    expected = as_numpy(model(x))
+    np.testing.assert_allclose(as_numpy(model.at(8)(x)), expected[:, 0], rtol=1e-5, atol=1e-6)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = MatryoshkaClassifier(body(), MatryoshkaHead(NUM_CLASSES))
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(as_numpy(other(x)), expected)
+
+
+def test_a_backup_is_restored_before_the_first_step(tmp_path: Path) -> None:
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", delete_checkpoint=False)
+    model = classifier()
+    model.fit(X, Y, verbose=0, callbacks=[backup])
+    again = classifier()
+    again.fit(X, Y, verbose=0, callbacks=[backup])  # all epochs are done: it only restores
+    for restored, weights in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(restored, weights)
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+def test_an_encoder_of_known_shapes_is_built_too(towers: int) -> None:
+    other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(8)]) if towers == 2 else None
+    encoder = MatryoshkaEncoder(backbone(), other)
+    assert encoder.count_params() == 48 + (32 if towers == 2 else 0)
+    assert encoder.output_shape == ((None, 2, 8) if towers == 2 else (None, 8))
+    encoder.compile("sgd", ContrastiveLoss(DIMS))
+    pairs = (X, X[:, :3] if towers == 2 else X)
+    assert np.isfinite(encoder.fit(x=pairs, verbose=0).history["loss"]).all()
+
+
+class WithMore(MatryoshkaClassifier):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gate = keras.layers.Dense(5)
+
+    def build(self, input_shape: Any) -> None:
+        self.gate.build(input_shape)
+        super().build(input_shape)
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        return super().call(self.gate(inputs), training=training, mask=mask)
+
+
+def test_a_subclass_builds_what_its_own_constructor_makes() -> None:
+    model = compiled(WithMore(backbone(), MatryoshkaHead(NUM_CLASSES, dims=DIMS)))
+    model.fit(X, Y, verbose=0)
+    assert model.gate.built
+
+
+FAILING: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "one-hot labels": (
+        ONE_HOT,
+        {},
+        "SparseCategoricalCrossentropy takes one integer per row. "
+        "Received: labels of shape (12, 3) for 3 classes. "
+        "Use CategoricalCrossentropy for one-hot labels, or take their argmax.",
+    ),
+    "ids to a dense loss": (
+        Y,
+        {"loss": MatryoshkaLoss(DENSE)},
+        "CategoricalCrossentropy takes a share of every class per row. "
+        "Received: labels of shape (12,) for 3 classes. "
+        "Use SparseCategoricalCrossentropy for integer labels.",
+    ),
+    "strings": (
+        np.array(["cat", "dog", "eel"])[Y],
+        {},
+        "Labels must be numbers: a model gives classes by their ids. Received: labels of <U3. "
+        "Number the names: names, labels = numpy.unique(labels, return_inverse=True).",
+    ),
+    "halves": (
+        Y + 0.5,
+        {},
+        "Integer labels must lie in 0..2, one for each of the head's 3 classes. "
+        "Received: labels 0.5, 1.5, 2.5 in 12 of 12 rows. Number the classes from 0.",
+    ),
+    "masked labels": (
+        np.ma.array(Y, mask=Y == 1),
+        {},
+        "Arrays must hold a number in every place. "
+        "Received: a masked array, 4 of 12 entries masked. "
+        "Fill them, for example with array.filled(0), or leave the rows out.",
+    ),
+    "too many weights": (
+        Y,
+        {"loss": MatryoshkaLoss(cross_entropy(), weights=(1, 1, 1, 1))},
+        "weights must hold one number per dim. "
+        "Received: 4 weights (1.0, 1.0, 1.0, 1.0) for 3 dims. "
+        "Give as many weights as the head has dims, or weights=None for ones.",
+    ),
+    "other dims of a metric": (
+        Y,
+        {"metrics": [accuracy((2, 4, 6))]},
+        "A MatryoshkaMetric must name the dims of the head. "
+        "Received: 'accuracy' with dims=(2, 4, 6) for a head of (2, 4, 8). "
+        "Write MatryoshkaMetric(..., dims=(2, 4, 8)).",
+    ),
+}
+
+
+@pytest.mark.parametrize("step", ["fit", "evaluate"])
+@pytest.mark.parametrize("is_known", [True, False], ids=["known width", "unknown width"])
+@pytest.mark.parametrize(("labels", "arguments", "text"), FAILING.values(), ids=FAILING)
+def test_a_first_step_that_fails_leaves_the_model_as_it_was(
+    labels: Any, arguments: dict[str, Any], text: str, is_known: bool, step: str
+) -> None:
+    body = backbone() if is_known else keras.Sequential([keras.layers.Dense(8)])
+    model = MatryoshkaClassifier(body, MatryoshkaHead(NUM_CLASSES, dims=DIMS))
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=exactly(text)):
+        getattr(compiled(model, **arguments), step)(X, labels, verbose=0)
+    if is_known:
+        np.testing.assert_equal(model.get_weights(), before)
+    compiled(model, metrics=[accuracy()])
+    logits = model.predict(X, verbose=0)
+    np.testing.assert_allclose(as_numpy(model.at(4)(X)), logits[:, 1], rtol=1e-5, atol=1e-6)
+    assert np.isfinite(model.fit(X, Y, verbose=0).history["loss"]).all()
+
+
+def feature_maps() -> keras.Model:
+    return keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(8, 1)])
+
+
+def test_a_pooling_layer_makes_features_of_a_feature_map(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pooling=keras\.layers\.GlobalAveragePooling2D\(\)"):
+        MatryoshkaClassifier(feature_maps(), MatryoshkaHead(NUM_CLASSES, dims=DIMS))
+    pooling = keras.layers.GlobalAveragePooling2D()
+    head = MatryoshkaHead(NUM_CLASSES, dims=DIMS)
+    model = compiled(MatryoshkaClassifier(feature_maps(), head, pooling=pooling))
+    model.fit(MAPS, Y, verbose=0)
+    logits = model.predict(MAPS, verbose=0)
+    assert logits.shape == (12, 3, NUM_CLASSES)
+    model.save(tmp_path / "model.keras")
+    for saved in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        cut = as_numpy(saved.at(4)(MAPS))
+        np.testing.assert_allclose(cut, logits[:, 1], rtol=1e-5, atol=1e-6)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Pick(keras.layers.Layer):
+    def call(self, inputs: Any) -> Any:
+        return inputs["pooled"]
+
+
+def test_a_pooling_layer_picks_one_of_several_outputs() -> None:
+    inputs = keras.Input((5,))
+    outputs = {name: keras.layers.Dense(8)(inputs) for name in ("pooled", "rest")}
+    body = keras.Model(inputs, outputs)
+    head = MatryoshkaHead(NUM_CLASSES, dims=DIMS)
+    with pytest.raises(ValueError, match=r"keras\.Model\(backbone\.input, backbone\.output\['poo"):
+        MatryoshkaClassifier(body, head)
+    model = compiled(MatryoshkaClassifier(body, head, pooling=Pick()))
+    model.fit(X, Y, verbose=0)
+    logits = model.predict(X, verbose=0)
+    np.testing.assert_allclose(as_numpy(model.at(4)(X)), logits[:, 1], rtol=1e-5, atol=1e-6)
+
+
+def test_pooling_is_a_layer() -> None:
+    text = (
+        "pooling must be a Keras layer. Received: pooling='avg'. "
+        "Give for example pooling=keras.layers.GlobalAveragePooling2D()."
+    )
+    with pytest.raises(TypeError, match=exactly(text)):
+        MatryoshkaClassifier(feature_maps(), MatryoshkaHead(3), pooling="avg")
+
+
+@pytest.mark.parametrize("needs_logits", [False, True], ids=["rowwise", "logits"])
+def test_a_compiled_step_trains(needs_logits: bool) -> None:
+    loss = MatryoshkaLoss(keras.losses.CategoricalHinge() if needs_logits else DENSE)
+    model = classifier(loss=loss, metrics=[dense_accuracy()], jit_compile=True)
+    before = model.get_weights()
+    model.fit(X, ONE_HOT, verbose=0)
+    assert all((new != old).any() for new, old in zip(model.get_weights(), before, strict=True))
+
+
+def dense_accuracy() -> Any:
+    return MatryoshkaMetric(keras.metrics.CategoricalAccuracy(name="accuracy"), DIMS)
+
+
+def test_an_h5_file_needs_no_custom_objects(tmp_path: Path) -> None:
+    model = classifier()
+    model.save(tmp_path / "model.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.h5", compile=False)
+    np.testing.assert_array_equal(as_numpy(loaded(X)), as_numpy(model(X)))
+    assert np.isfinite(compiled(loaded).fit(X, Y, verbose=0).history["loss"]).all()
