@@ -157,6 +157,7 @@ class MatryoshkaEncoder(_NestedModel):
         super().compile(optimizer, loss, **kwargs)
         has_hits = not isinstance(loss, MatryoshkaEmbeddingLoss)
         self._recall = _Recall(loss.trained_dims if has_hits else ())
+        self._modes = {mean.name: "max" for mean in self._recall.means}
 
     @property
     def metrics(self) -> list[Any]:
@@ -216,8 +217,6 @@ class _Recall:
 
     def __init__(self, dims: tuple[int, ...]) -> None:
         self.means = [keras.metrics.Mean(name=f"recall_{dim}") for dim in dims]
-        for mean in self.means:
-            mean._direction = "up"  # for callbacks whose mode is "auto"
 
     def add(self, hits: Any) -> None:
         for index, mean in enumerate(self.means):

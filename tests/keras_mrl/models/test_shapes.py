@@ -221,7 +221,7 @@ class Pick(keras.layers.Layer):
 
 def test_a_pooling_layer_picks_one_of_several_outputs() -> None:
     inputs = keras.Input((5,))
-    outputs = {name: keras.layers.Dense(8)(inputs) for name in ("pooled", "rest")}
+    outputs = {"pooled": keras.layers.Dense(8)(inputs), "rest": keras.layers.ReLU()(inputs)}
     body = keras.Model(inputs, outputs)
     head = MatryoshkaHead(NUM_CLASSES, dims=DIMS)
     with pytest.raises(ValueError, match=r"keras\.Model\(backbone\.input, backbone\.output\['poo"):
