@@ -1,5 +1,6 @@
 """A nested model is built as soon as its shapes are known, and a step that fails harms nothing."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def test_a_first_step_that_fails_leaves_the_model_as_it_was(
     body = backbone() if is_known else keras.Sequential([keras.layers.Dense(8)])
     model = MatryoshkaClassifier(body, MatryoshkaHead(NUM_CLASSES, dims=DIMS))
     before = model.get_weights()
-    with pytest.raises(ValueError, match=exactly(text)):
+    with pytest.raises(ValueError, match=rf"\A{re.escape(text)}"):  # JAX and Keras add where
         getattr(compiled(model, **arguments), step)(X, labels, verbose=0)
     if is_known:
         np.testing.assert_equal(model.get_weights(), before)
@@ -241,6 +242,7 @@ def test_pooling_is_a_layer() -> None:
         MatryoshkaClassifier(feature_maps(), MatryoshkaHead(3), pooling="avg")
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler has several of its own
 @pytest.mark.parametrize("needs_logits", [False, True], ids=["rowwise", "logits"])
 def test_a_compiled_step_trains(needs_logits: bool) -> None:
     loss = MatryoshkaLoss(keras.losses.CategoricalHinge() if needs_logits else DENSE)
