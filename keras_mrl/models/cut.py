@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import keras
 
 from ..layers import MatryoshkaHead
@@ -75,14 +77,17 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
 def cut(model: keras.Model, dim: int) -> keras.Model:
     """Return a plain Keras model of one dim, which loads without keras_mrl.
 
+    It shares nothing with `model`: it can be quantised, frozen or trained on by itself.
+
     Args:
         model: A built `MatryoshkaClassifier`, or a functional model that ends in a
             `MatryoshkaHead`.
         dim: One of the head's dims.
 
     Returns:
-        A model from inputs to logits `(batch, num_classes)`: the backbone itself, not a copy; its
-        first `dim` features; and a `keras.layers.Dense` with copies of that dim's kernel and bias.
+        A model from inputs to logits `(batch, num_classes)`: a copy of the backbone, which must be
+        one that Keras can save; its first `dim` features; and a `keras.layers.Dense` with copies of
+        that dim's kernel and bias.
 
     Raises:
         ValueError: If the model has no nested head or has not been built, or `dim` is not one of
@@ -105,6 +110,7 @@ def cut(model: keras.Model, dim: int) -> keras.Model:
     if not head.built:
         raise _not_built_error(model)
     kernel, bias = head.weights_at(dim)
+    backbone = _copy_of(backbone)
     inputs = inputs_like(backbone)
     prefix = backbone(inputs)[..., :dim]
     dense = keras.layers.Dense(
@@ -116,6 +122,14 @@ def cut(model: keras.Model, dim: int) -> keras.Model:
     logits = dense(prefix)
     dense.set_weights([keras.ops.convert_to_numpy(w) for w in (kernel, bias) if w is not None])
     return keras.Model(inputs, logits, name=f"{model.name}_{dim}")
+
+
+def _copy_of(backbone: keras.Model) -> keras.Model:
+    """Return the backbone as Keras pickles it: by its saved form, with what its layers learned."""
+    classes = {type(layer).__name__: type(layer) for layer in backbone._flatten_layers()}
+    with keras.saving.custom_object_scope(classes):  # the user's own, registered or not
+        duplicate: keras.Model = copy(backbone)
+    return duplicate
 
 
 def _not_built_error(model: keras.Model) -> ValueError:
