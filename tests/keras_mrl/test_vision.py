@@ -74,5 +74,5 @@ def test_one_of_kerass_applications_pools_itself_and_stays_frozen() -> None:
 
 def test_without_pooling_the_classifier_says_what_to_add() -> None:
     body = keras.Sequential([keras.Input(SHAPE), layers.Conv2D(8, 3)])
-    with pytest.raises(ValueError, match=r"Add a pooling layer, e\.g\. .*GlobalAveragePooling2D"):
+    with pytest.raises(ValueError, match=r"Add a pooling layer: .*GlobalAveragePooling2D"):
         classifier(body).build((None, *SHAPE))

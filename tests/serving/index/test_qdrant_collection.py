@@ -9,7 +9,7 @@ import pytest
 from qdrant_client import QdrantClient
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
-from qdrant_client.models import QueryResponse, ScoredPoint
+from qdrant_client.http.models import QueryResponse, ScoredPoint
 
 from keras_mrl_serving import errors
 from keras_mrl_serving.funnel import FunnelSchedule
