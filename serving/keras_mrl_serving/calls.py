@@ -111,6 +111,7 @@ class Call:
         outputs: The outputs to return; none means all.
         promised: What must hold of the outputs that are read; the others are not decoded. None
             at all reads every output, whatever it is.
+        optional: Further outputs that are read where the answer has them.
 
     Examples:
         >>> Call("embed_8", {"image": np.zeros((1, 3), np.float32)}).outputs
@@ -121,10 +122,11 @@ class Call:
     inputs: Arrays
     outputs: tuple[str, ...] = ()
     promised: Mapping[str, Output] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
 
     def reads(self, output: str) -> bool:
         """Whether an output of the answer is read."""
-        return not self.promised or output in self.promised
+        return not self.promised or output in self.promised or output in self.optional
 
 
 @dataclass(frozen=True)

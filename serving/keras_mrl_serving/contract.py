@@ -242,6 +242,11 @@ class Manifest:
         _check_one_of("kind", self.kind, ("classifier", "encoder", "index"))
         _check_one_of("metric", self.metric, ("cosine", "dot", "l2"))
         _check_one_of("activation", self.activation, ("softmax", "sigmoid", "none"))
+        if self.model_id is not None and not 0 < self.model_id < 2**31:
+            raise ManifestError(
+                "model_id of a manifest must be in 1..2147483647, or null. "
+                f"Received: model_id={self.model_id!r}. {_EXPORT_AGAIN}"
+            )
 
     def to_json(self) -> str:
         """Return the manifest as a JSON object on one line.

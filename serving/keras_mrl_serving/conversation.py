@@ -20,13 +20,14 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from copy import copy
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from . import corpus, flows, questions
-from .calls import AskManifest, AskSignatures, Call, Envelope, Output, Reply, check_label
+from .calls import AskManifest, AskSignatures, Call, Envelope, Reply, check_label
 from .contract import DESCRIBE, MODEL_ID, Manifest
 from .errors import (
     DeadlineError,
@@ -349,11 +350,11 @@ class Conversation:
             identity: The model that must answer; None for the one that answers the first call.
             deadline: Time by which the last call must be answered; None for a timeout that begins
                 when the flow does.
-            facts: What the flow was made by. If it is a manifest that names a `model_id`, every
-                answer must carry one.
+            facts: What the flow was made by. If it is a manifest, the answers must all carry the
+                `model_id` of one model, or all none.
         """
         deadline = self._deadline() if deadline is None else deadline
-        named_id = facts.model_id if isinstance(facts, Manifest) else None
+        manifest = facts if isinstance(facts, Manifest) else None
         answer: Any = None
         while True:
             try:
@@ -366,22 +367,22 @@ class Conversation:
             if isinstance(request, AskManifest):
                 answer = yield from self._manifest_of(identity, deadline)
                 continue
-            if named_id is not None and isinstance(request, Call):
-                request = _asking_model_id(request)
+            if manifest is not None and isinstance(request, Call):
+                request = _asking_model_id(request, manifest.model_id)
             version = None if identity is None else identity.version
             reply = yield from self._send(request, version, deadline)
             answer = reply.answer
             if reply.version is None:
                 continue
             answering = Identity(reply.version)
-            if named_id is not None and isinstance(request, Call):
-                expected_id = named_id if identity is None else identity.model_id
+            if manifest is not None and isinstance(request, Call):
+                expected_id = manifest.model_id if identity is None else identity.model_id
                 answer = dict(answer)
                 model_id = _model_id_in(answer.pop(MODEL_ID, None), request, expected_id)
                 answering = Identity(reply.version, model_id)
             if identity is None:
                 identity = answering
-                self._knowledge.answered(identity, isinstance(facts, Manifest))
+                self._knowledge.answered(identity, manifest is not None)
             elif answering != identity:
                 received = f"an answer of {answering} after one of {identity}"
                 raise self._model_changed(received, request, identity.version)
@@ -408,8 +409,8 @@ class Conversation:
             return remembered
         version = None if identity is None else identity.version
         manifest = yield from self._read_manifest(version, deadline)
-        if identity is not None and identity.model_id not in (None, manifest.model_id):
-            answering = Identity(identity.version, manifest.model_id or 0)
+        if identity is not None and identity.model_id != manifest.model_id:
+            answering = Identity(identity.version, manifest.model_id)
             received = f"an answer of {identity} and the manifest of {answering}"
             raise self._model_changed(received, Call(DESCRIBE, {}), identity.version)
         return manifest
@@ -458,18 +459,21 @@ class Conversation:
         return changed
 
 
-_ID = {MODEL_ID: Output("int32")}
+def _asking_model_id(call: Call, model_id: int | None) -> Call:
+    """Return a call whose answer shows its model; one without an id is asked for all outputs.
 
-
-def _asking_model_id(call: Call) -> Call:
-    outputs = (*call.outputs, MODEL_ID) if call.outputs else ()
-    return Call(call.signature, call.inputs, outputs, {**call.promised, **_ID})
+    So the id of another model is seen, too, which answers in its place.
+    """
+    outputs = (*call.outputs, MODEL_ID) if call.outputs and model_id is not None else ()
+    return replace(call, outputs=outputs, optional=(MODEL_ID,))
 
 
 def _model_id_in(ids: npt.NDArray[Any] | None, call: Call, expected: int | None) -> int | None:
-    """Return the id that every row carries: 0 if there is no such; `expected` if no row is."""
+    """Return the id of all rows: None if they have none, 0 if several; `expected` of no rows."""
     rows = _count_rows(call.inputs)
-    if ids is None or ids.dtype.kind not in "iu" or ids.shape != (rows,):
+    if ids is None:
+        return None if rows else expected
+    if ids.dtype.kind not in "iu" or ids.shape != (rows,):
         return 0
     if not rows:
         return expected

@@ -13,12 +13,12 @@ class Identity(NamedTuple):
 
     Args:
         version: Its version.
-        model_id: The `model_id` that all rows of the answer carried, 0 if they carried no single
-            one; None if none was asked for, since the manifest names none.
+        model_id: The `model_id` that all rows of the answer carried; None if they carried none,
+            0 if they carried several.
 
     Examples:
         >>> print(Identity(3, 5), "|", Identity(3, 0), "|", Identity(3))
-        version 3 with model_id 5 | version 3 without a model_id | version 3
+        version 3 with model_id 5 | version 3 with several | version 3 without a model_id
     """
 
     version: int
@@ -26,9 +26,9 @@ class Identity(NamedTuple):
 
     def __str__(self) -> str:
         if self.model_id is None:
-            return f"version {self.version}"
-        id_ = f"with model_id {self.model_id}" if self.model_id else "without a model_id"
-        return f"version {self.version} {id_}"
+            return f"version {self.version} without a model_id"
+        id_ = f"model_id {self.model_id}" if self.model_id else "several"
+        return f"version {self.version} with {id_}"
 
 
 class Knowledge:
