@@ -368,7 +368,8 @@ class Conversation:
                 answer = yield from self._manifest_of(identity, deadline)
                 continue
             if manifest is not None and isinstance(request, Call):
-                request = _asking_model_id(request, manifest.model_id)
+                expected_id = manifest.model_id if identity is None else identity.model_id
+                request = _asking_model_id(request, expected_id)
             version = None if identity is None else identity.version
             reply = yield from self._send(request, version, deadline)
             answer = reply.answer
@@ -376,7 +377,6 @@ class Conversation:
                 continue
             answering = Identity(reply.version)
             if manifest is not None and isinstance(request, Call):
-                expected_id = manifest.model_id if identity is None else identity.model_id
                 answer = dict(answer)
                 model_id = _model_id_in(answer.pop(MODEL_ID, None), request, expected_id)
                 answering = Identity(reply.version, model_id)

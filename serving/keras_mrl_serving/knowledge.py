@@ -18,7 +18,7 @@ class Identity(NamedTuple):
 
     Examples:
         >>> print(Identity(3, 5), "|", Identity(3, 0), "|", Identity(3))
-        version 3 with model_id 5 | version 3 with several | version 3 without a model_id
+        version 3 with model_id 5 | version 3 with several model_ids | version 3 without a model_id
     """
 
     version: int
@@ -27,7 +27,7 @@ class Identity(NamedTuple):
     def __str__(self) -> str:
         if self.model_id is None:
             return f"version {self.version} without a model_id"
-        id_ = f"model_id {self.model_id}" if self.model_id else "several"
+        id_ = f"model_id {self.model_id}" if self.model_id else "several model_ids"
         return f"version {self.version} with {id_}"
 
 

@@ -193,9 +193,8 @@ def same_interface(one: Manifest, other: Manifest) -> bool:
         False
     """
     names = ("kind", "dims", "inputs", "num_classes", "top_k", "labels", "funnel")
-    parts = ("cascade", "model_id")
-    has_same = all((getattr(one, n) is None) == (getattr(other, n) is None) for n in parts)
-    return has_same and all(getattr(one, name) == getattr(other, name) for name in names)
+    both_cascade = (one.cascade is None) == (other.cascade is None)
+    return both_cascade and all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _about_model(

@@ -458,3 +458,9 @@ def test_a_share_lies_between_0_and_1(share: float, refuses: Refuses) -> None:
     )
     with refuses(ValueError, text):
         cheapest_dim(evaluated(), share)
+
+
+@pytest.mark.parametrize("model_id", [0, -5, 2**31])
+def test_an_id_of_a_model_fits_an_answer(manifest: Manifest, model_id: int) -> None:
+    with pytest.raises(ManifestError, match=r"model_id of a manifest must be in 1..2147483647"):
+        replace(manifest, model_id=model_id)

@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from keras_mrl_serving.contract import DESCRIBE, MODEL_ID
 from keras_mrl_serving.errors import (
     EncoderMismatchError,
     InvalidInputError,
-    ManifestError,
     ModelChangedError,
     ServerUnavailableError,
     VersionChangedError,
@@ -206,19 +205,38 @@ def test_an_index_that_was_replaced_is_asked_for_its_encoder_anew() -> None:
 
 
 @BOTH
-def test_replicas_that_differ_never_answer_together(kind: type[Any]) -> None:
-    with FaultyServer({1: OLD}) as one, FaultyServer({1: NEW}) as other:
-        with open_client(kind, [one.target, other.target]) as client:
+@pytest.mark.parametrize("models", [(OLD, NEW), (OLD, echo(2)), (echo(1), NEW)])
+def test_replicas_that_differ_never_answer_together(
+    kind: type[Any], models: tuple[Model, Model]
+) -> None:
+    """Whether both carry an id or one of them does."""
+    index = ExactIndex.build(rows(9), FUNNEL, encoder_fingerprint="v1")
+    with FaultyServer({1: models[0]}) as one, FaultyServer({1: models[1]}) as other:
+        targets = [one.target, other.target]
+        with (
+            open_client(kind, targets) as client,
+            open_client(kind, targets, PARTS) as split,
+        ):
             connect_to_all(client, one, other)
             refused = 0
-            for _ in range(20):
+            asks: list[Callable[[], Any]] = [
+                lambda: client.classify_adaptive(rows(4), POLICY),
+                lambda: split.embed(rows(9), 2),
+            ]
+            for ask in asks * 20:
                 try:
-                    assert len(makers(client.classify_adaptive(rows(4), POLICY))) == 1
+                    assert len(makers(ask())) == 1
                 except ModelChangedError:
                     refused += 1
             assert refused
             by = [makers(client.embed(rows(4), 2)) for _ in range(20)]
             assert by.count({1}) + by.count({2}) == 20  # one call is of one model
+            for _ in range(10):
+                with suppress(ModelChangedError, EncoderMismatchError):
+                    before = {id(server): len(server.requests) for server in (one, other)}
+                    client.retrieve(rows(2), index)
+                    embedded = one.requests[before[id(one)] :]
+                    assert "embed_4" in {request.signature for request in embedded}
 
 
 @pytest.mark.soak
@@ -387,7 +405,7 @@ def of_two(ids: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("change", "which"),
-    [(lambda ids: ids + 1, "with model_id 102"), (of_two, "without a model_id")],
+    [(lambda ids: ids + 1, "with model_id 102"), (of_two, "with several model_ids")],
 )
 def test_a_manifest_that_names_another_id_than_the_answers(
     change: Callable[[Any], Any], which: str, refuses: Refuses
@@ -415,7 +433,7 @@ def test_a_manifest_that_names_an_id_and_answers_that_carry_none() -> None:
         return {name: array for name, array in OLD(call).items() if name != MODEL_ID}
 
     with FaultyServer({1: without}) as server, Client(server.target) as client:
-        with pytest.raises((ModelChangedError, ManifestError), match="model_id"):
+        with pytest.raises(ModelChangedError, match="without a model_id"):
             client.embed(rows(4), 2)
 
 
