@@ -12,6 +12,7 @@ Pillow is imported where a file needs it: not at all for what `served_image` nee
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,9 +47,18 @@ _TURN = {
 }
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_JPEG_END = b"\xff\xd9"
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what TensorFlow decodes
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _APP1, _SCAN = 0xE1, 0xDA  # the segment of EXIF and XMP; where the pixels begin
+# What files that are no such images begin with.
+_OTHER_FILES = {
+    "it is empty": rb"\Z",
+    "it is a TIFF": rb"II\*\0|MM\0\*",
+    "it is a HEIF or AVIF": rb"(?s:.{4})ftyp(heic|heix|mif1|msf1|avif)",
+    "it is a PDF": rb"%PDF",
+    "it is text in HTML or XML": rb"\s*<[!?A-Za-z]",
+}
 # Chunks of a PNG that hold no orientation.
 _PLAIN_CHUNKS = {
     *(b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"iCCP"),
@@ -89,6 +99,7 @@ def read_image(data: bytes, channels: int = 3, name: str = "bytes") -> Pixels:
         >>> read_image(file.getvalue()).tolist()
         [[[227, 177, 127], [227, 177, 127]]]
     """
+    data = _as_bytes(data, name)
     with _opened(data, name) as image:
         pixels = _pixels(image)
         if channels != 4 and pixels.shape[2] in (2, 4):
@@ -110,8 +121,9 @@ def served_image(data: bytes, name: str = "bytes") -> bytes:
         name: What an error calls the file.
 
     Raises:
-        UnreadableImageError: If the file is no image, or larger than 89 million pixels. A file
-            that needs no change is not decoded: the server refuses it if its pixels are damaged.
+        UnreadableImageError: If the file is no image, cut off, or larger than 89 million pixels. A
+            file that needs no change is not decoded: the server refuses it if its pixels are
+            damaged.
         ImportError: If the file has to be changed, or looked into, and Pillow is not installed.
 
     Examples:
@@ -121,6 +133,7 @@ def served_image(data: bytes, name: str = "bytes") -> bytes:
         >>> served_image(file.getvalue()) == file.getvalue()
         True
     """
+    data = _as_bytes(data, name)
     is_read_alike, has_tags = _look_at(data, name)
     if is_read_alike and not has_tags:
         return data
@@ -158,6 +171,18 @@ def resize_image(pixels: Pixels, height: int, width: int) -> Pixels:
     return np.stack(planes, axis=-1)
 
 
+def _as_bytes(data: object, name: str) -> bytes:
+    if not isinstance(data, bytes | bytearray | memoryview):
+        kind = type(data).__name__
+        error = UnreadableImageError(
+            "An image file is given as its bytes. "
+            f"Received: {name}, a {kind}. Read the file: pathlib.Path(file).read_bytes()."
+        )
+        error.reason = f"it is a {kind}, not the bytes of a file"
+        raise error
+    return bytes(data)
+
+
 # Pillow's images.
 
 
@@ -170,7 +195,7 @@ def _opened(data: bytes, name: str) -> Iterator[ImageFile]:
             _check_size(*image.size)
             yield image
     except Exception as error:  # damaged bytes make Pillow raise errors of many classes
-        raise _unreadable(name, _reason(error)) from error
+        raise _unreadable(name, _reason(error, data)) from error
 
 
 def _import_pillow() -> Any:
@@ -191,9 +216,10 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, data: bytes) -> str:
     if type(error).__name__ == "UnidentifiedImageError":  # its text is the address of an object
-        return "it is none"
+        kinds = (kind for kind, start in _OTHER_FILES.items() if re.match(start, data))
+        return next(kinds, "it is none")
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
@@ -263,12 +289,14 @@ def _look_at(data: bytes, name: str) -> tuple[bool, bool]:
             width, height = struct.unpack_from(">II", data, 16)
             kinds = set(_png_chunks(data))
             alike, has_tags = True, not kinds <= _PLAIN_CHUNKS
+            is_whole = b"IEND" in kinds
         elif data.startswith(_JPEG):
             segments = list(_jpeg_segments(data))
             kind, start = next((k, s) for k, s in segments if k in _FRAMES)
             bits, height, width, components = struct.unpack_from(">BHHB", data, start)
             alike = kind in _HUFFMAN_FRAMES and bits == 8 and components in (1, 3)
             has_tags = any(kind == _APP1 for kind, _ in segments)
+            is_whole = data.find(_JPEG_END, segments[-1][1]) >= 0  # a thumbnail ends before that
         else:
             return False, True
     except (struct.error, StopIteration):
@@ -277,6 +305,8 @@ def _look_at(data: bytes, name: str) -> tuple[bool, bool]:
         _check_size(width, height)
     except ValueError as error:
         raise _unreadable(name, str(error)) from None
+    if not is_whole:  # no graph reads it
+        raise _unreadable(name, "image file is truncated")
     return alike, has_tags
 
 
@@ -284,8 +314,9 @@ def _png_chunks(data: bytes) -> Iterator[bytes]:
     position, kind = len(_PNG), b""
     while kind != b"IEND" and position < len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
-        yield kind
         position += 12 + length
+        if kind != b"IEND" or position <= len(data):
+            yield kind
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:

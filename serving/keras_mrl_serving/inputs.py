@@ -80,12 +80,14 @@ def _check_array(name: str, spec: Mapping[str, Any], value: npt.ArrayLike) -> np
     except ValueError as error:
         raise InvalidInputError(str(error)) from error
     shape = spec["shape"]
+    is_number = array.dtype.kind not in "SUTO"
     if shape is not None and not _fits(array.shape, shape):
         expected = _format_shape(tuple("any" if size is None else size for size in shape))
         batch = ", batch first" if shape[:1] == [None] else ""
         raise InvalidInputError(
             f"Input {name!r} must be {spec['dtype']} of shape {expected}{batch}. "
-            f"Received: {_describe(array)}. {_shape_remedy(array, shape)}"
+            f"Received: {_describe(array)}. "
+            + (_TEXT_REMEDY if is_text and is_number else _shape_remedy(array, shape))
         )
     if is_text:
         return _check_text(name, array)
@@ -107,6 +109,12 @@ def _check_array(name: str, spec: Mapping[str, Any], value: npt.ArrayLike) -> np
         raise InvalidInputError(str(error)) from error
 
 
+_TEXT_REMEDY = (
+    "Give str or bytes; to a model that decodes images, the bytes of image files: "
+    "[pathlib.Path(file).read_bytes()]."
+)
+
+
 def _shape_remedy(array: npt.NDArray[Any], shape: list[int | None]) -> str:
     if shape[:1] == [None] and array.ndim == len(shape) - 1:
         if array.dtype.kind in "OSUT" and not array.ndim:
@@ -123,7 +131,7 @@ def _check_text(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     received = _describe(array)
     if array.dtype.kind not in "SUTO":
         raise InvalidInputError(
-            f"Input {name!r} must be string. Received: {received}. Give str or bytes."
+            f"Input {name!r} must be string. Received: {received}. {_TEXT_REMEDY}"
         )
     for element in array.ravel().tolist():
         if isinstance(element, str):
@@ -138,7 +146,7 @@ def _check_text(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         elif not isinstance(element, bytes):
             raise InvalidInputError(
                 f"Input {name!r} must be string. "
-                f"Received: {received}, with a {type(element).__name__}. Give str or bytes."
+                f"Received: {received}, with a {type(element).__name__}. {_TEXT_REMEDY}"
             )
     return array
 

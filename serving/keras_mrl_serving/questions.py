@@ -57,6 +57,7 @@ class Question(Generic[K, T]):
 
         Raises:
             InvalidInputError: If the inputs are not what the model takes.
+            UnreadableImageError: If a model that decodes images gets what is no whole image.
             ImportError: If an image must be turned before it is sent, and Pillow is not installed.
         """
         if self.specs is None:
@@ -207,11 +208,11 @@ def _about_model(
 
 def _as_served(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The bytes of images as a model that decodes them must get them; numbers as they are."""
-    if array.dtype.kind not in "SO":
+    if array.dtype.kind not in "SUTO":
         return array
     images = np.empty(array.shape, object)
     for row, data in enumerate(array.ravel().tolist()):
-        images.flat[row] = served_image(data, f"row {row}") if isinstance(data, bytes) else data
+        images.flat[row] = served_image(data, f"row {row}")
     return images
 
 

@@ -57,6 +57,15 @@ def cut_noise(file: str) -> None:
     Path(file).write_bytes(whole[: len(whole) // 2])
 
 
+def damage_noise(file: str) -> None:
+    """Write a whole PNG, one byte of whose pixels is another."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(file, "PNG")
+    data = bytearray(Path(file).read_bytes())
+    data[len(data) // 2] ^= 255
+    Path(file).write_bytes(data)
+
+
 @pytest.mark.parametrize("model", ["pixels", "bytes"])
 def test_bad_images_are_named_at_once_and_can_be_skipped(ask: Ask, model: str) -> None:
     paint("red.png", RED)
@@ -95,11 +104,11 @@ def test_damage_that_the_server_alone_finds_is_reported(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paint("red.png", RED)
-    cut_noise("cut.png")
+    damage_noise("bad.png")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    status, out, err = ask("embed", "bytes", "cut.png", "red.png", "--json")
+    status, out, err = ask("embed", "bytes", "bad.png", "red.png", "--json")
     assert (status, [row["file"] for row in lines(out)]) == (1, ["red.png"])
-    assert err.startswith("keras-mrl: cut.png: ")
+    assert err.startswith("keras-mrl: bad.png: ")
     assert "Invalid PNG data" in err
 
 
@@ -362,9 +371,9 @@ def test_a_reader_that_has_enough_is_no_traceback(target: str, folder: Path) -> 
 
 
 def test_what_a_server_says_in_many_lines_is_one(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_noise("cut.jpg")
+    damage_noise("bad.png")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    status, out, err = ask("embed", "bytes", "cut.jpg", "--out", "E.npy")
+    status, out, err = ask("embed", "bytes", "bad.png", "--out", "E.npy")
     assert (status, out) == (1, "")
     assert err.startswith("keras-mrl: ")
     assert err.count("\n") == 1

@@ -4,6 +4,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,10 +168,13 @@ SIDE = int(MAX_PIXELS**0.5) + 1
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "it is none"),
+        (b"", "it is empty"),
         (b"no image", "it is none"),
-        (FILES["tiff-called.png"], "it is none"),
-        (FILES["float-called.png"], "it is none"),
+        (FILES["tiff-called.png"], "it is a TIFF"),
+        (FILES["float-called.png"], "it is a TIFF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "it is a HEIF or AVIF"),
+        (b"%PDF-1.7\n", "it is a PDF"),
+        (b"\n<!DOCTYPE html><p>404", "it is text in HTML or XML"),
         (FILES["transparent-sixteen.png"], "one colour of sixteen bits is transparent"),
         (FILES["RGB.png"][:800], "image file is truncated"),
     ],
@@ -194,12 +198,35 @@ def test_what_is_no_image_is_refused_by_name(data: bytes, reason: str) -> None:
         (png_of_size(SIDE, SIDE), f"it has {SIDE} x {SIDE} pixels, more than 89,478,485"),
         (png_of_size(2**31 - 1, 1), "it has 2147483647 x 1 pixels, more than 89,478,485"),
         (png_of_size(0, 3), "it has no pixels"),
+        *[(JPEG[:-cut], "image file is truncated") for cut in (1, 2, 3, 60)],
+        *[(FILES["RGB.png"][:-cut], "image file is truncated") for cut in (1, 12, 500)],
+        (FILES["progressive-0.jpg"][:-2], "image file is truncated"),
+        (FILES["grey.jpg"][:-2], "image file is truncated"),
     ],
 )
-def test_what_need_not_be_sent_is_refused_by_name(data: bytes, reason: str) -> None:
+def test_what_need_not_be_sent_is_refused_by_name(
+    data: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason != "it is none":  # which Pillow says
+        monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UnreadableImageError) as caught:
         served_image(data, name="row 3")
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("read", [read_image, served_image])
+def test_a_path_is_no_file_s_bytes(read: Callable[..., Any]) -> None:
+    for path in ("up.jpg", Path("up.jpg")):
+        with pytest.raises(UnreadableImageError) as caught:
+            read(path, name="row 3")
+        assert str(caught.value) == (
+            "An image file is given as its bytes. "
+            f"Received: row 3, a {type(path).__name__}. "
+            "Read the file: pathlib.Path(file).read_bytes()."
+        )
+    whole = read(JPEG)
+    for data in (bytearray(JPEG), memoryview(JPEG)):
+        np.testing.assert_array_equal(read(data), whole)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "GIF", "BMP", "WEBP"])

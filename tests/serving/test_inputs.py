@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import PosixPath
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ def spec(dtype: str, *shape: int | None) -> dict[str, Any]:
 IMAGE = {"image": spec("float32", 2, 3)}
 TOKENS = {"tokens": spec("int32", None)}
 TEXT = {"text": spec("string")}
+TEXT_REMEDY = (
+    "Give str or bytes; to a model that decodes images, the bytes of image files: "
+    "[pathlib.Path(file).read_bytes()]."
+)
 PAIR = {"image": spec("float32", 2), "age": spec("int64")}
 COLUMN = {"age": spec("float32", 1)}
 CHANGED = (
@@ -239,18 +244,30 @@ def test_strings_are_left_as_they_are(text: Any) -> None:
             TEXT,
             [1.0, 2.0],
             "Input 'text' must be string. Received: object of shape (2,), with a float. "
-            "Give str or bytes.",
+            f"{TEXT_REMEDY}",
         ),
         (
             TEXT,
             np.array([1.0, 2.0]),
-            "Input 'text' must be string. Received: float64 of shape (2,). Give str or bytes.",
+            f"Input 'text' must be string. Received: float64 of shape (2,). {TEXT_REMEDY}",
         ),
         (
             TEXT,
             np.array(["a", None], object),
             "Input 'text' must be string. Received: object of shape (2,), with a NoneType. "
-            "Give str or bytes.",
+            f"{TEXT_REMEDY}",
+        ),
+        (
+            TEXT,
+            [PosixPath("up.jpg")],
+            "Input 'text' must be string. Received: object of shape (1,), with a PosixPath. "
+            f"{TEXT_REMEDY}",
+        ),
+        (
+            TEXT,
+            np.zeros((3, 8, 8, 3), np.float32),
+            "Input 'text' must be string of shape (any,), batch first. "
+            f"Received: float32 of shape (3, 8, 8, 3). {TEXT_REMEDY}",
         ),
         (
             TEXT,

@@ -13,9 +13,11 @@ from keras_mrl_serving import questions
 from keras_mrl_serving.calls import Call
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.errors import UnreadableImageError
 from keras_mrl_serving.flows import Arrays
 from keras_mrl_serving.options import Options
 from keras_mrl_serving.testing import InMemoryServer
+from tests.helpers.image_files import files
 
 Model = Callable[[Call], Arrays]
 
@@ -106,3 +108,19 @@ def test_whole_and_split_answers_are_one(
 def test_what_is_predicted_is_never_split() -> None:
     question = questions.predict(np.zeros((5, 4)), "serving_default")
     assert question.parts({}, Options(max_batch_size=2)) == [question.inputs]
+
+
+def test_rows_of_a_model_that_decodes_images_are_whole_image_files() -> None:
+    model = replace(
+        manifest(), inputs={"image": {"dtype": "string", "shape": [None]}}, decoder={"size": [8, 8]}
+    )
+    whole = files()["baseline-0.jpg"]
+    truncated = "An image file must be a whole JPEG, PNG, GIF, BMP or WebP. Received: row 1 (image "
+    for images, sentence in (
+        ([whole, whole[:-60]], truncated),
+        ([whole, "up.jpg"], "An image file is given as its bytes. Received: row 1, a str. Read "),
+        (np.array(["up.jpg"]), "An image file is given as its bytes. Received: row 0, a str. "),
+    ):
+        with pytest.raises(UnreadableImageError) as caught:
+            questions.embed(images, 8).parts(model, Options())
+        assert str(caught.value).startswith(sentence)
