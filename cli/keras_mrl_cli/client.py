@@ -195,12 +195,15 @@ def checked_files(arguments: SimpleNamespace, manifest: Manifest) -> Iterator[tu
             bad += 1
         else:
             yield file, rows
-    if bad and (bad == len(arguments.files) or not arguments.skip_unreadable):
+    count = len(arguments.files)
+    if bad == count or (bad and not arguments.skip_unreadable):
         raise RefusalError(
             "All files are checked before anything is sent. "
-            f"Received: {bad} of {len(arguments.files)} that cannot be used, named above. "
-            "Mend them, or go on without them: --skip-unreadable."
+            f"Received: {bad} of {count} that cannot be used, named above. Mend them"
+            + ("." if bad == count else ", or go on without them: --skip-unreadable.")
         )
+    if bad:
+        refuse(f"{bad} of {count} files are left out, named above.")
 
 
 def ask_files(

@@ -1,12 +1,13 @@
 """Ask a server for the embeddings of images, or of rows of arrays.
 
-Prints the first coordinates of each row, or all of them with --json. With --out they are written
-to one .npy file instead, a row for every row of the files in the order given. If that is
-interrupted, the same command goes on after the last row that was safe. Every file is checked
-before anything is sent, and bad ones are named all at once; --skip-unreadable goes on without
-them. .npy files are memory-mapped and may be larger than the memory. A model that decodes
-images gets a JPEG or PNG as it is, and as a PNG what it would read otherwise; for one that takes
-pixels, images are decoded and resized here (pip install 'keras-mrl[images]').
+Prints the first coordinates of each row, or all of them with --json. With --out they are
+written to one .npy file instead, a row for every row of the files in the order given; --json
+says at which row each file begins. If that is interrupted, the same command goes on after the
+last row that was safe. Every file is checked before anything is sent, and bad ones are named
+all at once; --skip-unreadable goes on without them, and they have no rows in --out. .npy files
+are memory-mapped and may be larger than the memory. A model that decodes images gets a JPEG or
+PNG as it is, and as a PNG what it would read otherwise; for one that takes pixels, images are
+decoded and resized here (pip install 'keras-mrl[images]').
 
   keras-mrl embed --target localhost:8500 a.npy b.npy --out E.npy
   keras-mrl embed --target localhost:8500 birds/*.jpg --quality 0.98 --json
@@ -25,10 +26,12 @@ from .shared import (
     RefusalError,
     check_one_of,
     command,
+    ended_by_signals,
     file_options,
     files_argument,
     json_option,
     one_line,
+    refuse,
     refusing,
     server_options,
     share,
@@ -103,17 +106,28 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
 
     from .files import load_rows
 
-    total = _count_checked_rows(arguments, manifest)
+    first_rows, total = _checked_rows(arguments, manifest)
     batches = (load_rows(file, manifest, arguments.scale) for file in arguments.files)
+    done = 0
+
+    def report(rows: int, _: int | None) -> None:
+        nonlocal done
+        done = rows
+        progress.show(rows)
+
     try:
-        with Progress(lambda: total) as progress, refusing(KerasMrlError, ValueError):
+        with (
+            Progress(lambda: total) as progress,
+            refusing(KerasMrlError, ValueError),
+            ended_by_signals(),
+        ):
             embeddings = client.embed_dataset(
-                batches,
-                dim,
-                arguments.out,
-                progress=lambda done, _: progress.show(done),
-                manifest=manifest,
+                batches, dim, arguments.out, progress=report, manifest=manifest
             )
+    except (KeyboardInterrupt, SystemExit):
+        safe = f"{done:,} of {total:,} rows are embedded; " if done else ""
+        refuse(f"{safe}the same command goes on after the last row that was safe.")
+        raise
     except OSError as error:
         if error.errno is None:  # a sentence of the client
             raise RefusalError(one_line(error)) from error
@@ -122,14 +136,20 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
             f"Received: {arguments.out} ({error.strerror}). Name another."
         ) from error
     if arguments.json:
-        print_json(out=arguments.out, rows=len(embeddings), dim=dim)
+        files = [{"file": file, "row": row} for file, row in first_rows]
+        print_json(out=arguments.out, rows=len(embeddings), dim=dim, files=files)
     else:
         print_line(f"{len(embeddings)} rows of dim {dim} are in {arguments.out}.")
     return DONE
 
 
-def _count_checked_rows(arguments: SimpleNamespace, manifest: Manifest) -> int:
-    """Return how many rows the files have that can be used, and leave only those.
+def _checked_rows(
+    arguments: SimpleNamespace, manifest: Manifest
+) -> tuple[list[tuple[str, int]], int]:
+    """Return the files that can be used, each with its first row, and leave only those.
+
+    Returns:
+        The files with the numbers of their first rows, and the number of all rows.
 
     Raises:
         RefusalError: If a file is bad, or its rows are of another size.
@@ -137,10 +157,10 @@ def _count_checked_rows(arguments: SimpleNamespace, manifest: Manifest) -> int:
     from .client import checked_files
 
     total = 0
-    files = []
+    first_rows = []
     shapes: dict[str, tuple[int, ...]] = {}
     for file, arrays in checked_files(arguments, manifest):
-        files.append(file)
+        first_rows.append((file, total))
         for name, array in arrays.items():
             if shapes.setdefault(name, array.shape[1:]) != array.shape[1:]:
                 raise RefusalError(
@@ -149,8 +169,8 @@ def _count_checked_rows(arguments: SimpleNamespace, manifest: Manifest) -> int:
                     "Resize them, or write several."
                 )
         total += len(next(iter(arrays.values())))
-    arguments.files = files
-    return total
+    arguments.files = [file for file, _ in first_rows]
+    return first_rows, total
 
 
 def _print_json(file: str, row: int, answer: Embeddings) -> None:

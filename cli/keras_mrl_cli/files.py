@@ -79,9 +79,15 @@ def load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
             return _image_row(file, manifest, scale)
     if Path(file).suffix.lower() in (".npy", ".npz"):
         return _checked(file, _by_input(file, load_arrays(file), manifest), manifest)
+    is_folder = Path(file).is_dir()
     raise RefusalError(
-        f"Files must be {', '.join(SUFFIXES)}, .npy or .npz. Received: {file}. "
-        "Save the rows with numpy.save."
+        f"Files must be {', '.join(SUFFIXES)}, .npy or .npz. "
+        f"Received: {file}{', a folder' if is_folder else ''}. "
+        + (
+            f"Name the files in it: {file.rstrip('/')}/*.jpg."
+            if is_folder
+            else "Save an image anew as PNG, and rows of an array with numpy.save."
+        )
     )
 
 
@@ -123,10 +129,13 @@ def _checked(file: str, arrays: Arrays, manifest: Manifest) -> Arrays:
             raise InvalidInputError
     except InvalidInputError as error:
         specs = {n: {"dtype": a.dtype, "shape": a.shape} for n, a in arrays.items()}
+        is_text = {spec["dtype"] for spec in manifest.inputs.values()} == {"string"}
+        remedy = "Give image files" if is_text else "Prepare the rows as in training"
+        if is_text and manifest.decoder is None:
+            remedy += ", or strings if it takes text"
         raise RefusalError(
             f"A file must hold rows as model {manifest.name!r} takes them: "
-            f"{_in_words(manifest.inputs)}. Received: {file} with {_in_words(specs)}. "
-            "Prepare the rows as in training."
+            f"{_in_words(manifest.inputs)}. Received: {file} with {_in_words(specs)}. {remedy}."
         ) from error
     return arrays
 

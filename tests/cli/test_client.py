@@ -15,10 +15,12 @@ from keras_mrl_serving import ExactIndex, FunnelSchedule, Manifest
 from keras_mrl_serving.calls import Arrays
 from keras_mrl_serving.calls import Call as Asking
 from tests.helpers.cli import (
+    ALL_BAD,
     BAD_FILES,
     BLUE,
     FRAMEWORKS,
     KERAS_MRL,
+    LEFT_OUT,
     RED,
     Call,
     Ended,
@@ -88,16 +90,20 @@ def test_bad_images_are_named_at_once_and_can_be_skipped(ask: Ask, model: str) -
     assert err.splitlines() == [*sentences, BAD_FILES.format(3, 5)]
     for command, key in (("classify", "classes"), ("embed", "embedding")):
         status, out, err = ask(command, model, *files, "--json", "--skip-unreadable")
-        assert (status, err.splitlines()) == (0, sentences)
+        assert (status, err.splitlines()) == (0, [*sentences, LEFT_OUT.format(3, 5)])
         assert [row["file"] for row in lines(out)] == ["red.png", "blue.png"]
         assert all(key in row for row in lines(out))
     ended = ask("embed", model, *files, "--out", "E.npy")
     assert ended.err.splitlines() == [*sentences, BAD_FILES.format(3, 5)]
     assert not list(Path().glob("E.npy*"))
-    assert ask("embed", model, *files, "--out", "E.npy", "--skip-unreadable").status == 0
+    ended = ask("embed", model, *files, "--out", "E.npy", "--skip-unreadable", "--json")
+    assert ended.err.splitlines() == [*sentences, LEFT_OUT.format(3, 5)]
+    owners = [{"file": "red.png", "row": 0}, {"file": "blue.png", "row": 1}]
+    assert lines(ended.out) == [{"out": "E.npy", "rows": 2, "dim": 3, "files": owners}]
     np.testing.assert_array_equal(np.load("E.npy"), [RED, BLUE])
     ended = ask("classify", model, "text.jpg", "cut.png", "--skip-unreadable")
     assert (ended.status, ended.out) == (1, "")
+    assert ended.err.splitlines() == [*sentences[:2], ALL_BAD.format(2, 2)]
 
 
 def test_damage_that_the_server_alone_finds_is_reported(

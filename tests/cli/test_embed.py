@@ -1,15 +1,20 @@
 """`keras-mrl embed`: embeddings of files, printed, or written to one file that is gone on with."""
 
 import json
+import re
+import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
-from tests.helpers.cli import RED, Call, Ended, Terminal, lines, paint
-from tests.helpers.faulty_server import FaultyServer, rows
+from tests.helpers.cli import KERAS_MRL, RED, Call, Ended, Terminal, lines, paint
+from tests.helpers.faulty_server import FaultyServer, Request, rows
 
 Ask = Callable[..., Ended]
 
@@ -52,8 +57,10 @@ def test_files_become_one_corpus_in_order(ask: Ask) -> None:
     status, out, err = ask("embed", "rows", "b.npy", "--out", "E.npy")
     assert (status, out) == (1, "")
     assert err.startswith("keras-mrl: Embeddings are never overwritten. Received: path='E.npy'")
-    arguments = ("b.npy", "--dim=1", "--out", "F.npy", "--json")
-    assert lines(ask("embed", "rows", *arguments)[1]) == [{"out": "F.npy", "rows": 60, "dim": 1}]
+    arguments = ("b.npy", "a.npz", "--dim=1", "--out", "F.npy", "--json")
+    files = [{"file": "b.npy", "row": 0}, {"file": "a.npz", "row": 60}]
+    written = {"out": "F.npy", "rows": 100, "dim": 1, "files": files}
+    assert lines(ask("embed", "rows", *arguments)[1]) == [written]
     assert ask("embed", "rows", "b.npy", "--out", "no/E.npy")[2] == (
         "keras-mrl: --out must be a file that can be written. "
         "Received: no/E.npy (No such file or directory). Name another.\n"
@@ -65,12 +72,47 @@ def test_an_interrupted_corpus_goes_on(ask: Ask, monkeypatch: pytest.MonkeyPatch
     np.save("x.npy", corpus)
     words = ("x.npy", "--out", "E.npy", "--max-batch-size", "1")
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", Terminal(interrupt_at="8/50 rows"))
+        terminal = Terminal(interrupt_at="8/50 rows")
+        patch.setattr(sys, "stderr", terminal)
         assert ask("embed", "rows", *words)[:2] == (130, "")
+    assert terminal.getvalue().endswith(
+        "keras-mrl: 8 of 50 rows are embedded; the same command goes on after the last row that "
+        "was safe.\nkeras-mrl: interrupted\n"
+    )
     assert not Path("E.npy").exists()
     assert json.loads(Path("E.npy.partial.json").read_text())["rows"] == 8
     assert ask("embed", "rows", *words).status == 0
     np.testing.assert_array_equal(np.load("E.npy"), corpus)
+
+
+def test_sigterm_says_how_far_it_came(folder: Path) -> None:
+    np.save("x.npy", rows(50))
+    is_held, is_over = threading.Event(), threading.Event()
+
+    def hold(request: Request, _: grpc.ServicerContext) -> None:
+        if request.signature == "embed_4" and request.first == 17:  # rows count from 1
+            is_held.set()
+            is_over.wait(60)
+
+    with FaultyServer(before=hold) as server:
+        words = ("embed", "--target", server.target, "x.npy", "--out", "E.npy")
+        process = subprocess.Popen(
+            [*KERAS_MRL, *words, "--max-batch-size=1"], stderr=subprocess.PIPE, text=True
+        )
+        assert is_held.wait(60)
+        process.terminate()
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        is_over.set()
+        with process.stderr:
+            assert process.wait(60) == 128 + signal.SIGTERM
+    assert re.fullmatch(
+        r"keras-mrl: \d+ of 50 rows are embedded; the same command goes on after the last row "
+        r"that was safe\.\n",
+        line,
+    )
+    state = json.loads((folder / "E.npy.partial.json").read_text())
+    assert line.startswith(f"keras-mrl: {state['rows']} of 50 rows")
 
 
 def test_a_number_json_has_not_is_null(ask: Ask) -> None:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from keras_mrl_cli.files import check_rows, load_rows
 from keras_mrl_cli.shared import RefusalError
 from keras_mrl_serving import Manifest, read_image, served_image
-from tests.helpers.cli import BAD_FILES, BLUE, RED, Ended, lines, paint
+from tests.helpers.cli import ALL_BAD, BAD_FILES, BLUE, RED, Ended, lines, paint
 from tests.helpers.hostile_files import archives, arrays
 from tests.helpers.image_files import files
 from tests.helpers.input_models import SPECS
@@ -139,6 +140,7 @@ def test_files_that_do_not_fit(ask: Ask) -> None:
     np.save("pickle.npy", np.array([{}], object), allow_pickle=True)
     np.savez("names.npz", p=np.zeros((1, 3)), q=np.zeros((1, 3)))
     Path("words.txt").write_text("1 2 3")
+    Path("pics").mkdir()
     paint("red.png", RED)
     takes = "A file must hold rows as model 'rows' takes them: x float32 (any, 3). Received: "
     torn = "A file must hold what its name says. Received: {} ({}). Make it anew, or leave it out."
@@ -153,7 +155,9 @@ def test_files_that_do_not_fit(ask: Ask) -> None:
         "names.npz": "A file for model 'rows' must hold arrays named x. "
         "Received: names.npz with p, q. Save them by name with numpy.savez.",
         "words.txt": "Files must be .jpg, .jpeg, .png, .gif, .bmp, .webp, .npy or .npz. "
-        "Received: words.txt. Save the rows with numpy.save.",
+        "Received: words.txt. Save an image anew as PNG, and rows of an array with numpy.save.",
+        "pics/": "Files must be .jpg, .jpeg, .png, .gif, .bmp, .webp, .npy or .npz. "
+        "Received: pics/, a folder. Name the files in it: pics/*.jpg.",
         "red.png": "An image can be sent to a model of one input, of encoded images, string "
         "(any), or of pixels, (any, height, width, channels) with 1, 3 or 4 channels. Received: "
         "red.png for model 'rows', which takes x float32 (any, 3). "
@@ -163,7 +167,7 @@ def test_files_that_do_not_fit(ask: Ask) -> None:
     assert (status, out) == (1, "")
     sentences = [f"keras-mrl: {sentence}" for sentence in sentence_by_file.values()]
     count = len(sentences)
-    assert err.splitlines() == [*sentences, BAD_FILES.format(count, count)]
+    assert err.splitlines() == [*sentences, ALL_BAD.format(count, count)]
     np.save("good.npy", np.zeros((2, 3), np.float32))
     for file, sentence in sentence_by_file.items():
         assert ask("embed", "rows", "good.npy", file, "--out", "E.npy") == (
@@ -172,6 +176,22 @@ def test_files_that_do_not_fit(ask: Ask) -> None:
             f"keras-mrl: {sentence}\n{BAD_FILES.format(1, 2)}\n",
         )
     assert not list(Path().glob("E.npy*"))
+
+
+def test_a_model_that_decodes_asks_for_image_files(folder: Path) -> None:
+    del folder
+    np.save("x.npy", np.zeros((3, 8, 8, 3), np.float32))
+    manifest = manifest_of({"dtype": "string", "shape": [None]})
+    for decoder, remedy in (
+        (None, "Give image files, or strings if it takes text."),
+        ({"height": 8}, "Give image files."),
+    ):
+        with pytest.raises(RefusalError) as caught:
+            load_rows("x.npy", replace(manifest, decoder=decoder), 1.0)
+        assert str(caught.value) == (
+            f"A file must hold rows as model {manifest.name!r} takes them: image string (any). "
+            f"Received: x.npy with image float32 (3, 8, 8, 3). {remedy}"
+        )
 
 
 def test_several_inputs_come_by_name(ask: Ask) -> None:
@@ -188,7 +208,7 @@ def test_several_inputs_come_by_name(ask: Ask) -> None:
         "Prepare the rows as in training.",
         "keras-mrl: A file for model 'pair' must hold arrays named a, b. "
         "Received: one.npy with no names. Save them by name with numpy.savez.",
-        BAD_FILES.format(2, 2),
+        ALL_BAD.format(2, 2),
     ]
 
 
@@ -224,7 +244,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(ask: Ask) -> None
                 f"({kind}, not a regular file). Make it anew, or leave it out."
                 for file, kind in zip(files, kinds, strict=True)
             ),
-            BAD_FILES.format(4, 4),
+            ALL_BAD.format(4, 4),
         ]
     assert ask("classify", "rows", "good.npy", "--policy", "policy.json") == (
         1,
@@ -244,4 +264,4 @@ def test_hostile_arrays_are_refused_each_by_its_name(ask: Ask) -> None:
     assert (status, out) == (1, "")
     *sentences, last = err.splitlines()
     refused = [line.partition(" Received: ")[2].partition(" ")[0] for line in sentences]
-    assert (refused, last) == (files, BAD_FILES.format(len(files), len(files)))
+    assert (refused, last) == (files, ALL_BAD.format(len(files), len(files)))

@@ -26,6 +26,8 @@ BAD_FILES = (
     "keras-mrl: All files are checked before anything is sent. Received: {} of {} that cannot be "
     "used, named above. Mend them, or go on without them: --skip-unreadable."
 )
+ALL_BAD = BAD_FILES.replace(", or go on without them: --skip-unreadable", "")
+LEFT_OUT = "keras-mrl: {} of {} files are left out, named above."
 
 _BLOCKER = """
 import json, os, sys

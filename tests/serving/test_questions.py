@@ -116,11 +116,12 @@ def test_rows_of_a_model_that_decodes_images_are_whole_image_files() -> None:
     )
     whole = files()["baseline-0.jpg"]
     truncated = "An image file must be a whole JPEG, PNG, GIF, BMP or WebP. Received: row 1 (image "
-    for images, sentence in (
+    cases: list[tuple[Any, str]] = [
         ([whole, whole[:-60]], truncated),
         ([whole, "up.jpg"], "An image file is given as its bytes. Received: row 1, a str. Read "),
         (np.array(["up.jpg"]), "An image file is given as its bytes. Received: row 0, a str. "),
-    ):
+    ]
+    for images, sentence in cases:
         with pytest.raises(UnreadableImageError) as caught:
             questions.embed(images, 8).parts(model, Options())
         assert str(caught.value).startswith(sentence)
