@@ -383,7 +383,7 @@ def rounding(metric: str, dim: int, queries: Any, rows: Any) -> Any:
     return 2.0**-21 * math.sqrt(dim) * scale
 
 
-Ask = Callable[[int, int], tuple[Vectors, Ids]]  # of a query's number and a count: scores, rows
+Ask = Callable[[slice, int], tuple[Vectors, Ids]]  # of some queries and a count: scores, rows
 
 
 def lowest_ids_first(
@@ -399,13 +399,13 @@ def lowest_ids_first(
         rows: Row numbers, best first, -1 after the last.
         ids: Ids of all rows; None takes the row numbers.
         slack: How far the scores of equal rows may differ here. From `ask` they may not.
-        ask: Returns so many of the best rows of a query, and their scores, in one dimension.
+        ask: Returns the scores of so many of the best rows of some queries, and these rows.
 
     Shapes:
         scores, rows: `(batch, n)`. Returns `(batch, n - 1)`.
 
     Examples:
-        >>> ask = lambda query, count: (np.float32([9, 9, 9, 5]), np.array([2, 1, 0, 3]))
+        >>> ask = lambda queries, count: (np.float32([[9, 9, 9, 5]]), np.array([[2, 1, 0, 3]]))
         >>> lowest_ids_first(np.float32([[9, 9]]), np.array([[2, 1]]), None, 0.0, ask).tolist()
         [[0]]
     """
@@ -419,7 +419,7 @@ def lowest_ids_first(
         count = size
         while True:
             count *= 4
-            some_scores, some_rows = ask(query, count)
+            (some_scores,), (some_rows,) = ask(slice(query, query + 1), count)
             num_rows = np.count_nonzero(some_rows >= 0)
             if num_rows < count or some_scores[-1] != some_scores[size - 1]:
                 break

@@ -299,14 +299,12 @@ def closest(
     if shortlists is None:
         shortlists = _closest_of_all(queries, rows, k, metric, ids)
 
-    def ask_again(query: int, count: int) -> tuple[Vectors, Ids]:
-        one = slice(query, query + 1)
-        distances, best = _compared(faiss, queries[one], rows, shortlists[one], count, metric)
-        return distances[0], best[0]
+    def ask(some: slice, count: int) -> tuple[Vectors, Ids]:
+        return _compared(faiss, queries[some], rows, shortlists[some], count, metric)
 
-    distances, best = _compared(faiss, queries, rows, shortlists, k + 1, metric)
+    distances, best = ask(slice(None), k + 1)
     if best.shape[1] > k:
-        best = lowest_ids_first(distances, best, ids, 0.0, ask_again)
+        best = lowest_ids_first(distances, best, ids, 0.0, ask)
         distances = distances[:, :k]
     return best, -distances if metric == "l2" else distances
 
@@ -331,18 +329,17 @@ def _closest_of_all(queries: Vectors, rows: Vectors, k: int, metric: str, ids: I
     faiss = import_faiss()
     kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
 
-    def ask_again(query: int, count: int) -> tuple[Vectors, Ids]:
-        one = queries[query : query + 1]
-        scores, best = faiss.knn(one, rows, min(count, len(rows)), metric=kind)
-        return scores[0], best[0]
+    def ask(some: slice, count: int) -> tuple[Vectors, Ids]:
+        scores, best = faiss.knn(queries[some], rows, min(count, len(rows)), metric=kind)
+        return scores, best
 
     if k >= len(rows):
         return np.tile(np.arange(len(rows)), (len(queries), 1))
-    scores, best = faiss.knn(queries, rows, k + 1, metric=kind)
+    scores, best = ask(slice(None), k + 1)
     at_the_edge = rows[best[:, k - 1 :].ravel()]
     lengths = [np.sqrt(np.einsum("rd,rd->r", some, some).max()) for some in (queries, at_the_edge)]
     slack = rounding(metric.replace("cosine", "dot"), queries.shape[1], *lengths)
-    return lowest_ids_first(scores, best, ids, slack, ask_again)
+    return lowest_ids_first(scores, best, ids, slack, ask)
 
 
 def _cut(queries: Vectors, dim: int) -> Vectors:

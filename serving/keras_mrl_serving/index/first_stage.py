@@ -257,10 +257,8 @@ class Shortlister:
         if self._is_coarse:
             return self._ask(faiss, prefixes, size, parameters)[1]
 
-        def ask_again(query: int, count: int) -> tuple[Vectors, Ids]:
-            count = min(count, self.index.ntotal)
-            scores, rows = self._ask(faiss, prefixes[query : query + 1], count, parameters)
-            return scores[0], rows[0]
+        def ask(some: slice, count: int) -> tuple[Vectors, Ids]:
+            return self._ask(faiss, prefixes[some], min(count, self.index.ntotal), parameters)
 
         scores, rows = self._ask(faiss, prefixes, size + 1, parameters)
         slack = 0.0
@@ -268,7 +266,7 @@ class Shortlister:
             lengths = np.sqrt(np.einsum("qd,qd->q", prefixes, prefixes))
             metric = "l2" if self.index.metric_type == faiss.METRIC_L2 else "dot"
             slack = float(rounding(metric, self.dim, lengths.max(), self._longest))
-        return lowest_ids_first(scores, rows, ids, slack, ask_again)
+        return lowest_ids_first(scores, rows, ids, slack, ask)
 
     def _ask(
         self, faiss: Any, prefixes: Vectors, count: int, parameters: Any
