@@ -319,7 +319,7 @@ class AioTransport:
 
         One of several replicas that is lost is not counted while others are connected.
         """
-        return 0 if self._connections is None else self._connections.made
+        return 1 if self._connections is None else self._connections.made  # it is yet to be made
 
     async def send_async(self, envelope: Envelope) -> Reply[Any]:
         """Return the reply; raise a `KerasMrlError`."""

@@ -417,21 +417,23 @@ class Conversation:
 
     def _read_manifest(self, version: int | None, deadline: float) -> Talk[Manifest]:
         """Read the manifest of a version, None for the newest, and remember it."""
-        asked = None if version is None else Identity(version)
-        manifest, answering = yield from self._talk(flows.describe(), asked, deadline)
+        expected = None if version is None else Identity(version)
+        connections = self._knowledge.connections()
+        manifest, answering = yield from self._talk(flows.describe(), expected, deadline)
         if answering is not None:
             identity = Identity(answering.version, manifest.model_id)
-            self._knowledge.put(AskManifest(), identity, manifest)
+            self._knowledge.put(AskManifest(), identity, manifest, connections)
         return manifest
 
     def _learn(self, request: AskManifest | AskSignatures, deadline: float) -> Rounds[Any]:
         """Read the manifest or the signatures of the newest version, and remember them."""
         if isinstance(request, AskManifest):
             return (yield from self._run_talk(self._read_manifest(None, deadline)))
+        connections = self._knowledge.connections()
         talk = self._talk(flows.signatures(), None, deadline)
         signatures, answering = yield from self._run_talk(talk)
         if answering is not None:
-            self._knowledge.put(request, answering, signatures)
+            self._knowledge.put(request, answering, signatures, connections)
         return signatures
 
     def _envelope(self, request: Any, version: int | None, deadline: float) -> Envelope:

@@ -43,10 +43,11 @@ class Knowledge:
 
     Attributes:
         version: The version that last answered a call to the newest; None before the first answer.
+        connections: Returns how many connections were made so far.
 
     Examples:
         >>> knowledge = Knowledge()
-        >>> knowledge.put(AskSignatures(), Identity(3), {"embed_8": ...})
+        >>> knowledge.put(AskSignatures(), Identity(3), {"embed_8": ...}, connections=0)
         >>> knowledge.get(AskSignatures(), Identity(3))
         {'embed_8': Ellipsis}
         >>> knowledge.get(AskSignatures()) is None  # nothing has answered yet
@@ -55,7 +56,7 @@ class Knowledge:
 
     def __init__(self, connections: Callable[[], int] = lambda: 0) -> None:
         self.version: int | None = None
-        self._connections = connections
+        self.connections = connections
         self._model_ids: dict[int, int | None] = {}  # of each version, as it last answered
         self._facts: dict[tuple[type, Identity], tuple[int, Any]] = {}
 
@@ -67,15 +68,29 @@ class Knowledge:
             identity = Identity(self.version, self._model_ids.get(self.version))
         key = _key(request, identity)
         connections, facts = self._facts.get(key, (0, None))
-        is_sure = key[1].model_id is not None or connections == self._connections()
+        is_sure = key[1].model_id is not None or connections == self.connections()
         return facts if is_sure else None
 
-    def put(self, request: AskManifest | AskSignatures, identity: Identity, facts: object) -> None:
-        """Remember what a model answered to a request."""
+    def put(
+        self,
+        request: AskManifest | AskSignatures,
+        identity: Identity,
+        facts: object,
+        connections: int,
+    ) -> None:
+        """Remember what a model answered to a request.
+
+        Args:
+            request: The request.
+            identity: The model.
+            facts: The answer.
+            connections: How many connections were made before the request was sent: the one that
+                carried the answer may be lost, and made anew, before the answer is remembered.
+        """
         if len(self._facts) >= _MOST_FACTS:
             self._facts = {}
             self._model_ids = {}
-        self._facts[_key(request, identity)] = (self._connections(), facts)
+        self._facts[_key(request, identity)] = (connections, facts)
         if isinstance(request, AskManifest):
             self._model_ids[identity.version] = identity.model_id
 

@@ -378,6 +378,22 @@ def test_after_a_reconnect_a_manifest_without_an_id_is_read_anew() -> None:
     assert server.signatures[3:] == ["describe", "embed_4"]
 
 
+def test_a_manifest_whose_connection_was_lost_before_it_was_remembered_is_read_anew() -> None:
+    server = Counted(echo(1))
+    index = ExactIndex.build(rows(9), FUNNEL, encoder_fingerprint="v1")
+
+    def replaced(call: Call) -> Arrays:
+        server.model = echo(2)
+        server.connections += 1
+        return echo(1)(call)
+
+    server.model = replaced
+    client = Client(server)
+    assert client.describe().fingerprint == "v1"
+    with pytest.raises(EncoderMismatchError):
+        client.retrieve(rows(2), index)
+
+
 def test_after_a_reconnect_a_manifest_with_an_id_is_as_good_as_before() -> None:
     server = Counted(OLD)
     client = Client(server)
@@ -462,7 +478,7 @@ def test_a_server_in_memory_carries_the_id_of_its_manifest() -> None:
 
 def test_a_manifest_of_another_id_never_serves() -> None:
     knowledge, asked = Knowledge(), AskManifest()
-    knowledge.put(asked, Identity(1, 5), "of 5")
+    knowledge.put(asked, Identity(1, 5), "of 5", connections=0)
     assert knowledge.get(asked) is None  # nothing has answered yet
     knowledge.answered(Identity(1, 5), is_identified=True)
     assert knowledge.get(asked) == knowledge.get(asked, Identity(1, 5)) == "of 5"
@@ -470,7 +486,7 @@ def test_a_manifest_of_another_id_never_serves() -> None:
         assert knowledge.get(asked, other) is None
     knowledge.answered(Identity(1, 6), is_identified=True)
     assert knowledge.get(asked) is None
-    knowledge.put(asked, Identity(1, 6), "of 6")
+    knowledge.put(asked, Identity(1, 6), "of 6", connections=0)
     assert knowledge.get(asked) == "of 6"
     knowledge.answered(Identity(1), is_identified=False)  # a call that asks for no id
     assert knowledge.get(asked) == "of 6"
@@ -481,7 +497,7 @@ def test_a_manifest_of_another_id_never_serves() -> None:
 def test_signatures_are_of_a_version_and_of_a_connection() -> None:
     connections = 1
     knowledge, asked = Knowledge(lambda: connections), AskSignatures()
-    knowledge.put(asked, Identity(1), "signatures")
+    knowledge.put(asked, Identity(1), "signatures", connections)
     assert knowledge.get(asked, Identity(1, 5)) == "signatures"
     connections = 2
     assert knowledge.get(asked, Identity(1)) is None
@@ -490,7 +506,7 @@ def test_signatures_are_of_a_version_and_of_a_connection() -> None:
 def test_what_is_remembered_does_not_grow() -> None:
     knowledge, asked = Knowledge(), AskManifest()
     for number in range(100):
-        knowledge.put(asked, Identity(number, 5), str(number))
+        knowledge.put(asked, Identity(number, 5), str(number), connections=0)
         knowledge.answered(Identity(number, 5), is_identified=True)
         assert knowledge.get(asked) == str(number)
     remembered = [n for n in range(100) if knowledge.get(asked, Identity(n, 5)) is not None]
