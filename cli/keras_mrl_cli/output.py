@@ -9,7 +9,6 @@ Errors keep the words they quote as they came; they are escaped here, when they 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -145,15 +144,3 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.clear()
-
-
-class LogLines(logging.Formatter):
-    """Formats records of a log as lines that a terminal only shows."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the line of a record."""
-        return printable(super().formatMessage(record))
-
-    def formatException(self, ei: Any) -> str:
-        """Return the lines of a traceback."""
-        return "\n".join(map(printable, super().formatException(ei).split("\n")))

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .output import LogLines, print_line, print_note
+from .output import print_line, print_note
 from .shared import (
     DONE,
     FAILED,
@@ -190,11 +190,14 @@ def _check_rest(words: Sequence[str]) -> None:
 def _run_development_server(flags: dict[str, Any]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     lines = logging.StreamHandler()
-    lines.setFormatter(LogLines("%(asctime)s %(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=logging.INFO, handlers=[lines])
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[lines]
+    )
     logging.getLogger("absl").setLevel(logging.WARNING)
     with needing("server", "The development server runs SavedModels with TensorFlow."):
         from keras_mrl_serving.server import DevServer
+        from keras_mrl_serving.server.log import Escaping
+    lines.addFilter(Escaping())  # of what gRPC and asyncio log, too
     served = repr(flags["model_name"])
     if flags.get("model_config_file"):
         served = f"the models of {flags['model_config_file']!r}"

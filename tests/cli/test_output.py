@@ -2,7 +2,6 @@
 
 import ast
 import json
-import logging
 import os
 import re
 import sys
@@ -16,7 +15,7 @@ import pytest
 
 import keras_mrl_cli
 from keras_mrl_cli import serve
-from keras_mrl_cli.output import LogLines, Table, print_json, print_line, print_note, printable
+from keras_mrl_cli.output import Table, print_json, print_line, print_note, printable
 from keras_mrl_cli.shared import RefusalError, command
 from keras_mrl_serving import ExactIndex, FunnelSchedule
 from tests.helpers.cli import Call, Terminal, lines
@@ -60,16 +59,6 @@ def test_characters_that_do_not_print_are_escaped(capsys: pytest.CaptureFixture[
     assert steering(printed.out + printed.err) == []
     assert line.isascii()
     assert json.loads(line) == {HOSTILE: [HOSTILE, None]}
-
-
-def test_a_log_is_escaped_too() -> None:
-    record = logging.LogRecord("m", logging.INFO, "f", 1, "loaded %s", (HOSTILE,), None)
-    assert LogLines("%(message)s").format(record) == f"loaded {ESCAPED}"
-    try:
-        raise ValueError(HOSTILE.replace("\n", ""))
-    except ValueError:
-        record.exc_info = sys.exc_info()
-    assert steering(LogLines("%(message)s").format(record)) == []
 
 
 def test_refusals_and_mistakes_are_escaped(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from keras_mrl_serving.server.log import logger
+from keras_mrl_serving.server.log import Escaping, logger
 from keras_mrl_serving.server.models import Models, Retries
 from tests.helpers.disk import Disk, config
 
@@ -35,6 +35,24 @@ def test_a_traceback_is_indented(log: io.StringIO) -> None:
         logger.exception("it failed")
     first, *rest = log.getvalue().splitlines()
     assert first == "it failed"
+    assert {line[:2] for line in rest} == {"  "}
+    assert rest[-1] == "  12:00:00 m: version 2 loaded\\x1b"
+
+
+def test_as_filter_of_a_handler_it_escapes_what_every_logger_says() -> None:
+    """As in `keras-mrl serve`: gRPC logs what a handler raises, with what a client sent in it."""
+    file = io.StringIO()
+    handler, other = logging.StreamHandler(file), logging.getLogger("tests.not_ours")
+    handler.addFilter(Escaping())
+    other.addHandler(handler)
+    try:
+        raise ValueError("a\n12:00:00 m: version 2 loaded\x1b")
+    except ValueError:
+        other.exception("\x1b[2J")
+    finally:
+        other.removeHandler(handler)
+    first, *rest = file.getvalue().splitlines()
+    assert first == "\\x1b[2J"
     assert {line[:2] for line in rest} == {"  "}
     assert rest[-1] == "  12:00:00 m: version 2 loaded\\x1b"
 
