@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
@@ -67,17 +67,24 @@ class Output:
             return False
         if self._shape is None:
             return True
-        expected = tuple([rows if size == _ROWS else size for size in self._shape])
-        if shape == expected:
-            return True
-        sizes = zip(shape, expected, strict=False)
-        return len(shape) == len(expected) and all(e is None or n == e for n, e in sizes)
+        return shape_fits(shape, [rows if size == _ROWS else size for size in self._shape])
 
     def __str__(self) -> str:
         if self._shape is None:
             return f"{self.dtype} of any shape"
         sizes = ", ".join("any" if size is None else str(size) for size in self._shape)
         return f"{self.dtype} ({sizes}{',' if len(self._shape) == 1 else ''})"
+
+
+def shape_fits(shape: tuple[int, ...], expected: Sequence[object]) -> bool:
+    """Whether a shape has the expected sizes; None is any size.
+
+    Examples:
+        >>> shape_fits((3, 8), (None, 8)), shape_fits((3, 8), (None,))
+        (True, False)
+    """
+    sizes = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and all(e is None or n == e for n, e in sizes)
 
 
 def array_dtype(name: str) -> str:

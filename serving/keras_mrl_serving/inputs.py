@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .calls import shape_fits
 from .errors import InvalidInputError
 
 Inputs = npt.ArrayLike | Mapping[str, npt.ArrayLike]
@@ -81,7 +82,7 @@ def _check_array(name: str, spec: Mapping[str, Any], value: npt.ArrayLike) -> np
         raise InvalidInputError(str(error)) from error
     shape = spec["shape"]
     is_number = array.dtype.kind not in "SUTO"
-    if shape is not None and not _fits(array.shape, shape):
+    if shape is not None and not shape_fits(array.shape, shape):
         expected = _format_shape(tuple("any" if size is None else size for size in shape))
         batch = ", batch first" if shape[:1] == [None] else ""
         raise InvalidInputError(
@@ -119,10 +120,10 @@ def _shape_remedy(array: npt.NDArray[Any], shape: list[int | None]) -> str:
     if shape[:1] == [None] and array.ndim == len(shape) - 1:
         if array.dtype.kind in "OSUT" and not array.ndim:
             return "Give a batch: for one row, [x]."
-        if shape[-1] == 1 and _fits(array.shape, shape[:-1]):
+        if shape[-1] == 1 and shape_fits(array.shape, shape[:-1]):
             column = "x[:, None]" if array.ndim == 1 else "x[..., None]"
             return f"Give every row its last axis, of one number: {column}."
-        if _fits(array.shape, shape[1:]):
+        if shape_fits(array.shape, shape[1:]):
             return "Give a batch: for one row, x[None]."
     return "Prepare the rows as in training."
 
@@ -183,11 +184,6 @@ def _cast(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArr
             f"Received: {_describe(array)}, in which {change}. Scale or round them first."
         )
     return cast
-
-
-def _fits(shape: tuple[int, ...], expected: list[int | None]) -> bool:
-    sizes = zip(shape, expected, strict=False)
-    return len(shape) == len(expected) and all(e is None or e == n for n, e in sizes)
 
 
 def _describe(array: npt.NDArray[Any]) -> str:

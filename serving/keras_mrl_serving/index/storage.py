@@ -33,6 +33,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ..calls import shape_fits
 from ..errors import DamagedIndexError, ManifestError
 from ..untrusted import (
     JSON_BYTES,
@@ -103,10 +104,8 @@ class SavedFiles:
             array = read_array(path, within=self.folder)
         except UntrustedFileError as error:
             raise _damaged(self.folder, f"{path.name}, {error}") from error
-        fits = len(array.shape) == len(shape) and all(
-            expected in (None, size) for size, expected in zip(array.shape, shape, strict=True)
-        )
-        if not fits or array.dtype != dtype or not array.flags.c_contiguous:
+        fits = shape_fits(array.shape, shape) and array.dtype == dtype
+        if not fits or not array.flags.c_contiguous:
             expected = f"{np.dtype(dtype)} {shape}".replace("None", "any")
             received = f"{array.dtype} {array.shape}"
             order = "" if array.flags.c_contiguous else " column by column"
