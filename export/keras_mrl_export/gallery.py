@@ -76,22 +76,22 @@ class IndexGraph:
             `ids` int64 and `scores` float32, `(batch, k)`.
         """
         schedule = self._facts.schedule
-        queries = self._split(embedding, schedule.dims[-1])
+        return self._search(embedding, schedule.dims, schedule.shortlists)
+
+    def search_at(self, embedding: Any, dim: int) -> Tensors:
+        """Return the neighbours at one dim, exactly."""
+        return self._search(embedding, (dim,), ())
+
+    def _search(self, embedding: Any, dims: Sequence[int], shortlists: Sequence[int]) -> Tensors:
+        queries = self._split(embedding, dims[-1])
         dots, rows, next_block = None, None, 0
-        for dim, size in zip(schedule.dims, (*schedule.shortlists, schedule.k), strict=True):
+        for dim, size in zip(dims, (*shortlists, self._facts.schedule.k), strict=True):
             stop = self._dims.index(dim) + 1
             for block in range(next_block, stop):
                 products = self._products(queries[block], block, rows)
                 dots = products if dots is None else dots + products
             dots, rows = self._best(dots, rows, queries[:stop], size)
             next_block = stop
-        return self._answer(queries, rows)
-
-    def search_at(self, embedding: Any, dim: int) -> Tensors:
-        """Return the neighbours at one dim, exactly."""
-        queries = self._split(embedding, dim)
-        dots = tf.add_n([self._products(query, b, None) for b, query in enumerate(queries)])
-        _, rows = self._best(dots, None, queries, self._facts.schedule.k)
         return self._answer(queries, rows)
 
     def _split(self, embedding: Any, width: int) -> list[Any]:
