@@ -316,8 +316,8 @@ def _version_statuses(data: bytes) -> tuple[VersionStatus, ...]:
 
 def _version_status(status: wire.ModelVersionStatus) -> VersionStatus:
     states = wire.ModelVersionStatus.State
-    known = status.state if status.state in states.values() else states.UNKNOWN
-    return VersionStatus(status.version, states.Name(known), status.status.error_message)
+    state = status.state if status.state in states.values() else states.UNKNOWN
+    return VersionStatus(status.version, states.Name(state), status.status.error_message)
 
 
 def signatures_of(definitions: Mapping[str, wire.SignatureDef]) -> dict[str, Signature]:

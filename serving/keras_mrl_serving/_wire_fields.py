@@ -192,9 +192,9 @@ def _count_fields(data: memoryview, descriptor: Any, most: int) -> int:
     count = 0
     for number, value in fields(data):
         count += 1
-        known = descriptor.fields_by_number.get(number)
-        if known is not None and known.message_type and isinstance(value, memoryview):
-            count += _count_fields(value, known.message_type, most - count)
+        declared = descriptor.fields_by_number.get(number)
+        if declared is not None and declared.message_type and isinstance(value, memoryview):
+            count += _count_fields(value, declared.message_type, most - count)
         if count > most:
             break
     return count

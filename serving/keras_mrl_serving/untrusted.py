@@ -221,13 +221,13 @@ def read_array(path: Path, within: Path | None = None) -> npt.NDArray[Any]:
 
 
 def read_arrays(
-    path: Path, is_wanted: Callable[[str], bool] = lambda _name: True
+    path: Path, is_requested: Callable[[str], bool] = lambda _name: True
 ) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of an .npz file by name, read-only.
 
     Args:
         path: The file.
-        is_wanted: Whether the array of a name is read; the others are not unpacked.
+        is_requested: Whether the array of a name is read; the others are not unpacked.
 
     Raises:
         UntrustedFileError: If it holds something else, or would unpack to very much.
@@ -241,15 +241,15 @@ def read_arrays(
         {'a': (2, 2), 'b': (3,)}
     """
     with open_archive(path) as archive:
-        wanted = {}
+        members = {}
         for member in archive.names:
             name, dot, suffix = member.rpartition(".")
             if f"{dot}{suffix}" != ".npy":
                 raise UntrustedFileError(f"an archive with {member!r:.80}, which is no .npy")
-            if is_wanted(name):
-                wanted[name] = member
-        archive.check_sizes(list(wanted.values()))
-        return {name: _unpacked_array(archive.read(member)) for name, member in wanted.items()}
+            if is_requested(name):
+                members[name] = member
+        archive.check_sizes(list(members.values()))
+        return {name: _unpacked_array(archive.read(member)) for name, member in members.items()}
 
 
 def _unpacked_array(data: bytes) -> npt.NDArray[Any]:

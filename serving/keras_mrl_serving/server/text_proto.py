@@ -170,10 +170,10 @@ def _reason_of_cpp(error: text_format.ParseError, text: str) -> tuple[int, str]:
     """Where a text does not parse and why, in the words of the C++ parser."""
     place = _original_offset(text, error.GetLine() or 1, error.GetColumn() or 1)
     token, field = _token(text, place), (_WORD.findall(text, 0, place) or [""])[-1]
-    said = re.sub(r"^[0-9: ]*(?:'.*': )?", "", str(error), flags=re.DOTALL)
-    reason, where = f"{said.rstrip('.')}.", "at"
+    message = re.sub(r"^[0-9: ]*(?:'.*': )?", "", str(error), flags=re.DOTALL)
+    reason, where = f"{message.rstrip('.')}.", "at"
     for python, cpp, cpp_where in _REASONS:
-        if match := re.match(python, said, re.DOTALL):
+        if match := re.match(python, message, re.DOTALL):
             reason, where = cpp.format(*match.groups(), token=token, field=field), cpp_where
             break
     if where == "end":
