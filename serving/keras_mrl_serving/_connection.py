@@ -147,6 +147,7 @@ class Connections:
         self._open = open_connection
         self._clock = clock
         self._lock = threading.Lock()
+        self._is_closed = False
         self._made_before = 0
         self._given_up: set[Connection] = set()
         self._current = open_connection()
@@ -157,9 +158,10 @@ class Connections:
         self._current.look()
         return self._made_before + 1 + self._current.times_lost
 
-    def channels(self) -> list[Any]:
-        """Return the channels that are open."""
+    def close(self) -> list[Any]:
+        """Open no more channels; return those that are open, to be closed."""
         with self._lock:
+            self._is_closed = True
             return [each.channel for each in (self._current, *self._given_up)]
 
     def begin(self) -> Attempt:
@@ -184,7 +186,7 @@ class Connections:
             return connection.channel
 
     def _give_up(self, connection: Connection) -> None:
-        if connection is self._current:
+        if connection is self._current and not self._is_closed:
             self._made_before = self.made
             self._given_up.add(connection)
             self._current = self._open()

@@ -258,7 +258,7 @@ class GrpcTransport:
     def close(self) -> None:
         """Close the channel."""
         self._closed.set()
-        for channel in self._connections.channels():
+        for channel in self._connections.close():
             channel.close()
 
     def _open(self) -> None:
@@ -357,7 +357,7 @@ class AioTransport:
         """Close the channel."""
         self._closed = True
         if self._connections is not None and asyncio.get_running_loop() is self._loop:
-            for channel in self._connections.channels():
+            for channel in self._connections.close():
                 await channel.close()
 
     def _check_place(self) -> None:

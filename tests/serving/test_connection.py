@@ -125,9 +125,13 @@ class FakeChannel:
 def test_a_connection_that_is_given_up_closes_with_its_last_call() -> None:
     now = [0.0]
     ready = [True]
-    connections = Connections(
-        lambda: Connection(FakeChannel(), Silence(1, 1.0), lambda: ready[0]), lambda: now[0]
-    )
+    opened: list[FakeChannel] = []
+
+    def open_connection() -> Connection:
+        opened.append(FakeChannel())
+        return Connection(opened[-1], Silence(1, 1.0), lambda: ready[0])
+
+    connections = Connections(open_connection, lambda: now[0])
 
     def pass_deadline() -> Any:
         attempt = connections.begin()
@@ -135,21 +139,40 @@ def test_a_connection_that_is_given_up_closes_with_its_last_call() -> None:
         attempt.is_answered = False
         return connections.end(attempt)
 
-    (first,) = connections.channels()
     under_way = connections.begin()
     assert [pass_deadline() for _ in range(3)] == [None] * 3
     assert connections.made == 2
-    second, still_open = connections.channels()
-    assert still_open is first
+    first, second = opened
     under_way.succeed()
     assert connections.end(under_way) is first
-    assert connections.channels() == [second]
     assert [pass_deadline() for _ in range(3)] == [None, None, second]  # no call is under way
     assert connections.made == 3
     for ready[0], made in ((True, 3), (False, 4), (False, 4), (True, 4), (False, 5)):
         assert connections.made == made
     connections.begin().succeed()  # it was connected meanwhile, and is no more
     assert connections.made == 6
+
+
+def test_once_closed_no_channel_is_opened() -> None:
+    """A call may pass its deadline after `close`: what it opened would stay open."""
+    now = [0.0]
+    opened: list[FakeChannel] = []
+
+    def open_connection() -> Connection:
+        opened.append(FakeChannel())
+        return Connection(opened[-1], Silence(1, 1.0), lambda: True)
+
+    connections = Connections(open_connection, lambda: now[0])
+    attempts = []
+    for _ in range(3):
+        attempts.append(connections.begin())
+        now[0] += 1
+    assert connections.close() == opened
+    for start_s, attempt in enumerate(attempts):
+        now[0] = start_s + 1
+        attempt.is_answered = False
+        assert connections.end(attempt) is None
+    assert len(opened) == 1
 
 
 def test_channels_have_connections_of_their_own_and_do_not_wait_long_for_them() -> None:
