@@ -289,7 +289,7 @@ def load_policy(file: str) -> CascadePolicy:
         return CascadePolicy.from_json(parse_json(text))
     except ManifestError as error:
         raise RefusalError(f"{file}: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RefusalError(
             "--policy must be the JSON of a CascadePolicy. "
             f"Received: {file} ({error}). Write it with json.dump(policy.to_json(), file)."

@@ -96,7 +96,7 @@ def load_or_make_plan(path: Path, requested: Mapping[str, Any], make: Callable[[
         saved = parse_json(read_bytes(path, JSON_BYTES))
         plan = Plan(**{**saved["plan"], "dims": tuple(saved["plan"]["dims"])})
         before = dict(saved["asked"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, error) from error
     changes = [
         f"{name}={requested.get(name)} after {value}"

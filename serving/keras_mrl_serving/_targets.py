@@ -21,7 +21,15 @@ T = TypeVar("T")
 _LAST_PORT = 2**16 - 1
 _REPLICAS_BEHIND_DNS = 3
 # Schemes of gRPC whose addresses are checked by gRPC alone. `dns:` is checked here.
-_SCHEMES = ("unix:", "unix-abstract:", "vsock:", "ipv4:", "ipv6:", "xds:")
+_EXAMPLE_OF_SCHEME = {
+    "unix": "unix:/run/models.sock",
+    "unix-abstract": "unix-abstract:models",
+    "vsock": "vsock:2:8500",
+    "ipv4": "ipv4:10.0.0.1:8500",
+    "ipv6": "ipv6:[2001:db8::1]:8500",
+    "xds": "xds:///models",
+}
+_SCHEMES = tuple(f"{scheme}:" for scheme in _EXAMPLE_OF_SCHEME)
 
 
 def check_transport(transport: T, method: str) -> T:
@@ -51,7 +59,7 @@ def channel_address(targets: str | Sequence[str]) -> str:
     Raises:
         ValueError: If there is no target, a target has no port, or its host has no address.
     """
-    if isinstance(targets, str):
+    if isinstance(targets, str | bytes | bytearray | memoryview):
         return _check_target(targets)
     if not targets:
         raise ValueError(
@@ -84,12 +92,24 @@ def _check_target(target: object) -> str:
             "A target is 'host:port', without a name or a password. Received: one with '@'. "
             "Give what the server asks for as Options(metadata={'authorization': ...})."
         )
+    if not target.isprintable():
+        raise ValueError(
+            "A target is written in characters that print. "
+            f"Received: {target.rpartition('@')[2]!r}. Give for example 'localhost:8500'."
+        )
     if "," in target and not target.startswith(("ipv4:", "ipv6:")):
         raise ValueError(
             f"A target is one address. Received: {target!r}. "
             f"Give several as a list: {target.split(',')}."
         )
     if target.startswith(_SCHEMES):
+        scheme, _, rest = target.partition(":")
+        addresses = rest.split(",") if scheme in ("ipv4", "ipv6") else [rest]
+        if not all(address.strip("/ ") for address in addresses):
+            raise ValueError(
+                f"A target of {scheme}: names an address. "
+                f"Received: {target!r}. Give for example {_EXAMPLE_OF_SCHEME[scheme]!r}."
+            )
         return target
     if "://" in target and not target.startswith("dns:"):
         raise _url_error(target)
@@ -119,8 +139,8 @@ def _host_and_port(target: str) -> tuple[str, str]:
 
 def _url_error(target: str) -> ValueError:
     scheme, _, rest = target.partition("://")
-    # Without a path, a query, a user and a password.
-    place = rest.partition("/")[0].partition("?")[0].rpartition("@")[2]
+    # Without a user, a password, which may hold any character, a path and a query.
+    place = rest.rpartition("@")[2].partition("/")[0].partition("?")[0]
     host, colon, port = place.rpartition(":")
     if not colon or port.endswith("]"):
         host, port = place, ""
@@ -173,17 +193,44 @@ class Proxy:
 
     Args:
         variable: The variable of the environment that names it.
-        address: Its host and port, without user and password.
+        address: Its host and port, without user and password; empty where a part of the URL may
+            belong to either.
+        is_asked: Whether gRPC takes it: it asks proxies of http:// alone.
     """
 
     variable: str
     address: str
+    is_asked: bool = True
+
+    def explain(self, details: str, remedy: str) -> tuple[str, str]:
+        """Return gRPC's words about a failure and the remedy, with this proxy in both."""
+        if not self.is_asked:
+            place = f"asked directly: {self.variable} is not taken"
+            more = (
+                f"gRPC asks proxies of http:// alone: give {self.variable} as http://HOST:PORT, or "
+                "Options(proxy=False) to go without."
+            )
+        elif not self.address:  # gRPC's words may repeat a part of the password
+            details, place = "no connection was made", f"through the proxy of {self.variable}"
+            remedy = ""
+            more = (
+                f"Write {self.variable} as http://NAME:PASSWORD@HOST:PORT, with characters such as "
+                f"/, ? and # of the password as %2F, %3F and %23. {_NO_PROXY_REMEDY}"
+            )
+        else:
+            place, more = f"through the proxy {self.address} of {self.variable}", _NO_PROXY_REMEDY
+        return f"{details.rstrip('.')} ({place})", f"{remedy} {more}".strip()
+
+
+_NO_PROXY_REMEDY = (
+    "To go without the proxy, name the target in no_proxy, or give Options(proxy=False)."
+)
 
 
 def find_proxy(
     targets: str | Sequence[str], environment: Mapping[str, str] = os.environ
 ) -> Proxy | None:
-    """Return the proxy on the way to a target, None if the target is asked directly.
+    """Return the proxy that is named for a target, None if the target is asked directly.
 
     Loopback, sockets of this machine, several targets, and what `no_proxy` names are asked
     directly. `no_proxy` holds ends of names, addresses, networks or "*", with commas between.
@@ -191,9 +238,9 @@ def find_proxy(
     variable = next(
         (v for v in ("grpc_proxy", "https_proxy", "http_proxy") if v in environment), ""
     )
-    proxy = _split_url(environment.get(variable, ""))
+    url = environment.get(variable, "")
     target = targets if isinstance(targets, str) else targets[0]
-    if proxy is None or target.startswith(("unix", "vsock:", "xds:")):
+    if not url or target.startswith(("unix", "vsock:", "xds:")):
         return None
     if "," in target or (not isinstance(targets, str) and len(targets) > 1):
         return None  # gRPC would ask the proxy for the list as if it were one host
@@ -203,15 +250,23 @@ def find_proxy(
     names = next((environment[each] for each in exempting if environment.get(each)), "")
     if _is_loopback(host) or any(_is_named(host, port, name) for name in names.split(",")):
         return None
-    return Proxy(variable, proxy)
+    address = _split_url(url)
+    return Proxy(variable, address or "", is_asked=address is not None)
 
 
 def _split_url(url: str) -> str | None:
-    """Return host and port of a proxy's URL, None for a URL that gRPC does not take for one."""
+    """Return host and port of a proxy's URL, None for a URL that gRPC does not take for one.
+
+    Empty where they may be a part of a password that holds "/", "?" or "#".
+    """
     with suppress(ValueError):
         parts = urlsplit(url)
-        if parts.scheme == "http" and parts.hostname:
-            return parts.netloc.rpartition("@")[2]
+        if parts.scheme != "http" or not parts.hostname:
+            return None
+        host_and_port = parts.netloc.rpartition("@")[2]
+        port = host_and_port.rpartition("]")[2].partition(":")[2]
+        is_cut = "@" in parts.path + parts.query + parts.fragment
+        return "" if is_cut or (port and not port.isdecimal()) else host_and_port
     return None
 
 

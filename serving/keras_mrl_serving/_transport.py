@@ -75,9 +75,10 @@ def translate_error(
         remedy = cause.remedy
     after = f" after {attempts} attempts" if attempts > 1 else ""
     received = f"{status.name}{after}"
+    if proxy is not None and not proxy.is_asked and is_connected:
+        proxy = None
     if proxy is not None and kind in (ServerUnavailableError, DeadlineError):
-        details = f"{details.rstrip('.')} (through the proxy {proxy.address} of {proxy.variable})"
-        remedy = f"{remedy or ''} {_PROXY_REMEDY}".strip()
+        details, remedy = proxy.explain(details, remedy or "")
     translated = call_error(kind, envelope, target, received, details=details, remedy=remedy)
     translated.attempts = attempts
     return translated
@@ -91,9 +92,6 @@ _SILENT_REMEDY = (
 )
 _NOT_CONNECTED_REMEDY = (
     "See whether a server runs there and can be reached from here, or raise Options(timeout_s=...)."
-)
-_PROXY_REMEDY = (
-    "To go without the proxy, name the target in no_proxy, or give Options(proxy=False)."
 )
 
 
@@ -120,11 +118,11 @@ class _Route:
     """
 
     def __init__(self, targets: str | Sequence[str], options: Options, kind: type[Any]) -> None:
+        self._address = channel_address(targets)
         self.target = targets if isinstance(targets, str) else ",".join(targets)
         self.options = options
         self._interceptors = _check_interceptors(options, kind)
         self.proxy: Proxy | None = None
-        self._address = channel_address(targets)
         self._replicas = count_replicas(targets)
         if options.proxy:
             self.proxy = find_proxy(targets)
@@ -144,7 +142,7 @@ class _Route:
         return Silence(self._replicas, self.options.timeout_s)
 
     def _open(self, module: Any, *interceptors: list[Any]) -> Any:
-        proxied = self.proxy is not None
+        proxied = self.proxy is not None and self.proxy.is_asked
         return open_channel(module, self._address, self.options, *interceptors, proxied=proxied)
 
 
@@ -180,14 +178,17 @@ class _Tries:
             wait_s *= random.uniform(0.8, 1.2)  # so that clients do not return in step
             if time.monotonic() + wait_s < self._deadline_s:
                 return float(wait_s)
+        proxy = self._route.proxy
+        has_secret = proxy is not None and proxy.is_asked and not proxy.address
         raise translate_error(
             error,
             self._envelope,
             self._route.target,
             attempts=self._count,
             is_connected=is_connected,
-            proxy=self._route.proxy,
-        ) from error.with_traceback(None)  # its frames in gRPC hold the call, and the channel
+            proxy=proxy,
+            # Its frames in gRPC hold the call, and the channel.
+        ) from (None if has_secret else error.with_traceback(None))
 
     def _is_worth_another(self, error: grpc.RpcError) -> bool:
         status, details = _status(error)

@@ -107,6 +107,7 @@ class AsyncClient(BaseClient[AsyncTransport]):
     ) -> Neighbors:
         """Return the nearest gallery rows of inputs; a local index searches in a thread."""
         ask = self._conversation.ask
+        flows.check_index(index, AsyncClient)
         if index is None or isinstance(index, AsyncClient):
             flows.check_served_search(k, among)
         if index is None:

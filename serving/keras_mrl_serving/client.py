@@ -212,6 +212,7 @@ class Client(BaseClient[Transport]):
             among: The only ids that an index in this process may return.
         """
         ask = self._conversation.ask
+        flows.check_index(index, Client)
         if index is None or isinstance(index, Client):
             flows.check_served_search(k, among)
         if index is None:

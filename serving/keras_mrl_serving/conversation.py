@@ -184,7 +184,7 @@ class Conversation:
         manifest = manifest or (yield from self.describe())
         dim = manifest.check_dim(dim)
         total = corpus.count_rows(data)
-        digest = corpus.digest(data)
+        digest = corpus.digest(data, manifest.inputs)
         with corpus.EmbeddingFile(path, dim, manifest.fingerprint, digest) as file:
             size = corpus.window_rows(self._options)
             for window in file.missing(corpus.windows(data, manifest.inputs, size)):

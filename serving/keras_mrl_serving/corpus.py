@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import EncoderMismatchError
+from .errors import EncoderMismatchError, InvalidInputError
 from .inputs import Inputs, check_inputs
 from .options import Options
 from .results import Embedded
@@ -108,6 +109,7 @@ def count_rows(data: Corpus) -> int | None:
     """Return how many rows a corpus has; None for an iterable, which would have to be read.
 
     Raises:
+        InvalidInputError: If it is no corpus.
         ValueError: If the arrays of a dict differ in length.
 
     Examples:
@@ -116,6 +118,16 @@ def count_rows(data: Corpus) -> int | None:
     """
     if isinstance(data, np.ndarray) and data.ndim:
         return len(data)
+    values = tuple(data.values()) if isinstance(data, Mapping) else (data,)
+    for value in values:
+        is_batches = value is data and isinstance(value, Iterable)
+        is_one = isinstance(value, str | bytes | np.ndarray) and not getattr(value, "ndim", 0)
+        if is_one or not (is_batches or hasattr(value, "__len__")):
+            raise InvalidInputError(
+                "A corpus is an array, a dict of arrays, or an iterable of such batches. "
+                f"Received: {'' if value is data else 'a dict with '}{type(value).__name__}. "
+                "Give rows, such as np.load(file, mmap_mode='r')."
+            )
     if not isinstance(data, Mapping):
         return None
     rows = {name: len(array) for name, array in data.items()}
@@ -127,26 +139,32 @@ def count_rows(data: Corpus) -> int | None:
     return next(iter(rows.values()))
 
 
-def digest(data: Corpus) -> str | None:
-    """Return a digest of the first and last rows and the length; None for an iterable.
+def digest(data: Corpus, specs: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return a digest of the first and last rows, as they are sent, and of how many there are.
+
+    None for an iterable, which would have to be read.
+
+    Raises:
+        InvalidInputError: If the model does not take these rows.
 
     Examples:
-        >>> digest(np.zeros((50, 3))) == digest(np.zeros((51, 3)))
+        >>> specs = {"x": {"dtype": "float32", "shape": [None, 3]}}
+        >>> digest(np.zeros((50, 3)), specs) == digest(np.zeros((51, 3)), specs)
         False
-        >>> digest(iter([])) is None
+        >>> digest(np.zeros((50, 3)), specs) == digest({"x": np.zeros((50, 3), np.float32)}, specs)
+        True
+        >>> digest(iter([]), specs) is None
         True
     """
     rows = count_rows(data)
     if rows is None:
         return None
-    hash_ = hashlib.sha256(str(rows).encode())
-    arrays: Any = data if isinstance(data, Mapping) else {"": data}
-    for name, array in sorted(arrays.items()):
-        for end in (array[:_DIGEST_ROWS], array[max(0, rows - _DIGEST_ROWS) :]):
-            end = np.asarray(end)
-            bytes_ = repr(end.tolist()).encode() if end.dtype.kind in "OT" else end.tobytes()
-            hash_.update(f"{name} {end.dtype} {end.shape}".encode() + bytes_)
-    return hash_.hexdigest()
+    ends, shapes = RowDigest(), {}
+    for start, stop in ((0, _DIGEST_ROWS), (max(0, rows - _DIGEST_ROWS), rows)):
+        sent = check_inputs(specs, _slice(data, start, stop))
+        ends.update(sent)
+        shapes = {name: array.shape[1:] for name, array in sorted(sent.items())}
+    return hashlib.sha256(f"{rows} {shapes} {ends.hexdigest()}".encode()).hexdigest()
 
 
 class RowDigest:
@@ -181,6 +199,10 @@ class RowDigest:
         return hashlib.sha256(json.dumps(by_input).encode()).hexdigest()
 
 
+def _is_file(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode)
+
+
 _HEADER_BYTES = 128  # fits any number of rows, so that the header can be rewritten in place
 _VALUE_BYTES = 4
 
@@ -199,7 +221,8 @@ class EmbeddingFile:
         corpus: Digest of the corpus, see `digest`; None skips the check that it is the same.
 
     Raises:
-        FileExistsError: If there is a finished file at `path`.
+        FileExistsError: If there is a finished file at `path`, or something else than a file where
+            it is written first.
         EncoderMismatchError: If the file was begun with another model.
         ValueError: If the file was begun with another dim or corpus, or is damaged.
         BlockingIOError: If another process is writing the file.
@@ -228,10 +251,7 @@ class EmbeddingFile:
         self._journal = Path(f"{self.path}.partial.json")
         self._check_free()
         was_begun = self._partial.exists()
-        # Opened without truncation, since another process may be writing the file.
-        # Nor through a link, since its name can be guessed and its folder may be shared.
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        self._file = open(os.open(self._partial, flags, 0o666), "r+b")
+        self._file = self._open_partial()
         try:
             self._lock()
             self._check_free()  # another process may have finished it before this one got the lock
@@ -303,7 +323,7 @@ class EmbeddingFile:
         new_journal = Path(f"{self._journal}.new")
         new_journal.unlink(missing_ok=True)
         with open(new_journal, "x") as file:
-            json.dump({**entry, "corpus": self.corpus}, file)
+            json.dump({**entry, "corpus_sha256": self.corpus}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new_journal, self._journal)
@@ -340,6 +360,25 @@ class EmbeddingFile:
                 "which is there already. Remove it, or choose another path."
             )
 
+    def _open_partial(self) -> BinaryIO:
+        """Open it without truncation, since another process may be writing it.
+
+        Nor through a link, since its name can be guessed and its folder may be shared.
+        """
+        flags = os.O_RDWR | os.O_CREAT
+        for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # not every system has all
+            flags |= getattr(os, flag, 0)
+        try:
+            descriptor = os.open(self._partial, flags, 0o666)
+        except OSError as error:
+            if os.path.lexists(self._partial) and not _is_file(os.lstat(self._partial)):
+                raise self._no_file_error() from error
+            raise
+        if not _is_file(os.fstat(descriptor)):
+            os.close(descriptor)
+            raise self._no_file_error()
+        return open(descriptor, "r+b")
+
     def _end(self) -> int:
         return _HEADER_BYTES + self.rows * self.dim * _VALUE_BYTES
 
@@ -363,8 +402,8 @@ class EmbeddingFile:
         try:
             entry = parse_json(read_bytes(self._journal, JSON_BYTES))
             dim, rows, fingerprint = int(entry["dim"]), int(entry["rows"]), entry["fingerprint"]
-            corpus, self._safe_digest = entry.get("corpus"), entry.get("rows_sha256")
-        except (ValueError, KeyError, TypeError) as error:
+            corpus, self._safe_digest = entry.get("corpus_sha256"), entry.get("rows_sha256")
+        except (ValueError, KeyError, TypeError, IsADirectoryError) as error:
             raise self._damaged_error(f"{self._journal}, which does not read") from error
         if fingerprint != self.fingerprint:
             raise self._other_model_error(fingerprint)
@@ -381,6 +420,13 @@ class EmbeddingFile:
             received = f"{size} bytes in {self._partial} where {rows} rows need {needed}"
             raise self._damaged_error(received)
         return rows
+
+    def _no_file_error(self) -> FileExistsError:
+        return FileExistsError(
+            "Embeddings are written to a regular file first. "
+            f"Received: {self._partial}, which is a link, a folder, a pipe or a device. "
+            "Remove it, or choose another path."
+        )
 
     def _other_corpus_error(self) -> ValueError:
         return ValueError(

@@ -361,6 +361,22 @@ def check_served_search(k: int | None, among: npt.ArrayLike | None) -> None:
         )
 
 
+def check_index(index: object, client: type[Any]) -> None:
+    """Raise `InvalidInputError` unless an index is one in this process, or a client of this class.
+
+    Examples:
+        >>> check_index(None, object)  # the model's own gallery
+    """
+    names = ("search", "width", "encoder_fingerprint")
+    is_local = not isinstance(index, type) and all(hasattr(index, name) for name in names)
+    if not (index is None or isinstance(index, client) or is_local):
+        raise InvalidInputError(
+            f"An index must be one in this process, or another {client.__name__}. "
+            f"Received: {type(index).__name__}. "
+            f"Give open_index(path), or the {client.__name__} of a model that is an index."
+        )
+
+
 def check_encoder(built_with: str | None, encoder: str | None) -> None:
     """Raise `EncoderMismatchError` if an index was built with another encoder than this one.
 

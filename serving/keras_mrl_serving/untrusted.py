@@ -133,7 +133,6 @@ def parse_json(text: str | bytes) -> Any:
 
     Raises:
         ValueError: If it is none.
-        RecursionError: If it has very many levels.
 
     Examples:
         >>> parse_json("[" * 40 + "]" * 40)
@@ -141,12 +140,18 @@ def parse_json(text: str | bytes) -> Any:
         ...
         ValueError: it is nested more than 32 levels deep
     """
-    value = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object)
+    too_deep = ValueError(f"it is nested more than {_DEEPEST} levels deep")
+    try:
+        value = json.loads(
+            text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object
+        )
+    except RecursionError as error:
+        raise too_deep from error
     level = [value]
     for _ in range(_DEEPEST):
         level = [child for parent in level for child in _children(parent)]
     if level:
-        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+        raise too_deep
     json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     return value
 

@@ -451,6 +451,24 @@ def test_a_served_index_takes_neither_k_nor_a_filter(
     assert len(encoder_server.calls) == num_calls
 
 
+def test_an_index_of_another_kind_is_refused(
+    encoder_server: InMemoryServer, index_server: InMemoryServer, refuses: Refuses
+) -> None:
+    text = (
+        "An index must be one in this process, or another {0}. Received: {1}. "
+        "Give open_index(path), or the {0} of a model that is an index."
+    )
+    num_calls = len(encoder_server.calls)
+    others: list[Any] = [3, "birds.index", ExactIndex]
+    for index in (AsyncClient(index_server), *others):
+        with refuses(InvalidInputError, text.format("Client", type(index).__name__)):
+            Client(encoder_server).retrieve(QUERIES, index)
+    for index in (Client(index_server), *others):
+        with refuses(InvalidInputError, text.format("AsyncClient", type(index).__name__)):
+            asyncio.run(AsyncClient(encoder_server).retrieve(QUERIES, index))
+    assert len(encoder_server.calls) == num_calls
+
+
 @pytest.mark.parametrize("dim", [2, 4, 8])
 def test_one_dim_is_searched_exactly(index_server: InMemoryServer, gallery: Any, dim: int) -> None:
     queries = truncate(RNG.normal(size=(5, 8)), dim)

@@ -199,8 +199,17 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path, refuses: Refuses
         f"3 rows need 152. Remove {growing} and {journal} to begin anew.",
     ):
         EmbeddingFile(path, 2, "a")
-    journal.write_text("{")
-    with pytest.raises(ValueError, match="which does not read"):
+    text = (
+        f"A file of embeddings and its journal must agree. Received: {journal}, which does not "
+        f"read. Remove {growing} and {journal} to begin anew."
+    )
+    for damaged in ("{", "[" * 5000, "3"):
+        journal.write_text(damaged)
+        with refuses(ValueError, text):
+            EmbeddingFile(path, 2, "a")
+    journal.unlink()
+    journal.mkdir()
+    with refuses(ValueError, text):
         EmbeddingFile(path, 2, "a")
     path.touch()
     with pytest.raises(FileExistsError, match="Embeddings are never overwritten"):
@@ -286,14 +295,28 @@ def test_rows_that_are_still_to_come_may_change(server: InMemoryServer, tmp_path
     np.testing.assert_allclose(embeddings, Client(server).embed(other, 4), rtol=0, atol=1e-6)
 
 
+def test_rows_are_the_same_if_what_is_sent_is(server: InMemoryServer, tmp_path: Path) -> None:
+    path = tmp_path / "rows.npy"
+    client = Client(server, options=SMALL)
+    begin(client, ROWS, path, windows=1)
+    begin(client, ROWS.astype(np.float64), path, windows=1)
+    begin(client, {"x": ROWS.tolist()}, path, windows=1)
+    assert json.loads((tmp_path / "rows.npy.partial.json").read_text())["rows"] == 48
+    assert len(client.embed_dataset(np.asfortranarray(ROWS), 4, path)) == 97
+
+
+@pytest.mark.parametrize("has_digest", [False, True])
 def test_a_file_begun_by_an_older_version_is_gone_on_with(
-    server: InMemoryServer, tmp_path: Path
+    server: InMemoryServer, tmp_path: Path, has_digest: bool
 ) -> None:
     path, journal = tmp_path / "rows.npy", tmp_path / "rows.npy.partial.json"
     client = Client(server, options=SMALL)
     begin(client, ROWS, path)
     entry = json.loads(journal.read_text())
-    del entry["rows_sha256"]
+    del entry["corpus_sha256"]
+    entry["corpus"] = "dead"  # of the rows as they were given
+    if not has_digest:
+        del entry["rows_sha256"]
     journal.write_text(json.dumps(entry))
     begin(client, ROWS, path, windows=1)  # from now on it is noticed
     assert json.loads(journal.read_text())["rows"] == 48
@@ -325,9 +348,11 @@ def test_another_corpus_is_not_gone_on_with(server: InMemoryServer, tmp_path: Pa
     client = Client(server, options=SMALL)
     with pytest.raises(KeyboardInterrupt):
         client.embed_dataset(ROWS, 4, path, progress=stop)
-    for other in (ROWS[::-1], ROWS[:90], {"y": ROWS}):
+    for other in (ROWS[::-1], ROWS[:90]):
         with pytest.raises(ValueError, match="must be the one that was begun"):
             client.embed_dataset(other, 4, path)
+    with pytest.raises(InvalidInputError, match="inputs must be named x"):
+        client.embed_dataset({"y": ROWS}, 4, path)
     assert len(client.embed_dataset(ROWS.copy(), 4, path)) == 97
 
 
@@ -372,6 +397,30 @@ def test_batches_the_model_does_not_take_are_refused(
     with pytest.raises(InvalidInputError):
         Client(server).embed_dataset(batches, 4, tmp_path / "rows.npy")
     assert not (tmp_path / "rows.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "received"),
+    [
+        (None, "NoneType"),
+        (3, "int"),
+        ("rows.npy", "str"),
+        (np.float32(3), "float32"),
+        (np.array(3), "ndarray"),
+        ({"x": None}, "a dict with NoneType"),
+        ({"x": "rows.npy"}, "a dict with str"),
+    ],
+)
+def test_what_is_no_corpus_is_refused(
+    server: InMemoryServer, tmp_path: Path, data: Any, received: str, refuses: Refuses
+) -> None:
+    with refuses(
+        InvalidInputError,
+        "A corpus is an array, a dict of arrays, or an iterable of such batches. "
+        f"Received: {received}. Give rows, such as np.load(file, mmap_mode='r').",
+    ):
+        Client(server).embed_dataset(data, 4, tmp_path / "rows.npy")
+    assert not os.listdir(tmp_path)
 
 
 def test_nobody_knows_how_many_rows_batches_have(server: InMemoryServer, tmp_path: Path) -> None:
@@ -456,13 +505,24 @@ def test_a_dim_nobody_serves_leaves_no_file(server: InMemoryServer, tmp_path: Pa
     assert not os.listdir(tmp_path)
 
 
-def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link(tmp_path: Path, refuses: Refuses) -> None:
     """The names of what is being written can be guessed, and the folder may be shared."""
     (tmp_path / "mine").write_text("mine")
-    (tmp_path / "rows.npy.partial").symlink_to("mine")
-    with pytest.raises(OSError, match="symbolic links"):
-        EmbeddingFile(tmp_path / "rows.npy", 2, "5e1f")
-    (tmp_path / "rows.npy.partial").unlink()
+    growing = tmp_path / "rows.npy.partial"
+    for kind in ("link", "pipe", "folder"):
+        if kind == "link":
+            growing.symlink_to("mine")
+        elif kind == "pipe":
+            os.mkfifo(growing)
+        else:
+            growing.mkdir()
+        with refuses(
+            FileExistsError,
+            f"Embeddings are written to a regular file first. Received: {growing}, which is a "
+            "link, a folder, a pipe or a device. Remove it, or choose another path.",
+        ):
+            EmbeddingFile(tmp_path / "rows.npy", 2, "5e1f")
+        growing.rmdir() if kind == "folder" else growing.unlink()
     (tmp_path / "rows.npy.partial.json.new").symlink_to("mine")
     with EmbeddingFile(tmp_path / "rows.npy", 2, "5e1f") as file:
         file.append(Embedded(np.ones((3, 2), np.float32), "5e1f"), {"x": ROWS[:3]})

@@ -50,6 +50,27 @@ def brackets(target: str, example: str) -> tuple[str, str]:
     return target, (f"An IPv6 address stands in brackets. Received: '{target}'. Give '{example}'.")
 
 
+def no_target(target: Any, received: str) -> tuple[Any, str]:
+    return target, (
+        f"A target is 'host:port', a list of them, or a transport. Received: {received}. "
+        "Give for example 'localhost:8500'."
+    )
+
+
+def unprintable(target: str, received: str) -> tuple[str, str]:
+    return target, (
+        f"A target is written in characters that print. Received: {received}. "
+        "Give for example 'localhost:8500'."
+    )
+
+
+def no_address(target: str, scheme: str, example: str) -> tuple[str, str]:
+    return target, (
+        f"A target of {scheme}: names an address. Received: {target!r}. "
+        f"Give for example {example!r}."
+    )
+
+
 @pytest.mark.parametrize(
     ("targets", "text"),
     [
@@ -70,6 +91,7 @@ def brackets(target: str, example: str) -> tuple[str, str]:
         url("http://me:5e1f@birds:1/", "http://birds:1", "birds:1"),
         url("https://birds:443", "https://birds:443", "birds:443", ", and Options(tls=Tls())"),
         url("grpcs://birds:1", "grpcs://birds:1", "birds:1", ", and Options(tls=Tls())"),
+        url("http://me:sE/cReT?5e1f@birds:1", "http://birds:1", "birds:1"),
         brackets("::1:8500", "[::1]:8500"),
         brackets("fe80::1:2:9000", "[fe80::1:2]:9000"),
         brackets("::1", "[::1]:8500"),
@@ -79,15 +101,22 @@ def brackets(target: str, example: str) -> tuple[str, str]:
             "A target is one address. Received: 'one:1,two:2'. "
             "Give several as a list: ['one:1', 'two:2'].",
         ),
-        (
-            None,
-            "A target is 'host:port', a list of them, or a transport. Received: NoneType. "
-            "Give for example 'localhost:8500'.",
-        ),
+        no_target(None, "NoneType"),
         (
             [],
             "A client needs a target. Received: an empty list. Give for example 'localhost:8500'.",
         ),
+        no_target(b"localhost:8500", "bytes"),
+        no_target([3], "int"),
+        no_target(["127.0.0.1:1", b"127.0.0.1:2"], "bytes"),
+        unprintable("local\nhost:8500", "'local\\nhost:8500'"),
+        unprintable("http://me:5e1f@birds\x1b[2J:1", "'birds\\x1b[2J:1'"),
+        *(no_address(scheme, "unix", "unix:/run/models.sock") for scheme in ("unix:", "unix:///")),
+        *(
+            no_address(list_, "ipv4", "ipv4:10.0.0.1:8500")
+            for list_ in ("ipv4:", "ipv4:,", "ipv4:10.0.0.1:1,")
+        ),
+        no_address("xds:///", "xds", "xds:///models"),
         (
             ["127.0.0.1:1", "[::1]:2"],
             "Targets of one list must all have addresses of IPv4, or all of IPv6. "
@@ -148,14 +177,32 @@ def test_the_proxy_is_named_without_its_password(
         {"HTTP_PROXY": URL, "HTTPS_PROXY": URL, "GRPC_PROXY": URL},  # gRPC reads none of them
         {"http_proxy": ""},
         {"http_proxy": URL, "grpc_proxy": ""},
-        {"http_proxy": "proxy.example.org:3128"},  # gRPC takes URLs of http alone
-        {"http_proxy": "https://proxy.example.org:3128"},
-        {"http_proxy": "socks5://proxy.example.org:3128"},
-        {"http_proxy": "http://[proxy"},
     ],
 )
-def test_what_grpc_does_not_take_for_a_proxy_is_none(environment: dict[str, str]) -> None:
+def test_without_a_variable_there_is_no_proxy(environment: dict[str, str]) -> None:
     assert find_proxy("birds:8500", environment) is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "proxy.example.org:3128",
+        "https://proxy.example.org:3128",
+        "socks5://me:5e1f@proxy.example.org:3128",
+        "http://[proxy",
+    ],
+)
+def test_what_grpc_does_not_take_for_a_proxy_is_not_asked(url: str) -> None:
+    assert find_proxy("birds:8500", {"http_proxy": url}) == Proxy("http_proxy", "", is_asked=False)
+    assert find_proxy("localhost:8500", {"http_proxy": url}) is None
+
+
+@pytest.mark.parametrize(
+    "secret", ["sE/cReT", "12/cReT", "sE?cReT", "12?cReT", "12#cReT", "sE#c:1"]
+)
+def test_a_part_of_a_password_is_no_address(secret: str) -> None:
+    url = f"http://birds:{secret}@proxy.example.org:3128"
+    assert find_proxy("birds:8500", {"http_proxy": url}) == Proxy("http_proxy", "")
 
 
 @pytest.mark.parametrize(

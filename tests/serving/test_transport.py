@@ -7,6 +7,7 @@ import socket
 import socketserver
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -502,6 +503,39 @@ def test_a_proxy_of_the_environment_is_asked(
             assert client.embed(rows(3), 2).shape == (3, 2)
         assert proxy.asked == [FAR]
         assert proxy.credentials == ["birds:5e1f"]
+
+
+@BOTH
+def test_no_half_of_a_proxy_s_password_is_repeated(
+    kind: type[Any], proxy_variables: Callable[..., None]
+) -> None:
+    proxy_variables(http_proxy="http://birds:sE/cReT@127.0.0.1:1")
+    with open_client(kind, FAR, Options(max_attempts=1)) as client:
+        with pytest.raises(ServerUnavailableError) as caught:
+            client.describe()
+    assert "sE" not in "".join(traceback.format_exception(caught.value))
+    assert str(caught.value).endswith(
+        ": no connection was made (through the proxy of http_proxy). Write http_proxy as "
+        "http://NAME:PASSWORD@HOST:PORT, with characters such as /, ? and # of the password as "
+        "%2F, %3F and %23. To go without the proxy, name the target in no_proxy, or give "
+        "Options(proxy=False)."
+    )
+
+
+@BOTH
+def test_a_proxy_that_grpc_does_not_take_is_named(
+    kind: type[Any], proxy_variables: Callable[..., None]
+) -> None:
+    proxy_variables(http_proxy="socks5://birds:5e1f@127.0.0.1:1")
+    with open_client(kind, "nobody.invalid:1", Options(max_attempts=1)) as client:
+        with pytest.raises(ServerUnavailableError) as caught:
+            client.describe()
+    assert "5e1f" not in str(caught.value)
+    assert str(caught.value).endswith(
+        "(asked directly: http_proxy is not taken). Give a host that has an address here. gRPC "
+        "asks proxies of http:// alone: give http_proxy as http://HOST:PORT, or "
+        "Options(proxy=False) to go without."
+    )
 
 
 @pytest.mark.parametrize("no_proxy", ["", "*", "other.example.org,127.0.0.1"])

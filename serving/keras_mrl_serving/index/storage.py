@@ -210,7 +210,7 @@ def _checked_card(folder: Path, text: bytes) -> dict[str, Any]:
             if digest != _card_digest(card):
                 raise ValueError("its digest differs")
             _check_entries(card["files"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, f"{CARD}, which does not read ({error})") from error
     if card["format"] != FORMAT:
         raise ManifestError(
