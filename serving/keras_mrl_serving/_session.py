@@ -24,13 +24,24 @@ except ImportError:
     RUNS_AS_TF_SERVING = False
 
 _TAGS = ["serve"]
+# Operations whose kernels refuse every wrong shape themselves. Others, such as convolutions, may
+# read past the end of the shape they get, and end the process.
+_REFUSING_OPS = frozenset(
+    """
+    AddV2 AsString AssignVariableOp Cast Const DisableCopyOnRead Fill Identity Less MatMul Max
+    MergeV2Checkpoints Mul NoOp Pack PartitionedCall Placeholder ReadVariableOp RestoreV2 SaveV2
+    Select Shape ShardedFilename StatefulPartitionedCall StatelessWhile StaticRegexFullMatch
+    StridedSlice StringJoin Sum Unpack VarHandleOp
+    """.split()
+)
 
 
 class SavedModelSession:
     """One loaded SavedModel, in a graph and a session of its own.
 
-    It validates nothing but names; errors about values are those of the runtime. Any number of
-    threads may call `run` at once; the GIL is released while one computes.
+    It validates names, and shapes where a kernel might end the process over a wrong one; errors
+    about values are those of the runtime. Any number of threads may call `run` at once; the GIL is
+    released while one computes.
 
     Args:
         path: folder of the SavedModel, the one with `saved_model.pb`.
@@ -54,6 +65,13 @@ class SavedModelSession:
             # Plain dicts, since a protobuf map answers a missing key with a new message.
             self._feeds = {key: _names(s.inputs) for key, s in self.signatures.items()}
             self._fetches = {key: _names(s.outputs) for key, s in self.signatures.items()}
+            self._checked = {}  # the alias and the shape of each tensor whose shape is checked
+            if not _operations(meta_graph.graph_def) <= _REFUSING_OPS:
+                self._checked = {
+                    info.name: (alias, tf.TensorShape(info.tensor_shape))
+                    for signature in self.signatures.values()
+                    for alias, info in signature.inputs.items()
+                }
             if as_tf_serving:
                 # Session.run does this before each call; for a graph that is final, once is enough.
                 self._session._extend_graph()
@@ -126,8 +144,11 @@ class SavedModelSession:
 
         Raises:
             KeyError: no signature has a tensor of that name.
-            tf.errors.OpError: the error of the TensorFlow runtime, with its text.
+            tf.errors.OpError: the error of the TensorFlow runtime, with its text; a shape that the
+                signature does not declare.
         """
+        for name, array in feeds.items():
+            self._check_shape(name, array)
         run = self._run_as_tf_serving if self._runs_as_tf_serving else self._run_publicly
         return [as_array(value) for value in run(feeds, fetches, timeout_s)]
 
@@ -144,6 +165,17 @@ class SavedModelSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _check_shape(self, tensor: str, array: np.ndarray) -> None:
+        alias, declared = self._checked.get(tensor, ("", None))
+        if declared is not None and not declared.is_compatible_with(array.shape):
+            raise tf.errors.InvalidArgumentError(
+                None,
+                None,
+                "An input must have the shape that the signature declares. Received: "
+                f"{alias} of shape {array.shape}, where {_shape_text(declared)} is declared. "
+                f"Send {alias} of that shape; None takes any size.",
+            )
 
     def _run_as_tf_serving(
         self, feeds: Mapping[str, np.ndarray], fetches: Sequence[str], timeout_s: float | None
@@ -202,6 +234,18 @@ def as_array(value: Any) -> np.ndarray:
 def _names(infos: Mapping[str, Any]) -> dict[str, str]:
     """The tensor behind each alias of a signature's inputs or outputs."""
     return {alias: info.name for alias, info in infos.items()}
+
+
+def _operations(graph: Any) -> set[str]:
+    """The names of all operations of a graph and of its functions."""
+    bodies = [graph.node, *(function.node_def for function in graph.library.function)]
+    return {node.op for nodes in bodies for node in nodes} - {
+        function.signature.name for function in graph.library.function
+    }
+
+
+def _shape_text(shape: tf.TensorShape) -> str:
+    return str(tuple(shape.as_list()))
 
 
 def _run_options(timeout_s: float) -> Any:
