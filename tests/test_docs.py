@@ -2,7 +2,7 @@
 
 Python blocks of one document share their names. A shell line that starts a server starts one, which
 runs until the document ends; those that ask it run to their end. The pages train, export, serve,
-other_languages and retrieve are one example in five parts, and run as one document.
+server, other_languages and retrieve are one example in six parts, and run as one document.
 `print(...)  # text` must print that text (`...` stands for any).
 """
 
@@ -21,7 +21,8 @@ DOCUMENTS = {
     "README.md": ["README.md"],
     "compare": ["docs/compare.md"],
     "guide": [
-        f"docs/{page}.md" for page in ("train", "export", "serve", "other_languages", "retrieve")
+        f"docs/{page}.md"
+        for page in ("train", "export", "serve", "server", "other_languages", "retrieve")
     ],
 }
 ASKED = tuple(

@@ -69,7 +69,7 @@ def quality(text: str) -> tuple[str | None, float]:
         type=quality,
         metavar="[MEASURE=]SHARE",
         help="take the smallest dim that keeps this share of the full one's quality, by the "
-        "manifest's measure of this name, or its only one",
+        "manifest's measure of this name (its only one, or top1)",
     ),
     Option("--out", metavar="E.npy", help="write there, and go on there after an interruption"),
     *file_options(),

@@ -102,7 +102,12 @@ def float32(text: str) -> float:
     ),
     Option("--top-k", type=int, metavar="K", help="how many classes are named (5)"),
     Option("--name", metavar="NAME", help="name in the manifest (the model's own)"),
-    Option("--version", type=int, metavar="N", help="its number (seconds since 1970)"),
+    Option(
+        "--version",
+        type=int,
+        metavar="N",
+        help="its number (seconds since 1970, or one more than the highest)",
+    ),
     Option("--no-normalize", is_flag=True, help="do not scale embeddings to unit length"),
     Option(
         "--no-identity", is_flag=True, help="leave model_id out of answers: one output over REST"

@@ -3,7 +3,7 @@
 Where `tensorflow_model_server` is on PATH this command becomes it, with the flags as they were
 given. Elsewhere, or with --dev, the development server of keras-mrl serves the same files: it is
 for development and tests, and production runs tensorflow/serving. It bounds what clients may take
-of it, as docs/serve.md lists. SIGTERM or Ctrl-C ends it within ten seconds, a second one at once.
+of it, as docs/server.md lists. SIGTERM or Ctrl-C ends it within ten seconds, a second one at once.
 
   keras-mrl serve --model_base_path models/digits --model_name digits
 """
