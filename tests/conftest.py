@@ -6,8 +6,8 @@ import signal
 import hypothesis
 import pytest
 
-# TensorFlow's greetings drown what a failing test says; a test reads its errors. TensorFlow looks at
-# this when it is imported.
+# TensorFlow's greetings drown what a failing test says, and one test reads its errors. TensorFlow
+# looks at this when it is imported.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
 # A shell without job control has its background jobs ignore interrupts, and they their children.
