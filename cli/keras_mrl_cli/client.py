@@ -89,7 +89,11 @@ def _metadata(pairs: Sequence[str]) -> dict[str, str]:
             side of its "=": nothing of it is repeated.
     """
     lines = os.environ.get(_METADATA_VARIABLE, "").splitlines()
-    places = [(f"line {n} of {_METADATA_VARIABLE}", line) for n, line in enumerate(lines, 1)]
+    places = [
+        (f"line {number} of {_METADATA_VARIABLE}", line)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     places += [(f"--metadata number {number}", pair) for number, pair in enumerate(pairs, 1)]
     value_by_key = {}
     for place, pair in places:
@@ -109,11 +113,14 @@ def _metadata(pairs: Sequence[str]) -> dict[str, str]:
 
 def _value_of_file(file: str, place: str) -> str:
     try:
-        return read_bytes(file, _VALUE_BYTES).decode("latin-1").strip()
+        value = read_bytes(file, _VALUE_BYTES).decode("latin-1").strip()
     except UntrustedFileError as error:
         raise _unfit_metadata(f"{place}, whose file is {error}") from error
     except OSError as error:
         raise _unfit_metadata(f"{place}, whose file does not read ({error.strerror})") from error
+    if not value:
+        raise _unfit_metadata(f"{place}, whose file is empty")
+    return value
 
 
 def _unfit_metadata(received: str) -> RefusalError:

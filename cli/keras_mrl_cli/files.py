@@ -1,6 +1,6 @@
 """The files a user names: rows for a model, embeddings, labels, a policy, the folder of a model.
 
-Arrays of `.npy` files are memory-mapped, and checked by their first row, so they may be larger than
+Arrays of `.npy` files are memory-mapped, and checked window by window, so they may be larger than
 the memory; `keras_mrl_serving.untrusted` reads them.
 """
 
@@ -40,13 +40,15 @@ from keras_mrl_serving.untrusted import (
     read_bytes,
 )
 
-from .shared import RefusalError, refusing
+from .shared import RefusalError, one_line, refusing
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 T = TypeVar("T")
 
 _IMAGE_BYTES = 2**31 - 1  # of a message that holds one
 _CHANNELS = (1, 3, 4)
+_NO_NAMES = {"", "arr_0"}  # of the array of an .npy, and of the first that numpy.savez is given
+_WINDOW_BYTES = 2**24  # of a memory-mapped array that are checked at a time
 
 
 def count_rows(file: str) -> int:
@@ -92,22 +94,25 @@ def load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
 
 
 def check_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
-    """Return the rows of a file as `load_rows`, and decode an image that is sent as it is, too.
+    """Return the rows of a file as `load_rows`, once all values are checked.
 
-    Where Pillow is not installed, the server will say of such an image that it is damaged.
+    An image that is sent as it is is decoded, too. Where Pillow is not installed, the server will
+    say of such an image that it is damaged.
 
     Raises:
-        RefusalError: As `load_rows`; or if the image is damaged.
+        RefusalError: As `load_rows`; or if an image is damaged, or a value is none for the model.
     """
     rows = load_rows(file, manifest, scale)
     if is_image(file) and next(iter(rows.values())).dtype == object:
         with _reading(file), suppress(ImportError):
             _read(file, read_image)
+    elif not is_image(file):
+        _check_values(file, rows, manifest)
     return rows
 
 
 def _by_input(file: str, arrays: Arrays, manifest: Manifest) -> Arrays:
-    if len(arrays) == len(manifest.inputs) == 1:
+    if len(arrays) == len(manifest.inputs) == 1 and set(arrays) <= _NO_NAMES:
         return dict(zip(manifest.inputs, arrays.values(), strict=True))
     if set(arrays) != set(manifest.inputs):
         names = ", ".join(filter(None, arrays)) or "no names"
@@ -120,11 +125,11 @@ def _by_input(file: str, arrays: Arrays, manifest: Manifest) -> Arrays:
 
 
 def _checked(file: str, arrays: Arrays, manifest: Manifest) -> Arrays:
-    """Check shapes and dtypes by one row, so that a memory-mapped array is not read."""
+    """Check shapes and dtypes; no value is read."""
     lengths = {len(array) if array.ndim else None for array in arrays.values()}
     try:
         if None not in lengths:
-            check_inputs(manifest.inputs, {name: array[:1] for name, array in arrays.items()})
+            check_inputs(manifest.inputs, {name: array[:0] for name, array in arrays.items()})
         if None in lengths or len(lengths) > 1:
             raise InvalidInputError
     except InvalidInputError as error:
@@ -138,6 +143,20 @@ def _checked(file: str, arrays: Arrays, manifest: Manifest) -> Arrays:
             f"{_in_words(manifest.inputs)}. Received: {file} with {_in_words(specs)}. {remedy}."
         ) from error
     return arrays
+
+
+def _check_values(file: str, arrays: Arrays, manifest: Manifest) -> None:
+    """Check all values, window by window: a memory-mapped array may be larger than the memory."""
+    rows = len(next(iter(arrays.values())))
+    row_bytes = sum(array[:1].nbytes for array in arrays.values())
+    size = max(1, _WINDOW_BYTES // max(row_bytes, 1))
+    for start in range(0, rows, size):
+        stop = min(start + size, rows)
+        try:
+            check_inputs(manifest.inputs, {n: array[start:stop] for n, array in arrays.items()})
+        except InvalidInputError as error:
+            place = f"{file}, rows {start} to {stop - 1}"
+            raise RefusalError(f"{place}: {one_line(error)}") from error
 
 
 def _in_words(inputs: Mapping[str, Mapping[str, Any]]) -> str:

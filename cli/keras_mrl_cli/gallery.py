@@ -25,7 +25,7 @@ from keras_mrl_serving.index.plan import (
     table,
 )
 from keras_mrl_serving.index.planner import LEAST_SAMPLE, plan_funnel
-from keras_mrl_serving.index.storage import CARD, is_ours, read
+from keras_mrl_serving.index.storage import CARD, IndexWriter, is_ours, read
 
 from .client import connect
 from .files import load_array, load_embeddings, load_labels
@@ -60,7 +60,11 @@ def build_index(arguments: SimpleNamespace, is_planned: bool, usual_sample: int)
             funnel = _planned_funnel(arguments, gallery, manifest, first_stage, usual_sample)
         else:
             funnel = _named_funnel(arguments, gallery, manifest, first_stage)
-        seconds = _build(arguments, gallery, ids, manifest, funnel)
+        try:
+            seconds = _build(arguments, gallery, ids, manifest, funnel)
+        except FileExistsError:  # one that was built meanwhile
+            _check_out(arguments.out, arguments.force)
+            raise
         index = _read(arguments.out, verify=False)
     if arguments.json:
         print_json(**index, seconds=round(seconds, 3))
@@ -83,16 +87,17 @@ def _build(
     _check_room(arguments.out, len(gallery) * columns * _COORDINATE_BYTES)
     fingerprint = arguments.fingerprint if manifest is None else manifest.fingerprint
     facts = (schedule, ids, arguments.metric, fingerprint)
+    writer = IndexWriter(arguments.out, replaces=arguments.force)
     start = time.perf_counter()
     if arguments.engine == "exact":
-        ExactIndex.build(gallery, *facts).save(arguments.out)
+        ExactIndex.build(gallery, *facts).save(writer)
     else:
         with Progress(lambda: len(gallery)) as progress:
             FaissIndex.build(
                 gallery,
                 *facts,
                 first_stage=first_stage,
-                path=arguments.out,
+                path=writer,
                 progress=lambda done, _: progress.show(done),
                 plan=plan,
             )

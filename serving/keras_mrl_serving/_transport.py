@@ -31,6 +31,7 @@ from .calls import Envelope, Reply
 from .errors import (
     DeadlineError,
     KerasMrlError,
+    MessageTooLargeError,
     ServerUnavailableError,
     VersionNotFoundError,
     call_error,
@@ -66,6 +67,11 @@ def translate_error(
     remedy = None
     if batch := _BATCH_TOO_LARGE.search(details):
         remedy = f"Set Options(max_batch_size={batch[1]})."
+    if kind is MessageTooLargeError and "metadata size" in details:
+        remedy = (
+            "Shorten what Options(metadata=...) sends: a gRPC server takes 8 KiB of metadata "
+            "unless its grpc.max_metadata_size says more."
+        )
     if kind is VersionNotFoundError and envelope.version is None:
         remedy = "Give a label that the server's model config sets, or none for the newest version."
     if _is_own_deadline(error):

@@ -164,7 +164,7 @@ _CLASS_OF_STATUS: tuple[tuple[str, str, type[KerasMrlError]], ...] = (
     ("INVALID_ARGUMENT", "^Unrecognized servable version label", VersionNotFoundError),
     ("INVALID_ARGUMENT", "", InvalidInputError),
     ("FAILED_PRECONDITION", "Serving signature key", SignatureNotFoundError),
-    ("RESOURCE_EXHAUSTED", "larger than max", MessageTooLargeError),
+    ("RESOURCE_EXHAUSTED", "larger than max|metadata size exceeds", MessageTooLargeError),
     ("UNAVAILABLE", "", ServerUnavailableError),
     ("DEADLINE_EXCEEDED", "", DeadlineError),
     ("UNAUTHENTICATED", "", AccessDeniedError),

@@ -53,7 +53,7 @@ def test_json_lines_of_classes(ask: Ask) -> None:
 
 
 def test_without_a_policy_the_full_dim_is_asked(ask: Ask) -> None:
-    np.savez("one.npz", anything=np.array([[0.0, 100, 0]]))
+    np.savez("one.npz", np.array([[0.0, 100, 0]]))
     row = lines(ask("classify", "rows", "one.npz", "--json")[1])[0]
     assert row["dim"] == 3
     assert row["classes"] == [{"class_id": 1, "probability": pytest.approx(0.7870, abs=1e-4)}]

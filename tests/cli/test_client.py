@@ -208,6 +208,7 @@ UNFIT = (
         ("k=@s3cret", "whose file does not read (No such file or directory)"),
         ("k=@.", "whose file does not read (Is a directory)"),
         ("k=@/dev/zero", "whose file is a device, not a regular file"),
+        ("k=@empty", "whose file is empty"),
         ("k=@two", "whose value is another"),
         ("k=@long", "whose file is 65,537 bytes, more than 65,536"),
     ],
@@ -217,6 +218,7 @@ def test_metadata_that_does_not_fit_is_not_repeated(
 ) -> None:
     (folder / "two").write_text("s3cret\ns3cret")
     (folder / "long").write_text("s" * (2**16 + 1))
+    (folder / "empty").write_text(" \n")
     asked = ("embed", "--target", "t:1", "x.npy")
     text = call.refused(*asked, "--metadata", "a=b", "--metadata", pair, status=2)
     assert text == UNFIT.format(f"--metadata number 2, {why}")
@@ -233,7 +235,7 @@ def test_metadata_comes_from_files_and_the_environment(
     np.save("x.npy", rows(2))
     (folder / "token").write_text("Bearer s3cret\r\n")
     (folder / "mounted").symlink_to("token")  # as Kubernetes mounts secrets
-    monkeypatch.setenv("KERAS_MRL_METADATA", "Authorization=@token\nteam=birds\n")
+    monkeypatch.setenv("KERAS_MRL_METADATA", "Authorization=@token\n\n \nteam=birds\n")
     with FaultyServer() as server:
         asked = call.of("embed", "x.npy", "--target", server.target)
         assert asked().status == 0

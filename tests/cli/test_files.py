@@ -139,6 +139,7 @@ def test_files_that_do_not_fit(ask: Ask) -> None:
     Path("cut.npy").write_bytes(Path("cut.npy").read_bytes()[:200])
     np.save("pickle.npy", np.array([{}], object), allow_pickle=True)
     np.savez("names.npz", p=np.zeros((1, 3)), q=np.zeros((1, 3)))
+    np.savez("other.npz", y=np.zeros((1, 3)))
     Path("words.txt").write_text("1 2 3")
     Path("pics").mkdir()
     paint("red.png", RED)
@@ -154,6 +155,8 @@ def test_files_that_do_not_fit(ask: Ask) -> None:
         "pickle.npy": torn.format("pickle.npy", "an array of Python objects"),
         "names.npz": "A file for model 'rows' must hold arrays named x. "
         "Received: names.npz with p, q. Save them by name with numpy.savez.",
+        "other.npz": "A file for model 'rows' must hold arrays named x. "
+        "Received: other.npz with y. Save them by name with numpy.savez.",
         "words.txt": "Files must be .jpg, .jpeg, .png, .gif, .bmp, .webp, .npy or .npz. "
         "Received: words.txt. Save an image anew as PNG, and rows of an array with numpy.save.",
         "pics/": "Files must be .jpg, .jpeg, .png, .gif, .bmp, .webp, .npy or .npz. "
@@ -192,6 +195,28 @@ def test_a_model_that_decodes_asks_for_image_files(folder: Path) -> None:
             f"A file must hold rows as model {manifest.name!r} takes them: image string (any). "
             f"Received: x.npy with image float32 (3, 8, 8, 3). {remedy}"
         )
+
+
+@pytest.mark.parametrize("row", [0, 5, 699_999])
+def test_every_value_is_checked_before_any_is_sent(ask: Ask, row: int) -> None:
+    values = np.zeros((700_000, 3))  # 16 MiB are checked at a time
+    np.save("good.npy", values[:5])
+    values[row, 1] = 1e300
+    np.save("late.npy", values)
+    np.savez("named.npz", x=values[row : row + 1])
+    first, last = (699_050, 699_999) if row > 9 else (0, 699_049)
+    words = (
+        "Input 'x' must be numbers that float32 holds. Received: float64 of shape ({}, 3), in "
+        "which 1e+300 would become inf. Scale or round them first."
+    )
+    for flags in ((), ("--out", "E.npy")):
+        assert ask("embed", "rows", "good.npy", "late.npy", "named.npz", *flags) == (
+            1,
+            "",
+            f"keras-mrl: late.npy, rows {first} to {last}: {words.format(last - first + 1)}\n"
+            f"keras-mrl: named.npz, rows 0 to 0: {words.format(1)}\n{BAD_FILES.format(2, 3)}\n",
+        )
+    assert not list(Path().glob("E.npy*"))
 
 
 def test_several_inputs_come_by_name(ask: Ask) -> None:

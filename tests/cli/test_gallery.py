@@ -277,6 +277,30 @@ def test_an_index_is_replaced_only_with_force(run: Call) -> None:
     assert not set(os.listdir("a.index")) & set(before) - {"index.json"}
 
 
+@pytest.mark.parametrize("engine", ["exact", "faiss"])
+def test_an_index_that_was_built_meanwhile_is_not_replaced(
+    run: Call, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+
+    def build_another(path: str) -> Any:
+        if not built:
+            built.append("first")
+            exact().save("a.index")
+        return disk_usage(path)
+
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", build_another)  # asked after the folder is looked at
+    assert run(*BUILD, *GIVEN, "--engine", engine) == (
+        1,
+        "",
+        "keras-mrl: An index is replaced only with --force. Received: --out a.index, which holds "
+        "one. Add --force, or name another folder.\n",
+    )
+    assert open_index("a.index").schedule == exact().schedule
+    assert built == ["first"]
+
+
 def test_an_index_has_a_folder_of_its_own(run: Call) -> None:
     Path("a.index").mkdir()
     Path("a.index", "thesis.txt").write_text("mine")

@@ -506,6 +506,19 @@ def test_a_proxy_of_the_environment_is_asked(
 
 
 @BOTH
+def test_metadata_that_are_too_long_are_named(kind: type[Any]) -> None:
+    long = Options(metadata={"authorization": "s3cret" * 4000})
+    with FaultyServer() as server, open_client(kind, server.target, long) as client:
+        with pytest.raises(errors.MessageTooLargeError) as caught:
+            client.describe()
+    assert "s3cret" not in str(caught.value)
+    assert str(caught.value).endswith(
+        ". Shorten what Options(metadata=...) sends: a gRPC server takes 8 KiB of metadata unless "
+        "its grpc.max_metadata_size says more."
+    )
+
+
+@BOTH
 def test_no_half_of_a_proxy_s_password_is_repeated(
     kind: type[Any], proxy_variables: Callable[..., None]
 ) -> None:

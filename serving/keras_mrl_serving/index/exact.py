@@ -107,7 +107,7 @@ class ExactIndex(LocalIndex):
         """
         arrays: dict[str, npt.NDArray[Any]] = {"ids": self.ids, "squares": self.squares}
         arrays |= {_block_name(stage): block for stage, block in enumerate(self.blocks)}
-        with IndexWriter(path) as writer:
+        with IndexWriter.at(path) as writer:
             for name, array in arrays.items():
                 writer.array(name, array.shape, array.dtype)[:] = array
             writer.commit({"engine": ENGINE, **self.facts.to_json()})

@@ -137,7 +137,7 @@ class FaissIndex(LocalIndex):
 
         if path is None:
             return build_with(lambda _name, shape, dtype: np.empty(shape, dtype))
-        with IndexWriter(path) as writer:
+        with IndexWriter.at(path) as writer:
             build_with(writer.array)._commit(writer)
         return cls.open(path, verify=False)
 
@@ -147,7 +147,7 @@ class FaissIndex(LocalIndex):
         Raises:
             OSError: If it cannot be written there.
         """
-        with IndexWriter(path) as writer:
+        with IndexWriter.at(path) as writer:
             for dim, rows in self._stages.items():
                 copy = writer.array(_stage_name(dim), rows.shape, rows.dtype)
                 for start in range(0, len(rows), _ROWS_AT_ONCE):

@@ -273,9 +273,11 @@ class IndexWriter:
 
     Args:
         path: The folder; made if it is not there.
+        replaces: Whether an index that is there is replaced.
 
     Raises:
-        BlockingIOError: If another process, or another thread, is writing there.
+        BlockingIOError: On entry, if another process, or another thread, is writing there.
+        FileExistsError: On entry, if an index is there that is not to be replaced.
 
     Examples:
         >>> import tempfile
@@ -289,15 +291,24 @@ class IndexWriter:
         ('exact', [7, 2, 5])
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, replaces: bool = True) -> None:
         self.folder = Path(path)
-        self._is_new_folder = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._replaces = replaces
+        self._is_new_folder = False
         self._token = secrets.token_hex(8)
         self._new_card = self.folder / f"index-{self._token}.json"
         self._paths: dict[str, Path] = {}
         self._arrays: list[np.memmap[Any, Any]] = []
-        self._lock = _lock(self.folder)
+        self._lock: int | None = None
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> IndexWriter:
+        """Return the writer that is given as a path, or a new one that writes there."""
+        return path if isinstance(path, IndexWriter) else cls(path)
+
+    def __fspath__(self) -> str:
+        """Return the folder, so that a writer is taken wherever a path is."""
+        return os.fspath(self.folder)
 
     def array(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an array on disk, to be filled.
@@ -341,6 +352,16 @@ class IndexWriter:
         _remove(path for path in self.folder.iterdir() if path.name not in names)
 
     def __enter__(self) -> Self:
+        self._is_new_folder = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder)
+        # Another writer may have committed since the caller looked; none can from here on.
+        if not self._replaces and (self.folder / CARD).exists():
+            self.__exit__()
+            raise FileExistsError(
+                f"An index is replaced only where that is asked for. Received: "
+                f"{os.fspath(self.folder)!r}, which holds one. Name another folder."
+            )
         return self
 
     def __exit__(self, *_: object) -> None:

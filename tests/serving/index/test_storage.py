@@ -538,6 +538,29 @@ def test_one_saves_at_a_time(build: Build, tmp_path: Path, refuses: Refuses) -> 
     assert_equal(open_index(tmp_path), other)
 
 
+def test_a_writer_that_must_not_replace_does_not(
+    build: Build, tmp_path: Path, refuses: Refuses
+) -> None:
+    """Where another writer commits after the caller looked."""
+    index, other = build(GALLERY, SCHEDULE), build(OTHER, SCHEDULE)
+    folder = tmp_path / "index"
+    writer = storage.IndexWriter(folder, replaces=False)
+    assert not folder.exists()
+    index.save(folder)
+    before = contents(folder)
+    text = (
+        f"An index is replaced only where that is asked for. Received: {str(folder)!r}, which "
+        "holds one. Name another folder."
+    )
+    with refuses(FileExistsError, text):
+        other.save(writer)
+    assert contents(folder) == before
+    other.save(storage.IndexWriter(tmp_path / "new", replaces=False))
+    assert_equal(open_index(tmp_path / "new"), other)
+    other.save(storage.IndexWriter(folder))
+    assert_equal(open_index(folder), other)
+
+
 @pytest.mark.soak
 def test_saving_and_opening_at_the_same_time(build: Build, tmp_path: Path) -> None:
     both = build(GALLERY, SCHEDULE), build(OTHER, SCHEDULE)
