@@ -47,11 +47,48 @@ def connect(arguments: SimpleNamespace) -> Iterator[Client]:
             is not installed.
     """
     options = _options(arguments)
-    with refusing(KerasMrlError, ImportError):  # images need Pillow
-        with refusing(ValueError, status=MISUSED):
-            client = Client(arguments.target.split(","), arguments.model, options=options)
-        with client:
-            yield client
+    try:
+        with refusing(KerasMrlError, ImportError):  # images need Pillow
+            with refusing(ValueError, status=MISUSED):
+                client = Client(arguments.target.split(","), arguments.model, options=options)
+            with client:
+                yield client
+    except RefusalError as refusal:
+        raise RefusalError(in_flags(str(refusal)), refusal.status) from refusal
+
+
+# What the remedies of the client name, longest first, and what a command has for it.
+_FLAGS = {
+    "Options(tls=Tls(private_key=..., certificate_chain=...))": "--tls-key and --tls-cert",
+    "private_key=... and certificate_chain=...": "--tls-key and --tls-cert",
+    "Options(tls=Tls(root_certificates=...))": "--tls-ca",
+    "Options(tls=Tls(server_name=...))": "--tls-server-name",
+    "Options(metadata={'authorization': ...})": "--metadata authorization=@FILE",
+    "Options(tls=Tls())": "--tls-server-name",
+    "leave out Options(tls=...)": "leave out the --tls flags",
+    "Options(max_batch_size=...)": "--max-batch-size",
+    "Options(timeout_s=...)": "--timeout",
+    "Options(proxy=False)": "--no-proxy",
+    "Client(target, model=NAME)": "--model NAME",
+    "Client.describe().inputs": "keras-mrl inspect --target",
+    "root_certificates": "--tls-ca",
+    "certificate_chain": "--tls-cert",
+    "private_key": "--tls-key",
+}
+_BATCH_SIZE = re.compile(r"Options\(max_batch_size=(\d+)\)")
+
+
+def in_flags(sentence: str) -> str:
+    """Return an error of the client with the flags that a command has for settings of the client.
+
+    Examples:
+        >>> in_flags("Set Options(max_batch_size=64), or raise Options(timeout_s=...).")
+        'Set --max-batch-size 64, or raise --timeout.'
+    """
+    sentence = _BATCH_SIZE.sub(r"--max-batch-size \1", sentence)
+    for setting, flag in _FLAGS.items():
+        sentence = sentence.replace(setting, flag)
+    return sentence
 
 
 @contextmanager
@@ -75,10 +112,19 @@ def _options(arguments: SimpleNamespace) -> Options:
         "proxy": not arguments.no_proxy,
         "max_batch_size": getattr(arguments, "max_batch_size", None),
     }
-    if arguments.tls_ca is not None:
-        with refusing(rule="--tls-ca must be a file that can be read.", remedy="Correct the path."):
-            settings["tls"] = Tls.from_files(arguments.tls_ca)
+    files = (arguments.tls_ca, arguments.tls_key, arguments.tls_cert)
+    if any(file is not None for file in (*files, arguments.tls_server_name)):
+        settings["tls"] = _tls(*files, arguments.tls_server_name)
     return Options(**{name: value for name, value in settings.items() if value is not None})
+
+
+def _tls(ca: str | None, key: str | None, cert: str | None, server_name: str | None) -> Tls:
+    rule = "The files of --tls-ca, --tls-key and --tls-cert must be files that can be read."
+    try:
+        with refusing(ValueError, rule=rule, remedy="Correct the path.", status=MISUSED):
+            return Tls.from_files(ca, key, cert, server_name)
+    except RefusalError as refusal:
+        raise RefusalError(in_flags(str(refusal)), refusal.status) from refusal
 
 
 def _metadata(pairs: Sequence[str]) -> dict[str, str]:
@@ -293,7 +339,7 @@ class _Walk:
                 self.ask_window(window[half:])
                 return
             self._show_partial(error, owners)
-            self.report(f"{window[0].file}: {one_line(error)}")
+            self.report(f"{window[0].file}: {in_flags(one_line(error))}")
         except KerasMrlError as error:
             self._show_partial(error, owners)
             raise

@@ -377,7 +377,9 @@ def check_one_of(arguments: SimpleNamespace, *names: str) -> None:
 # Flags that several commands have.
 
 DEFAULT_MODEL = "default"
-SERVER_FLAGS = ("model", "timeout", "tls_ca", "metadata", "no_proxy")
+SERVER_FLAGS = tuple(
+    "model timeout tls_ca tls_server_name tls_cert tls_key metadata no_proxy".split()
+)
 FILE_FLAGS = ("max_batch_size", "scale", "skip_unreadable")
 _DEFAULTS = {"model": DEFAULT_MODEL, "scale": 1.0, "no_proxy": False, "skip_unreadable": False}
 
@@ -435,8 +437,16 @@ def server_options() -> list[Option]:
         Option(
             "--tls-ca",
             metavar="FILE",
-            help="PEM file of the authority that signs the server's certificate (no TLS)",
+            help="PEM file of the authority that signs the server's certificate (that of gRPC "
+            "where another --tls flag is given, else no TLS)",
         ),
+        Option(
+            "--tls-server-name",
+            metavar="NAME",
+            help="name in the server's certificate, if it is not the target's; turns TLS on",
+        ),
+        Option("--tls-cert", metavar="FILE", help="PEM file of the client's certificates"),
+        Option("--tls-key", metavar="FILE", help="PEM file of the key of --tls-cert"),
         Option(
             "--metadata",
             multiple=True,

@@ -27,7 +27,9 @@ _CAUSES = (
         "HTTP proxy returned response code 407",
         "Give the proxy a name and a password in its variable: http://NAME:PASSWORD@HOST:PORT.",
     ),
-    Cause("HTTP proxy returned response code 4", "Let the proxy allow CONNECT to the target."),
+    Cause(
+        "HTTP proxy returned response code (4|501)", "Let the proxy allow CONNECT to the target."
+    ),
     Cause(
         "HTTP proxy returned response code",
         "See whether a server runs at the target, and whether the proxy reaches it.",
@@ -76,6 +78,12 @@ _CAUSES = (
         "last error: .*timed out before receiving SETTINGS",
         "The port takes connections and says nothing: see whether the server hangs, or give its "
         "gRPC port.",
+        is_lasting=False,
+    ),
+    Cause(
+        r"last error: .*ipv6:(\[::1\]|%5B::1%5D):\d+: Failed to connect",
+        "Start one with `keras-mrl serve --model_base_path PATH --port PORT`, or correct the "
+        "target. If it is localhost, 127.0.0.1 was tried too: give that, to see its own error.",
         is_lasting=False,
     ),
     Cause(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
@@ -35,10 +36,12 @@ class Tls:
         server_name: Name in the server's certificate, if it is not the target's.
 
     Raises:
-        ValueError: If there is a key without a certificate, or the other way round.
+        ValueError: If there is a key without a certificate, or the other way round, or if what
+            was given is no PEM of certificates, or of a private key without a password.
 
     Examples:
-        >>> Tls(root_certificates=b"-----BEGIN CERTIFICATE-----...").server_name
+        >>> Tls(server_name="models.example.com").server_name
+        'models.example.com'
     """
 
     root_certificates: bytes | None = field(default=None, repr=False)
@@ -54,6 +57,11 @@ class Tls:
                 "A client proves who it is with private_key and certificate_chain together. "
                 f"Received: {only} alone. Give both, or neither."
             )
+        _check_certificates("root_certificates", self.root_certificates)
+        _check_certificates("certificate_chain", self.certificate_chain)
+        key = self.private_key
+        if key is not None and (not _PRIVATE_KEY.search(key) or b"ENCRYPTED" in key):
+            raise _pem_error("private_key", "a private key without a password", key)
 
     @classmethod
     def from_files(
@@ -63,15 +71,60 @@ class Tls:
         certificate_chain: str | os.PathLike[str] | None = None,
         server_name: str | None = None,
     ) -> Tls:
-        """Read the certificates from PEM files."""
+        """Read the certificates from PEM files.
+
+        Raises:
+            OSError: If a file does not read.
+            ValueError: As for `Tls`; or if the key is not that of the certificate.
+        """
         files = (root_certificates, private_key, certificate_chain)
         roots, key, chain = (None if f is None else Path(f).read_bytes() for f in files)
-        return cls(
+        tls = cls(
             root_certificates=roots,
             private_key=key,
             certificate_chain=chain,
             server_name=server_name,
         )
+        if private_key is not None and certificate_chain is not None:
+            try:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.set_ciphers("ALL:@SECLEVEL=0")  # how strong a key must be, gRPC decides
+                context.load_cert_chain(certificate_chain, private_key, password=b"")
+            except ssl.SSLError as error:
+                raise ValueError(
+                    "private_key must be the key of the first certificate of certificate_chain. "
+                    f"Received: {os.fspath(private_key)} and {os.fspath(certificate_chain)} "
+                    f"({error.reason or 'they do not read'}). Give the two of one client."
+                ) from None
+        return tls
+
+
+def _check_certificates(name: str, pem: bytes | None) -> None:
+    """Raise a `ValueError` unless this is a PEM of certificates; nothing of it is repeated."""
+    if pem is None:
+        return
+    blocks = _CERTIFICATE.findall(pem)
+    try:
+        ssl.create_default_context(cadata=b"\n".join(blocks).decode("ascii"))
+        is_one = bool(blocks)
+    except (ssl.SSLError, ValueError):
+        is_one = False
+    if not is_one:
+        raise _pem_error(name, "whole certificates", pem)
+
+
+def _pem_error(name: str, rule: str, pem: bytes) -> ValueError:
+    labels = [label.decode("ascii") for label in _PEM_LABEL.findall(pem)]
+    kind = f"with {', '.join(sorted(set(labels)))}" if labels else "that are no PEM"
+    return ValueError(
+        f"{name} must be {rule} in PEM. Received: {len(pem)} bytes {kind}. "
+        "Give the contents of the right file."
+    )
+
+
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+_PRIVATE_KEY = re.compile(rb"-----BEGIN ([A-Z]+ )?PRIVATE KEY-----")
+_PEM_LABEL = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,11 @@ import pytest
 import trustme
 from PIL import Image
 
-from keras_mrl_serving import ExactIndex, FunnelSchedule, Manifest
-from keras_mrl_serving.calls import Arrays
+from keras_mrl_cli.client import in_flags
+from keras_mrl_serving import ExactIndex, FunnelSchedule, InvalidInputError, KerasMrlError, Manifest
+from keras_mrl_serving.calls import Arrays, AskStatus, Envelope
 from keras_mrl_serving.calls import Call as Asking
+from keras_mrl_serving.errors import ServerError, call_error
 from tests.helpers.cli import (
     ALL_BAD,
     BAD_FILES,
@@ -317,25 +319,72 @@ def test_a_call_holds_few_large_images(call: Call, folder: Path) -> None:
     assert sorted(request.count for request in server.requests_of("embed_2")) == [2, 4]
 
 
-def test_tls_by_the_authority_s_file(input_models: Path, call: Call, folder: Path) -> None:
+def write_tls_files(folder: Path) -> None:
+    """Write a server's config, which asks for certificates, and what a client of it needs."""
+    authority = trustme.CA()
+    server, client = authority.issue_cert("birds.example.org"), authority.issue_cert("me@here")
+    key, *chain = server.private_key_and_cert_chain_pem.bytes().decode().partition("-----BEGIN CER")
+    texts = {"server_key": key, "server_cert": "".join(chain)}
+    texts["custom_ca"] = authority.cert_pem.bytes().decode()
+    fields = "".join(f'{name}: "{text}"\n' for name, text in texts.items())
+    (folder / "tls.txt").write_text(f"{fields}client_verify: true\n")
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    client.private_key_pem.write_to_path(str(folder / "key.pem"))
+    client.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
+
+
+def test_tls_by_files_and_the_server_s_name(input_models: Path, call: Call, folder: Path) -> None:
     from keras_mrl_serving.server import DevServer
 
-    authority = trustme.CA()
-    pair = authority.issue_cert("127.0.0.1")
-    chain = "".join(pem.bytes().decode() for pem in pair.cert_chain_pems)
-    (folder / "tls.txt").write_text(
-        f'server_key: "{pair.private_key_pem.bytes().decode()}"\nserver_cert: "{chain}"\n'
-    )
-    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    write_tls_files(folder)
     np.save("x.npy", np.zeros((1, 3), np.float32))
     with DevServer(input_models / "rows", ssl_config_file=folder / "tls.txt") as target:
-        embed = call.of("embed", "--target", target, "x.npy", "--json")
-        assert lines(embed("--tls-ca", "ca.pem").out)[0]["embedding"] == [0, 0, 0]
-        assert embed("--timeout", "1").status == 1
-    assert embed.refused("--tls-ca", "none.pem") == (
-        "--tls-ca must be a file that can be read. "
-        "Received: none.pem (No such file or directory). Correct the path."
-    )
+        embed = call.of("embed", "--target", target, "x.npy", "--json", "--tls-ca", "ca.pem")
+        mutual = embed.of("--tls-key", "key.pem", "--tls-cert", "cert.pem")
+        named = ("--tls-server-name", "birds.example.org")
+        assert lines(mutual(*named).out)[0]["embedding"] == [0, 0, 0]
+        assert mutual.refused().endswith(
+            ". The server's certificate bears another name than the target: give it by "
+            "--tls-server-name."
+        )
+        assert embed.refused(*named, "--timeout", "1").endswith(
+            "If it asks for TLS, give --tls-ca; if for a certificate of its clients, add "
+            "--tls-key and --tls-cert."
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "start", "end"),
+    [
+        ("--tls-ca none.pem", "The files of --tls-ca, --tls-key and --tls-cert", "the path."),
+        ("--tls-ca key.pem", "--tls-ca must be whole certificates in PEM. ", "the right file."),
+        ("--tls-cert key.pem --tls-key cert.pem", "--tls-cert must be whole cer", "right file."),
+        (
+            "--tls-key key.pem",
+            "A client proves who it is with --tls-key and --tls-cert",
+            "neither.",
+        ),
+    ],
+)
+def test_files_of_tls_that_do_not_fit_are_not_repeated(
+    words: str, start: str, end: str, call: Call, folder: Path
+) -> None:
+    write_tls_files(folder)
+    ended = call("embed", "--target", "t:1", "x.npy", *words.split())
+    assert ended.status == (1 if "none" in words else 2)
+    assert ended.err.startswith(f"keras-mrl: {start}")
+    assert ended.err.endswith(f"{end}\n")
+    assert (folder / "key.pem").read_text().splitlines()[1] not in ended.err
+
+
+def test_remedies_name_flags() -> None:
+    """Settings without a flag are left: of messages, of idle connections."""
+    envelope = Envelope("birds", None, AskStatus(), 1.0, 1.0)
+    kinds: list[type[KerasMrlError]] = [InvalidInputError, ServerError]
+    for kind in (*kinds, *ServerError.__subclasses__()):
+        text = in_flags(str(call_error(kind, envelope, "t:1", "NO")))
+        assert "Options(" not in text.replace("Options(max_message_bytes=...)", "")
+        assert "Client(target" not in text
 
 
 def test_progress_is_on_the_terminal_alone(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,10 @@ import pytest
 
 from keras_mrl_cli.__main__ import COMMANDS
 
-SERVER = "--model=m --timeout=3 --tls-ca=ca.pem --metadata=a=b --no-proxy"
+SERVER = (
+    "--model=m --timeout=3 --tls-ca=ca.pem --tls-server-name=birds.example.org --tls-cert=c.pem "
+    "--tls-key=k.pem --metadata=a=b --no-proxy"
+)
 FILES = "--max-batch-size=9 --scale=0.5"
 # By command: what it needs, and flag by flag what it took, with a value that fits.
 FLAGS = {

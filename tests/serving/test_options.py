@@ -8,11 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trustme
 
 from keras_mrl_serving.errors import InvalidInputError
 from keras_mrl_serving.options import Options, Tls
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
+
+CA = trustme.CA()
+CLIENT = CA.issue_cert("client@example.org")
+ROOTS, KEY = CA.cert_pem.bytes(), CLIENT.private_key_pem.bytes()
+CHAIN = CLIENT.cert_chain_pems[0].bytes()
 
 
 def test_the_defaults() -> None:
@@ -81,9 +87,10 @@ def test_a_proxy_is_named_in_the_environment(value: Any, refuses: Refuses) -> No
 def test_secrets_are_not_printed() -> None:
     options = Options(
         metadata={"authorization": "Bearer secret"},
-        tls=Tls(private_key=b"secret", certificate_chain=b"secret", root_certificates=b"secret"),
+        tls=Tls(private_key=KEY, certificate_chain=CHAIN, root_certificates=ROOTS),
     )
     assert "secret" not in repr(options)
+    assert "BEGIN" not in repr(options)
     assert options.headers() == (("authorization", "Bearer secret"),)
 
 
@@ -120,7 +127,58 @@ def test_half_a_certificate_is_refused(tmp_path: Path, refuses: Refuses) -> None
     )
     with refuses(ValueError, text.format("private_key")):
         Tls(private_key=b"key")
-    (tmp_path / "chain.pem").write_bytes(b"chain")
+    (tmp_path / "chain.pem").write_bytes(CHAIN)
     with refuses(ValueError, text.format("certificate_chain")):
         Tls.from_files(certificate_chain=tmp_path / "chain.pem")
-    assert Tls.from_files(tmp_path / "chain.pem").root_certificates == b"chain"
+    assert Tls.from_files(tmp_path / "chain.pem").root_certificates == CHAIN
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"root_certificates": KEY},
+            f"root_certificates must be whole certificates in PEM. Received: {len(KEY)} bytes with "
+            "EC PRIVATE KEY. Give the contents of the right file.",
+        ),
+        (
+            {"private_key": CHAIN, "certificate_chain": KEY},
+            f"certificate_chain must be whole certificates in PEM. Received: {len(KEY)} bytes with "
+            "EC PRIVATE KEY. Give the contents of the right file.",
+        ),
+        (
+            {"private_key": ROOTS, "certificate_chain": CHAIN},
+            "private_key must be a private key without a password in PEM. "
+            f"Received: {len(ROOTS)} bytes with CERTIFICATE. Give the contents of the right file.",
+        ),
+        (
+            {"root_certificates": b"secret"},
+            "root_certificates must be whole certificates in PEM. Received: 6 bytes that are no "
+            "PEM. Give the contents of the right file.",
+        ),
+        (
+            {"root_certificates": ROOTS[:100] + ROOTS[120:]},
+            f"root_certificates must be whole certificates in PEM. Received: {len(ROOTS) - 20} "
+            "bytes with CERTIFICATE. Give the contents of the right file.",
+        ),
+    ],
+)
+def test_what_is_no_certificate_is_refused_unrepeated(
+    settings: Any, text: str, refuses: Refuses
+) -> None:
+    with refuses(ValueError, text):
+        Tls(**settings)
+
+
+def test_a_key_of_another_certificate_is_refused(tmp_path: Path, refuses: Refuses) -> None:
+    key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
+    key.write_bytes(KEY)
+    chain.write_bytes(CA.issue_cert("other@example.org").cert_chain_pems[0].bytes())
+    text = (
+        "private_key must be the key of the first certificate of certificate_chain. "
+        f"Received: {key} and {chain} (KEY_VALUES_MISMATCH). Give the two of one client."
+    )
+    with refuses(ValueError, text):
+        Tls.from_files(None, key, chain)
+    chain.write_bytes(CHAIN)
+    assert Tls.from_files(None, key, chain).private_key == KEY

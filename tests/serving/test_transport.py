@@ -428,6 +428,20 @@ def test_a_server_that_hangs_up_may_ask_for_tls(kind: type[Any]) -> None:
         assert_unavailable(client, server.target, *HUNG_UP)
 
 
+@BOTH
+def test_the_error_of_one_address_of_localhost_names_the_other(kind: type[Any]) -> None:
+    with socket.socket(socket.AF_INET6) as held:  # bound, and not listening
+        held.bind(("::1", 0))
+        target = f"[::1]:{held.getsockname()[1]}"
+        with open_client(kind, target, Options(max_attempts=1)) as client:
+            remedy = (
+                "Start one with `keras-mrl serve --model_base_path PATH --port PORT`, or correct "
+                "the target. If it is localhost, 127.0.0.1 was tried too: give that, to see its "
+                "own error."
+            )
+            assert_unavailable(client, target, "Connection refused", remedy)
+
+
 @contextmanager
 def answering(answer: bytes) -> Iterator[str]:
     """A port that answers every connection with these bytes."""
@@ -589,6 +603,7 @@ def test_the_options_turn_proxies_off(
             "Give the proxy a name and a password in its variable: http://NAME:PASSWORD@HOST:PORT.",
         ),
         ("403 Forbidden", 1, "Let the proxy allow CONNECT to the target."),
+        ("501 Not Implemented", 1, "Let the proxy allow CONNECT to the target."),
         (
             *("502 Bad Gateway", 2),
             "See whether a server runs at the target, and whether the proxy reaches it.",
