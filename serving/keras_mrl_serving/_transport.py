@@ -4,9 +4,10 @@ A transport adds four things to gRPC: one address made from several targets (`_t
 channel where the old one is silent (`_connection.py`), retries, and the tables that turn every gRPC
 status into an exception (`errors.py`) and the causes that gRPC names into advice (`_causes.py`).
 
-Retries are for UNAVAILABLE alone, within the deadline of the call. They are not left to gRPC,
-which would try again what cannot get better, such as a certificate of another host, and does not
-say how often it tried. Calls that cannot have reached a server are sent again by gRPC besides.
+Retries are for UNAVAILABLE, and for CANCELLED by a server that is being stopped, within the
+deadline of the call. They are not left to gRPC, which would try again what cannot get better, such
+as a certificate of another host, and does not say how often it tried.
+Calls that cannot have reached a server are sent again by gRPC besides.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def translate_error(
         remedy = _SILENT_REMEDY if is_connected else _NOT_CONNECTED_REMEDY
     if kind is ServerUnavailableError and (cause := find_cause(details)):
         remedy = cause.remedy
+    if status is StatusCode.CANCELLED or _STOPPED.search(details):
+        remedy = _STOPPED_REMEDY
     after = f" after {attempts} attempts" if attempts > 1 else ""
     received = f"{status.name}{after}"
     if proxy is not None and not proxy.is_asked and is_connected:
@@ -90,6 +93,8 @@ def translate_error(
     return translated
 
 
+_STOPPED = re.compile("server was stopped|Cancelling all calls")
+_STOPPED_REMEDY = "Once a server runs there again, calling again goes on."
 _SILENT = "connected, but no answer came"
 _NOT_CONNECTED = "no connection was made"
 _SILENT_REMEDY = (
@@ -201,7 +206,8 @@ class _Tries:
         cause = find_cause(details)
         is_lasting = cause is not None and cause.is_lasting
         is_last = self._count >= self._route.options.max_attempts
-        return status is StatusCode.UNAVAILABLE and not is_lasting and not is_last
+        is_unavailable = status in (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)
+        return is_unavailable and not is_lasting and not is_last
 
 
 _LONGEST_TIMEOUT_S = 1e9  # a deadline after 2262 overflows and ends the call at once

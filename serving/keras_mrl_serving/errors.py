@@ -166,6 +166,7 @@ _CLASS_OF_STATUS: tuple[tuple[str, str, type[KerasMrlError]], ...] = (
     ("FAILED_PRECONDITION", "Serving signature key", SignatureNotFoundError),
     ("RESOURCE_EXHAUSTED", "larger than max|metadata size exceeds", MessageTooLargeError),
     ("UNAVAILABLE", "", ServerUnavailableError),
+    ("CANCELLED", "", ServerUnavailableError),  # of a server that is being stopped
     ("DEADLINE_EXCEEDED", "", DeadlineError),
     ("UNAUTHENTICATED", "", AccessDeniedError),
     ("PERMISSION_DENIED", "", AccessDeniedError),

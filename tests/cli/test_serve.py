@@ -106,7 +106,9 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving_endless_calls(base: Path, folder: Path) -> Iterator[subprocess.Popen[str]]:
+def serving_endless_calls(
+    base: Path, folder: Path
+) -> Iterator[tuple[subprocess.Popen[str], list[Any]]]:
     """A server in the middle of everything that could keep it from ending.
 
     A run that can be cancelled and one that cannot, over gRPC; one over REST; a load of another
@@ -149,26 +151,30 @@ def serving_endless_calls(base: Path, folder: Path) -> Iterator[subprocess.Popen
 
             wait_until(lambda: "LOADING" in state_of_2())
             assert not any(call.done() for call in calls)
-            yield process
+            yield process, calls
 
 
 @pytest.mark.usefixtures("no_real_server")
 def test_a_signal_ends_it_whatever_is_under_way(endless: Path, tmp_path: Path) -> None:
-    with serving_endless_calls(endless, tmp_path) as process:
+    with serving_endless_calls(endless, tmp_path) as (process, calls):
         process.terminate()
         _, err = process.communicate(timeout=60)
+        assert [call.code().name for call in calls] == ["UNAVAILABLE"] * 2
+        cut_off = calls[0].details()
     assert "Traceback" not in err
     if process.returncode:  # where the machine is too busy to stop in order
         assert process.returncode == 1
         assert "keras-mrl: The server did not end within 10 s. It is ended now.\n" in err
     else:
+        assert cut_off == "The server was stopped before it answered."
+        assert "2 calls are cut off: UNAVAILABLE." in err
         assert f"A run on {tmp_path}/base/1 does not end; it is left behind." in err
         assert "A load or an unload does not end; it is left behind." in err
 
 
 @pytest.mark.usefixtures("no_real_server")
 def test_a_second_signal_ends_it_at_once(endless: Path, tmp_path: Path) -> None:
-    with serving_endless_calls(endless, tmp_path) as process:
+    with serving_endless_calls(endless, tmp_path) as (process, _):
         assert process.stderr
         process.terminate()
         while not process.stderr.readline().startswith("keras-mrl: Stopping. Requests under way "):

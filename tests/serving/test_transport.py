@@ -55,7 +55,7 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 # Every code there is, with a text that decides nothing.
 CLASSES = {
-    "CANCELLED": errors.ServerError,
+    "CANCELLED": errors.ServerUnavailableError,
     "UNKNOWN": errors.ServerError,
     "INVALID_ARGUMENT": errors.InvalidInputError,
     "DEADLINE_EXCEEDED": errors.DeadlineError,

@@ -55,7 +55,7 @@ def facts(error: KerasMrlError) -> dict[str, object]:
     return {name: getattr(error, name) for name in names}
 
 
-# Retries and deadlines: UNAVAILABLE is tried again, and nothing else.
+# Retries and deadlines: UNAVAILABLE is tried again, CANCELLED by the server too, and nothing else.
 
 
 def refuse_first(times: int, signature: str = "describe") -> Before:
@@ -104,8 +104,37 @@ def test_unavailable_is_tried_again_so_often(
     assert ": busy. Start one with" in text
 
 
+@BOTH
+def test_a_call_that_a_stopping_server_cancels_is_tried_again(kind: type[Any]) -> None:
+    numbers = iter(range(2))
+
+    def before(_: Request, context: grpc.ServicerContext) -> None:
+        if next(numbers, None) is not None:
+            context.abort(grpc.StatusCode.CANCELLED, "")
+
+    quick = Options(first_backoff_s=0.02)
+    with FaultyServer(before=before) as server, open_client(kind, server.target, quick) as client:
+        assert client.describe().dims == (2, 4)
+        assert len(server.requests) == 3
+    once = Options(max_attempts=1)
+    cancel = abort(grpc.StatusCode.CANCELLED, "by the server")
+    with FaultyServer(before=cancel) as server, open_client(kind, server.target, once) as client:
+        with pytest.raises(ServerUnavailableError) as caught:
+            client.describe()
+    assert str(caught.value) == (
+        "A TensorFlow Serving server must answer at the target. Received: CANCELLED from "
+        f"{server.target} for model 'default', signature 'describe', timeout 10 s: by the server. "
+        "Once a server runs there again, calling again goes on."
+    )
+
+
 @pytest.mark.parametrize(
-    "code", [c for c in grpc.StatusCode if c not in (grpc.StatusCode.OK, UNAVAILABLE)]
+    "code",
+    [
+        code
+        for code in grpc.StatusCode
+        if code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, UNAVAILABLE)
+    ],
 )
 @BOTH
 def test_any_other_status_is_its_own_error_at_once(kind: type[Any], code: grpc.StatusCode) -> None:

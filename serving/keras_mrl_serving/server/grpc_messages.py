@@ -4,6 +4,7 @@ A handler of gRPC's Python server holds a thread from the head of a call on, als
 is still to come. A client that sends heads alone would take all threads.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,36 +14,72 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from .status import STOPPED
+
 _CHECK_INTERVAL_S = 0.5
+_QUIET_S = 0.05  # a call that is under way on the wire has come by then
 
 
 class CallThreads(ThreadPoolExecutor):
-    """The threads of a gRPC server; it counts the calls that wait for one.
+    """The threads of a gRPC server; it counts the calls under way, and those without a thread.
 
     Args:
         max_num: how many threads there are at most.
+        clock: the time in seconds.
     """
 
-    def __init__(self, max_num: int) -> None:
+    def __init__(self, max_num: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(max_num, thread_name_prefix="grpc")
-        self._lock = threading.Lock()
+        self._clock = clock
+        self._changed = threading.Condition()
         self._num_queued = 0
+        self._num_under_way = 0
+        self._last_call_at = -math.inf
 
     @property
     def num_queued(self) -> int:
         """How many calls wait for a thread."""
         return self._num_queued
 
+    @property
+    def num_under_way(self) -> int:
+        """How many calls have come and are not answered."""
+        return self._num_under_way
+
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Queues a call."""
-        with self._lock:
+        with self._changed:
             self._num_queued += 1
+            self._num_under_way += 1
+            self._last_call_at = self._clock()
         return super().submit(self._start, fn, *args, **kwargs)
 
+    def wait_until_quiet(self, timeout_s: float) -> bool:
+        """Waits until no call is under way, and none has come for a moment; whether that is so.
+
+        Args:
+            timeout_s: how long to wait.
+        """
+        until = self._clock() + timeout_s
+        with self._changed:
+            while True:
+                now = self._clock()
+                quiet_s = self._last_call_at + _QUIET_S - now
+                if not self._num_under_way and quiet_s <= 0:
+                    return True
+                if now >= until:
+                    return False
+                self._changed.wait(until - now if self._num_under_way else quiet_s)
+
     def _start(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
+        with self._changed:
             self._num_queued -= 1
-        return fn(*args, **kwargs)
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            with self._changed:
+                self._num_under_way -= 1
+                self._changed.notify_all()
 
 
 class MessageReader(grpc.ServerInterceptor):
@@ -74,6 +111,7 @@ class MessageReader(grpc.ServerInterceptor):
         self._lock = threading.Lock()
         self._since: dict[grpc.ServicerContext, float] = {}  # of the calls without their message
         self._stopping = threading.Event()
+        self._refuses = False
 
     def start(self) -> None:
         """Starts the thread that gives up calls."""
@@ -82,6 +120,10 @@ class MessageReader(grpc.ServerInterceptor):
     def stop(self) -> None:
         """Ends that thread."""
         self._stopping.set()
+
+    def refuse_calls(self) -> None:
+        """Answers the calls that come from now on with UNAVAILABLE."""
+        self._refuses = True
 
     def give_up(self) -> None:
         """Cancels the calls whose message takes too long."""
@@ -98,6 +140,8 @@ class MessageReader(grpc.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """The handler of a call; if one message answers one message, it reads by itself."""
+        if self._refuses:
+            return grpc.stream_unary_rpc_method_handler(_refuse)
         handler: Any = continuation(handler_call_details)
         if handler is None or handler.request_streaming or handler.response_streaming:
             return handler
@@ -130,3 +174,7 @@ class MessageReader(grpc.ServerInterceptor):
     def _run(self) -> None:
         while not self._stopping.wait(_CHECK_INTERVAL_S):
             self.give_up()
+
+
+def _refuse(_messages: Iterator[bytes], context: grpc.ServicerContext) -> None:
+    context.abort(grpc.StatusCode.UNAVAILABLE, STOPPED)

@@ -8,7 +8,7 @@ a new one does. A version that does not load is tried again some times, while it
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 from ..saved_model import list_versions
 from .log import logger
 from .run import ServingSession
-from .status import StatusError, failed_precondition, invalid_argument
+from .status import StatusError, failed_precondition, invalid_argument, stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +140,8 @@ class Models:
         due = min((time for time in times if time is not None), default=None)
         return None if due is None else max(due - self._clock(), 0.0)
 
-    def serving(
-        self, name: str, number: int | None
-    ) -> AbstractContextManager[tuple[int, ServingSession]]:
+    @contextmanager
+    def serving(self, name: str, number: int | None) -> Iterator[tuple[int, ServingSession]]:
         """A version and its session, which stays loaded for as long as the context lasts.
 
         Args:
@@ -150,12 +149,18 @@ class Models:
             number: the version; None means the highest available one.
 
         Raises:
-            StatusError: NOT_FOUND, no such version is available.
+            StatusError: NOT_FOUND, no such version is available; UNAVAILABLE, `close` came first,
+                or cancelled the run.
         """
-        model = self._models.get(name)
-        if model is None:
-            raise _not_found(name, number)
-        return model.serving(number)
+        try:
+            model = self._models.get(name)
+            if model is None:
+                raise _not_found(name, number)
+            with model.serving(number) as served:
+                yield served
+        except StatusError as error:
+            is_cut_off = error.code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.NOT_FOUND)
+            raise (stopped() if self._is_closed and is_cut_off else error) from error
 
     def versions(self, name: str) -> list[Version]:
         """Every version of a model since the server started, highest first.

@@ -6,6 +6,7 @@ it, or try it again for five minutes.
 """
 
 import os
+import threading
 import time
 from functools import partial
 from os import PathLike, fspath
@@ -34,6 +35,8 @@ from .status import StatusError
 
 _GRACE_S = 5.0
 _CANCEL_S = 1.0
+_ARRIVAL_S = 0.25  # calls on their way to the server have come by then
+_SENDING_S = 0.25  # the last answers have gone by then
 # Most of them wait: for a message, a batch or a reload. Those that compute release the GIL.
 _MAX_THREADS = 256
 StrPath = str | PathLike[str]
@@ -124,7 +127,8 @@ class DevServer:
         self._as_tensor_content = enable_serialization_as_tensor_content
         self._models: Models | None = None
         self._server: grpc.Server | None = None
-        self._reader: MessageReader | None = None
+        self._threads = CallThreads(_MAX_THREADS)
+        self._reader = MessageReader(lambda: self._threads.num_queued)
         self._http: HttpServer | None = None
         self._configuration: Configuration | None = None
         self._poller: Poller | None = None
@@ -172,9 +176,7 @@ class DevServer:
             models, allow_labels_for_unavailable=self._allow_labels, wake=poller.wake
         )
         _apply_first(configuration, config, source)
-        threads = CallThreads(_MAX_THREADS)
-        reader = MessageReader(lambda: threads.num_queued)
-        server = grpc.server(threads, interceptors=[reader], options=options)
+        server = grpc.server(self._threads, interceptors=[self._reader], options=options)
         try:
             if self._wait_s >= 0:
                 _load_first_versions(models, config)
@@ -188,8 +190,7 @@ class DevServer:
             models.close()
             raise
         server.start()
-        reader.start()
-        self._reader = reader
+        self._reader.start()
         self._models, self._configuration, self._server = models, configuration, server
         if self._http is not None:
             self._http.start()
@@ -211,8 +212,10 @@ class DevServer:
     def stop(self) -> None:
         """Closes the ports and unloads the models, in eight seconds at most.
 
-        Requests and loads under way have five seconds. Then runs are cancelled, and have a second
-        to end. A load, or an op that does not heed the cancel, is left behind in its thread.
+        Requests and loads under way have five seconds; requests that come meanwhile are
+        UNAVAILABLE. Then runs are cancelled, which makes their requests UNAVAILABLE, too, and have
+        a second to end. A load, or an op that does not heed the cancel, is left behind in its
+        thread.
         """
         if self._configuration is not None:
             self._configuration.close()
@@ -221,20 +224,33 @@ class DevServer:
         def grace_s() -> float:
             return max(until - time.monotonic(), 0.0)
 
-        stopped = None if self._server is None else self._server.stop(_GRACE_S)
+        stopping_http = None
         if self._http is not None:
-            self._http.stop(grace_s())
+            stopping_http = threading.Thread(
+                target=self._http.stop, args=(_GRACE_S + _CANCEL_S,), name="rest end", daemon=True
+            )
+            stopping_http.start()
+        # gRPC's own stop would cancel the calls that have come and have no thread yet. So it is
+        # the last step, and the calls that come in the first moment are answered.
+        if not self._threads.wait_until_quiet(_ARRIVAL_S):
+            logger.info("%d calls under way have %g s.", self._threads.num_under_way, grace_s())
+            self._reader.refuse_calls()
         if self._config_poller is not None:
             self._config_poller.stop(grace_s())
         if self._poller is not None:
             self._poller.stop(grace_s())
             self._poller = None
-        if stopped is not None:
-            stopped.wait(grace_s() + _CANCEL_S)
-        if self._reader is not None:
-            self._reader.stop()
+        if not self._threads.wait_until_quiet(grace_s()):
+            logger.warning("%d calls are cut off: UNAVAILABLE.", self._threads.num_under_way)
+        if stopping_http is not None:
+            stopping_http.join(grace_s())
         if self._models is not None:
             self._models.close(_CANCEL_S)
+        if stopping_http is not None:
+            stopping_http.join(_CANCEL_S)
+        if self._server is not None:
+            self._server.stop(_SENDING_S).wait(_SENDING_S + _CANCEL_S)
+        self._reader.stop()
 
     def wait(self) -> None:
         """Blocks until another thread stops the server, or a signal's handler raises."""

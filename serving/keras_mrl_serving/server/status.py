@@ -4,6 +4,7 @@ import grpc
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _MAX_MESSAGE_BYTES = 1024
+STOPPED = "The server was stopped before it answered."
 
 
 class StatusError(Exception):
@@ -38,6 +39,11 @@ def failed_precondition(message: str) -> StatusError:
 def unimplemented(message: str) -> StatusError:
     """The error of a request that this server does not answer."""
     return StatusError(grpc.StatusCode.UNIMPLEMENTED, message)
+
+
+def stopped() -> StatusError:
+    """The error of a request that the end of the server cuts off."""
+    return StatusError(grpc.StatusCode.UNAVAILABLE, STOPPED)
 
 
 def from_number(number: int, message: str) -> StatusError:

@@ -366,8 +366,9 @@ def test_a_model_left_out_and_back_before_a_look_is_loaded_anew(disk: Disk) -> N
 def test_an_unknown_model(disk: Disk) -> None:
     models = serve(disk)
     assert models.versions("x") == []
-    with pytest.raises(StatusError, match=r"^Servable not found for request: Specific\(x, 7\)$"):
-        models.serving("x", 7)
+    text = r"^Servable not found for request: Specific\(x, 7\)$"
+    with pytest.raises(StatusError, match=text), models.serving("x", 7):
+        pass
 
 
 def test_closing_cancels_tries_and_unloads_all(disk: Disk) -> None:

@@ -477,6 +477,33 @@ def test_a_stop_ends_a_wait_and_there_is_no_second_start(setting: Setting) -> No
     )
 
 
+def test_a_stop_cancels_no_call_that_has_come(setting: Setting) -> None:
+    server = DevServer(setting.put("a", 1))
+    target = server.start()
+    request = predict(inputs={"steps": np.array(100)}, signature="count")
+    codes: list[str] = []
+    is_busy = threading.Event()
+
+    def ask_until_refused() -> None:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(target, options) as channel:
+            stub = PredictionServiceStub(channel)
+            try:
+                while stub.Predict(request, timeout=TIMEOUT_S):
+                    is_busy.set()
+            except grpc.RpcError as error:
+                codes.append(error.code().name)
+
+    threads = [threading.Thread(target=ask_until_refused) for _ in range(48)]
+    for thread in threads:
+        thread.start()
+    assert is_busy.wait(TIMEOUT_S)
+    server.stop()
+    for thread in threads:
+        thread.join()
+    assert codes == ["UNAVAILABLE"] * 48
+
+
 def test_a_stop_ends_a_reload_that_waits(setting: Setting) -> None:
     server = DevServer(
         setting.put("a", 1), model_name="a", rest_api_port=0, file_system_poll_wait_seconds=0.02
