@@ -365,7 +365,7 @@ schema 2. Install the version of keras-mrl that exported the model, or a later o
             raise ValueError(f"{len(text)} bytes are more than {LARGEST_MANIFEST_BYTES}")
         fields: dict[str, Any] = parse_json(text)
         schema = fields["schema"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ManifestError(
             "A manifest is a JSON object with a schema. "
             f"Received: {text!r:.80} ({type(error).__name__}: {error}). {_EXPORT_AGAIN}"

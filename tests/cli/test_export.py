@@ -139,8 +139,9 @@ def test_images_that_cannot_be(refused: Refused) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save("cut.png")
     Path("cut.png").write_bytes(Path("cut.png").read_bytes()[:6000])
-    assert refused("untied", "--images", "cut.png").startswith(
-        "A sample for a model with a decoder is a list of the bytes of images. Received: at 0, "
+    assert refused("untied", "--images", "cut.png") == (
+        "An image file must be a whole JPEG, PNG, GIF, BMP or WebP. Received: cut.png (image file "
+        "is truncated). Save it anew as an 8-bit PNG or JPEG, or leave it out."
     )
     assert refused("encoder", "--images", "text.png").startswith(
         "Images are decoded to the one input of a model: height, width and channels. "

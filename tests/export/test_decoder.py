@@ -87,8 +87,10 @@ def test_the_manifest_says_how(version: Path) -> None:
 def test_a_bad_image_fails_its_call_alone(client: Client) -> None:
     with pytest.raises(UnreadableImageError, match=r"Received: row 1 \(it is none\)\."):
         client.classify([encoded(EXACT[0]), b"no image"], dim=2)
+    whole = encoded(EXACT[1])
+    damaged = whole[:50] + bytes(10) + whole[60:]
     with pytest.raises(InvalidInputError, match="Invalid PNG data"):  # known to the server alone
-        client.classify([encoded(EXACT[0]), encoded(EXACT[1])[:100]], dim=2)
+        client.classify([encoded(EXACT[0]), damaged], dim=2)
     assert client.classify([encoded(EXACT[0])], dim=2).class_ids.shape == (1, 3)
 
 
@@ -191,7 +193,7 @@ def test_the_client_sends_what_the_graph_reads_right(tmp_path: Path) -> None:
         with Client(target, "pixels") as client:
             answer = client.embed([FILES[name] for name in READ_ALIKE], dim=more["dims"][1])
             for name in UNREADABLE:
-                with pytest.raises(UnreadableImageError, match=r"row 1 \(it is none\)"):
+                with pytest.raises(UnreadableImageError, match=r"row 1 \(it is (none|a TIFF)\)"):
                     client.embed([FILES["RGB.png"], FILES[name]], dim=3)
     for name, row in zip(READ_ALIKE, answer, strict=True):
         np.testing.assert_array_equal(row, read_image(FILES[name]).ravel(), name)

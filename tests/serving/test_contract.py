@@ -205,7 +205,7 @@ def test_what_is_no_manifest_is_refused(text: Any, received: str, refuses: Refus
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[" * 99_999, "RecursionError: "),
+        ("[" * 99_999, "ValueError: "),
         ('{"schema": ' + "9" * 5000 + "}", "ValueError: "),
         (r'{"schema": 1, "name": "\ud800"}', "UnicodeEncodeError: .* surrogates not allowed"),
     ],
@@ -336,7 +336,7 @@ def test_a_manifest_is_nested_as_deep_as_it_can_be_written_again(
     why = "(ValueError: it is nested more than 32 levels deep)"
     with refuses(ManifestError, f"{rule} Received: {nested(32)!r:.80} {why}. {AGAIN}"):
         Manifest.from_json(nested(32))
-    with pytest.raises(ManifestError, match=r"\(RecursionError: .*\)\. Export the model again"):
+    with refuses(ManifestError, f"{rule} Received: {nested(100_000)!r:.80} {why}. {AGAIN}"):
         Manifest.from_json(nested(100_000))
 
 
