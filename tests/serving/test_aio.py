@@ -30,6 +30,7 @@ from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.options import Options
 from keras_mrl_serving.testing import InMemoryServer
+from tests.helpers.waiting import wait_until
 
 Model = Callable[[Call], Arrays]
 
@@ -259,8 +260,8 @@ def test_an_interrupt_waits_for_no_call_under_way(blocking: Blocking) -> None:
     before = len(blocking.calls)
     assert not blocking.release.is_set()  # so nothing was waited for
     blocking.release.set()
-    for thread in set(threading.enumerate()) - threads:
-        thread.join()
+    # Not joined: the interrupt may come before a thread has started, which then cannot be.
+    wait_until(lambda: set(threading.enumerate()) <= threads)
     assert len(blocking.calls) - before <= SPLIT.max_in_flight  # those under way, and no other
 
 
