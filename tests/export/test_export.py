@@ -142,6 +142,16 @@ def test_what_lies_in_a_version(untied: Exported) -> None:
     assert os.listdir(untied.path.parent) == [untied.path.name]
 
 
+@backend
+def test_a_pooling_layer_is_part_of_what_is_served(tmp_path: Path) -> None:
+    """Every signature is compared with the model before the version is published."""
+    maps = keras.Sequential([keras.Input((6, 6, 3)), keras.layers.Conv2D(8, 3)], name="maps")
+    pooling = keras.layers.GlobalAveragePooling2D()
+    model = MatryoshkaClassifier(maps, MatryoshkaHead(3, dims=(2, 4, 8)), pooling=pooling)
+    manifest = read_manifest(export_saved_model(model, tmp_path, models.images(4)))
+    assert (manifest.dims, manifest.num_classes) == ((2, 4, 8), 3)
+
+
 def test_versions_of_one_model(tmp_path: Path) -> None:
     model = dense(head=True)
     (tmp_path / "10.tmp").mkdir()

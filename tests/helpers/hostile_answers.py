@@ -24,6 +24,7 @@ from keras_mrl_serving._wire import METADATA, METHODS, PREDICT, STATUS, to_proto
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.funnel import FunnelSchedule
+from tests.helpers.hostile_peers import mutated
 
 ROOT = Path(__file__).parents[2]
 ROWS = np.ones((2, 4), np.float32)
@@ -163,26 +164,7 @@ def random_case(number: int) -> Case:
     _, call, outputs = ASKS[ask]
     if outputs and rng.random() < 0.5:
         return Case(ask, lambda right: _twisted(rng, right), f"twisted {call}")
-    return Case(ask, lambda right: _mutated(rng, right), f"mutated {call}")
-
-
-def _mutated(rng: random.Random, data: bytes) -> bytes:
-    """The bytes, of which some are flipped, cut out, put in or repeated."""
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        start = rng.randrange(len(changed) + 1)
-        end = min(len(changed), start + rng.choice((1, 1, 2, 8)))
-        piece = rng.choice(
-            (
-                b"",
-                rng.randbytes(end - start),
-                bytes(changed[start:end]) * rng.choice((2, 10, 100_000)),
-                bytes((rng.choice((0x00, 0x01, 0x7F, 0x80, 0xFF)),)),
-                bytes(byte ^ 1 << rng.randrange(8) for byte in changed[start:end]),
-            )
-        )
-        changed[start:end] = piece
-    return bytes(changed)
+    return Case(ask, lambda right: mutated(rng, right, (2, 10, 100_000)), f"mutated {call}")
 
 
 def _twisted(rng: random.Random, right: bytes) -> bytes:

@@ -5,7 +5,7 @@ import json
 import random
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -142,8 +142,8 @@ HTTP1: dict[str, bytes] = {
 }
 
 
-def mutated(rng: random.Random, data: bytes) -> bytes:
-    """The bytes, of which some are flipped, cut out, put in or repeated."""
+def mutated(rng: random.Random, data: bytes, repeats: Sequence[int] = (2, 10)) -> bytes:
+    """The bytes, of which some are flipped, cut out, put in or repeated so often."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4))):
         start = rng.randrange(len(changed) + 1)
@@ -152,7 +152,7 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
             (
                 b"",
                 rng.randbytes(end - start),
-                bytes(changed[start:end]) * rng.choice((2, 10)),
+                bytes(changed[start:end]) * rng.choice(repeats),
                 bytes((rng.choice((0x00, 0x01, 0x7F, 0x80, 0xFF)),)),
                 bytes(byte ^ 1 << rng.randrange(8) for byte in changed[start:end]),
             )

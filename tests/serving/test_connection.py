@@ -80,7 +80,7 @@ def test_a_call_with_little_time_left_proves_nothing() -> None:
     assert late(silence, 202, 202.5)
 
 
-def seconds_until_given_up(callers: int, replicas: int, is_late: Callable[[int], bool]) -> int:
+def deadlines_until_given_up(callers: int, replicas: int, is_late: Callable[[int], bool]) -> int:
     """Let callers ask replicas in turn, each call again as soon as one ends; at most 100 s.
 
     A call that is late ends after a second, any other at once. A late one blocks its caller, so
@@ -105,14 +105,14 @@ def seconds_until_given_up(callers: int, replicas: int, is_late: Callable[[int],
 def test_one_silent_replica_of_several_is_found_in_three_deadlines(
     callers: int, replicas: int
 ) -> None:
-    assert seconds_until_given_up(callers, replicas, lambda turn: turn % replicas == 0) == 3
+    assert deadlines_until_given_up(callers, replicas, lambda turn: turn % replicas == 0) == 3
 
 
 @pytest.mark.parametrize("replicas", [2, 3])
 @pytest.mark.parametrize("callers", [1, 16])
 def test_replicas_that_are_late_now_and_then_are_not_given_up(callers: int, replicas: int) -> None:
     draw = random.Random(0)
-    assert seconds_until_given_up(callers, replicas, lambda _: draw.random() < 0.01) == 100
+    assert deadlines_until_given_up(callers, replicas, lambda _: draw.random() < 0.01) == 100
 
 
 class FakeChannel:

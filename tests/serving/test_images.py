@@ -189,6 +189,14 @@ def test_what_is_no_image_is_refused_by_name(data: bytes, reason: str) -> None:
     )
 
 
+def test_a_jpeg_of_twelve_bits_is_not_sent_as_it_is() -> None:
+    """Neither Pillow nor the graph reads one; only a reader of its frame can say so in time."""
+    twelve = JPEG.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c")
+    assert twelve != JPEG
+    with pytest.raises(UnreadableImageError):
+        served_image(twelve)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

@@ -300,3 +300,22 @@ def test_a_stop_waits_no_longer_than_its_grace() -> None:
         with pytest.raises(OSError, match="closed connection without response"):
             busy.getresponse()
     echo.gate.set()
+
+
+def test_large_and_gzip_bodies_leave_the_workers_to_the_others() -> None:
+    class Gated(Echo):
+        def __call__(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+            return super().__call__(method, path, body) if len(body) > 9 else (200, body)
+
+    for body, headers in (
+        (bytes(2**20 + 1), {}),
+        (gzip.compress(bytes(10)), {"Content-Encoding": "gzip"}),
+    ):
+        echo = Gated()
+        echo.gate.clear()
+        with serving(echo, num_threads=1) as port, connected(port) as connection:
+            connection.request("POST", "/", body, headers)
+            assert echo.entered.wait(TIMEOUT_S)
+            assert echoed(port) == (200, b"body")
+            echo.gate.set()
+            assert connection.getresponse().status == 200

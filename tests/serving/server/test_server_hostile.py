@@ -8,7 +8,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.helpers.hostile_peers import (
     rest_bytes,
     send,
 )
+from tests.helpers.server_process import server_process
 from tests.helpers.server_target import TIMEOUT_S, UNLIMITED, predict
 
 pytestmark = pytest.mark.soak
@@ -77,23 +77,9 @@ def running(
 ) -> Iterator[Server]:
     base = tmp_path_factory.mktemp("base")
     publish(base, "1")
-    words = ("serve", "--dev", "--port=0", "--rest_api_port=0", f"--model_base_path={base}")
-    with (tmp_path_factory.mktemp("log") / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "keras_mrl_cli", *words],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            match = re.search(r"at (\S+:\d+) and http://127.0.0.1:(\d+)", line)
-            assert match, line
-            yield Server(process, match[1], int(match[2]))
-        finally:
-            process.terminate()
-            process.communicate(timeout=60)
+    log = tmp_path_factory.mktemp("log") / "log"
+    with server_process(base, log) as (process, target, rest_port):
+        yield Server(process, target, rest_port)
     assert process.returncode == 0  # after all storms
 
 

@@ -5,9 +5,6 @@ in over an input of another rank.
 """
 
 import json
-import re
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +15,7 @@ import pytest
 
 from keras_mrl_serving.server import DevServer
 from tests.helpers.conv_model import save
+from tests.helpers.server_process import server_process
 from tests.helpers.server_target import TIMEOUT_S, Served, predict
 
 WRONG = ((), (0,), (64,), (2, 64), (2, 8, 8), (2, 8, 8, 3), (2, 4, 8, 1), (1, 2, 8, 8, 1))
@@ -44,25 +42,11 @@ class Server(Served):
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = tmp_path_factory.mktemp("conv")
     save(base / "1")
-    words = ("serve", "--dev", "--port=0", "--rest_api_port=0", f"--model_base_path={base}")
-    with (tmp_path_factory.mktemp("log") / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "keras_mrl_cli", *words],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            match = re.search(r"at (\S+:\d+) and http://127.0.0.1:(\d+)", line)
-            assert match, line
-            server = Server(match[1], int(match[2]))
-            with server.channel:
-                yield server
-        finally:
-            process.terminate()
-            process.communicate(timeout=TIMEOUT_S)
+    log = tmp_path_factory.mktemp("log") / "log"
+    with server_process(base, log) as (_, target, rest_port):
+        server = Server(target, rest_port)
+        with server.channel:
+            yield server
 
 
 def refusal_of(shape: tuple[int, ...]) -> str:
