@@ -6,10 +6,10 @@ but TensorFlow Serving hangs up on clients that ping. So deadlines are counted h
 on which nothing came back during three of them is given up, and a new channel is opened.
 
 A channel has connections to all replicas, and does not tell which of them a call went to. They
-take turns, so of N replicas a silent one has every Nth call. Answers end the count only where there
-are more than 2N of them to a late one: then it is all replicas that are late now and then. Behind a
-`dns:` name three are assumed, so that one silent server of up to six is noticed. A single server
-that is slow keeps its connection as long as one of three answers is in time.
+take turns, so of N replicas a silent one gets every Nth call. Answers therefore end the count only where
+more than 2N of them came to each late call: then no replica is silent, and all are late now and
+then. Behind a `dns:` name three replicas are assumed, so one silent server of up to six is noticed.
+A single slow server keeps its connection as long as one of three answers is in time.
 
 The new channel gets connections of its own: by default gRPC shares them between the equal channels
 of a process, the dead ones too. It counts as connected to a peer only when the peer has spoken, so
