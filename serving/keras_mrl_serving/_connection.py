@@ -5,8 +5,8 @@ sent for minutes, and every call on that connection passes its deadline. gRPC fi
 but TensorFlow Serving hangs up on clients that ping. So deadlines are counted here: a connection
 on which nothing came back during three of them is given up, and a new channel is opened.
 
-A channel has connections to all replicas, and does not tell which of them a call went to. They
-take turns, so of N replicas a silent one gets every Nth call. Answers therefore end the count only where
+A channel has connections to all replicas, and does not tell which of them a call went to. They take
+turns, so of N replicas a silent one gets every Nth call. Answers therefore end the count only where
 more than 2N of them came to each late call: then no replica is silent, and all are late now and
 then. Behind a `dns:` name three replicas are assumed, so one silent server of up to six is noticed.
 A single slow server keeps its connection as long as one of three answers is in time.
