@@ -6,6 +6,7 @@ no metric that Keras knows of, and Keras would say so after the first epoch only
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,8 @@ def set_modes(callbacks: Any, modes: Mapping[str, str | None]) -> None:
 
     Args:
         callbacks: The argument of `fit`.
-        modes: Modes of the entries that metrics write, by name without "val_".
+        modes: Modes of the metrics that write an entry per dim, by the entry's name without "val_"
+            and the dim.
 
     Raises:
         ValueError: If the metric of such an entry does not say which way it improves.
@@ -46,11 +48,13 @@ def set_modes(callbacks: Any, modes: Mapping[str, str | None]) -> None:
         if getattr(callback, "mode", None) != "auto" or not isinstance(monitor, str):
             continue
         entry = monitor.removeprefix("val_")
+        by_dim = re.fullmatch(r"(.+)_\d+", entry)
+        stem = by_dim[1] if by_dim else ""
         written = [other.mode_of(entry) for other in flat if isinstance(other, _Writer)]
-        mode = next(filter(None, (modes.get(entry), *written)), None)
+        mode = next(filter(None, (modes.get(stem), *written)), None)
         if mode is not None:
             callback.mode = mode
-        elif entry in modes:
+        elif stem in modes:
             name = type(callback).__name__
             raise ValueError(
                 "A callback must know whether more of what it watches is better. "

@@ -25,7 +25,8 @@ class MatryoshkaMetric(keras.metrics.Metric):
     Args:
         metric: A `keras.metrics.Metric` on `(..., num_classes)`. Every dim has a copy of it; the
             metric itself is not updated.
-        dims: The dims of the head, for the names in the log.
+        dims: The dims of the head, for the names in the log; None where a `MatryoshkaClassifier`
+            is compiled with the metric, which tells it those of its head.
         name: Stem of those names; None means the name of `metric`.
 
     Shapes:
@@ -33,7 +34,8 @@ class MatryoshkaMetric(keras.metrics.Metric):
 
     Raises:
         TypeError: If `metric` is not a `keras.metrics.Metric`.
-        ValueError: If `dims` are not increasing positive integers, or not as many as the logits'.
+        ValueError: If `dims` are not increasing positive integers, or not as many as the logits',
+            or are not told.
 
     Examples:
         >>> accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
@@ -45,7 +47,10 @@ class MatryoshkaMetric(keras.metrics.Metric):
     """
 
     def __init__(
-        self, metric: keras.metrics.Metric, dims: Sequence[int], name: str | None = None
+        self,
+        metric: keras.metrics.Metric,
+        dims: Sequence[int] | None = None,
+        name: str | None = None,
     ) -> None:
         if not isinstance(metric, keras.metrics.Metric) or isinstance(metric, MatryoshkaMetric):
             raise TypeError(
@@ -55,11 +60,28 @@ class MatryoshkaMetric(keras.metrics.Metric):
             )
         super().__init__(name=name or metric.name, dtype=metric.dtype)
         self.metric = _copy(metric, metric.name)
+        self.dims: tuple[int, ...] | None = None
+        self.metrics_by_dim: list[keras.metrics.Metric] = []
+        if dims is not None:
+            self.set_dims(dims)
+
+    def set_dims(self, dims: Sequence[int]) -> None:
+        """Tell the dims of the head to a metric that was made without them.
+
+        Args:
+            dims: As for the constructor.
+        """
         self.dims = check_dims(dims)
-        self.metrics_by_dim = [_copy(metric, f"{self.name}_{dim}") for dim in self.dims]
+        self.metrics_by_dim = [_copy(self.metric, f"{self.name}_{dim}") for dim in self.dims]
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         """Add one batch to the metric of every dim."""
+        if self.dims is None:
+            raise ValueError(
+                "Outside a MatryoshkaClassifier a MatryoshkaMetric must be told the dims. "
+                f"Received: MatryoshkaMetric {self.name!r} with dims=None. "
+                "Write MatryoshkaMetric(metric, dims=(8, 16, 32)), the dims of the head."
+            )
         if len(y_pred.shape) < 3 or y_pred.shape[-2] != len(self.dims):
             raise ValueError(
                 "MatryoshkaMetric needs logits of shape (..., num_dims, num_classes) with one "

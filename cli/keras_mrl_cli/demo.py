@@ -210,17 +210,16 @@ def _train(part: Part, epochs: int, seed: int) -> Any:
     """Return the trained Keras model; prints a line per epoch."""
     import keras
 
-    from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss, MatryoshkaMetric
+    from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
 
     keras.utils.set_random_seed(seed)
     shifted = with_shifts(part)
     model = MatryoshkaClassifier(_backbone(), MatryoshkaHead(len(NAMES), dims=DIMS), name=MODEL)
-    accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
     steps = epochs * -(-len(shifted.labels) // 32)
     model.compile(
         optimizer=keras.optimizers.AdamW(keras.optimizers.schedules.CosineDecay(3e-3, steps)),
-        loss=MatryoshkaLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
-        metrics=[MatryoshkaMetric(accuracy, DIMS)],
+        loss="sparse_categorical_crossentropy",
+        metrics=["accuracy"],
     )
 
     def print_epoch(epoch: int, logs: Mapping[str, float]) -> None:

@@ -17,7 +17,7 @@ from ..layers import MatryoshkaHead
 class _NestedModel(keras.Model):
     """The base of both models, which `split` can take apart without importing their classes."""
 
-    _modes: Mapping[str, str | None] = MappingProxyType({})  # of the log's entries of one dim
+    _modes: Mapping[str, str | None] = MappingProxyType({})  # of metrics per dim
 
     def parts(self) -> tuple[Any, MatryoshkaHead | None]:
         """Return the part that makes features, and the nested head; None without one."""

@@ -19,7 +19,6 @@ import keras
 from keras import ops
 
 from .._masks import mask_of
-from .._modes import mode_of_metric
 from ..layers import MatryoshkaHead
 from ..layers.head import warn_frozen, with_embedding_of
 from ..losses import MatryoshkaLoss
@@ -27,6 +26,7 @@ from ..losses.crossentropy import nested_crossentropy
 from ..losses.matryoshka import check_labels
 from ..losses.targets import check_form
 from ..metrics import MatryoshkaMetric, as_weights_of, averaged_values
+from ._compiled import NestedMetrics, check_dims, nested_loss, nested_metrics
 from ._shapes import (
     _NestedModel,
     as_shapes,
@@ -46,9 +46,9 @@ _DENSE = keras.losses.CategoricalCrossentropy
 class MatryoshkaClassifier(_NestedModel):
     """A backbone that makes features, and a `MatryoshkaHead` that reads their prefixes.
 
-    `call` and `predict` return the logits of every dim. Compile it with a `MatryoshkaLoss` and
-    train it with `fit`. `cut`, `split` and the export also take a functional model that ends in a
-    `MatryoshkaHead`.
+    `call` and `predict` return the logits of every dim. Compile it with a loss and metrics of
+    Keras, which it counts at every dim, and train it with `fit`. `cut`, `split` and the export also
+    take a functional model that ends in a `MatryoshkaHead`.
 
     Args:
         backbone: Any Keras model from the inputs to features `(batch, width)`, or
@@ -99,7 +99,7 @@ class MatryoshkaClassifier(_NestedModel):
         self.pooling = pooling
         self._rowwise: RowwiseStep | None = None
         self._rowwise_steps = 0
-        self._dims_of_metrics: dict[str, tuple[int, ...]] = {}
+        self._nested_metrics = NestedMetrics()
         # For `dims_per_step`: the same in every process, and so in every replica.
         self.seed_generator = keras.random.SeedGenerator(0)
         shape = known_input_shape(backbone)
@@ -121,6 +121,7 @@ class MatryoshkaClassifier(_NestedModel):
         _check_features(features_shape)
         if not self.head.built:
             self.head.build(features_shape)
+        self._nested_metrics.set_dims(self.head.dims)
 
     def _features_shape(self, input_shape: Any) -> Any:
         shape = output_shape(self.backbone, input_shape)
@@ -143,19 +144,22 @@ class MatryoshkaClassifier(_NestedModel):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configure training as `keras.Model.compile` does.
 
-        With a `MatryoshkaLoss` around a Keras cross-entropy, and metrics of a row's rank or loss
-        (accuracy, top-k accuracy, cross-entropy, `Perplexity`), the logits of a batch are never in
-        memory during `fit` and `evaluate`: see `nested_crossentropy`.
+        A loss and metrics of Keras, or their names, are counted at every dim: "accuracy" logs
+        `accuracy_8`, `accuracy_16`, and so on. Give a `MatryoshkaLoss` for other weights than ones.
+
+        With a Keras cross-entropy, and metrics of a row's rank or loss (accuracy, top-k accuracy,
+        cross-entropy, `Perplexity`), the logits of a batch are never in memory during `fit` and
+        `evaluate`: see `nested_crossentropy`.
         """
         arguments = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
-        metrics = keras.tree.flatten([arguments.get("metrics"), arguments.get("weighted_metrics")])
-        _check_metrics(metrics, self.head.dims)
-        super().compile(*args, **kwargs)
-        nested = [metric for metric in metrics if isinstance(metric, MatryoshkaMetric)]
-        self._modes = {
-            by_dim.name: mode_of_metric(by_dim) for m in nested for by_dim in m.metrics_by_dim
-        }
-        self._dims_of_metrics = {metric.name: metric.dims for metric in nested}
+        arguments.pop("self")
+        loss = arguments["loss"] = nested_loss(arguments.get("loss"))
+        for group in ("metrics", "weighted_metrics"):
+            arguments[group] = nested_metrics(arguments.get(group), loss)
+        nested = NestedMetrics(arguments["metrics"], arguments["weighted_metrics"])
+        nested.set_dims(self.head.dims)
+        super().compile(**arguments)
+        self._nested_metrics, self._modes = nested, nested.modes()
         names = ("loss", "metrics", "weighted_metrics", "loss_weights")
         has_own_step = any(
             getattr(type(self), name) is not getattr(MatryoshkaClassifier, name)
@@ -239,8 +243,7 @@ class MatryoshkaClassifier(_NestedModel):
     def _check_data(self, x: Any, y: Any) -> None:
         self._build_for(x)
         if self.built:
-            for name, dims in self._dims_of_metrics.items():
-                _check_dims(name, dims, self.head.dims)
+            self._nested_metrics.set_dims(self.head.dims)
             check_labels(self.loss, y, self.output_shape)
 
     def at(self, dim: int) -> keras.Model:
@@ -271,42 +274,10 @@ _STEP_METHODS = ("call", "compute_loss", "compute_metrics", "train_step", "test_
 
 
 def _check_loss(loss: Any) -> None:
-    """Raise if there is no loss, or one of a single dim, or one of probabilities."""
-    inner = loss.loss if isinstance(loss, MatryoshkaLoss) else None
-    is_flat = loss is None or loss == "sparse_categorical_crossentropy" or isinstance(loss, _SPARSE)
-    if is_flat or (inner is not None and inner.get_config().get("from_logits") is False):
-        if inner is not None:
-            received = f"MatryoshkaLoss around {type(inner).__name__} with from_logits=False"
-        else:
-            received = type(loss).__name__ if isinstance(loss, _SPARSE) else f"loss={loss!r}"
+    if loss is None:
         raise ValueError(
-            "MatryoshkaClassifier gives the logits of every dim, and trains on a MatryoshkaLoss "
-            f"around a loss on logits. Received: {received}. Compile with "
-            "loss=MatryoshkaLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True))."
-        )
-
-
-def _check_metrics(metrics: list[Any], dims: tuple[int, ...] | None) -> None:
-    """Raise for a metric of other dims, or of Keras, which would read dims as samples."""
-    for metric in metrics:
-        if isinstance(metric, MatryoshkaMetric) and dims is not None:
-            _check_dims(metric.name, metric.dims, dims)
-        is_keras = type(metric).__module__.startswith("keras.") and metric is not None
-        if isinstance(metric, str) or (is_keras and isinstance(metric, keras.metrics.Metric)):
-            shown = repr(metric) if isinstance(metric, str) else type(metric).__name__
-            raise ValueError(
-                "Metrics of a MatryoshkaClassifier are counted per dim. "
-                f"Received: {shown}. Write MatryoshkaMetric("
-                f"keras.metrics.SparseCategoricalAccuracy(name='accuracy'), dims={dims})."
-            )
-
-
-def _check_dims(name: str, received: tuple[int, ...], dims: tuple[int, ...] | None) -> None:
-    if received != dims:
-        raise ValueError(
-            "A MatryoshkaMetric must name the dims of the head. "
-            f"Received: {name!r} with dims={received} for a head of {dims}. "
-            f"Write MatryoshkaMetric(..., dims={dims})."
+            "MatryoshkaClassifier trains on the loss that it is compiled with. "
+            "Received: loss=None. Compile with loss='sparse_categorical_crossentropy'."
         )
 
 
@@ -383,7 +354,7 @@ class RowwiseStep:
         """
         dims, config = head.dims or (), self.loss.loss.get_config()
         for metric in (*self.metrics, *self.weighted_metrics):
-            _check_dims(metric.name, metric.dims, dims)
+            check_dims(metric, dims)
         kernels, biases = head.parameters()
         is_dense = isinstance(self.loss.loss, _DENSE)
         labels, targets = _labels_and_targets(labels, features, head.num_classes, is_dense)

@@ -157,7 +157,7 @@ class MatryoshkaEncoder(_NestedModel):
         super().compile(optimizer, loss, **kwargs)
         has_hits = not isinstance(loss, MatryoshkaEmbeddingLoss)
         self._recall = _Recall(loss.trained_dims if has_hits else ())
-        self._modes = {mean.name: "max" for mean in self._recall.means}
+        self._modes = {"recall": "max"}
 
     @property
     def metrics(self) -> list[Any]:

@@ -171,7 +171,7 @@ FAILING: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"metrics": [accuracy((2, 4, 6))]},
         "A MatryoshkaMetric must name the dims of the head. "
         "Received: 'accuracy' with dims=(2, 4, 6) for a head of (2, 4, 8). "
-        "Write MatryoshkaMetric(..., dims=(2, 4, 8)).",
+        "Leave dims out in a MatryoshkaClassifier.",
     ),
 }
 
