@@ -19,15 +19,16 @@ from ._arrays import as_labels, check_kinds, check_unmasked
 from ._dims import check_dims, check_weights
 from ._modes import _Writer
 from .evaluation.neighbors import check_gallery, mean_average_precision_at_k, nearest_hits
-from .models.cut import split
+from .models.cut import as_model, gallery_backbone, split
 
 
 class NeighborMetrics(_Writer):
     """1-NN accuracy and map10 of the embeddings at every dim, after every epoch.
 
     Writes `val_1nn_<dim>` and `val_map10_<dim>` into the log, for the callbacks that follow it in
-    the list. Each epoch it embeds both sides and searches exactly, queries x gallery x dims
-    multiply-adds: a few thousand rows are enough.
+    the list. The gallery of a `MatryoshkaEncoder` of two towers goes through the other tower.
+    Each epoch it embeds both sides and searches exactly, queries x gallery x dims multiply-adds: a
+    few thousand rows are enough.
 
     Args:
         gallery: Inputs and integer labels `(x, y)` to find neighbours among, e.g. of training.
@@ -70,7 +71,7 @@ class NeighborMetrics(_Writer):
         check_gallery(len(self.gallery[1]))
         self.dims = None if dims is None else check_dims(dims)
         self.batch_size = batch_size
-        self._backbone: Any = None
+        self._towers: Any = None  # of the gallery and of the queries
 
     def mode_of(self, entry: str) -> str | None:
         """Return "max" for the entries of this callback."""
@@ -79,7 +80,7 @@ class NeighborMetrics(_Writer):
     def on_train_begin(self, logs: Any = None) -> None:
         """Forget the model of an earlier `fit`."""
         del logs
-        self._backbone = None
+        self._towers = None
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Embed both sides, search, and write the two measures of every dim."""
@@ -92,18 +93,18 @@ class NeighborMetrics(_Writer):
                 f"Received: dims=None for {type(self.model).__name__} {self.model.name!r}. "
                 "Give the prefix lengths to watch: dims=(8, 16, 32)."
             )
-        if self._backbone is None:  # stored: a new model would compile `predict` every epoch
-            is_model = hasattr(backbone, "predict")
-            self._backbone = backbone if is_model else keras.Sequential([backbone])
+        if self._towers is None:  # stored: a new model would compile `predict` every epoch
+            other, tower = gallery_backbone(self.model, backbone), as_model(backbone)
+            self._towers = (tower if other is backbone else as_model(other), tower)
         (gallery_x, gallery_y), (query_x, query_y) = self.gallery, self.queries
-        gallery, queries = self._embed(gallery_x), self._embed(query_x)
+        gallery, queries = map(self._embed, self._towers, (gallery_x, query_x))
         for dim in dims:
             hits = nearest_hits(gallery, gallery_y, queries, query_y, dim)
             logs[f"val_1nn_{dim}"] = float(hits[:, 0].mean())
             logs[f"val_map10_{dim}"] = mean_average_precision_at_k(hits)
 
-    def _embed(self, inputs: Any) -> Any:
-        embeddings = self._backbone.predict(inputs, batch_size=self.batch_size, verbose=0)
+    def _embed(self, tower: keras.Model, inputs: Any) -> Any:
+        embeddings = tower.predict(inputs, batch_size=self.batch_size, verbose=0)
         return keras.ops.convert_to_numpy(embeddings).astype("float32")
 
 

@@ -23,7 +23,7 @@ from .._arrays import (
     head_arrays,
 )
 from .._dims import check_dims
-from ..models.cut import split
+from ..models.cut import as_model, gallery_backbone, split
 from .neighbors import (
     BLOCK_ROWS,
     check_gallery,
@@ -56,6 +56,8 @@ def evaluate(
     precision at k) and `recall10` (the share of the full dim's k nearest among those of this dim).
     With `probe`: `probe`, the accuracy of a linear classifier newly trained on the gallery's
     features. `export_saved_model(quality=...)` takes the result.
+
+    The gallery of a `MatryoshkaEncoder` of two towers goes through the other tower.
 
     Args:
         model: A model that ends in a `MatryoshkaHead`, or whose output is the embedding.
@@ -108,13 +110,13 @@ def evaluate(
         k = check_gallery(len(gallery_labels), k)
         if probe:
             check_probe(gallery_labels)
-    body = backbone if hasattr(backbone, "predict") else keras.Sequential([backbone])
+    body, other = as_model(backbone), gallery_backbone(model, backbone)
 
-    def embed(rows: Any) -> Array:
-        embeddings = body.predict(rows, batch_size=batch_size, verbose=verbose)
+    def embed(part: keras.Model, rows: Any) -> Array:
+        embeddings = part.predict(rows, batch_size=batch_size, verbose=verbose)
         return np.asarray(keras.ops.convert_to_numpy(embeddings), np.float32)
 
-    features = embed(inputs)
+    features = embed(body, inputs)
     if head is not None and not head.built:
         head.build(features.shape)
     quality: Quality = {dim: {} for dim in _dims_to_judge(head, dims, gallery)}
@@ -122,7 +124,7 @@ def evaluate(
         for dim in [dim for dim in quality if dim in (head.dims or ())]:
             quality[dim] |= score_head(features, truth, *head_arrays(head, dim))
     if gallery is not None:
-        rows = embed(gallery[0])
+        rows = embed(body if other is backbone else as_model(other), gallery[0])
         scores = score_embeddings(features, truth, rows, gallery_labels, tuple(quality), k, verbose)
         progress = _progress_bar(len(scores), "probe", verbose if probe else 0)
         for dim, measures in scores.items():

@@ -23,6 +23,10 @@ class _NestedModel(keras.Model):
         """Return the part that makes features, and the nested head; None without one."""
         raise NotImplementedError
 
+    def gallery_part(self) -> Any:
+        """Return the part that makes features of galleries; None if it is that of all rows."""
+        return None
+
     @property
     def input_shape(self) -> Any:
         """The shape of the inputs that the model is built for."""

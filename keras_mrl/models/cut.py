@@ -42,16 +42,20 @@ def freeze_before(backbone: keras.Model, layer: str) -> None:
         earlier.trainable = False
 
 
-def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
+def split(
+    model: keras.Model, *, other_tower: bool = False
+) -> tuple[keras.Model, MatryoshkaHead | None]:
     """Return the part of `model` that makes features, and its nested head.
 
     Args:
         model: A built `MatryoshkaClassifier`, or any functional or sequential model. The parts
             are the model's own layers, not copies.
+        other_tower: Whether to return the part that makes features of positives and of galleries:
+            the other tower of a `MatryoshkaEncoder` of two, and the same part of any other model.
 
     Returns:
-        The backbone and the head. Of a `MatryoshkaEncoder` its tower and None; of any other model
-        that does not end in a head, the model itself and None.
+        The backbone and the head. Of a `MatryoshkaEncoder` one of its towers and None; of any other
+        model that does not end in a head, the model itself and None.
 
     Raises:
         ValueError: If the model ends in a nested head and has not been built.
@@ -65,13 +69,44 @@ def split(model: keras.Model) -> tuple[keras.Model, MatryoshkaHead | None]:
         ((None, 8), (4, 8))
     """
     if isinstance(model, _NestedModel):
-        return model.parts()
+        backbone, head = model.parts()
+        return (gallery_backbone(model, backbone) if other_tower else backbone), head
     last = model.layers[-1] if model.layers else None
     if isinstance(last, MatryoshkaHead) and not last.built:  # a sequential model without an Input
         raise _not_built_error(model)
     if isinstance(last, MatryoshkaHead) and len(getattr(model, "outputs", None) or ()) == 1:
         return keras.Model(input_of(model), last.input, name=f"{model.name}_features"), last
     return model, None
+
+
+def gallery_backbone(model: keras.Model, backbone: keras.Model) -> keras.Model:
+    """Return the part of `model` that galleries go through.
+
+    Args:
+        model: Any model.
+        backbone: The part that queries go through, as `split` returns it.
+
+    Examples:
+        >>> from keras_mrl.models.cut import gallery_backbone
+        >>> users, items = (keras.Sequential([keras.layers.Dense(16)]) for _ in range(2))
+        >>> gallery_backbone(MatryoshkaEncoder(users, items), users) is items
+        True
+        >>> gallery_backbone(MatryoshkaEncoder(users), users) is users
+        True
+    """
+    other = model.gallery_part() if isinstance(model, _NestedModel) else None
+    return backbone if other is None else other
+
+
+def as_model(backbone: keras.layers.Layer) -> keras.Model:
+    """Return a backbone that may be a single layer as a model, which can `predict`.
+
+    Examples:
+        >>> from keras_mrl.models.cut import as_model
+        >>> as_model(keras.layers.Dense(8)).predict(np.ones((3, 5)), verbose=0).shape
+        (3, 8)
+    """
+    return backbone if hasattr(backbone, "predict") else keras.Sequential([backbone])
 
 
 def cut(model: keras.Model, dim: int) -> keras.Model:

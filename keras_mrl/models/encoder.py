@@ -28,9 +28,10 @@ class MatryoshkaEncoder(_NestedModel):
     `negative`; for a `SupervisedContrastiveLoss`, inputs with labels. The log has `recall_<dim>`
     beside the loss: how often the nearest embedding of the batch is a right one.
 
-    `predict` on inputs of one side returns embeddings of full width, not scaled: `Truncate` takes a
-    prefix and scales it to unit length. `tower` and `other_tower` are plain Keras models, to be
-    exported and saved on their own.
+    `predict` on inputs of one side returns embeddings of full width by `tower`, not scaled:
+    `Truncate` takes a prefix and scales it to unit length. Positives and galleries go through
+    `other_tower`: in `fit`, `keras_mrl.evaluation.evaluate` and `NeighborMetrics`, too. Both are
+    plain Keras models, which can be saved on their own.
 
     Args:
         tower: Any Keras model from inputs to features `(batch, width)`. A tower of several inputs
@@ -77,7 +78,7 @@ class MatryoshkaEncoder(_NestedModel):
                     "Give any model from inputs to features, for example keras.Model(x, features)."
                 )
         self.tower = tower
-        self.other_tower = other_tower
+        self.other_tower = None if other_tower is tower else other_tower
         self.initial_temperature = initial_temperature
         if initial_temperature is not None:
             start = -math.log(_check_initial_temperature(initial_temperature))
@@ -91,16 +92,19 @@ class MatryoshkaEncoder(_NestedModel):
         # For `dims_per_step`: the same in every process, and so in every replica.
         self.seed_generator = keras.random.SeedGenerator(0)
         self._recall = _Recall(())
-        shapes = [
-            known_input_shape(model) for model in self._towers(1 if other_tower is None else 2)
-        ]
+        is_one = self.other_tower is None
+        shapes = [known_input_shape(model) for model in self._towers(1 if is_one else 2)]
         # A subclass may build what its constructor has yet to make.
         if None not in shapes and type(self).build is MatryoshkaEncoder.build:
-            self.build(shapes[0] if other_tower is None else shapes)
+            self.build(shapes[0] if is_one else shapes)
 
     def parts(self) -> tuple[keras.layers.Layer, None]:
         """Return the tower, and None: there is no head."""
         return self.tower, None
+
+    def gallery_part(self) -> keras.layers.Layer | None:
+        """Return the other tower, which galleries go through; None of one tower."""
+        return self.other_tower
 
     def build(self, input_shape: Any) -> None:
         """Build the tower of every side."""

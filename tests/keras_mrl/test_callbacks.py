@@ -17,6 +17,7 @@ from keras_mrl import (
     NeighborMetrics,
     split,
 )
+from tests.helpers import two_towers
 from tests.helpers.laws import exactly, public_keras_classes
 from tests.helpers.small_models import (
     DIMS,
@@ -98,6 +99,21 @@ def test_an_encoder_is_watched_between_its_epochs() -> None:
     assert log["val_1nn_2"][1] == pytest.approx(first)
     assert log["val_map10_2"][1] == pytest.approx(precision, rel=1e-6)
     assert log["recall_worst"][1] == min(log["recall_2"][1], log["recall_8"][1])
+
+
+def test_the_gallery_of_two_towers_goes_through_the_other() -> None:
+    encoder = two_towers.two_towers(epochs=0)
+    queries = (two_towers.USERS, two_towers.USER_TASTES)
+    gallery = (two_towers.ITEMS, two_towers.ITEM_TASTES)
+    neighbors = NeighborMetrics(gallery, queries, dims=two_towers.DIMS)
+    log = encoder.fit(two_towers.PAIRS, epochs=2, callbacks=[neighbors], verbose=0).history
+    users, items = two_towers.user_embeddings(encoder), two_towers.item_embeddings(encoder)
+    for dim in two_towers.DIMS:
+        nearest = np.argsort(-two_towers.similarities(users, items, dim))[:, :10]
+        hits = two_towers.ITEM_TASTES[nearest] == two_towers.USER_TASTES[:, None]
+        assert log[f"val_1nn_{dim}"][1] == pytest.approx(hits[:, 0].mean())
+        precision = np.cumsum(hits, axis=1) / np.arange(1, 11)
+        assert log[f"val_map10_{dim}"][1] == pytest.approx((precision * hits).sum(1).mean() / 10)
 
 
 def test_without_head_and_dims_it_says_so() -> None:

@@ -21,6 +21,8 @@ from keras_mrl.evaluation import (
     score_embeddings,
     score_head,
 )
+from keras_mrl.evaluation.probe import linear_probe
+from tests.helpers import two_towers
 from tests.helpers.laws import exactly
 
 RNG = np.random.default_rng(0)
@@ -58,6 +60,35 @@ def test_one_pass_gives_all_measures() -> None:
     assert quality[64]["recall10"] == 1
     only = evaluate(model, x[few], y[few], dims=(16,), verbose=0)
     assert only == {16: {name: quality[16][name] for name in names[:3]}}
+
+
+@pytest.mark.backend
+def test_the_gallery_of_two_towers_goes_through_the_other() -> None:
+    encoder = two_towers.two_towers()
+    gallery = (two_towers.ITEMS, two_towers.ITEM_TASTES)
+    query_labels = two_towers.USER_TASTES
+    quality = evaluate(
+        encoder,
+        two_towers.USERS,
+        query_labels,
+        gallery,
+        two_towers.DIMS,
+        k=5,
+        probe=True,
+        verbose=0,
+    )
+    users, items = two_towers.user_embeddings(encoder), two_towers.item_embeddings(encoder)
+    exact = np.argsort(-two_towers.similarities(users, items, 8))[:, :5]
+    for dim in two_towers.DIMS:
+        nearest = np.argsort(-two_towers.similarities(users, items, dim))[:, :5]
+        hits = two_towers.ITEM_TASTES[nearest] == query_labels[:, None]
+        shared = [len({*one} & {*other}) for one, other in zip(nearest, exact, strict=True)]
+        assert quality[dim]["nn1"] == pytest.approx(hits[:, 0].mean())
+        assert quality[dim]["p5"] == pytest.approx(hits.mean())
+        assert quality[dim]["recall5"] == pytest.approx(np.mean(shared) / 5)
+        probe = linear_probe(items[:, :dim], gallery[1]).predict(users[:, :dim])
+        assert quality[dim]["probe"] == pytest.approx((probe == query_labels).mean(), abs=0.05)
+    assert quality[8]["nn1"] > 0.9  # through one tower alone it would be 1 of 12 by chance
 
 
 @pytest.mark.backend

@@ -178,9 +178,25 @@ def test_a_saved_encoder_goes_on_training_where_it_stopped(two: bool, tmp_path: 
 def test_the_tower_is_a_plain_model_that_is_cut_by_truncating() -> None:
     encoder = quick(MatryoshkaEncoder(tower()))
     encoder.fit((ANCHORS, POSITIVES), verbose=0)
-    assert split(encoder) == (encoder.tower, None)
+    assert split(encoder) == split(encoder, other_tower=True) == (encoder.tower, None)
     prefix = as_numpy(Truncate(2)(encoder.predict(ANCHORS, verbose=0)))
     np.testing.assert_allclose(np.linalg.norm(prefix, axis=1), 1, rtol=1e-5)
+
+
+def test_a_tower_that_is_given_twice_is_one(tmp_path: Path) -> None:
+    body = tower()
+    encoder = quick(MatryoshkaEncoder(body, body))
+    assert encoder.other_tower is None
+    encoder.fit((ANCHORS, POSITIVES), verbose=0)
+    encoder.save(tmp_path / "encoder.keras")
+    loaded = keras.saving.load_model(tmp_path / "encoder.keras")
+    np.testing.assert_array_equal(loaded.predict(ANCHORS), encoder.predict(ANCHORS))
+
+
+def test_two_towers_are_split_one_at_a_time() -> None:
+    encoder = MatryoshkaEncoder(tower(), tower())
+    assert split(encoder) == (encoder.tower, None)
+    assert split(encoder, other_tower=True) == (encoder.other_tower, None)
 
 
 def test_towers_of_several_inputs_take_dicts() -> None:
