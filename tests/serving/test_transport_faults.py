@@ -276,7 +276,7 @@ def embedding(client: Any) -> Iterator[Callable[[], Any]]:
 
 @BOTH
 def test_a_call_outlives_its_server(kind: type[Any]) -> None:
-    patient = Options(first_backoff_s=0.4, timeout_s=60.0)
+    patient = Options(first_backoff_s=2.0, max_backoff_s=16.0, timeout_s=60.0)
     with ServerProcess(stuck=1) as first, open_client(kind, first.target, patient) as client:
         with embedding(client) as answer:
             assert first.next_line() == "embed_2"
