@@ -79,7 +79,7 @@ def embed(arguments: SimpleNamespace) -> int:
     """Print or write the embeddings of every row of every file."""
     take_target(arguments)
     check_one_of(arguments, "dim", "quality")
-    from keras_mrl_serving.contract import cheapest_dim
+    from keras_mrl_serving.quality import cheapest_dim
 
     from .client import ask_files, connect_and_describe
 

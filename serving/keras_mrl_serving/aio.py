@@ -16,11 +16,12 @@ from ._transport import AioTransport
 from .calls import AsyncTransport, Signature, VersionStatus
 from .cascade.policy import CascadePolicy
 from .client import BaseClient
-from .contract import Manifest, cheapest_dim
+from .contract import Manifest
 from .conversation import Progress, Round, Rounds, Talk
 from .errors import KerasMrlError
 from .index import Index
 from .inputs import Inputs
+from .quality import cheapest_dim
 from .results import Classification, Neighbors
 
 T = TypeVar("T")

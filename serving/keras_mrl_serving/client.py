@@ -17,12 +17,13 @@ from . import _targets, contract, corpus, flows, questions
 from ._transport import GrpcTransport
 from .calls import AsyncTransport, Signature, Transport, VersionStatus
 from .cascade.policy import CascadePolicy
-from .contract import DEFAULT_MODEL_NAME, Manifest, cheapest_dim
+from .contract import DEFAULT_MODEL_NAME, Manifest
 from .conversation import Conversation, Progress, Round, Rounds, Talk
 from .errors import KerasMrlError
 from .index import Index
 from .inputs import Inputs
 from .options import Options
+from .quality import cheapest_dim
 from .results import Classification, Neighbors
 
 T = TypeVar("T")

@@ -15,7 +15,6 @@ from keras_mrl_serving import contract
 from keras_mrl_serving.contract import (
     Manifest,
     as_int,
-    cheapest_dim,
     check_dims,
     check_positive_integer,
     is_model_name,
@@ -27,7 +26,6 @@ from keras_mrl_serving.errors import (
     NoHeadError,
     UnknownDimError,
 )
-from tests.helpers.manifests import ENCODER
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
@@ -411,53 +409,6 @@ def test_without_a_policy_nothing_is_classified_adaptively(
     )
     with refuses(NoCascadeError, text):
         manifests["successor"].check_cascade()
-
-
-# Choosing a dim by its quality.
-
-EVALUATED = {  # as `keras_mrl.evaluation.evaluate` returns it
-    "8": {"top1": 0.6, "ece": 0.02, "nn1": 0.78},
-    "16": {"top1": 0.79, "ece": 0.1, "nn1": 0.79},
-    "64": {"top1": 0.8, "ece": 0.2, "nn1": 0.8},
-}
-
-
-def evaluated(quality: Any = EVALUATED) -> Manifest:
-    return replace(ENCODER, quality=quality)
-
-
-def test_without_a_name_the_measure_is_accuracy() -> None:
-    assert cheapest_dim(evaluated()) == 16
-    assert cheapest_dim(evaluated(), 0.7) == 8
-    assert cheapest_dim(evaluated(), 0.97, "nn1") == 8
-
-
-def test_without_a_name_the_only_measure_is_taken() -> None:
-    only = {dim: {"map10": measures["nn1"], "ece": 0.1} for dim, measures in EVALUATED.items()}
-    assert cheapest_dim(evaluated(only), 0.97) == 8
-
-
-@pytest.mark.parametrize("measure", ["ece", "map10"])
-def test_a_measure_that_is_better_when_less_has_no_share(measure: str, refuses: Refuses) -> None:
-    text = f"measure must be one of top1, nn1. Received: measure={measure!r}. Choose one of them."
-    with refuses(ValueError, text):
-        cheapest_dim(evaluated(), 0.98, measure)
-
-
-def test_one_of_several_measures_without_accuracy_must_be_named() -> None:
-    others = {dim: {"nn1": 0.5, "map10": 0.5} for dim in EVALUATED}
-    with pytest.raises(ValueError, match=r"\Ameasure must be one of nn1, map10. Received: "):
-        cheapest_dim(evaluated(others))
-
-
-@pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan")])
-def test_a_share_lies_between_0_and_1(share: float, refuses: Refuses) -> None:
-    text = (
-        f"quality must be a share in (0, 1]. Received: quality={share!r}. "
-        "Give for example 0.98: two hundredths of the full dim's quality may go."
-    )
-    with refuses(ValueError, text):
-        cheapest_dim(evaluated(), share)
 
 
 @pytest.mark.parametrize("model_id", [0, -5, 2**31])
