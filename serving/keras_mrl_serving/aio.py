@@ -81,6 +81,12 @@ class AsyncClient(BaseClient[AsyncTransport]):
         """Return the best classes of each row, as the head of one dim sees them."""
         return await self._run(self._conversation.ask(questions.classify(inputs, dim), progress))
 
+    async def regress(
+        self, inputs: Inputs, dim: int, *, progress: Progress | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return the values `(batch, num_values)` of a regressor at one dim."""
+        return await self._run(self._conversation.ask(questions.regress(inputs, dim), progress))
+
     async def classify_adaptive(
         self,
         inputs: Inputs,

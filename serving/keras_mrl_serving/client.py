@@ -156,12 +156,27 @@ class Client(BaseClient[Transport]):
     ) -> Classification:
         """Return the best classes of each row, as the head of one dim sees them.
 
+        Of a model whose rows may have several classes (`describe().activation` is "sigmoid") each
+        probability stands by itself, and `answer.above(0.5)` gives the labels of each row.
+
         Args:
             inputs: One array, batch first, or a dict of them by input name.
             dim: One of `describe().dims`.
             progress: Called with the rows answered so far and all rows.
         """
         return self._run(self._conversation.ask(questions.classify(inputs, dim), progress))
+
+    def regress(
+        self, inputs: Inputs, dim: int, *, progress: Progress | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return the values `(batch, num_values)` of a regressor at one dim.
+
+        Args:
+            inputs: One array, batch first, or a dict of them by input name.
+            dim: One of `describe().dims`.
+            progress: Called with the rows answered so far and all rows.
+        """
+        return self._run(self._conversation.ask(questions.regress(inputs, dim), progress))
 
     def classify_adaptive(
         self,

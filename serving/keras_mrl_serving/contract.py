@@ -55,8 +55,18 @@ def classify(dim: int) -> str:
     return f"classify_{dim}"
 
 
+def regress(dim: int) -> str:
+    """Return the name of the signature that answers with the values of a regressor at `dim`.
+
+    Examples:
+        >>> regress(8)
+        'regress_8'
+    """
+    return f"regress_{dim}"
+
+
 def head(dim: int) -> str:
-    """Return the name of the signature that classifies given features at `dim`.
+    """Return the name of the signature that reads given features at `dim`.
 
     Examples:
         >>> head(8)
@@ -175,7 +185,7 @@ class Manifest:
 
     Args:
         name: Name of the model that was exported.
-        kind: "classifier", "encoder" or "index".
+        kind: "classifier", "regressor", "encoder" or "index".
         fingerprint: SHA-256 of all that an embedding depends on: weights, configuration, decoder,
             scaling.
         dims: The dims that the model serves, increasing.
@@ -186,9 +196,11 @@ class Manifest:
         tied: Whether the head's dims share one kernel.
         normalize: Whether `embed_<m>` scales to unit length.
         metric: How embeddings are compared: "cosine", "dot" or "l2".
-        activation: "softmax", "sigmoid" or "none".
-        num_classes: Number of classes; None without a head.
-        top_k: How many classes a classification lists; None without a head.
+        activation: What makes probabilities of the head's outputs: "softmax" of classes of which
+            a row has one, "sigmoid" where a row may have several, "none" of values.
+        num_classes: Number of classes; None without a head that classifies.
+        num_values: Number of values that a regressor answers; None without a head of values.
+        top_k: How many classes a classification lists; None without classes.
         labels: Whether classifications have class names.
         cascade: The adaptive policy, as `CascadePolicy.to_json` writes it.
         funnel: The schedule of an index.
@@ -225,6 +237,7 @@ class Manifest:
     metric: str = "cosine"
     activation: str = "none"
     num_classes: int | None = None
+    num_values: int | None = None
     top_k: int | None = None
     labels: bool = False
     cascade: Mapping[str, Any] | None = None
@@ -239,7 +252,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Check the values that the rest of the package compares with."""
-        _check_one_of("kind", self.kind, ("classifier", "encoder", "index"))
+        _check_one_of("kind", self.kind, ("classifier", "regressor", "encoder", "index"))
         _check_one_of("metric", self.metric, ("cosine", "dot", "l2"))
         _check_one_of("activation", self.activation, ("softmax", "sigmoid", "none"))
         if self.model_id is not None and not 0 < self.model_id < 2**31:
@@ -299,11 +312,38 @@ class Manifest:
 
     def check_head(self) -> None:
         """Raise `NoHeadError` if the model cannot classify."""
+        if self.num_values is not None:
+            raise NoHeadError(
+                "Only a model with classes can classify. "
+                f"Received: a request to classify for model {self.name!r}, whose head gives "
+                f"values, {self.num_values} a row. Ask for them: client.regress(inputs, dim)."
+            )
         if self.num_classes is None:
             raise NoHeadError(
                 "Only a model with a head can classify. "
                 f"Received: a request to classify for model {self.name!r}, an {self.kind} "
                 "without one. Ask it to embed, or export a model that ends in a MatryoshkaHead."
+            )
+
+    def check_values(self) -> int:
+        """Return how many values a row has; raise `NoHeadError` if the model gives none."""
+        if self.num_values is None:
+            ask = "embed" if self.num_classes is None else "classify"
+            raise NoHeadError(
+                "Only a regressor answers with values. "
+                f"Received: a request for those of model {self.name!r}, a {self.kind}. "
+                f"Ask it to {ask}; export_saved_model(..., activation='none') makes a regressor."
+            )
+        return self.num_values
+
+    def check_one_class(self) -> None:
+        """Raise `NoHeadError` or `NoCascadeError` if a row has not just one class."""
+        self.check_head()
+        if self.activation == "sigmoid":
+            raise NoCascadeError(
+                "A cascade decides which one class a row has. "
+                f"Received: model {self.name!r}, of whose classes a row may have several "
+                "(sigmoid). Ask one dim: client.classify(inputs, dim)."
             )
 
     def check_index(self) -> None:
@@ -317,7 +357,7 @@ class Manifest:
 
     def check_cascade(self) -> None:
         """Raise `NoHeadError` or `NoCascadeError` if the model cannot classify adaptively."""
-        self.check_head()
+        self.check_one_class()
         if self.cascade is None:
             raise NoCascadeError(
                 "classify_adaptive needs a cascade policy. "

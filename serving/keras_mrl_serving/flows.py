@@ -117,6 +117,23 @@ def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classificatio
     return _classification({**answer, "dim": np.full(len(answer["confidence"]), dim, np.int32)})
 
 
+def regress(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np.float32]]:
+    """Ask a regressor for the values of one dim.
+
+    Examples:
+        >>> image = {"dtype": "float32", "shape": [None, 3]}
+        >>> manifest = Manifest(name="prices", kind="regressor", fingerprint="5e1f", dims=(8, 64),
+        ...     width=64, inputs={"image": image}, made_with={}, num_values=1)
+        >>> next(regress(manifest, [[0, 127, 255]], 64)).signature
+        'regress_64'
+    """
+    values = {"values": Output("float32", manifest.check_values())}
+    signature = contract.regress(manifest.check_dim(dim))
+    answer = yield from ask(signature, check_inputs(manifest.inputs, inputs), values)
+    _check_finite("Values must be finite.", signature, "values", answer["values"])
+    return answer["values"]
+
+
 def classify_adaptive(manifest: Manifest, inputs: Inputs) -> Flow[Classification]:
     """Ask for the classes by the model's own policy: one call, the cascade in the graph.
 
@@ -159,7 +176,7 @@ def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Fl
         >>> flow.send({"features": np.ones((1, 64), np.float32)}).signature
         'head_8'
     """
-    manifest.check_head()
+    manifest.check_one_class()
     if not isinstance(policy, CascadePolicy):
         raise InvalidInputError(
             f"policy must be a CascadePolicy. Received: {type(policy).__name__}. Learn one with "

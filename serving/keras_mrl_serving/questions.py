@@ -115,6 +115,20 @@ def classify(inputs: Inputs, dim: int) -> Question[Manifest, Classification]:
     return _about_model(inputs, lambda m, x: flows.classify(m, x, dim), _classes_bytes)
 
 
+def regress(inputs: Inputs, dim: int) -> Question[Manifest, npt.NDArray[np.float32]]:
+    """Ask a regressor for the values of one dim.
+
+    Examples:
+        >>> regress([[0, 127, 255]], dim=8).inputs
+        [[0, 127, 255]]
+    """
+    return _about_model(
+        inputs,
+        lambda m, x: flows.regress(m, x, dim),
+        lambda m: _FLOAT_BYTES * m.check_values(),
+    )
+
+
 def classify_adaptive(
     inputs: Inputs, policy: CascadePolicy | None = None
 ) -> Question[Manifest, Classification]:
@@ -193,7 +207,10 @@ def same_interface(one: Manifest, other: Manifest) -> bool:
         >>> same_interface(one, replace(one, dims=(4, 8)))
         False
     """
-    names = ("kind", "dims", "inputs", "num_classes", "top_k", "labels", "funnel")
+    names = (
+        *("kind", "dims", "inputs", "activation"),
+        *("num_classes", "num_values", "top_k", "labels", "funnel"),
+    )
     both_cascade = (one.cascade is None) == (other.cascade is None)
     return both_cascade and all(getattr(one, name) == getattr(other, name) for name in names)
 

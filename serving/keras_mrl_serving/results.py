@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import compress
 from typing import Any, NamedTuple, SupportsIndex, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 T = TypeVar("T")
+
+
+def check_threshold(threshold: float) -> float:
+    """Return a threshold of probabilities; raise `ValueError` unless it is in [0, 1].
+
+    Examples:
+        >>> check_threshold(0.5)
+        0.5
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(
+            "threshold must be a probability in [0, 1]. "
+            f"Received: threshold={threshold!r}. Give for example 0.5."
+        )
+    return threshold
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,14 @@ class ClassifiedRow:
         """The name of the best class; None for a model without names."""
         return None if self.labels is None else self.labels[0]
 
+    def above(self, threshold: float = 0.5) -> tuple[str, ...] | tuple[int, ...]:
+        """Return the classes whose probability is above a threshold: see `Classification.above`."""
+        check_threshold(threshold)
+        above = [probability > threshold for probability in self.probabilities]
+        if self.labels is None:
+            return tuple(compress(self.class_ids, above))
+        return tuple(compress(self.labels, above))
+
 
 @dataclass(frozen=True, eq=False)
 class Classification:
@@ -70,6 +94,28 @@ class Classification:
     confidence: npt.NDArray[np.float32]
     dim: npt.NDArray[np.int32]
     labels: npt.NDArray[np.object_] | None = None
+
+    def above(self, threshold: float = 0.5) -> list[tuple[str, ...] | tuple[int, ...]]:
+        """Return the classes of each row whose probability is above a threshold, best first.
+
+        That is how a model whose rows may have several classes names those of a row: none, one or
+        more. They are named by label; by class id where the model has no names.
+
+        Args:
+            threshold: In [0, 1].
+
+        Raises:
+            ValueError: If `threshold` is not in [0, 1].
+
+        Examples:
+            >>> answer = Classification(class_ids=np.array([[3, 1], [1, 3]]),
+            ...     probabilities=np.float32([[0.9, 0.8], [0.2, 0.1]]),
+            ...     confidence=np.float32([0.9, 0.2]), dim=np.int32([16, 16]))
+            >>> answer.above(0.5)
+            [(3, 1), ()]
+        """
+        check_threshold(threshold)
+        return [row.above(threshold) for row in self]
 
     def __len__(self) -> int:
         return len(self.dim)

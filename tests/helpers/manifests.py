@@ -37,6 +37,8 @@ CLASSIFIER = Manifest(
     cascade=LEARNED.to_json(),
     quality={"8": {"top1": 0.5, "map10": 0.25}, "64": {"top1": 1.0}},
 )
+TAGS = Manifest(**SHARED, kind="classifier", activation="sigmoid", num_classes=5, top_k=5)
+REGRESSOR = Manifest(**SHARED, kind="regressor", num_values=2, quality={"8": {"mae": 0.5}})
 INDEX = Manifest(
     **{**SHARED, "inputs": {"embedding": {"dtype": "float32", "shape": [None, 64]}}},
     kind="index",

@@ -26,6 +26,7 @@ from keras_mrl_serving.errors import (
     NoHeadError,
     UnknownDimError,
 )
+from tests.helpers.manifests import CLASSIFIER, ENCODER, REGRESSOR, TAGS
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
@@ -144,6 +145,7 @@ def test_a_manifest_comes_back_from_its_json(manifest: Manifest) -> None:
         quality={"8": {"top1": 0.5}},
         encoder_fingerprint="a0",
         size=3,
+        num_values=3,
         model_id=5,
         extra={"colour": ["grün"]},
     )
@@ -341,7 +343,7 @@ def test_a_manifest_is_nested_as_deep_as_it_can_be_written_again(
 @pytest.mark.parametrize(
     ("field", "choices"),
     [
-        ("kind", "classifier, encoder, index"),
+        ("kind", "classifier, regressor, encoder, index"),
         ("metric", "cosine, dot, l2"),
         ("activation", "softmax, sigmoid, none"),
     ],
@@ -409,6 +411,42 @@ def test_without_a_policy_nothing_is_classified_adaptively(
     )
     with refuses(NoCascadeError, text):
         manifests["successor"].check_cascade()
+
+
+def test_a_regressor_is_not_asked_for_classes(refuses: Refuses) -> None:
+    text = (
+        "Only a model with classes can classify. Received: a request to classify for model "
+        "'birds', whose head gives values, 2 a row. Ask for them: client.regress(inputs, dim)."
+    )
+    for check in (REGRESSOR.check_head, REGRESSOR.check_cascade, REGRESSOR.check_one_class):
+        with refuses(NoHeadError, text):
+            check()
+    assert REGRESSOR.check_values() == 2
+
+
+@pytest.mark.parametrize(("manifest", "ask"), [(ENCODER, "embed"), (CLASSIFIER, "classify")])
+def test_only_a_regressor_is_asked_for_values(
+    manifest: Manifest, ask: str, refuses: Refuses
+) -> None:
+    text = (
+        "Only a regressor answers with values. Received: a request for those of model 'birds', a "
+        f"{manifest.kind}. Ask it to {ask}; export_saved_model(..., activation='none') makes a "
+        "regressor."
+    )
+    with refuses(NoHeadError, text):
+        manifest.check_values()
+
+
+def test_rows_of_several_classes_have_no_cascade(refuses: Refuses) -> None:
+    TAGS.check_head()
+    text = (
+        "A cascade decides which one class a row has. Received: model 'birds', of whose classes a "
+        "row may have several (sigmoid). Ask one dim: client.classify(inputs, dim)."
+    )
+    for check in (TAGS.check_cascade, TAGS.check_one_class):
+        with refuses(NoCascadeError, text):
+            check()
+    CLASSIFIER.check_one_class()
 
 
 @pytest.mark.parametrize("model_id", [0, -5, 2**31])

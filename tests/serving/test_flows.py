@@ -25,6 +25,7 @@ from keras_mrl_serving.errors import (
 )
 from keras_mrl_serving.flows import Arrays, Call, Flow
 from keras_mrl_serving.results import Classification
+from tests.helpers.manifests import REGRESSOR, TAGS
 
 Array = npt.NDArray[Any]
 Model = Callable[[Call], Arrays]
@@ -119,6 +120,26 @@ def test_a_model_without_names_gives_none(
         flows.classify_by(manifests["successor"], ROWS, policy),
     ):
         assert drive(flow, toys["successor"])[0].labels is None
+
+
+def test_values_are_one_call_of_the_regressor_s_signature() -> None:
+    inputs = {"x": {"dtype": "float32", "shape": [None, 4]}}
+    manifest = replace(REGRESSOR, inputs=inputs)
+    values = np.arange(80.0).reshape(40, 2)
+    answer, [call] = drive(flows.regress(manifest, ROWS, 16), lambda _: {"values": values})
+    assert call.signature == "regress_16"
+    np.testing.assert_array_equal(answer, values.astype(np.float32), strict=True)
+    with pytest.raises(ServerError, match=r"\AValues must be finite. Received: NaN or infinity in"):
+        drive(flows.regress(manifest, ROWS, 16), lambda _: {"values": values * np.nan})
+    with pytest.raises(UnknownDimError):
+        drive(flows.regress(manifest, ROWS, 17), lambda _: {"values": values})
+
+
+def test_no_policy_of_the_caller_s_decides_rows_of_several_classes(policy: CascadePolicy) -> None:
+    with pytest.raises(NoCascadeError, match=r"\AA cascade decides which one class a row has"):
+        next(flows.classify_by(TAGS, ROWS, policy))
+    with pytest.raises(NoHeadError, match=r"\AOnly a model with classes can classify"):
+        next(flows.classify_by(REGRESSOR, ROWS, policy))
 
 
 def test_classify_adaptive_is_one_call(model: Model, manifest: Manifest) -> None:

@@ -26,6 +26,8 @@ from tests.helpers.manifests import (
     FUNNEL,
     INDEX,
     LEARNED,
+    REGRESSOR,
+    TAGS,
     WRONG_VALUES,
     Json,
     places,
@@ -49,7 +51,10 @@ WRITTEN = {
     "classifier of one stage": replace(
         CLASSIFIER, cascade=CascadePolicy((Stage(64, None),)).to_json()
     ),
+    "classifier of several labels a row": TAGS,
+    "regressor": REGRESSOR,
     "index": INDEX,
+    "index of a regressor": replace(INDEX, num_values=1),
     "index of one stage": replace(
         INDEX, funnel=FunnelSchedule(dims=(64,), shortlists=(), k=1).to_json()
     ),
@@ -196,6 +201,7 @@ BROKEN: list[tuple[Manifest, str, Any]] = [
     (CLASSIFIER, "cascade.stages.1", {"dim": 16}),
     (CLASSIFIER, "cascade.stages.0.temperature", 0),
     (CLASSIFIER, "cascade.confidence", "surprise"),
+    (REGRESSOR, "num_values", 1.5),
     (INDEX, "funnel.k", 0),
     (INDEX, "funnel.k", True),
     (INDEX, "funnel.shortlists", [0]),
@@ -219,6 +225,16 @@ BROKEN_FOR_A_WRITER: list[tuple[Manifest, str, Any]] = [
     (CLASSIFIER, "top_k", 0),
     (CLASSIFIER, "labels", "yes"),
     (CLASSIFIER, "activation", "sigmoid"),  # with a cascade
+    (TAGS, "activation", "none"),
+    (TAGS, "num_values", 1),
+    (TAGS, "cascade", BY_HAND.to_json()),
+    (REGRESSOR, "num_values", None),
+    (REGRESSOR, "num_values", 0),
+    (REGRESSOR, "num_classes", 2),
+    (REGRESSOR, "top_k", 1),
+    (REGRESSOR, "activation", "softmax"),
+    (REGRESSOR, "labels", True),
+    (ENCODER, "num_values", 1),
     (CLASSIFIER, "quality", {"08": {"top1": 1.0}}),
     (CLASSIFIER, "quality", {"8": 1.0}),
     (CLASSIFIER, "cascade.accuracy", 1.5),

@@ -86,3 +86,15 @@ def test_parts_are_join_in_order() -> None:
     assert (embedded.embeddings.shape, embedded.fingerprint) == ((4, 3), "a")
     only = np.zeros(2)
     assert join([only]) is only
+
+
+def test_classes_above_a_threshold_are_named_by_label_or_by_id() -> None:
+    assert CLASSIFICATION.above(0.5) == [(3,), (2,), (3,)]
+    assert CLASSIFICATION.above(float(np.float32(0.1))) == [(3,), (2, 0), (3,)]  # strictly above
+    assert CLASSIFICATION.above(0.95) == [(), (), ()]
+    names = np.array([["d", "b"], ["c", "a"], ["d", "c"]], object)
+    assert replace(CLASSIFICATION, labels=names).above(0.3) == [("d",), ("c", "a"), ("d",)]
+    assert CLASSIFICATION[1].above(0.3) == (2, 0)
+    for threshold in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"\Athreshold must be a probability in \[0, 1\]"):
+            CLASSIFICATION.above(threshold)

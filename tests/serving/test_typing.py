@@ -39,6 +39,7 @@ def embed(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         dim: int = client.cheapest_dim(0.98)
         answer = client.classify_adaptive(images, CascadePolicy((Stage(8, 0.9), Stage(64, None))))
         names: list[str | None] = [row.label for row in answer]
+        print(answer.above(0.5)[0], len(answer[0].above()), client.regress(images, dim).shape)
         print(names, answer[0].confidence + 1.0, answer[:2].dim.sum())
         index = ExactIndex.build(client.embed(images, 64), FunnelSchedule((8, 64), (20,), 5))
         for pairs in client.retrieve(images, index):

@@ -2,7 +2,8 @@
 
 With tensorflow-serving-api's own messages, so that nothing of ours stands between the files and
 TensorFlow Serving. README.md says what is in them, by hand: change both. The folder `0.1.0` holds
-the messages of models without `model_id`, and is written by the same functions.
+the messages of models without `model_id`, and is written by the same functions; it has none of
+those models that 0.1.0 did not know: of several labels a row, and of values.
 """
 
 from functools import partial
@@ -16,7 +17,7 @@ from tensorflow_serving.apis import get_model_status_pb2, model_pb2, predict_pb2
 
 HERE = Path(__file__).parent
 OLD = HERE / "0.1.0"
-MODEL_ID = 1_307_194_163  # of manifest.json
+MODEL_ID = 1_307_194_163  # of the three manifests
 # NumPy's dtype of the elements of a tensor, and the repeated field that holds them.
 FIELDS = {
     types_pb2.DT_FLOAT: ("<f4", "float_val"),
@@ -34,21 +35,53 @@ ADAPTIVE: dict[str, tuple[int, Any]] = {
     "confidence": (types_pb2.DT_FLOAT, [0.75, 0.5]),
     "dim": (types_pb2.DT_INT32, [8, 16]),
 }
+SEVERAL: dict[str, tuple[int, Any]] = {  # each probability by itself: a row's sum is any number
+    "class_ids": (types_pb2.DT_INT64, [[2, 0, 1], [1, 0, 2]]),
+    "labels": (types_pb2.DT_STRING, [["grün", "blue", "red"], ["red", "blue", "grün"]]),
+    "probabilities": (types_pb2.DT_FLOAT, [[0.875, 0.75, 0.125], [0.25, 0.125, 0.0625]]),
+    "confidence": (types_pb2.DT_FLOAT, [0.875, 0.25]),
+}
 
 
 def messages(folder: Path = HERE) -> dict[str, Message]:
     """Each file's name and the message it holds; those of folder `OLD` are without `model_id`."""
-    manifest = (folder / "manifest.json").read_text().strip()
     has_id = folder != OLD
 
-    def identified(signature: str, rows: int = 2, write: Any = values, **outputs: Any) -> Any:
+    def identified(
+        signature: str, rows: int = 2, write: Any = values, model: str = "digits", **outputs: Any
+    ) -> Any:
         ids = {"model_id": write(types_pb2.DT_INT32, [MODEL_ID] * rows)} if has_id else {}
-        return response(signature, **outputs, **ids)
+        return response(signature, model, **outputs, **ids)
+
+    def described(file: str, model: str = "digits") -> Any:
+        manifest = (folder / file).read_text().strip()
+        return response("describe", model, manifest=values(types_pb2.DT_STRING, [manifest]))
 
     image = content(types_pb2.DT_FLOAT, IMAGES)
     features = content(types_pb2.DT_FLOAT, FEATURES)
     key = values(types_pb2.DT_STRING, [""])
+    later: dict[str, Message] = (
+        {
+            "classify_8_request.bin": request("classify_8", "tags", image=image),
+            "classify_8_response.bin": identified(
+                "classify_8",
+                model="tags",
+                **{name: values(*array) for name, array in SEVERAL.items()},
+            ),
+            "regress_8_request.bin": request("regress_8", "prices", image=image),
+            "regress_8_response.bin": identified(
+                "regress_8",
+                model="prices",
+                values=values(types_pb2.DT_FLOAT, [[-12.5, 3], [0.25, 1024]]),
+            ),
+            "describe_tags_response.bin": described("tags_manifest.json", "tags"),
+            "describe_prices_response.bin": described("prices_manifest.json", "prices"),
+        }
+        if has_id
+        else {}
+    )
     return {
+        **later,
         "embed_8_request.bin": request("embed_8", image=image),
         "embed_8_response.bin": identified("embed_8", embedding=values(types_pb2.DT_FLOAT, UNIT)),
         "classify_adaptive_request.bin": request("classify_adaptive", image=image),
@@ -90,9 +123,7 @@ def messages(folder: Path = HERE) -> dict[str, Message]:
             },
         ),
         "describe_request.bin": request("describe", key=key),
-        "describe_response.bin": response(
-            "describe", manifest=values(types_pb2.DT_STRING, [manifest])
-        ),
+        "describe_response.bin": described("manifest.json"),
         "get_model_status_request.bin": get_model_status_pb2.GetModelStatusRequest(
             model_spec=model_pb2.ModelSpec(name="digits")
         ),
@@ -117,8 +148,8 @@ def request(signature: str, model: str = "digits", **inputs: Any) -> Any:
     return predict_pb2.PredictRequest(model_spec=spec(model, signature), inputs=inputs)
 
 
-def response(signature: str, **outputs: Any) -> Any:
-    answered = spec("digits", signature, version=3)
+def response(signature: str, model: str = "digits", **outputs: Any) -> Any:
+    answered = spec(model, signature, version=3)
     return predict_pb2.PredictResponse(model_spec=answered, outputs=outputs)
 
 
