@@ -8,17 +8,22 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import keras
+
 from keras_mrl import log_spaced_dims
 from keras_mrl._dims import check_weights
+from keras_mrl.models.activation import activation_of, check_activation
 from keras_mrl_serving import contract
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import (
     as_int,
     check_dims,
+    check_positive_integer,
     is_model_name,
     is_positive_integer,
 )
@@ -148,13 +153,78 @@ def choose_dims(
     return dims
 
 
+def choose_activation(
+    model: keras.Model, head: Any, requested: str | None, policy: CascadePolicy | None
+) -> str | None:
+    """Return what makes probabilities of the head's outputs: see `keras_mrl.models.activation`.
+
+    Args:
+        model: The model.
+        head: Its head; None of an encoder.
+        requested: What the caller says; None means what the model says.
+        policy: A cascade, which is of a softmax where neither says it.
+
+    Returns:
+        "softmax", "sigmoid" or "none"; None of an encoder.
+
+    Raises:
+        ValueError: If the caller says something else than those, or says it of an encoder; or if
+            nothing says it of a head with one output, or the loss takes probabilities.
+    """
+    if requested is not None:
+        check_activation(requested)
+        if head is None:
+            raise ValueError(
+                "activation is of the outputs of a head. Received: "
+                f"activation={requested!r} for a model that does not end in a MatryoshkaHead. "
+                "Leave it out, or export a MatryoshkaClassifier."
+            )
+        return requested
+    if head is None:
+        return None
+    known = activation_of(model)
+    if known is not None or policy is not None:
+        return known or "softmax"
+    loss = getattr(model, "loss", None)
+    received = f"model {model.name!r}, " + (
+        "which was never compiled" if loss is None else f"compiled with a loss of its own, {loss!r}"
+    )
+    rule = "The loss that a model is compiled with says what its outputs are. "
+    choices = "'softmax' for one class a row, 'sigmoid' for any number, 'none' for values"
+    if head.num_classes == 1:
+        raise ValueError(
+            f"{rule}Received: {received}, with one output a row, of which a softmax makes 1 "
+            f"always. Name it: activation='sigmoid' for a probability, 'none' for a value."
+        )
+    warnings.warn(
+        f"{rule}Received: {received}. Softmax is assumed. Name it with activation=: {choices}.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return "softmax"
+
+
 def check_head_arguments(
     num_classes: int | None,
+    activation: str | None,
     dims: tuple[int, ...],
     policy: CascadePolicy | None,
     labels: Sequence[str] | None,
 ) -> None:
     """Raise `ValueError` unless the policy and the labels fit the model's head."""
+    if policy is not None and activation in ("sigmoid", "none"):
+        has = "any number of classes a row" if activation == "sigmoid" else "values"
+        raise ValueError(
+            "A cascade decides which one class a row has. "
+            f"Received: a policy for a model of {has} (activation={activation!r}). "
+            "Leave policy out, and ask one dim."
+        )
+    if labels is not None and activation == "none":
+        raise ValueError(
+            "labels are names of classes. "
+            f"Received: {len(labels)} labels for a model of values (activation='none'). "
+            "Leave labels out."
+        )
     if num_classes is None and (policy is not None or labels is not None):
         raise ValueError(
             "policy and labels belong to a model with a head. "
@@ -174,6 +244,27 @@ def check_head_arguments(
             f"Received: {len(labels)} labels {list(labels[:5])}. "
             "Give one non-empty string of UTF-8 per class id, without line breaks or outer blanks."
         )
+
+
+def choose_top_k(
+    requested: int | None, num_classes: int | None, activation: str | None
+) -> int | None:
+    """Return how many classes a classification names; None where there are no classes.
+
+    Args:
+        requested: None means 5, or all where a row may have several.
+        num_classes: Outputs of the head; None without one.
+        activation: Of those.
+
+    Raises:
+        ValueError: If `requested` is no positive integer.
+    """
+    if requested is not None:
+        requested = check_positive_integer("top_k", requested, "Give for example 5.")
+    if num_classes is None or activation == "none":
+        return None
+    usual = num_classes if activation == "sigmoid" else 5
+    return min(requested or usual, num_classes)
 
 
 def _is_class_name(label: object) -> bool:
@@ -208,7 +299,7 @@ _ALWAYS = (contract.DESCRIBE, contract.SERVING_DEFAULT)
 def choose_signatures(
     requested: Sequence[str] | None,
     dims: tuple[int, ...],
-    has_head: bool,
+    activation: str | None,
     policy: CascadePolicy | None,
     index: ExactIndex | None,
 ) -> tuple[str, ...]:
@@ -218,14 +309,14 @@ def choose_signatures(
         requested: Names, or families: "embed" for every `embed_<m>`. None means every signature
             that the model can have.
         dims: The dims that are exported.
-        has_head: Whether the model classifies.
+        activation: Of the head's outputs; None without a head.
         policy: Its cascade.
         index: Its gallery.
 
     Raises:
         ValueError: If the model cannot have a requested signature.
     """
-    possible = _possible_signatures(dims, has_head, policy, index)
+    possible = _possible_signatures(dims, activation, policy, index)
     if requested is None:
         return possible
     names = (requested,) if isinstance(requested, str) else tuple(requested)
@@ -241,10 +332,14 @@ def choose_signatures(
 
 
 def _possible_signatures(
-    dims: tuple[int, ...], has_head: bool, policy: CascadePolicy | None, index: ExactIndex | None
+    dims: tuple[int, ...],
+    activation: str | None,
+    policy: CascadePolicy | None,
+    index: ExactIndex | None,
 ) -> tuple[str, ...]:
-    heads = dims if has_head else ()
-    names = [*map(contract.embed, dims), *map(contract.classify, heads)]
+    heads = () if activation is None else dims
+    answer = contract.regress if activation == "none" else contract.classify
+    names = [*map(contract.embed, dims), *map(answer, heads)]
     names += [contract.FEATURES, *map(contract.head, heads)]
     if policy is not None:
         names.append(contract.CLASSIFY_ADAPTIVE)

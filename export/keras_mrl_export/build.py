@@ -147,11 +147,14 @@ def _manifest(
     fingerprint = fingerprint_of(model, saved, inputs, job.decoder, job.normalize)
     if index is not None:
         flows.check_encoder(index.encoder_fingerprint, fingerprint)
+    num_outputs = None if head is None else head.num_classes
+    of_values = job.activation == "none"
+    kinds = {None: "encoder", "none": "regressor"}
     # Temperatures alone decide nothing: without its signature there is no cascade.
     is_adaptive = contract.CLASSIFY_ADAPTIVE in job.signatures
     return Manifest(
         name=job.name,
-        kind="index" if index is not None else "encoder" if head is None else "classifier",
+        kind="index" if index is not None else kinds.get(job.activation, "classifier"),
         fingerprint=fingerprint,
         dims=job.dims,
         width=job.dims[-1],
@@ -160,8 +163,9 @@ def _manifest(
         tied=bool(head is not None and head.tied),
         normalize=job.normalize,
         metric="cosine" if index is None else index.metric,
-        activation="none" if head is None else "softmax",
-        num_classes=None if head is None else head.num_classes,
+        activation=job.activation or "none",
+        num_classes=None if of_values else num_outputs,
+        num_values=num_outputs if of_values else None,
         top_k=job.top_k,
         labels=job.labels is not None,
         cascade=job.policy.to_json() if job.policy and is_adaptive else None,

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_mrl import split
+from keras_mrl._arrays import head_arrays
 from keras_mrl_serving.cascade.policy import CascadePolicy
-from keras_mrl_serving.contract import check_positive_integer
 from keras_mrl_serving.index import ExactIndex
 
 from .arguments import (
@@ -22,8 +23,10 @@ from .arguments import (
     check_kinds,
     check_name,
     check_policy_is_used,
+    choose_activation,
     choose_dims,
     choose_signatures,
+    choose_top_k,
     quality_by_dim,
     weights_of_dims,
 )
@@ -46,7 +49,8 @@ def export_saved_model(
     *,
     dims: Sequence[int] | None = None,
     normalize: bool = True,
-    top_k: int = 5,
+    top_k: int | None = None,
+    activation: str | None = None,
     weights: Sequence[float] | None = None,
     name: str | None = None,
     index: ExactIndex | None = None,
@@ -78,7 +82,12 @@ def export_saved_model(
         dims: Which dims to export; None means those of the head, or for an encoder 8, 16, 32, ...
             up to its width.
         normalize: Whether `embed_<m>` scales embeddings to unit length, after truncation.
-        top_k: How many classes a classification names.
+        top_k: How many classes a classification names; None means 5, or all of them where a row may
+            have several.
+        activation: What the head's outputs are: "softmax" for one class a row, "sigmoid" for any
+            number of classes, each with a probability of its own, "none" for values. None takes it
+            from the loss the model is compiled with, or from a softmax or sigmoid after the head;
+            softmax is assumed, with a warning, where neither says it.
         weights: The c_m the model was trained with, one per dim of the head, for the manifest;
             None leaves them out.
         name: Name in the manifest, of letters, digits, `_`, `.` and `-`; None means the model's.
@@ -101,7 +110,8 @@ def export_saved_model(
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If an argument does not fit the model, or no written signature uses the policy.
+        ValueError: If an argument does not fit the model, no written signature uses the policy, or
+            nothing says what the one output of a head is.
         FileExistsError: If `version` exists.
         EncoderMismatchError: If `index` was built with embeddings of another model.
         ExportError: If the model cannot be rebuilt on TensorFlow, or a signature differs from it.
@@ -113,6 +123,7 @@ def export_saved_model(
     labels = None if labels is None else tuple(labels)
     batch_sizes = check_batch_sizes(warmup_batch_sizes)
     read = read_sample(split(model)[0], sample, decoder)
+    activation = choose_activation(model, split(model)[1], activation, policy)
     model = in_float32(model)
     backbone, head = split(model)
     features = outputs_of(backbone, read.rows)
@@ -125,11 +136,11 @@ def export_saved_model(
         )
     served = choose_dims(dims, None if head is None else head.dims, features.shape[1])
     num_classes = None if head is None else head.num_classes
-    check_head_arguments(num_classes, served, policy, labels)
-    top_k = check_positive_integer("top_k", top_k, "Give for example 5.")
+    check_head_arguments(num_classes, activation, served, policy, labels)
+    top_k = choose_top_k(top_k, num_classes, activation)
     if index is not None:
         check_index(index, served, normalize)
-    chosen = choose_signatures(signatures, served, head is not None, policy, index)
+    chosen = choose_signatures(signatures, served, activation, policy, index)
     check_policy_is_used(policy, chosen, served)
     job = Job(
         base_path=folder.absolute(),
@@ -139,7 +150,8 @@ def export_saved_model(
         signatures=chosen,
         input_names=read.names,
         normalize=normalize,
-        top_k=None if num_classes is None else min(top_k, num_classes),
+        top_k=top_k,
+        activation=activation,
         policy=policy,
         labels=labels,
         quality=None if quality is None else quality_by_dim(quality, served),
@@ -148,12 +160,25 @@ def export_saved_model(
         sample=read.served,
         features=features[:, : served[-1]],
         logits=logits if head is None else logits[:, [head.index_of(dim) for dim in served]],
+        terms=None if activation in (None, "softmax") else _terms(head, features, served),
         index=index,
         decoder=decoder,
         warmup_batch_sizes=batch_sizes,
         model_id=draw_model_id() if identity else None,
     )
     return build_on_tensorflow(model, job)
+
+
+def _terms(head: Any, features: Any, dims: Sequence[int]) -> Any:
+    """Return the sum of the magnitudes that each output is the sum of, `(rows, num_dims, outputs)`.
+
+    Rounding is a share of those: an output near 0 may be the sum of terms that are not.
+    """
+    sums = []
+    for dim in dims:
+        kernel, bias = head_arrays(head, dim)
+        sums.append(np.abs(features[:, :dim]) @ np.abs(kernel) + np.abs(bias))
+    return np.stack(sums, axis=1)
 
 
 def export_index(

@@ -38,7 +38,9 @@ class Job:
         signatures: Names of the signatures to write, besides `describe` and `serving_default`.
         input_names: Key in the caller's sample ("" for a bare array) to served name.
         normalize: Whether embeddings are scaled to unit length.
-        top_k: How many classes a classification names; None without a head.
+        top_k: How many classes a classification names; None without classes.
+        activation: "softmax", "sigmoid" or "none": what the head's outputs are; None without a
+            head.
         policy: The cascade.
         labels: Class names.
         quality: Dim (as a string) to measures.
@@ -47,6 +49,8 @@ class Job:
         sample: The caller's sample by served name; with a decoder, encoded images.
         features: Features that the trained model gives for the sample, `(rows, width)`.
         logits: Its logits at `dims`, `(rows, num_dims, num_classes)`; None without a head.
+        terms: Of outputs that are no softmax's, the magnitudes of the terms that each is the sum
+            of, in the shape of `logits`.
         index: A gallery of the model's embeddings, exported with it.
         decoder: Decodes images inside the served graph.
         warmup_batch_sizes: Rows of the warm-up records of each signature.
@@ -61,6 +65,7 @@ class Job:
     input_names: Mapping[str, str]
     normalize: bool
     top_k: int | None
+    activation: str | None
     policy: CascadePolicy | None
     labels: tuple[str, ...] | None
     quality: Mapping[str, Mapping[str, float]] | None
@@ -69,6 +74,7 @@ class Job:
     sample: Mapping[str, npt.NDArray[Any]]
     features: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32] | None
+    terms: npt.NDArray[np.float32] | None
     index: ExactIndex | None
     decoder: ImageDecoder | None
     warmup_batch_sizes: tuple[int, ...]

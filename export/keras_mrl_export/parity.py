@@ -1,10 +1,12 @@
 """Does the SavedModel equal the Keras model? Every signature, on real rows, before it is published.
 
 Equal is defined here alone. Embeddings, features and logits may differ by `TOLERANCE`, a share of
-their row's largest magnitude. A probability may differ by as much as such a difference of the
-logits can make of it, which for large logits is more than that share of the probability itself: an
-absolute 1e-5 would refuse sound models whose logits reach 50. Class ids, ids and dims may differ
-only where two scores, or a confidence and its threshold, lie that near each other.
+their row's largest magnitude. Values, and logits of a sigmoid, may differ by that share of the
+terms they are the sum of: a row may have one output alone, and that near 0. A probability may
+differ by as much as such a difference of the logits can make of it, which for large logits is more
+than that share of the probability itself: an absolute 1e-5 would refuse sound models whose logits
+reach 50. Class ids, ids and dims may differ only where two scores, or a confidence and its
+threshold, lie that near each other.
 """
 
 from __future__ import annotations
@@ -63,19 +65,14 @@ def check_parity(session: SavedModelSession, manifest: Manifest, job: Job) -> di
         if (name := contract.embed(dim)) in job.signatures:
             expected = _embedding(job.features, dim, manifest.normalize)
             shares[name] = compare_rows(name, run(name)["embedding"], expected)
-        if job.logits is not None:
-            logits = job.logits[:, column]
-            if (name := contract.classify(dim)) in job.signatures:
-                shares[name] = _compare_classes(name, run(name), logits, dim, job)
-            if (name := contract.head(dim)) in job.signatures:
-                answer = run(name)
-                shares[name] = compare_rows(name, answer["logits"], logits)
-                _compare_classes(name, answer, logits, dim, job)
+        for name in (contract.classify(dim), contract.regress(dim), contract.head(dim)):
+            if name in job.signatures:
+                shares[name] = _compare_head(name, run(name), column, job)
     if (name := contract.CLASSIFY_ADAPTIVE) in job.signatures:
         shares[name] = _compare_cascade(run(name), manifest, job)
     answer, name = run(contract.SERVING_DEFAULT), contract.SERVING_DEFAULT
     if job.logits is not None:
-        shares[name] = _compare_classes(name, answer, job.logits[:, -1], job.dims[-1], job)
+        shares[name] = _compare_head(name, answer, len(job.dims) - 1, job)
     else:
         expected = _embedding(job.features, job.dims[-1], job.normalize)
         shares[name] = compare_rows(name, answer["embedding"], expected)
@@ -170,9 +167,27 @@ def check_described(run: Run, manifest: Manifest) -> None:
         raise differs(contract.DESCRIBE, "it is not the manifest")
 
 
+def _compare_head(signature: str, answer: Arrays, column: int, job: Job) -> float:
+    """Compare all that a head at one of the dims answers; return the largest difference."""
+    logits: Any = job.logits
+    logits, shares = logits[:, column], []
+    largest = None if job.terms is None else job.terms[:, column]
+    for name in {"logits", "values"} & {*answer}:
+        shares.append(compare_rows(signature, answer[name], logits, largest))
+    if "class_ids" in answer:
+        shares.append(_compare_classes(signature, answer, logits, job.dims[column], job))
+    if not shares:
+        raise differs(signature, f"it answers {', '.join(sorted(answer))}")
+    return max(shares)
+
+
+def _sigmoid(logits: Array) -> Array:
+    return np.exp(-np.logaddexp(0, -logits.astype(np.float64))).astype(np.float32)
+
+
 def _compare_classes(signature: str, answer: Arrays, logits: Array, dim: int, job: Job) -> float:
     temperature = job.temperature(dim)
-    shares = softmax(logits, temperature)
+    shares = _sigmoid(logits) if job.activation == "sigmoid" else softmax(logits, temperature)
     # A logit off by the tolerance of the row's largest moves a probability by at most that much.
     scale = np.maximum(np.abs(logits).max(axis=-1, keepdims=True) / temperature, 1.0)
     allowed = TOLERANCE * scale

@@ -47,6 +47,7 @@ class ServedModel:
         self._labels = None if job.labels is None else _label_table(job.labels, scratch)
         self._features = tf.function(self._call_backbone)
         self._gallery = None if job.index is None else IndexGraph(job.index, manifest.dims)
+        self._answer = contract.regress if job.activation == "none" else contract.classify
 
     def resources(self) -> tf.Module:
         """Return the resources that the SavedModel must hold: every variable, and lookup tables.
@@ -70,7 +71,7 @@ class ServedModel:
     def signatures(self) -> dict[str, Any]:
         """Return the signatures of the job, `describe` and the default, for any batch size."""
         functions = self._functions()
-        default = contract.embed if self._head is None else contract.classify
+        default = contract.embed if self._head is None else self._answer
         chosen = {
             name: (with_model_id(function, self._job.model_id), specs)
             for name, (function, specs) in functions.items()
@@ -95,7 +96,7 @@ class ServedModel:
             functions[contract.embed(dim)] = (self._embed_at(dim), inputs)
             if self._head is not None:
                 prefix = tf.TensorSpec([None, dim], tf.float32, "features")
-                functions[contract.classify(dim)] = (self._classify_at(dim), inputs)
+                functions[self._answer(dim)] = (self._answer_at(dim), inputs)
                 functions[contract.head(dim)] = (self._head_at(dim), {"features": prefix})
         if policy is not None:
 
@@ -137,16 +138,22 @@ class ServedModel:
 
         return embed
 
-    def _classify_at(self, dim: int) -> Callable[..., Tensors]:
-        def classify(**inputs: Any) -> Tensors:
+    def _answer_at(self, dim: int) -> Callable[..., Tensors]:
+        def answer(**inputs: Any) -> Tensors:
             logits = self._logits(self._features(**inputs)[:, :dim], dim)
+            if self._job.activation == "none":
+                return {"values": logits}
             return self._classification_of_all(logits, dim)
 
-        return classify
+        return answer
 
     def _head_at(self, dim: int) -> Callable[..., Tensors]:
         def head(features: Any) -> Tensors:
             logits = self._logits(features, dim)
+            if self._job.activation == "none":
+                return {"values": logits}
+            if self._job.activation == "sigmoid":  # a cascade must find no class ids here
+                return {"logits": logits}
             return {**self._classification_of_all(logits, dim), "logits": logits}
 
         return head
@@ -155,7 +162,10 @@ class ServedModel:
         return tf.cast(self._head.logits_at(prefix, dim), tf.float32)
 
     def _classification_of_all(self, logits: Any, dim: int) -> Tensors:
-        likeliest = Likeliest(logits, self._job.temperature(dim))
+        if self._job.activation == "sigmoid":
+            likeliest = Likeliest(tf.sigmoid(logits))
+        else:
+            likeliest = Likeliest.of_logits(logits, self._job.temperature(dim))
         return self._classification(likeliest, tf.range(tf.shape(logits)[0]))
 
     def _classification(self, likeliest: Likeliest, rows: Any) -> Tensors:
@@ -210,7 +220,7 @@ def classify_adaptively(
     outputs_by_stage: list[Tensors] = []
     for stage in policy.stages:
         logits = logits_at(tf.gather(features[:, : stage.dim], unsure), stage.dim)
-        likeliest = Likeliest(logits, stage.temperature)
+        likeliest = Likeliest.of_logits(logits, stage.temperature)
         if stage.threshold is None:
             is_sure = tf.ones_like(unsure, tf.bool)
         else:
@@ -239,19 +249,23 @@ class Likeliest:
     The answers are those of `top_k`: of equal classes the lower id comes first.
 
     Args:
-        logits: `(rows, classes)`, with a static number of classes.
-        temperature: Divides the logits.
+        probabilities: `(rows, classes)`, with a static number of classes.
     """
 
-    def __init__(self, logits: Any, temperature: float) -> None:
-        self._probabilities = tf.nn.softmax(logits if temperature == 1 else logits / temperature)
-        num_classes = int(logits.shape[-1])
+    def __init__(self, probabilities: Any) -> None:
+        self._probabilities = probabilities
+        num_classes = int(probabilities.shape[-1])
         self._length = run_length(num_classes)
         self._num_runs = num_classes // self._length
         self._largest = self._probabilities  # (rows, runs)
         if self._length > 1:
             by_run = tf.reshape(self._probabilities, [-1, self._num_runs, self._length])
             self._largest = tf.reduce_max(by_run, axis=-1)
+
+    @classmethod
+    def of_logits(cls, logits: Any, temperature: float) -> Likeliest:
+        """Return those of a softmax of `logits (rows, classes)`, divided by a temperature."""
+        return cls(tf.nn.softmax(logits if temperature == 1 else logits / temperature))
 
     def confidence(self, measure: str) -> Any:
         """Return the confidence of each row, `(rows,)`, as `keras_mrl_serving` computes it.

@@ -124,6 +124,7 @@ def next_token(model: keras.Model, padding: int | None = None) -> MatryoshkaClas
     view = keras.Model(backbone.input, last, name=f"{backbone.name}_last")
     next_token_model = MatryoshkaClassifier(view, head, name=f"{model.name}_next_token")
     next_token_model.build(view.input_shape)
+    next_token_model._activation = "softmax"  # one token a row, which no loss says
     return next_token_model
 
 

@@ -345,7 +345,7 @@ INDEX = ExactIndex.build(np.eye(8, 4, dtype=np.float32), FunnelSchedule((2, 4), 
 
 
 def chosen(requested: Any, policy: Any = POLICY, index: Any = None) -> tuple[str, ...]:
-    return choose_signatures(requested, (2, 4), True, policy, index)
+    return choose_signatures(requested, (2, 4), "softmax", policy, index)
 
 
 def test_all_unless_some_are_requested() -> None:
@@ -354,7 +354,7 @@ def test_all_unless_some_are_requested() -> None:
         "classify_adaptive",
     )
     assert chosen(None, index=INDEX)[-4:] == ("retrieve", "search", "search_2", "search_4")
-    assert choose_signatures(None, (8,), False, None, None) == ("embed_8", "features")
+    assert choose_signatures(None, (8,), None, None, None) == ("embed_8", "features")
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,7 @@ def test_search_is_the_funnel_and_its_family() -> None:
 
 def test_signatures_that_the_model_cannot_have() -> None:
     with pytest.raises(ValueError, match="signatures must be of those") as caught:
-        choose_signatures(["embed", "classify", "embed_3"], (2, 4), False, None, None)
+        choose_signatures(["embed", "classify", "embed_3"], (2, 4), None, None, None)
     assert str(caught.value) == (
         "signatures must be of those the model can have: embed_2, embed_4, features. "
         "Received: 'classify', 'embed_3'. Give those names, or a family of them: \"embed\"."

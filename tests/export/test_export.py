@@ -80,6 +80,7 @@ def test_the_manifest_of_everything_given(untied: Exported) -> None:
         "metric": "cosine",
         "activation": "softmax",
         "num_classes": 10,
+        "num_values": None,
         "top_k": 3,
         "labels": True,
         "decoder": None,
@@ -148,7 +149,9 @@ def test_a_pooling_layer_is_part_of_what_is_served(tmp_path: Path) -> None:
     maps = keras.Sequential([keras.Input((6, 6, 3)), keras.layers.Conv2D(8, 3)], name="maps")
     pooling = keras.layers.GlobalAveragePooling2D()
     model = MatryoshkaClassifier(maps, MatryoshkaHead(3, dims=(2, 4, 8)), pooling=pooling)
-    manifest = read_manifest(export_saved_model(model, tmp_path, models.images(4)))
+    manifest = read_manifest(
+        export_saved_model(models.of_one_class(model), tmp_path, models.images(4))
+    )
     assert (manifest.dims, manifest.num_classes) == ((2, 4, 8), 3)
 
 
@@ -255,7 +258,7 @@ def test_without_its_signature_a_policy_is_temperatures_alone(
 def test_a_sequential_model_that_ends_in_a_head(tmp_path: Path) -> None:
     model = keras.Sequential([keras.Input((5,), name="image"), keras.layers.Dense(8)])
     model.add(MatryoshkaHead(3, dims=(2, 8)))
-    path = export_saved_model(model, tmp_path, X)
+    path = export_saved_model(models.of_one_class(model), tmp_path, X)
     manifest = read_manifest(path)
     assert (manifest.kind, list(manifest.inputs)) == ("classifier", ["image"])
     with SavedModelSession(path) as session:

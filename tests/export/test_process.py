@@ -21,7 +21,7 @@ from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_export.process import module_search_path, run_child
 from keras_mrl_serving._session import SavedModelSession
 from tests.helpers import user_scripts
-from tests.helpers.export_models import X, read_manifest
+from tests.helpers.export_models import X, of_one_class, read_manifest
 from tests.helpers.waiting import wait_until
 
 BACKEND = keras.backend.backend()
@@ -37,7 +37,7 @@ def model_with(*layers: keras.layers.Layer) -> keras.Model:
     features = inputs
     for layer in layers:
         features = layer(features)
-    return keras.Model(inputs, MatryoshkaHead(3, dims=(2, 5))(features))
+    return of_one_class(keras.Model(inputs, MatryoshkaHead(3, dims=(2, 5))(features)))
 
 
 def refusal(base_path: Path, model: keras.Model) -> str:

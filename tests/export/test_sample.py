@@ -13,7 +13,7 @@ from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
 from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_export.sample import outputs_of, read_sample
 from keras_mrl_serving._session import SavedModelSession
-from tests.helpers.export_models import Arrays, X, dense, outputs, read_manifest
+from tests.helpers.export_models import Arrays, X, dense, of_one_class, outputs, read_manifest
 
 TEXTS = ["a small cat", "dog"]
 
@@ -278,7 +278,7 @@ def of_images() -> keras.Model:
     inputs = keras.Input((None, None, 3), name="image")
     pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 5)(inputs))
     logits = MatryoshkaHead(3, dims=(2, 5))(keras.layers.Dense(5)(pooled))
-    return keras.Model(inputs, logits, name="any_size")
+    return of_one_class(keras.Model(inputs, logits, name="any_size"))
 
 
 class Interrupted(keras.layers.Layer):
@@ -378,5 +378,5 @@ def test_a_head_that_training_spoilt(tmp_path: Path) -> None:
     model(X)
     model.head.weights[0].assign(np.full((2, 3), np.nan))
     with pytest.raises(ExportError, match="NaN or infinity from 'spoilt' on the sample"):
-        export_saved_model(model, tmp_path / "m", X)
+        export_saved_model(model, tmp_path / "m", X, activation="softmax")
     assert list(tmp_path.iterdir()) == []

@@ -483,7 +483,7 @@ def test_they_are_those_of_top_k(classes: int, ties: bool) -> None:
     logits = RNG.normal(size=(9, classes), scale=2).astype(np.float32)
     if ties:
         logits = np.round(logits)
-    likeliest = Likeliest(tf.constant(logits), 1.0)
+    likeliest = Likeliest.of_logits(tf.constant(logits), 1.0)
     rows = np.array([8, 0, 3, 3], np.int32)
     shares = tf.nn.softmax(logits)
     np.testing.assert_array_equal(
@@ -500,7 +500,7 @@ def test_they_are_those_of_top_k(classes: int, ties: bool) -> None:
 
 def test_a_temperature_divides_the_logits() -> None:
     logits = RNG.normal(size=(3, 5000)).astype(np.float32)
-    confidence = Likeliest(tf.constant(logits), 0.25).confidence("max_probability")
+    confidence = Likeliest.of_logits(tf.constant(logits), 0.25).confidence("max_probability")
     np.testing.assert_allclose(confidence, probabilities(logits, 0.25).max(-1), rtol=1e-5)
 
 
@@ -509,14 +509,14 @@ def test_a_temperature_divides_the_logits() -> None:
 def test_confidences_are_those_of_numpy(classes: int, measure: str) -> None:
     logits = RNG.normal(size=(6, classes), scale=3).astype(np.float32)
     logits[0, 0] = 500  # as sure as can be: 0 log 0 is 0
-    confidence = Likeliest(tf.constant(logits), 0.5).confidence(measure)
+    confidence = Likeliest.of_logits(tf.constant(logits), 0.5).confidence(measure)
     np.testing.assert_allclose(
         confidence, confidence_of(measure, logits, 0.5), rtol=1e-5, atol=1e-6
     )
 
 
 def test_of_no_rows_there_are_none() -> None:
-    likeliest = Likeliest(tf.zeros((0, 5000)), 1.0)
+    likeliest = Likeliest(tf.zeros((0, 5000)))
     best, ids = likeliest.best(tf.zeros((0,), tf.int32), 3)
     assert best.shape == ids.shape == (0, 3)
     assert likeliest.confidence("max_probability").shape == (0,)
@@ -535,5 +535,5 @@ def test_runs_are_near_the_root(classes: int, run: int) -> None:
 
 def test_as_many_as_there_are_runs() -> None:
     logits = RNG.normal(size=(2, 4096)).astype(np.float32)
-    _, ids = Likeliest(tf.constant(logits), 1.0).best(tf.range(2), 64)
+    _, ids = Likeliest.of_logits(tf.constant(logits), 1.0).best(tf.range(2), 64)
     np.testing.assert_array_equal(ids, tf.math.top_k(logits, 64).indices)

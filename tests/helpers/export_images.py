@@ -11,6 +11,7 @@ from PIL import Image
 
 from keras_mrl import MatryoshkaHead
 from keras_mrl_export import ImageDecoder
+from tests.helpers.export_models import of_one_class
 
 DECODER = ImageDecoder(height=6, width=5, scale=1 / 255)
 
@@ -29,4 +30,4 @@ SMOOTH = np.add.outer(np.arange(60), np.arange(40))[..., None].repeat(3, -1).ast
 def model_of_images() -> keras.Model:
     inputs = keras.Input((6, 5, 3), name="image")
     features = keras.layers.Dense(8)(keras.layers.Flatten()(inputs))
-    return keras.Model(inputs, MatryoshkaHead(3, dims=(2, 8))(features), name="eyes")
+    return of_one_class(keras.Model(inputs, MatryoshkaHead(3, dims=(2, 8))(features), name="eyes"))

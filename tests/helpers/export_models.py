@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, split
+from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss, split
 from keras_mrl_export import export, export_saved_model, process
 from keras_mrl_export.job import Job
 from keras_mrl_export.warmup import WARMUP_FILE
@@ -100,7 +100,7 @@ def dense(head: bool = False, width: int = 8) -> keras.Model:
     features = keras.layers.Dense(width)(inputs)
     if head:
         features = MatryoshkaHead(3, dims=(2, 4, width))(features)
-    return keras.Model(inputs, features, name="small")
+    return of_one_class(keras.Model(inputs, features, name="small"))
 
 
 def images(rows: int = ROWS) -> Array:
@@ -126,6 +126,15 @@ def with_fixed_weights(model: keras.Model, rows: Arrays) -> keras.Model:
     values = [rng.normal(size=w.shape, scale=0.6).astype(np.float32) for w in model.weights]
     for weight, value in zip(model.weights, values, strict=True):
         weight.assign(np.abs(value) + 0.1 if "variance" in weight.path else value)
+    return of_one_class(model)
+
+
+def of_one_class(model: keras.Model) -> keras.Model:
+    """The model, compiled as one whose rows have one class each, if it has a head."""
+    if split(model)[1] is not None:
+        model.compile(
+            loss=MatryoshkaLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        )
     return model
 
 

@@ -82,6 +82,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exports")
     arguments: dict[str, Any] = {"normalize": False, "warmup_batch_sizes": (), "top_k": 1}
     arguments |= {"signatures": ["embed", "features", "head"], "version": 1}
+    arguments["activation"] = "softmax"
     numbers = {"one": 1, "one again": 1, "two": 2, "one without": 1, "two without": 2}
     for name, number in numbers.items():
         identity = not name.endswith("without")

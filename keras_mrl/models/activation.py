@@ -1,0 +1,136 @@
+"""What the outputs of a nested head mean: a class, several classes, or values.
+
+The loss says it, since it is what the outputs were trained to be; a softmax or sigmoid that follows
+the head in the model says it before the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from ..losses import MatryoshkaLoss
+
+ACTIVATIONS = ("softmax", "sigmoid", "none")
+
+_OF_ONE_CLASS = (
+    keras.losses.SparseCategoricalCrossentropy,
+    keras.losses.CategoricalCrossentropy,
+    keras.losses.CategoricalFocalCrossentropy,
+    keras.losses.CategoricalHinge,
+)
+_OF_SEVERAL = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
+_OF_VALUES = (
+    keras.losses.MeanSquaredError,
+    keras.losses.MeanAbsoluteError,
+    keras.losses.MeanAbsolutePercentageError,
+    keras.losses.MeanSquaredLogarithmicError,
+    keras.losses.Huber,
+    keras.losses.LogCosh,
+    keras.losses.Poisson,
+    keras.losses.CosineSimilarity,
+    keras.losses.Hinge,
+    keras.losses.SquaredHinge,
+)
+_KINDS = (("softmax", _OF_ONE_CLASS), ("sigmoid", _OF_SEVERAL), ("none", _OF_VALUES))
+
+
+def check_activation(activation: str) -> str:
+    """Return `activation`, or raise `ValueError` unless it is one of `ACTIVATIONS`.
+
+    Examples:
+        >>> from keras_mrl.models.activation import check_activation
+        >>> check_activation("sigmoid")
+        'sigmoid'
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            "activation must be 'softmax' for one class a row, 'sigmoid' for any number of "
+            "classes, or 'none' for values. "
+            f"Received: activation={activation!r}. Give one of them."
+        )
+    return activation
+
+
+def activation_of(model: keras.Model) -> str | None:
+    """Return what makes probabilities of the outputs of the head of a model.
+
+    Args:
+        model: A model that ends in a nested head, or in a softmax or sigmoid after one.
+
+    Returns:
+        "softmax" where a row has one class, "sigmoid" where it may have several, "none" of values;
+        None where the model was never compiled, or with a loss that is not Keras's own.
+
+    Raises:
+        ValueError: If the loss takes probabilities and nothing in the model makes them.
+
+    Examples:
+        >>> from keras_mrl.models.activation import activation_of
+        >>> features = keras.Input((8,))
+        >>> model = keras.Model(features, MatryoshkaHead(3, dims=(4, 8))(features))
+        >>> print(activation_of(model))
+        None
+        >>> model.compile(loss=MatryoshkaLoss(keras.losses.BinaryCrossentropy(from_logits=True)))
+        >>> activation_of(model)
+        'sigmoid'
+    """
+    last = activation_after_head(model) or getattr(model, "_activation", None)
+    if last is not None:
+        return str(last)
+    loss = inner_loss(model)
+    if loss is None:
+        return None
+    if loss.get_config().get("from_logits") is False:
+        raise ValueError(
+            "A MatryoshkaHead gives logits, and a loss with from_logits=False takes probabilities. "
+            f"Received: {type(loss).__name__} with from_logits=False for model {model.name!r}, "
+            "which ends in the head. Train it with from_logits=True, or name what its outputs are: "
+            "activation='sigmoid'."
+        )
+    return next((name for name, kinds in _KINDS if isinstance(loss, kinds)), None)
+
+
+def activation_after_head(model: keras.Model) -> str | None:
+    """Return "softmax" or "sigmoid" if the model ends in one; None for any other last layer.
+
+    Examples:
+        >>> from keras_mrl.models.activation import activation_after_head
+        >>> features = keras.Input((8,))
+        >>> logits = MatryoshkaHead(3, dims=(4, 8))(features)
+        >>> activation_after_head(keras.Model(features, keras.layers.Softmax()(logits)))
+        'softmax'
+    """
+    outputs = getattr(model, "outputs", None) or ()
+    if len(outputs) != 1:
+        return None
+    last = outputs[0]._keras_history.operation
+    if isinstance(last, keras.layers.Softmax):
+        return "softmax"
+    functions = {keras.activations.softmax: "softmax", keras.activations.sigmoid: "sigmoid"}
+    is_activation = isinstance(last, keras.layers.Activation)
+    return functions.get(last.activation) if is_activation else None
+
+
+def inner_loss(model: keras.Model) -> keras.losses.Loss | None:
+    """Return the loss of one dim that a model is compiled with; None if there is not just one.
+
+    Examples:
+        >>> from keras_mrl.models.activation import inner_loss
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        >>> model.compile(loss="mse")
+        >>> type(inner_loss(model)).__name__
+        'MeanSquaredError'
+    """
+    losses = [loss for loss in keras.tree.flatten(getattr(model, "loss", None)) if loss is not None]
+    if len(losses) != 1:
+        return None
+    loss: Any = losses[0]
+    if isinstance(loss, MatryoshkaLoss):
+        return loss.loss
+    if getattr(loss, "__module__", "").startswith("keras."):  # such as keras.losses.huber
+        loss = getattr(loss, "__name__", loss)
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    return loss if isinstance(loss, keras.losses.Loss) else None
