@@ -37,7 +37,7 @@ def nested_loss(loss: Any) -> Any:
         (inspect.isroutine(loss) or inspect.isclass(loss)) and loss in _LOSSES
     ):
         loss = keras.losses.get(loss)
-        loss = _on_logits(_class_of(loss)() if inspect.isfunction(loss) else loss)
+        loss = _on_logits(class_of(loss)() if inspect.isfunction(loss) else loss)
     inner = loss.loss if isinstance(loss, MatryoshkaLoss) else loss
     is_nested = isinstance(loss, _NestedLoss)
     is_of_one_dim = bool(_LOSSES.intersection(type(inner).__mro__))
@@ -52,7 +52,7 @@ def nested_loss(loss: Any) -> Any:
     return MatryoshkaLoss(loss) if is_of_one_dim and not is_nested else loss
 
 
-def _class_of(function: Any) -> Any:
+def class_of(function: Any) -> Any:
     """Return the class of a loss that Keras has as a function, too."""
     name = function.__name__.replace("_", "")
     return next(kind for kind in _LOSSES if getattr(kind, "__name__", "").lower() == name)

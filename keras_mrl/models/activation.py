@@ -6,11 +6,13 @@ the head in the model says it before the loss.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import keras
 
 from ..losses import MatryoshkaLoss
+from ._compiled import class_of
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 
@@ -102,7 +104,7 @@ def activation_after_head(model: keras.Model) -> str | None:
         >>> activation_after_head(keras.Model(features, keras.layers.Softmax()(logits)))
         'softmax'
     """
-    outputs = getattr(model, "outputs", None) or ()
+    outputs: Any = getattr(model, "outputs", None) or ()
     if len(outputs) != 1:
         return None
     last = outputs[0]._keras_history.operation
@@ -129,8 +131,8 @@ def inner_loss(model: keras.Model) -> keras.losses.Loss | None:
     loss: Any = losses[0]
     if isinstance(loss, MatryoshkaLoss):
         return loss.loss
-    if getattr(loss, "__module__", "").startswith("keras."):  # such as keras.losses.huber
-        loss = getattr(loss, "__name__", loss)
     if isinstance(loss, str):
         loss = keras.losses.get(loss)
+    if inspect.isfunction(loss) and loss.__module__.startswith("keras."):
+        loss = class_of(loss)()
     return loss if isinstance(loss, keras.losses.Loss) else None

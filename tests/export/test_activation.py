@@ -1,5 +1,6 @@
 """What a head's outputs are, from the loss to the client: one class a row, several, or values."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,6 @@ def test_values_near_zero_are_no_difference(tmp_path: Path) -> None:
     for weight in model.weights:
         weight.assign(100 * rng.normal(size=weight.shape))
     outputs = np.asarray(model(X))
-    kernel, bias = model.head.weights_at(8)
     model.head.set_weights(
         [w if w.shape != (1,) else w - outputs[3, -1] for w in model.head.get_weights()]
     )
@@ -187,12 +187,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         "Received: model 'refused', which was never compiled, with one output a row, of which a "
         "softmax makes 1 always. Name it: activation='sigmoid' for a probability, 'none' for",
     ),
-    "a loss of probabilities": (
-        keras.losses.BinaryCrossentropy(),
-        {},
-        "A MatryoshkaHead gives logits, and a loss with from_logits=False takes probabilities. "
-        "Received: BinaryCrossentropy with from_logits=False for model 'refused', which ends in",
-    ),
     "another word": (None, {"activation": "tanh"}, "Received: activation='tanh'. Give one of"),
     "a cascade of several classes": (
         keras.losses.BinaryCrossentropy(from_logits=True),
@@ -225,13 +219,12 @@ def test_what_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
     model = nested(1, "refused")
     if loss is not None:
         model.compile(loss=MatryoshkaLoss(loss))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(text)):
         export_saved_model(model, tmp_path / "m", X, **arguments)
-    assert text in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_encoder_has_none(tmp_path: Path) -> None:
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)])
-    with pytest.raises(ValueError, match="activation is of the outputs of a head. Received: act"):
+    with pytest.raises(ValueError, match=r"activation is of the outputs of a head. Received: act"):
         export_saved_model(model, tmp_path / "m", X, activation="sigmoid")
