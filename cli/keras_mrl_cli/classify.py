@@ -1,6 +1,7 @@
 """Ask a server for the classes of images, or of rows of arrays.
 
-Prints the best class of each row, its probability and the dim that decided it. Without --dim the
+Prints the best class of each row, its probability and the dim that decided it; of a model whose
+rows may have several classes all above 0.5, or dashes where there is none. Without --dim the
 model's own policy decides, wider dims only for rows still unsure; a model without a policy is
 asked at its full dim. Every file is checked before anything is sent, and bad ones are named all at
 once; --skip-unreadable goes on without them. A model that decodes images gets a JPEG or PNG as it
@@ -16,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
+
+import click
 
 from .output import Table, file_width, print_json
 from .shared import (
@@ -41,6 +44,17 @@ Classes = list[tuple[int, str | None, float]]  # class id, label and probability
 ShowRow = Callable[[str, int, int, float, Classes], None]
 
 
+def probability(text: str) -> float:
+    """Return the number of a flag, a probability."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise click.BadParameter(f"must lie in 0..1. Received: {text!r}. Give for example 0.5.")
+    return number
+
+
 @command(
     __doc__,
     files_argument(),
@@ -48,7 +62,18 @@ ShowRow = Callable[[str, int, int, float, Classes], None]
     *server_options(),
     Option("--dim", type=int, metavar="M", help="ask the head of this dim alone"),
     Option("--policy", metavar="FILE", help="JSON of a CascadePolicy to ask by (the model's own)"),
-    count_option("--top", "K", "how many classes of each row (1)", usual=1, remedy="Try 3."),
+    count_option(
+        "--top",
+        "K",
+        "how many classes of each row (1, or all above --above where a row may have several)",
+        remedy="Try 3.",
+    ),
+    Option(
+        "--above",
+        type=probability,
+        metavar="P",
+        help="only classes with a probability above P (0.5 where a row may have several)",
+    ),
     *file_options(),
     json_option("print one JSON object per row"),
 )
@@ -62,11 +87,12 @@ def classify(arguments: SimpleNamespace) -> int:
     policy = None if arguments.policy is None else load_policy(arguments.policy)
     with connect_and_describe(arguments) as (client, manifest):
         manifest.check_head()
-        _check_top(arguments.top, manifest)
+        top, above = _chosen(arguments, manifest)
         dim = None if arguments.dim is None else manifest.check_dim(arguments.dim)
         if dim is None and policy is None and manifest.cascade is None:
             dim = manifest.width
-        show_row = _print_json if arguments.json else _table(arguments, manifest)
+        ranked = top is None or top > 1
+        show_row = _print_json if arguments.json else _table(arguments, manifest, ranked)
 
         def ask(rows: Arrays, progress: Callable[[int, int], object]) -> Classification:
             if dim is None:
@@ -77,17 +103,25 @@ def classify(arguments: SimpleNamespace) -> int:
             best = answer[0]
             labels = best.labels or (None,) * len(best.class_ids)
             classes = list(zip(best.class_ids, labels, best.probabilities, strict=True))
-            show_row(file, row, best.dim, best.confidence, classes[: arguments.top])
+            shown = [entry for entry in classes if entry[2] > above]
+            show_row(file, row, best.dim, best.confidence, shown[:top])
 
         return ask_files(arguments, client, manifest, ask, show)
 
 
-def _check_top(top: int, manifest: Manifest) -> None:
-    if manifest.top_k is not None and top > manifest.top_k:
+def _chosen(arguments: SimpleNamespace, manifest: Manifest) -> tuple[int | None, float]:
+    """Return how many classes of a row are shown at most, None for all, and above what."""
+    top, above = arguments.top, arguments.above
+    if top is not None and manifest.top_k is not None and top > manifest.top_k:
         raise RefusalError(
             f"--top must lie in 1..{manifest.top_k}, as many classes as the model names. "
             f"Received: {top}. Give fewer, or export the model with a larger top_k."
         )
+    if manifest.activation == "sigmoid":
+        usual = 0.5 if top is None else -1.0
+    else:
+        top, usual = top or 1, -1.0
+    return top, usual if above is None else above
 
 
 def _print_json(file: str, row: int, dim: int, confidence: float, classes: Classes) -> None:
@@ -98,8 +132,8 @@ def _print_json(file: str, row: int, dim: int, confidence: float, classes: Class
     print_json(file=file, row=row, dim=dim, confidence=confidence, classes=objects)
 
 
-def _table(arguments: SimpleNamespace, manifest: Manifest) -> ShowRow:
-    rank = {"RANK": -4} if arguments.top > 1 else {}
+def _table(arguments: SimpleNamespace, manifest: Manifest, ranked: bool) -> ShowRow:
+    rank = {"RANK": -4} if ranked else {}
     last = "LABEL" if manifest.labels else "CLASS"
     width = file_width(arguments.files)
     digits = len(str(manifest.width))
@@ -110,5 +144,7 @@ def _table(arguments: SimpleNamespace, manifest: Manifest) -> ShowRow:
         for number, (class_id, label, probability) in enumerate(classes, 1):
             name = class_id if label is None else label
             table.row(file, row, dim, *([number] if rank else []), f"{probability:.4f}", name)
+        if not classes:
+            table.row(file, row, dim, *(["-"] if rank else []), "-", "-")
 
     return show_row

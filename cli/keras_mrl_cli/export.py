@@ -12,11 +12,15 @@ folder of the version.
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import struct
 import sys
-from collections.abc import Sequence
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -100,7 +104,18 @@ def float32(text: str) -> float:
         metavar="X",
         help="with --images: pixels of 0..255 are multiplied by it (1)",
     ),
-    Option("--top-k", type=int, metavar="K", help="how many classes are named (5)"),
+    Option(
+        "--activation",
+        type=click.Choice(["softmax", "sigmoid", "none"]),
+        help="what the head's outputs are: one class a row, any number of classes, or values "
+        "(as the model's loss says)",
+    ),
+    Option(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="how many classes are named (5, or all where a row may have several)",
+    ),
     Option("--name", metavar="NAME", help="name in the manifest (the model's own)"),
     Option(
         "--version",
@@ -153,7 +168,8 @@ def _export(arguments: SimpleNamespace) -> int:
     _import(arguments.modules)
     print_note(f"Loading {arguments.model} on {keras.backend.backend()} ...")
     model = _load(arguments.model)
-    optional = {name: getattr(arguments, name) for name in ("dims", "signatures", "top_k", "name")}
+    flags = ("dims", "signatures", "top_k", "name", "activation")
+    optional = {flag: getattr(arguments, flag) for flag in flags}
     with refusing(
         ExportError,
         KerasMrlError,
@@ -170,7 +186,7 @@ def _export(arguments: SimpleNamespace) -> int:
             sample = _random_rows(model)
             print_note(_RANDOM_ROWS)
         print_note("Exporting, and comparing every signature with the model ...")
-        with ended_by_signals():
+        with ended_by_signals(), _warnings_as_notes():
             version = export_saved_model(
                 model,
                 arguments.base_path,
@@ -185,6 +201,17 @@ def _export(arguments: SimpleNamespace) -> int:
             )
     print_line(str(Path(arguments.base_path) / version.name))  # a relative base path stays one
     return DONE
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Print what the export warns of, such as what it assumes, where notes go."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", UserWarning)
+        yield
+    for warning in caught:
+        if warning.category is UserWarning:
+            print_note(str(warning.message))
 
 
 def _labels(file: str) -> list[str]:
@@ -231,7 +258,11 @@ def _load(file: str) -> Any:
             f"Received: {file}, which is none. Correct the path, or write it: model.save(...)."
         )
     try:
-        return keras.saving.load_model(file, compile=False)
+        model = keras.saving.load_model(file, compile=False)
+        loss = _loss_in(file)
+        if loss is not None:
+            model.compile(loss=loss)  # without the state of the optimizer
+        return model
     except Exception as error:  # Keras raises whatever a layer raises
         raise RefusalError(
             "The .keras file must load on this backend. "
@@ -239,6 +270,18 @@ def _load(file: str) -> Any:
             f"{one_line(error)} Import the modules that register classes of your own with "
             "--import, and make Lambda layers classes."
         ) from error
+
+
+def _loss_in(file: str) -> Any:
+    """Return the loss that the model of a file was compiled with; None without one of Keras's."""
+    import keras
+
+    with zipfile.ZipFile(file) as archive:
+        compiled = json.loads(archive.read("config.json")).get("compile_config") or {}
+    try:
+        return keras.saving.deserialize_keras_object(compiled.get("loss"))
+    except (TypeError, ValueError):  # a loss of the user's own, which nothing has registered
+        return None
 
 
 def _declared_inputs(model: Any) -> dict[str, Any]:

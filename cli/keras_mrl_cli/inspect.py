@@ -189,7 +189,11 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
     if manifest["num_classes"] is not None:
         names = "with names" if manifest["labels"] else "without names"
         tied = "one kernel for all dims" if manifest["tied"] else "a kernel for each dim"
-        _line("classes", f"{manifest['num_classes']} {names}, top {manifest['top_k']}; {tied}")
+        several = ", any number a row" if manifest["activation"] == "sigmoid" else ""
+        classes = f"{manifest['num_classes']} {names}, top {manifest['top_k']}{several}"
+        _line("classes", f"{classes}; {tied}")
+    if manifest["num_values"] is not None:
+        _line("values", f"{manifest['num_values']} a row")
     if manifest["size"] is not None:
         _line("gallery", f"{manifest['size']} rows")
     if manifest["funnel"] is not None:

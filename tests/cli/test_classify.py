@@ -110,3 +110,37 @@ def test_flags_that_do_not_fit(call: Call) -> None:
     assert command.refused("--top", "0", status=2) == (
         "--top must be at least 1. Received: 0. Try 3."
     )
+
+
+def test_of_several_classes_a_row_all_above_a_half_are_printed(ask: Ask) -> None:
+    np.save("two.npy", np.array([[100, -100, 20], [-50, -50, -100]], np.float32))
+    assert ask("classify", "tags", "two.npy") == (
+        0,
+        "FILE        ROW  DIM  RANK  PROBABILITY  LABEL\n"
+        "two.npy       0    3     1       0.8808  red\n"
+        "two.npy       0    3     2       0.5987  blue\n"
+        "two.npy       1    3     -            -  -\n",
+        "",
+    )
+    rows = lines(ask("classify", "tags", "two.npy", "--json", "--above", "0.2", "--dim", "1")[1])
+    assert [[entry["label"] for entry in row["classes"]] for row in rows] == [
+        ["red", "grün", "blue"],
+        ["grün", "blue", "red"],
+    ]
+    rows = lines(ask("classify", "tags", "two.npy", "--json", "--top", "1")[1])
+    assert [[entry["label"] for entry in row["classes"]] for row in rows] == [["red"], ["red"]]
+    rows = lines(ask("classify", "rows", "two.npy", "--json", "--above", "0.9")[1])
+    assert [row["classes"] for row in rows] == [[], []]
+
+
+def test_classes_of_values_are_refused(ask: Ask) -> None:
+    np.save("x.npy", np.zeros((1, 3), np.float32))
+    status, out, err = ask("classify", "prices", "x.npy")
+    assert (status, out) == (1, "")
+    assert "Only a model with classes can classify. Received: a request to classify" in err
+
+
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "nan", "half"])
+def test_above_is_a_probability(call: Call, value: str) -> None:
+    text = call.misused("classify", "--target", "t:1", "x.npy", f"--above={value}")
+    assert text.endswith(f"must lie in 0..1. Received: {value!r}. Give for example 0.5.")

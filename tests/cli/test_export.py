@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
 from keras_mrl_serving import Manifest
 from keras_mrl_serving.contract import MANIFEST_FILE
 from keras_mrl_serving.saved_model import read_signatures
@@ -356,3 +357,33 @@ def test_an_export_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: in
         assert process.stdout.read() == b""
     assert not base_path.exists()
     assert not list(temporary.glob("keras-mrl-*"))
+
+
+def of_loss(file: Path, loss: str | None) -> str:
+    """A model of one output, compiled with a loss and never fitted, as a file without a suffix."""
+    backbone = keras.Sequential([keras.Input((5,), name="x"), keras.layers.Dense(8)])
+    model = MatryoshkaClassifier(backbone, MatryoshkaHead(2, dims=(2, 8)))
+    if loss is not None:
+        model.compile("sgd", loss=loss)
+    model.save(file)
+    return str(file.with_suffix(""))
+
+
+def test_the_loss_in_the_file_says_what_the_outputs_are(export: Export, tmp_path: Path) -> None:
+    for loss, kind, activation in (
+        ("binary_crossentropy", "classifier", "sigmoid"),
+        ("huber", "regressor", "none"),
+    ):
+        _, manifest, err = export(of_loss(tmp_path / "m.keras", loss), "--signatures", "features")
+        assert (manifest.kind, manifest.activation) == (kind, activation)
+        assert "Softmax is assumed" not in err
+
+
+def test_what_no_loss_says_is_named_or_assumed_aloud(export: Export, tmp_path: Path) -> None:
+    mute = of_loss(tmp_path / "mute.keras", None)
+    _, manifest, err = export(mute, "--signatures", "features", "--activation", "sigmoid")
+    assert manifest.activation == "sigmoid"
+    assert "assumed" not in err
+    _, manifest, err = export(mute, "--signatures", "features", "--version", "9999999999")
+    assert manifest.activation == "softmax"
+    assert "which was never compiled. Softmax is assumed. Name it with activation=: " in err

@@ -150,6 +150,7 @@ from my_layers import Twice
 backbone = keras.Sequential([keras.Input((6,), name="x"), keras.layers.Dense(16), Twice()])
 model = MatryoshkaClassifier(backbone, MatryoshkaHead(5, (2, 4, 16)), name="tiny_One")
 model.predict(np.ones((2, 6), "float32"), verbose=0)
+model.compile(loss="sparse_categorical_crossentropy")
 model.save("tiny.keras")
 """
 

@@ -1,6 +1,7 @@
-"""Five small SavedModels, one for each kind of input that the command line sends.
+"""Small SavedModels, one for each kind of input that the command line sends, and two of heads.
 
-Every model's features are three numbers; its logits are they by 50, at dim 1 the first only.
+Every model's features are three numbers; its logits are they by 50, at dim 1 the first only. A row
+of "tags" may have several classes, and "prices" is asked for no class.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,8 @@ SPECS: dict[str, dict[str, dict[str, Any]]] = {
         "a": {"dtype": "float32", "shape": [None, 2]},
         "b": {"dtype": "float32", "shape": [None, 1]},
     },
+    "tags": {"x": {"dtype": "float32", "shape": [None, 3]}},
+    "prices": {"x": {"dtype": "float32", "shape": [None, 3]}},
 }
 HEAD: dict[str, Any] = {
     "kind": "classifier",
@@ -35,6 +38,8 @@ MORE: dict[str, dict[str, Any]] = {
     "bytes": {**HEAD, "quality": {"1": {"top1": 0.7}, "3": {"top1": 0.8}}},
     "rows": {**HEAD, "labels": False},
     "pair": {"kind": "encoder"},
+    "tags": {**HEAD, "activation": "sigmoid", "top_k": 3},
+    "prices": {"kind": "regressor", "num_values": 1},
 }
 
 
@@ -71,7 +76,9 @@ def save(name: str, path: Path) -> None:
 
     def head(prefix: Any, dim: int) -> dict[str, Any]:
         logits = tf.pad(prefix, [[0, 0], [0, 3 - dim]]) / 50
-        top, class_ids = tf.math.top_k(tf.nn.softmax(logits), 2)
+        is_softmax = manifest.activation == "softmax"
+        probabilities = tf.nn.softmax(logits) if is_softmax else tf.sigmoid(logits)
+        top, class_ids = tf.math.top_k(probabilities, manifest.top_k)
         answer = {"class_ids": tf.cast(class_ids, tf.int64), "probabilities": top}
         answer["confidence"] = top[:, 0]
         if manifest.labels:
