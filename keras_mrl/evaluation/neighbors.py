@@ -298,7 +298,8 @@ def _merge(best: Array, ids: Array, scores: Array, positions: Array) -> tuple[Ar
         queries = np.repeat(np.arange(len(best)), columns.shape[1])
         columns = np.sort(columns, axis=1).ravel()
     else:
-        queries, columns = np.nonzero(scores > worst[:, None])
+        better = np.flatnonzero(scores > worst[:, None])
+        queries, columns = np.divmod(better, scores.shape[1])
     count = np.bincount(queries, minlength=len(best))
     most = int(count.max(initial=0))
     if not most:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import keras
 
@@ -13,6 +13,9 @@ class Quality(dict[int, dict[str, float]]):
     A plain dict in all but two things: printed, it is a table, and `by_measure` turns it round for
     figures. `export_saved_model(quality=...)` takes it.
 
+    Args:
+        measures: Dim to measure to number; None means none yet.
+
     Examples:
         >>> quality = Quality({8: {"ndcg@10": 0.5, "mrr@10": 0.625}, 16: {"ndcg@10": 0.75}})
         >>> print(quality)
@@ -22,6 +25,9 @@ class Quality(dict[int, dict[str, float]]):
         >>> quality[8]["mrr@10"]
         0.625
     """
+
+    def __init__(self, measures: Mapping[int, dict[str, float]] | None = None) -> None:
+        super().__init__(measures or {})
 
     def by_measure(self) -> dict[str, dict[int, float]]:
         """Return measure to dim to number, as `plot_by_dim` takes its lines.

@@ -283,7 +283,7 @@ def test_a_model_is_judged_by_its_embeddings(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.backend
 def test_the_corpus_of_two_towers_goes_through_the_other() -> None:
     users = keras.Sequential([keras.Input((24,)), keras.layers.Dense(8)])
-    sides = {"left": keras.Input((20,)), "right": keras.Input((4,))}
+    sides = {name: keras.Input((width,), name=name) for name, width in (("left", 20), ("right", 4))}
     items = keras.Model(sides, keras.layers.Dense(8)(keras.layers.Concatenate()([*sides.values()])))
     encoder = MatryoshkaEncoder(users, items)
     corpus = {"left": CORPUS[:, :20], "right": CORPUS[:, 20:]}
