@@ -156,8 +156,7 @@ def evaluate_similarity(
         )
     body, other = as_model(backbone), gallery_backbone(model, backbone)
     gallery = body if other is backbone else as_model(other)
-    sides = (
-        side_model.predict(side, batch_size=batch_size, verbose=verbose)
-        for side_model, side in ((body, first), (gallery, second))
+    one = body.predict(first, batch_size=batch_size, verbose=verbose)
+    return score_similarity(
+        one, gallery.predict(second, batch_size=batch_size, verbose=verbose), grades, ladder
     )
-    return score_similarity(*sides, grades, ladder)

@@ -273,7 +273,7 @@ def test_a_model_is_judged_by_its_embeddings(monkeypatch: pytest.MonkeyPatch) ->
     quality = evaluate_retrieval(
         model, QUERIES, CORPUS, qrels, names, ids, k=CUTS, batch_size=64, verbose=0
     )
-    embedded = [backbone.predict(rows, verbose=0) for rows in (QUERIES, CORPUS)]
+    embedded = backbone.predict(QUERIES, verbose=0), backbone.predict(CORPUS, verbose=0)
     expected = score_retrieval(*embedded, qrels, (4, 16), names, ids, CUTS)
     assert list(quality) == [4, 16]
     for dim, measures in expected.items():
