@@ -19,7 +19,8 @@ from keras_mrl.evaluation import (
     plot_by_dim,
     score_retrieval,
 )
-from keras_mrl_serving.contract import Manifest, cheapest_dim
+from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.quality import cheapest_dim
 from tests.helpers.laws import exactly
 
 RNG = np.random.default_rng(0)
