@@ -51,8 +51,10 @@ _ENCODINGS: dict[wire.DataType, _Encoding] = {
 }
 # uint16 are the bits of half and bfloat16, which have no dtype of their own in `_ENCODINGS`.
 _DTYPES = {
-    encoding.bits: dtype for dtype, encoding in _ENCODINGS.items() if encoding is not _HALF_BITS
-} | {"float16": wire.DT_HALF}
+    np.dtype(encoding.bits).newbyteorder("<"): dtype
+    for dtype, encoding in _ENCODINGS.items()
+    if encoding is not _HALF_BITS
+} | {np.dtype("<f2"): wire.DT_HALF}
 
 
 def to_proto(array: npt.NDArray[Any]) -> wire.TensorProto:
@@ -73,20 +75,30 @@ def to_proto(array: npt.NDArray[Any]) -> wire.TensorProto:
         >>> list(to_proto(np.array(["blue", "grün"])).string_val)
         [b'blue', b'gr\xc3\xbcn']
     """
-    shape = wire.TensorShapeProto(
-        dim=[wire.TensorShapeProto.Dim(size=size) for size in array.shape]
-    )
+    proto = wire.TensorProto()
+    fill_proto(proto, array)
+    return proto
+
+
+def fill_proto(proto: wire.TensorProto, array: npt.NDArray[Any]) -> None:
+    """Fill an empty tensor, such as one within a message, with an array: see `to_proto`."""
+    proto.tensor_shape.SetInParent()
+    add_dim = proto.tensor_shape.dim.add
+    for size in array.shape:
+        add_dim().size = size
     if array.dtype.kind in "OSUT":
-        strings = [_string_bytes(element) for element in array.ravel().tolist()]
-        return wire.TensorProto(dtype=wire.DT_STRING, tensor_shape=shape, string_val=strings)
-    dtype = _DTYPES.get(array.dtype.name)
+        proto.dtype = wire.DT_STRING
+        proto.string_val.extend([_string_bytes(element) for element in array.ravel().tolist()])
+        return
+    little_endian = array.dtype if array.dtype in _DTYPES else array.dtype.newbyteorder("<")
+    dtype = _DTYPES.get(little_endian)
     if dtype is None:
         raise ValueError(
             "dtype must be float16 to float64, int8 to int64, uint8 to uint64, bool, bytes or str. "
             f"Received: dtype={array.dtype}. Convert the array first: array.astype('float32')."
         )
-    little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return wire.TensorProto(dtype=dtype, tensor_shape=shape, tensor_content=little_endian.tobytes())
+    proto.dtype = dtype
+    proto.tensor_content = array.astype(little_endian, copy=False).tobytes()
 
 
 def from_proto(proto: wire.TensorProto) -> npt.NDArray[Any]:
@@ -232,7 +244,7 @@ def encode(envelope: Envelope) -> tuple[str, Any]:
     if isinstance(request, Call):
         message = wire.PredictRequest(model_spec=spec, output_filter=request.outputs)
         for name, array in request.inputs.items():
-            message.inputs[name].CopyFrom(to_proto(array))
+            fill_proto(message.inputs[name], array)
         return PREDICT, message
     if isinstance(request, AskSignatures):
         return METADATA, wire.GetModelMetadataRequest(model_spec=spec, metadata_field=[_SIGNATURES])
