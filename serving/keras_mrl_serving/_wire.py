@@ -124,39 +124,37 @@ def from_proto(proto: wire.TensorProto) -> npt.NDArray[Any]:
 
 
 def _array(proto: wire.TensorProto, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    count = math.prod(shape)
-    if proto.dtype == wire.DT_STRING:
-        content = proto.tensor_content
+    count, dtype, content = math.prod(shape), proto.dtype, proto.tensor_content
+    if dtype == wire.DT_STRING:
         strings = _split_strings(content, shape) if content else proto.string_val[:count]
         values = np.empty(len(strings), object)
         values[:] = strings
         return _fit(values, count, b"").reshape(shape)
-    if proto.dtype not in _ENCODINGS:
-        has_name = proto.dtype in wire.DataType.values()
-        name = wire.DataType.Name(proto.dtype) if has_name else proto.dtype
+    if dtype not in _ENCODINGS:
+        name = wire.DataType.Name(dtype) if dtype in wire.DataType.values() else dtype
         raise ValueError(
             "a tensor's dtype must be a float, integer, bool or string dtype that NumPy has, or "
             f"bfloat16. Received: dtype={name}. Cast the output in the exported signature: "
             "tf.cast(output, tf.float32)."
         )
-    bits, field, field_dtype = _ENCODINGS[proto.dtype]
-    if proto.tensor_content:
+    bits, field, field_dtype = _ENCODINGS[dtype]
+    if content:
         element = np.dtype(bits).newbyteorder("<")
-        if len(proto.tensor_content) != count * element.itemsize:
+        if len(content) != count * element.itemsize:
             raise ValueError(
                 f"tensor_content must hold {count * element.itemsize} bytes: {element.itemsize} "
-                f"for each element of shape {shape}. Received: {len(proto.tensor_content)} bytes. "
+                f"for each element of shape {shape}. Received: {len(content)} bytes. "
                 "The tensor is damaged: ask again, and if it stays so look at what the server runs."
             )
-        values = np.frombuffer(proto.tensor_content, element).astype(bits)
+        values = np.frombuffer(content, element).astype(bits)
     else:
         numbers = getattr(proto, field)
         # Of many, one copy through the container's __array__: a million in a list take 60 ms.
         field_values = np.array(numbers[:count] if count <= _FEW else numbers, field_dtype)
         values = _fit(field_values, count, 0).astype(bits, copy=False)
-    if proto.dtype == wire.DT_HALF:
+    if dtype == wire.DT_HALF:
         values = values.view("float16")
-    elif proto.dtype == wire.DT_BFLOAT16:
+    elif dtype == wire.DT_BFLOAT16:
         values = (values.astype("uint32") << 16).view("float32")
     return values.reshape(shape)
 
