@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 
-from ..saved_model import list_versions
+from ..saved_model import list_versions, no_versions
 from .log import logger
 from .run import ServingSession
 from .status import StatusError, failed_precondition, invalid_argument, stopped
@@ -487,14 +487,6 @@ def absent_versions(paths: Mapping[int, str], policy: Any) -> list[int]:
         policy: a `ServableVersionPolicy`.
     """
     return sorted(set(policy.specific.versions) - paths.keys())
-
-
-def no_versions(name: str, base_path: str) -> str:
-    """TensorFlow Serving's text about a base path without versions."""
-    return (
-        f"No versions of servable {name} found under base path {base_path}. Did you forget to "
-        "name your leaf directory as a number (eg. '/1/')?"
-    )
 
 
 def absent_version(name: str, number: int) -> str:
