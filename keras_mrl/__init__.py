@@ -36,6 +36,7 @@ from .models import MatryoshkaClassifier as MatryoshkaClassifier
 from .models import MatryoshkaEncoder as MatryoshkaEncoder
 from .models import causal_transformer as causal_transformer
 from .models import cut as cut
+from .models import embedder as embedder
 from .models import freeze_before as freeze_before
 from .models import funnel_top_k as funnel_top_k
 from .models import generate as generate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -28,6 +29,53 @@ def check_unmasked(*data: Any) -> None:
                 f"Received: a masked array, {int(part.mask.sum())} of {part.size} entries "
                 "masked. Fill them, for example with array.filled(0), or leave the rows out."
             )
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether `data` gives batches: a `tf.data.Dataset`, a `PyDataset` or a `DataLoader`."""
+    is_loader = hasattr(data, "batch_size") and hasattr(data, "dataset")
+    return isinstance(data, keras.utils.PyDataset) or hasattr(data, "element_spec") or is_loader
+
+
+def labelled_batches(name: str, dataset: Any) -> Iterator[tuple[Any, Array]]:
+    """Yield the inputs and the labels `(rows,)` of every batch of a data set, once through.
+
+    Args:
+        name: Of the argument, for errors.
+        dataset: What `is_dataset` takes; of batches `(x, y)` or `(x, y, sample_weight)`.
+
+    Raises:
+        ValueError: If it has no end, no batch, or batches of another form.
+    """
+    is_indexed = isinstance(dataset, keras.utils.PyDataset)
+    has_no_end = dataset.num_batches is None if is_indexed else _repeats(dataset)
+    if has_no_end:
+        raise _dataset_error(name, "one that repeats without end")
+    number = 0
+    for batch in map(dataset.__getitem__, range(len(dataset))) if is_indexed else dataset:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise _dataset_error(name, f"batches that are a {type(batch).__name__}")
+        x = keras.tree.map_structure(keras.ops.convert_to_numpy, batch[0])
+        labels = as_labels(batch[1])
+        shapes = [tuple(part.shape) for part in keras.tree.flatten(x)]
+        if {shape[:1] for shape in shapes} != {labels.shape} or labels.ndim != 1:
+            raise _dataset_error(name, f"inputs {shapes} with labels {labels.shape} in a batch")
+        number += 1
+        yield x, labels
+    if not number:
+        raise _dataset_error(name, "no batch")
+
+
+def _repeats(dataset: Any) -> bool:
+    cardinality = getattr(dataset, "cardinality", lambda: 0)
+    return int(cardinality()) == -1  # as TensorFlow counts what is infinite
+
+
+def _dataset_error(name: str, received: str) -> ValueError:
+    return ValueError(
+        f"A data set of {name} must end, and give batches (x, y) with one integer label per row. "
+        f"Received: {received}. Batch it, leave repeat() out, and map its rows to (x, y)."
+    )
 
 
 def check_features(features: Any, dim: int = 1) -> Array:

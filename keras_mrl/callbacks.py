@@ -15,11 +15,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from ._arrays import as_labels, check_kinds, check_unmasked
+from ._arrays import as_labels, check_kinds, check_unmasked, is_dataset, labelled_batches
 from ._dims import check_dims, check_weights
 from ._modes import _Writer
 from .evaluation.neighbors import check_gallery, mean_average_precision_at_k, nearest_hits
-from .models.cut import as_model, gallery_backbone, split
+from .models.cut import as_model, dims_of_loss, gallery_backbone, split
 
 
 class NeighborMetrics(_Writer):
@@ -31,9 +31,12 @@ class NeighborMetrics(_Writer):
     few thousand rows are enough.
 
     Args:
-        gallery: Inputs and integer labels `(x, y)` to find neighbours among, e.g. of training.
-        queries: Inputs and integer labels `(x, y)` of other rows, e.g. of validation.
-        dims: Dims to measure; None means those of the model's head. The output of a model without
+        gallery: Inputs and integer labels `(x, y)` to find neighbours among, e.g. of training; or a
+            `tf.data.Dataset`, a `keras.utils.PyDataset` or a PyTorch `DataLoader` of batches of
+            them, which is read into memory.
+        queries: The same of other rows, e.g. of validation.
+        dims: Dims to measure; None means those of the model's head, or of the loss of a
+            `MatryoshkaEncoder`. The output of a model without
             a head is taken as its embedding.
         batch_size: Rows that are embedded at a time.
 
@@ -59,8 +62,8 @@ class NeighborMetrics(_Writer):
 
     def __init__(
         self,
-        gallery: tuple[Any, Any],
-        queries: tuple[Any, Any],
+        gallery: Any,
+        queries: Any,
         dims: Sequence[int] | None = None,
         batch_size: int = 256,
     ) -> None:
@@ -86,7 +89,7 @@ class NeighborMetrics(_Writer):
         """Embed both sides, search, and write the two measures of every dim."""
         del epoch
         backbone, head = split(self.model)
-        dims = self.dims or (head.dims if head is not None else None)
+        dims = self.dims or (head.dims if head is not None else dims_of_loss(self.model))
         if dims is None:
             raise ValueError(
                 "NeighborMetrics needs dims for a model that ends in no MatryoshkaHead. "
@@ -110,6 +113,10 @@ class NeighborMetrics(_Writer):
 
 def _check_pair(name: str, pair: Any) -> tuple[Any, Any]:
     """Return the inputs as they are, and their labels as an array `(rows,)`."""
+    if is_dataset(pair):
+        parts, labels_by_batch = zip(*labelled_batches(name, pair), strict=True)
+        x = keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
+        pair = x, np.concatenate(labels_by_batch)
     received = f"a {type(pair).__name__}"
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
         x, y = pair

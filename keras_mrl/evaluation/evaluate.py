@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -21,18 +21,21 @@ from .._arrays import (
     check_labels_of,
     check_unmasked,
     head_arrays,
+    is_dataset,
+    labelled_batches,
 )
 from .._dims import check_dims
-from ..models.cut import as_model, gallery_backbone, split
+from ..models.cut import as_model, dims_of_loss, gallery_backbone, split
 from .neighbors import (
     BLOCK_ROWS,
     check_gallery,
     mean_average_precision_at_k,
-    nearest_by_dim,
+    nearest_ids,
     precision_at_k,
 )
 from .probe import check_probe, linear_probe
-from .quality import Quality, progress_bar
+
+Quality = dict[int, dict[str, float]]
 
 _HEAD_ROWS = 4096  # rows whose logits are held at a time
 
@@ -40,8 +43,8 @@ _HEAD_ROWS = 4096  # rows whose logits are held at a time
 def evaluate(
     model: keras.Model,
     inputs: Any,
-    labels: Any,
-    gallery: tuple[Any, Any] | None = None,
+    labels: Any = None,
+    gallery: Any = None,
     dims: Sequence[int] | None = None,
     k: int = 10,
     probe: bool = False,
@@ -60,19 +63,22 @@ def evaluate(
 
     Args:
         model: A model that ends in a `MatryoshkaHead`, or whose output is the embedding.
-        inputs: The rows to judge on, as `model.predict` takes them.
-        labels: Their class ids, `(rows,)` or, as Keras's data sets give them, `(rows, 1)`.
-        gallery: Inputs and labels `(x, y)` of other rows, to look for neighbours among.
-        dims: None means those of the head.
+        inputs: The rows to judge on, as `model.predict` takes them; or a `tf.data.Dataset`, a
+            `keras.utils.PyDataset` or a PyTorch `DataLoader` of batches `(x, y)`.
+        labels: Their class ids, `(rows,)` or, as Keras's data sets give them, `(rows, 1)`; None
+            beside a data set.
+        gallery: Inputs and labels `(x, y)` of other rows, to look for neighbours among; or a data
+            set of them.
+        dims: None means those of the head, or of the loss of a compiled `MatryoshkaEncoder`.
         k: How many neighbours; the names say so: `p10`, `map10`, `recall10`.
         probe: Whether linear classifiers are trained; scikit-learn takes minutes for 100 classes.
-        batch_size: Of the pass.
+        batch_size: Of the pass; a data set has batches of its own.
         verbose: 1 shows progress (of both passes, of the search, of the probes), 0 does not.
 
     Raises:
         ValueError: If inputs and labels do not fit, labels of the two sides are of different
             kinds, a dim cannot be measured, or the gallery has fewer than k rows. Nothing is
-            embedded before, unless the check needs the features.
+            embedded before, unless the check needs the features or the labels of a data set.
         ImportError: If `probe` is true and scikit-learn is not installed.
 
     Examples:
@@ -84,6 +90,7 @@ def evaluate(
         ([4, 16], ['top1', 'top5', 'ece', 'nn1', 'knn', 'p5', 'map5', 'recall5'])
     """
     backbone, head = split(model)
+    dims = dims_of_loss(model) if dims is None and head is None else dims
     if dims is None and head is None:
         raise ValueError(
             "evaluate needs dims for a model that ends in no MatryoshkaHead. "
@@ -99,33 +106,49 @@ def evaluate(
     # Check first: embedding the data may take hours.
     if head is None or head.dims is not None:
         _dims_to_judge(head, dims, gallery)
-    check_unmasked(inputs, gallery)
-    truth, gallery_labels = check_labels_for(inputs, labels), None
-    if head is not None and (dims is None or set(dims) & set(head.dims or ())):
-        check_class_ids(truth, head.num_classes)
+    gallery_rows, gallery_labels = (
+        (gallery, None) if is_dataset(gallery) else gallery or (None,) * 2
+    )
+    truth = _labels_in_memory(inputs, labels)
     if gallery is not None:
-        gallery_labels = check_labels_for(*gallery)
-        check_kinds(truth, gallery_labels)
-        k = check_gallery(len(gallery_labels), k)
-        if probe:
-            check_probe(gallery_labels)
+        gallery_labels = _labels_in_memory(gallery_rows, gallery_labels)
+
+    def check_labels() -> None:
+        if truth is not None and head is not None:
+            if dims is None or set(dims) & set(head.dims or ()):
+                check_class_ids(truth, head.num_classes)
+        if truth is not None and gallery_labels is not None:
+            check_kinds(truth, gallery_labels)
+        if gallery_labels is not None:
+            check_gallery(len(gallery_labels), k)
+            if probe:
+                check_probe(gallery_labels)
+
+    check_labels()
     body, other = as_model(backbone), gallery_backbone(model, backbone)
 
-    def embed(part: keras.Model, rows: Any) -> Array:
+    def embed(name: str, part: keras.Model, rows: Any, known: Any) -> tuple[Array, Array]:
+        if is_dataset(rows):
+            batches = [(part.predict_on_batch(x), y) for x, y in labelled_batches(name, rows)]
+            embeddings, of_batches = map(np.concatenate, zip(*batches, strict=True))
+            return np.asarray(embeddings, np.float32), of_batches
         embeddings = part.predict(rows, batch_size=batch_size, verbose=verbose)
-        return np.asarray(keras.ops.convert_to_numpy(embeddings), np.float32)
+        return np.asarray(keras.ops.convert_to_numpy(embeddings), np.float32), known
 
-    features = embed(body, inputs)
+    features, truth = embed("inputs", body, inputs, truth)
+    check_labels()
     if head is not None and not head.built:
         head.build(features.shape)
-    quality = Quality({dim: {} for dim in _dims_to_judge(head, dims, gallery)})
+    quality: Quality = {dim: {} for dim in _dims_to_judge(head, dims, gallery)}
     if head is not None:
         for dim in [dim for dim in quality if dim in (head.dims or ())]:
             quality[dim] |= score_head(features, truth, *head_arrays(head, dim))
     if gallery is not None:
-        rows = embed(body if other is backbone else as_model(other), gallery[0])
+        part = body if other is backbone else as_model(other)
+        rows, gallery_labels = embed("gallery", part, gallery_rows, gallery_labels)
+        check_labels()
         scores = score_embeddings(features, truth, rows, gallery_labels, tuple(quality), k, verbose)
-        progress = progress_bar(len(scores), "probe", verbose if probe else 0)
+        progress = _progress_bar(len(scores), "probe", verbose if probe else 0)
         for dim, measures in scores.items():
             quality[dim] |= measures
             if probe:
@@ -133,6 +156,19 @@ def evaluate(
                 quality[dim]["probe"] = float((trained.predict(features[:, :dim]) == truth).mean())
                 progress()
     return quality
+
+
+def _labels_in_memory(inputs: Any, labels: Any) -> Array | None:
+    """The labels of arrays, checked; None of a data set, which has its own."""
+    if not is_dataset(inputs):
+        check_unmasked(inputs)
+        return check_labels_for(inputs, labels)
+    if labels is not None:
+        raise ValueError(
+            "A data set gives its own labels. "
+            f"Received: labels beside a {type(inputs).__name__}. Leave labels out."
+        )
+    return None
 
 
 def _dims_to_judge(head: Any, dims: Sequence[int] | None, gallery: Any) -> tuple[int, ...]:
@@ -145,6 +181,18 @@ def _dims_to_judge(head: Any, dims: Sequence[int] | None, gallery: Any) -> tuple
             f"Received: dims={requested}. Give those of the head, or gallery=(x, y)."
         )
     return requested
+
+
+def _progress_bar(steps: int, unit: str, verbose: int) -> Callable[[], None]:
+    """A function to call after every step, which draws a bar where `verbose` is not 0.
+
+    The bar is there before the first step, which may take minutes.
+    """
+    if not verbose:
+        return lambda: None
+    bar = keras.utils.Progbar(steps, unit_name=unit)
+    bar.update(0)
+    return lambda: bar.add(1)
 
 
 def score_embeddings(
@@ -183,11 +231,11 @@ def score_embeddings(
     labels = check_labels_of(gallery, gallery_labels)
     check_kinds(expected, labels)
     k = check_gallery(len(gallery), k)
-    progress = progress_bar(-(-len(gallery) // BLOCK_ROWS), "block", verbose)
-    nearest = nearest_by_dim(gallery, queries, ladder, k, progress)
-    exact = nearest[ladder[-1]]
-    scores = Quality()
-    for dim, ids in nearest.items():
+    progress = _progress_bar(len(ladder) * -(-len(gallery) // BLOCK_ROWS), "block", verbose)
+    exact = nearest_ids(gallery, queries, ladder[-1], k, progress)
+    scores: Quality = {}
+    for dim in ladder:
+        ids = exact if dim == ladder[-1] else nearest_ids(gallery, queries, dim, k, progress)
         hits = labels[ids] == expected[:, None]
         shared = [len(np.intersect1d(a, b)) for a, b in zip(ids, exact, strict=True)]
         scores[dim] = {
@@ -260,8 +308,14 @@ def score_head(features: Any, labels: Any, kernel: Any, bias: Any) -> dict[str, 
     }
 
 
+def _off_the_backend(values: Any) -> Any:
+    """An array of a tensor, which on PyTorch may have a gradient; anything else as it is."""
+    return keras.ops.convert_to_numpy(values) if keras.ops.is_tensor(values) else values
+
+
 def _check_head(kernel: Any, bias: Any) -> tuple[Array, Array]:
     """A kernel and a bias as float32; without one, zeros."""
+    kernel, bias = map(_off_the_backend, (kernel, bias))
     weights = as_float32("kernel", kernel)
     fits = weights.ndim == 2 and bool(weights.size)
     offsets = np.zeros(weights.shape[-1:], np.float32) if bias is None else as_float32("bias", bias)

@@ -107,15 +107,20 @@ class MatryoshkaHead(keras.layers.Layer):
         if self.embedding is not None:
             _check_table(self.embedding, self.dims)
         kernel_dims = self.dims[-1:] if self.tied else self.dims
-        self._kernels = [
-            self.add_weight(
-                name="kernel" if self.tied else f"kernel_{dim}",
-                shape=(dim, self.num_classes),
-                initializer=_reseeded(self.kernel_initializer, index),
-                regularizer=self.kernel_regularizer,
-            )
-            for index, dim in enumerate(kernel_dims if self.embedding is None else ())
-        ]
+        self._kernels: list[Any] = []
+        self._scales: list[Any] = []
+        if self.quantization_mode is not None:
+            self._build_int8()
+        elif self.embedding is None:
+            self._kernels = [
+                self.add_weight(
+                    name="kernel" if self.tied else f"kernel_{dim}",
+                    shape=(dim, self.num_classes),
+                    initializer=_reseeded(self.kernel_initializer, index),
+                    regularizer=self.kernel_regularizer,
+                )
+                for index, dim in enumerate(kernel_dims)
+            ]
         self._biases = [
             self.add_weight(
                 name="bias" if self.tied else f"bias_{dim}",
@@ -175,9 +180,85 @@ class MatryoshkaHead(keras.layers.Layer):
 
     def _kernel(self, index: int) -> Any:
         if self.embedding is None:
-            return ops.convert_to_tensor(self._kernels[index])
-        table = ops.convert_to_tensor(self.embedding.embeddings)
+            kernel = ops.convert_to_tensor(self._kernels[index])
+            if self.quantization_mode is None:
+                return kernel
+            scale = ops.convert_to_tensor(self._scales[index])
+            return ops.cast(kernel, scale.dtype) / scale
+        if self.embedding.quantization_mode is None:
+            table = ops.convert_to_tensor(self.embedding.embeddings)
+        else:  # its rows are integers, which the layer alone reads
+            table = self.embedding(ops.arange(self.num_classes))
         return ops.transpose(table[:, : (self.dims or ())[-1]])
+
+    def quantize(self, mode: Any = None, type_check: bool = True, config: Any = None) -> None:
+        """Hold the kernels as integers of 8 bits, with a scale per class.
+
+        The integers and scales are those of a `keras.layers.Dense` in this mode. But features stay
+        as they are: what `call`, `weights_at` and an exported model compute is the same product.
+        `quantize` of a Keras model calls this.
+
+        Args:
+            mode: "int8".
+            type_check: Whether subclasses are left as they are.
+            config: A `keras.quantizers.Int8QuantizationConfig`, for its `weight_quantizer`.
+
+        Raises:
+            NotImplementedError: If the mode is another, the kernel is that of an embedding, or the
+                layer is of a subclass. `quantize` of a Keras model then warns, and leaves the head
+                as it is.
+
+        Examples:
+            >>> head = MatryoshkaHead(num_classes=10, dims=(2, 4, 8))
+            >>> head.build((None, 8))
+            >>> head.quantize("int8")
+            >>> tuple(head(keras.ops.ones((5, 8))).shape)
+            (5, 3, 10)
+        """
+        if type_check and type(self) is not MatryoshkaHead:
+            raise self._not_implemented_error(self.quantize)
+        if mode != "int8" or self.embedding is not None:
+            reason = f"mode={mode!r}" if self.embedding is None else "a head with an embedding"
+            raise NotImplementedError(
+                "A MatryoshkaHead has kernels of its own in float or in int8. "
+                f"Received: {reason}. Write quantize('int8'), or quantize the embedding."
+            )
+        quantizer = getattr(config, "weight_quantizer", None) or keras.quantizers.AbsMaxQuantizer(0)
+        values = [quantizer(kernel, to_numpy=True) for kernel in self._kernels]
+        for kernel in list(self._kernels):
+            self._untrack_variable(kernel)
+        self._build_int8()
+        for index, (integers, scale) in enumerate(values):
+            self._kernels[index].assign(integers)
+            self._scales[index].assign(ops.squeeze(scale, axis=0))
+        if self.quantization_mode is None:
+            name = f"int8_from_{self.float_policy.name}"
+            self.dtype_policy: Any = keras.dtype_policies.get(name)
+
+    @property
+    def float_policy(self) -> Any:
+        """The dtype policy of the layer, without the integers of a quantized one."""
+        if self.quantization_mode is None:
+            return self.dtype_policy
+        return keras.dtype_policies.get(self.dtype_policy.name.split("_from_")[1])
+
+    def _build_int8(self) -> None:
+        kernel_dims = (self.dims or ())[-1:] if self.tied else self.dims or ()
+        suffixes = [""] if self.tied else [f"_{dim}" for dim in kernel_dims]
+
+        def weights(name: str, shapes: Sequence[tuple[int, ...]], **arguments: Any) -> list[Any]:
+            return [
+                self.add_weight(name=f"{name}{suffix}", shape=shape, trainable=False, **arguments)
+                for suffix, shape in zip(suffixes, shapes, strict=True)
+            ]
+
+        shapes = [(dim, self.num_classes) for dim in kernel_dims]
+        self._kernels = weights("kernel", shapes, initializer="zeros", dtype="int8")
+        self._scales = weights("scale", [shape[1:] for shape in shapes], initializer="ones")
+        self._is_quantized = True  # Keras asks for it
+
+    def _int8_call(self, features: Any, training: bool | None = None) -> Any:
+        return self.call(features, training=training)
 
     def index_of(self, dim: int) -> int:
         """Return the position of `dim` on the `num_dims` axis of the logits.

@@ -2,6 +2,7 @@
 
 from .classifier import MatryoshkaClassifier as MatryoshkaClassifier
 from .cut import cut as cut
+from .cut import embedder as embedder
 from .cut import freeze_before as freeze_before
 from .cut import split as split
 from .decoding import AdaptiveDecoder as AdaptiveDecoder

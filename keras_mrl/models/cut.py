@@ -6,7 +6,9 @@ from copy import copy
 
 import keras
 
+from .._dims import check_dims, check_width
 from ..layers import MatryoshkaHead
+from ..layers.truncate import unit_length
 from ._shapes import _NestedModel, input_of, inputs_like
 
 
@@ -98,6 +100,12 @@ def gallery_backbone(model: keras.Model, backbone: keras.Model) -> keras.Model:
     return backbone if other is None else other
 
 
+def dims_of_loss(model: keras.Model) -> tuple[int, ...] | None:
+    """Return the dims of the compiled loss of a `MatryoshkaEncoder`; None of any other model."""
+    is_nested = isinstance(model, _NestedModel)
+    return getattr(getattr(model, "loss", None), "dims", None) if is_nested else None
+
+
 def as_model(backbone: keras.layers.Layer) -> keras.Model:
     """Return a backbone that may be a single layer as a model, which can `predict`.
 
@@ -151,12 +159,46 @@ def cut(model: keras.Model, dim: int) -> keras.Model:
     dense = keras.layers.Dense(
         head.num_classes,
         use_bias=head.use_bias,
-        dtype=head.dtype_policy,
+        dtype=head.float_policy,
         name=f"{backbone.name}_head",  # unlike the backbone's, and unique in the model
     )
     logits = dense(prefix)
     dense.set_weights([keras.ops.convert_to_numpy(w) for w in (kernel, bias) if w is not None])
     return keras.Model(inputs, logits, name=f"{model.name}_{dim}")
+
+
+def embedder(model: keras.Model, dim: int, *, other_tower: bool = False) -> keras.Model:
+    """Return a plain Keras model of the embedding of one dim, which loads without keras_mrl.
+
+    It gives what `embed_<dim>` of an exported model gives. It shares nothing with `model`, and
+    Keras exports it: `embedder(model, 16).export("bird.onnx", format="onnx")`, or "litert".
+
+    Args:
+        model: Any built model that ends in a `MatryoshkaHead`, a `MatryoshkaEncoder`, or a model
+            whose output is the embedding.
+        dim: Length of the prefix, one that was trained or any other up to the width.
+        other_tower: As for `split`.
+
+    Returns:
+        A model from inputs to embeddings `(batch, dim)` of unit length.
+
+    Raises:
+        ValueError: If the model has not been built, or `dim` is no length of a prefix.
+
+    Examples:
+        >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
+        >>> model = MatryoshkaClassifier(backbone, MatryoshkaHead(10, dims=(4, 16)))
+        >>> tuple(embedder(model, 4)(keras.ops.ones((2, 20))).shape)
+        (2, 4)
+    """
+    backbone, _ = split(model, other_tower=other_tower)
+    if not backbone.built:
+        raise _not_built_error(model)
+    backbone = _copy_of(backbone)
+    inputs = inputs_like(backbone)
+    features = backbone(inputs)
+    check_width(check_dims((dim,)), features.shape[-1])
+    return keras.Model(inputs, unit_length(features[..., :dim]), name=f"{model.name}_embed_{dim}")
 
 
 def _copy_of(backbone: keras.Model) -> keras.Model:
@@ -169,6 +211,6 @@ def _copy_of(backbone: keras.Model) -> keras.Model:
 
 def _not_built_error(model: keras.Model) -> ValueError:
     return ValueError(
-        "A model must be built before it is cut. "
+        "A model must be built before a part of it is taken. "
         f"Received: {model.name!r}, which has no weights yet. Call it on a batch or train it."
     )

@@ -247,7 +247,8 @@ class GrpcTransport:
             self._open_after_fork()
         method, message = encode(envelope)
         tries = _Tries(envelope, self._route)
-        while not self._closed.is_set():
+        wait_s = 0.0
+        while not self._closed.wait(wait_s):
             attempt = self._connections.begin()
             try:
                 response = attempt.connection.stubs[method](
@@ -265,7 +266,6 @@ class GrpcTransport:
             finally:
                 if over := self._connections.end(attempt):
                     over.close()
-            self._closed.wait(wait_s)
         raise _closed_error(self.target)
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from keras_mrl import (
     split,
 )
 from tests.helpers import two_towers
+from tests.helpers.datasets import DATASETS, dataset
 from tests.helpers.laws import exactly, public_keras_classes
 from tests.helpers.small_models import (
     DIMS,
@@ -114,6 +115,26 @@ def test_the_gallery_of_two_towers_goes_through_the_other() -> None:
         assert log[f"val_1nn_{dim}"][1] == pytest.approx(hits[:, 0].mean())
         precision = np.cumsum(hits, axis=1) / np.arange(1, 11)
         assert log[f"val_map10_{dim}"][1] == pytest.approx((precision * hits).sum(1).mean() / 10)
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_neighbours_are_found_in_data_sets(kind: str) -> None:
+    model = classifier()
+    sides = [dataset(kind, *side) for side in (GALLERY, QUERIES)]
+    log = fit(model, [NeighborMetrics(*sides)], epochs=1)
+    expected: dict[str, float] = {}
+    callback = NeighborMetrics(GALLERY, QUERIES)
+    callback.set_model(model)
+    callback.on_epoch_end(0, expected)
+    assert {name: log[name][0] for name in expected} == pytest.approx(expected)
+
+
+def test_the_loss_of_an_encoder_tells_the_dims() -> None:
+    encoder = MatryoshkaEncoder(classifier().backbone)
+    encoder.compile("sgd", ContrastiveLoss(DIMS))
+    callback = NeighborMetrics(GALLERY, QUERIES)
+    log = encoder.fit(x=(X, X), verbose=0, callbacks=[callback]).history
+    assert {f"val_1nn_{dim}" for dim in DIMS} <= set(log)
 
 
 def test_without_head_and_dims_it_says_so() -> None:

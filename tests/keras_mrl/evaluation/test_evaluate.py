@@ -23,6 +23,7 @@ from keras_mrl.evaluation import (
 )
 from keras_mrl.evaluation.probe import linear_probe
 from tests.helpers import two_towers
+from tests.helpers.datasets import DATASETS, dataset
 from tests.helpers.laws import exactly
 
 RNG = np.random.default_rng(0)
@@ -89,6 +90,56 @@ def test_the_gallery_of_two_towers_goes_through_the_other() -> None:
         probe = linear_probe(items[:, :dim], gallery[1]).predict(users[:, :dim])
         assert quality[dim]["probe"] == pytest.approx((probe == query_labels).mean(), abs=0.05)
     assert quality[8]["nn1"] > 0.9  # through one tower alone it would be 1 of 12 by chance
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("kind", DATASETS)
+def test_data_sets_are_judged_as_their_arrays(kind: str) -> None:
+    model, x, y = model_and_rows()
+    few, shown = QUERIES[:50], GALLERY[:70]
+    expected = evaluate(model, x[few], y[few], (x[shown], y[shown]), verbose=0)
+    sides = [dataset(kind, x[rows], y[rows]) for rows in (few, shown)]
+    for quality in (
+        evaluate(model, sides[0], gallery=sides[1], verbose=0),
+        evaluate(model, sides[0], gallery=(x[shown], y[shown]), verbose=0),
+        evaluate(model, x[few], y[few], sides[1], verbose=0),
+    ):
+        for dim in DIMS:
+            assert quality[dim] == pytest.approx(expected[dim])
+
+
+RULE = "A data set of inputs must end, and give batches (x, y) with one integer label per row. "
+REMEDY = " Batch it, leave repeat() out, and map its rows to (x, y)."
+
+
+@pytest.mark.parametrize(
+    ("change", "received"),
+    [
+        (lambda rows: rows.repeat(), "Received: one that repeats without end."),
+        (lambda rows: rows.map(lambda x, _: x), "Received: batches that are a EagerTensor."),
+        (lambda rows: rows.take(0), "Received: no batch."),
+        (
+            lambda rows: rows.unbatch(),
+            "Received: inputs [(64,)] with labels () in a batch.",
+        ),
+        (
+            lambda rows: rows.map(lambda x, _: (x, x)),
+            "Received: inputs [(16, 64)] with labels (16, 64) in a batch.",
+        ),
+    ],
+)
+def test_a_data_set_that_cannot_be_judged_is_refused(change: Any, received: str) -> None:
+    model, x, y = model_and_rows()
+    rows = change(dataset("tf.data", x[:32], y[:32]))
+    with pytest.raises(ValueError, match=exactly(RULE + received + REMEDY)):
+        evaluate(model, rows, verbose=0)
+
+
+def test_a_data_set_gives_its_own_labels() -> None:
+    model, x, y = model_and_rows()
+    text = "A data set gives its own labels. Received: labels beside a Batches. Leave labels out."
+    with pytest.raises(ValueError, match=exactly(text)):
+        evaluate(model, dataset("PyDataset", x[:32], y[:32]), y[:32], verbose=0)
 
 
 @pytest.mark.backend

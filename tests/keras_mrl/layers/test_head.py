@@ -8,7 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mrl import MatryoshkaHead, MatryoshkaLoss
+from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss
+from keras_mrl.evaluation import score_head
 from tests.helpers.laws import exactly
 from tests.helpers.small_models import NUM_CLASSES, X, Y, as_numpy, compiled, cross_entropy
 
@@ -258,3 +259,75 @@ def test_a_nested_loss_trains_a_head_of_one_dim() -> None:
     compiled(model, loss=MatryoshkaLoss(cross_entropy(), weights=(2,)))
     losses = model.fit(X, Y, epochs=5, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_int8_kernels_are_those_of_a_dense_layer(tied: bool) -> None:
+    head = randomised(MatryoshkaHead(NUM_CLASSES, dims=(2, 4, 8), tied=tied))
+    before = as_numpy(head(FEATURES))
+    dense = keras.layers.Dense(NUM_CLASSES)
+    dense.build((None, 8))
+    dense.set_weights([as_numpy(weight) for weight in head.weights_at(8)])
+    dense.quantize("int8")
+    head.quantize("int8")
+    kernel = as_numpy(head.weights_at(8)[0])
+    integers, scale = as_numpy(dense.kernel), as_numpy(dense.kernel_scale)
+    np.testing.assert_allclose(kernel, integers / scale, rtol=1e-6)
+    assert {weight.dtype for weight in head.weights if "kernel" in weight.name} == {"int8"}
+    after = as_numpy(head(FEATURES))
+    for m, dim in enumerate(head.dims or ()):
+        kernel, bias = (as_numpy(weight) for weight in head.weights_at(dim))
+        expected = FEATURES[:, :dim].astype("float64") @ kernel + bias
+        np.testing.assert_allclose(after[:, m], expected, rtol=1e-5, atol=1e-5)
+    assert 0 < np.abs(after - before).max() < 0.02 * np.abs(before).max()
+
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer", "ignore:__array__")  # of Keras and PyTorch
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_quantized_model_goes_on(tied: bool, tmp_path: Path) -> None:
+    body = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)])
+    model = MatryoshkaClassifier(body, MatryoshkaHead(NUM_CLASSES, dims=(2, 8), tied=tied))
+    model.quantize("int8")
+    assert (model.head.quantization_mode, body.layers[-1].quantization_mode) == ("int8", "int8")
+    logits = model.predict(X, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.head.quantization_mode == "int8"
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), logits)
+    np.testing.assert_allclose(as_numpy(loaded.at(2)(X)), logits[:, 0], rtol=1e-5, atol=1e-6)
+    scores = [
+        score_head(as_numpy(body(X)), Y, *model.head.weights_at(dim))["top1"] for dim in (2, 8)
+    ]
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    assert model.evaluate(X, Y, verbose=0)[1:] == pytest.approx(scores)
+    assert np.isfinite(model.fit(X, Y, verbose=0).history["loss"]).all()
+
+
+@pytest.mark.filterwarnings("ignore:__array__")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_head_reads_a_quantized_embedding_as_it_looks_tokens_up(mode: str) -> None:
+    table = keras.layers.Embedding(NUM_CLASSES, 8, embeddings_initializer="normal")
+    table.build(None)
+    head = MatryoshkaHead(NUM_CLASSES, dims=(2, 8), tied=True, embedding=table)
+    head.build((None, 8))
+    table.quantize(mode)
+    rows = as_numpy(table(np.arange(NUM_CLASSES)))
+    np.testing.assert_allclose(as_numpy(head(FEATURES))[:, 1], FEATURES @ rows.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["mode", "embedding"])
+def test_a_head_that_cannot_be_quantized_stays_as_it_is(tied: bool) -> None:
+    table = keras.layers.Embedding(NUM_CLASSES, 8)
+    table.build(None)
+    head = MatryoshkaHead(NUM_CLASSES, (2, 8), tied=tied, embedding=table if tied else None)
+    head.build((None, 8))
+    before = as_numpy(head(FEATURES))
+    received = "a head with an embedding" if tied else "mode='int4'"
+    text = (
+        "A MatryoshkaHead has kernels of its own in float or in int8. "
+        f"Received: {received}. "
+        "Write quantize('int8'), or quantize the embedding."
+    )
+    with pytest.raises(NotImplementedError, match=exactly(text)):
+        head.quantize("int8" if tied else "int4")
+    np.testing.assert_array_equal(as_numpy(head(FEATURES)), before)

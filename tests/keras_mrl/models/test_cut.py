@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, cut, freeze_before, split
+from keras_mrl import (
+    MatryoshkaClassifier,
+    MatryoshkaEncoder,
+    MatryoshkaHead,
+    Truncate,
+    cut,
+    embedder,
+    freeze_before,
+    split,
+)
 from tests.helpers.laws import exactly
 from tests.helpers.small_models import (
     DIMS,
@@ -197,13 +206,77 @@ def test_a_model_without_weights_is_refused_until_it_was_called(
 ) -> None:
     model = make()
     sentence = (
-        "A model must be built before it is cut. "
+        "A model must be built before a part of it is taken. "
         "Received: 'unbuilt', which has no weights yet. Call it on a batch or train it."
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         cut(model, 4)
     logits = as_numpy(model(X))
     np.testing.assert_allclose(as_numpy(cut(model, 4)(X)), logits[:, 1], rtol=1e-5, atol=1e-6)
+
+
+def encoder() -> keras.Model:
+    return MatryoshkaEncoder(backbone())
+
+
+def plain_backbone() -> keras.Model:
+    return backbone()
+
+
+@pytest.mark.parametrize("dim", [4, 5])
+@pytest.mark.parametrize("make", [*NESTED.values(), encoder, plain_backbone])
+def test_an_embedder_gives_the_prefix_at_unit_length(
+    make: Callable[[], keras.Model], dim: int, tmp_path: Any
+) -> None:
+    model = make()
+    expected = as_numpy(Truncate(dim)(split(model)[0](X)))
+    embed = embedder(model, dim)
+    np.testing.assert_allclose(as_numpy(embed(X)), expected, rtol=1e-6, atol=1e-7)
+    before = [as_numpy(weight) for weight in model.weights]
+    embed.set_weights([2 * weight for weight in embed.get_weights()])
+    for weight, now in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(weight, as_numpy(now))
+    embed.save(tmp_path / "embed.keras")
+    loaded = keras.saving.load_model(tmp_path / "embed.keras")
+    np.testing.assert_allclose(as_numpy(loaded(X)), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_embedder_of_either_tower() -> None:
+    query, item = backbone(), keras.Sequential([keras.Input((3,)), layers.Dense(8)])
+    model = MatryoshkaEncoder(query, item)
+    expected = as_numpy(Truncate(4)(item(X[:, :3])))
+    embed = embedder(model, 4, other_tower=True)
+    np.testing.assert_allclose(as_numpy(embed(X[:, :3])), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [unbuilt_classifier, unbuilt_sequential])
+def test_an_embedder_needs_a_built_model(make: Callable[[], keras.Model]) -> None:
+    with pytest.raises(ValueError, match="A model must be built before a part of it is taken"):
+        embedder(make(), 4)
+
+
+@pytest.mark.parametrize(("dim", "text"), [(0, "increasing positive"), (9, "must not exceed")])
+def test_an_embedder_is_no_wider_than_the_features(dim: int, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        embedder(classifier(), dim)
+
+
+@pytest.mark.filterwarnings("ignore")  # of TensorFlow, about its own interpreter
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs litert-torch elsewhere")
+def test_an_embedder_becomes_litert(tmp_path: Any) -> None:
+    import tensorflow as tf
+
+    model = classifier()
+    embedder(model, 4).export(tmp_path / "embed.tflite", format="litert", verbose=False)
+    interpreter = tf.lite.Interpreter(model_path=str(tmp_path / "embed.tflite"))
+    index = interpreter.get_input_details()[0]["index"]
+    interpreter.resize_tensor_input(index, X.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(index, X)
+    interpreter.invoke()
+    answer = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    expected = as_numpy(Truncate(4)(model.backbone(X)))
+    np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_comes_before_stays_and_what_comes_after_moves() -> None:
