@@ -98,6 +98,7 @@ PUBLIC = {
         "NoCascadeError",
         "NoHeadError",
         "NoIndexError",
+        "NoOtherTowerError",
         "Options",
         "Partial",
         "Plan",

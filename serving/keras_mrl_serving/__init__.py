@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .errors import NoCascadeError as NoCascadeError
     from .errors import NoHeadError as NoHeadError
     from .errors import NoIndexError as NoIndexError
+    from .errors import NoOtherTowerError as NoOtherTowerError
     from .errors import ServerError as ServerError
     from .errors import ServerUnavailableError as ServerUnavailableError
     from .errors import SignatureNotFoundError as SignatureNotFoundError
@@ -78,9 +79,10 @@ _NAMES = {
     "errors": (
         "AccessDeniedError DamagedIndexError DeadlineError EncoderMismatchError "
         "InvalidInputError KerasMrlError ManifestError MessageTooLargeError "
-        "ModelChangedError ModelNotFoundError NoCascadeError NoHeadError NoIndexError ServerError "
-        "ServerUnavailableError SignatureNotFoundError TargetNotReachedError UnknownDimError "
-        "UnreadableImageError VersionChangedError VersionNotFoundError"
+        "ModelChangedError ModelNotFoundError NoCascadeError NoHeadError NoIndexError "
+        "NoOtherTowerError ServerError ServerUnavailableError SignatureNotFoundError "
+        "TargetNotReachedError UnknownDimError UnreadableImageError VersionChangedError "
+        "VersionNotFoundError"
     ),
     "funnel": "FunnelSchedule",
     "images": "read_image served_image",

@@ -70,10 +70,16 @@ class AsyncClient(BaseClient[AsyncTransport]):
         return cheapest_dim(await self.describe(), quality, measure)
 
     async def embed(
-        self, inputs: Inputs, dim: int, *, progress: Progress | None = None
+        self,
+        inputs: Inputs,
+        dim: int,
+        *,
+        other_tower: bool = False,
+        progress: Progress | None = None,
     ) -> npt.NDArray[np.float32]:
         """Return embeddings `(batch, dim)`."""
-        return await self._run(self._conversation.ask(questions.embed(inputs, dim), progress))
+        question = questions.embed(inputs, dim, other_tower)
+        return await self._run(self._conversation.ask(question, progress))
 
     async def classify(
         self, inputs: Inputs, dim: int, *, progress: Progress | None = None
@@ -143,12 +149,13 @@ class AsyncClient(BaseClient[AsyncTransport]):
         dim: int,
         path: str | os.PathLike[str],
         *,
+        other_tower: bool = False,
         progress: corpus.Progress | None = None,
         manifest: Manifest | None = None,
     ) -> npt.NDArray[np.float32]:
         """Embed a corpus of any size into an `.npy` file; call again to resume after a crash."""
         embed = self._conversation.embed_dataset
-        return await self._run(embed(data, dim, path, progress, manifest))
+        return await self._run(embed(data, dim, path, progress, manifest, other_tower))
 
     async def close(self) -> None:
         """Close the connection."""

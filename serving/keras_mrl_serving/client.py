@@ -140,16 +140,24 @@ class Client(BaseClient[Transport]):
         return cheapest_dim(self.describe(), quality, measure)
 
     def embed(
-        self, inputs: Inputs, dim: int, *, progress: Progress | None = None
+        self,
+        inputs: Inputs,
+        dim: int,
+        *,
+        other_tower: bool = False,
+        progress: Progress | None = None,
     ) -> npt.NDArray[np.float32]:
         """Return embeddings `(batch, dim)`, as the model computed them: NaN, too.
 
         Args:
             inputs: One array, batch first, or a dict of them by input name.
             dim: One of `describe().dims`.
+            other_tower: Whether the rows are of the side of galleries, in a model of two towers;
+                `describe().other_tower` has their inputs.
             progress: Called with the rows answered so far and all rows.
         """
-        return self._run(self._conversation.ask(questions.embed(inputs, dim), progress))
+        question = questions.embed(inputs, dim, other_tower)
+        return self._run(self._conversation.ask(question, progress))
 
     def classify(
         self, inputs: Inputs, dim: int, *, progress: Progress | None = None
@@ -263,6 +271,7 @@ class Client(BaseClient[Transport]):
         dim: int,
         path: str | os.PathLike[str],
         *,
+        other_tower: bool = False,
         progress: corpus.Progress | None = None,
         manifest: Manifest | None = None,
     ) -> npt.NDArray[np.float32]:
@@ -274,6 +283,7 @@ class Client(BaseClient[Transport]):
                 are read once more and compared with a digest.
             dim: One of `describe().dims`.
             path: The file. Until all rows are embedded, they are in `PATH.partial`.
+            other_tower: As for `embed`: galleries of a model of two towers go through the other.
             progress: Called with the rows embedded so far and all rows; None for an unknown number.
             manifest: As `describe` has just returned it; None asks for it.
 
@@ -284,7 +294,8 @@ class Client(BaseClient[Transport]):
             ValueError: If rows that are already embedded have changed.
             FileExistsError: If the file is there: it is never overwritten.
         """
-        return self._run(self._conversation.embed_dataset(data, dim, path, progress, manifest))
+        embed = self._conversation.embed_dataset
+        return self._run(embed(data, dim, path, progress, manifest, other_tower))
 
     def close(self) -> None:
         """Close the connection."""

@@ -17,7 +17,14 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from .errors import ManifestError, NoCascadeError, NoHeadError, NoIndexError, UnknownDimError
+from .errors import (
+    ManifestError,
+    NoCascadeError,
+    NoHeadError,
+    NoIndexError,
+    NoOtherTowerError,
+    UnknownDimError,
+)
 from .untrusted import parse_json
 
 SCHEMA = 1
@@ -43,6 +50,16 @@ def embed(dim: int) -> str:
         'embed_8'
     """
     return f"embed_{dim}"
+
+
+def embed_other(dim: int) -> str:
+    """Return the name of the signature that embeds rows of the other tower at `dim`.
+
+    Examples:
+        >>> embed_other(8)
+        'embed_other_8'
+    """
+    return f"embed_other_{dim}"
 
 
 def classify(dim: int) -> str:
@@ -205,6 +222,8 @@ class Manifest:
         cascade: The adaptive policy, as `CascadePolicy.to_json` writes it.
         funnel: The schedule of an index.
         decoder: Settings by which the graph decodes images.
+        other_tower: `inputs` and `decoder` of the tower that galleries go through, where queries go
+            through another; None of a model of one tower. `fingerprint` is of both together.
         quality: Dim (as a string) to the measures of the evaluation at this dim.
         encoder_fingerprint: Fingerprint of the encoder whose embeddings an index holds.
         size: Number of rows of an index.
@@ -243,6 +262,7 @@ class Manifest:
     cascade: Mapping[str, Any] | None = None
     funnel: Mapping[str, Any] | None = None
     decoder: Mapping[str, Any] | None = None
+    other_tower: Mapping[str, Any] | None = None
     quality: Mapping[str, Mapping[str, float]] | None = None
     encoder_fingerprint: str | None = None
     size: int | None = None
@@ -309,6 +329,26 @@ class Manifest:
                 f"Choose one of {', '.join(map(str, self.dims))}."
             )
         return as_int(dim)
+
+    def tower(self, other_tower: bool = False) -> Manifest:
+        """Return the manifest with the `inputs` and the `decoder` of one tower.
+
+        Args:
+            other_tower: Whether it is the tower of galleries; the manifest itself is of queries.
+
+        Raises:
+            NoOtherTowerError: If the model has one tower.
+        """
+        if not other_tower:
+            return self
+        if self.other_tower is None:
+            raise NoOtherTowerError(
+                "Only a model of two towers has another one. "
+                f"Received: other_tower=True for model {self.name!r}, which has one. Leave "
+                "other_tower out, or export a MatryoshkaEncoder(tower, other_tower)."
+            )
+        inputs, decoder = self.other_tower["inputs"], self.other_tower.get("decoder")
+        return replace(self, inputs=inputs, decoder=decoder)
 
     def check_head(self) -> None:
         """Raise `NoHeadError` if the model cannot classify."""

@@ -39,6 +39,7 @@ from .errors import (
     NoCascadeError,
     NoHeadError,
     NoIndexError,
+    NoOtherTowerError,
     ServerUnavailableError,
     SignatureNotFoundError,
     UnknownDimError,
@@ -109,6 +110,7 @@ _PERHAPS_STALE = (
     NoCascadeError,
     NoHeadError,
     NoIndexError,
+    NoOtherTowerError,
     SignatureNotFoundError,
     UnknownDimError,
 )
@@ -179,16 +181,17 @@ class Conversation:
         path: str | os.PathLike[str],
         progress: corpus.Progress | None = None,
         manifest: Manifest | None = None,
+        other_tower: bool = False,
     ) -> Rounds[npt.NDArray[np.float32]]:
         """Embed a corpus window by window into a file: see `Client.embed_dataset`."""
         manifest = manifest or (yield from self.describe())
         dim = manifest.check_dim(dim)
-        total = corpus.count_rows(data)
-        digest = corpus.digest(data, manifest.inputs)
-        with corpus.EmbeddingFile(path, dim, manifest.fingerprint, digest) as file:
+        specs, fingerprint = manifest.tower(other_tower).inputs, manifest.fingerprint
+        total, digest = corpus.count_rows(data), corpus.digest(data, specs)
+        with corpus.EmbeddingFile(path, dim, fingerprint, digest, other_tower) as file:
             size = corpus.window_rows(self._options)
-            for window in file.missing(corpus.windows(data, manifest.inputs, size)):
-                question = questions.embed_with_fingerprint(window, dim)
+            for window in file.missing(corpus.windows(data, specs, size)):
+                question = questions.embed_with_fingerprint(window, dim, other_tower)
                 file.append((yield from self.ask(question)), window)
                 if progress:
                     progress(file.rows, total)

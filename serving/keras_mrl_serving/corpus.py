@@ -219,12 +219,13 @@ class EmbeddingFile:
         dim: Width of a row.
         fingerprint: Fingerprint of the model that makes the embeddings.
         corpus: Digest of the corpus, see `digest`; None skips the check that it is the same.
+        other_tower: Whether the other tower of the model embeds the rows.
 
     Raises:
         FileExistsError: If there is a finished file at `path`, or something else than a file where
             it is written first.
         EncoderMismatchError: If the file was begun with another model.
-        ValueError: If the file was begun with another dim or corpus, or is damaged.
+        ValueError: If the file was begun with another dim, tower or corpus, or is damaged.
         BlockingIOError: If another process is writing the file.
 
     Examples:
@@ -238,9 +239,15 @@ class EmbeddingFile:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], dim: int, fingerprint: str, corpus: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        dim: int,
+        fingerprint: str,
+        corpus: str | None = None,
+        other_tower: bool = False,
     ) -> None:
         self.path = Path(path)
+        self.other_tower = other_tower
         self.corpus = corpus
         self.dim = dim
         self.fingerprint = fingerprint
@@ -317,6 +324,7 @@ class EmbeddingFile:
         entry = {
             "dim": self.dim,
             "fingerprint": self.fingerprint,
+            "other_tower": self.other_tower,
             "rows": self.rows,
             "rows_sha256": self._digest.hexdigest(),
         }
@@ -412,6 +420,14 @@ class EmbeddingFile:
                 "All rows of a file have one dim. "
                 f"Received: dim={self.dim} for {self._partial}, begun with dim={dim}. Give the "
                 f"dim it was begun with, or remove {self._partial} and {self._journal}."
+            )
+        other_tower = entry.get("other_tower", False)
+        if other_tower != self.other_tower:
+            raise ValueError(
+                "All rows of a file go through one tower. "
+                f"Received: other_tower={self.other_tower} for {self._partial}, begun with "
+                f"other_tower={other_tower}. Give what it was begun with, or remove "
+                f"{self._partial} and {self._journal}."
             )
         if None not in (corpus, self.corpus) and corpus != self.corpus:
             raise self._other_corpus_error()

@@ -81,6 +81,10 @@ class NoCascadeError(KerasMrlError, TypeError):
     """A model without a cascade policy was asked to classify adaptively by its own policy."""
 
 
+class NoOtherTowerError(KerasMrlError, TypeError):
+    """Rows were given to the other tower of a model that has one tower."""
+
+
 class NoIndexError(KerasMrlError, TypeError):
     """A model without a gallery was asked for neighbours."""
 

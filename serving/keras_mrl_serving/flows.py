@@ -82,8 +82,10 @@ def describe() -> Flow[Manifest]:
     return Manifest.from_json(answer["manifest"][0])
 
 
-def embed(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np.float32]]:
-    """Ask for embeddings of one dim.
+def embed(
+    manifest: Manifest, inputs: Inputs, dim: int, other_tower: bool = False
+) -> Flow[npt.NDArray[np.float32]]:
+    """Ask for embeddings of one dim, by the tower of queries or by the other.
 
     Examples:
         >>> image = {"dtype": "float32", "shape": [None, 3]}
@@ -94,8 +96,9 @@ def embed(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np.f
         ('embed_8', {'image': array([[  0., 127., 255.]], dtype=float32)})
     """
     dim = manifest.check_dim(dim)
-    arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(contract.embed(dim), arrays, {"embedding": Output("float32", dim)})
+    arrays = check_inputs(manifest.tower(other_tower).inputs, inputs)
+    signature = contract.embed_other(dim) if other_tower else contract.embed(dim)
+    answer = yield from ask(signature, arrays, {"embedding": Output("float32", dim)})
     return answer["embedding"]
 
 
@@ -281,7 +284,9 @@ def _classification(columns: Arrays) -> Classification:
     return Classification(**fields)
 
 
-def embed_with_fingerprint(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Embedded]:
+def embed_with_fingerprint(
+    manifest: Manifest, inputs: Inputs, dim: int, other_tower: bool = False
+) -> Flow[Embedded]:
     """Ask for embeddings of one dim, and for the fingerprint of their model.
 
     Examples:
@@ -294,7 +299,7 @@ def embed_with_fingerprint(manifest: Manifest, inputs: Inputs, dim: int) -> Flow
         >>> flow.send({"embedding": np.ones((1, 8), np.float32)})
         AskManifest()
     """
-    embeddings = yield from embed(manifest, inputs, dim)
+    embeddings = yield from embed(manifest, inputs, dim, other_tower)
     answering = yield AskManifest()  # of the version that answered, perhaps not that of `manifest`
     return Embedded(embeddings, answering.fingerprint)
 

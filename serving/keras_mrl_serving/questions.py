@@ -40,6 +40,7 @@ class Question(Generic[K, T]):
         specs: Returns the dtypes and shapes of the inputs, by the facts; None for rows that are
             never split.
         answer_row_bytes: Estimates the largest answer about one row, by the facts.
+        decodes: Whether the graph decodes the rows as images, by the facts.
 
     Examples:
         >>> embed(np.zeros((3, 4)), dim=2).needs
@@ -51,6 +52,7 @@ class Question(Generic[K, T]):
     needs: AskManifest | AskSignatures
     specs: Callable[[K], Mapping[str, Mapping[str, Any]]] | None
     answer_row_bytes: Callable[[K], int]
+    decodes: Callable[[K], bool] = lambda _: False
 
     def parts(self, facts: K, options: Options) -> list[Inputs]:
         """Return the rows in parts, at least one, each within the limits of one call.
@@ -63,7 +65,7 @@ class Question(Generic[K, T]):
         if self.specs is None:
             return [self.inputs]
         arrays = check_inputs(self.specs(facts), self.inputs)
-        if isinstance(facts, Manifest) and facts.decoder is not None:
+        if self.decodes(facts):
             arrays = {name: _as_served(array) for name, array in arrays.items()}
         rows = len(next(iter(arrays.values())))
         size = options.max_batch_size or max(rows, 1)
@@ -79,19 +81,26 @@ class Question(Generic[K, T]):
         return [{name: a[i : i + size] for name, a in arrays.items()} for i in starts]
 
 
-def embed(inputs: Inputs, dim: int) -> Question[Manifest, npt.NDArray[np.float32]]:
-    """Ask for embeddings of one dim.
+def embed(
+    inputs: Inputs, dim: int, other_tower: bool = False
+) -> Question[Manifest, npt.NDArray[np.float32]]:
+    """Ask for embeddings of one dim, by the tower of queries or by the other.
 
     Examples:
         >>> embed([[0, 127, 255]], dim=8).inputs
         [[0, 127, 255]]
     """
     return _about_model(
-        inputs, lambda m, x: flows.embed(m, x, dim), lambda m: _vector_bytes(m, dim)
+        inputs,
+        lambda m, x: flows.embed(m, x, dim, other_tower),
+        lambda m: _vector_bytes(m, dim),
+        other_tower,
     )
 
 
-def embed_with_fingerprint(inputs: Inputs, dim: int) -> Question[Manifest, Embedded]:
+def embed_with_fingerprint(
+    inputs: Inputs, dim: int, other_tower: bool = False
+) -> Question[Manifest, Embedded]:
     """Ask for embeddings of one dim, and for the fingerprint of their model.
 
     Examples:
@@ -100,8 +109,9 @@ def embed_with_fingerprint(inputs: Inputs, dim: int) -> Question[Manifest, Embed
     """
     return _about_model(
         inputs,
-        lambda m, x: flows.embed_with_fingerprint(m, x, dim),
+        lambda m, x: flows.embed_with_fingerprint(m, x, dim, other_tower),
         lambda m: _vector_bytes(m, dim),
+        other_tower,
     )
 
 
@@ -208,7 +218,7 @@ def same_interface(one: Manifest, other: Manifest) -> bool:
         False
     """
     names = (
-        *("kind", "dims", "inputs", "activation"),
+        *("kind", "dims", "inputs", "other_tower", "activation"),
         *("num_classes", "num_values", "top_k", "labels", "funnel"),
     )
     both_cascade = (one.cascade is None) == (other.cascade is None)
@@ -219,8 +229,16 @@ def _about_model(
     inputs: Inputs,
     flow: Callable[[Manifest, Inputs], Flow[T]],
     answer_row_bytes: Callable[[Manifest], int],
+    other_tower: bool = False,
 ) -> Question[Manifest, T]:
-    return Question(inputs, flow, AskManifest(), lambda m: m.inputs, answer_row_bytes)
+    return Question(
+        inputs,
+        flow,
+        AskManifest(),
+        lambda m: m.tower(other_tower).inputs,
+        answer_row_bytes,
+        lambda m: m.tower(other_tower).decoder is not None,
+    )
 
 
 def _as_served(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

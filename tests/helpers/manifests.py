@@ -25,6 +25,14 @@ BY_HAND = CascadePolicy((Stage(8, 0.9, temperature=1.5), Stage(64, None)))
 FUNNEL = FunnelSchedule(dims=(8, 64), shortlists=(200,), k=10)
 
 ENCODER = Manifest(**SHARED, kind="encoder")
+TWO_TOWERS = Manifest(
+    **SHARED,
+    kind="encoder",
+    other_tower={
+        "inputs": {"caption": {"dtype": "string", "shape": [None]}},
+        "decoder": None,
+    },
+)
 CLASSIFIER = Manifest(
     **SHARED,
     kind="classifier",

@@ -22,6 +22,7 @@ from keras_mrl_serving.errors import (
     InvalidInputError,
     KerasMrlError,
     NoIndexError,
+    NoOtherTowerError,
     SignatureNotFoundError,
     UnknownDimError,
 )
@@ -65,6 +66,7 @@ REFUSED: dict[str, tuple[type[KerasMrlError], Callable[[Any], Any]]] = {
     "rows": (InvalidInputError, lambda client: client.classify(ROWS[0], 2)),
     "no index": (NoIndexError, lambda client: client.search(ROWS)),
     "no gallery": (NoIndexError, lambda client: client.retrieve(ROWS)),
+    "no other tower": (NoOtherTowerError, lambda client: client.embed(ROWS, 4, other_tower=True)),
 }
 
 

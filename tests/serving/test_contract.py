@@ -24,9 +24,10 @@ from keras_mrl_serving.errors import (
     ManifestError,
     NoCascadeError,
     NoHeadError,
+    NoOtherTowerError,
     UnknownDimError,
 )
-from tests.helpers.manifests import CLASSIFIER, ENCODER, REGRESSOR, TAGS
+from tests.helpers.manifests import CLASSIFIER, ENCODER, REGRESSOR, TAGS, TWO_TOWERS
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
@@ -40,8 +41,8 @@ def manifest(manifests: Mapping[str, Manifest]) -> Manifest:
 
 
 def test_the_signatures_have_the_names_of_the_contract() -> None:
-    names = (contract.embed(8), contract.classify(8), contract.head(8))
-    assert names == ("embed_8", "classify_8", "head_8")
+    names = (contract.embed(8), contract.embed_other(8), contract.classify(8), contract.head(8))
+    assert names == ("embed_8", "embed_other_8", "classify_8", "head_8")
     constants = (contract.DESCRIBE, contract.FEATURES, contract.CLASSIFY_ADAPTIVE)
     assert constants == ("describe", "features", "classify_adaptive")
     assert contract.SERVING_DEFAULT == "serving_default"
@@ -142,6 +143,7 @@ def test_a_manifest_comes_back_from_its_json(manifest: Manifest) -> None:
         metric="l2",
         funnel={"dims": [2, 8], "shortlists": [4], "k": 2},
         decoder={"kind": "jpeg"},
+        other_tower=TWO_TOWERS.other_tower,
         quality={"8": {"top1": 0.5}},
         encoder_fingerprint="a0",
         size=3,
@@ -382,6 +384,24 @@ def test_true_is_not_the_dim_1(manifest: Manifest) -> None:
     assert one.check_dim(1) == 1
     with pytest.raises(UnknownDimError):
         one.check_dim(True)
+
+
+def test_a_tower_has_inputs_and_a_decoder_of_its_own(refuses: Refuses) -> None:
+    photo = {"inputs": {"dtype": "string", "shape": [None]}}
+    one = replace(TWO_TOWERS, inputs=photo, decoder={"size": [32, 32]}, other_tower=None)
+    assert one.tower() is one
+    refusal = (
+        "Only a model of two towers has another one. Received: other_tower=True for model "
+        "'birds', which has one. Leave other_tower out, or export a MatryoshkaEncoder(tower, "
+        "other_tower)."
+    )
+    with refuses(NoOtherTowerError, refusal):
+        one.tower(other_tower=True)
+    two = Manifest.from_json(replace(one, other_tower=TWO_TOWERS.other_tower).to_json())
+    assert two.tower() is two
+    other = two.tower(other_tower=True)
+    assert (list(other.inputs), other.decoder) == (["caption"], None)
+    assert other.fingerprint == two.fingerprint
 
 
 def test_without_a_head_nothing_is_classified(

@@ -216,6 +216,22 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path, refuses: Refuses
         EmbeddingFile(path, 2, "a")
 
 
+def test_two_towers_never_share_a_file(tmp_path: Path, refuses: Refuses) -> None:
+    path = tmp_path / "rows.npy"
+    growing = f"{path}.partial"
+    with EmbeddingFile(path, 2, "a", other_tower=True) as file:
+        file.append(Embedded(np.zeros((3, 2), np.float32), "a"), {"x": ROWS[:3]})
+    refusal = (
+        f"All rows of a file go through one tower. Received: other_tower=False for {growing}, "
+        f"begun with other_tower=True. Give what it was begun with, or remove {growing} and "
+        f"{growing}.json."
+    )
+    with refuses(ValueError, refusal):
+        EmbeddingFile(path, 2, "a")
+    with EmbeddingFile(path, 2, "a", other_tower=True) as file:
+        assert file.rows == 3
+
+
 def test_a_batch_larger_than_a_window_is_cut() -> None:
     cut = [w["x"] for w in windows(iter([ROWS[:3], ROWS[3:90], ROWS[90:]]), SPECS, 10)]
     assert max(map(len, cut)) < 20

@@ -17,6 +17,7 @@ TREE = {
     "NoHeadError": ("KerasMrlError", "TypeError"),
     "NoCascadeError": ("KerasMrlError", "TypeError"),
     "NoIndexError": ("KerasMrlError", "TypeError"),
+    "NoOtherTowerError": ("KerasMrlError", "TypeError"),
     "EncoderMismatchError": ("KerasMrlError", "ValueError"),
     "InvalidInputError": ("KerasMrlError", "ValueError"),
     "UnreadableImageError": ("InvalidInputError",),

@@ -125,3 +125,27 @@ def test_rows_of_a_model_that_decodes_images_are_whole_image_files() -> None:
         with pytest.raises(UnreadableImageError) as caught:
             questions.embed(images, 8).parts(model, Options())
         assert str(caught.value).startswith(sentence)
+
+
+def test_images_of_the_other_tower_are_those_that_it_decodes() -> None:
+    text = {"inputs": {"caption": {"dtype": "string", "shape": [None]}}}
+    photos = replace(
+        manifest(),
+        inputs={"inputs": {"dtype": "string", "shape": [None]}},
+        decoder={"height": 8},
+        other_tower=text,
+    )
+    captions = questions.embed(["a bird"], 8, other_tower=True)
+    parts: list[Any] = captions.parts(photos, Options())
+    assert parts[0]["caption"].tolist() == ["a bird"]
+    with pytest.raises(UnreadableImageError):
+        questions.embed([b"a bird"], 8).parts(photos, Options())
+    texts = replace(
+        photos,
+        inputs=text["inputs"],
+        decoder=None,
+        other_tower={"inputs": photos.inputs, "decoder": {"height": 8}},
+    )
+    assert questions.embed(["a bird"], 8).parts(texts, Options())
+    with pytest.raises(UnreadableImageError):
+        questions.embed([b"a bird"], 8, other_tower=True).parts(texts, Options())
