@@ -199,11 +199,13 @@ class MatryoshkaEncoder(_NestedModel):
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this model again."""
+        shared = _shared_layers(self.tower, self.other_tower)
         return {
             **super().get_config(),
             "tower": keras.saving.serialize_keras_object(self.tower),
             "other_tower": keras.saving.serialize_keras_object(self.other_tower),
             "initial_temperature": self.initial_temperature,
+            **({"shared_layers": shared} if shared else {}),
         }
 
     @classmethod
@@ -213,7 +215,13 @@ class MatryoshkaEncoder(_NestedModel):
             name: keras.saving.deserialize_keras_object(config[name], custom_objects)
             for name in ("tower", "other_tower")
         }
-        return cls(**{**config, **towers})
+        config = {**config, **towers}
+        shared = {name: towers["tower"].get_layer(name) for name in config.pop("shared_layers", ())}
+        if shared:  # Keras has made each of them twice
+            config["other_tower"] = keras.models.clone_model(
+                towers["other_tower"], clone_function=lambda own: shared.get(own.name, own)
+            )
+        return cls(**config)
 
 
 class _Recall:
@@ -300,6 +308,28 @@ def _sides(inputs: Any) -> list[Any] | None:
             f"Received: {len(inputs)} inputs. Give a tower of several inputs a dict of them."
         )
     return list(inputs)
+
+
+def _shared_layers(tower: Any, other_tower: Any) -> list[str]:
+    """Return the names of layers that both towers hold; raise if a file could not say so."""
+    if other_tower is None:
+        return []
+    others = {id(layer) for layer in other_tower._flatten_layers()}
+    shared = [layer for layer in tower._flatten_layers() if id(layer) in others]
+    nameable = [
+        {id(own): own for own in getattr(part, "layers", ()) if hasattr(part, "inputs")}
+        for part in (tower, other_tower)
+    ]
+    named = [own for key, own in nameable[0].items() if key in nameable[1]]
+    inner = {id(part) for own in named for part in own._flatten_layers()}
+    hidden = [layer.name for layer in shared if id(layer) not in inner]
+    if hidden:
+        raise ValueError(
+            "A file can say that towers share a layer if it is a layer of both functional models. "
+            f"Received: {', '.join(map(repr, hidden))}, inside of a layer or of a subclass. "
+            "Call it in both towers itself: keras.Model(inputs, ...)."
+        )
+    return [own.name for own in named if own.weights]
 
 
 def _width(shape: Any) -> Any:

@@ -193,6 +193,39 @@ def test_a_tower_that_is_given_twice_is_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.predict(ANCHORS), encoder.predict(ANCHORS))
 
 
+def sharing(layer: keras.layers.Layer) -> keras.Model:
+    """A tower that averages what `layer` makes of its items."""
+    items = keras.Input((3,), dtype="int32")
+    return keras.Model(items, keras.layers.GlobalAveragePooling1D()(layer(items)))
+
+
+def test_towers_share_layers_after_loading_too(tmp_path: Path) -> None:
+    table = keras.layers.Embedding(20, 8, name="items")
+    encoder = quick(MatryoshkaEncoder(sharing(table), sharing(table)))
+    baskets = np.random.default_rng(0).integers(0, 20, (2, 12, 3)).astype("int32")
+    encoder.fit(tuple(baskets), verbose=0)
+    encoder.save(tmp_path / "encoder.keras")
+    loaded = keras.saving.load_model(tmp_path / "encoder.keras")
+    for tower, other in ((loaded.tower, encoder.tower), (loaded.other_tower, encoder.other_tower)):
+        np.testing.assert_array_equal(tower.predict(baskets[0]), other.predict(baskets[0]))
+    loaded.fit(tuple(baskets), verbose=0)
+    assert len(loaded.trainable_weights) == 1
+    assert loaded.tower.get_layer("items") is loaded.other_tower.get_layer("items")
+
+
+def test_a_layer_that_is_shared_out_of_sight_is_not_saved(tmp_path: Path) -> None:
+    table = keras.layers.Embedding(20, 8, name="items")
+    inner = [keras.Sequential([keras.Input((3,), dtype="int32"), table]) for _ in range(2)]
+    encoder = quick(MatryoshkaEncoder(*map(sharing, inner)))
+    sentence = (
+        "A file can say that towers share a layer if it is a layer of both functional models. "
+        "Received: 'items', inside of a layer or of a subclass. "
+        "Call it in both towers itself: keras.Model(inputs, ...)."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        encoder.save(tmp_path / "encoder.keras")
+
+
 def test_two_towers_are_split_one_at_a_time() -> None:
     encoder = MatryoshkaEncoder(tower(), tower())
     assert split(encoder) == (encoder.tower, None)
