@@ -102,6 +102,34 @@ def check_kinds(
         )
 
 
+def check_sides(model: Any, has_other_tower: bool, other_sample: Any, other_decoder: Any) -> None:
+    """Raise unless the rows of the other tower are there where the model has one, and only there.
+
+    Raises:
+        TypeError: If `other_decoder` is no decoder.
+        ValueError: If rows are missing, or belong to no tower.
+    """
+    if other_decoder is not None and not isinstance(other_decoder, ImageDecoder):
+        raise TypeError(
+            f"other_decoder must be an ImageDecoder. Received: {type(other_decoder).__name__}. "
+            "Give one of the other tower's input: ImageDecoder(height=32, width=32)."
+        )
+    received = f"for {type(model).__name__} {model.name!r}"
+    if has_other_tower and other_sample is None:
+        raise ValueError(
+            "A model of two towers is exported whole, and compared on rows of both. "
+            f"Received: no other_sample {received}. "
+            "Give a few rows of the other tower: other_sample=items[:8]."
+        )
+    if not has_other_tower and not (other_sample is None and other_decoder is None):
+        name = "other_decoder" if other_sample is None else "other_sample"
+        raise ValueError(
+            "other_sample and other_decoder are of the other tower of a model of two. "
+            f"Received: {name} {received}, which has one. Leave it out, or export a "
+            "MatryoshkaEncoder(tower, other_tower)."
+        )
+
+
 def check_exact(index: object) -> None:
     """Raise `TypeError` unless `index` is a gallery that a graph can hold."""
     if not isinstance(index, ExactIndex):
@@ -302,6 +330,7 @@ def choose_signatures(
     activation: str | None,
     policy: CascadePolicy | None,
     index: ExactIndex | None,
+    has_other_tower: bool = False,
 ) -> tuple[str, ...]:
     """Return the names of the signatures to write, in the order of the contract.
 
@@ -312,11 +341,12 @@ def choose_signatures(
         activation: Of the head's outputs; None without a head.
         policy: Its cascade.
         index: Its gallery.
+        has_other_tower: Whether galleries go through a tower of their own.
 
     Raises:
         ValueError: If the model cannot have a requested signature.
     """
-    possible = _possible_signatures(dims, activation, policy, index)
+    possible = _possible_signatures(dims, activation, policy, index, has_other_tower)
     if requested is None:
         return possible
     names = (requested,) if isinstance(requested, str) else tuple(requested)
@@ -336,10 +366,13 @@ def _possible_signatures(
     activation: str | None,
     policy: CascadePolicy | None,
     index: ExactIndex | None,
+    has_other_tower: bool,
 ) -> tuple[str, ...]:
     heads = () if activation is None else dims
     answer = contract.regress if activation == "none" else contract.classify
     names = [*map(contract.embed, dims), *map(answer, heads)]
+    if has_other_tower:
+        names += map(contract.embed_other, dims)
     names += [contract.FEATURES, *map(contract.head, heads)]
     if policy is not None:
         names.append(contract.CLASSIFY_ADAPTIVE)

@@ -20,6 +20,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from keras_mrl import split
+from keras_mrl.models.cut import gallery_backbone
 from keras_mrl_serving import contract, flows
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.contract import Manifest
@@ -29,7 +30,7 @@ from keras_mrl_serving.version import __version__
 from .decoder import ImageDecoder
 from .gallery import IndexGraph, forget
 from .graph import trace, trace_describe, with_model_id
-from .job import ExportError, Job
+from .job import ExportError, Job, TowerJob
 from .model_file import load, with_scopes
 from .parity import (
     MAX_QUERIES,
@@ -41,7 +42,7 @@ from .parity import (
 )
 from .publish import Staged
 from .sample import declared_inputs
-from .signatures import ServedModel
+from .signatures import ServedModel, Towers
 from .warmup import write_warmup
 
 PARITY_FILE = "assets.extra/keras_mrl_parity.json"
@@ -61,9 +62,11 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
     """
     model = with_scopes(load(saved, objects), objects)
     backbone, head = split(model)
-    manifest = _manifest(model, saved, backbone, head, job)
+    other = gallery_backbone(model, backbone)
+    towers = (backbone, None if other is backbone else other)
+    manifest = _manifest(model, saved, towers, head, job)
     try:
-        _save_model(ServedModel(backbone, head, manifest, job, staged.scratch), staged.folder)
+        _save_model(ServedModel(towers, head, manifest, job, staged.scratch), staged.folder)
     except (ExportError, OSError):
         raise
     except Exception as error:
@@ -140,11 +143,16 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     file.write_text(manifest.to_json() + "\n")
 
 
-def _manifest(
-    model: keras.Model, saved: Path, backbone: keras.Model, head: Any, job: Job
-) -> Manifest:
-    index, inputs = job.index, _input_specs(backbone, job)
-    fingerprint = fingerprint_of(model, saved, inputs, job.decoder, job.normalize)
+def _manifest(model: keras.Model, saved: Path, towers: Towers, head: Any, job: Job) -> Manifest:
+    index, inputs = job.index, _input_specs(towers[0], job)
+    other_tower = None
+    if job.other_tower is not None:
+        decoder = job.other_tower.decoder
+        other_tower = {
+            "inputs": _input_specs(towers[1], job.other_tower),
+            "decoder": None if decoder is None else decoder.to_json(),
+        }
+    fingerprint = fingerprint_of(model, saved, inputs, job.decoder, job.normalize, other_tower)
     if index is not None:
         flows.check_encoder(index.encoder_fingerprint, fingerprint)
     num_outputs = None if head is None else head.num_classes
@@ -170,6 +178,7 @@ def _manifest(
         labels=job.labels is not None,
         cascade=job.policy.to_json() if job.policy and is_adaptive else None,
         decoder=None if job.decoder is None else job.decoder.to_json(),
+        other_tower=other_tower,
         quality=job.quality,
         encoder_fingerprint=None if index is None else fingerprint,
         funnel=None if index is None else index.schedule.to_json(),
@@ -184,7 +193,7 @@ def _manifest(
     )
 
 
-def _input_specs(backbone: keras.Model, job: Job) -> dict[str, dict[str, Any]]:
+def _input_specs(backbone: keras.Model, job: Job | TowerJob) -> dict[str, dict[str, Any]]:
     """Return dtype and shape of every input: those the model declares, or else the sample's."""
     if job.decoder is not None:
         return {name: {"dtype": "string", "shape": [None]} for name in job.sample}
@@ -215,6 +224,7 @@ def fingerprint_of(
     inputs: Mapping[str, Mapping[str, Any]],
     decoder: ImageDecoder | None,
     normalize: bool,
+    other_tower: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the SHA-256 of all that makes an embedding out of an input.
 
@@ -229,13 +239,17 @@ def fingerprint_of(
         inputs: The inputs of the manifest.
         decoder: Decodes images in the served graph.
         normalize: Whether embeddings are scaled to unit length.
+        other_tower: Inputs and decoder of the other tower, as the manifest has them.
     """
     digest = hashlib.sha256(model.to_json(sort_keys=True).encode())
-    served = {
+    served: dict[str, Any] = {
         "decoder": None if decoder is None else decoder.to_json(),
         "normalize": bool(normalize),
-        "dtypes": [inputs[name]["dtype"] for name in sorted(inputs)],
+        "dtypes": _dtypes(inputs),
     }
+    if other_tower is not None:
+        decoded = other_tower["decoder"]
+        served["other_tower"] = {"decoder": decoded, "dtypes": _dtypes(other_tower["inputs"])}
     digest.update(json.dumps(served, sort_keys=True).encode())
     values = [keras.ops.convert_to_numpy(variable) for variable in model.variables]
     for value in (*values, *_values_besides_weights(model)):
@@ -247,6 +261,10 @@ def fingerprint_of(
                 digest.update(f"{name}\n".encode())
                 digest.update(archive.read(name))
     return digest.hexdigest()
+
+
+def _dtypes(inputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [inputs[name]["dtype"] for name in sorted(inputs)]
 
 
 def _values_besides_weights(model: keras.Model) -> list[npt.NDArray[Any]]:

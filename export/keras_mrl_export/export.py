@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_mrl import split
 from keras_mrl._arrays import head_arrays
+from keras_mrl.models.cut import gallery_backbone
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.index import ExactIndex
 
@@ -24,6 +25,7 @@ from .arguments import (
     check_name,
     check_policy_is_used,
     choose_activation,
+    check_sides,
     choose_dims,
     choose_signatures,
     choose_top_k,
@@ -31,11 +33,11 @@ from .arguments import (
     weights_of_dims,
 )
 from .decoder import ImageDecoder
-from .job import Job, draw_model_id
+from .job import Job, TowerJob, draw_model_id
 from .model_file import in_float32
 from .process import build_on_tensorflow
 from .publish import check_version, publishing
-from .sample import outputs_of, read_sample
+from .sample import Sample, outputs_of, read_sample
 
 
 def export_saved_model(
@@ -56,6 +58,8 @@ def export_saved_model(
     index: ExactIndex | None = None,
     signatures: Sequence[str] | None = None,
     decoder: ImageDecoder | None = None,
+    other_sample: Any = None,
+    other_decoder: ImageDecoder | None = None,
     warmup_batch_sizes: Sequence[int] = (1,),
     identity: bool = True,
 ) -> Path:
@@ -69,7 +73,9 @@ def export_saved_model(
 
     Args:
         model: A `MatryoshkaClassifier`, a functional model that ends in a `MatryoshkaHead`, or
-            any model without a head, which is exported as an encoder.
+            any model without a head, which is exported as an encoder. Both towers of a
+            `MatryoshkaEncoder` are in one version: `embed_<m>` takes queries, `embed_other_<m>`
+            what galleries are made of.
         base_path: Folder of the model's versions; the server's `--model_base_path`. No URL.
         sample: A few real rows, one array or a dict by input name; texts may be a list.
         policy: A cascade learned on a holdout. `classify_adaptive` decides by it, and
@@ -98,6 +104,8 @@ def export_saved_model(
             `serving_default` are always written.
         decoder: Makes the served input `inputs` the bytes of encoded images, decoded in the graph;
             `sample` is then a list of such bytes.
+        other_sample: Of a model of two towers, a few rows of the other one, as `sample`.
+        other_decoder: As `decoder`, for the other tower.
         warmup_batch_sizes: A server runs every signature at these batch sizes before the version
             answers. None of them may exceed the server's `max_batch_size`, or the version does not
             load; () writes no records.
@@ -122,7 +130,13 @@ def export_saved_model(
     check_kinds(policy, index, decoder, signatures, labels)
     labels = None if labels is None else tuple(labels)
     batch_sizes = check_batch_sizes(warmup_batch_sizes)
-    read = read_sample(split(model)[0], sample, decoder)
+    backbone, _ = split(model)
+    has_other_tower = gallery_backbone(model, backbone) is not backbone
+    check_sides(model, has_other_tower, other_sample, other_decoder)
+    read = read_sample(backbone, sample, decoder)
+    other_read = None
+    if has_other_tower:
+        other_read = _read_other(gallery_backbone(model, backbone), other_sample, other_decoder)
     activation = choose_activation(model, split(model)[1], activation, policy)
     model = in_float32(model)
     backbone, head = split(model)
@@ -140,8 +154,17 @@ def export_saved_model(
     top_k = choose_top_k(top_k, num_classes, activation)
     if index is not None:
         check_index(index, served, normalize)
-    chosen = choose_signatures(signatures, served, activation, policy, index)
+    chosen = choose_signatures(signatures, served, activation, policy, index, has_other_tower)
     check_policy_is_used(policy, chosen, served)
+    other_tower = None
+    if other_read is not None:
+        other_features = outputs_of(gallery_backbone(model, backbone), other_read.rows)
+        other_tower = TowerJob(
+            input_names=other_read.names,
+            sample=other_read.served,
+            features=other_features[:, : served[-1]],
+            decoder=other_decoder,
+        )
     job = Job(
         base_path=folder.absolute(),
         version=version,
@@ -163,6 +186,7 @@ def export_saved_model(
         terms=None if activation in (None, "softmax") else _terms(head, features, served),
         index=index,
         decoder=decoder,
+        other_tower=other_tower,
         warmup_batch_sizes=batch_sizes,
         model_id=draw_model_id() if identity else None,
     )
@@ -179,6 +203,13 @@ def _terms(head: Any, features: Any, dims: Sequence[int]) -> Any:
         kernel, bias = head_arrays(head, dim)
         sums.append(np.abs(features[:, :dim]) @ np.abs(kernel) + np.abs(bias))
     return np.stack(sums, axis=1)
+
+
+def _read_other(tower: keras.Model, sample: Any, decoder: ImageDecoder | None) -> Sample:
+    try:
+        return read_sample(tower, sample, decoder)
+    except ValueError as error:
+        raise ValueError(f"Of the other tower: {error}") from error
 
 
 def export_index(

@@ -27,6 +27,23 @@ def draw_model_id() -> int:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class TowerJob:
+    """What is exported of the other tower of a model, besides the tower itself.
+
+    Args:
+        input_names: Key in the caller's sample ("" for a bare array) to served name.
+        sample: The caller's sample by served name; with a decoder, encoded images.
+        features: Features that the trained tower gives for the sample, `(rows, width)`.
+        decoder: Decodes images inside the served graph.
+    """
+
+    input_names: Mapping[str, str]
+    sample: Mapping[str, npt.NDArray[Any]]
+    features: npt.NDArray[np.float32]
+    decoder: ImageDecoder | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
     """Everything that is exported besides the model itself, all of it checked.
 
@@ -53,6 +70,7 @@ class Job:
             of, in the shape of `logits`.
         index: A gallery of the model's embeddings, exported with it.
         decoder: Decodes images inside the served graph.
+        other_tower: The tower of galleries, where queries have one of their own; None of one tower.
         warmup_batch_sizes: Rows of the warm-up records of each signature.
         model_id: What every answer names its model by; None leaves answers without it.
     """
@@ -77,6 +95,7 @@ class Job:
     terms: npt.NDArray[np.float32] | None
     index: ExactIndex | None
     decoder: ImageDecoder | None
+    other_tower: TowerJob | None
     warmup_batch_sizes: tuple[int, ...]
     model_id: int | None
 

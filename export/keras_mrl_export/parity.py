@@ -28,7 +28,7 @@ from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.results import Neighbors
 
 from .gallery import columns, forget
-from .job import ExportError, Job
+from .job import ExportError, Job, TowerJob
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -65,6 +65,9 @@ def check_parity(session: SavedModelSession, manifest: Manifest, job: Job) -> di
         if (name := contract.embed(dim)) in job.signatures:
             expected = _embedding(job.features, dim, manifest.normalize)
             shares[name] = compare_rows(name, run(name)["embedding"], expected)
+        if (name := contract.embed_other(dim)) in job.signatures and job.other_tower is not None:
+            expected = _embedding(job.other_tower.features, dim, manifest.normalize)
+            shares[name] = compare_rows(name, run(name)["embedding"], expected)
         for name in (contract.classify(dim), contract.regress(dim), contract.head(dim)):
             if name in job.signatures:
                 shares[name] = _compare_head(name, run(name), column, job)
@@ -89,20 +92,29 @@ def check_parity(session: SavedModelSession, manifest: Manifest, job: Job) -> di
 
 def example_inputs(manifest: Manifest, job: Job) -> dict[str, Arrays]:
     """Return real rows for every written signature: to compare it, and to warm it up."""
-    dtypes = {name: spec["dtype"] for name, spec in manifest.inputs.items()}
-    sample = {
-        name: np.asarray(job.sample[name], dtype=object if dtype == "string" else dtype)
-        for name, dtype in dtypes.items()
-    }
+    sample = _as_served(manifest, job)
     widths = {contract.SEARCH: manifest.width}
     for dim in {*manifest.dims, *(job.index.schedule.dims if job.index else ())}:
         widths |= {contract.head(dim): dim, contract.search(dim): dim}
     inputs: dict[str, Arrays] = dict.fromkeys((*job.signatures, contract.SERVING_DEFAULT), sample)
+    if job.other_tower is not None:
+        others = _as_served(manifest.tower(other_tower=True), job.other_tower)
+        names = {*map(contract.embed_other, manifest.dims)}
+        inputs |= dict.fromkeys(names & inputs.keys(), others)
     for name in inputs.keys() & widths:
         rows = np.ascontiguousarray(job.features[:, : widths[name]])
         is_head = name == contract.head(widths[name])
         inputs[name] = {"features" if is_head else "embedding": rows}
     return {**inputs, contract.DESCRIBE: {"key": np.array([b""], dtype=object)}}
+
+
+def _as_served(manifest: Manifest, job: Job | TowerJob) -> Arrays:
+    """Return the rows of a tower in the dtypes that its inputs have in the manifest."""
+    dtypes = {name: spec["dtype"] for name, spec in manifest.inputs.items()}
+    return {
+        name: np.asarray(job.sample[name], dtype=object if dtype == "string" else dtype)
+        for name, dtype in dtypes.items()
+    }
 
 
 def differs(signature: str, how: str) -> ExportError:

@@ -8,7 +8,7 @@ row on needs only its confidence, and `top_k` runs for a row in the stage that a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,67 @@ from keras_mrl_serving.contract import Manifest
 
 from .gallery import IndexGraph
 from .graph import Tensors, Traceable, lengths, trace, trace_describe, with_model_id
-from .job import Job
+from .job import Job, TowerJob
 from .sample import declared_inputs, input_structure
 
+Towers = tuple[keras.Model, keras.Model | None]  # of queries, and the other one if there is one
 
-class ServedModel:
-    """A backbone and a head, as the functions that TensorFlow Serving will offer of them.
+
+class ServedTower:
+    """A backbone as a TensorFlow function of served inputs, decoded where they are images.
 
     Args:
         backbone: Inputs to features, on the TensorFlow backend.
+        inputs: The inputs as a manifest names them.
+        job: Input names and decoder.
+        width: How many of the features are served.
+    """
+
+    def __init__(
+        self,
+        backbone: keras.Model,
+        inputs: Mapping[str, Mapping[str, Any]],
+        job: Job | TowerJob,
+        width: int,
+    ) -> None:
+        self.specs = {
+            name: tf.TensorSpec(spec["shape"], spec["dtype"], name) for name, spec in inputs.items()
+        }
+        self.backbone = backbone
+        self.features = tf.function(self._call_backbone)
+        self._job = job
+        self._width = width
+
+    def tables(self) -> list[Any]:
+        """Return the lookup tables of its layers (the vocabulary of a TextVectorization)."""
+        return [
+            part
+            for part in tf.train.TrackableView(self.backbone).descendants()
+            if isinstance(part, tf.saved_model.experimental.TrackableResource)
+        ]
+
+    def _call_backbone(self, **inputs: Any) -> Any:
+        decoder = self._job.decoder
+        if decoder is not None:
+            inputs = {name: decoder.decode(images) for name, images in inputs.items()}
+        features = self.backbone(self._as_declared(inputs), training=False)
+        return tf.cast(features, tf.float32)[:, : self._width]
+
+    def _as_declared(self, inputs: Tensors) -> Any:
+        """Return inputs by served name in the structure that the backbone declares."""
+        declared = declared_inputs(self.backbone)
+        if not declared:
+            return next(iter(inputs.values())) if "" in self._job.input_names else inputs
+        is_single = len(declared) == 1
+        tensors = list(inputs.values()) if is_single else [inputs[name] for name in declared]
+        return keras.tree.pack_sequence_as(input_structure(self.backbone), tensors)
+
+
+class ServedModel:
+    """Towers and a head, as the functions that TensorFlow Serving will offer of them.
+
+    Args:
+        towers: Inputs to features, on the TensorFlow backend.
         head: The nested head; None for an encoder.
         manifest: The manifest that `describe` answers with.
         job: Labels, policy, gallery, decoder, and which signatures.
@@ -38,14 +90,19 @@ class ServedModel:
     """
 
     def __init__(
-        self, backbone: keras.Model, head: Any, manifest: Manifest, job: Job, scratch: Path
+        self, towers: Towers, head: Any, manifest: Manifest, job: Job, scratch: Path
     ) -> None:
-        self._backbone = backbone
+        backbone, other = towers
+        self._tower = ServedTower(backbone, manifest.inputs, job, manifest.width)
+        self._other_tower = None
+        is_asked = {*map(contract.embed_other, manifest.dims)} & {*job.signatures}
+        if job.other_tower is not None and is_asked:
+            inputs = manifest.tower(other_tower=True).inputs
+            self._other_tower = ServedTower(other, inputs, job.other_tower, manifest.width)
         self._head = head
         self._manifest = manifest
         self._job = job
         self._labels = None if job.labels is None else _label_table(job.labels, scratch)
-        self._features = tf.function(self._call_backbone)
         self._gallery = None if job.index is None else IndexGraph(job.index, manifest.dims)
         self._answer = contract.regress if job.activation == "none" else contract.classify
 
@@ -57,13 +114,10 @@ class ServedModel:
         tables are the class names, and those of layers (the vocabulary of a TextVectorization).
         """
         module = tf.Module()
-        layers = [layer for layer in (self._backbone, self._head) if layer is not None]
+        towers = [tower for tower in (self._tower, self._other_tower) if tower is not None]
+        layers = [*(tower.backbone for tower in towers), *filter(None, [self._head])]
         module.state = [v.value for layer in layers for v in layer.variables]
-        module.tables = [
-            part
-            for part in tf.train.TrackableView(self._backbone).descendants()
-            if isinstance(part, tf.saved_model.experimental.TrackableResource)
-        ]
+        module.tables = [table for tower in towers for table in tower.tables()]
         module.labels = self._labels
         module.gallery = [] if self._gallery is None else self._gallery.variables()
         return module
@@ -83,17 +137,16 @@ class ServedModel:
 
     def _functions(self) -> dict[str, Traceable]:
         manifest, policy, gallery = self._manifest, self._job.policy, self._gallery
-        inputs = {
-            name: tf.TensorSpec(spec["shape"], spec["dtype"], name)
-            for name, spec in manifest.inputs.items()
-        }
+        inputs, other = self._tower.specs, self._other_tower
 
         def features(**inputs: Any) -> Tensors:
-            return {"features": self._features(**inputs)}
+            return {"features": self._tower.features(**inputs)}
 
         functions: dict[str, Traceable] = {contract.FEATURES: (features, inputs)}
         for dim in manifest.dims:
-            functions[contract.embed(dim)] = (self._embed_at(dim), inputs)
+            functions[contract.embed(dim)] = (self._embed_at(self._tower, dim), inputs)
+            if other is not None:
+                functions[contract.embed_other(dim)] = (self._embed_at(other, dim), other.specs)
             if self._head is not None:
                 prefix = tf.TensorSpec([None, dim], tf.float32, "features")
                 functions[self._answer(dim)] = (self._answer_at(dim), inputs)
@@ -101,37 +154,21 @@ class ServedModel:
         if policy is not None:
 
             def classify_adaptive(**inputs: Any) -> Tensors:
-                features = self._features(**inputs)
+                features = self._tower.features(**inputs)
                 return classify_adaptively(features, policy, self._logits, self._classification)
 
             functions[contract.CLASSIFY_ADAPTIVE] = (classify_adaptive, inputs)
         if gallery is not None:
 
             def retrieve(**inputs: Any) -> Tensors:
-                return gallery.search(self._features(**inputs))
+                return gallery.search(self._tower.features(**inputs))
 
             functions |= {contract.RETRIEVE: (retrieve, inputs), **gallery.functions()}
         return functions
 
-    def _call_backbone(self, **inputs: Any) -> Any:
-        decoder = self._job.decoder
-        if decoder is not None:
-            inputs = {name: decoder.decode(images) for name, images in inputs.items()}
-        features = self._backbone(self._as_declared(inputs), training=False)
-        return tf.cast(features, tf.float32)[:, : self._manifest.width]
-
-    def _as_declared(self, inputs: Tensors) -> Any:
-        """Return inputs by served name in the structure that the backbone declares."""
-        declared = declared_inputs(self._backbone)
-        if not declared:
-            return next(iter(inputs.values())) if "" in self._job.input_names else inputs
-        is_single = len(declared) == 1
-        tensors = list(inputs.values()) if is_single else [inputs[name] for name in declared]
-        return keras.tree.pack_sequence_as(input_structure(self._backbone), tensors)
-
-    def _embed_at(self, dim: int) -> Callable[..., Tensors]:
+    def _embed_at(self, tower: ServedTower, dim: int) -> Callable[..., Tensors]:
         def embed(**inputs: Any) -> Tensors:
-            prefix = self._features(**inputs)[:, :dim]
+            prefix = tower.features(**inputs)[:, :dim]
             if self._manifest.normalize:
                 prefix = prefix / lengths(prefix)
             return {"embedding": prefix}
@@ -140,7 +177,7 @@ class ServedModel:
 
     def _answer_at(self, dim: int) -> Callable[..., Tensors]:
         def answer(**inputs: Any) -> Tensors:
-            logits = self._logits(self._features(**inputs)[:, :dim], dim)
+            logits = self._logits(self._tower.features(**inputs)[:, :dim], dim)
             if self._job.activation == "none":
                 return {"values": logits}
             return self._classification_of_all(logits, dim)

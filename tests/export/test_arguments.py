@@ -8,7 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mrl_export import export_index, export_saved_model
+from keras_mrl import MatryoshkaEncoder
+from keras_mrl_export import ImageDecoder, export_index, export_saved_model
 from keras_mrl_export.arguments import (
     check_base_path,
     check_batch_sizes,
@@ -357,6 +358,15 @@ def test_all_unless_some_are_requested() -> None:
     assert choose_signatures(None, (8,), None, None, None) == ("embed_8", "features")
 
 
+def test_the_other_tower_has_a_family_of_its_own() -> None:
+    def of_two(requested: Any) -> tuple[str, ...]:
+        return choose_signatures(requested, (2, 4), False, None, None, has_other_tower=True)
+
+    assert of_two(None) == ("embed_2", "embed_4", "embed_other_2", "embed_other_4", "features")
+    assert of_two("embed") == ("embed_2", "embed_4")
+    assert of_two(["embed_other"]) == ("embed_other_2", "embed_other_4")
+
+
 @pytest.mark.parametrize(
     ("requested", "names"),
     [
@@ -406,3 +416,31 @@ def test_a_policy_that_no_signature_uses_is_refused() -> None:
         check_policy_is_used(policy, chosen(signatures, policy), (2, 4))
     check_policy_is_used(POLICY, chosen(None), (2, 4))
     check_policy_is_used(None, chosen(["embed"], None), (2, 4))
+
+
+@pytest.mark.parametrize("name", ["other_sample", "other_decoder"])
+def test_one_tower_has_no_rows_of_another(tmp_path: Path, name: str) -> None:
+    given = {"other_sample": X, "other_decoder": ImageDecoder(height=4, width=4)}
+    text = (
+        "other_sample and other_decoder are of the other tower of a model of two. "
+        f"Received: {name} for Functional 'small', which has one. Leave it out, or export a "
+        "MatryoshkaEncoder(tower, other_tower)."
+    )
+    assert refusal(tmp_path / "m", ValueError, ENCODER, **{name: given[name]}) == text
+
+
+def test_two_towers_need_rows_of_both(tmp_path: Path) -> None:
+    encoder = MatryoshkaEncoder(dense(), dense(), name="shop")
+    text = (
+        "A model of two towers is exported whole, and compared on rows of both. "
+        "Received: no other_sample for MatryoshkaEncoder 'shop'. "
+        "Give a few rows of the other tower: other_sample=items[:8]."
+    )
+    assert refusal(tmp_path / "m", ValueError, encoder) == text
+    text = (
+        "other_decoder must be an ImageDecoder. Received: dict. "
+        "Give one of the other tower's input: ImageDecoder(height=32, width=32)."
+    )
+    assert refusal(tmp_path / "m", TypeError, encoder, other_decoder={}) == text
+    text = refusal(tmp_path / "m", ValueError, encoder, other_sample=X[:, :3])
+    assert text.startswith("Of the other tower: sample must have the shape of the model's input")

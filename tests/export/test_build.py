@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_mrl import MatryoshkaEncoder
 from keras_mrl_export import ExportError, ImageDecoder, export_saved_model
 from keras_mrl_export.build import fingerprint_of, fingerprint_of_index
 from keras_mrl_export.model_file import load, save
@@ -60,6 +61,14 @@ def test_a_fingerprint_is_of_one_model_served_alike(tmp_path: Path) -> None:
     assert fingerprint(model, tmp_path, normalize=False) != before
     model.weights[0].assign(model.weights[0] + 1.0)
     assert fingerprint(model, tmp_path) != before
+
+
+def test_a_fingerprint_is_of_both_towers(tmp_path: Path) -> None:
+    encoder = MatryoshkaEncoder(dense(), dense())
+    once = exported_fingerprint(encoder, tmp_path, other_sample=X)
+    assert exported_fingerprint(encoder, tmp_path, other_sample=X, signatures=["embed"]) == once
+    encoder.other_tower.weights[0].assign(encoder.other_tower.weights[0] + 1.0)
+    assert exported_fingerprint(encoder, tmp_path, other_sample=X) != once
 
 
 def test_a_fingerprint_is_of_the_decoder(tmp_path: Path) -> None:

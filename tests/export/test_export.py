@@ -1,5 +1,6 @@
 """What `export_saved_model` writes, and whole models from their training to a server's answers."""
 
+import asyncio
 import doctest
 import importlib
 import json
@@ -27,12 +28,23 @@ from keras_mrl import (
     next_token,
 )
 from keras_mrl_export import export_saved_model
-from keras_mrl_serving import Client, NoCascadeError, __version__, truncate
+from keras_mrl_serving import (
+    AsyncClient,
+    Client,
+    EncoderMismatchError,
+    ExactIndex,
+    FunnelSchedule,
+    InvalidInputError,
+    NoCascadeError,
+    __version__,
+    truncate,
+)
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import MANIFEST_FILE
 from keras_mrl_serving.server import DevServer
 from tests.helpers import export_models as models
+from tests.helpers import two_towers
 from tests.helpers.export_models import (
     DIMS,
     NAMES,
@@ -275,6 +287,63 @@ def test_an_encoder_is_exported_as_its_tower(tmp_path: Path) -> None:
     with SavedModelSession(export_saved_model(model, tmp_path, X, dims=(2, 4))) as session:
         embedded = session.run("embed_2", {"x": X})["embedding"]
     np.testing.assert_allclose(embedded, truncate(outputs(model, X), 2), rtol=0, atol=1e-5)
+
+
+# Two towers, from their training to the neighbours that a server's answers find.
+
+
+@backend
+def test_two_towers_are_one_version(tmp_path: Path) -> None:
+    encoder, some_items = two_towers.two_towers(), {n: a[:16] for n, a in two_towers.ITEMS.items()}
+    rows: dict[str, Any] = {"sample": two_towers.USERS[:16], "other_sample": some_items}
+    rows["dims"] = two_towers.DIMS
+    export_saved_model(encoder, tmp_path / "shop", **rows)
+    users = two_towers.user_embeddings(encoder).astype(np.float32)
+    items = two_towers.item_embeddings(encoder).astype(np.float32)
+    nearest = np.argsort(-two_towers.similarities(users, items, 8))[:, :5]
+    with (
+        DevServer(tmp_path / "shop", model_name="shop") as target,
+        Client(target, "shop") as client,
+    ):
+        for dim in two_towers.DIMS:
+            embedded = client.embed(two_towers.USERS, dim)
+            np.testing.assert_allclose(embedded, truncate(users, dim), rtol=0, atol=1e-5)
+            embedded = client.embed(two_towers.ITEMS, dim, other_tower=True)
+            np.testing.assert_allclose(embedded, truncate(items, dim), rtol=0, atol=1e-5)
+        with pytest.raises(InvalidInputError, match="user"):
+            client.embed(two_towers.ITEMS, 8)
+        with pytest.raises(InvalidInputError, match="a dict with size, price"):
+            client.embed(two_towers.USERS, 8, other_tower=True)
+
+        file = tmp_path / "items.npy"
+        gallery = client.embed_dataset(two_towers.ITEMS, 8, file, other_tower=True)
+        funnel, described = FunnelSchedule((8,), (), 5), client.describe()
+        index = ExactIndex.build(gallery, funnel, encoder_fingerprint=described.fingerprint)
+        neighbors = client.retrieve(two_towers.USERS, index)
+        np.testing.assert_array_equal(neighbors.ids, nearest)
+        strangers = ExactIndex.build(gallery, funnel, encoder_fingerprint="c0de")
+        with pytest.raises(EncoderMismatchError, match="built with 'c0de'"):
+            client.retrieve(two_towers.USERS, strangers)
+
+        async def ask() -> tuple[Any, Any]:
+            async with AsyncClient(target, "shop") as other:
+                embedded = await other.embed(two_towers.ITEMS, 8, other_tower=True)
+                return embedded, await other.retrieve(two_towers.USERS, index)
+
+        embedded, found = asyncio.run(ask())
+        np.testing.assert_array_equal(embedded, gallery)
+        np.testing.assert_array_equal(found.ids, nearest)
+
+    with pytest.raises(EncoderMismatchError, match="built with 'c0de'"):
+        export_saved_model(encoder, tmp_path / "graph", **rows, index=strangers, signatures=[])
+    rows["signatures"] = ["retrieve", "embed_other"]
+    export_saved_model(encoder, tmp_path / "graph", **rows, index=index)
+    with DevServer(tmp_path / "graph", model_name="shop") as target:
+        client = Client(target, "shop")
+        np.testing.assert_array_equal(client.retrieve(two_towers.USERS).ids, nearest)
+        embedded = client.embed(two_towers.ITEMS, 8, other_tower=True)
+        np.testing.assert_allclose(embedded, gallery, rtol=0, atol=1e-6)
+        client.close()
 
 
 def test_examples_in_docstrings() -> None:
