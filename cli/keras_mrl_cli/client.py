@@ -67,6 +67,8 @@ _FLAGS = {
     "Options(tls=Tls())": "--tls-server-name",
     "leave out Options(tls=...)": "leave out the --tls flags",
     "Options(max_batch_size=...)": "--max-batch-size",
+    "Leave other_tower out": "Leave --other-tower out",
+    "other_tower=True": "--other-tower",
     "Options(timeout_s=...)": "--timeout",
     "Options(proxy=False)": "--no-proxy",
     "Client(target, model=NAME)": "--model NAME",
@@ -101,7 +103,8 @@ def connect_and_describe(arguments: SimpleNamespace) -> Iterator[tuple[Client, M
     with connect(arguments) as client:
         manifest = client.describe()
         if arguments.max_batch_size is None:
-            client = client.with_batch_size(_rows_of_a_call(manifest, arguments.files))
+            tower = manifest.tower(getattr(arguments, "other_tower", False))
+            client = client.with_batch_size(_rows_of_a_call(tower, arguments.files))
         yield client, manifest
 
 

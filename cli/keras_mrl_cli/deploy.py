@@ -171,7 +171,10 @@ def _values(arguments: SimpleNamespace) -> dict[str, str]:
 
 def _batching(manifest: Manifest) -> tuple[str, str]:
     """Return the flags of batching, and why: only rows of equal shapes are put together."""
-    open_ended = [name for name, spec in manifest.inputs.items() if None in spec["shape"][1:]]
+    towers = (manifest.inputs, (manifest.other_tower or {}).get("inputs", {}))
+    open_ended = [
+        name for inputs in towers for name, spec in inputs.items() if None in spec["shape"][1:]
+    ]
     if not open_ended:
         return (
             "- --enable_batching=true\n- --batching_parameters_file=/config/batching.config",

@@ -11,6 +11,7 @@ decoded and resized here (pip install 'keras-mrl[images]').
 
   keras-mrl embed --target localhost:8500 a.npy b.npy --out E.npy
   keras-mrl embed --target localhost:8500 birds/*.jpg --quality 0.98 --json
+  keras-mrl embed --target localhost:8500 --model shop --other-tower items.npz --out E.npy
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ def quality(text: str) -> tuple[str | None, float]:
         help="take the smallest dim that keeps this share of the full one's quality, by the "
         "manifest's measure of this name (its only one, or top1)",
     ),
+    Option(
+        "--other-tower",
+        is_flag=True,
+        help="the rows are of the side of galleries, in a model of two towers",
+    ),
     Option("--out", metavar="E.npy", help="write there, and go on there after an interruption"),
     *file_options(),
     json_option("print one JSON object per row"),
@@ -93,12 +99,13 @@ def embed(arguments: SimpleNamespace) -> int:
                 dim = cheapest_dim(manifest, least, measure)
         if arguments.out is not None:
             return _write(arguments, client, manifest, dim)
+        other_tower = arguments.other_tower
 
         def ask(rows: Arrays, progress: Callable[[int, int], object]) -> Embeddings:
-            return client.embed(rows, dim, progress=progress)
+            return client.embed(rows, dim, other_tower=other_tower, progress=progress)
 
         show = _print_json if arguments.json else _table(arguments, dim)
-        return ask_files(arguments, client, manifest, ask, show)
+        return ask_files(arguments, client, manifest.tower(other_tower), ask, show)
 
 
 def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: int) -> int:
@@ -106,8 +113,9 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
 
     from .files import load_rows
 
-    first_rows, total = _checked_rows(arguments, manifest)
-    batches = (load_rows(file, manifest, arguments.scale) for file in arguments.files)
+    tower = manifest.tower(arguments.other_tower)
+    first_rows, total = _checked_rows(arguments, tower)
+    batches = (load_rows(file, tower, arguments.scale) for file in arguments.files)
     done = 0
 
     def report(rows: int, _: int | None) -> None:
@@ -122,7 +130,12 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
             ended_by_signals(),
         ):
             embeddings = client.embed_dataset(
-                batches, dim, arguments.out, progress=report, manifest=manifest
+                batches,
+                dim,
+                arguments.out,
+                other_tower=arguments.other_tower,
+                progress=report,
+                manifest=manifest,
             )
     except (KeyboardInterrupt, SystemExit):
         safe = f"{done:,} of {total:,} rows are embedded; " if done else ""

@@ -7,6 +7,7 @@ folder of the version.
   keras-mrl export digits.keras --base-path models/digits --sample few.npy
   keras-mrl export birds.keras --base-path models/birds --images few/*.jpg
   keras-mrl export own.keras --base-path models/own --import my_layers
+  keras-mrl export shop.keras --base-path models/shop --sample u.npy --other-sample i.npz
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 _LABELS_BYTES = 2**26
 _ROWS = 8  # of a random sample
-_RANDOM_ROWS = "The export is verified on random rows in [0, 1); real rows verify more: --sample."
+_RANDOM_ROWS = "The export is verified on random rows in [0, 1); real rows verify more: {}."
 
 
 def names(text: str) -> list[str]:
@@ -82,6 +83,11 @@ def float32(text: str) -> float:
         metavar="FILE",
         help="a few real rows to compare on, .npy, or .npz by input name (random floats)",
     ),
+    Option(
+        "--other-sample",
+        metavar="FILE",
+        help="of a model of two towers: as --sample, for the other tower",
+    ),
     Option("--policy", metavar="FILE", help="JSON of a CascadePolicy (no cascade)"),
     Option("--labels", metavar="FILE", help="class names, one a line (no names)"),
     Option("--dims", type=dims, metavar="M,...", help="dims to export (those of the model's head)"),
@@ -99,10 +105,16 @@ def float32(text: str) -> float:
         "in its graph to the size of the model's input (it takes pixels)",
     ),
     Option(
+        "--other-images",
+        many=True,
+        metavar="FILE...",
+        help="of a model of two towers: as --images, for the other tower",
+    ),
+    Option(
         "--pixel-scale",
         type=float32,
         metavar="X",
-        help="with --images: pixels of 0..255 are multiplied by it (1)",
+        help="with --images or --other-images: pixels of 0..255 are multiplied by it (1)",
     ),
     Option(
         "--activation",
@@ -148,23 +160,24 @@ def _export(arguments: SimpleNamespace) -> int:
     from keras_mrl_export import ExportError, export_saved_model
     from keras_mrl_serving import KerasMrlError
 
-    from .files import load_arrays, load_policy
+    from .files import load_policy
 
-    if arguments.images and arguments.sample:
-        raise RefusalError(
-            "An export is verified on rows or on images. Received: --sample and --images. "
-            "Give --images for a version that takes files, --sample for one that takes pixels."
-        )
-    if arguments.pixel_scale is not None and not arguments.images:
+    for sample, images in (("sample", "images"), ("other_sample", "other_images")):
+        if getattr(arguments, images) and getattr(arguments, sample):
+            flags = [f"--{name.replace('_', '-')}" for name in (sample, images)]
+            raise RefusalError(
+                f"An export is verified on rows or on images. Received: {' and '.join(flags)}. "
+                f"Give {flags[1]} for a version that takes files, {flags[0]} for one that takes "
+                "pixels."
+            )
+    if arguments.pixel_scale is not None and not (arguments.images or arguments.other_images):
         raise RefusalError(
             "--pixel-scale is of images that the version decodes. Received: no --images. "
             "Give a few: --images FILE FILE."
         )
     policy = None if arguments.policy is None else load_policy(arguments.policy)
     labels = None if arguments.labels is None else _labels(arguments.labels)
-    sample: Any = None if arguments.sample is None else load_arrays(arguments.sample)
-    if sample is not None:
-        sample = sample[""] if set(sample) == {""} else dict(sample)
+    sample, other_sample = _rows(arguments.sample), _rows(arguments.other_sample)
     _import(arguments.modules)
     print_note(f"Loading {arguments.model} on {keras.backend.backend()} ...")
     model = _load(arguments.model)
@@ -178,13 +191,20 @@ def _export(arguments: SimpleNamespace) -> int:
         remedy="Name another.",
         place=arguments.base_path,
     ):
-        decoder = None
+        backbone, other = _towers(model)
+        scale = 1.0 if arguments.pixel_scale is None else arguments.pixel_scale
+        decoder = other_decoder = None
         if arguments.images:
-            scale = 1.0 if arguments.pixel_scale is None else arguments.pixel_scale
-            sample, decoder = _encoded_images(model, arguments.images, scale)
+            sample, decoder = _encoded_images(backbone, arguments.images, scale)
         elif sample is None:
-            sample = _random_rows(model)
-            print_note(_RANDOM_ROWS)
+            sample = _random_rows(backbone, "--sample")
+            print_note(_RANDOM_ROWS.format("--sample"))
+        if arguments.other_images:
+            images = arguments.other_images
+            other_sample, other_decoder = _encoded_images(other or backbone, images, scale)
+        elif other_sample is None and other is not None:
+            other_sample = _random_rows(other, "--other-sample")
+            print_note(_RANDOM_ROWS.format("--other-sample"))
         print_note("Exporting, and comparing every signature with the model ...")
         with ended_by_signals(), _warnings_as_notes():
             version = export_saved_model(
@@ -197,6 +217,8 @@ def _export(arguments: SimpleNamespace) -> int:
                 normalize=not arguments.no_normalize,
                 identity=not arguments.no_identity,
                 decoder=decoder,
+                other_sample=other_sample,
+                other_decoder=other_decoder,
                 **{name: value for name, value in optional.items() if value is not None},
             )
     print_line(str(Path(arguments.base_path) / version.name))  # a relative base path stays one
@@ -284,16 +306,34 @@ def _loss_in(file: str) -> Any:
         return None
 
 
-def _declared_inputs(model: Any) -> dict[str, Any]:
-    """Return the symbolic inputs of a model's backbone by name."""
+def _rows(file: str | None) -> Any:
+    """Return the rows of a sample, an array or arrays by input name; None without a file."""
+    from .files import load_arrays
+
+    if file is None:
+        return None
+    arrays = load_arrays(file)
+    return arrays[""] if set(arrays) == {""} else dict(arrays)
+
+
+def _towers(model: Any) -> tuple[Any, Any]:
+    """Return the part of a model that takes queries, and its other tower; None without one."""
     from keras_mrl import split
-    from keras_mrl_export.sample import declared_inputs
+    from keras_mrl.models.cut import gallery_backbone
 
     backbone, _ = split(model)
+    other = gallery_backbone(model, backbone)
+    return backbone, None if other is backbone else other
+
+
+def _declared_inputs(backbone: Any) -> dict[str, Any]:
+    """Return the symbolic inputs of a model's backbone by name."""
+    from keras_mrl_export.sample import declared_inputs
+
     return dict(declared_inputs(backbone))
 
 
-def _random_rows(model: Any) -> Any:
+def _random_rows(backbone: Any, flag: str) -> Any:
     """Return random rows in [0, 1), an array or arrays by input name.
 
     Raises:
@@ -301,7 +341,7 @@ def _random_rows(model: Any) -> Any:
     """
     import numpy as np
 
-    inputs = _declared_inputs(model)
+    inputs = _declared_inputs(backbone)
     others = [
         f"{name} {tensor.dtype} {tuple(tensor.shape)}"
         for name, tensor in inputs.items()
@@ -311,7 +351,7 @@ def _random_rows(model: Any) -> Any:
         raise RefusalError(
             "An export is verified on rows, and random ones stand only for floats of known shape. "
             f"Received: {', '.join(others) or 'a model that declares no inputs'}. "
-            "Give a few real rows: --sample FILE.npy, or .npz by input name."
+            f"Give a few real rows: {flag} FILE.npy, or .npz by input name."
         )
     rng = np.random.default_rng(0)
     rows = {
@@ -321,7 +361,7 @@ def _random_rows(model: Any) -> Any:
 
 
 def _encoded_images(
-    model: Any, files: Sequence[str], scale: float
+    backbone: Any, files: Sequence[str], scale: float
 ) -> tuple[list[bytes], ImageDecoder]:
     """Return the bytes of image files, and the decoder that makes the model's input of them.
 
@@ -331,7 +371,7 @@ def _encoded_images(
     from keras_mrl_export import ImageDecoder
     from keras_mrl_serving import UnreadableImageError, served_image
 
-    shapes = [tuple(tensor.shape[1:]) for tensor in _declared_inputs(model).values()]
+    shapes = [tuple(tensor.shape[1:]) for tensor in _declared_inputs(backbone).values()]
     if len(shapes) != 1 or len(shapes[0]) != 3 or None in shapes[0]:
         raise RefusalError(
             "Images are decoded to the one input of a model: height, width and channels. "

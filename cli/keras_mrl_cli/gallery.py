@@ -220,6 +220,11 @@ def _planned_funnel(
         rng = np.random.default_rng(arguments.seed)
         own_rows = np.sort(rng.choice(len(gallery), size, replace=False)).astype(np.int64)
         queries = gallery[own_rows]
+        if manifest is not None and manifest.other_tower is not None:
+            _report(
+                f"{manifest.name} has a tower for queries, and the plan is measured by rows of the "
+                "gallery; plan by embeddings of the queries: --queries"
+            )
     if dims is not None and dims[-1] < gallery.shape[1]:
         _report(
             f"recall is of the neighbours at dim {dims[-1]}; the gallery is {gallery.shape[1]} wide"

@@ -184,6 +184,12 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
     _line("inputs", _specs(manifest["inputs"]))
     if manifest["decoder"] is not None:
         _line("decoder", ", ".join(f"{key} {value}" for key, value in manifest["decoder"].items()))
+    other = manifest["other_tower"]
+    if other is not None:
+        _line("other tower", _specs(other["inputs"]))
+        if other.get("decoder") is not None:
+            settings = other["decoder"].items()
+            _line("its decoder", ", ".join(f"{key} {value}" for key, value in settings))
     scaled = "of unit length" if manifest["normalize"] else "as they are"
     _line("embeddings", f"{scaled}, compared by {manifest['metric']}")
     if manifest["num_classes"] is not None:

@@ -17,7 +17,9 @@ from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
 from keras_mrl_serving import Manifest
 from keras_mrl_serving.contract import MANIFEST_FILE
 from keras_mrl_serving.saved_model import read_signatures
+from keras_mrl_serving.server import DevServer
 from tests.helpers import export_models as models
+from tests.helpers import two_towers
 from tests.helpers.cli import CASCADE, KERAS_MRL, LABELS, Call, Exported
 from tests.helpers.waiting import wait_until
 
@@ -106,6 +108,40 @@ def test_everything_that_can_be_said(export: Export) -> None:
     assert manifest.made_with["trained_on"] == BACKEND
     assert f"on {BACKEND} ..." in err
     assert "random rows" not in err
+
+
+@pytest.mark.backend
+def test_two_towers_from_the_file_to_the_neighbours(call: Call) -> None:
+    """Every command knows the tower that the gallery goes through."""
+    two_towers.two_towers().save("shop.keras")
+    np.save("users.npy", two_towers.USERS)
+    np.savez("items.npz", **two_towers.ITEMS)
+    np.savez("two.npz", **{name: rows[:2] for name, rows in two_towers.ITEMS.items()})
+
+    def done(*words: str) -> str:
+        status, out, err = call(*words)
+        assert status == 0, err
+        return out
+
+    words = ["--base-path=shop", "--sample=users.npy", "--other-sample=two.npz", "--dims=2,8"]
+    version = done("export", "shop.keras", *words).splitlines()[-1]
+    assert "other tower  price float32 (any, 1), size float32 (any, 4)" in done("inspect", version)
+    with DevServer("shop") as target:
+        at = ["--target", target]
+        done("embed", *at, "--other-tower", "--out=E.npy", "items.npz")
+        assert json.loads(done("embed", *at, "--json", "--other-tower", "two.npz").splitlines()[1])[
+            "embedding"
+        ] == pytest.approx(np.load("E.npy")[1].tolist(), abs=1e-5)
+        funnel = ["--engine=exact", "--dims=8", "--shortlists=none", "--k=3"]
+        done("index", "build", "--embeddings=E.npy", "--out=i.index", *at, *funnel)
+        lines = done("search", "i.index", *at, "--json", "users.npy").splitlines()
+        status, _, err = call("embed", *at, "--other-tower", "users.npy")
+        assert (status, "arrays named price, size" in err) == (1, True)
+    keras_model = keras.saving.load_model("shop.keras", compile=False)
+    users = two_towers.user_embeddings(keras_model)
+    items = two_towers.item_embeddings(keras_model)
+    nearest = np.argsort(-two_towers.similarities(users, items, 8))[:, :3]
+    assert [json.loads(line)["ids"] for line in lines] == nearest.tolist()
 
 
 def test_images_as_files(export: Export) -> None:
