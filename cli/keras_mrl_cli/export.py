@@ -162,9 +162,9 @@ def _export(arguments: SimpleNamespace) -> int:
 
     from .files import load_policy
 
-    for sample, images in (("sample", "images"), ("other_sample", "other_images")):
-        if getattr(arguments, images) and getattr(arguments, sample):
-            flags = [f"--{name.replace('_', '-')}" for name in (sample, images)]
+    for names in (("sample", "images"), ("other_sample", "other_images")):
+        if all(getattr(arguments, name) for name in names):
+            flags = [f"--{name.replace('_', '-')}" for name in names]
             raise RefusalError(
                 f"An export is verified on rows or on images. Received: {' and '.join(flags)}. "
                 f"Give {flags[1]} for a version that takes files, {flags[0]} for one that takes "

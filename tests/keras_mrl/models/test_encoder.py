@@ -206,7 +206,8 @@ def test_towers_share_layers_after_loading_too(tmp_path: Path) -> None:
     encoder.fit(tuple(baskets), verbose=0)
     encoder.save(tmp_path / "encoder.keras")
     loaded = keras.saving.load_model(tmp_path / "encoder.keras")
-    for tower, other in ((loaded.tower, encoder.tower), (loaded.other_tower, encoder.other_tower)):
+    pairs: Any = [(loaded.tower, encoder.tower), (loaded.other_tower, encoder.other_tower)]
+    for tower, other in pairs:
         np.testing.assert_array_equal(tower.predict(baskets[0]), other.predict(baskets[0]))
     loaded.fit(tuple(baskets), verbose=0)
     assert len(loaded.trainable_weights) == 1
