@@ -360,7 +360,7 @@ def test_all_unless_some_are_requested() -> None:
 
 def test_the_other_tower_has_a_family_of_its_own() -> None:
     def of_two(requested: Any) -> tuple[str, ...]:
-        return choose_signatures(requested, (2, 4), False, None, None, has_other_tower=True)
+        return choose_signatures(requested, (2, 4), None, None, None, has_other_tower=True)
 
     assert of_two(None) == ("embed_2", "embed_4", "embed_other_2", "embed_other_4", "features")
     assert of_two("embed") == ("embed_2", "embed_4")
