@@ -164,11 +164,10 @@ def _export(arguments: SimpleNamespace) -> int:
 
     for names in (("sample", "images"), ("other_sample", "other_images")):
         if all(getattr(arguments, name) for name in names):
-            flags = [f"--{name.replace('_', '-')}" for name in names]
+            rows, images = (f"--{name.replace('_', '-')}" for name in names)
             raise RefusalError(
-                f"An export is verified on rows or on images. Received: {' and '.join(flags)}. "
-                f"Give {flags[1]} for a version that takes files, {flags[0]} for one that takes "
-                "pixels."
+                f"An export is verified on rows or on images. Received: {rows} and {images}. "
+                f"Give {images} for a version that takes files, {rows} for one that takes pixels."
             )
     if arguments.pixel_scale is not None and not (arguments.images or arguments.other_images):
         raise RefusalError(
@@ -200,8 +199,8 @@ def _export(arguments: SimpleNamespace) -> int:
             sample = _random_rows(backbone, "--sample")
             print_note(_RANDOM_ROWS.format("--sample"))
         if arguments.other_images:
-            images = arguments.other_images
-            other_sample, other_decoder = _encoded_images(other or backbone, images, scale)
+            files = arguments.other_images
+            other_sample, other_decoder = _encoded_images(other or backbone, files, scale)
         elif other_sample is None and other is not None:
             other_sample = _random_rows(other, "--other-sample")
             print_note(_RANDOM_ROWS.format("--other-sample"))

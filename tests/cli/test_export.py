@@ -136,7 +136,7 @@ def test_two_towers_from_the_file_to_the_neighbours(call: Call) -> None:
         done("index", "build", "--embeddings=E.npy", "--out=i.index", *at, *funnel)
         lines = done("search", "i.index", *at, "--json", "users.npy").splitlines()
         status, _, err = call("embed", *at, "--other-tower", "users.npy")
-        assert (status, "arrays named price, size" in err) == (1, True)
+        assert (status, "arrays named size, price" in err) == (1, True)
     keras_model = keras.saving.load_model("shop.keras", compile=False)
     users = two_towers.user_embeddings(keras_model)
     items = two_towers.item_embeddings(keras_model)
