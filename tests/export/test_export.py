@@ -96,6 +96,7 @@ def test_the_manifest_of_everything_given(untied: Exported) -> None:
         "top_k": 3,
         "labels": True,
         "decoder": None,
+        "other_tower": None,
         "funnel": None,
         "size": None,
         "encoder_fingerprint": None,
