@@ -40,6 +40,7 @@ from .shared import (
 )
 
 _REAL_SERVER = "tensorflow_model_server"
+_HOST = "127.0.0.1"
 _MAX_STOP_S = 10.0  # a little more than the server's own time to stop
 _STOPPING = (
     "keras-mrl: Stopping. Requests under way have five seconds; another signal ends them now."
@@ -157,6 +158,7 @@ def serve(arguments: SimpleNamespace) -> int:
     if real and not arguments.dev:
         os.execv(real, [real, *_as_words(flags), *arguments.rest])
     _check_rest(arguments.rest)
+    _check_start(flags)
     return _run_development_server(flags)
 
 
@@ -187,6 +189,18 @@ def _check_rest(words: Sequence[str]) -> None:
         )
 
 
+def _check_start(flags: Mapping[str, Any]) -> None:
+    """Raise `RefusalError` for a wrong folder or a taken port, without loading TensorFlow."""
+    from keras_mrl_serving.saved_model import check_versions
+    from keras_mrl_serving.server.addresses import check_free
+
+    with refusing(OSError):
+        if not flags.get("model_config_file"):
+            check_versions(flags["model_name"], flags["model_base_path"])
+        for name in ("port", "rest_api_port"):
+            check_free(_HOST, name, flags.get(name, 0))
+
+
 def _run_development_server(flags: dict[str, Any]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     lines = logging.StreamHandler()
@@ -201,7 +215,7 @@ def _run_development_server(flags: dict[str, Any]) -> int:
     served = repr(flags["model_name"])
     if flags.get("model_config_file"):
         served = f"the models of {flags['model_config_file']!r}"
-    server = DevServer(flags.pop("model_base_path", None), **flags)
+    server = DevServer(flags.pop("model_base_path", None), host=_HOST, **flags)
     with _events() as events:
         with refusing(OSError, RuntimeError, ValueError):
             target = events.result_of(server.start)

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from keras_mrl_serving.printable import printable
+
 from ..evaluation import plot_by_cost, plot_by_dim
 from .folder import replacing
 
@@ -506,4 +508,4 @@ def _text(text: str) -> str:
     What does not print is shown as its escape: HTML's own escapes leave it to turn the direction of
     the text, or to be no UTF-8.
     """
-    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+    return escape(printable(text))

@@ -12,6 +12,11 @@ from .plots import plot_by_dim as plot_by_dim
 from .plots import plot_retrieval as plot_retrieval
 from .probe import LinearProbe as LinearProbe
 from .probe import linear_probe as linear_probe
+from .quality import Quality as Quality
+from .retrieval import evaluate_retrieval as evaluate_retrieval
+from .retrieval import score_retrieval as score_retrieval
+from .similarity import evaluate_similarity as evaluate_similarity
+from .similarity import score_similarity as score_similarity
 from .tokens import TokenScores as TokenScores
 from .tokens import learn_decoding_policy as learn_decoding_policy
 from .tokens import score_tokens as score_tokens

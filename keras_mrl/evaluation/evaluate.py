@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -30,12 +30,11 @@ from .neighbors import (
     BLOCK_ROWS,
     check_gallery,
     mean_average_precision_at_k,
-    nearest_ids,
+    nearest_by_dim,
     precision_at_k,
 )
 from .probe import check_probe, linear_probe
-
-Quality = dict[int, dict[str, float]]
+from .quality import Quality, progress_bar
 
 _HEAD_ROWS = 4096  # rows whose logits are held at a time
 
@@ -139,7 +138,7 @@ def evaluate(
     check_labels()
     if head is not None and not head.built:
         head.build(features.shape)
-    quality: Quality = {dim: {} for dim in _dims_to_judge(head, dims, gallery)}
+    quality = Quality({dim: {} for dim in _dims_to_judge(head, dims, gallery)})
     if head is not None:
         for dim in [dim for dim in quality if dim in (head.dims or ())]:
             quality[dim] |= score_head(features, truth, *head_arrays(head, dim))
@@ -148,7 +147,7 @@ def evaluate(
         rows, gallery_labels = embed("gallery", part, gallery_rows, gallery_labels)
         check_labels()
         scores = score_embeddings(features, truth, rows, gallery_labels, tuple(quality), k, verbose)
-        progress = _progress_bar(len(scores), "probe", verbose if probe else 0)
+        progress = progress_bar(len(scores), "probe", verbose if probe else 0)
         for dim, measures in scores.items():
             quality[dim] |= measures
             if probe:
@@ -181,18 +180,6 @@ def _dims_to_judge(head: Any, dims: Sequence[int] | None, gallery: Any) -> tuple
             f"Received: dims={requested}. Give those of the head, or gallery=(x, y)."
         )
     return requested
-
-
-def _progress_bar(steps: int, unit: str, verbose: int) -> Callable[[], None]:
-    """A function to call after every step, which draws a bar where `verbose` is not 0.
-
-    The bar is there before the first step, which may take minutes.
-    """
-    if not verbose:
-        return lambda: None
-    bar = keras.utils.Progbar(steps, unit_name=unit)
-    bar.update(0)
-    return lambda: bar.add(1)
 
 
 def score_embeddings(
@@ -231,11 +218,11 @@ def score_embeddings(
     labels = check_labels_of(gallery, gallery_labels)
     check_kinds(expected, labels)
     k = check_gallery(len(gallery), k)
-    progress = _progress_bar(len(ladder) * -(-len(gallery) // BLOCK_ROWS), "block", verbose)
-    exact = nearest_ids(gallery, queries, ladder[-1], k, progress)
-    scores: Quality = {}
-    for dim in ladder:
-        ids = exact if dim == ladder[-1] else nearest_ids(gallery, queries, dim, k, progress)
+    progress = progress_bar(-(-len(gallery) // BLOCK_ROWS), "block", verbose)
+    nearest = nearest_by_dim(gallery, queries, ladder, k, progress)
+    exact = nearest[ladder[-1]]
+    scores = Quality()
+    for dim, ids in nearest.items():
         hits = labels[ids] == expected[:, None]
         shared = [len(np.intersect1d(a, b)) for a, b in zip(ids, exact, strict=True)]
         scores[dim] = {

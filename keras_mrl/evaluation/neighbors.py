@@ -9,7 +9,7 @@ first of all equal rows, and afterwards gives the others its score.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from keras_mrl_serving.contract import check_positive_integer
 from keras_mrl_serving.embeddings import MIN_SQUARE, truncate
 
 from .._arrays import Array, check_features, check_kinds, check_labels_of
+from .._dims import blocks
 
 BLOCK_ROWS, _BLOCK_QUERIES = 8192, 512  # the scores of a block of both are one matrix
 
@@ -115,8 +116,13 @@ def nearest_hits(
     return np.asarray(labels[nearest_ids(gallery, queries, dim, k)] == expected[:, None])
 
 
-def check_gallery(rows: int, k: Any = 10) -> int:
+def check_gallery(rows: int, k: Any = 10, name: str = "gallery") -> int:
     """Return the number of neighbours to look for, as Python's own integer.
+
+    Args:
+        rows: Rows of the gallery.
+        k: Number of neighbours.
+        name: Of the gallery, for the error.
 
     Raises:
         ValueError: If `k` is no positive integer, or the gallery has fewer rows.
@@ -124,7 +130,7 @@ def check_gallery(rows: int, k: Any = 10) -> int:
     count = check_positive_integer("k", k, "Give for example 10.")
     if rows < count:
         raise ValueError(
-            f"A gallery must hold at least the {count} nearest that are looked for. "
+            f"A {name} must hold at least the {count} nearest that are looked for. "
             f"Received: {rows} rows. Give more rows."
         )
     return count
@@ -163,30 +169,121 @@ def nearest_ids(
         >>> nearest_ids([[0.0, 1.0], [1.0, 0.0], [1.0, 0.1]], [[2.0, 0.0]], dim=2, k=2).tolist()
         [[1, 2]]
     """
-    gallery, queries = check_features(gallery, dim), check_features(queries, dim)
+    return nearest_by_dim(gallery, queries, (dim,), k, progress, block_rows)[dim]
+
+
+def nearest_by_dim(
+    gallery: Any,
+    queries: Any,
+    dims: Sequence[int],
+    k: int = 10,
+    progress: Callable[[], Any] | None = None,
+    block_rows: int = BLOCK_ROWS,
+    order: Array | None = None,
+) -> dict[int, Array]:
+    """Return what `nearest_ids` returns, for every dim from one pass over the gallery.
+
+    The products of a prefix are those of the next narrower one plus those of the coordinates
+    between, so all dims cost the multiplications of the widest.
+
+    Args:
+        gallery: Embeddings `(rows, width)`, at least k.
+        queries: Embeddings `(queries, width)`.
+        dims: Prefix lengths, ascending.
+        k: Number of neighbours.
+        progress: Called after every block.
+        block_rows: How many rows of the gallery are read at a time.
+        order: All positions, in the order in which rows that are equally near come; None means the
+            order they stand in.
+
+    Shapes:
+        Returns int64 `(queries, k)` for every dim.
+
+    Raises:
+        ValueError: If embeddings are no tables, or the gallery has fewer than k rows.
+
+    Examples:
+        >>> from keras_mrl.evaluation.neighbors import nearest_by_dim
+        >>> gallery = [[2.0, 1.0], [1.0, 0.0], [1.0, 0.1]]
+        >>> ids = nearest_by_dim(gallery, [[2.0, 0.0]], dims=(1, 2), k=2)
+        >>> ids[1].tolist(), ids[2].tolist()
+        ([[0, 1]], [[1, 2]])
+    """
+    width = dims[-1]
+    gallery, queries = check_features(gallery, width), check_features(queries, width)
     k = check_gallery(len(gallery), k)
-    first = first_equal(gallery, dim)
-    is_first = first == np.arange(len(gallery))
-    prefixes = truncate(queries, dim)
-    best = np.full((len(queries), k), -np.inf, np.float32)
-    ids = np.zeros((len(queries), k), np.int64)
+    if order is not None:
+        gallery = _InOrder(gallery, order)
+    equals = _equal_rows(gallery, dims)
+    copies = {dim: rows[first < rows] for dim, (rows, first) in equals.items()}
+    units = truncate(queries, width)
+    best = {dim: np.full((len(queries), k), -np.inf, np.float32) for dim in dims}
+    ids = {dim: np.zeros((len(queries), k), np.int64) for dim in dims}
     for start in range(0, len(gallery), block_rows):
-        positions = start + np.flatnonzero(is_first[start : start + block_rows])
-        block = np.asarray(gallery[start : start + block_rows, :dim], np.float32)
-        if len(positions) < len(block):
-            block = block[positions - start]
-        # Scaling columns of scores is cheaper than scaling a copy of the block.
-        square = np.einsum("ij,ij->i", block, block)
-        inverse = 1 / np.sqrt(np.maximum(square, MIN_SQUARE))
-        for query in range(0, len(queries) if len(positions) else 0, _BLOCK_QUERIES):
+        block = np.asarray(gallery[start : start + block_rows, :width], np.float32)
+        positions = {dim: _without(copies[dim], start, len(block)) for dim in dims}
+        inverse = _inverse_lengths(block, dims)
+        for query in range(0, len(queries), _BLOCK_QUERIES):
             part = slice(query, query + _BLOCK_QUERIES)
-            scores = (prefixes[part] @ block.T) * inverse
-            best[part], ids[part] = _merge(best[part], ids[part], scores, positions)
+            for dim, product in _products(units[part], block, dims):
+                rows = positions[dim]
+                scores = product * inverse[dim]
+                if len(rows) < len(block):
+                    scores = scores[:, rows - start]
+                if len(rows):
+                    best[dim][part], ids[dim][part] = _merge(
+                        best[dim][part], ids[dim][part], scores, rows
+                    )
         if progress is not None:
             progress()
-    if not is_first.all():
-        return with_copies(first, ids, best)
-    return np.take_along_axis(ids, np.lexsort((ids, -best)), axis=1)
+    for dim in dims:
+        if len(copies[dim]):
+            first = np.arange(len(gallery))
+            rows, first_of_rows = equals[dim]
+            first[rows] = first_of_rows
+            ids[dim] = with_copies(first, ids[dim], best[dim])
+        else:
+            by_score = np.lexsort((ids[dim], -best[dim]))
+            ids[dim] = np.take_along_axis(ids[dim], by_score, axis=1)
+    return ids if order is None else {dim: order[ids[dim]] for dim in dims}
+
+
+class _InOrder:
+    """The rows of a table in another order, read when they are asked for."""
+
+    def __init__(self, rows: Array, order: Array) -> None:
+        self._rows, self._order = rows, order
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, key: tuple[Any, Any]) -> Array:
+        rows, columns = key
+        return self._rows[self._order[rows], columns]
+
+
+def _without(copies: Array, start: int, count: int) -> Array:
+    """The positions of a block's rows, but for those of `copies` (ascending)."""
+    low, high = np.searchsorted(copies, (start, start + count))
+    return np.delete(np.arange(start, start + count), copies[low:high] - start)
+
+
+def _inverse_lengths(block: Array, dims: Sequence[int]) -> dict[int, Array]:
+    """One over the length of every prefix: scaling scores is cheaper than a copy of the block."""
+    square, inverse = np.zeros(len(block), np.float32), {}
+    for first, last in blocks(dims):
+        square = square + np.einsum("ij,ij->i", block[:, first:last], block[:, first:last])
+        inverse[last] = 1 / np.sqrt(np.maximum(square, MIN_SQUARE))
+    return inverse
+
+
+def _products(queries: Array, block: Array, dims: Sequence[int]) -> Iterator[tuple[int, Array]]:
+    """Dim by dim the inner products of prefixes, `(queries, rows)`, in one array that grows."""
+    product: Array | None = None
+    for first, last in blocks(dims):
+        added = queries[:, first:last] @ block[:, first:last].T
+        product = added if product is None else np.add(product, added, out=product)
+        yield last, product
 
 
 def _merge(best: Array, ids: Array, scores: Array, positions: Array) -> tuple[Array, Array]:
@@ -201,7 +298,8 @@ def _merge(best: Array, ids: Array, scores: Array, positions: Array) -> tuple[Ar
         queries = np.repeat(np.arange(len(best)), columns.shape[1])
         columns = np.sort(columns, axis=1).ravel()
     else:
-        queries, columns = np.nonzero(scores > worst[:, None])
+        better = np.flatnonzero(scores > worst[:, None])
+        queries, columns = np.divmod(better, scores.shape[1])
     count = np.bincount(queries, minlength=len(best))
     most = int(count.max(initial=0))
     if not most:
@@ -243,18 +341,28 @@ def first_equal(rows: Array, dim: int) -> Array:
         [0, 1, 0]
     """
     first = np.arange(len(rows))
-    alike = first  # positions of rows that may equal another
-    for width in sorted({min(_GLANCE, dim), dim}):
+    alike, first_of_alike = _equal_rows(rows, (dim,))[dim]
+    first[alike] = first_of_alike
+    return first
+
+
+def _equal_rows(rows: Any, dims: Sequence[int]) -> dict[int, tuple[Array, Array]]:
+    """For every dim the positions of the rows that equal another, and of the first that they equal.
+
+    Rows that differ in few coordinates differ in more: at a wider dim only the others are read.
+    """
+    alike, equals = np.arange(len(rows)), {}
+    for width in sorted({min(_GLANCE, dims[0]), *dims}):
         hashes = _hash(rows, alike, width)
         ordered = np.sort(hashes)
         shared = np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])
         hashes, alike = hashes[shared], alike[shared]
-    _, index, group = np.unique(hashes, return_index=True, return_inverse=True)
-    first[alike] = alike[index[group]]
-    return first
+        _, index, group = np.unique(hashes, return_index=True, return_inverse=True)
+        equals[width] = alike, alike[index[group]]
+    return equals
 
 
-def _hash(rows: Array, positions: Array, width: int) -> Array:
+def _hash(rows: Any, positions: Array, width: int) -> Array:
     """64 bits for each row: the same for equal rows, and by one chance in 2^64 for two others."""
     hashes = np.empty(len(positions), np.int64)
     for start in range(0, len(positions), _HASHED_ROWS):

@@ -36,6 +36,27 @@ _REFUSING_OPS = frozenset(
 )
 
 
+class Signature:
+    """A signature of a SavedModel: its message, and plain dicts in place of the message's maps.
+
+    A server reads them at each request, and reading a message's map takes ten times as long.
+
+    Args:
+        proto: the `SignatureDef`.
+
+    Attributes:
+        inputs: a `TensorInfo` by name.
+        outputs: a `TensorInfo` by name.
+        defaults: a `TensorProto` by the name of its input.
+    """
+
+    def __init__(self, proto: Any) -> None:
+        self.proto = proto
+        self.inputs: dict[str, Any] = dict(proto.inputs)
+        self.outputs: dict[str, Any] = dict(proto.outputs)
+        self.defaults: dict[str, Any] = dict(proto.defaults)
+
+
 class SavedModelSession:
     """One loaded SavedModel, in a graph and a session of its own.
 
@@ -61,8 +82,10 @@ class SavedModelSession:
             load = _load_as_tf_serving if as_tf_serving else _load_publicly
             with self._session.graph.as_default():
                 meta_graph = load(self._session, fspath(path))
-            self.signatures: Mapping[str, Any] = dict(meta_graph.signature_def)
-            # Plain dicts, since a protobuf map answers a missing key with a new message.
+            # A plain dict, since a protobuf map answers a missing key with a new message.
+            self.signatures: Mapping[str, Signature] = {
+                key: Signature(proto) for key, proto in meta_graph.signature_def.items()
+            }
             self._feeds = {key: _names(s.inputs) for key, s in self.signatures.items()}
             self._fetches = {key: _names(s.outputs) for key, s in self.signatures.items()}
             self._checked = {}  # the alias and the shape of each tensor whose shape is checked

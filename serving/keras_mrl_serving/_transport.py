@@ -247,8 +247,7 @@ class GrpcTransport:
             self._open_after_fork()
         method, message = encode(envelope)
         tries = _Tries(envelope, self._route)
-        wait_s = 0.0
-        while not self._closed.wait(wait_s):
+        while not self._closed.is_set():
             attempt = self._connections.begin()
             try:
                 response = attempt.connection.stubs[method](
@@ -266,6 +265,7 @@ class GrpcTransport:
             finally:
                 if over := self._connections.end(attempt):
                     over.close()
+            self._closed.wait(wait_s)
         raise _closed_error(self.target)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from . import _wire_pb2 as wire
 from ._wire_fields import check_parts, dtype_name, full_shape, header, parse_answer
 from .answers import check_answer
-from .calls import AskSignatures, AskStatus, Call, Envelope, Reply, Signature, VersionStatus
+from .calls import AskSignatures, AskStatus, Call, Envelope, Header, Reply, Signature, VersionStatus
 from .errors import ManifestError, ServerError, call_error
 
 
@@ -51,8 +51,10 @@ _ENCODINGS: dict[wire.DataType, _Encoding] = {
 }
 # uint16 are the bits of half and bfloat16, which have no dtype of their own in `_ENCODINGS`.
 _DTYPES = {
-    encoding.bits: dtype for dtype, encoding in _ENCODINGS.items() if encoding is not _HALF_BITS
-} | {"float16": wire.DT_HALF}
+    np.dtype(encoding.bits).newbyteorder("<"): dtype
+    for dtype, encoding in _ENCODINGS.items()
+    if encoding is not _HALF_BITS
+} | {np.dtype("<f2"): wire.DT_HALF}
 
 
 def to_proto(array: npt.NDArray[Any]) -> wire.TensorProto:
@@ -73,20 +75,30 @@ def to_proto(array: npt.NDArray[Any]) -> wire.TensorProto:
         >>> list(to_proto(np.array(["blue", "grün"])).string_val)
         [b'blue', b'gr\xc3\xbcn']
     """
-    shape = wire.TensorShapeProto(
-        dim=[wire.TensorShapeProto.Dim(size=size) for size in array.shape]
-    )
+    proto = wire.TensorProto()
+    fill_proto(proto, array)
+    return proto
+
+
+def fill_proto(proto: wire.TensorProto, array: npt.NDArray[Any]) -> None:
+    """Fill an empty tensor, such as one within a message, with an array: see `to_proto`."""
+    proto.tensor_shape.SetInParent()
+    add_dim = proto.tensor_shape.dim.add
+    for size in array.shape:
+        add_dim().size = size
     if array.dtype.kind in "OSUT":
-        strings = [_string_bytes(element) for element in array.ravel().tolist()]
-        return wire.TensorProto(dtype=wire.DT_STRING, tensor_shape=shape, string_val=strings)
-    dtype = _DTYPES.get(array.dtype.name)
+        proto.dtype = wire.DT_STRING
+        proto.string_val.extend([_string_bytes(element) for element in array.ravel().tolist()])
+        return
+    little_endian = array.dtype if array.dtype in _DTYPES else array.dtype.newbyteorder("<")
+    dtype = _DTYPES.get(little_endian)
     if dtype is None:
         raise ValueError(
             "dtype must be float16 to float64, int8 to int64, uint8 to uint64, bool, bytes or str. "
             f"Received: dtype={array.dtype}. Convert the array first: array.astype('float32')."
         )
-    little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return wire.TensorProto(dtype=dtype, tensor_shape=shape, tensor_content=little_endian.tobytes())
+    proto.dtype = dtype
+    proto.tensor_content = array.astype(little_endian, copy=False).tobytes()
 
 
 def from_proto(proto: wire.TensorProto) -> npt.NDArray[Any]:
@@ -112,40 +124,42 @@ def from_proto(proto: wire.TensorProto) -> npt.NDArray[Any]:
 
 
 def _array(proto: wire.TensorProto, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    count = math.prod(shape)
-    if proto.dtype == wire.DT_STRING:
-        content = proto.tensor_content
+    count, dtype, content = math.prod(shape), proto.dtype, proto.tensor_content
+    if dtype == wire.DT_STRING:
         strings = _split_strings(content, shape) if content else proto.string_val[:count]
         values = np.empty(len(strings), object)
         values[:] = strings
         return _fit(values, count, b"").reshape(shape)
-    if proto.dtype not in _ENCODINGS:
-        has_name = proto.dtype in wire.DataType.values()
-        name = wire.DataType.Name(proto.dtype) if has_name else proto.dtype
+    if dtype not in _ENCODINGS:
+        name = wire.DataType.Name(dtype) if dtype in wire.DataType.values() else dtype
         raise ValueError(
             "a tensor's dtype must be a float, integer, bool or string dtype that NumPy has, or "
             f"bfloat16. Received: dtype={name}. Cast the output in the exported signature: "
             "tf.cast(output, tf.float32)."
         )
-    bits, field, field_dtype = _ENCODINGS[proto.dtype]
-    if proto.tensor_content:
+    bits, field, field_dtype = _ENCODINGS[dtype]
+    if content:
         element = np.dtype(bits).newbyteorder("<")
-        if len(proto.tensor_content) != count * element.itemsize:
+        if len(content) != count * element.itemsize:
             raise ValueError(
                 f"tensor_content must hold {count * element.itemsize} bytes: {element.itemsize} "
-                f"for each element of shape {shape}. Received: {len(proto.tensor_content)} bytes. "
+                f"for each element of shape {shape}. Received: {len(content)} bytes. "
                 "The tensor is damaged: ask again, and if it stays so look at what the server runs."
             )
-        values = np.frombuffer(proto.tensor_content, element).astype(bits)
+        values = np.frombuffer(content, element).astype(bits)
     else:
-        # One copy through the container's __array__: a loop over a million floats takes 60 ms.
-        field_values = np.array(getattr(proto, field), field_dtype)
+        numbers = getattr(proto, field)
+        # Of many, one copy through the container's __array__: a million in a list take 60 ms.
+        field_values = np.array(numbers[:count] if count <= _FEW else numbers, field_dtype)
         values = _fit(field_values, count, 0).astype(bits, copy=False)
-    if proto.dtype == wire.DT_HALF:
+    if dtype == wire.DT_HALF:
         values = values.view("float16")
-    elif proto.dtype == wire.DT_BFLOAT16:
+    elif dtype == wire.DT_BFLOAT16:
         values = (values.astype("uint32") << 16).view("float32")
     return values.reshape(shape)
+
+
+_FEW = 64  # numbers, which are faster copied by way of a list
 
 
 def _string_bytes(element: object) -> bytes:
@@ -163,6 +177,8 @@ def _string_bytes(element: object) -> bytes:
 def _fit(values: npt.NDArray[Any], count: int, nothing: object) -> npt.NDArray[Any]:
     """Return exactly `count` values: repeat the last one (or `nothing`), or drop the surplus."""
     missing = count - len(values)
+    if not missing:
+        return values
     if missing > 0:
         # Not np.full: it drops the trailing zero bytes of a string.
         last = values[-1:] if len(values) else np.array([nothing], values.dtype)
@@ -232,7 +248,7 @@ def encode(envelope: Envelope) -> tuple[str, Any]:
     if isinstance(request, Call):
         message = wire.PredictRequest(model_spec=spec, output_filter=request.outputs)
         for name, array in request.inputs.items():
-            message.inputs[name].CopyFrom(to_proto(array))
+            fill_proto(message.inputs[name], array)
         return PREDICT, message
     if isinstance(request, AskSignatures):
         return METADATA, wire.GetModelMetadataRequest(model_spec=spec, metadata_field=[_SIGNATURES])
@@ -277,14 +293,16 @@ _MOST_BYTES, _MOST_FIELDS = 2**21, 50_000
 def _outputs(call: Call, data: bytes) -> Reply[dict[str, npt.NDArray[Any]]]:
     response = parse_answer(data, call)
     version = response.model_spec.version.value
-    tensors = {name: proto for name, proto in response.outputs.items() if call.reads(name)}
-    headers = {name: header(proto) for name, proto in tensors.items()}
-    check_answer(call, headers, response.outputs.keys() - tensors.keys(), version)
+    tensors: dict[str, wire.TensorProto] = {}
+    headers: dict[str, Header] = {}
+    needed_bytes = 0
+    for name in filter(call.reads, response.outputs):
+        proto = tensors[name] = response.outputs[name]
+        headers[name] = _, shape = header(proto)
+        needed_bytes += math.prod(shape) * _ITEM_BYTES.get(proto.dtype, _POINTER_BYTES)
+    others = (name for name in response.outputs if name not in tensors)
+    check_answer(call, headers, others, version)
     most_bytes = 8 * len(data) + _SPARE_BYTES
-    needed_bytes = sum(
-        math.prod(shape) * _ITEM_BYTES.get(tensors[name].dtype, _POINTER_BYTES)
-        for name, (_, shape) in headers.items()
-    )
     if needed_bytes > most_bytes:
         raise ValueError(
             f"an answer of {len(data)} bytes may become arrays of {most_bytes} bytes. "

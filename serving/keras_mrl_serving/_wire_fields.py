@@ -88,12 +88,13 @@ def _header(tensor: memoryview) -> Header:
         )
     number = dtype if isinstance(dtype, int) else wire.DT_INVALID
     sizes = wire.TensorShapeProto.FromString(bytes(shape))
-    return array_dtype(dtype_name(number)), full_shape(sizes)
+    return _ARRAY_DTYPES.get(number) or str(number), full_shape(sizes)
 
 
 def header(tensor: wire.TensorProto) -> Header:
     """Return the dtype that a tensor will have as an array, and its shape."""
-    return array_dtype(dtype_name(tensor.dtype)), full_shape(tensor.tensor_shape)
+    number = tensor.dtype
+    return _ARRAY_DTYPES.get(number) or str(number), full_shape(tensor.tensor_shape)
 
 
 def _check_length(name: str, tensor: memoryview, header: Header, promised: Output | None) -> None:
@@ -137,6 +138,7 @@ _DTYPE_NAMES: dict[int, str] = {
     wire.DT_HALF: "float16",
     wire.DT_STRING: "string",
 }
+_ARRAY_DTYPES = {number: array_dtype(name) for number, name in _DTYPE_NAMES.items()}
 
 
 def dtype_name(number: int) -> str:
@@ -153,12 +155,12 @@ def full_shape(shape: wire.TensorShapeProto) -> tuple[int, ...]:
     Raises:
         ValueError: If one is unknown or negative, or no array can have them.
     """
-    if len(shape.dim) > _HIGHEST_RANK:
+    dims = shape.dim
+    if len(dims) > _HIGHEST_RANK:
         raise ValueError(
-            f"a tensor must have at most {_HIGHEST_RANK} axes. "
-            f"Received: {len(shape.dim)}. {_DAMAGED}"
+            f"a tensor must have at most {_HIGHEST_RANK} axes. Received: {len(dims)}. {_DAMAGED}"
         )
-    sizes = tuple([dim.size for dim in shape.dim])
+    sizes = tuple([dim.size for dim in dims])
     if shape.unknown_rank or min(sizes, default=0) < 0:
         received = "an unknown rank" if shape.unknown_rank else f"sizes {sizes}"
         raise ValueError(

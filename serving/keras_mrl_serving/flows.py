@@ -62,11 +62,17 @@ def ask(
         StopIteration: {'embedding': array([[0., 0., 0., 0., 0., 0., 0., 0.],
                [0., 0., 0., 0., 0., 0., 0., 0.]], dtype=float32)}
     """
-    call = Call(signature, inputs, tuple(outputs) if only else (), outputs)
+    call = Call(signature, inputs, tuple(outputs) if only else (), outputs, (contract.MODEL_ID,))
     answer = yield call
     check_answer(call, {name: (array.dtype, array.shape) for name, array in answer.items()})
+    return {name: _in_dtype(answer[name], output.dtype) for name, output in outputs.items()}
+
+
+def _in_dtype(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    if array.dtype == dtype:
+        return array
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity, which is looked for
-        return {name: answer[name].astype(o.dtype, copy=False) for name, o in outputs.items()}
+        return array.astype(dtype)
 
 
 def describe() -> Flow[Manifest]:

@@ -77,7 +77,9 @@ class Question(Generic[K, T]):
             ):
                 room = (options.max_message_bytes or limit) - _ENVELOPE_BYTES
                 size = min(size, max(1, room // max(row_bytes, 1)))
-        starts = range(0, max(rows, 1), size)
+        if rows <= size:
+            return [arrays]
+        starts = range(0, rows, size)
         return [{name: a[i : i + size] for name, a in arrays.items()} for i in starts]
 
 

@@ -153,3 +153,50 @@ def list_versions(base_path: str | os.PathLike[str]) -> dict[int, str]:
         if number is not None:
             paths[number] = os.path.join(base_path, name)
     return dict(sorted(paths.items()))
+
+
+def check_versions(model_name: str, base_path: str) -> dict[int, str]:
+    """Return the path of every version under `base_path`, of which there is at least one.
+
+    Args:
+        model_name: Name of the model, for the error.
+        base_path: The folder of the model.
+
+    Raises:
+        FileNotFoundError: If `base_path` is no folder that can be read, or holds no version.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as base_path:
+        ...     (Path(base_path) / "1785000000").mkdir()
+        ...     print(list(check_versions("birds", base_path)))
+        [1785000000]
+    """
+    try:
+        versions = list_versions(base_path)
+    except (OSError, ValueError) as error:  # ValueError: the text can be no path at all
+        reason = getattr(error, "strerror", None) or error
+        raise FileNotFoundError(
+            f"base_path must be a folder that can be read. Received: base_path={base_path!r} "
+            f"({reason}). Export a model to {base_path} first, or correct the path."
+        ) from error
+    if not versions:
+        raise FileNotFoundError(
+            f"base_path must hold a version of the model. Received: "
+            f"{no_versions(model_name, base_path)} Export a model to {base_path}, or give the "
+            "folder above the numbered one."
+        )
+    return versions
+
+
+def no_versions(model_name: str, base_path: str) -> str:
+    """Return TensorFlow Serving's text about a base path without versions.
+
+    Examples:
+        >>> no_versions("birds", "models")[:54]
+        'No versions of servable birds found under base path mo'
+    """
+    return (
+        f"No versions of servable {model_name} found under base path {base_path}. Did you forget "
+        "to name your leaf directory as a number (eg. '/1/')?"
+    )

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,22 +248,28 @@ def refusal(call: Call, *flags: str) -> str:
     return line.removeprefix("keras-mrl: ")
 
 
-@pytest.mark.usefixtures("no_real_server")
+@pytest.fixture
+def no_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading it takes seconds, after which a refusal that needs none of it would come late."""
+    monkeypatch.setitem(sys.modules, "keras_mrl_serving.server.server", None)
+
+
+@pytest.mark.usefixtures("no_real_server", "no_tensorflow")
 def test_a_base_path_that_is_not_there(tmp_path: Path, call: Call) -> None:
     missing = tmp_path / "none"
     assert refusal(call, f"--model_base_path={missing}") == (
         f"base_path must be a folder that can be read. Received: base_path='{missing}' "
-        f"(No such file or directory). Export a model to {missing}/1 first, or correct the path."
+        f"(No such file or directory). Export a model to {missing} first, or correct the path."
     )
 
 
-@pytest.mark.usefixtures("no_real_server")
+@pytest.mark.usefixtures("no_real_server", "no_tensorflow")
 def test_a_base_path_without_versions(base_path: Path, call: Call) -> None:
     leaf = base_path / "1"
     assert refusal(call, f"--model_base_path={leaf}") == (
         "base_path must hold a version of the model. Received: No versions of servable m found "
         f"under base path {leaf}. Did you forget to name your leaf directory as a number (eg. "
-        f"'/1/')? Put the SavedModel at {leaf}/1, or give the folder above the numbered one."
+        f"'/1/')? Export a model to {leaf}, or give the folder above the numbered one."
     )
 
 
@@ -277,14 +284,15 @@ def test_a_model_config_that_does_not_parse(tmp_path: Path, call: Call) -> None:
     ) in refusal(call, f"--model_config_file={config}")
 
 
-@pytest.mark.usefixtures("no_real_server")
-def test_a_port_in_use(base_path: Path, call: Call) -> None:
+@pytest.mark.usefixtures("no_real_server", "no_tensorflow")
+@pytest.mark.parametrize("flag", ["port", "rest_api_port"])
+def test_a_port_in_use(flag: str, base_path: Path, call: Call) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        sentence = refusal(call, f"--model_base_path={base_path}", f"--port={port}")
+        sentence = refusal(call, f"--model_base_path={base_path}", "--port=0", f"--{flag}={port}")
     assert sentence == (
-        f"The address must be free. Received: host='127.0.0.1', port={port}, which cannot be "
-        "bound. Choose another port, or port=0 for any free one."
+        f"The address must be free. Received: host='127.0.0.1', {flag}={port}, which cannot be "
+        f"bound. Choose another port, or {flag}=0 for any free one."
     )
 
 

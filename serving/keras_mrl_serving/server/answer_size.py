@@ -7,7 +7,8 @@ message has more than 2 GiB.
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -15,6 +16,7 @@ import grpc
 import numpy as np
 import tensorflow as tf
 
+from .._session import Signature
 from .status import StatusError
 
 MAX_ANSWER_BYTES = 2**28  # no less than the client takes by default
@@ -58,7 +60,7 @@ def check_size(size: int, max_bytes: int) -> None:
 
 
 def expected_size(
-    run: Any, signature: Any, inputs: Mapping[str, np.ndarray], names: Sequence[str]
+    run: Any, signature: Signature, inputs: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> int:
     """The bytes of the answer to some rows, about; 0 where it does not go with the rows.
 
@@ -66,22 +68,23 @@ def expected_size(
 
     Args:
         run: from inputs to the outputs.
-        signature: the `SignatureDef`.
+        signature: the signature.
         inputs: arrays by the signature's input names.
         names: the outputs that are asked for; empty means all of them.
     """
-    rows = {name for name, info in signature.inputs.items() if _has_rows(info)}
+    rows, row_sizes = _rows_of(signature)
     sizes = {len(inputs[name]) for name in rows if name in inputs and inputs[name].ndim}
     if len(sizes) != 1:
         return 0
     num_rows = sizes.pop()
-    row_sizes = [
-        _row_size(signature.outputs[name])
-        for name in names or signature.outputs
-        if _has_rows(signature.outputs[name])
-    ]
-    if None not in row_sizes:
-        return num_rows * sum(size for size in row_sizes if size is not None)
+    row_size = 0
+    for name in names or row_sizes:
+        size = row_sizes.get(name, 0)
+        if size is None:
+            break
+        row_size += size
+    else:
+        return num_rows * row_size
     if num_rows <= _FEW_ROWS:
         return 0
     first = {name: array[:1] if name in rows else array for name, array in inputs.items()}
@@ -89,6 +92,14 @@ def expected_size(
         return num_rows * size_of(run(first))
     except (StatusError, tf.errors.OpError):  # as the whole request will say
         return 0
+
+
+@lru_cache(maxsize=1024)
+def _rows_of(signature: Signature) -> tuple[frozenset[str], dict[str, int | None]]:
+    """The inputs that have rows; each output that has rows, with the bytes of one, see below."""
+    rows = {name for name, info in signature.inputs.items() if _has_rows(info)}
+    outputs = signature.outputs.items()
+    return frozenset(rows), {n: _row_size(info) for n, info in outputs if _has_rows(info)}
 
 
 def _has_rows(info: Any) -> bool:
@@ -104,8 +115,7 @@ def _row_size(info: Any) -> int | None:
     return prod(dim.size for dim in dims) * max(dtype.size or 0, _NUMBER_BYTES)
 
 
-@contextmanager
-def one_large_at_a_time(size: int, timeout_s: float | None) -> Iterator[None]:
+def one_large_at_a_time(size: int, timeout_s: float | None) -> AbstractContextManager[None]:
     """Has the runs of large answers wait for each other.
 
     Args:
@@ -115,9 +125,11 @@ def one_large_at_a_time(size: int, timeout_s: float | None) -> Iterator[None]:
     Raises:
         StatusError: DEADLINE_EXCEEDED, another large answer took all the time.
     """
-    if size <= _LARGE_BYTES:
-        yield
-        return
+    return nullcontext() if size <= _LARGE_BYTES else _alone(timeout_s)
+
+
+@contextmanager
+def _alone(timeout_s: float | None) -> Iterator[None]:
     timeout = -1 if timeout_s is None else min(max(timeout_s, 0), threading.TIMEOUT_MAX)
     if not _large.acquire(timeout=timeout):
         raise StatusError(

@@ -2,6 +2,8 @@
 
 import logging
 
+from ..printable import printable
+
 
 class Escaping(logging.Filter):
     """Escapes what does not print in messages, so that each is one line.
@@ -12,15 +14,11 @@ class Escaping(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Escapes the record, and lets it pass."""
-        record.msg, record.args = _escaped(record.getMessage()), ()
+        record.msg, record.args = printable(record.getMessage()), ()
         if record.exc_info and not record.exc_text:
             text = logging.Formatter().formatException(record.exc_info)
-            record.exc_text = "\n".join("  " + _escaped(line) for line in text.split("\n"))
+            record.exc_text = "\n".join("  " + printable(line) for line in text.split("\n"))
         return True
-
-
-def _escaped(text: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 logger = logging.getLogger("keras_mrl_serving.server")

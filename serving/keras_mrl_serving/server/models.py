@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 
-from ..saved_model import list_versions
+from ..saved_model import list_versions, no_versions
 from .log import logger
 from .run import ServingSession
 from .status import StatusError, failed_precondition, invalid_argument, stopped
@@ -156,8 +156,11 @@ class Models:
             model = self._models.get(name)
             if model is None:
                 raise _not_found(name, number)
-            with model.serving(number) as served:
-                yield served
+            version, session = model.acquire(number)
+            try:
+                yield version.number, session
+            finally:
+                model.release(version)
         except StatusError as error:
             is_cut_off = error.code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.NOT_FOUND)
             raise (stopped() if self._is_closed and is_cut_off else error) from error
@@ -243,7 +246,7 @@ class ServedModel:
     """The versions of one model.
 
     `aspire`, `next_unload`, `next_load` and `close` are called by one thread at a time and do all
-    loading and unloading; `serving` and `versions` may be called by any.
+    loading and unloading; the other methods may be called by any.
 
     Args:
         name: the name of the model in requests.
@@ -327,16 +330,21 @@ class ServedModel:
             times = [v.retry_at for v in self._managed.values() if v.retry_at is not None]
         return min(times, default=None)
 
-    @contextmanager
-    def serving(self, number: int | None) -> Iterator[tuple[int, ServingSession]]:
-        """A version and its session; see `Models.serving`."""
-        version, session = self._acquire(number)
-        try:
-            yield version.number, session
-        finally:
-            with self._changed:
-                version.in_use -= 1
-                self._changed.notify_all()
+    def acquire(self, number: int | None) -> tuple[Version, ServingSession]:
+        """A version and its session, which stays loaded until `release`; see `Models.serving`."""
+        with self._changed:
+            ready = {n: v for n, v in self._managed.items() if v.session}
+            version = ready.get(max(ready, default=0) if number is None else number)
+            if version is None or version.session is None:
+                raise _not_found(self.name, number)
+            version.in_use += 1
+            return version, version.session
+
+    def release(self, version: Version) -> None:
+        """Ends one use of a version."""
+        with self._changed:
+            version.in_use -= 1
+            self._changed.notify_all()
 
     def versions(self) -> list[Version]:
         """Every version since the server started, highest first."""
@@ -353,15 +361,6 @@ class ServedModel:
         self.aspire({})
         while unload := self.next_unload():
             unload()
-
-    def _acquire(self, number: int | None) -> tuple[Version, ServingSession]:
-        with self._changed:
-            ready = {n: v for n, v in self._managed.items() if v.session}
-            version = ready.get(max(ready, default=0) if number is None else number)
-            if version is None or version.session is None:
-                raise _not_found(self.name, number)
-            version.in_use += 1
-            return version, version.session
 
     def _load(self, version: Version) -> None:
         with self._changed:
@@ -488,14 +487,6 @@ def absent_versions(paths: Mapping[int, str], policy: Any) -> list[int]:
         policy: a `ServableVersionPolicy`.
     """
     return sorted(set(policy.specific.versions) - paths.keys())
-
-
-def no_versions(name: str, base_path: str) -> str:
-    """TensorFlow Serving's text about a base path without versions."""
-    return (
-        f"No versions of servable {name} found under base path {base_path}. Did you forget to "
-        "name your leaf directory as a number (eg. '/1/')?"
-    )
 
 
 def absent_version(name: str, number: int) -> str:

@@ -158,7 +158,8 @@ def get_model_metadata(models: Models, request: Any) -> Any:
     with serving(models, request.model_spec) as (number, session):
         response.model_spec.name = request.model_spec.name
         response.model_spec.version.value = number
-        response.metadata[_FIELD].Pack(SignatureDefMap(signature_def=session.signatures))
+        protos = {key: signature.proto for key, signature in session.signatures.items()}
+        response.metadata[_FIELD].Pack(SignatureDefMap(signature_def=protos))
     return response
 
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from .._session import Signature
 from .answer_size import (
     MAX_ANSWER_BYTES,
     check_size,
@@ -20,7 +21,7 @@ from .tensors import decode
 class ServingSession(Protocol):
     """A loaded version: a `SavedModelSession`, or one that batches."""
 
-    signatures: Mapping[str, Any]
+    signatures: Mapping[str, Signature]
 
     def run(
         self,
@@ -100,7 +101,7 @@ def run(
         raise from_number(error.error_code, error.message) from error
 
 
-def _decoded_inputs(signature: Any, protos: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _decoded_inputs(signature: Signature, protos: Mapping[str, Any]) -> dict[str, np.ndarray]:
     declared, defaults = signature.inputs, signature.defaults
     if len(protos) > len(declared) or (len(protos) < len(declared) and not defaults):
         raise invalid_argument(
@@ -121,17 +122,17 @@ def _decoded_inputs(signature: Any, protos: Mapping[str, Any]) -> dict[str, np.n
             inputs[alias] = decode(protos[alias] if alias in protos else defaults[alias])
         except ValueError as error:
             raise invalid_argument(f"tensor parsing error: {alias}") from error
-    used = protos.keys() & declared.keys()
+    used = [alias for alias in inputs if alias in protos]
     if len(used) != len(protos):
         raise invalid_argument(
-            f"Inputs contains invalid name. Used request inputs: {','.join(sorted(used))}, "
+            f"Inputs contains invalid name. Used request inputs: {','.join(used)}, "
             f"request input: {','.join(sorted(protos))}"
         )
     return inputs
 
 
-def _check_output_filter(signature: Any, names: Iterable[str]) -> None:
-    seen = set()
+def _check_output_filter(signature: Signature, names: Iterable[str]) -> None:
+    seen: set[str] = set()
     for alias in names:
         if alias not in signature.outputs:
             raise invalid_argument(

@@ -14,7 +14,8 @@ from typing import Any
 
 import grpc
 
-from ..saved_model import list_versions
+from ..saved_model import check_versions
+from .addresses import not_free
 from .batching_config import batching_parameters
 from .config import Configuration, check_logging, read_config, single_model
 from .grpc_messages import CallThreads, MessageReader
@@ -27,7 +28,7 @@ from .grpc_options import (
 from .http_server import HttpServer
 from .loading import LoadOptions, load
 from .log import logger
-from .models import Models, Retries, absent_version, absent_versions, aspired_versions, no_versions
+from .models import Models, Retries, absent_version, absent_versions, aspired_versions
 from .poller import ConfigPoller, Poller, model_poller
 from .requests import add_services
 from .rest import answer
@@ -272,7 +273,7 @@ class DevServer:
                     self._host, self.rest_api_port, partial(answer, models, self._rest_timeout_s)
                 )
             except (OSError, OverflowError) as error:
-                raise _not_free(self._host, "rest_api_port", self.rest_api_port) from error
+                raise not_free(self._host, "rest_api_port", self.rest_api_port) from error
             self.rest_api_port = self._http.server_port
         if self._socket_path is not None:
             address = socket_address(self._socket_path)
@@ -288,7 +289,7 @@ class DevServer:
         try:
             self.port = _add_port(server, f"{self._host}:{self.port}", credentials)
         except RuntimeError as error:
-            raise _not_free(self._host, "port", self.port) from error
+            raise not_free(self._host, "port", self.port) from error
 
     def _log_addresses(self, config: Any) -> str:
         target = f"{self._host}:{self.port}"
@@ -339,38 +340,16 @@ def _load_first_versions(models: Models, config: Any) -> None:
 
 
 def _check_has_versions(model: Any) -> None:
-    path, policy = model.base_path, model.model_version_policy
-    try:
-        versions = list_versions(path)
-    except (OSError, ValueError) as error:  # ValueError: the text can be no path at all
-        reason = getattr(error, "strerror", None) or error
-        raise FileNotFoundError(
-            f"base_path must be a folder that can be read. Received: base_path={path!r} "
-            f"({reason}). Export a model to {path}/1 first, or correct the path."
-        ) from error
-    if aspired_versions(versions, policy):
-        return
-    if versions:
-        text = absent_version(model.name, absent_versions(versions, policy)[0])
+    versions = check_versions(model.name, model.base_path)
+    if not aspired_versions(versions, model.model_version_policy):
+        text = absent_version(model.name, absent_versions(versions, model.model_version_policy)[0])
         raise FileNotFoundError(
             f"A specific version must stand under base_path. Received: {text} "
-            f"Name one of {', '.join(map(str, sorted(versions)))}, or leave the policy out."
+            f"Name one of {', '.join(map(str, versions))}, or leave the policy out."
         )
-    raise FileNotFoundError(
-        f"base_path must hold a version of the model. Received: "
-        f"{no_versions(model.name, path)} Put the SavedModel at {path}/1, or give the folder "
-        "above the numbered one."
-    )
 
 
 def _add_port(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
     if credentials is None:
         return server.add_insecure_port(address)
     return server.add_secure_port(address, credentials)
-
-
-def _not_free(host: str, flag: str, port: int) -> OSError:
-    return OSError(
-        f"The address must be free. Received: host={host!r}, {flag}={port}, "
-        f"which cannot be bound. Choose another port, or {flag}=0 for any free one."
-    )

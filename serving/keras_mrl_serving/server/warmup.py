@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.python.lib.io._pywrap_record_io import RecordIterator
 from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
+from .._session import Signature
 from .log import logger
 from .run import ServingSession, run, run_predict
 from .status import StatusError, from_number, invalid_argument, unimplemented
@@ -109,7 +110,7 @@ def _signature_name(session: ServingSession, request: Any, refusal: str) -> str:
     return str(name)
 
 
-def _outputs(signature: Any, method: str) -> Sequence[str]:
+def _outputs(signature: Signature, method: str) -> Sequence[str]:
     """The outputs that Classify or Regress fetches, once the signature fits the method."""
     classifies, count = method == "classify", len(signature.outputs)
     if len(signature.inputs) != 1:
@@ -120,16 +121,16 @@ def _outputs(signature: Any, method: str) -> Sequence[str]:
         raise invalid_argument("Expected one output Tensor.")
     kind = "classification" if classifies else "regression"
     if "inputs" not in signature.inputs:
-        raise invalid_argument(f"No {kind} inputs found in SignatureDef: {signature}")
+        raise invalid_argument(f"No {kind} inputs found in SignatureDef: {signature.proto}")
     names = ("classes", "scores") if classifies else ("outputs",)
     outputs = [name for name in names if name in signature.outputs]
     if not outputs and classifies:
         raise invalid_argument(
             'Expected classification signature outputs to contain at least one of "classes" or '
-            f'"scores". Signature was: {signature}'
+            f'"scores". Signature was: {signature.proto}'
         )
     if not outputs:
-        raise invalid_argument(f"No regression outputs found in SignatureDef: {signature}")
+        raise invalid_argument(f"No regression outputs found in SignatureDef: {signature.proto}")
     return outputs
 
 

@@ -14,7 +14,7 @@ from keras_mrl.evaluation import (
     precision_at_k,
     score_embeddings,
 )
-from keras_mrl.evaluation.neighbors import first_equal, nearest_hits, nearest_ids
+from keras_mrl.evaluation.neighbors import first_equal, nearest_by_dim, nearest_hits, nearest_ids
 from tests.helpers.laws import exactly
 
 RNG = np.random.default_rng(0)
@@ -77,6 +77,24 @@ def test_copies_come_in_the_order_they_stand_in(k: int, width: int, dim: int) ->
     for gallery in (twice, mixed):
         ids = nearest_ids(gallery, queries, dim, k, block_rows=61)
         np.testing.assert_array_equal(ids, ranked(gallery, queries, dim, k))
+
+
+@pytest.mark.parametrize("dims", [(2, 5, 24), (5,), (17, 24)])
+@pytest.mark.parametrize("block_rows", [7, 8192])
+def test_one_pass_gives_what_every_dim_alone_gives(dims: tuple[int, ...], block_rows: int) -> None:
+    """Rows of few beginnings: equal at some dims and not at others, in any order of ties."""
+    gallery = RNG.normal(size=(300, 24)).astype(np.float32)
+    gallery[:, :2] = gallery[RNG.integers(0, 6, 300), :2]
+    gallery[:, :5] = gallery[RNG.integers(0, 60, 300), :5]
+    gallery[200:] = gallery[RNG.integers(0, 200, 100)]
+    queries, order = RNG.normal(size=(600, 24)), RNG.permutation(300)
+    in_place = nearest_by_dim(gallery, queries, dims, 9, block_rows=block_rows)
+    in_order = nearest_by_dim(gallery, queries, dims, 9, block_rows=block_rows, order=order)
+    assert list(in_place) == list(in_order) == list(dims)
+    for dim in dims:
+        np.testing.assert_array_equal(in_place[dim], ranked(gallery, queries, dim, 9))
+        expected = order[ranked(gallery[order], queries, dim, 9)]
+        np.testing.assert_array_equal(in_order[dim], expected)
 
 
 def test_a_row_is_its_own_copy_up_to_the_dim_alone() -> None:

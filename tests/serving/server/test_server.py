@@ -250,20 +250,20 @@ ENDED_STARTS: dict[str, tuple[Start, type[Exception], str]] = {
         lambda setting: {"base_path": setting.root / "a"},
         FileNotFoundError,
         "base_path must be a folder that can be read. Received: base_path='ROOT/a' (No such file "
-        "or directory). Export a model to ROOT/a/1 first, or correct the path.",
+        "or directory). Export a model to ROOT/a first, or correct the path.",
     ),
     "impossible path": (
         impossible_path,
         FileNotFoundError,
         "base_path must be a folder that can be read. Received: base_path='/a\\x00b' (embedded "
-        "null byte). Export a model to /a\0b/1 first, or correct the path.",
+        "null byte). Export a model to /a\0b first, or correct the path.",
     ),
     "no version": (
         folder_of_a_version,
         FileNotFoundError,
         "base_path must hold a version of the model. Received: No versions of servable a found "
         "under base path ROOT/a/1. Did you forget to name your leaf directory as a number (eg. "
-        "'/1/')? Put the SavedModel at ROOT/a/1/1, or give the folder above the numbered one.",
+        "'/1/')? Export a model to ROOT/a/1, or give the folder above the numbered one.",
     ),
     "absent version": (
         lambda setting: {
