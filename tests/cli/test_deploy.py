@@ -206,14 +206,16 @@ def test_the_memory_grows_with_the_model(exported: Exported, tmp_path: Path, cal
     assert compose["services"]["tiny-one"]["mem_limit"] == f"{1024 + 300}m"
 
 
+@pytest.mark.parametrize("tower", ["inputs", "other_tower"])
 def test_what_differs_in_shape_is_not_batched(
-    exported: Exported, tmp_path: Path, call: Call
+    exported: Exported, tmp_path: Path, call: Call, tower: str
 ) -> None:
     """Prompts, say: TensorFlow Serving would refuse those that meet others of another length."""
     version = shutil.copytree(exported.base_path / "1", tmp_path / "models" / "1")
     manifest = version / "assets.extra" / "keras_mrl.json"
     fields = json.loads(manifest.read_text())
-    fields["inputs"] = {"x": {"dtype": "float32", "shape": [None, None]}}
+    inputs = {"x": {"dtype": "float32", "shape": [None, None]}}
+    fields[tower] = {"inputs": inputs} if tower == "other_tower" else inputs
     manifest.write_text(json.dumps(fields))
     out = tmp_path / "out"
     assert call("deploy", str(out), "--base-path", str(version.parent)).status == 0

@@ -149,3 +149,10 @@ def test_images_of_the_other_tower_are_those_that_it_decodes() -> None:
     assert questions.embed(["a bird"], 8).parts(texts, Options())
     with pytest.raises(UnreadableImageError):
         questions.embed([b"a bird"], 8, other_tower=True).parts(texts, Options())
+
+
+def test_models_whose_other_towers_differ_take_other_calls() -> None:
+    one = replace(manifest(x=[None, 1]), other_tower={"inputs": manifest(y=[None, 1]).inputs})
+    assert questions.same_interface(one, replace(one, fingerprint="c0de"))
+    other = replace(one, other_tower={"inputs": manifest(z=[None, 1]).inputs})
+    assert not questions.same_interface(one, other)
