@@ -65,6 +65,8 @@ PUBLIC = {
         "plot_by_dim",
         "plot_retrieval",
         "precision_at_k",
+        "score_multilabel",
+        "score_regression",
         "score_tokens",
         "evaluate",
         "expected_calibration_error",

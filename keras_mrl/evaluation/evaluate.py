@@ -25,7 +25,9 @@ from .._arrays import (
     labelled_batches,
 )
 from .._dims import check_dims
+from ..models.activation import activation_of, check_activation
 from ..models.cut import as_model, dims_of_loss, gallery_backbone, split
+from .multilabel import check_targets, check_zeros_and_ones, score_multilabel
 from .neighbors import (
     BLOCK_ROWS,
     check_gallery,
@@ -35,6 +37,7 @@ from .neighbors import (
 )
 from .probe import check_probe, linear_probe
 from .quality import Quality, progress_bar
+from .regression import score_regression
 
 _HEAD_ROWS = 4096  # rows whose logits are held at a time
 
@@ -49,10 +52,13 @@ def evaluate(
     probe: bool = False,
     batch_size: int = 256,
     verbose: int = 1,
+    activation: str | None = None,
 ) -> Quality:
     """Return what every dim of a model is worth on labelled rows, from one pass of each.
 
-    With a head: `top1`, `top5` and `ece` (expected calibration error). With a gallery: `nn1`
+    With a head: `top1`, `top5` and `ece` (expected calibration error). Where a row may have several
+    classes: `ap_macro`, `ap_micro`, `f1_macro`, `f1_micro` (see `score_multilabel`); of values:
+    `mae`, `rmse` and `r2` (see `score_regression`). The loss says which. With a gallery: `nn1`
     (1-NN accuracy), `knn` (the vote of the k nearest), `p10` and `map10` (both definitions of
     precision at k) and `recall10` (the share of the full dim's k nearest among those of this dim).
     With `probe`: `probe`, the accuracy of a linear classifier newly trained on the gallery's
@@ -64,15 +70,18 @@ def evaluate(
         model: A model that ends in a `MatryoshkaHead`, or whose output is the embedding.
         inputs: The rows to judge on, as `model.predict` takes them; or a `tf.data.Dataset`, a
             `keras.utils.PyDataset` or a PyTorch `DataLoader` of batches `(x, y)`.
-        labels: Their class ids, `(rows,)` or, as Keras's data sets give them, `(rows, 1)`; None
-            beside a data set.
+        labels: Their class ids, `(rows,)` or, as Keras's data sets give them, `(rows, 1)`; where a
+            row may have several classes, 0 or 1 for each, `(rows, num_classes)`; of values, those.
+            None beside a data set.
         gallery: Inputs and labels `(x, y)` of other rows, to look for neighbours among; or a data
-            set of them.
+            set of them. Not where a row may have several classes, or has values.
         dims: None means those of the head, or of the loss of a compiled `MatryoshkaEncoder`.
         k: How many neighbours; the names say so: `p10`, `map10`, `recall10`.
         probe: Whether linear classifiers are trained; scikit-learn takes minutes for 100 classes.
         batch_size: Of the pass; a data set has batches of its own.
         verbose: 1 shows progress (of both passes, of the search, of the probes), 0 does not.
+        activation: What the head's outputs are, as `export_saved_model` takes it; None takes it
+            from the loss, and without one a row has one class.
 
     Raises:
         ValueError: If inputs and labels do not fit, labels of the two sides are of different
@@ -105,6 +114,11 @@ def evaluate(
     # Check first: embedding the data may take hours.
     if head is None or head.dims is not None:
         _dims_to_judge(head, dims, gallery)
+    kind = None if head is None else _kind_of(model, activation)
+    if kind in ("sigmoid", "none"):
+        return _score_outputs(
+            backbone, head, kind, inputs, labels, gallery, dims, batch_size, verbose
+        )
     gallery_rows, gallery_labels = (
         (gallery, None) if is_dataset(gallery) else gallery or (None,) * 2
     )
@@ -168,6 +182,57 @@ def _labels_in_memory(inputs: Any, labels: Any) -> Array | None:
             f"Received: labels beside a {type(inputs).__name__}. Leave labels out."
         )
     return None
+
+
+def _kind_of(model: keras.Model, activation: str | None) -> str | None:
+    return activation_of(model) if activation is None else check_activation(activation)
+
+
+def _score_outputs(
+    backbone: keras.Model,
+    head: Any,
+    activation: str,
+    inputs: Any,
+    labels: Any,
+    gallery: Any,
+    dims: Sequence[int] | None,
+    batch_size: int,
+    verbose: int,
+) -> Quality:
+    """Judge a head of several classes a row, or of values, at every dim."""
+    if gallery is not None:
+        has = "several classes a row" if activation == "sigmoid" else "values"
+        raise ValueError(
+            "Neighbours are judged by the one class of a row. "
+            f"Received: a gallery for a model of {has}. Leave it out, or give embeddings and class "
+            "ids to score_embeddings."
+        )
+    part = as_model(backbone)
+
+    def check(labels: Any) -> Array:
+        targets = check_targets(labels, (None, head.num_classes))
+        if activation == "sigmoid":
+            check_zeros_and_ones(targets)
+        return targets
+
+    if is_dataset(inputs):
+        _labels_in_memory(inputs, labels)  # none may be given
+        batches = [(part.predict_on_batch(x), y) for x, y in labelled_batches("inputs", inputs)]
+        rows, of_batches = map(np.concatenate, zip(*batches, strict=True))
+        targets = check(of_batches)
+    else:
+        targets = check(labels)
+        check_unmasked(inputs)
+        rows = part.predict(inputs, batch_size=batch_size, verbose=verbose)
+    features = check_features(keras.ops.convert_to_numpy(rows))
+    if not head.built:
+        head.build(features.shape)
+    score = score_multilabel if activation == "sigmoid" else score_regression
+    quality: Quality = {}
+    for dim in _dims_to_judge(head, dims, None):
+        kernel, bias = head_arrays(head, dim)
+        quality[dim] = score(features[:, :dim] @ kernel + bias, targets)
+    return quality
 
 
 def _dims_to_judge(head: Any, dims: Sequence[int] | None, gallery: Any) -> tuple[int, ...]:

@@ -20,6 +20,8 @@ from keras_mrl.evaluation import (
     expected_calibration_error,
     score_embeddings,
     score_head,
+    score_multilabel,
+    score_regression,
 )
 from keras_mrl.evaluation.probe import linear_probe
 from tests.helpers import two_towers
@@ -534,3 +536,54 @@ def test_logits_are_a_table_with_a_label_per_row(logits: Any, labels: Any, shape
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         expected_calibration_error(logits, labels)
+
+
+# Several classes a row, and values.
+
+
+def judged(loss: Any, outputs: int) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    backbone = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)])
+    model = MatryoshkaClassifier(backbone, MatryoshkaHead(outputs, dims=(2, 8)))
+    if loss is not None:
+        model.compile(loss=loss)
+    return model
+
+
+ROWS_OF_5 = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)
+KINDS_OF_HEADS: dict[str, tuple[Any, Any, Any]] = {
+    "sigmoid": ("binary_crossentropy", ROWS_OF_5[:, :3] > 0, score_multilabel),
+    "none": ("mse", ROWS_OF_5[:, :3], score_regression),
+}
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("activation", KINDS_OF_HEADS)
+def test_a_head_is_judged_as_its_loss_says(activation: str) -> None:
+    loss, labels, score = KINDS_OF_HEADS[activation]
+    model = judged(loss, 3)
+    outputs = np.asarray(model.predict(ROWS_OF_5, verbose=0))
+    quality = evaluate(model, ROWS_OF_5, labels, verbose=0)
+    assert list(quality) == [2, 8]
+    for column, dim in enumerate(quality):
+        assert quality[dim] == pytest.approx(score(outputs[:, column], labels), rel=1e-4)
+    named = evaluate(judged(None, 3), ROWS_OF_5, labels, verbose=0, activation=activation)
+    assert named == quality
+    assert list(evaluate(model, ROWS_OF_5, labels, dims=(8,), verbose=0)) == [8]
+
+
+@pytest.mark.parametrize("activation", KINDS_OF_HEADS)
+def test_rows_of_several_classes_or_values_have_no_gallery(activation: str) -> None:
+    loss, labels, _ = KINDS_OF_HEADS[activation]
+    with pytest.raises(ValueError, match=r"\ANeighbours are judged by the one class of a row. "):
+        evaluate(judged(loss, 3), ROWS_OF_5, labels, gallery=(ROWS_OF_5, labels), verbose=0)
+    with pytest.raises(ValueError, match=r"labels must be finite numbers, one for each output"):
+        evaluate(judged(loss, 3), ROWS_OF_5, np.zeros(30, int), verbose=0)
+    with pytest.raises(ValueError, match=r"Without a gallery dims are judged by the head"):
+        evaluate(judged(loss, 3), ROWS_OF_5, labels, dims=(4,), verbose=0)
+
+
+def test_class_ids_are_no_labels_of_several_classes() -> None:
+    labels = np.full((30, 1), 2)
+    with pytest.raises(ValueError, match=r"Received: 2 in 30 of 30 rows. Give one column per"):
+        evaluate(judged("binary_crossentropy", 1), ROWS_OF_5, labels, verbose=0)
