@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import keras
 
 
 class _Writer(keras.callbacks.Callback):
-    """The base of callbacks that write entries into the log."""
+    """The base of callbacks that write entries into the log.
+
+    `fit` of our models sets `metric_modes`: the modes of the metrics that write an entry per dim.
+    """
+
+    metric_modes: Mapping[str, str | None] = MappingProxyType({})
 
     def mode_of(self, entry: str) -> str | None:
         """Return "max" or "min" for an entry that this callback writes, None for any other.
@@ -43,6 +49,9 @@ def set_modes(callbacks: Any, modes: Mapping[str, str | None]) -> None:
     """
     listed = getattr(callbacks, "callbacks", callbacks)
     flat = keras.tree.flatten(listed) if listed is not None else []
+    for writer in flat:
+        if isinstance(writer, _Writer):
+            writer.metric_modes = modes
     for callback in flat:
         monitor = getattr(callback, "monitor", None)
         if getattr(callback, "mode", None) != "auto" or not isinstance(monitor, str):

@@ -9,7 +9,7 @@ history and progress bar. A callback that writes an entry must stand before one 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -17,8 +17,9 @@ import numpy as np
 
 from ._arrays import as_labels, check_kinds, check_unmasked, is_dataset, labelled_batches
 from ._dims import check_dims, check_weights
-from ._modes import _Writer
+from ._modes import _Writer, mode_of_metric
 from .evaluation.neighbors import check_gallery, mean_average_precision_at_k, nearest_hits
+from .metrics import MatryoshkaMetric
 from .models.cut import as_model, dims_of_loss, gallery_backbone, split
 
 
@@ -143,7 +144,8 @@ class AcrossDims(_Writer):
         name: Stem of the entries, such as "accuracy", "1nn" or "map10".
         weights: Weights of the mean, one per dim, in ascending order of dims; None means equal
             ones.
-        lower_is_better: Whether the worst dim is the one with the largest number.
+        lower_is_better: Whether the worst dim is the one with the largest number; None takes it
+            from the metric of that name, and where there is none, more is better.
 
     Raises:
         ValueError: If the log has no such entry, or more or fewer of them than `weights`.
@@ -156,7 +158,10 @@ class AcrossDims(_Writer):
     """
 
     def __init__(
-        self, name: str, weights: Sequence[float] | None = None, lower_is_better: bool = False
+        self,
+        name: str,
+        weights: Sequence[float] | None = None,
+        lower_is_better: bool | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -167,7 +172,15 @@ class AcrossDims(_Writer):
         """Return "min" for the entries of this callback if lower is better, otherwise "max"."""
         if entry not in (f"{self.name}_worst", f"{self.name}_mean"):
             return None
-        return "min" if self.lower_is_better else "max"
+        return "min" if self._is_lower_better() else "max"
+
+    def _is_lower_better(self) -> bool:
+        if self.lower_is_better is not None:
+            return self.lower_is_better
+        modes = self.metric_modes
+        if self.name not in modes and self.model is not None:  # a functional model, in its `fit`
+            modes = _modes_in(self.model)
+        return modes.get(self.name) == "min"
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Write the worst dim and the weighted mean."""
@@ -181,7 +194,7 @@ class AcrossDims(_Writer):
                 values = [value_by_dim[dim] for dim in sorted(value_by_dim)]
                 weights = check_weights(self.weights, len(values))
                 weighted = sum(w * v for w, v in zip(weights, values, strict=True))
-                logs[f"{stem}_worst"] = max(values) if self.lower_is_better else min(values)
+                logs[f"{stem}_worst"] = (max if self._is_lower_better() else min)(values)
                 logs[f"{stem}_mean"] = weighted / sum(weights)
                 written = True
         if not written:
@@ -191,3 +204,11 @@ class AcrossDims(_Writer):
                 "Compile a MatryoshkaMetric of that name, or put the callback that writes the "
                 "entries before this one."
             )
+
+
+def _modes_in(model: keras.Model) -> Mapping[str, str | None]:
+    """Return the modes of the metrics per dim that a model is compiled with, by name."""
+    groups = [[metric, *getattr(metric, "metrics", [])] for metric in model.metrics]
+    metrics = [metric for group in groups for metric in group]
+    nested = [metric for metric in metrics if isinstance(metric, MatryoshkaMetric)]
+    return {metric.name: mode_of_metric(metric.metric) for metric in nested}

@@ -28,6 +28,8 @@ class MatryoshkaMetric(keras.metrics.Metric):
         dims: The dims of the head, for the names in the log; None where a `MatryoshkaClassifier`
             is compiled with the metric, which tells it those of its head.
         name: Stem of those names; None means the name of `metric`.
+        activation: "sigmoid" for a metric of probabilities, such as `F1Score`, which then reads
+            those and not the logits; None for one of logits.
 
     Shapes:
         `y_pred`: `(..., num_dims, num_classes)`. `y_true`: what `metric` takes for one dim.
@@ -51,6 +53,7 @@ class MatryoshkaMetric(keras.metrics.Metric):
         metric: keras.metrics.Metric,
         dims: Sequence[int] | None = None,
         name: str | None = None,
+        activation: str | None = None,
     ) -> None:
         if not isinstance(metric, keras.metrics.Metric) or isinstance(metric, MatryoshkaMetric):
             raise TypeError(
@@ -60,6 +63,8 @@ class MatryoshkaMetric(keras.metrics.Metric):
             )
         super().__init__(name=name or metric.name, dtype=metric.dtype)
         self.metric = _copy(metric, metric.name)
+        self.activation = activation
+        self._to_read = keras.activations.get(activation)
         self.dims: tuple[int, ...] | None = None
         self.metrics_by_dim: list[keras.metrics.Metric] = []
         if dims is not None:
@@ -92,7 +97,7 @@ class MatryoshkaMetric(keras.metrics.Metric):
             logits = y_pred[..., index, :]
             if type(metric) in _OF_RANKS:
                 logits = _wrong_where_nan(logits, y_true)
-            logits = with_mask_of(y_pred, logits)
+            logits = with_mask_of(y_pred, self._to_read(logits))
             metric.update_state(y_true, logits, sample_weight=sample_weight)
 
     def update_rows(
@@ -139,6 +144,7 @@ class MatryoshkaMetric(keras.metrics.Metric):
             "metric": keras.saving.serialize_keras_object(self.metric),
             "dims": self.dims,
             "name": self.name,
+            "activation": self.activation,
         }
 
     @classmethod

@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from .._masks import with_mask_of
-from .targets import check_form, names_no_class
+from .targets import check_form, check_labels_of_outputs, names_no_class
 from .weights import Weights, _NestedLoss, _RowLoss, name_in_error, step_weights, weights_by_dim
 
 
@@ -117,6 +117,7 @@ class MatryoshkaLoss(_NestedLoss):
         is_sparse, is_dense = _forms(self.loss)
         if is_sparse or is_dense:
             check_form(y_true, len(y_pred.shape) - 1, y_pred.shape[-1], is_dense)
+        check_labels_of_outputs(self.loss, y_true, (*y_pred.shape[:-2], y_pred.shape[-1]))
         total: Any = 0.0
         losses: Any = None
         weights = self.weights_for(y_pred.shape[-2], seed)
@@ -158,6 +159,8 @@ def check_labels(loss: Any, labels: Any, output_shape: tuple[int | None, ...]) -
     """
     inner = getattr(loss, "loss", None)
     is_sparse, is_dense = _forms(inner)
+    if hasattr(labels, "shape"):
+        check_labels_of_outputs(inner, labels, (*output_shape[:-2], output_shape[-1]))
     if labels is None or not (is_sparse or is_dense):
         return
     values, num_classes = ops.convert_to_numpy(labels), int(output_shape[-1] or 0)

@@ -12,6 +12,21 @@ from keras import ops
 
 from .._dims import blocks
 
+# Losses that compare each output of a row with a label of its own.
+OF_SEVERAL = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
+OF_VALUES = (
+    keras.losses.MeanSquaredError,
+    keras.losses.MeanAbsoluteError,
+    keras.losses.MeanAbsolutePercentageError,
+    keras.losses.MeanSquaredLogarithmicError,
+    keras.losses.Huber,
+    keras.losses.LogCosh,
+    keras.losses.Poisson,
+    keras.losses.CosineSimilarity,
+    keras.losses.Hinge,
+    keras.losses.SquaredHinge,
+)
+
 
 class Kernels(NamedTuple):
     """Kernels and biases of a nested head: one per dim, or one for all (tied); or no biases."""
@@ -141,6 +156,33 @@ def check_form(labels: Any, num_axes: int, num_classes: int, is_dense: bool) -> 
             "SparseCategoricalCrossentropy takes one integer per row. "
             f"Received: labels of shape {shape} for {num_classes} classes. "
             "Use CategoricalCrossentropy for one-hot labels, or take their argmax."
+        )
+
+
+def check_labels_of_outputs(loss: Any, labels: Any, outputs: tuple[int | None, ...]) -> None:
+    """Raise if a loss that compares every output with a label gets another number of labels.
+
+    Keras would broadcast one label to all outputs.
+
+    Args:
+        loss: The loss of one dim.
+        labels: The labels, an array or a tensor.
+        outputs: Shape of the outputs of one dim.
+
+    Raises:
+        ValueError: If the last axis of the labels is not that of the outputs; labels of one output
+            may lack it.
+    """
+    shape, num_outputs = tuple(labels.shape), outputs[-1]
+    if not isinstance(loss, (*OF_SEVERAL, *OF_VALUES)) or None in shape[-1:]:
+        return
+    if shape[-1:] == (num_outputs,) and len(shape) == len(outputs):
+        return
+    if num_outputs != 1 or len(shape) != len(outputs) - 1:
+        raise ValueError(
+            f"{type(loss).__name__} compares every output with a label of its own. "
+            f"Received: labels of shape {shape} for {num_outputs} outputs a row. "
+            f"Give labels (rows, {num_outputs}), or a head with as many outputs as labels."
         )
 
 

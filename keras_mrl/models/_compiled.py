@@ -13,6 +13,7 @@ import keras
 
 from .._modes import mode_of_metric
 from ..losses import MatryoshkaLoss
+from ..losses.targets import OF_SEVERAL
 from ..losses.weights import _NestedLoss
 from ..metrics import MatryoshkaMetric, Perplexity
 
@@ -123,7 +124,32 @@ def _nested_metric(metric: Any, loss: Any) -> Any:
             f"Received: {kind} with from_logits=False. "
             f"Write keras.metrics.{kind}(from_logits=True), or its name alone."
         )
-    return MatryoshkaMetric(metric)
+    of_several = isinstance(loss, MatryoshkaLoss) and isinstance(loss.loss, OF_SEVERAL)
+    activation = "sigmoid" if of_several and _compares_probabilities(metric) else None
+    return MatryoshkaMetric(metric, activation=activation)
+
+
+def _compares_probabilities(metric: keras.metrics.Metric) -> bool:
+    """Whether a metric compares what it reads with a threshold between 0 and 1."""
+    if isinstance(metric, keras.metrics.BinaryAccuracy):
+        return 0 < metric.get_config()["threshold"] < 1  # 0 is the threshold of a logit
+    return isinstance(metric, _OF_PROBABILITIES)
+
+
+_OF_PROBABILITIES = (
+    keras.metrics.BinaryIoU,
+    keras.metrics.FBetaScore,
+    keras.metrics.Precision,
+    keras.metrics.Recall,
+    keras.metrics.TruePositives,
+    keras.metrics.TrueNegatives,
+    keras.metrics.FalsePositives,
+    keras.metrics.FalseNegatives,
+    keras.metrics.PrecisionAtRecall,
+    keras.metrics.RecallAtPrecision,
+    keras.metrics.SensitivityAtSpecificity,
+    keras.metrics.SpecificityAtSensitivity,
+)
 
 
 def _metric_of_name(name: str, loss: Any) -> Any:
@@ -155,7 +181,7 @@ _ACCURACIES: tuple[tuple[Any, Any, dict[str, Any]], ...] = (
         {},
     ),
     (
-        (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy),
+        OF_SEVERAL,
         keras.metrics.BinaryAccuracy,
         {"threshold": 0.0},  # of a logit
     ),

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from ..losses import MatryoshkaLoss
+from ..losses.targets import OF_SEVERAL, OF_VALUES
 from ._compiled import class_of
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
@@ -22,20 +23,7 @@ _OF_ONE_CLASS = (
     keras.losses.CategoricalFocalCrossentropy,
     keras.losses.CategoricalHinge,
 )
-_OF_SEVERAL = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
-_OF_VALUES = (
-    keras.losses.MeanSquaredError,
-    keras.losses.MeanAbsoluteError,
-    keras.losses.MeanAbsolutePercentageError,
-    keras.losses.MeanSquaredLogarithmicError,
-    keras.losses.Huber,
-    keras.losses.LogCosh,
-    keras.losses.Poisson,
-    keras.losses.CosineSimilarity,
-    keras.losses.Hinge,
-    keras.losses.SquaredHinge,
-)
-_KINDS = (("softmax", _OF_ONE_CLASS), ("sigmoid", _OF_SEVERAL), ("none", _OF_VALUES))
+_KINDS = (("softmax", _OF_ONE_CLASS), ("sigmoid", OF_SEVERAL), ("none", OF_VALUES))
 
 
 def check_activation(activation: str) -> str:

@@ -342,6 +342,12 @@ def check_holdout(
     truth = as_array("labels", labels)
     if truth.ndim == 2 and truth.shape[1] == 1:  # as in the datasets of Keras
         truth = truth[:, 0]
+    if scores.ndim == 3 and truth.ndim == 2 and truth.shape == scores.shape[::2]:
+        raise ValueError(
+            "A cascade decides which one class a row has. "
+            f"Received: labels of shape {truth.shape}, one for each class. For one-hot labels give "
+            "labels.argmax(axis=1); where a row may have several classes, ask one dim."
+        )
     if scores.ndim != 3 or scores.shape[1] != num_dims or truth.shape != scores.shape[:1]:
         raise ValueError(
             "logits must be (rows, num_dims, num_classes) with one label per row. "

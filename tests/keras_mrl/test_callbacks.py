@@ -12,7 +12,10 @@ import keras_mrl
 from keras_mrl import (
     AcrossDims,
     ContrastiveLoss,
+    MatryoshkaClassifier,
     MatryoshkaEncoder,
+    MatryoshkaHead,
+    MatryoshkaLoss,
     MatryoshkaMetric,
     NeighborMetrics,
     split,
@@ -352,3 +355,28 @@ def test_top_k_accuracy_per_dim_is_keras_own() -> None:
     for m, dim in enumerate(DIMS):
         assert log[f"val_top2_{dim}"][-1] == pytest.approx(expected[m])
     assert log["val_top2_worst"][-1] == pytest.approx(expected.min())
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["our model", "a functional model"])
+def test_across_dims_takes_the_direction_from_the_metric(nested: bool) -> None:
+    inputs = keras.Input((4,))
+    features, head = keras.layers.Dense(4)(inputs), MatryoshkaHead(1, dims=(2, 4))
+    if nested:
+        model = MatryoshkaClassifier(keras.Model(inputs, features), head)
+        model.compile("sgd", "mse", metrics=["mae", keras.metrics.R2Score(name="r2")])
+    else:
+        model = keras.Model(inputs, head(features))
+        metrics = [keras.metrics.MeanAbsoluteError(name="mae"), keras.metrics.R2Score(name="r2")]
+        mse = MatryoshkaLoss(keras.losses.MeanSquaredError())
+        model.compile("sgd", mse, metrics=[MatryoshkaMetric(m, (2, 4)) for m in metrics])
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    stop = keras.callbacks.EarlyStopping("mae_worst", **({} if nested else {"mode": "min"}))
+    callbacks = [AcrossDims("mae"), AcrossDims("r2"), stop]
+    log = model.fit(x, x[:, :1] * 5, callbacks=callbacks, verbose=0).history
+    assert log["mae_worst"] == [max(log["mae_2"][0], log["mae_4"][0])]
+    assert log["r2_worst"] == [min(log["r2_2"][0], log["r2_4"][0])]
+    assert stop.mode == "min"
+    turned = AcrossDims("mae", lower_is_better=False)
+    log = {"mae_2": 1.0, "mae_4": 2.0}
+    turned.on_epoch_end(0, log)
+    assert log["mae_worst"] == 1.0

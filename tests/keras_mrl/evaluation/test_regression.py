@@ -25,7 +25,7 @@ def test_they_are_those_of_scikit_learn(seed: int, width: int) -> None:
 
 def test_equal_targets_have_the_r2_of_scikit_learn() -> None:
     targets = np.full((4, 2), 3.0)
-    for outputs in (targets, targets + [0, 1]):
+    for outputs in (targets, targets + np.array([0, 1])):
         assert score_regression(outputs, targets)["r2"] == metrics.r2_score(targets, outputs)
 
 

@@ -14,6 +14,7 @@ from keras_mrl import (
     MatryoshkaLoss,
     SupervisedContrastiveLoss,
 )
+from keras_mrl.losses.matryoshka import check_labels
 from tests.helpers.laws import exactly
 from tests.helpers.reference import error_budget, fold, nested_gradient, nested_loss, tie
 from tests.helpers.small_models import (
@@ -347,3 +348,27 @@ def test_a_plain_loss_is_left_to_keras() -> None:
     assert np.isfinite(float(model.fit(X, LOGITS, verbose=0).history["loss"][0]))
     nested = classifier(loss="mse")
     assert np.isfinite(float(nested.fit(X, LOGITS * 10, verbose=0).history["loss"][0]))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [keras.losses.BinaryCrossentropy(from_logits=True), keras.losses.MeanSquaredError()],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_every_output_has_a_label_of_its_own(inner: Any) -> None:
+    """Keras would broadcast one label to all outputs of a row, or of a batch of as many rows."""
+    loss, outputs = MatryoshkaLoss(inner), np.ones((3, 2, 3), "float32")
+    for labels in (np.ones(3), np.ones((3, 1)), np.ones((3, 2))):
+        text = (
+            rf"\A{type(inner).__name__} compares every output with a label of its own. Received: "
+            rf"labels of shape {re.escape(str(labels.shape))} for 3 outputs a row. Give labels "
+            r"\(rows, 3\), or a head with as many outputs as labels.\Z"
+        )
+        with pytest.raises(ValueError, match=text):
+            loss(labels, outputs)
+        with pytest.raises(ValueError, match=text):
+            check_labels(loss, labels, (None, 2, 3))
+    flat, column = (
+        float(loss(labels, outputs[..., :1])) for labels in (np.ones(3), np.ones((3, 1)))
+    )
+    assert flat == column

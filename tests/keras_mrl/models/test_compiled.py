@@ -168,3 +168,29 @@ PROBABILITIES = (
 def test_what_cannot_be_counted_on_logits_is_refused(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=exactly(text)):
         classifier(backbone(), **arguments)
+
+
+def test_metrics_of_probabilities_read_those_of_several_classes() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 5)).astype("float32")
+    y = (x[:, :3] > 0).astype("float32")
+    backbone = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)])
+    model = MatryoshkaClassifier(backbone, MatryoshkaHead(3, dims=(2, 8)))
+    plain = [
+        keras.metrics.BinaryAccuracy(name="half"),
+        keras.metrics.BinaryAccuracy(name="zero", threshold=0.0),
+        keras.metrics.Precision(name="precision"),
+        keras.metrics.F1Score(average="macro", threshold=0.5, name="f1"),
+        keras.metrics.AUC(name="auc", from_logits=True),
+    ]
+    model.compile("sgd", "binary_crossentropy", metrics=["accuracy", *plain])
+    log = model.evaluate(x, y, return_dict=True, verbose=0)
+    logits = np.asarray(model.predict(x, verbose=0))
+    for column, dim in enumerate((2, 8)):
+        right = ((logits[:, column] > 0) == (y > 0)).mean()
+        for name in ("accuracy", "half", "zero"):
+            assert log[f"{name}_{dim}"] == pytest.approx(right, abs=1e-6)
+        for name, of_probabilities in (("precision", plain[2]), ("f1", plain[3])):
+            of_probabilities.reset_state()
+            of_probabilities.update_state(y, 1 / (1 + np.exp(-logits[:, column])))
+            assert log[f"{name}_{dim}"] == pytest.approx(float(of_probabilities.result()), abs=1e-5)

@@ -469,3 +469,13 @@ REFUSED_ROWS: list[tuple[Any, str]] = [
 def test_rows_that_are_refused(logits: Any, text: str, refuses: Refuses) -> None:
     with refuses(ValueError, text):
         TWO.route(logits)
+
+
+def test_rows_of_several_classes_have_no_cascade() -> None:
+    text = (
+        r"\AA cascade decides which one class a row has. Received: labels of shape \(6, 3\), one "
+        r"for each class. For one-hot labels give labels.argmax\(axis=1\); where a row may have "
+        r"several classes, ask one dim.\Z"
+    )
+    with pytest.raises(ValueError, match=text):
+        CascadePolicy.learn(np.zeros((6, 2, 3)), np.ones((6, 3), int), (8, 16))
