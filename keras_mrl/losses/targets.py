@@ -173,8 +173,11 @@ def check_labels_of_outputs(loss: Any, labels: Any, outputs: tuple[int | None, .
         ValueError: If the last axis of the labels is not that of the outputs; labels of one output
             may lack it.
     """
+    is_unknown = getattr(labels.shape, "rank", 0) is None  # of a tf.data.Dataset
+    if not isinstance(loss, (*OF_SEVERAL, *OF_VALUES)) or is_unknown:
+        return
     shape, num_outputs = tuple(labels.shape), outputs[-1]
-    if not isinstance(loss, (*OF_SEVERAL, *OF_VALUES)) or None in shape[-1:]:
+    if None in shape[-1:]:
         return
     if shape[-1:] == (num_outputs,) and len(shape) == len(outputs):
         return
