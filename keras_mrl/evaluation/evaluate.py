@@ -228,7 +228,7 @@ def _score_outputs(
     if not head.built:
         head.build(features.shape)
     score = score_multilabel if activation == "sigmoid" else score_regression
-    quality: Quality = {}
+    quality = Quality()
     for dim in _dims_to_judge(head, dims, None):
         kernel, bias = head_arrays(head, dim)
         quality[dim] = score(features[:, :dim] @ kernel + bias, targets)
