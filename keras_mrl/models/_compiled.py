@@ -56,7 +56,7 @@ def nested_loss(loss: Any) -> Any:
 def class_of(function: Any) -> Any:
     """Return the class of a loss that Keras has as a function, too."""
     name = function.__name__.replace("_", "")
-    return next(kind for kind in _LOSSES if getattr(kind, "__name__", "").lower() == name)
+    return next(k for k in _LOSSES if inspect.isclass(k) and k.__name__.lower() == name)
 
 
 def nested_metrics(metrics: Any, loss: Any) -> Any:

@@ -44,7 +44,14 @@ def test_the_loss_says_what_the_outputs_are(expected: str | None, loss: Any) -> 
 
 
 def test_losses_by_name_and_by_function_say_it_too() -> None:
-    for loss in ("mse", "mean_absolute_error", "huber", keras.losses.mean_squared_error):
+    for loss in (
+        "mse",
+        "mean_absolute_error",
+        "huber",
+        "hinge",
+        "poisson",
+        keras.losses.mean_squared_error,
+    ):
         assert activation_of(model_of(loss)) == "none"
     assert activation_of(model_of(lambda y, p: p - y)) is None
     assert activation_of(model_of()) is None
