@@ -57,12 +57,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    import keras
-
-    text = arguments.data.read_text(encoding="utf-8")[: arguments.characters]
+    text = _read_text(parser, arguments.data)[: arguments.characters]
     cut = len(text) * 9 // 10
     tokenizer = _learn_tokens(text[:cut], arguments.vocabulary)
     train, rest = (_windows(tokenizer.encode(part).ids) for part in (text[:cut], text[cut:]))
+    if min(len(train[0]), len(rest[0]) // 2) < 1:
+        parser.error(
+            f"The last tenth of --data must hold two rows of {LENGTH} tokens and one token more. "
+            f"Received: {len(text):,} characters. Give at least {LENGTH * 100:,}, "
+            "better a million."
+        )
+
+    import keras
+
     size = tokenizer.get_vocab_size()
     summary: dict[str, Any] = {
         "backend": keras.backend.backend(),
@@ -89,6 +96,17 @@ def main() -> None:
     print(json.dumps(summary))
 
 
+def _read_text(parser: argparse.ArgumentParser, file: Path) -> str:
+    """Return the text of a file, or end with what is wrong with it."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(
+            "--data must be a file of plain text in UTF-8. "
+            f"Received: {error}. Give for example a book of Project Gutenberg."
+        )
+
+
 def _learn_tokens(text: str, size: int) -> Any:
     """A byte-level BPE tokenizer: every text is tokens of it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -107,7 +125,7 @@ def _learn_tokens(text: str, size: int) -> Any:
 
 def _windows(ids: list[int]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Rows of LENGTH tokens, and the token after each."""
-    rows = (len(ids) - 1) // LENGTH
+    rows = max(0, len(ids) - 1) // LENGTH
     cut = np.array(ids[: rows * LENGTH + 1], np.int32)
     return cut[:-1].reshape(rows, LENGTH), cut[1:].reshape(rows, LENGTH)
 

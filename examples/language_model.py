@@ -48,18 +48,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
+    text = read_text(parser, arguments.data)
+    cut = len(text) * 9 // 10
+    print(f"Learning {arguments.vocabulary} tokens from {cut:,} characters ...")
+    tokenizer = learn_tokens(text[:cut], arguments.vocabulary)
+    train, rest = (windows(tokenizer.encode(part).ids) for part in (text[:cut], text[cut:]))
+    if min(len(train[0]), len(rest[0]) // 2) < 1:
+        parser.error(
+            f"The last tenth of --data must hold two rows of {LENGTH} tokens and one token more. "
+            f"Received: {len(text):,} characters. Give at least {LENGTH * 100:,}, "
+            "better a million."
+        )
+
     import keras
 
     from keras_mrl import AdaptiveDecoder, generate, sampler
     from keras_mrl.evaluation import learn_decoding_policy, score_tokens
 
     keras.utils.set_random_seed(arguments.seed)
-    text = arguments.data.read_text(encoding="utf-8")
-    cut = len(text) * 9 // 10
-    print(f"Learning {arguments.vocabulary} tokens from {cut:,} characters ...")
-    tokenizer = learn_tokens(text[:cut], arguments.vocabulary)
-    train, rest = (windows(tokenizer.encode(part).ids) for part in (text[:cut], text[cut:]))
-
     print(f"Training on {train[0].size:,} tokens with keras on {keras.backend.backend()} ...")
     model = language_model(tokenizer.get_vocab_size())
     steps = arguments.epochs * -(-len(train[0]) // BATCH)
@@ -89,6 +95,17 @@ def main() -> None:
     print(f"Saved {arguments.out}/model.keras and tokenizer.json.")
 
 
+def read_text(parser: argparse.ArgumentParser, file: Path) -> str:
+    """Return the text of a file, or end with what is wrong with it."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(
+            "--data must be a file of plain text in UTF-8. "
+            f"Received: {error}. Give for example a book of Project Gutenberg."
+        )
+
+
 def learn_tokens(text: str, size: int) -> Any:
     """Return a byte-level BPE tokenizer of at most `size` tokens: it can encode any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -104,7 +121,7 @@ def learn_tokens(text: str, size: int) -> Any:
 
 def windows(ids: list[int]) -> tuple[Any, Any]:
     """Return rows of LENGTH tokens, and the token after each."""
-    rows = (len(ids) - 1) // LENGTH
+    rows = max(0, len(ids) - 1) // LENGTH
     cut = np.array(ids[: rows * LENGTH + 1], np.int32)
     return cut[:-1].reshape(rows, LENGTH), cut[1:].reshape(rows, LENGTH)
 

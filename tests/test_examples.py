@@ -17,14 +17,18 @@ LINES = (
 )
 
 
-def run(script: str, *arguments: object) -> list[str]:
-    done = subprocess.run(
+def start(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, ROOT / script, *map(str, arguments)],
         env={**os.environ, "KERAS_BACKEND": "tensorflow"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def run(script: str, *arguments: object) -> list[str]:
+    done = start(script, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -46,6 +50,28 @@ def test_the_language_model_is_trained_and_writes(text: Path, tmp_path: Path) ->
     assert [int(row[0]) for row in rows] == [8, 16, 32, 64, 128]
     assert all(1 < float(row[1]) < 300 for row in rows)
     assert any(line.startswith("When") for line in said)
+
+
+BAD_FILES: dict[str, tuple[bytes | None, str]] = {
+    "missing": (None, "--data must be a file of plain text in UTF-8. Received: [Errno 2]"),
+    "no text": (b"\xff\xfe\x00", "--data must be a file of plain text in UTF-8. Received: 'utf-8'"),
+    "empty": (b"", "two rows of 64 tokens and one token more. Received: 0 characters."),
+    "short": (b"a few words", "two rows of 64 tokens and one token more. Received: 11 characters"),
+}
+
+
+@pytest.mark.parametrize("script", ["examples/language_model.py", "benchmarks/language_model.py"])
+@pytest.mark.parametrize(("content", "text"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_file_that_teaches_no_language_is_refused(
+    script: str, content: bytes | None, text: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    done = start(script, "--data", file)
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.soak
