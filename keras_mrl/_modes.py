@@ -59,6 +59,8 @@ def set_modes(callbacks: Any, modes: Mapping[str, str | None]) -> None:
         entry = monitor.removeprefix("val_")
         by_dim = re.fullmatch(r"(.+)_\d+", entry)
         stem = by_dim[1] if by_dim else ""
+        if stem not in modes:
+            stem = stem.removeprefix("weighted_")  # as Keras names the second of one name
         written = [other.mode_of(entry) for other in flat if isinstance(other, _Writer)]
         mode = next(filter(None, (modes.get(stem), *written)), None)
         if mode is not None:

@@ -40,10 +40,14 @@ class NeighborMetrics(_Writer):
             `MatryoshkaEncoder`. The output of a model without
             a head is taken as its embedding.
         batch_size: Rows that are embedded at a time.
+        output: Whose features to measure, in a model with several outputs. The entries are then
+            `val_<output>_1nn_<dim>` and `val_<output>_map10_<dim>`, as Keras names those of its
+            metrics.
 
     Raises:
         ValueError: If inputs and labels do not fit, a side has no row, the labels of the two sides
-            are of different kinds, the gallery has fewer than 10 rows, or there are no dims.
+            are of different kinds, the gallery has fewer than 10 rows, there are no dims, or
+            `output` is none of the model's outputs.
 
     Reference:
         Kusupati et al., Matryoshka Representation Learning, section 4.2 (1-NN) and 4.3 (mAP@10).
@@ -67,6 +71,7 @@ class NeighborMetrics(_Writer):
         queries: Any,
         dims: Sequence[int] | None = None,
         batch_size: int = 256,
+        output: str | None = None,
     ) -> None:
         super().__init__()
         self.gallery = _check_pair("gallery", gallery)
@@ -75,11 +80,17 @@ class NeighborMetrics(_Writer):
         check_gallery(len(self.gallery[1]))
         self.dims = None if dims is None else check_dims(dims)
         self.batch_size = batch_size
+        self.output = output
         self._towers: Any = None  # of the gallery and of the queries
+        self._measured: tuple[int, ...] = ()
 
     def mode_of(self, entry: str) -> str | None:
         """Return "max" for the entries of this callback."""
-        return "max" if re.fullmatch(r"(1nn|map10)_\d+", entry) else None
+        stem = re.escape(self._stem())
+        return "max" if re.fullmatch(rf"{stem}(1nn|map10)_\d+", entry) else None
+
+    def _stem(self) -> str:
+        return "" if self.output is None else f"{self.output}_"
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Forget the model of an earlier `fit`."""
@@ -89,23 +100,24 @@ class NeighborMetrics(_Writer):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Embed both sides, search, and write the two measures of every dim."""
         del epoch
-        backbone, head = split(self.model)
-        dims = self.dims or (head.dims if head is not None else dims_of_loss(self.model))
-        if dims is None:
+        if self._towers is None:  # stored: a new model would compile `predict` every epoch
+            backbone, head = split(self.model, self.output)
+            dims = head.dims if head is not None else dims_of_loss(self.model)
+            self._measured = self.dims or dims or ()
+            other, tower = gallery_backbone(self.model, backbone), as_model(backbone)
+            self._towers = (tower if other is backbone else as_model(other), tower)
+        if not self._measured:
             raise ValueError(
                 "NeighborMetrics needs dims for a model that ends in no MatryoshkaHead. "
                 f"Received: dims=None for {type(self.model).__name__} {self.model.name!r}. "
                 "Give the prefix lengths to watch: dims=(8, 16, 32)."
             )
-        if self._towers is None:  # stored: a new model would compile `predict` every epoch
-            other, tower = gallery_backbone(self.model, backbone), as_model(backbone)
-            self._towers = (tower if other is backbone else as_model(other), tower)
         (gallery_x, gallery_y), (query_x, query_y) = self.gallery, self.queries
         gallery, queries = map(self._embed, self._towers, (gallery_x, query_x))
-        for dim in dims:
+        for dim in self._measured:
             hits = nearest_hits(gallery, gallery_y, queries, query_y, dim)
-            logs[f"val_1nn_{dim}"] = float(hits[:, 0].mean())
-            logs[f"val_map10_{dim}"] = mean_average_precision_at_k(hits)
+            logs[f"val_{self._stem()}1nn_{dim}"] = float(hits[:, 0].mean())
+            logs[f"val_{self._stem()}map10_{dim}"] = mean_average_precision_at_k(hits)
 
     def _embed(self, tower: keras.Model, inputs: Any) -> Any:
         embeddings = tower.predict(inputs, batch_size=self.batch_size, verbose=0)

@@ -8,6 +8,7 @@ metrics it is not.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from ._masks import with_mask_of
 @keras.saving.register_keras_serializable(package="keras_mrl")
 class MatryoshkaMetric(keras.metrics.Metric):
     """One Keras metric per dim; `fit` logs them as `<name>_<dim>`.
+
+    The name is the one that Keras has for the metric: `digit_accuracy_8` for the output `digit` of
+    several, `weighted_accuracy_8` where `metrics` and `weighted_metrics` have one of that name.
 
     Args:
         metric: A `keras.metrics.Metric` on `(..., num_classes)`. Every dim has a copy of it; the
@@ -131,7 +135,9 @@ class MatryoshkaMetric(keras.metrics.Metric):
 
     def result(self) -> dict[str, Any]:
         """Return one value per dim, under the name it has in the log."""
-        return {metric.name: metric.result() for metric in self.metrics_by_dim}
+        stem = _name_in_log(self.name)
+        values = zip(self.dims or (), self.metrics_by_dim, strict=True)
+        return {f"{stem}_{dim}": metric.result() for dim, metric in values}
 
     def reset_state(self) -> None:
         """Start the metric of every dim anew."""
@@ -152,6 +158,20 @@ class MatryoshkaMetric(keras.metrics.Metric):
         """Make the metric again."""
         metric = keras.saving.deserialize_keras_object(config["metric"])
         return cls(**{**config, "metric": metric})
+
+
+def _name_in_log(name: str) -> str:
+    """Return the name under which Keras logs the metric of this name whose result it asks for.
+
+    That of one of several outputs has the output's name before it, and where one name stands in
+    both `metrics` and `weighted_metrics` the second has "weighted_". Keras tells no metric, and
+    drops its name for the entries of a result that is a dict: two outputs would write the same
+    entries. So the name is read where Keras makes it. Asked by anyone else, it is the metric's own.
+    """
+    caller = sys._getframe(2)
+    is_keras = caller.f_globals.get("__name__", "").endswith("trainers.compile_utils")
+    in_log = caller.f_locals.get("name") if is_keras else None
+    return in_log if isinstance(in_log, str) and name in in_log else name
 
 
 def _copy(metric: keras.metrics.Metric, name: str) -> keras.metrics.Metric:

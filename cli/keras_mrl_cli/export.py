@@ -130,6 +130,11 @@ def float32(text: str) -> float:
     ),
     Option("--name", metavar="NAME", help="name in the manifest (the model's own)"),
     Option(
+        "--output",
+        metavar="NAME",
+        help="which of several outputs the version serves (the only one)",
+    ),
+    Option(
         "--version",
         type=int,
         metavar="N",
@@ -180,7 +185,7 @@ def _export(arguments: SimpleNamespace) -> int:
     _import(arguments.modules)
     print_note(f"Loading {arguments.model} on {keras.backend.backend()} ...")
     model = _load(arguments.model)
-    flags = ("dims", "signatures", "top_k", "name", "activation")
+    flags = ("dims", "signatures", "top_k", "name", "activation", "output")
     optional = {flag: getattr(arguments, flag) for flag in flags}
     with refusing(
         ExportError,
@@ -190,7 +195,7 @@ def _export(arguments: SimpleNamespace) -> int:
         remedy="Name another.",
         place=arguments.base_path,
     ):
-        backbone, other = _towers(model)
+        backbone, other = _towers(model, arguments.output)
         scale = 1.0 if arguments.pixel_scale is None else arguments.pixel_scale
         decoder = other_decoder = None
         if arguments.images:
@@ -315,12 +320,12 @@ def _rows(file: str | None) -> Any:
     return arrays[""] if set(arrays) == {""} else dict(arrays)
 
 
-def _towers(model: Any) -> tuple[Any, Any]:
+def _towers(model: Any, output: str | None) -> tuple[Any, Any]:
     """Return the part of a model that takes queries, and its other tower; None without one."""
     from keras_mrl import split
     from keras_mrl.models.cut import gallery_backbone
 
-    backbone, _ = split(model)
+    backbone, _ = split(model, output)
     other = gallery_backbone(model, backbone)
     return backbone, None if other is backbone else other
 

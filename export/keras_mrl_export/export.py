@@ -12,6 +12,7 @@ import numpy as np
 from keras_mrl import split
 from keras_mrl._arrays import head_arrays
 from keras_mrl.models.cut import gallery_backbone
+from keras_mrl.models.outputs import one_output
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.index import ExactIndex
 
@@ -62,6 +63,7 @@ def export_saved_model(
     other_decoder: ImageDecoder | None = None,
     warmup_batch_sizes: Sequence[int] = (1,),
     identity: bool = True,
+    output: str | None = None,
 ) -> Path:
     """Write `model` as the next version under `base_path`, with a signature per dim.
 
@@ -72,10 +74,9 @@ def export_saved_model(
     computes in half precision is served in float32.
 
     Args:
-        model: A `MatryoshkaClassifier`, a functional model that ends in a `MatryoshkaHead`, or
-            any model without a head, which is exported as an encoder. Both towers of a
-            `MatryoshkaEncoder` are in one version: `embed_<m>` takes queries, `embed_other_<m>`
-            what galleries are made of.
+        model: A model that `keras_mrl.split` finds a nested head in, or any model without one,
+            which is exported as an encoder. Both towers of a `MatryoshkaEncoder` are in one
+            version: `embed_<m>` takes queries, `embed_other_<m>` what galleries are made of.
         base_path: Folder of the model's versions; the server's `--model_base_path`. No URL.
         sample: A few real rows, one array or a dict by input name; texts may be a list.
         policy: A cascade learned on a holdout. `classify_adaptive` decides by it, and
@@ -112,6 +113,9 @@ def export_saved_model(
         identity: Whether every row of an answer also carries `model_id`, a number drawn for this
             export, by which the client knows one model from another under one version number.
             False keeps `embed_<m>` and `features` at one output, which REST answers as bare rows.
+        output: Which of several outputs this version serves: its key, or the name that Keras has
+            for it. Each is a model of its own to a server; without `name` its name follows the
+            model's.
 
     Returns:
         The folder of the new version.
@@ -125,6 +129,7 @@ def export_saved_model(
         ExportError: If the model cannot be rebuilt on TensorFlow, or a signature differs from it.
     """
     folder = check_base_path(base_path)
+    model = one_output(model, output)
     name = model.name if name is None else check_name(name)
     check_version(folder, version)
     check_kinds(policy, index, decoder, signatures, labels)

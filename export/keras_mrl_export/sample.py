@@ -262,7 +262,7 @@ def _output(model: keras.Model, rows: Any, start: int) -> npt.NDArray[np.float32
         raise ValueError(
             "A model is exported with one output. "
             f"Received: {len(output)} outputs from {model.name!r}. "
-            "Name the one that is served: keras.Model(model.input, features)."
+            "Name the one that is served: output=..., its key or the name of its last layer."
         )
     return np.asarray(keras.ops.convert_to_numpy(output), dtype=np.float32)
 

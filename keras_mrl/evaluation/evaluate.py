@@ -27,6 +27,7 @@ from .._arrays import (
 from .._dims import check_dims
 from ..models.activation import activation_of, check_activation
 from ..models.cut import as_model, dims_of_loss, gallery_backbone, split
+from ..models.outputs import one_output
 from .multilabel import check_targets, check_zeros_and_ones, score_multilabel
 from .neighbors import (
     BLOCK_ROWS,
@@ -53,6 +54,7 @@ def evaluate(
     batch_size: int = 256,
     verbose: int = 1,
     activation: str | None = None,
+    output: str | None = None,
 ) -> Quality:
     """Return what every dim of a model is worth on labelled rows, from one pass of each.
 
@@ -82,6 +84,7 @@ def evaluate(
         verbose: 1 shows progress (of both passes, of the search, of the probes), 0 does not.
         activation: What the head's outputs are, as `export_saved_model` takes it; None takes it
             from the loss, and without one a row has one class.
+        output: Which output is judged, of a model with several.
 
     Raises:
         ValueError: If inputs and labels do not fit, labels of the two sides are of different
@@ -97,6 +100,7 @@ def evaluate(
         >>> list(quality), list(quality[4])
         ([4, 16], ['top1', 'top5', 'ece', 'nn1', 'knn', 'p5', 'map5', 'recall5'])
     """
+    model = one_output(model, output)
     backbone, head = split(model)
     dims = dims_of_loss(model) if dims is None and head is None else dims
     if dims is None and head is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import types
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -42,7 +43,7 @@ class _NestedModel(keras.Model):
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does."""
         check_unmasked(x, y, kwargs.get("sample_weight"), kwargs.get("validation_data"))
-        self._build_for(x)
+        x = self._build_for(x)
         bound = inspect.signature(keras.Model.fit).bind(self, x, y, *args, **kwargs)
         set_modes(bound.arguments.get("callbacks"), self._modes)
         return super().fit(x, y, *args, **kwargs)
@@ -50,29 +51,52 @@ class _NestedModel(keras.Model):
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as `keras.Model.evaluate` does."""
         check_unmasked(x, y, kwargs.get("sample_weight"))
-        self._build_for(x)
+        x = self._build_for(x)
         return super().evaluate(x, y, *args, **kwargs)
 
-    def _build_for(self, x: Any) -> None:
-        """Build for arrays, or for a `tf.data.Dataset`, before a step is traced.
+    def _build_for(self, x: Any) -> Any:
+        """Build for arrays, or for a data set, before a step is traced; return the data.
 
         TensorFlow loses variables that are made in a step that fails, and Keras takes them for
-        built.
+        built. What was read of a generator comes first in the one that is returned.
         """
         if self.built:
-            return
-        spec = getattr(x, "element_spec", x)
-        if spec is not x and isinstance(spec, tuple):
-            spec = spec[0]
+            return x
+        x, batch = _with_first_batch(x)
+        spec = batch[0] if batch is not x and isinstance(batch, (tuple, list)) else batch
         shapes = [getattr(part, "shape", None) for part in keras.tree.flatten(spec)]
         if shapes and all(shapes):
             self.build(keras.tree.map_structure(lambda part: (None, *part.shape[1:]), spec))
+        return x
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as a saved model was compiled."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
+
+
+def _with_first_batch(data: Any) -> tuple[Any, Any]:
+    """Return data of which nothing is lost, and a batch of it, or what describes one.
+
+    A `tf.data.Dataset` describes its batches, a `PyDataset` is asked for the first, and of a
+    `DataLoader` one row is read. Data of any other kind is its own batch.
+    """
+    if isinstance(data, keras.utils.PyDataset):
+        return data, data[0]
+    if isinstance(data, types.GeneratorType):
+        first = next(data, None)
+        return _beginning_with(first, data), first
+    dataset, collate = getattr(data, "dataset", None), getattr(data, "collate_fn", None)
+    if callable(collate) and dataset is not None and hasattr(dataset, "__getitem__"):
+        return data, collate([dataset[0]])
+    return data, getattr(data, "element_spec", data)
+
+
+def _beginning_with(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    if first is not None:
+        yield first
+    yield from rest
 
 
 def named_without_package(kind: type[keras.Model]) -> type[keras.Model]:
@@ -111,13 +135,14 @@ def inputs_like(backbone: keras.layers.Layer) -> Any:
             input_of(backbone),
         )
     # A subclassed backbone has recorded no more than the shapes it was built with.
-    shapes = backbone.get_build_config()["input_shape"]
-    shapes_by_name = shapes if isinstance(shapes, dict) else {None: shapes}
-    inputs = {
-        name: keras.Input(batch_shape=(None, *shape[1:]), dtype=backbone.compute_dtype, name=name)
-        for name, shape in shapes_by_name.items()
-    }
-    return inputs if isinstance(shapes, dict) else inputs[None]
+    shapes = as_shapes(backbone.get_build_config()["input_shape"])
+
+    def new_input(shape: Any, name: str | None = None) -> Any:
+        return keras.Input(batch_shape=(None, *shape[1:]), dtype=backbone.compute_dtype, name=name)
+
+    if isinstance(shapes, dict):
+        return {name: new_input(shape, name) for name, shape in shapes.items()}
+    return keras.tree.map_shape_structure(new_input, shapes)
 
 
 def output_shape(backbone: keras.layers.Layer, input_shape: Any) -> Any:

@@ -14,6 +14,7 @@ import keras
 from ..losses import MatryoshkaLoss
 from ..losses.targets import OF_SEVERAL, OF_VALUES
 from ._compiled import class_of
+from .outputs import holds_head
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 
@@ -70,8 +71,10 @@ def activation_of(model: keras.Model) -> str | None:
     if last is not None:
         return str(last)
     loss = inner_loss(model)
-    if loss is None:
-        return None
+    if loss is None:  # what was trained may stand inside a model that never was
+        layers = getattr(model, "layers", [])
+        within = [own for own in layers if isinstance(own, keras.Model) and holds_head(own)]
+        return activation_of(within[0]) if len(within) == 1 else None
     if loss.get_config().get("from_logits") is False:
         raise ValueError(
             "A MatryoshkaHead gives logits, and a loss with from_logits=False takes probabilities. "

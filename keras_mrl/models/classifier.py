@@ -229,7 +229,7 @@ class MatryoshkaClassifier(_NestedModel):
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does, after a check of labels that are in memory."""
         _check_loss(self.loss)
-        self._check_data(x, y)
+        x = self._check_data(x, y)
         validation = kwargs.get("validation_data")
         if isinstance(validation, (tuple, list)) and len(validation) > 1:
             self._check_data(*validation[:2])
@@ -237,14 +237,15 @@ class MatryoshkaClassifier(_NestedModel):
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as `keras.Model.evaluate` does, after a check of labels that are in memory."""
-        self._check_data(x, y)
+        x = self._check_data(x, y)
         return super().evaluate(x, y, *args, **kwargs)
 
-    def _check_data(self, x: Any, y: Any) -> None:
-        self._build_for(x)
+    def _check_data(self, x: Any, y: Any) -> Any:
+        x = self._build_for(x)
         if self.built:
             self._nested_metrics.set_dims(self.head.dims)
             check_labels(self.loss, y, self.output_shape)
+        return x
 
     def at(self, dim: int) -> keras.Model:
         """Return a plain Keras model cut to `dim`: see `keras_mrl.cut`."""

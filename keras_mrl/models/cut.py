@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from copy import copy
+from typing import Any
 
 import keras
 
 from .._dims import check_dims, check_width
 from ..layers import MatryoshkaHead
 from ..layers.truncate import unit_length
-from ._shapes import _NestedModel, input_of, inputs_like
+from ._shapes import _NestedModel, inputs_like
+from .outputs import (
+    check_output,
+    graph_of,
+    head_at,
+    holds_head,
+    is_plain_nested,
+    not_built_error,
+    one_output,
+)
 
 
 def freeze_before(backbone: keras.Model, layer: str) -> None:
@@ -34,6 +44,13 @@ def freeze_before(backbone: keras.Model, layer: str) -> None:
     """
     names = [own.name for own in backbone.layers]
     if layer not in names:
+        owner = _owner_of(backbone, layer)
+        if owner is not None:
+            raise ValueError(
+                "Layers are frozen in the order of the model that has them. "
+                f"Received: layer={layer!r} for {backbone.name!r}, within which {owner.name!r} has "
+                f"it. Give that model: freeze_before(model.get_layer({owner.name!r}), {layer!r})."
+            )
         raise ValueError(
             "layer must be the name of one of the backbone's layers. "
             f"Received: layer={layer!r} for {backbone.name!r}, whose last layers are "
@@ -44,23 +61,35 @@ def freeze_before(backbone: keras.Model, layer: str) -> None:
         earlier.trainable = False
 
 
+def _owner_of(model: keras.Model, name: str) -> keras.Model | None:
+    """Return the model within `model` that has a layer of this name."""
+    for own in model.layers:
+        if isinstance(own, keras.Model):
+            if name in [layer.name for layer in own.layers]:
+                return own
+    return None
+
+
 def split(
-    model: keras.Model, *, other_tower: bool = False
+    model: keras.Model, output: str | None = None, *, other_tower: bool = False
 ) -> tuple[keras.Model, MatryoshkaHead | None]:
     """Return the part of `model` that makes features, and its nested head.
 
     Args:
-        model: A built `MatryoshkaClassifier`, or any functional or sequential model. The parts
-            are the model's own layers, not copies.
+        model: A built model: a `MatryoshkaClassifier`, a functional or sequential model, one with
+            such a model inside, or a class of your own. The parts are its own layers, not copies.
+        output: Which output, if there are several: its key, or the name that Keras has for it.
         other_tower: Whether to return the part that makes features of positives and of galleries:
             the other tower of a `MatryoshkaEncoder` of two, and the same part of any other model.
 
     Returns:
         The backbone and the head. Of a `MatryoshkaEncoder` one of its towers and None; of any other
-        model that does not end in a head, the model itself and None.
+        model that does not end in a head, the model itself (or a model of `output`) and None.
 
     Raises:
-        ValueError: If the model ends in a nested head and has not been built.
+        ValueError: If the model ends in a nested head and has not been built, if `output` is not
+            one of its outputs, or is left out where there are several with a nested head among
+            them, or if layers come after the head.
 
     Examples:
         >>> inputs = keras.Input((20,))
@@ -69,16 +98,23 @@ def split(
         >>> backbone, head = split(model)
         >>> backbone.output_shape, head.dims
         ((None, 8), (4, 8))
+        >>> scaled = keras.Sequential([keras.Input((20,)), keras.layers.Rescaling(0.5), model])
+        >>> split(scaled)[1] is head
+        True
     """
-    if isinstance(model, _NestedModel):
+    if is_plain_nested(model):
+        check_output(model, output, [])
         backbone, head = model.parts()
         return (gallery_backbone(model, backbone) if other_tower else backbone), head
-    last = model.layers[-1] if model.layers else None
-    if isinstance(last, MatryoshkaHead) and not last.built:  # a sequential model without an Input
-        raise _not_built_error(model)
-    if isinstance(last, MatryoshkaHead) and len(getattr(model, "outputs", None) or ()) == 1:
-        return keras.Model(input_of(model), last.input, name=f"{model.name}_features"), last
-    return model, None
+    if output is None and not holds_head(model):
+        return model, None
+    inputs, tensors = graph_of(model)
+    name = check_output(model, output, list(tensors))
+    end = head_at(model, tensors[name])
+    if end is None:
+        return one_output(model, output), None
+    features, head = end
+    return keras.Model(inputs, features, name=f"{model.name}_features"), head
 
 
 def gallery_backbone(model: keras.Model, backbone: keras.Model) -> keras.Model:
@@ -117,24 +153,25 @@ def as_model(backbone: keras.layers.Layer) -> keras.Model:
     return backbone if hasattr(backbone, "predict") else keras.Sequential([backbone])
 
 
-def cut(model: keras.Model, dim: int) -> keras.Model:
+def cut(model: keras.Model, dim: int, output: str | None = None) -> keras.Model:
     """Return a plain Keras model of one dim, which loads without keras_mrl.
 
     It shares nothing with `model`: it can be quantised, frozen or trained on by itself.
 
     Args:
-        model: A built `MatryoshkaClassifier`, or a functional model that ends in a
-            `MatryoshkaHead`.
+        model: A built model that `split` finds a nested head in.
         dim: One of the head's dims.
+        output: Which of several outputs; None means all of them.
 
     Returns:
         A model from inputs to logits `(batch, num_classes)`: a copy of the backbone, which must be
         one that Keras can save; its first `dim` features; and a `keras.layers.Dense` with copies of
-        that dim's kernel and bias.
+        that dim's kernel and bias. Of several outputs a dict of such logits by name; outputs
+        without a nested head stay as they are.
 
     Raises:
-        ValueError: If the model has no nested head or has not been built, or `dim` is not one of
-            the head's dims.
+        ValueError: If the model has no nested head or has not been built, `output` is none of its
+            outputs, or `dim` is not one of the head's dims.
 
     Examples:
         >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
@@ -143,7 +180,11 @@ def cut(model: keras.Model, dim: int) -> keras.Model:
         >>> tuple(cut(model, 4)(keras.ops.ones((2, 20))).shape)
         (2, 10)
     """
-    backbone, head = split(model)
+    if output is None and not is_plain_nested(model) and holds_head(model):
+        inputs, tensors = graph_of(model)
+        if len(tensors) > 1:
+            return _cut_all(model, dim, inputs, tensors)
+    backbone, head = split(model, output)
     if head is None:
         raise ValueError(
             "Only a model that ends in a MatryoshkaHead can be cut to a dim. "
@@ -151,32 +192,28 @@ def cut(model: keras.Model, dim: int) -> keras.Model:
             "Use MatryoshkaClassifier(backbone, MatryoshkaHead(num_classes))."
         )
     if not head.built:
-        raise _not_built_error(model)
-    kernel, bias = head.weights_at(dim)
+        raise not_built_error(model)
+    head.index_of(dim)
     backbone = _copy_of(backbone)
     inputs = inputs_like(backbone)
-    prefix = backbone(inputs)[..., :dim]
-    dense = keras.layers.Dense(
-        head.num_classes,
-        use_bias=head.use_bias,
-        dtype=head.float_policy,
-        name=f"{backbone.name}_head",  # unlike the backbone's, and unique in the model
-    )
-    logits = dense(prefix)
-    dense.set_weights([keras.ops.convert_to_numpy(w) for w in (kernel, bias) if w is not None])
+    # A name unlike the backbone's, and unique in the model.
+    logits = _logits_at(head, dim, backbone(inputs), f"{backbone.name}_head")
     return keras.Model(inputs, logits, name=f"{model.name}_{dim}")
 
 
-def embedder(model: keras.Model, dim: int, *, other_tower: bool = False) -> keras.Model:
+def embedder(
+    model: keras.Model, dim: int, output: str | None = None, *, other_tower: bool = False
+) -> keras.Model:
     """Return a plain Keras model of the embedding of one dim, which loads without keras_mrl.
 
     It gives what `embed_<dim>` of an exported model gives. It shares nothing with `model`, and
     Keras exports it: `embedder(model, 16).export("bird.onnx", format="onnx")`, or "litert".
 
     Args:
-        model: Any built model that ends in a `MatryoshkaHead`, a `MatryoshkaEncoder`, or a model
+        model: A built model that `split` finds a nested head in, a `MatryoshkaEncoder`, or a model
             whose output is the embedding.
         dim: Length of the prefix, one that was trained or any other up to the width.
+        output: As for `split`.
         other_tower: As for `split`.
 
     Returns:
@@ -191,14 +228,42 @@ def embedder(model: keras.Model, dim: int, *, other_tower: bool = False) -> kera
         >>> tuple(embedder(model, 4)(keras.ops.ones((2, 20))).shape)
         (2, 4)
     """
-    backbone, _ = split(model, other_tower=other_tower)
+    backbone, _ = split(model, output, other_tower=other_tower)
     if not backbone.built:
-        raise _not_built_error(model)
+        raise not_built_error(model)
     backbone = _copy_of(backbone)
     inputs = inputs_like(backbone)
     features = backbone(inputs)
     check_width(check_dims((dim,)), features.shape[-1])
     return keras.Model(inputs, unit_length(features[..., :dim]), name=f"{model.name}_embed_{dim}")
+
+
+def _cut_all(model: keras.Model, dim: int, inputs: Any, tensors: dict[str, Any]) -> keras.Model:
+    """Return a model of all outputs at one dim, over one copy of what comes before the heads."""
+    features: dict[str, Any] = {}
+    heads: dict[str, MatryoshkaHead | None] = {}
+    for name, tensor in tensors.items():
+        end = head_at(model, tensor)
+        features[name], heads[name] = (tensor, None) if end is None else end
+        if end is not None:
+            end[1].index_of(dim)
+    body = _copy_of(keras.Model(inputs, features, name=f"{model.name}_features"))
+    inputs = inputs_like(body)
+    outputs = body(inputs)
+    for name, head in heads.items():
+        if head is not None:
+            outputs[name] = _logits_at(head, dim, outputs[name], f"{body.name}_{name}")
+    return keras.Model(inputs, outputs, name=f"{model.name}_{dim}")
+
+
+def _logits_at(head: MatryoshkaHead, dim: int, features: Any, name: str) -> Any:
+    kernel, bias = head.weights_at(dim)
+    dense = keras.layers.Dense(
+        head.num_classes, use_bias=head.use_bias, dtype=head.float_policy, name=name
+    )
+    logits = dense(features[..., :dim])
+    dense.set_weights([keras.ops.convert_to_numpy(w) for w in (kernel, bias) if w is not None])
+    return logits
 
 
 def _copy_of(backbone: keras.Model) -> keras.Model:
@@ -207,10 +272,3 @@ def _copy_of(backbone: keras.Model) -> keras.Model:
     with keras.saving.custom_object_scope(classes):  # the user's own, registered or not
         duplicate: keras.Model = copy(backbone)
     return duplicate
-
-
-def _not_built_error(model: keras.Model) -> ValueError:
-    return ValueError(
-        "A model must be built before a part of it is taken. "
-        f"Received: {model.name!r}, which has no weights yet. Call it on a batch or train it."
-    )

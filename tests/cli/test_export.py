@@ -21,6 +21,7 @@ from keras_mrl_serving.server import DevServer
 from tests.helpers import export_models as models
 from tests.helpers import two_towers
 from tests.helpers.cli import CASCADE, KERAS_MRL, LABELS, Call, Exported
+from tests.helpers.nested_models import two_heads
 from tests.helpers.waiting import wait_until
 
 _DEADLINE_S = 120
@@ -34,6 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("keras")
     for make in (models.untied, models.tied, models.of_tokens, models.encoder):
         make().save(folder / f"{make.__name__}.keras")
+    two_heads().save(folder / "two.keras")
     inputs = keras.Input((None, 3), name="x")
     pooled = keras.layers.GlobalAveragePooling1D()(inputs)
     keras.Model(inputs, keras.layers.Dense(8)(pooled)).save(folder / "any_length.keras")
@@ -219,6 +221,13 @@ def test_an_encoder_has_an_input_of_no_name(export: Export) -> None:
 
 
 @pytest.mark.backend
+def test_one_of_several_outputs(export: Export, refused: Refused) -> None:
+    text = "which has 'digit', 'odd'. Give for example output='digit'."
+    assert refused("two").endswith(text)
+    _, manifest, _ = export("two", "--output", "odd")
+    assert (manifest.name, manifest.num_classes) == ("two_odd", 2)
+
+
 def test_integers_and_unknown_sizes_need_real_rows(refused: Refused) -> None:
     rule = "An export is verified on rows, and random ones stand only for floats of known shape. "
     remedy = " Give a few real rows: --sample FILE.npy, or .npz by input name."

@@ -26,6 +26,7 @@ from keras_mrl import (
     MatryoshkaLoss,
     generate,
     next_token,
+    split,
 )
 from keras_mrl_export import export_saved_model
 from keras_mrl_serving import (
@@ -61,6 +62,7 @@ from tests.helpers.export_models import (
     written_signatures,
 )
 from tests.helpers.language_models import LENGTH, TOKENS, WIDTH, language_model
+from tests.helpers.nested_models import NESTED, two_heads
 from tests.helpers.vision_backbones import SHAPE, keras_cv
 
 backend = pytest.mark.backend
@@ -278,6 +280,44 @@ def test_a_sequential_model_that_ends_in_a_head(tmp_path: Path) -> None:
         features = session.run("features", {"image": X})["features"]
         answer = session.run("head_8", {"features": features})
     np.testing.assert_allclose(answer["logits"], outputs(model, X)[:, 1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind", ["classifier in a sequence", "class of a user's", "classifier with a call of its own"]
+)
+def test_a_head_is_served_wherever_it_ends_a_model(kind: str, tmp_path: Path) -> None:
+    """Every signature is compared with the model before the version is published."""
+    model = NESTED[kind]()
+    path = export_saved_model(model, tmp_path, X, activation="softmax")
+    manifest = read_manifest(path)
+    assert (manifest.kind, manifest.dims, manifest.num_classes) == ("classifier", (2, 4, 8), 3)
+    with SavedModelSession(path) as session:
+        answer = session.run("classify_4", {"inputs": X})
+    logits = outputs(model, X)[:, 1]
+    np.testing.assert_array_equal(answer["class_ids"][:, 0], logits.argmax(-1))
+
+
+def test_each_of_several_outputs_is_a_version_of_its_own(tmp_path: Path) -> None:
+    model = two_heads(aux=keras.layers.Dense(4))
+    losses = keras.losses.SparseCategoricalCrossentropy, keras.losses.BinaryCrossentropy
+    one, several = (MatryoshkaLoss(loss(from_logits=True)) for loss in losses)
+    model.compile("sgd", {"digit": one, "odd": several, "aux": None})
+    versions = {
+        name: export_saved_model(model, tmp_path / name, X, output=name)
+        for name in ("digit", "odd", "aux")
+    }
+    manifests = {name: read_manifest(path) for name, path in versions.items()}
+    assert [manifest.num_classes for manifest in manifests.values()] == [3, 2, None]
+    activations = [manifest.activation for manifest in manifests.values()]
+    assert activations == ["softmax", "sigmoid", "none"]
+    assert [manifest.name for manifest in manifests.values()] == ["two_digit", "two_odd", "two_aux"]
+    logits = {name: np.asarray(keras.ops.convert_to_numpy(t)) for name, t in model(X).items()}
+    with SavedModelSession(versions["odd"]) as session:
+        answer = session.run("head_8", {"features": outputs(split(model, "odd")[0], X)})
+    assert_equal_rows(answer["logits"], logits["odd"][:, 2])
+    with pytest.raises(ValueError, match=r"which has 'digit', 'odd', 'aux'\. Give for example"):
+        export_saved_model(model, tmp_path / "all", X)
+    assert not (tmp_path / "all").exists()
 
 
 def test_an_encoder_is_exported_as_its_tower(tmp_path: Path) -> None:

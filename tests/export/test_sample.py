@@ -354,7 +354,7 @@ def test_a_model_of_two_outputs(gather: Callable[[Any], Any]) -> None:
         outputs_of(model, X)
     assert str(caught.value) == (
         "A model is exported with one output. Received: 2 outputs from 'forked'. "
-        "Name the one that is served: keras.Model(model.input, features)."
+        "Name the one that is served: output=..., its key or the name of its last layer."
     )
 
 

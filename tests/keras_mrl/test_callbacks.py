@@ -23,6 +23,7 @@ from keras_mrl import (
 from tests.helpers import two_towers
 from tests.helpers.datasets import DATASETS, dataset
 from tests.helpers.laws import exactly, public_keras_classes
+from tests.helpers.nested_models import two_heads
 from tests.helpers.small_models import (
     DIMS,
     NUM_CLASSES,
@@ -30,6 +31,7 @@ from tests.helpers.small_models import (
     as_numpy,
     classifier,
     compiled,
+    cross_entropy,
     functional,
 )
 
@@ -380,3 +382,32 @@ def test_across_dims_takes_the_direction_from_the_metric(nested: bool) -> None:
     log = {"mae_2": 1.0, "mae_4": 2.0}
     turned.on_epoch_end(0, log)
     assert log["mae_worst"] == 1.0
+
+
+def test_neighbors_of_one_of_several_outputs() -> None:
+    model = two_heads()
+    loss = MatryoshkaLoss(cross_entropy())
+    model.compile("sgd", {"digit": loss, "odd": loss}, metrics={"digit": [accuracy()]})
+    y = {"digit": Y, "odd": Y % 2}
+    neighbors = NeighborMetrics(GALLERY, QUERIES, output="digit")
+    callbacks = [neighbors, AcrossDims("digit_1nn"), AcrossDims("digit_accuracy")]
+    log = model.fit(X, y, validation_data=(X, y), callbacks=callbacks, verbose=0).history
+    view = split(model, "digit")[0]
+    gallery, queries = (as_numpy(view(side[0])) for side in (GALLERY, QUERIES))
+    for dim in DIMS:
+        first, _ = slow_scores(gallery, queries, dim)
+        assert log[f"val_digit_1nn_{dim}"][0] == pytest.approx(first)
+    assert log["val_digit_1nn_worst"][0] == min(log[f"val_digit_1nn_{dim}"][0] for dim in DIMS)
+    assert "val_digit_accuracy_mean" in log
+    assert neighbors.mode_of("digit_1nn_4") == "max"
+    assert neighbors.mode_of("1nn_4") is None
+    with pytest.raises(ValueError, match=r"output must name one of the outputs of the model\."):
+        model.fit(X, y, callbacks=[NeighborMetrics(GALLERY, QUERIES)], verbose=0)
+
+
+def test_the_mode_of_a_metric_that_stands_in_weighted_metrics_too() -> None:
+    model = classifier(metrics=[accuracy()], weighted_metrics=[accuracy()])
+    stop = keras.callbacks.EarlyStopping("val_weighted_accuracy_8")
+    log = fit(model, [stop], epochs=1)
+    assert {"accuracy_8", "weighted_accuracy_8", "val_weighted_accuracy_8"} <= log.keys()
+    assert stop.mode == "max"

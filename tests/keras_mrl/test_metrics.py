@@ -8,6 +8,7 @@ import pytest
 
 from keras_mrl import MatryoshkaHead, MatryoshkaLoss, MatryoshkaMetric, Perplexity
 from tests.helpers.laws import exactly
+from tests.helpers.nested_models import two_heads
 from tests.helpers.small_models import (
     DIMS,
     NUM_CLASSES,
@@ -265,3 +266,32 @@ def test_logits_that_are_nan_are_never_right(is_dense: bool) -> None:
         nested.update_state(labels, broken)
         expected = {"right_2": RIGHT[:, 0].mean(), "right_4": 0, "right_8": RIGHT[:, 2].mean()}
         assert result(nested) == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler has several of its own
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_the_log_has_the_names_that_keras_gives(jit_compile: bool) -> None:
+    """Of a metric of several outputs, and of one name in metrics and in weighted_metrics."""
+    model = two_heads()
+    loss = MatryoshkaLoss(cross_entropy())
+    model.compile(
+        "sgd",
+        {"digit": loss, "odd": loss},
+        metrics={"digit": [accuracy()], "odd": [accuracy()]},
+        weighted_metrics={"digit": [accuracy()]},
+        jit_compile=jit_compile,
+    )
+    y = {"digit": Y, "odd": np.arange(12) % 2}
+    weights = {"digit": np.arange(12) % 2, "odd": np.ones(12)}
+    log = model.evaluate(X, y, sample_weight=weights, verbose=0, return_dict=True)
+    stems = ("digit_accuracy", "digit_weighted_accuracy", "odd_accuracy")
+    assert {name for name in log if "accuracy" in name} == {
+        f"{stem}_{dim}" for stem in stems for dim in DIMS
+    }
+    logits = {name: as_numpy(tensor) for name, tensor in model(X).items()}
+    for index, dim in enumerate(DIMS):
+        hits = {name: logits[name][:, index].argmax(-1) == y[name] for name in y}
+        expected = (hits["digit"].mean(), hits["digit"][1::2].mean(), hits["odd"].mean())
+        for stem, value in zip(stems, expected, strict=True):
+            assert log[f"{stem}_{dim}"] == pytest.approx(value), stem
+    assert list(accuracy().result()) == ["accuracy_2", "accuracy_4", "accuracy_8"]

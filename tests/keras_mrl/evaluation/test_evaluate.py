@@ -27,6 +27,8 @@ from keras_mrl.evaluation.probe import linear_probe
 from tests.helpers import two_towers
 from tests.helpers.datasets import DATASETS, dataset
 from tests.helpers.laws import exactly
+from tests.helpers.nested_models import two_heads
+from tests.helpers.small_models import X
 
 RNG = np.random.default_rng(0)
 DIMS = (4, 16, 64)
@@ -587,3 +589,16 @@ def test_class_ids_are_no_labels_of_several_classes() -> None:
     labels = np.full((30, 1), 2)
     with pytest.raises(ValueError, match=r"Received: 2 in 30 of 30 rows. Give one column per"):
         evaluate(judged("binary_crossentropy", 1), ROWS_OF_5, labels, verbose=0)
+
+
+def test_one_of_several_outputs_is_judged() -> None:
+    model = two_heads()
+    y = {"digit": np.arange(12) % 3, "odd": np.arange(12) % 2}
+    logits = {name: keras.ops.convert_to_numpy(tensor) for name, tensor in model(X).items()}
+    for name, labels in y.items():
+        quality = evaluate(model, X, labels, verbose=0, output=name)
+        for index, dim in enumerate(quality):
+            hits = logits[name][:, index].argmax(-1) == labels
+            assert quality[dim]["top1"] == pytest.approx(hits.mean())
+    with pytest.raises(ValueError, match="output must name one of the outputs of the model"):
+        evaluate(model, X, y["digit"], verbose=0)

@@ -294,7 +294,7 @@ def test_fit_needs_a_loss() -> None:
         classifier(loss=None).fit(X, Y, verbose=0)
 
 
-def test_a_users_model_that_holds_a_head_is_not_taken_for_ours() -> None:
+def test_all_that_a_users_model_does_before_its_head_makes_the_features() -> None:
     class Rectified(keras.Model):
         def __init__(self) -> None:
             super().__init__()
@@ -305,8 +305,11 @@ def test_a_users_model_that_holds_a_head_is_not_taken_for_ours() -> None:
             return self.head(keras.ops.relu(self.backbone(x)))
 
     model = Rectified()
-    model(np.zeros((1, 4), "float32"))
-    assert split(model) == (model, None)
+    model(X)
+    body, head = split(model)
+    assert head is model.head
+    assert as_numpy(body(X)).min() == 0
+    np.testing.assert_allclose(as_numpy(head(body(X))), as_numpy(model(X)), rtol=1e-5, atol=1e-6)
 
 
 RANDOM = np.random.default_rng(0)

@@ -19,6 +19,7 @@ from keras_mrl import (
     split,
 )
 from tests.helpers.laws import exactly
+from tests.helpers.nested_models import NESTED
 from tests.helpers.small_models import (
     DIMS,
     NUM_CLASSES,
@@ -32,43 +33,6 @@ from tests.helpers.small_models import (
 )
 
 pytestmark = pytest.mark.backend
-
-
-def sequential() -> keras.Model:
-    head = MatryoshkaHead(NUM_CLASSES, dims=DIMS)
-    return keras.Sequential([keras.Input((5,)), layers.Dense(8), head])
-
-
-NESTED: dict[str, Callable[[], keras.Model]] = {
-    "classifier": classifier,
-    "functional": functional,
-    "sequential": sequential,
-}
-nested = pytest.mark.parametrize("make", NESTED.values(), ids=NESTED)
-
-
-@nested
-def test_a_nested_model_splits_into_its_own_backbone_and_head(
-    make: Callable[[], keras.Model],
-) -> None:
-    model = make()
-    logits = as_numpy(model(X))
-    body, head = split(model)
-    assert head is not None
-    assert any(layer is head for layer in model.layers)
-    np.testing.assert_allclose(as_numpy(head(body(X))), logits, rtol=1e-6, atol=1e-6)
-    assert body.count_params() + head.count_params() == model.count_params()
-
-
-@nested
-def test_every_dim_of_a_nested_model_can_be_cut_out(make: Callable[[], keras.Model]) -> None:
-    model = make()
-    logits = as_numpy(model(X))
-    for m, dim in enumerate(DIMS):
-        plain = cut(model, dim)
-        assert plain.output_shape == (None, NUM_CLASSES)
-        np.testing.assert_allclose(as_numpy(plain(X)), logits[:, m], rtol=1e-5, atol=1e-6)
-        assert isinstance(plain.layers[-1], layers.Dense)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -168,16 +132,6 @@ def test_a_model_without_a_nested_head_is_all_backbone() -> None:
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         cut(plain, 8)
-
-
-def test_a_head_that_is_one_of_two_outputs_or_not_the_last_layer_is_no_end() -> None:
-    inputs = keras.Input((5,))
-    features = layers.Dense(8)(inputs)
-    logits = MatryoshkaHead(NUM_CLASSES, dims=DIMS)(features)
-    two = keras.Model(inputs, [layers.Dense(2)(features), logits])
-    onward = keras.Model(inputs, layers.Softmax()(logits))
-    for model in (two, onward):
-        assert split(model) == (model, None)
 
 
 def test_a_dim_the_head_does_not_have_is_refused() -> None:
@@ -323,3 +277,16 @@ def test_a_layer_that_is_not_there_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         freeze_before(body, "block5")
+
+
+def test_a_layer_within_another_model_is_refused_with_the_line_that_freezes_it() -> None:
+    body = keras.Sequential([keras.Input((5,)), layers.Dense(8, name="first")], name="body")
+    model = keras.Sequential([keras.Input((5,)), layers.Rescaling(0.5), body], name="scaled")
+    sentence = (
+        "Layers are frozen in the order of the model that has them. "
+        "Received: layer='first' for 'scaled', within which 'body' has it. "
+        "Give that model: freeze_before(model.get_layer('body'), 'first')."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        freeze_before(model, "first")
+    freeze_before(model.get_layer("body"), "first")

@@ -195,6 +195,59 @@ def test_a_first_step_that_fails_leaves_the_model_as_it_was(
     assert np.isfinite(model.fit(X, Y, verbose=0).history["loss"]).all()
 
 
+class Batches(keras.utils.PyDataset):
+    """One batch, as Keras reads it."""
+
+    def __init__(self, labels: Any) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        return X, self.labels
+
+
+def generator(labels: Any) -> Any:
+    yield X, labels
+
+
+def loader(labels: Any) -> Any:
+    data = pytest.importorskip("torch.utils.data")
+    rows = [(row, label) for row, label in zip(X, labels, strict=True)]
+    return data.DataLoader(rows, batch_size=12)
+
+
+@pytest.mark.parametrize("data", [Batches, generator, loader])
+def test_a_first_step_on_a_data_set_that_fails_leaves_the_model_as_it_was(
+    data: Callable[[Any], Any],
+) -> None:
+    body = keras.Sequential([keras.layers.Dense(8)])
+    model = compiled(MatryoshkaClassifier(body, MatryoshkaHead(NUM_CLASSES, dims=DIMS)))
+    with pytest.raises(ValueError, match="SparseCategoricalCrossentropy takes one integer per row"):
+        model.fit(data(ONE_HOT), steps_per_epoch=1, shuffle=False, verbose=0)
+    logits = model.predict(X, verbose=0)
+    np.testing.assert_allclose(as_numpy(model.at(4)(X)), logits[:, 1], rtol=1e-5, atol=1e-6)
+    log = model.fit(data(Y), steps_per_epoch=1, shuffle=False, verbose=0).history
+    assert np.isfinite(log["loss"]).all()
+
+
+def test_no_batch_of_a_generator_is_lost() -> None:
+    seen = []
+
+    def batches() -> Any:
+        for start in range(0, 12, 4):
+            seen.append(start)
+            yield X[start : start + 4], Y[start : start + 4]
+
+    body = keras.Sequential([keras.layers.Dense(8)])
+    model = compiled(MatryoshkaClassifier(body, MatryoshkaHead(NUM_CLASSES, dims=DIMS)))
+    model.fit(batches(), steps_per_epoch=3, shuffle=False, verbose=0)
+    assert seen == [0, 4, 8]
+    assert int(model.optimizer.iterations) == 3
+
+
 def feature_maps() -> keras.Model:
     return keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(8, 1)])
 
