@@ -192,7 +192,9 @@ class AcrossDims(_Writer):
         modes = self.metric_modes
         if self.name not in modes and self.model is not None:  # a functional model, in its `fit`
             modes = _modes_in(self.model)
-        return modes.get(self.name) == "min"
+        # Of one of several outputs the entry's name ends in that of the metric.
+        names = [name for name in modes if f"_{self.name}".endswith(f"_{name}")]
+        return bool(names) and modes[max(names, key=len)] == "min"
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Write the worst dim and the weighted mean."""

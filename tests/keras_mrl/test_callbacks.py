@@ -18,6 +18,7 @@ from keras_mrl import (
     MatryoshkaLoss,
     MatryoshkaMetric,
     NeighborMetrics,
+    Perplexity,
     split,
 )
 from tests.helpers import two_towers
@@ -387,10 +388,13 @@ def test_across_dims_takes_the_direction_from_the_metric(nested: bool) -> None:
 def test_neighbors_of_one_of_several_outputs() -> None:
     model = two_heads()
     loss = MatryoshkaLoss(cross_entropy())
-    model.compile("sgd", {"digit": loss, "odd": loss}, metrics={"digit": [accuracy()]})
+    perplexity = MatryoshkaMetric(Perplexity(), DIMS)
+    metrics = {"digit": [accuracy(), perplexity]}
+    model.compile("sgd", {"digit": loss, "odd": loss}, metrics=metrics)
     y = {"digit": Y, "odd": Y % 2}
     neighbors = NeighborMetrics(GALLERY, QUERIES, output="digit")
     callbacks = [neighbors, AcrossDims("digit_1nn"), AcrossDims("digit_accuracy")]
+    callbacks.append(AcrossDims("digit_perplexity"))
     log = model.fit(X, y, validation_data=(X, y), callbacks=callbacks, verbose=0).history
     view = split(model, "digit")[0]
     gallery, queries = (as_numpy(view(side[0])) for side in (GALLERY, QUERIES))
@@ -398,7 +402,9 @@ def test_neighbors_of_one_of_several_outputs() -> None:
         first, _ = slow_scores(gallery, queries, dim)
         assert log[f"val_digit_1nn_{dim}"][0] == pytest.approx(first)
     assert log["val_digit_1nn_worst"][0] == min(log[f"val_digit_1nn_{dim}"][0] for dim in DIMS)
-    assert "val_digit_accuracy_mean" in log
+    for name, worst in (("accuracy", min), ("perplexity", max)):
+        entries = [log[f"val_digit_{name}_{dim}"][0] for dim in DIMS]
+        assert log[f"val_digit_{name}_worst"][0] == worst(entries)
     assert neighbors.mode_of("digit_1nn_4") == "max"
     assert neighbors.mode_of("1nn_4") is None
     with pytest.raises(ValueError, match=r"output must name one of the outputs of the model\."):
