@@ -1,4 +1,4 @@
-"""Callbacks for `fit`: neighbours of the embeddings at every dim, and one number for all dims.
+"""Callbacks for `fit`: the nearest embeddings at every dim, and one number for all dims.
 
 Keras passes the log of an epoch to the callbacks in the order of their list, and then to its own
 history and progress bar. A callback that writes an entry must stand before one that reads it:
@@ -23,7 +23,67 @@ from .metrics import MatryoshkaMetric
 from .models.cut import as_model, dims_of_loss, gallery_backbone, split
 
 
-class NeighborMetrics(_Writer):
+class _Neighbors(_Writer):
+    """The base of callbacks that look for the nearest rows of a gallery at every dim."""
+
+    def __init__(
+        self,
+        gallery: tuple[Any, Any],
+        queries: tuple[Any, Any],
+        k: int,
+        dims: Sequence[int] | None,
+        batch_size: int,
+        output: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.k = check_gallery(len(gallery[1]), k)
+        self._gallery, self.queries = gallery, queries
+        self.dims = None if dims is None else check_dims(dims)
+        self.batch_size = batch_size
+        self.output = output
+        self._towers: Any = None  # of the gallery and of the queries
+        self._measured: tuple[int, ...] = ()
+
+    def measures(self, hits: Any) -> dict[str, float]:
+        """Return what is written of one dim, by name, from booleans `(queries, k)`."""
+        raise NotImplementedError
+
+    def _stem(self) -> str:
+        return "" if self.output is None else f"{self.output}_"
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Forget the model of an earlier `fit`."""
+        del logs
+        self._towers = None
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Embed both sides, search, and write the measures of every dim."""
+        del epoch
+        if self._towers is None:  # stored: a new model would compile `predict` every epoch
+            backbone, head = split(self.model, self.output)
+            dims = head.dims if head is not None else dims_of_loss(self.model)
+            self._measured = self.dims or dims or ()
+            other, tower = gallery_backbone(self.model, backbone), as_model(backbone)
+            self._towers = (tower if other is backbone else as_model(other), tower)
+        if not self._measured:
+            raise ValueError(
+                f"{type(self).__name__} needs dims for a model that ends in no MatryoshkaHead. "
+                f"Received: dims=None for {type(self.model).__name__} {self.model.name!r}. "
+                "Give the prefix lengths to watch: dims=(8, 16, 32)."
+            )
+        (gallery_x, gallery_y), (query_x, query_y) = self._gallery, self.queries
+        gallery, queries = map(self._embed, self._towers, (gallery_x, query_x))
+        for dim in self._measured:
+            hits = nearest_hits(gallery, gallery_y, queries, query_y, dim, self.k)
+            for name, value in self.measures(hits).items():
+                logs[f"val_{self._stem()}{name}_{dim}"] = value
+
+    def _embed(self, tower: keras.Model, inputs: Any) -> Any:
+        embeddings = tower.predict(inputs, batch_size=self.batch_size, verbose=0)
+        return keras.ops.convert_to_numpy(embeddings).astype("float32")
+
+
+class NeighborMetrics(_Neighbors):
     """1-NN accuracy and map10 of the embeddings at every dim, after every epoch.
 
     Writes `val_1nn_<dim>` and `val_map10_<dim>` into the log, for the callbacks that follow it in
@@ -73,55 +133,84 @@ class NeighborMetrics(_Writer):
         batch_size: int = 256,
         output: str | None = None,
     ) -> None:
-        super().__init__()
-        self.gallery = _check_pair("gallery", gallery)
-        self.queries = _check_pair("queries", queries)
-        check_kinds(self.queries[1], self.gallery[1])
-        check_gallery(len(self.gallery[1]))
-        self.dims = None if dims is None else check_dims(dims)
-        self.batch_size = batch_size
-        self.output = output
-        self._towers: Any = None  # of the gallery and of the queries
-        self._measured: tuple[int, ...] = ()
+        gallery, queries = _check_pair("gallery", gallery), _check_pair("queries", queries)
+        check_kinds(queries[1], gallery[1])
+        super().__init__(gallery, queries, 10, dims, batch_size, output)
+        self.gallery = gallery
 
     def mode_of(self, entry: str) -> str | None:
         """Return "max" for the entries of this callback."""
         stem = re.escape(self._stem())
         return "max" if re.fullmatch(rf"{stem}(1nn|map10)_\d+", entry) else None
 
-    def _stem(self) -> str:
-        return "" if self.output is None else f"{self.output}_"
+    def measures(self, hits: Any) -> dict[str, float]:
+        """Return 1-NN accuracy and map10."""
+        return {"1nn": float(hits[:, 0].mean()), "map10": mean_average_precision_at_k(hits)}
 
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Forget the model of an earlier `fit`."""
-        del logs
-        self._towers = None
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Embed both sides, search, and write the two measures of every dim."""
-        del epoch
-        if self._towers is None:  # stored: a new model would compile `predict` every epoch
-            backbone, head = split(self.model, self.output)
-            dims = head.dims if head is not None else dims_of_loss(self.model)
-            self._measured = self.dims or dims or ()
-            other, tower = gallery_backbone(self.model, backbone), as_model(backbone)
-            self._towers = (tower if other is backbone else as_model(other), tower)
-        if not self._measured:
+class CorpusRecall(_Neighbors):
+    """Recall@k over a whole corpus of candidates at every dim, after every epoch.
+
+    Writes `val_recall@<k>_<dim>` into the log, for the callbacks that follow it in the list: the
+    share of queries whose candidate is among the k nearest of the corpus. The `recall_<dim>` of a
+    `MatryoshkaEncoder` compares with the candidates of one batch alone. Each epoch it embeds both
+    sides and searches exactly, queries x corpus x dims multiply-adds.
+
+    Args:
+        corpus: Inputs and ids `(x, ids)` of all candidates, each once, or a data set of them, as
+            for `NeighborMetrics`. They go through the other tower of an encoder of two.
+        queries: Inputs and the id of the candidate that each should find, `(x, ids)`. A query with
+            several right candidates stands once for each.
+        k: How many of the nearest count.
+        dims: Dims to measure; None means those of the loss of a `MatryoshkaEncoder`, or of the
+            model's head.
+        batch_size: Rows that are embedded at a time.
+
+    Raises:
+        ValueError: If inputs and ids do not fit, a side has no row, the corpus holds an id twice,
+            lacks one of the queries', or has fewer than k rows, or there are no dims.
+
+    Examples:
+        >>> tower = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        >>> encoder = MatryoshkaEncoder(tower)
+        >>> encoder.compile("sgd", ContrastiveLoss(dims=(2, 4)))
+        >>> x, ids = np.eye(8, dtype="float32"), np.arange(8)
+        >>> recall = CorpusRecall(corpus=(x, ids), queries=(x[:3] + 0.1, ids[:3]), k=5)
+        >>> log = encoder.fit(x=(x, x), y=ids, callbacks=[recall], verbose=0).history
+        >>> sorted(log)
+        ['loss', 'recall_2', 'recall_4', 'val_recall@5_2', 'val_recall@5_4']
+    """
+
+    def __init__(
+        self,
+        corpus: Any,
+        queries: Any,
+        k: int = 10,
+        dims: Sequence[int] | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        corpus, queries = _check_pair("corpus", corpus), _check_pair("queries", queries)
+        check_kinds(queries[1], corpus[1])
+        repeated = len(corpus[1]) - len(np.unique(corpus[1]))
+        missing = ~np.isin(queries[1], corpus[1])
+        if repeated or missing.any():
             raise ValueError(
-                "NeighborMetrics needs dims for a model that ends in no MatryoshkaHead. "
-                f"Received: dims=None for {type(self.model).__name__} {self.model.name!r}. "
-                "Give the prefix lengths to watch: dims=(8, 16, 32)."
+                "A corpus must hold every candidate once, and those of all queries. "
+                f"Received: {repeated} ids of the corpus that repeat earlier ones, "
+                f"{missing.sum()} of {len(missing)} queries whose id is not in it. "
+                "Keep the first of each: ids, rows = numpy.unique(ids, return_index=True), and "
+                "add what is missing."
             )
-        (gallery_x, gallery_y), (query_x, query_y) = self.gallery, self.queries
-        gallery, queries = map(self._embed, self._towers, (gallery_x, query_x))
-        for dim in self._measured:
-            hits = nearest_hits(gallery, gallery_y, queries, query_y, dim)
-            logs[f"val_{self._stem()}1nn_{dim}"] = float(hits[:, 0].mean())
-            logs[f"val_{self._stem()}map10_{dim}"] = mean_average_precision_at_k(hits)
+        super().__init__(corpus, queries, k, dims, batch_size)
+        self.corpus = corpus
 
-    def _embed(self, tower: keras.Model, inputs: Any) -> Any:
-        embeddings = tower.predict(inputs, batch_size=self.batch_size, verbose=0)
-        return keras.ops.convert_to_numpy(embeddings).astype("float32")
+    def mode_of(self, entry: str) -> str | None:
+        """Return "max" for the entries of this callback."""
+        return "max" if re.fullmatch(rf"recall@{self.k}_\d+", entry) else None
+
+    def measures(self, hits: Any) -> dict[str, float]:
+        """Return the recall."""
+        return {f"recall@{self.k}": float(hits.any(axis=1).mean())}
 
 
 def _check_pair(name: str, pair: Any) -> tuple[Any, Any]:

@@ -83,3 +83,14 @@ def test_the_benchmark_of_the_language_model_ends_in_json(text: Path) -> None:
     assert list(models["tied"]["perplexity"]) == ["8", "16", "32", "64", "128"]
     assert models["fixed-16"]["perplexity"].keys() == {"16"}
     assert all(0 <= funnel["recall"] <= 1 for funnel in models["untied"]["funnel"])
+
+
+def test_the_recommender_knows_its_recall_and_answers(tmp_path: Path) -> None:
+    settings = ("--users", 800, "--items", 60, "--epochs", 6)
+    said = run("examples/recommender.py", "--out", tmp_path / "shop", *settings)
+    start = next(i for i, line in enumerate(said) if line.startswith("  dims"))
+    table = [[float(cell) for cell in line.split()] for line in said[start + 1 : start + 5]]
+    assert [row[0] for row in table] == [4, 8, 16, 32]
+    for _, unknown, known, corpus in table:
+        assert abs(known - corpus) < abs(unknown - corpus) / 2
+    assert said[-1].startswith("User 0 bought ")

@@ -11,6 +11,7 @@ PUBLIC = {
         "AcrossDims",
         "AdaptiveDecoder",
         "ContrastiveLoss",
+        "CorpusRecall",
         "LearnedPositions",
         "MatryoshkaClassifier",
         "MatryoshkaEmbeddingLoss",

@@ -11,8 +11,16 @@ from keras import ops
 from keras_mrl_serving.contract import check_positive_integer
 
 from .._dims import check_dims, check_width
+from .candidates import find_positives
 from .similarity import TINY, NestedRows, Task, check_temperature
-from .weights import Weights, _NestedLoss, name_in_error, positive_weights, step_weights
+from .weights import (
+    Weights,
+    _NestedLoss,
+    _RowLoss,
+    name_in_error,
+    positive_weights,
+    step_weights,
+)
 
 
 class _EmbeddingLoss(_NestedLoss):
@@ -172,6 +180,17 @@ class _SimilarityLoss(_EmbeddingLoss):
             chunk_size = check_positive_integer("chunk_size", chunk_size, remedy)
         self.chunk_size = chunk_size
 
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Return the reduced loss, as every Keras loss does.
+
+        Keras casts labels to float32, in which ids above 2**24 fall together. Here they do not.
+        """
+        if y_true is not None:
+            y_true = keras.tree.map_structure(ops.convert_to_tensor, y_true)
+        y_pred = ops.convert_to_tensor(y_pred)
+        losses = self.call(y_true, y_pred)
+        return _RowLoss(lambda losses, _: losses, self)(losses, y_pred, sample_weight)
+
     def _compare(
         self, anchors: Any, candidates: Any, task: Task, temperature: Any
     ) -> tuple[Any, Any]:
@@ -204,9 +223,15 @@ class ContrastiveLoss(_SimilarityLoss):
     """The softmax over in-batch negatives (InfoNCE), summed over nested prefixes of both sides.
 
     Row i of the first embeddings is an anchor, and row i of the second is its positive. Its
-    negatives are the positives of all other rows, and every row of the third embeddings (hard
+    negatives are the positives of all other rows, and every row of further embeddings (hard
     negatives) if there are any. Prefixes are cut first and then scaled to unit length. A coordinate
     is multiplied once for all the dims it is in.
+
+    Where a positive stands in several rows, give the ids of the candidates. Then no other copy of
+    an anchor's positive is taken for a negative, and a negative that stands c times counts once:
+    each copy weighs 1/c. Where popular candidates are drawn more often than others, give their
+    sampling probabilities. Then the log of it is taken from every logit, and a negative counts as
+    often as it stands. Hits are counted by the cosines alone, with no other copy of the positive.
 
     With a `chunk_size`, only that many anchors are compared at a time. Values and gradients stay
     the same; memory grows with the batch instead of its square, and one matrix product is computed
@@ -225,24 +250,31 @@ class ContrastiveLoss(_SimilarityLoss):
         name: Name of the loss.
 
     Shapes:
-        `y_pred`: `(batch, 2, width)` for pairs, `(batch, 3, width)` for triplets. `y_true` is not
-        used.
+        `y_pred`: `(batch, 2 + negatives, width)`. `y_true`: None, integer ids, or a dict with the
+        keys `candidate_ids` and `candidate_sampling_probability`, or one of them. Each is
+        `(batch, 1 + negatives)`, or `(batch,)` for pairs; ids may be those of the positives alone.
+        Of probabilities only the ratios count, so how often a candidate stands in the data will do.
 
     Formula:
-        L_i = sum_m c_m * -log softmax_j(cos(a_i[1:m], b_j[1:m]) / temperature)[j = i]
+        L_i = sum_m c_m * -log softmax_j(cos(a_i[1:m], b_j[1:m]) / temperature - log q_j)[j = i],
+        over j = i and all j of another id; q_j is the given probability, or else the number of
+        candidates with the id of j, for j = i 1
 
     Raises:
         ValueError: If an argument or the shape of `y_pred` is wrong, or a batch is empty.
 
     Reference:
         van den Oord et al., Representation Learning with Contrastive Predictive Coding, arXiv
-        1807.03748; Kusupati et al., arXiv 2205.13147, section 3.
+        1807.03748; Kusupati et al., arXiv 2205.13147, section 3; Yi et al., Sampling-Bias-Corrected
+        Neural Modeling for Large Corpus Item Recommendations, RecSys 2019, section 3.
 
     Examples:
         >>> loss = ContrastiveLoss(dims=(2, 4))
         >>> pairs = keras.ops.ones((3, 2, 4))  # all alike: each of three is as likely
-        >>> round(float(loss(keras.ops.zeros(3), pairs)), 3)  # 2 dims x log 3
+        >>> round(float(loss(None, pairs)), 3)  # 2 dims x log 3
         2.197
+        >>> round(float(loss(np.array([7, 7, 9]), pairs)), 3)  # 2 dims x log 2
+        1.386
     """
 
     def __init__(
@@ -266,17 +298,16 @@ class ContrastiveLoss(_SimilarityLoss):
         self, y_true: Any, y_pred: Any, seed: Any = None, temperature: Any = None
     ) -> tuple[Any, Any]:
         """Return the loss of every pair, and at which dims an anchor's nearest is its positive."""
-        del y_true
-        if len(y_pred.shape) != 3 or y_pred.shape[1] not in (2, 3):
+        if len(y_pred.shape) != 3 or y_pred.shape[1] < 2:
             raise ValueError(
-                "ContrastiveLoss needs embeddings of pairs (batch, 2, width) or of triplets "
-                f"(batch, 3, width). Received: y_pred of shape {tuple(y_pred.shape)}. "
+                "ContrastiveLoss needs embeddings of pairs (batch, 2, width), or of more sides "
+                f"with hard negatives. Received: y_pred of shape {tuple(y_pred.shape)}. "
                 "Train a MatryoshkaEncoder, or stack the two embeddings: ops.stack([a, b], axis=1)."
             )
         self._check_embeddings(y_pred)
         embeddings = ops.cast(y_pred, "float32")
         anchors, *others = (embeddings[:, side] for side in range(y_pred.shape[1]))
-        candidates, task = ops.concatenate(others, axis=0), Task(symmetric=self.symmetric)
+        candidates, task = ops.concatenate(others), find_positives(y_true, y_pred, self.symmetric)
         losses, hits = self._compare(anchors, candidates, task, temperature)
         return self._weighted(losses, seed), hits
 

@@ -26,6 +26,7 @@ from keras import ops
 from .._dims import blocks
 
 TINY = 1e-12  # a prefix whose squared length is no larger has no direction
+NEVER = -1e30  # a logit whose exponential is zero
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,23 @@ class Task:
             candidate is right. None means that the right candidate has the anchor's own number.
         compared: A function from the same numbers to booleans, true where anchor and candidate are
             compared; None means everywhere.
+        offsets: A function from the same numbers to two arrays `(rows, candidates)` or None: what
+            is added to the logits in the softmax of an anchor, and in that of a candidate. Both are
+            zero at an anchor's own candidate. Hits are counted without them.
         symmetric: Whether the first candidates, one per anchor, also look for their anchor. Only
             without `targets`.
     """
 
     targets: Callable[[Any], Any] | None = None
     compared: Callable[[Any], Any] | None = None
+    offsets: Callable[[Any], tuple[Any, Any]] | None = None
     symmetric: bool = False
 
-    def of(self, numbers: Any) -> tuple[Any, Any]:
-        """Return the targets and the compared pairs of some anchors, each None if it is None."""
+    def of(self, numbers: Any) -> tuple[Any, Any, Any, Any]:
+        """Return targets, compared pairs and both offsets of some anchors, each None if it is."""
         targets = None if self.targets is None else self.targets(numbers)
-        return targets, None if self.compared is None else self.compared(numbers)
+        compared = None if self.compared is None else self.compared(numbers)
+        return targets, compared, *((None, None) if self.offsets is None else self.offsets(numbers))
 
 
 def check_temperature(temperature: float) -> float:
@@ -105,14 +111,15 @@ def _all_at_once(
     """Return losses and hits `(num_dims, rows)`, with all similarities in memory."""
     inverse, candidate_inverse = _inverse_lengths(anchors, dims), _inverse_lengths(candidates, dims)
     numbers = ops.arange(ops.shape(anchors)[0], dtype="int32")
-    targets, compared = task.of(numbers)
+    targets, compared, offsets, column_offsets = task.of(numbers)
     losses, hits = [], []
     for m, product in enumerate(_products(anchors, candidates, dims)):
         logits = _logits(product, inverse[m], candidate_inverse[m], scale)
         row_logits = _masked(logits, compared)
-        loss = ops.logsumexp(row_logits, axis=1)
+        loss = ops.logsumexp(_plus(row_logits, offsets), axis=1)
         if task.symmetric:
-            loss = (loss + ops.logsumexp(logits[:, : ops.shape(anchors)[0]], axis=0)) / 2
+            column = _plus(logits, column_offsets)[:, : ops.shape(anchors)[0]]
+            loss = (loss + ops.logsumexp(column, axis=0)) / 2
         if targets is not None:
             loss = ops.sum(targets, axis=1) * loss - ops.sum(targets * logits, axis=1)
         losses.append(loss)
@@ -152,7 +159,11 @@ def _logits(product: Any, inverse: Any, candidate_inverse: Any, scale: Any) -> A
 
 
 def _masked(logits: Any, compared: Any) -> Any:
-    return logits if compared is None else ops.where(compared, logits, -1e30)
+    return logits if compared is None else ops.where(compared, logits, NEVER)
+
+
+def _plus(logits: Any, offsets: Any) -> Any:
+    return logits if offsets is None else logits + offsets
 
 
 def _is_right(best: Any, numbers: Any, targets: Any) -> Any:
@@ -232,7 +243,7 @@ class _ByChunks:
             index: Any, losses: Any, hits: Any, log_sums: Any, column_max: Any, column_sums: Any
         ) -> Any:
             start = index * self.chunk_size
-            numbers, targets, compared = self._task_of(start)
+            numbers, targets, compared, offsets, column_offsets = self._task_of(start)
             part = self._rows(padded_anchors, start)
             part_inverse = self._columns(padded_inverse, start)
             values_by_dim = []
@@ -240,14 +251,19 @@ class _ByChunks:
                 logits = _logits(product, part_inverse[m], candidate_inverse[m], scale)
                 row_logits = _masked(logits, compared)
                 best = ops.cast(ops.argmax(row_logits, axis=1), "int32")
-                row_max = ops.take_along_axis(row_logits, ops.expand_dims(best, 1), axis=1)
+                if offsets is None:
+                    row_max = ops.take_along_axis(row_logits, ops.expand_dims(best, 1), axis=1)
+                else:
+                    row_logits = row_logits + offsets
+                    row_max = ops.max(row_logits, axis=1, keepdims=True)
                 exponentials = ops.exp(row_logits - row_max)
                 loss = log_sum = row_max[:, 0] + ops.log(ops.sum(exponentials, axis=1))
                 if targets is not None:
                     loss = ops.sum(targets, axis=1) * log_sum - ops.sum(targets * logits, axis=1)
                 new_max, new_sum = column_max[m], column_sums[m]
                 if self.task.symmetric:
-                    column = _masked(logits[:, :rows], ops.expand_dims(numbers < rows, 1))
+                    column = _plus(logits, column_offsets)[:, :rows]
+                    column = _masked(column, ops.expand_dims(numbers < rows, 1))
                     new_max = ops.maximum(column_max[m], ops.max(column, axis=0))
                     new_sum = new_sum * ops.exp(column_max[m] - new_max)
                     new_sum = new_sum + ops.sum(ops.exp(column - new_max), axis=0)
@@ -288,7 +304,7 @@ class _ByChunks:
             index: Any, d_anchors: Any, d_candidates: Any, d_inverse: Any, d_candidate_inverse: Any
         ) -> Any:
             start = index * self.chunk_size
-            numbers, targets, compared = self._task_of(start)
+            numbers, targets, compared, offsets, column_offsets = self._task_of(start)
             part = self._rows(padded_anchors, start)
             part_inverse, part_sums, part_upstream = (
                 self._columns(values, start)
@@ -297,12 +313,14 @@ class _ByChunks:
             d_products, d_part_inverse, d_other_inverse = [], [], []
             for m, product in enumerate(_products(part, candidates, self.dims)):
                 logits = _logits(product, part_inverse[m], candidate_inverse[m], scale)
-                d_logits = ops.exp(_masked(logits, compared) - ops.expand_dims(part_sums[m], 1))
+                row_logits = _plus(_masked(logits, compared), offsets)
+                d_logits = ops.exp(row_logits - ops.expand_dims(part_sums[m], 1))
                 if targets is not None:
                     d_logits = ops.sum(targets, axis=1, keepdims=True) * d_logits - targets
                 row_weight = part_upstream[m]  # of the whole row, so applied where it is cheapest
                 if self.task.symmetric:
-                    column = _masked(logits, ops.expand_dims(numbers < rows, 1))
+                    column = _plus(logits, column_offsets)
+                    column = _masked(column, ops.expand_dims(numbers < rows, 1))
                     d_column = ops.exp(column - column_log_sums[m]) * column_upstream[m]
                     d_logits = d_logits * ops.expand_dims(row_weight, 1) + d_column
                     row_weight = ops.full_like(row_weight, 0.5)
@@ -350,7 +368,7 @@ class _ByChunks:
         first = ops.convert_to_tensor(0, "int32")
         return ops.while_loop(lambda index, *_: index < num_chunks, chunk, (first, *state))
 
-    def _task_of(self, start: Any) -> tuple[Any, Any, Any]:
+    def _task_of(self, start: Any) -> tuple[Any, Any, Any, Any, Any]:
         numbers = start + ops.arange(self.chunk_size, dtype="int32")
         return numbers, *self.task.of(numbers)
 

@@ -43,7 +43,7 @@ class _NestedModel(keras.Model):
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does."""
         check_unmasked(x, y, kwargs.get("sample_weight"), kwargs.get("validation_data"))
-        x = self._build_for(x)
+        x = self._build_for(x, y)
         bound = inspect.signature(keras.Model.fit).bind(self, x, y, *args, **kwargs)
         set_modes(bound.arguments.get("callbacks"), self._modes)
         return super().fit(x, y, *args, **kwargs)
@@ -51,10 +51,14 @@ class _NestedModel(keras.Model):
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as `keras.Model.evaluate` does."""
         check_unmasked(x, y, kwargs.get("sample_weight"))
-        x = self._build_for(x)
+        x = self._build_for(x, y)
         return super().evaluate(x, y, *args, **kwargs)
 
-    def _build_for(self, x: Any) -> Any:
+    def _inputs_first(self, batch: Any) -> Any:
+        """Return a batch as Keras has it: `(x,)`, `(x, y)` or `(x, y, sample_weight)`."""
+        return batch
+
+    def _build_for(self, x: Any, y: Any = None) -> Any:
         """Build for arrays, or for a data set, before a step is traced; return the data.
 
         TensorFlow loses variables that are made in a step that fails, and Keras takes them for
@@ -63,7 +67,9 @@ class _NestedModel(keras.Model):
         if self.built:
             return x
         x, batch = _with_first_batch(x)
-        spec = batch[0] if batch is not x and isinstance(batch, (tuple, list)) else batch
+        batch = (x, y) if batch is x else batch
+        is_sequence = isinstance(batch, (tuple, list))
+        spec = self._inputs_first(batch)[0] if is_sequence else batch
         shapes = [getattr(part, "shape", None) for part in keras.tree.flatten(spec)]
         if shapes and all(shapes):
             self.build(keras.tree.map_structure(lambda part: (None, *part.shape[1:]), spec))

@@ -6,14 +6,16 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from ..losses import ContrastiveLoss, MatryoshkaEmbeddingLoss, SupervisedContrastiveLoss
+from ..losses.candidates import IDS, PROBABILITY
 from ..losses.similarity import check_temperature
 from ..losses.weights import _RowLoss
 from ._shapes import _NestedModel, as_shapes, known_input_shape, named_without_package, output_shape
+from .sides import are_sides, sides_of
 
-_SIDES = ("anchor", "positive", "negative")
 _LOSSES = (ContrastiveLoss, SupervisedContrastiveLoss, MatryoshkaEmbeddingLoss)
 _MAX_LOG_SCALE = math.log(100.0)  # as in CLIP: below a temperature of 0.01 roundings are trained on
 
@@ -23,10 +25,14 @@ _MAX_LOG_SCALE = math.log(100.0)  # as in CLIP: below a temperature of 0.01 roun
 class MatryoshkaEncoder(_NestedModel):
     """A model of embeddings that are compared by their prefixes.
 
-    For a `ContrastiveLoss`, `fit` takes pairs `(anchors, positives)`, triplets
-    `(anchors, positives, negatives)`, or a dict of them under the keys `anchor`, `positive` and
-    `negative`; for a `SupervisedContrastiveLoss`, inputs with labels. The log has `recall_<dim>`
-    beside the loss: how often the nearest embedding of the batch is a right one.
+    For a `ContrastiveLoss`, `fit` takes pairs `(anchors, positives)`, and after these any number of
+    hard negatives, one more array each or `(batch, negatives, ...)` in one; or a dict of them under
+    the keys `anchor`, `positive`, and `negative` or `negative_1`, `negative_2`, ... Labels beside
+    them are the ids of the candidates, or a dict of `candidate_ids` and
+    `candidate_sampling_probability`. A data set yields such inputs with or without labels and
+    weights, or `(anchors, positives)` or `(anchors, positives, negatives)` themselves. For a
+    `SupervisedContrastiveLoss`, `fit` takes inputs with labels. The log has `recall_<dim>` beside
+    the loss: how often the nearest embedding of the batch is a right one.
 
     `predict` on inputs of one side returns embeddings of full width by `tower`, not scaled:
     `Truncate` takes a prefix and scales it to unit length. Positives and galleries go through
@@ -42,7 +48,7 @@ class MatryoshkaEncoder(_NestedModel):
         **kwargs: Arguments of every Keras model (`name`, `dtype`).
 
     Shapes:
-        Output: `(batch, width)`; of pairs `(batch, 2, width)`, of triplets `(batch, 3, width)`.
+        Output: `(batch, width)`; of pairs `(batch, 2 + negatives, width)`.
 
     Raises:
         TypeError: If a tower is not a Keras model.
@@ -109,7 +115,7 @@ class MatryoshkaEncoder(_NestedModel):
     def build(self, input_shape: Any) -> None:
         """Build the tower of every side."""
         shape = as_shapes(input_shape)
-        shapes_by_side = _sides(shape) or [shape]
+        shapes_by_side = sides_of(shape) or [shape]
         widths = [
             _width(output_shape(tower, side))
             for tower, side in zip(self._towers(len(shapes_by_side)), shapes_by_side, strict=True)
@@ -127,7 +133,7 @@ class MatryoshkaEncoder(_NestedModel):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return embeddings, `(batch, width)`; of several sides, `(batch, sides, width)`."""
-        sides = _sides(inputs)
+        sides = sides_of(inputs)
         if sides is None:
             return self.tower(inputs, training=training)
         towers = self._towers(len(sides))
@@ -138,7 +144,7 @@ class MatryoshkaEncoder(_NestedModel):
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Return `(batch, width)` or `(batch, sides, width)`."""
-        sides = _sides(input_shape)
+        sides = sides_of(input_shape)
         batch, width = output_shape(self.tower, input_shape if sides is None else sides[0])
         return (batch, width) if sides is None else (batch, len(sides), width)
 
@@ -169,16 +175,48 @@ class MatryoshkaEncoder(_NestedModel):
         return [*super().metrics, *self._recall.means]
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `keras.Model.fit` does; raise for sample weights that Keras would ignore."""
-        _check_weights(x, y, kwargs.get("sample_weight"))
+        """Train as `keras.Model.fit` does; raise for weights and ids that mean something else."""
+        self._check_data(x, y, kwargs.get("sample_weight"))
         if isinstance(self.loss, SupervisedContrastiveLoss):
-            _check_ids(y)
+            _check_ids("Labels", y, kinds="biuf")
         return super().fit(x, y, *args, **kwargs)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as `keras.Model.evaluate` does; raise for sample weights it would ignore."""
-        _check_weights(x, y, kwargs.get("sample_weight"))
+        """Evaluate as `keras.Model.evaluate` does; raise for weights and ids as `fit` does."""
+        self._check_data(x, y, kwargs.get("sample_weight"))
         return super().evaluate(x, y, *args, **kwargs)
+
+    def train_step(self, *state_and_batch: Any) -> Any:
+        """Train on a batch as Keras does, of pairs alone, too."""
+        *state, batch = state_and_batch
+        return super().train_step(*state, self._inputs_first(batch))
+
+    def test_step(self, *state_and_batch: Any) -> Any:
+        """Evaluate a batch as Keras does, of pairs alone, too."""
+        *state, batch = state_and_batch
+        return super().test_step(*state, self._inputs_first(batch))
+
+    def _inputs_first(self, batch: Any) -> Any:
+        """Return a batch as Keras has it, inputs first: `(anchors, positives)` are all inputs."""
+        if not isinstance(getattr(self, "loss", None), ContrastiveLoss):
+            return batch
+        is_sequence = isinstance(batch, (tuple, list))
+        parts = [part for part in batch if part is not None] if is_sequence else []
+        return (tuple(parts),) if len(parts) > 1 and not are_sides(parts[0]) else batch
+
+    def _check_data(self, x: Any, y: Any, sample_weight: Any) -> None:
+        """Raise for weights and ids in memory that would not mean what they say."""
+        _check_weights(x, y, sample_weight)
+        if not isinstance(self.loss, ContrastiveLoss) or y is None:
+            return
+        if are_sides(x):
+            _check_candidates(y)
+        elif sample_weight is not None:
+            raise ValueError(
+                "Keras passes sample weights beside inputs and labels. "
+                "Received: anchors as x, positives as y, and sample_weight. "
+                "Give x=(anchors, positives) and y=candidate_ids."
+            )
 
     def compute_loss(
         self,
@@ -189,7 +227,9 @@ class MatryoshkaEncoder(_NestedModel):
         training: bool = True,
     ) -> Any:
         """Return the loss of the batch, and add its recalls to the log."""
-        del x
+        data = self._inputs_first((x, y, sample_weight))
+        if len(data) == 1:  # before the first step Keras tries the loss on a batch as it came
+            y_pred, y, sample_weight = self(data[0], training=training), None, None
         seed = self.seed_generator if training else None
         losses, hits = self.loss.measure(y, y_pred, seed, self.temperature)
         if hits is not None:
@@ -255,24 +295,50 @@ def _check_weights(x: Any, y: Any, sample_weight: Any) -> None:
         raise ValueError(
             "Keras passes sample weights only beside labels. "
             "Received: sample_weight without y. "
-            "Give y=np.zeros(len(anchors)), which ContrastiveLoss does not read."
+            "Give candidate ids: y=numpy.arange(len(anchors)) where no positive stands twice."
         )
 
 
-def _check_ids(labels: Any) -> None:
-    """Raise for in-memory labels that become others in int32 or float32, which backends hold."""
-    if labels is None:  # a data set
+def _check_ids(name: str, values: Any, kinds: str) -> None:
+    """Raise for in-memory ids that become others in int32 or float32, which backends hold.
+
+    Args:
+        name: The ids, as the start of a sentence.
+        values: Ids, or None of a data set.
+        kinds: NumPy's codes of the kinds of dtypes that may be.
+    """
+    if values is None:
         return
-    ids = ops.convert_to_numpy(labels)
+    ids = ops.convert_to_numpy(values)
     limit = 2**24 if ids.dtype.kind == "f" else 2**31 - 1
-    if ids.dtype.kind not in "biuf" or (ids.size and (ids.min() < -limit or ids.max() > limit)):
-        received = f"labels of {ids.dtype}"
-        if ids.dtype.kind in "biuf":
+    if ids.dtype.kind not in kinds or (ids.size and (ids.min() < -limit or ids.max() > limit)):
+        received = str(ids.dtype)
+        if ids.size and ids.dtype.kind in "biuf":
             received += f" from {ids.min()} to {ids.max()}"
         raise ValueError(
-            "Labels must be integers that every backend can tell apart. "
+            f"{name} must be integers that every backend can tell apart. "
             f"Received: {received}. "
-            "Number them anew: names, labels = numpy.unique(labels, return_inverse=True)."
+            "Number them anew: names, ids = numpy.unique(names, return_inverse=True)."
+        )
+
+
+def _check_candidates(known: Any) -> None:
+    """Raise for in-memory ids that leave no negative, and for what is no sampling probability."""
+    by_name = known if isinstance(known, dict) else {IDS: known}
+    _check_ids(IDS, by_name.get(IDS), kinds="iu")
+    ids = ops.convert_to_numpy(by_name.get(IDS, ()))
+    if ids.size > 1 and (ids == ids.flat[0]).all():
+        raise ValueError(
+            f"{IDS} must name at least two candidates: copies of a positive are no negatives. "
+            f"Received: {ids.flat[0]} in all {len(ids)} rows. Give the ids of the positives, or "
+            "numpy.arange(len(anchors)) where no positive stands twice."
+        )
+    chances = ops.convert_to_numpy(by_name.get(PROBABILITY, ()))
+    if not (np.isfinite(chances) & (chances > 0)).all():
+        raise ValueError(
+            f"{PROBABILITY} must be positive numbers. "
+            f"Received: {chances.dtype} from {chances.min()} to {chances.max()}. "
+            "Give the share of each candidate among those that are drawn, or its count."
         )
 
 
@@ -284,30 +350,6 @@ def _refuse_accuracy(metrics: Any) -> None:
                 f"Received: the metric {metric!r}. "
                 "Leave it out: a contrastive loss logs recall_<dim> by itself."
             )
-
-
-def _sides(inputs: Any) -> list[Any] | None:
-    """Return the sides of a pair or triplet, or of its shapes; None of anything else."""
-    if isinstance(inputs, dict):
-        if not set(inputs) & set(_SIDES):
-            return None
-        if set(inputs) not in (set(_SIDES[:2]), set(_SIDES)):
-            raise ValueError(
-                "A dict of sides has the keys anchor and positive, or these and negative. "
-                f"Received: {', '.join(map(str, inputs))}. Rename or add what differs."
-            )
-        return [inputs[side] for side in _SIDES if side in inputs]
-    is_shape = isinstance(inputs, (list, tuple)) and all(
-        entry is None or isinstance(entry, int) for entry in inputs
-    )
-    if not isinstance(inputs, (list, tuple)) or is_shape:
-        return None
-    if len(inputs) not in (2, 3):
-        raise ValueError(
-            "A list of inputs is a pair (anchors, positives) or a triplet with negatives. "
-            f"Received: {len(inputs)} inputs. Give a tower of several inputs a dict of them."
-        )
-    return list(inputs)
 
 
 def _shared_layers(tower: Any, other_tower: Any) -> list[str]:

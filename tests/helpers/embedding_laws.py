@@ -18,6 +18,7 @@ from tests.helpers.small_models import DIMS, X, Y, backbone
 
 RANDOM = np.random.default_rng(2)
 ROWS = RANDOM.normal(size=(12, 8)).astype("float32")
+IDS = np.arange(12)
 PAIRS = RANDOM.normal(size=(12, 2, 8)).astype("float32")
 UNIT_ROWS = ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True)
 
@@ -154,9 +155,11 @@ def distilled(weights: Sequence[float] | None, dims: Sequence[int]) -> keras.los
 
 
 NESTED_LOSSES: dict[str, NestedEmbeddingLoss] = {
-    "pairs": NestedEmbeddingLoss(make_at=contrastive, plain=pairs_in_keras, labels=Y, logits=PAIRS),
+    "pairs": NestedEmbeddingLoss(
+        make_at=contrastive, plain=pairs_in_keras, labels=IDS, logits=PAIRS
+    ),
     "pairs-flat": NestedEmbeddingLoss(
-        make_at=contrastive_flat, plain=pairs_in_keras, labels=Y, logits=PAIRS
+        make_at=contrastive_flat, plain=pairs_in_keras, labels=IDS, logits=PAIRS
     ),
     "labels": NestedEmbeddingLoss(make_at=supervised, plain=labels_in_keras, labels=Y, logits=ROWS),
     "distilled": NestedEmbeddingLoss(

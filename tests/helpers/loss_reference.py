@@ -23,19 +23,41 @@ def contrastive(
     weights: Sequence[float],
     temperature: float,
     symmetric: bool,
+    ids: Array | None = None,
+    chances: Array | None = None,
 ) -> Array:
-    """Of embeddings `(batch, 2 or 3, width)`, one loss per row."""
+    """Of embeddings `(batch, sides, width)`, one loss per row.
+
+    `ids` and `chances` are of every candidate `(batch, sides - 1)`, or of none.
+    """
     anchors, positives, *hard = np.moveaxis(rows.astype(np.float64), 1, 0)
     losses = np.zeros(len(rows))
+    all_ids = np.arange(rows[:, 1:, 0].size) if ids is None else ids.T.ravel()
+    own_ids = all_ids[: len(rows)]
+    if chances is None:
+        excess = np.array([np.log((all_ids == own).sum()) for own in all_ids])
+        own_excess = np.zeros(len(rows))
+        anchor_excess = np.array([np.log((own_ids == own).sum()) for own in own_ids])
+    else:
+        excess = np.log(chances.T.ravel())
+        own_excess, anchor_excess = excess[: len(rows)], np.zeros(len(rows))
     for dim, weight in zip(dims, weights, strict=True):
         for i, anchor in enumerate(anchors):
             own = cosine(anchor[:dim], positives[i, :dim]) / temperature
             candidates = [c for side in (positives, *hard) for c in side]
-            logits = [cosine(anchor[:dim], c[:dim]) / temperature for c in candidates]
-            loss = log_sum(logits) - own
+            negatives = [
+                cosine(anchor[:dim], candidate[:dim]) / temperature + own_excess[i] - excess[j]
+                for j, candidate in enumerate(candidates)
+                if all_ids[j] != own_ids[i]
+            ]
+            loss = log_sum([own, *negatives]) - own
             if symmetric:
-                back = [cosine(a[:dim], positives[i, :dim]) / temperature for a in anchors]
-                loss = (loss + log_sum(back) - own) / 2
+                back = [
+                    cosine(other[:dim], positives[i, :dim]) / temperature - anchor_excess[k]
+                    for k, other in enumerate(anchors)
+                    if own_ids[k] != own_ids[i]
+                ]
+                loss = (loss + log_sum([own, *back]) - own) / 2
             losses[i] += weight * loss
     return losses
 

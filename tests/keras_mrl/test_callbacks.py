@@ -12,6 +12,7 @@ import keras_mrl
 from keras_mrl import (
     AcrossDims,
     ContrastiveLoss,
+    CorpusRecall,
     MatryoshkaClassifier,
     MatryoshkaEncoder,
     MatryoshkaHead,
@@ -143,6 +144,42 @@ def test_the_loss_of_an_encoder_tells_the_dims() -> None:
     assert {f"val_1nn_{dim}" for dim in DIMS} <= set(log)
 
 
+def test_recall_over_a_corpus_is_counted_by_hand_at_the_dims_of_the_loss() -> None:
+    encoder = two_towers.two_towers(epochs=0)
+    ids = 7 * np.arange(72)[::-1]
+    expected_ids = ids[:48]
+    recall = CorpusRecall((two_towers.ITEMS, ids), (two_towers.USERS, expected_ids), k=3)
+    watching = [recall, AcrossDims("recall@3"), keras.callbacks.EarlyStopping("val_recall@3_2")]
+    log = encoder.fit(two_towers.PAIRS, epochs=2, callbacks=watching, verbose=0).history
+    users, items = two_towers.user_embeddings(encoder), two_towers.item_embeddings(encoder)
+    recalls = []
+    for dim in two_towers.DIMS:
+        nearest = np.argsort(-two_towers.similarities(users, items, dim))[:, :3]
+        recalls.append((ids[nearest] == expected_ids[:, None]).any(axis=1).mean())
+        assert log[f"val_recall@3_{dim}"][1] == pytest.approx(recalls[-1])
+    assert log["val_recall@3_worst"][1] == pytest.approx(min(recalls))
+    assert 0 < min(recalls) < max(recalls) < 1
+
+
+@pytest.mark.parametrize(
+    ("corpus_ids", "query_ids", "received"),
+    [
+        ([1, 2, 3, 2], [1, 3], "1 ids of the corpus that repeat earlier ones, 0 of 2 queries"),
+        ([1, 2, 3, 4], [1, 9], "0 ids of the corpus that repeat earlier ones, 1 of 2 queries"),
+    ],
+)
+def test_a_corpus_holds_every_candidate_once(
+    corpus_ids: list[int], query_ids: list[int], received: str
+) -> None:
+    sentence = (
+        "A corpus must hold every candidate once, and those of all queries. "
+        f"Received: {received} whose id is not in it. Keep the first of each: "
+        "ids, rows = numpy.unique(ids, return_index=True), and add what is missing."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        CorpusRecall((X[:4], corpus_ids), (X[:2], query_ids), k=2)
+
+
 def test_without_head_and_dims_it_says_so() -> None:
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)], name="plain")
     model.compile("sgd", "mse")
@@ -252,7 +289,9 @@ def test_weights_that_do_not_fit_the_dims_are_refused() -> None:
         AcrossDims("accuracy", weights=(1, 1)).on_epoch_end(0, log)
 
 
+CORPUS = (X[:40], np.arange(40))
 CALLBACKS: dict[str, Callable[[], keras.callbacks.Callback]] = {
+    "corpus": lambda: CorpusRecall(CORPUS, CORPUS, dims=(2, 3, 5, 8)),
     "neighbors": lambda: NeighborMetrics(GALLERY, QUERIES, dims=(3, 5)),
     "across": lambda: AcrossDims("accuracy", weights=(2, 1, 1), lower_is_better=True),
 }

@@ -50,29 +50,114 @@ def log_scale(encoder: MatryoshkaEncoder) -> Any:
     return next(weight for weight in encoder.weights if weight.name == "log_scale")
 
 
+STACKED = np.stack([NEGATIVES, NEGATIVES[::-1]], axis=1)
+CHANCES = np.arange(1, 17) / 10
+KNOWN = {"candidate_ids": LABELS, "candidate_sampling_probability": CHANCES}
+
+
 @pytest.mark.parametrize(
-    "x",
+    ("x", "y", "sides"),
     [
-        (ANCHORS, POSITIVES),
-        {side: SIDES[side] for side in ("positive", "anchor")},
-        SIDES,
+        ((ANCHORS, POSITIVES), None, 2),
+        ({side: SIDES[side] for side in ("positive", "anchor")}, LABELS, 2),
+        ((ANCHORS, POSITIVES), KNOWN, 2),
+        (SIDES, LABELS, 3),
+        ((ANCHORS, POSITIVES, STACKED), np.arange(48).reshape(16, 3) // 5, 4),
+        (
+            {
+                "negative_2": NEGATIVES[::-1],
+                "negative_1": NEGATIVES,
+                "positive": POSITIVES,
+                "anchor": ANCHORS,
+            },
+            None,
+            4,
+        ),
     ],
-    ids=["pair", "named pair", "named triplet"],
+    ids=["pair", "ids", "ids and probabilities", "triplet", "stacked", "numbered"],
 )
-def test_pairs_and_triplets_train_and_the_log_has_the_recall_of_every_dim(x: Any) -> None:
+def test_pairs_with_any_negatives_train_and_the_log_has_the_recall_of_every_dim(
+    x: Any, y: Any, sides: int
+) -> None:
     encoder = quick(MatryoshkaEncoder(tower()))
-    history = encoder.fit(x, batch_size=8, epochs=2, verbose=0, validation_data=(x,)).history
+    history = encoder.fit(x, y, batch_size=8, epochs=2, verbose=0, validation_data=(x, y)).history
     recalls = [f"recall_{dim}" for dim in DIMS]
     assert set(history) == {name for part in ("loss", *recalls) for name in (part, f"val_{part}")}
     stacked = encoder.predict(x, verbose=0)
-    assert stacked.shape == (16, len(x), 8)
+    assert stacked.shape == (16, sides, 8)
+    if sides == 4:
+        np.testing.assert_array_equal(stacked[:, 3], encoder.predict(NEGATIVES[::-1], verbose=0))
     np.testing.assert_array_equal(stacked[:, 0], encoder.predict(ANCHORS, verbose=0))
 
-    scores = encoder.evaluate(x, batch_size=16, verbose=0, return_dict=True)
-    rows, hits = encoder.loss.measure(None, stacked)
+    scores = encoder.evaluate(x, y, batch_size=16, verbose=0, return_dict=True)
+    rows, hits = encoder.loss.measure(y, keras.ops.convert_to_tensor(stacked))
     assert scores["loss"] == pytest.approx(as_numpy(rows).mean(), rel=1e-5)
     by_dim = as_numpy(hits).mean(axis=1)
     assert [scores[name] for name in recalls] == pytest.approx(by_dim.tolist(), rel=1e-5)
+
+
+def test_a_pair_that_stands_twice_counts_once_in_loss_and_recall() -> None:
+    encoder = quick(MatryoshkaEncoder(tower()))
+    x, twice = (ANCHORS, POSITIVES), np.concatenate([np.arange(16)] * 2)
+    once = encoder.evaluate(x, batch_size=16, verbose=0, return_dict=True)
+    both = (ANCHORS[twice], POSITIVES[twice])
+    received = encoder.evaluate(both, twice, batch_size=32, verbose=0, return_dict=True)
+    assert received == pytest.approx(once, rel=1e-4)
+    without = encoder.evaluate(both, batch_size=32, verbose=0, return_dict=True)
+    assert without["loss"] > once["loss"] + 0.1
+
+
+def torch_batches(*parts: Any) -> Any:
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    return DataLoader(TensorDataset(*map(torch.from_numpy, parts)), batch_size=8)
+
+
+def tensorflow_batches(*parts: Any) -> Any:
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(parts).batch(8)
+
+
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
+@pytest.mark.parametrize("batches", [torch_batches, tensorflow_batches])
+@pytest.mark.parametrize("parts", [(ANCHORS, POSITIVES), (ANCHORS, POSITIVES, STACKED)])
+def test_batches_of_pairs_are_those_of_arrays(batches: Any, parts: Any) -> None:
+    layers = [keras.layers.Dense(8), keras.layers.Dense(8)]
+    encoder = quick(MatryoshkaEncoder(*(keras.Sequential([layer]) for layer in layers)))
+    encoder.fit(batches(*parts), verbose=0)  # builds both towers
+    expected = encoder.evaluate(parts, batch_size=8, verbose=0)
+    assert encoder.evaluate(batches(*parts), verbose=0) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
+def test_batches_of_pairs_with_ids_and_weights_are_those_of_arrays() -> None:
+    encoder = quick(MatryoshkaEncoder(tower()))
+    x, weights = (ANCHORS, POSITIVES), np.arange(16, dtype="float32")
+    encoder.fit(tensorflow_batches(x, LABELS, weights), verbose=0)
+    expected = encoder.evaluate(x, LABELS, sample_weight=weights, batch_size=8, verbose=0)
+    received = encoder.evaluate(tensorflow_batches(x, LABELS, weights), verbose=0)
+    assert received == pytest.approx(expected, rel=1e-5)
+
+
+def test_anchors_and_positives_as_x_and_y_are_a_pair() -> None:
+    encoder = quick(MatryoshkaEncoder(tower(), tower()))
+    encoder.fit(ANCHORS, POSITIVES, verbose=0, validation_data=(ANCHORS, POSITIVES))
+    expected = encoder.evaluate((ANCHORS, POSITIVES), verbose=0)
+    assert encoder.evaluate(ANCHORS, POSITIVES, verbose=0) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_encoder_of_stacked_negatives_is_saved(tmp_path: Path) -> None:
+    layers = [keras.layers.Dense(8), keras.layers.Dense(8)]
+    encoder = quick(MatryoshkaEncoder(*(keras.Sequential([layer]) for layer in layers)))
+    x = (ANCHORS, POSITIVES, STACKED)
+    encoder.fit(x, verbose=0)
+    encoder.save(tmp_path / "encoder.keras")
+    loaded = keras.saving.load_model(tmp_path / "encoder.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), encoder.predict(x, verbose=0))
+    ids = np.arange(16)
+    assert loaded.evaluate(x, ids, verbose=0) == pytest.approx(encoder.evaluate(x, ids, verbose=0))
 
 
 def test_training_lowers_the_loss_and_chunks_do_not_matter() -> None:
@@ -125,7 +210,7 @@ def test_the_temperature_is_learnt_within_bounds_and_takes_the_place_of_the_loss
     x = (ANCHORS, POSITIVES)
     scores = encoder.evaluate(x, batch_size=16, verbose=0, return_dict=True)
     stacked = encoder.predict(x, verbose=0)
-    expected = float(ContrastiveLoss(DIMS, temperature=0.5)(LABELS, stacked))
+    expected = float(ContrastiveLoss(DIMS, temperature=0.5)(None, stacked))
     assert scores["loss"] == pytest.approx(expected, rel=1e-5)
     encoder.fit(x, verbose=0)
     assert 0.4 < float(as_numpy(encoder.temperature)) != pytest.approx(0.5, abs=1e-6)
@@ -246,7 +331,7 @@ def test_towers_of_several_inputs_take_dicts() -> None:
 def test_low_precision_towers_are_compared_in_float32() -> None:
     with policy("mixed_bfloat16"):
         encoder = quick(MatryoshkaEncoder(tower(), initial_temperature=0.1))
-        history = encoder.fit((ANCHORS, POSITIVES), verbose=0).history
+        history = encoder.fit((ANCHORS, POSITIVES), KNOWN, verbose=0).history
     assert log_scale(encoder).dtype == "float32"
     assert np.isfinite(history["loss"][0])
 
@@ -256,12 +341,12 @@ def test_weights_count_beside_labels_and_are_refused_without() -> None:
     x, weights = (ANCHORS, POSITIVES), np.arange(16.0, dtype="float32")
     rows, _ = encoder.loss.measure(None, encoder.predict(x, verbose=0))
     scores = encoder.evaluate(
-        x, np.zeros(16), sample_weight=weights, batch_size=16, verbose=0, return_dict=True
+        x, np.arange(16), sample_weight=weights, batch_size=16, verbose=0, return_dict=True
     )
     assert scores["loss"] == pytest.approx((as_numpy(rows) * weights).mean(), rel=1e-5)
     sentence = (
         "Keras passes sample weights only beside labels. Received: sample_weight without y. "
-        "Give y=np.zeros(len(anchors)), which ContrastiveLoss does not read."
+        "Give candidate ids: y=numpy.arange(len(anchors)) where no positive stands twice."
     )
     for sides in (x, SIDES):
         with pytest.raises(ValueError, match=exactly(sentence)):
@@ -270,6 +355,43 @@ def test_weights_count_beside_labels_and_are_refused_without() -> None:
             encoder.evaluate(sides, sample_weight=weights, verbose=0)
     with pytest.raises(ValueError, match=exactly(sentence)):
         encoder.fit(x, validation_data=(x, None, weights), verbose=0)
+    sentence = (
+        "Keras passes sample weights beside inputs and labels. "
+        "Received: anchors as x, positives as y, and sample_weight. "
+        "Give x=(anchors, positives) and y=candidate_ids."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        encoder.fit(ANCHORS, POSITIVES, sample_weight=weights, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("known", "sentence"),
+    [
+        (
+            np.zeros(16),
+            "candidate_ids must be integers that every backend can tell apart. "
+            "Received: float64 from 0.0 to 0.0. "
+            "Number them anew: names, ids = numpy.unique(names, return_inverse=True).",
+        ),
+        (
+            np.full(16, 7),
+            "candidate_ids must name at least two candidates: copies of a positive are no "
+            "negatives. Received: 7 in all 16 rows. Give the ids of the positives, or "
+            "numpy.arange(len(anchors)) where no positive stands twice.",
+        ),
+        (
+            {"candidate_sampling_probability": np.arange(16)},
+            "candidate_sampling_probability must be positive numbers. "
+            "Received: int64 from 0 to 15. "
+            "Give the share of each candidate among those that are drawn, or its count.",
+        ),
+    ],
+)
+def test_candidates_that_mean_something_else_are_refused(known: Any, sentence: str) -> None:
+    encoder = quick(MatryoshkaEncoder(tower()))
+    for method in (encoder.fit, encoder.evaluate):
+        with pytest.raises(ValueError, match=exactly(sentence)):
+            method((ANCHORS, POSITIVES), known, verbose=0)
 
 
 def compile_with(loss: Any, **metrics: list[str]) -> None:
@@ -281,8 +403,8 @@ def feature_maps() -> keras.Model:
 
 
 SIDES_SENTENCE = (
-    "A dict of sides has the keys anchor and positive, or these and negative. "
-    "Received: {}. Rename or add what differs."
+    "A dict of sides has the keys anchor and positive, and of hard negatives negative, "
+    "or negative_1, negative_2, ... Received: {}. Rename or add what differs."
 )
 ACCURACY = (
     "MatryoshkaEncoder gives embeddings and no classes, so it has no accuracy. "
@@ -334,9 +456,9 @@ MSE = keras.losses.MeanSquaredError()
             "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D().",
         ),
         (
-            lambda: MatryoshkaEncoder(tower()).build([(None, 5)] * 4),
-            "A list of inputs is a pair (anchors, positives) or a triplet with negatives. "
-            "Received: 4 inputs. Give a tower of several inputs a dict of them.",
+            lambda: MatryoshkaEncoder(tower()).build([(None, 5)]),
+            "A list of inputs is a pair (anchors, positives), or more with hard negatives. "
+            "Received: 1 inputs. Give a tower of several inputs a dict of them.",
         ),
     ],
 )
@@ -367,9 +489,9 @@ def test_labels_that_are_missing_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("labels", "received"),
     [
-        (np.array([2**40, 7] * 6), "labels of int64 from 7 to 1099511627776"),
-        (np.array([2**25, 7] * 6, "float32"), "labels of float32 from 7.0 to 33554432.0"),
-        (np.array(["cat", "dog"] * 6), "labels of <U3"),
+        (np.array([2**40, 7] * 6), "int64 from 7 to 1099511627776"),
+        (np.array([2**25, 7] * 6, "float32"), "float32 from 7.0 to 33554432.0"),
+        (np.array(["cat", "dog"] * 6), "<U3"),
     ],
     ids=["int64", "float32", "strings"],
 )
@@ -378,7 +500,7 @@ def test_ids_that_a_backend_would_change_are_refused(labels: Any, received: str)
     encoder.compile("sgd", SupervisedContrastiveLoss(DIMS), run_eagerly=EAGERLY)
     text = (
         f"Labels must be integers that every backend can tell apart. Received: {received}. "
-        "Number them anew: names, labels = numpy.unique(labels, return_inverse=True)."
+        "Number them anew: names, ids = numpy.unique(names, return_inverse=True)."
     )
     with pytest.raises(ValueError, match=exactly(text)):
         encoder.fit(ANCHORS, labels, verbose=0)
