@@ -28,6 +28,7 @@ from .losses import MatryoshkaEmbeddingLoss as MatryoshkaEmbeddingLoss
 from .losses import MatryoshkaLoss as MatryoshkaLoss
 from .losses import NestedCrossentropy as NestedCrossentropy
 from .losses import SupervisedContrastiveLoss as SupervisedContrastiveLoss
+from .losses import Teacher as Teacher
 from .losses import first_boosted as first_boosted
 from .losses import nested_crossentropy as nested_crossentropy
 from .metrics import MatryoshkaMetric as MatryoshkaMetric
@@ -41,7 +42,10 @@ from .models import embedder as embedder
 from .models import freeze_before as freeze_before
 from .models import funnel_top_k as funnel_top_k
 from .models import generate as generate
+from .models import measure_costs as measure_costs
 from .models import most_likely as most_likely
 from .models import next_token as next_token
 from .models import sampler as sampler
+from .models import segment as segment
 from .models import split as split
+from .models import suggest_exits as suggest_exits

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = {
     "README.md": ["README.md"],
     "compare": ["docs/compare.md"],
+    "exits": ["docs/exits.md"],
     "guide": [
         f"docs/{page}.md"
         for page in ("train", "export", "serve", "server", "other_languages", "retrieve")

@@ -15,7 +15,7 @@ from typing import Any
 
 import keras
 
-from keras_mrl import log_spaced_dims
+from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, log_spaced_dims
 from keras_mrl._dims import check_weights
 from keras_mrl.models.activation import activation_of, check_activation
 from keras_mrl_serving import contract
@@ -128,6 +128,21 @@ def check_sides(model: Any, has_other_tower: bool, other_sample: Any, other_deco
             f"Received: {name} {received}, which has one. Leave it out, or export a "
             "MatryoshkaEncoder(tower, other_tower)."
         )
+
+
+def check_exits(model: keras.Model) -> None:
+    """Raise `ValueError` if a model has exits, which a version cannot serve yet."""
+    for own in model._flatten_layers():  # also a model within the model
+        if isinstance(own, (MatryoshkaClassifier, MatryoshkaEncoder)) and own.exits:
+            is_encoder = isinstance(own, MatryoshkaEncoder)
+            kind = "MatryoshkaEncoder" if is_encoder else "MatryoshkaClassifier"
+            part = "split(model)[0]" if is_encoder else "*split(model)"
+            other = part.replace("model", f"model, exit={own.exits[0]!r}")
+            raise ValueError(
+                "A version serves one exit, and that must be said. "
+                f"Received: {kind} {own.name!r} with exits={own.exits}. Export a model that shares "
+                f"its layers: {kind}({part}) for the last exit, or {kind}({other}) for another."
+            )
 
 
 def check_exact(index: object) -> None:

@@ -20,6 +20,7 @@ from .arguments import (
     check_base_path,
     check_batch_sizes,
     check_exact,
+    check_exits,
     check_head_arguments,
     check_index,
     check_kinds,
@@ -77,6 +78,7 @@ def export_saved_model(
         model: A model that `keras_mrl.split` finds a nested head in, or any model without one,
             which is exported as an encoder. Both towers of a `MatryoshkaEncoder` are in one
             version: `embed_<m>` takes queries, `embed_other_<m>` what galleries are made of.
+            Not one with exits: of these export the part that `split(model, exit=...)` returns.
         base_path: Folder of the model's versions; the server's `--model_base_path`. No URL.
         sample: A few real rows, one array or a dict by input name; texts may be a list.
         policy: A cascade learned on a holdout. `classify_adaptive` decides by it, and
@@ -133,6 +135,7 @@ def export_saved_model(
     name = model.name if name is None else check_name(name)
     check_version(folder, version)
     check_kinds(policy, index, decoder, signatures, labels)
+    check_exits(model)
     labels = None if labels is None else tuple(labels)
     batch_sizes = check_batch_sizes(warmup_batch_sizes)
     backbone, _ = split(model)

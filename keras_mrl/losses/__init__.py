@@ -6,4 +6,5 @@ from .embedding import ContrastiveLoss as ContrastiveLoss
 from .embedding import MatryoshkaEmbeddingLoss as MatryoshkaEmbeddingLoss
 from .embedding import SupervisedContrastiveLoss as SupervisedContrastiveLoss
 from .matryoshka import MatryoshkaLoss as MatryoshkaLoss
+from .targets import Teacher as Teacher
 from .weights import first_boosted as first_boosted

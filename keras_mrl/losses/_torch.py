@@ -26,18 +26,20 @@ def _in_place(
         size = max(1, min(size, num_rows))
         num_buffers = num_dims if nested.is_tied else 1
         buffer = torch.empty((num_buffers, size, nested.kernels[0].shape[1]), device=x.device)
-        losses, ranks = torch.empty((2, num_rows, num_dims), device=x.device)
+        by_row = torch.zeros((3, num_rows, num_dims), device=x.device)
         d_x = torch.zeros_like(x)
         d_kernels = [torch.zeros_like(kernel) for kernel in nested.kernels if training]
         d_biases = [torch.zeros_like(bias) for bias in nested.biases if training]
         chunk = _tied_chunk if nested.is_tied else _untied_chunk
         for start in range(0, num_rows, size):
             rows = slice(start, start + size)
-            chunk_targets = targets.map(lambda tensor, rows=rows: tensor[rows])
+            chunk_targets = targets.map(lambda tensor, rows=rows: tensor[rows]).taught()
             logits = buffer[:, : len(x[rows])]
-            sums = Sums(losses[rows], ranks[rows], d_x[rows], d_kernels, d_biases)
+            own = by_row[:, rows]
+            sums = Sums(own[0], own[1], own[2], d_x[rows], d_kernels, d_biases)
             chunk(x[rows], chunk_targets, loss_weights[rows], nested, logits, sums)
-        return Sums(losses, ranks, d_x if training else None, d_kernels, d_biases)
+        d_features = d_x if training else None
+        return Sums(by_row[0], by_row[1], by_row[2], d_features, d_kernels, d_biases)
 
 
 def _tied_chunk(
@@ -52,7 +54,7 @@ def _tied_chunk(
     for m, block in enumerate(blocks):
         wider = torch.addmm(wider, x[:, block], kernel[block], out=logits[m])
     for m in range(len(blocks)):
-        sums.losses[:, m], sums.ranks[:, m] = _softmax(logits[m], targets)
+        _softmax(logits[m], targets, sums, m)
     if not sums.d_kernels:
         return
     d_logits = None
@@ -74,7 +76,7 @@ def _untied_chunk(
     for m, dim in enumerate(nested.dims):
         bias = nested.biases[m] if nested.biases else torch.zeros((), device=x.device)
         torch.addmm(bias, x[:, :dim], nested.kernels[m], out=logits[0])
-        sums.losses[:, m], sums.ranks[:, m] = _softmax(logits[0], targets)
+        _softmax(logits[0], targets, sums, m)
         if sums.d_kernels:
             d_logits = _gradient(logits[0], targets, loss_weights[:, m, None], None)
             sums.d_features[:, :dim] += d_logits @ nested.kernels[m].T
@@ -83,8 +85,8 @@ def _untied_chunk(
                 d_bias += d_logits.sum(0)
 
 
-def _softmax(logits: Any, targets: Targets) -> tuple[Any, Any]:
-    """Return losses and ranks `(rows,)`; the logits become probabilities."""
+def _softmax(logits: Any, targets: Targets, sums: Sums, m: int) -> None:
+    """Write the values of the rows at dim m to `sums`; the logits become probabilities."""
     import torch
 
     rows, right = torch.arange(len(logits), device=logits.device), targets.classes.long()
@@ -99,24 +101,34 @@ def _softmax(logits: Any, targets: Targets) -> tuple[Any, Any]:
         expected_logit = (1 - targets.smoothing) * right_logit + targets.smoothing * mean
     else:
         expected_logit = right_logit
+    lesson = targets.lesson
+    if lesson is not None:
+        sums.divergences[:, m] = lesson.negative_entropy[:, 0]
+        sums.divergences[:, m] -= (logits * lesson.probabilities).sum(1)
     torch.softmax(logits, 1, out=logits)
     log_sum = largest - logits[rows, best].log()  # the largest's probability is one over the sum
     total = targets.total()
     total = total[:, 0] if targets.shares is not None else total
     losses = log_sum * total - expected_logit
     losses = torch.where(targets.outside.bool(), float("nan"), losses)
-    return losses, torch.where(losses.isnan(), targets.num_classes, ranks)
+    sums.losses[:, m] = losses
+    sums.ranks[:, m] = torch.where(losses.isnan(), targets.num_classes, ranks)
+    if lesson is not None:
+        sums.divergences[:, m] += log_sum
 
 
 def _gradient(probabilities: Any, targets: Targets, weight: Any, wider: Any) -> Any:
     """Turn probabilities into the gradient of their logits, and add it to that of wider dims."""
     import torch
 
-    scale = weight * targets.total()
+    lesson = targets.lesson
+    scale = weight * (targets.total() + (0.0 if lesson is None else lesson.weight))
     if wider is None:
         d_logits = probabilities.mul_(scale)
     else:
         d_logits = wider.addcmul_(probabilities, scale)
+    if lesson is not None:
+        d_logits.addcmul_(lesson.probabilities, weight, value=-lesson.weight)
     if targets.shares is not None:
         return d_logits.addcmul_(targets.smooth_shares(), weight, value=-1)
     rows = torch.arange(len(d_logits), device=d_logits.device)

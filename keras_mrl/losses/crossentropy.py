@@ -17,7 +17,7 @@ from keras import ops
 
 from .._dims import check_dims, check_width
 from . import _torch
-from .targets import Kernels, Sums, Targets
+from .targets import Kernels, Sums, Targets, Teacher
 from .weights import weights_by_dim
 
 # Logits of one dim that a chunk holds: 16 MiB. Fewer take less memory and more time.
@@ -56,6 +56,7 @@ def nested_crossentropy(
     label_smoothing: float = 0.0,
     chunk_rows: int | None = None,
     training: bool = True,
+    teacher: Teacher | None = None,
 ) -> NestedCrossentropy:
     """Return the cross-entropy at every dim, its weighted sum, and the ranks of the right classes.
 
@@ -76,6 +77,9 @@ def nested_crossentropy(
         label_smoothing: Share of each label that is spread over all classes.
         chunk_rows: Rows at a time; None chooses them by the sizes of caches and kernels.
         training: Whether `loss` has a gradient; without one it costs less.
+        teacher: A head on other features of the same rows. Its weight times the Kullback-Leibler
+            divergence of every dim from its probabilities is added to the loss, but not to the
+            losses of the rows. None adds nothing.
 
     Shapes:
         features: `(rows, width)`. kernels: `(dim, num_classes)` each, or one
@@ -83,7 +87,8 @@ def nested_crossentropy(
         `(rows, num_classes)`. row_weights: `(rows,)`. losses and ranks: `(rows, num_dims)`.
 
     Formula:
-        loss = sum_m c_m sum_i r_i CE(W^(m) . x_{i,1:m} + b^(m); y_i)
+        loss = sum_m c_m sum_i r_i (CE(z_i^(m); y_i) + t KL(p_i || softmax z_i^(m)))
+        with z_i^(m) = W^(m) . x_{i,1:m} + b^(m), and p_i, t the teacher's probabilities and weight
 
     Returns:
         Loss, losses and ranks. A label that names no class makes its losses, and the loss, NaN.
@@ -107,7 +112,13 @@ def nested_crossentropy(
     if weights is None or callable(weights) or isinstance(weights, (tuple, list)):
         weights = weights_by_dim(weights, len(dims))
     c = ops.convert_to_tensor(weights, "float32")
-    targets = Targets.of(labels, int(kernels[0].shape[1]), label_smoothing)
+    if teacher is not None:
+        # Here, because JAX lets no tensor with a gradient into a function that has one of its own.
+        features_of, kernel_of, bias_of = (
+            own if own is None else ops.stop_gradient(_tensor(own)) for own in teacher[:3]
+        )
+        teacher = Teacher(features_of, kernel_of, bias_of, teacher.weight)
+    targets = Targets.of(labels, int(kernels[0].shape[1]), label_smoothing, teacher)
     if row_weights is None:
         count = ops.cast(ops.maximum(ops.shape(features)[0], 1), "float32")
         row_weights = ops.ones_like(features[:, 0], dtype="float32") / count
@@ -124,7 +135,10 @@ def nested_crossentropy(
         sums = _chunked(x[:, : dims[-1]], targets, loss_weights, nested, chunk_rows, training)
         # A row of weight zero adds nothing even if its loss is NaN: such are ignored labels. But
         # its features count if they are not finite: zero times NaN is NaN in the gradients.
-        losses = ops.where(loss_weights != 0, sums.losses, 0.0)
+        losses = sums.losses
+        if teacher is not None:
+            losses = losses + teacher.weight * sums.divergences
+        losses = ops.where(loss_weights != 0, losses, 0.0)
         is_finite = ops.all(ops.isfinite(x[:, : dims[-1]]))
         loss = ops.where(is_finite, ops.sum(losses * loss_weights), float("nan"))
         loss = ops.reshape(loss, (1,))
@@ -260,7 +274,7 @@ def _loop(
 
         own_targets, own_weights = target_chunks.map(chunk_of), chunk_of(weight_chunks)
         sums = _chunk(chunk_of(x_chunks), own_targets, own_weights, nested, training)
-        new_rows = [sums.losses, sums.ranks] + ([sums.d_features] if training else [])
+        new_rows = [*sums[:3], *([sums.d_features] if training else [])]
         by_row = [
             ops.slice_update(values, (0, index, 0), ops.expand_dims(new, 1))
             for values, new in zip(by_row, new_rows, strict=True)
@@ -270,13 +284,13 @@ def _loop(
 
     nothing = ops.zeros_like(weight_chunks)
     state = (
-        [nothing, nothing] + ([ops.zeros_like(x_chunks)] if training else []),
+        [nothing, nothing, nothing, *([ops.zeros_like(x_chunks)] if training else [])],
         [ops.zeros(shape) for shape in _gradient_shapes(nested)] if training else [],
     )
     by_row, totals = ops.fori_loop(0, number, body, state)
     flat = [ops.reshape(values, (size * number, values.shape[-1]))[:rows] for values in by_row]
     num_kernels = len(totals) - len(nested.biases)
-    return Sums(flat[0], flat[1], flat[-1], totals[:num_kernels], totals[num_kernels:])
+    return Sums(flat[0], flat[1], flat[2], flat[-1], totals[:num_kernels], totals[num_kernels:])
 
 
 def _gradient_shapes(nested: Kernels) -> list[tuple[int, ...]]:
@@ -291,6 +305,7 @@ def _gradient_shapes(nested: Kernels) -> list[tuple[int, ...]]:
 
 def _chunk(x: Any, targets: Targets, loss_weights: Any, nested: Kernels, training: bool) -> Sums:
     weights_by_dim = [loss_weights[:, m : m + 1] for m in range(len(nested.dims))]
+    targets = targets.taught()
     chunk = _tied_chunk if nested.is_tied else _untied_chunk
     return chunk(x, targets, weights_by_dim, nested, training)
 
@@ -305,10 +320,9 @@ def _tied_chunk(
     for start, stop in blocks:
         logits = logits + ops.matmul(x[:, start:stop], kernel[start:stop])
         softmaxes.append(_softmax(logits, targets))
-    losses = ops.concatenate([softmax.loss for softmax in softmaxes], axis=1)
-    ranks = ops.concatenate([softmax.rank for softmax in softmaxes], axis=1)
+    by_row = _by_row([softmax[:3] for softmax in softmaxes])
     if not training:
-        return Sums(losses, ranks, None, [], [])
+        return Sums(*by_row, None, [], [])
     d_x, d_kernels = [], []
     d_logits: Any = 0.0
     for (start, stop), weight in zip(reversed(blocks), reversed(weights_by_dim), strict=True):
@@ -317,37 +331,42 @@ def _tied_chunk(
         d_x.append(ops.matmul(d_logits, ops.transpose(kernel[start:stop])))
         d_kernels.append(ops.matmul(ops.transpose(x[:, start:stop]), d_logits))
     d_biases = [ops.sum(d_logits, axis=0) for _ in nested.biases]
-    return Sums(losses, ranks, ops.concatenate(d_x[::-1], axis=1), d_kernels[::-1], d_biases)
+    return Sums(*by_row, ops.concatenate(d_x[::-1], axis=1), d_kernels[::-1], d_biases)
 
 
 def _untied_chunk(
     x: Any, targets: Targets, weights_by_dim: Sequence[Any], nested: Kernels, training: bool
 ) -> Sums:
     """Take the kernels one after the other, so that the logits of one dim are in memory."""
-    losses, ranks, d_kernels, d_biases = [], [], [], []
+    rows_by_dim, d_kernels, d_biases = [], [], []
     d_x: Any = ops.zeros_like(x)
     for m, (dim, weight) in enumerate(zip(nested.dims, weights_by_dim, strict=True)):
         prefix, kernel = x[:, :dim], nested.kernels[m]
         softmax = _softmax(
             ops.matmul(prefix, kernel) + (nested.biases[m] if nested.biases else 0.0), targets
         )
-        losses.append(softmax.loss)
-        ranks.append(softmax.rank)
+        rows_by_dim.append(softmax[:3])
         if training:
             d_logits = _gradient(softmax, targets, weight)
             d_prefix = ops.matmul(d_logits, ops.transpose(kernel))
             d_x = d_x + ops.pad(d_prefix, ((0, 0), (0, nested.dims[-1] - dim)))
             d_kernels.append(ops.matmul(ops.transpose(prefix), d_logits))
             d_biases.append(ops.sum(d_logits, axis=0))
-    by_row = ops.concatenate(losses, axis=1), ops.concatenate(ranks, axis=1)
-    return Sums(*by_row, d_x, d_kernels, d_biases[: len(nested.biases)])
+    return Sums(*_by_row(rows_by_dim), d_x, d_kernels, d_biases[: len(nested.biases)])
+
+
+def _by_row(by_dim: Sequence[tuple[Any, Any, Any]]) -> tuple[Any, Any, Any]:
+    """Return losses, ranks and divergences `(rows, num_dims)` from those of every dim."""
+    losses, ranks, divergences = (ops.concatenate(own, axis=1) for own in zip(*by_dim, strict=True))
+    return losses, ranks, divergences
 
 
 class _Softmax(NamedTuple):
-    """Loss and rank `(rows, 1)`, exponentials `(rows, num_classes)`, and their sums `(rows, 1)`."""
+    """Values of rows at one dim, all `(rows, 1)`, and exponentials `(rows, num_classes)`."""
 
     loss: Any
     rank: Any
+    divergence: Any  # from the teacher
     exponentials: Any
     sums: Any
 
@@ -375,10 +394,17 @@ def _softmax(logits: Any, targets: Targets) -> _Softmax:
     rank = ops.sum(ops.cast(is_before, "float32"), axis=1, keepdims=True)
     # No comparison with NaN is true, so its rank would be 0: count it as the last.
     rank = ops.where(ops.isnan(loss), float(targets.num_classes), rank)
-    return _Softmax(loss, rank, exponentials, sums)
+    divergence = ops.zeros_like(loss)
+    if targets.lesson is not None:
+        taught_logit = ops.sum(logits * targets.lesson.probabilities, axis=1, keepdims=True)
+        divergence = targets.lesson.negative_entropy + log_sum - taught_logit
+    return _Softmax(loss, rank, divergence, exponentials, sums)
 
 
 def _gradient(softmax: _Softmax, targets: Targets, weight: Any) -> Any:
     """Return the gradient with respect to the logits of one dim."""
-    scale = weight * targets.total() / softmax.sums
-    return softmax.exponentials * scale - weight * targets.smooth_shares()
+    total, shares = targets.total(), targets.smooth_shares()
+    if targets.lesson is not None:
+        total = total + targets.lesson.weight
+        shares = shares + targets.lesson.weight * targets.lesson.probabilities
+    return softmax.exponentials * (weight * total / softmax.sums) - weight * shares

@@ -12,6 +12,7 @@ from keras_mrl_serving.contract import check_positive_integer
 
 from .._dims import check_dims, check_width
 from .candidates import find_positives
+from .distillation import similarity_divergences
 from .similarity import TINY, NestedRows, Task, check_temperature
 from .weights import (
     Weights,
@@ -203,6 +204,36 @@ class _SimilarityLoss(_EmbeddingLoss):
         weights = ops.convert_to_tensor(self._step_weights(seed), "float32")
         return ops.sum(losses * ops.expand_dims(weights, 1), axis=0)
 
+    def divergences(self, y_pred: Any, taught: Any, temperature: Any = None) -> Any:
+        """Return how far the similarities are from a teacher's, summed over dims, one per row.
+
+        Args:
+            y_pred: As for the loss.
+            taught: The teacher's embeddings, in the same shape. No gradient reaches them.
+            temperature: As for `measure`.
+        """
+        own, others = (ops.cast(tensor, "float32") for tensor in (y_pred, taught))
+        scale = 1.0 / (self.temperature if temperature is None else temperature)
+        anchors, candidates = self._compared(own)
+        is_one_set = anchors is candidates
+        divergences = similarity_divergences(
+            anchors,
+            candidates,
+            *self._compared(others),
+            dims=self.trained_dims,
+            scale=scale,
+            chunk_size=self.chunk_size,
+            is_one_set=is_one_set,
+        )
+        if is_one_set and len(y_pred.shape) == 3:  # the mean over the views of a row
+            by_view = (len(self.trained_dims), -1, y_pred.shape[1])
+            divergences = ops.mean(ops.reshape(divergences, by_view), axis=2)
+        return self._weighted(divergences, None)
+
+    def _compared(self, y_pred: Any) -> tuple[Any, Any]:
+        """Return the anchors and the candidates among embeddings, each `(rows, width)`."""
+        raise NotImplementedError
+
     def _check_embeddings(self, y_pred: Any) -> None:
         check_width(self.dims, y_pred.shape[-1])
         if y_pred.shape[0] == 0:
@@ -311,6 +342,12 @@ class ContrastiveLoss(_SimilarityLoss):
         losses, hits = self._compare(anchors, candidates, task, temperature)
         return self._weighted(losses, seed), hits
 
+    def _compared(self, y_pred: Any) -> tuple[Any, Any]:
+        """Return the first side, and all others behind each other."""
+        return y_pred[:, 0], ops.concatenate(
+            [y_pred[:, side] for side in range(1, y_pred.shape[1])], axis=0
+        )
+
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this loss again."""
         return {**super().get_config(), "symmetric": self.symmetric}
@@ -397,6 +434,11 @@ class SupervisedContrastiveLoss(_SimilarityLoss):
             for values in self._compare(embeddings, embeddings, task, temperature)
         )
         return self._weighted(losses, seed), hits
+
+    def _compared(self, y_pred: Any) -> tuple[Any, Any]:
+        """Return all rows, twice."""
+        rows = ops.reshape(y_pred, (-1, y_pred.shape[-1]))
+        return rows, rows
 
 
 def _same_label(labels: Any) -> Task:

@@ -100,13 +100,14 @@ class MatryoshkaLoss(_NestedLoss):
         """
         return _RowLoss(lambda y_true, y_pred: self.rows(y_true, y_pred, seed), self)
 
-    def rows(self, y_true: Any, y_pred: Any, seed: Any = None) -> Any:
+    def rows(self, y_true: Any, y_pred: Any, seed: Any = None, weights: Any = None) -> Any:
         """Return the weighted sum over the dims of one step, one value per sample.
 
         Args:
             y_true: As for the loss.
             y_pred: As for the loss.
             seed: As for `weights_for`.
+            weights: What `weights_for` returned, or other weights; None calls it.
         """
         if len(y_pred.shape) < 3:
             raise ValueError(
@@ -120,7 +121,8 @@ class MatryoshkaLoss(_NestedLoss):
         check_labels_of_outputs(self.loss, y_true, (*y_pred.shape[:-2], y_pred.shape[-1]))
         total: Any = 0.0
         losses: Any = None
-        weights = self.weights_for(y_pred.shape[-2], seed)
+        if weights is None:
+            weights = self.weights_for(y_pred.shape[-2], seed)
         for index in range(y_pred.shape[-2]):
             if not isinstance(weights, tuple) or weights[index]:
                 losses = self.loss.call(y_true, y_pred[..., index, :])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import keras
@@ -47,13 +47,55 @@ class Kernels(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Losses and ranks `(rows, num_dims)`, and the gradients of the weighted sum of the losses."""
+    """Losses, ranks and divergences `(rows, num_dims)`, and the gradients of the weighted sum.
+
+    The sum is over the losses and the teacher's weight times the divergences.
+    """
 
     losses: Any
     ranks: Any
+    divergences: Any
     d_features: Any
     d_kernels: list[Any]
     d_biases: list[Any]
+
+
+class Teacher(NamedTuple):
+    """A linear head whose probabilities other heads are to give, too. No gradient reaches it.
+
+    Attributes:
+        features: What it reads, `(rows, dim)`.
+        kernel: `(dim, num_classes)`.
+        bias: `(num_classes,)`, or None.
+        weight: Weight of the divergence from it beside a loss of weight 1.
+
+    Examples:
+        >>> features, kernel = keras.ops.ones((3, 4)), keras.ops.zeros((4, 10))
+        >>> tuple(Teacher(features, kernel, None, weight=1.0).logits().shape)
+        (3, 10)
+    """
+
+    features: Any
+    kernel: Any
+    bias: Any
+    weight: float
+
+    def logits(self) -> Any:
+        """Return the logits of the rows, `(rows, num_classes)`."""
+        features, kernel = (ops.cast(own, "float32") for own in (self.features, self.kernel))
+        logits = ops.matmul(features, kernel)
+        return logits if self.bias is None else logits + ops.cast(self.bias, "float32")
+
+
+class Lesson(NamedTuple):
+    """What a teacher says of some rows.
+
+    `probabilities` are `(rows, num_classes)`, `negative_entropy` is the sum of p log p `(rows, 1)`.
+    """
+
+    probabilities: Any
+    negative_entropy: Any
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +104,7 @@ class Targets:
 
     `classes` are the right (or likeliest) classes `(rows,)`. `outside` is true where a label named
     no class; the row's entry in `classes` is then 0. `shares` are the probabilities
-    `(rows, num_classes)`, None for integers.
+    `(rows, num_classes)`, None for integers. `teacher` and `lesson` are None without a teacher.
     """
 
     classes: Any
@@ -70,9 +112,13 @@ class Targets:
     shares: Any
     num_classes: int
     smoothing: float
+    teacher: Teacher | None = None
+    lesson: Lesson | None = None
 
     @classmethod
-    def of(cls, labels: Any, num_classes: int, smoothing: float) -> Targets:
+    def of(
+        cls, labels: Any, num_classes: int, smoothing: float, teacher: Teacher | None = None
+    ) -> Targets:
         """Return the targets of `labels`, `(rows,)` or `(rows, num_classes)`."""
         if not 0.0 <= smoothing < 1.0:
             raise ValueError(
@@ -82,7 +128,7 @@ class Targets:
         if len(labels.shape) == 1:
             outside = names_no_class(labels, num_classes)
             classes = ops.cast(ops.where(outside, ops.zeros_like(labels), labels), "int32")
-            return cls(classes, outside, None, num_classes, smoothing)
+            return cls(classes, outside, None, num_classes, smoothing, teacher)
         if len(labels.shape) != 2 or labels.shape[1] != num_classes:
             raise ValueError(
                 "labels must be integers (rows,) or probabilities (rows, num_classes). "
@@ -91,14 +137,30 @@ class Targets:
             )
         shares = ops.cast(labels, "float32")
         classes = ops.cast(ops.argmax(shares, axis=-1), "int32")
-        return cls(classes, ops.zeros_like(classes) > 0, shares, num_classes, smoothing)
+        no_row = ops.zeros_like(classes) > 0
+        return cls(classes, no_row, shares, num_classes, smoothing, teacher)
 
     def map(self, function: Any) -> Targets:
         """Return the targets with `function` applied to every tensor."""
-        shares = None if self.shares is None else function(self.shares)
-        return Targets(
-            function(self.classes), function(self.outside), shares, self.num_classes, self.smoothing
+        shares, teacher = self.shares, self.teacher
+        return replace(
+            self,
+            classes=function(self.classes),
+            outside=function(self.outside),
+            shares=None if shares is None else function(shares),
+            teacher=teacher and teacher._replace(features=function(teacher.features)),
         )
+
+    def taught(self) -> Targets:
+        """Return the targets with what the teacher says of all their rows, if there is one."""
+        if self.teacher is None:
+            return self
+        log_shares = ops.log_softmax(self.teacher.logits(), axis=-1)
+        shares = ops.exp(log_shares)
+        # The share of a logit of -inf is 0, and adds 0 and not NaN.
+        terms = ops.where(shares > 0, shares * log_shares, 0.0)
+        negative_entropy = ops.sum(terms, axis=-1, keepdims=True)
+        return replace(self, lesson=Lesson(shares, negative_entropy, self.teacher.weight))
 
     def smooth_shares(self) -> Any:
         """Return the shares `(rows, num_classes)` after label smoothing."""

@@ -20,8 +20,12 @@ class _NestedModel(keras.Model):
 
     _modes: Mapping[str, str | None] = MappingProxyType({})  # of metrics per dim
 
-    def parts(self) -> tuple[Any, MatryoshkaHead | None]:
-        """Return the part that makes features, and the nested head; None without one."""
+    def parts(self, exit: str | None = None) -> tuple[Any, MatryoshkaHead | None]:
+        """Return the part that makes features, and the nested head; None without one.
+
+        Args:
+            exit: Name of an exit; None means the last.
+        """
         raise NotImplementedError
 
     def gallery_part(self) -> Any:

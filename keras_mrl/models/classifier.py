@@ -1,17 +1,16 @@
 """`MatryoshkaClassifier`: any Keras model as backbone, with a nested head.
 
 Where loss and metrics allow it, a training step goes from features to loss and metrics without the
-logits of the batch (`RowwiseStep`). `train_step` and `test_step` count themselves in
-`_rowwise_steps`, and while one runs, `call` returns the features and not the logits. The metrics
-are updated with the loss, from the values that they average.
+logits of the batch (`RowwiseStep`). `train_step` and `test_step` count themselves in `_steps`, and
+while one runs, `call` returns the features and not the logits. The metrics are updated with the
+loss, from the values that they average.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +23,10 @@ from ..layers.head import warn_frozen, with_embedding_of
 from ..losses import MatryoshkaLoss
 from ..losses.crossentropy import nested_crossentropy
 from ..losses.matryoshka import check_labels
-from ..losses.targets import check_form
+from ..losses.targets import Teacher, check_form
 from ..metrics import MatryoshkaMetric, as_weights_of, averaged_values
 from ._compiled import NestedMetrics, check_dims, nested_loss, nested_metrics
 from ._shapes import (
-    _NestedModel,
     as_shapes,
     inputs_like,
     known_input_shape,
@@ -36,6 +34,8 @@ from ._shapes import (
     output_shape,
 )
 from .cut import cut
+from .exit_training import ExitTraining, distillation_weight, pair_weights
+from .exits import LAST, _ModelWithExits, plans_config, plans_from_config
 
 _SPARSE = keras.losses.SparseCategoricalCrossentropy
 _DENSE = keras.losses.CategoricalCrossentropy
@@ -43,7 +43,7 @@ _DENSE = keras.losses.CategoricalCrossentropy
 
 @named_without_package
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class MatryoshkaClassifier(_NestedModel):
+class MatryoshkaClassifier(_ModelWithExits):
     """A backbone that makes features, and a `MatryoshkaHead` that reads their prefixes.
 
     `call` and `predict` return the logits of every dim. Compile it with a loss and metrics of
@@ -56,6 +56,11 @@ class MatryoshkaClassifier(_NestedModel):
         head: The nested head.
         pooling: A layer from what the backbone gives (a feature map, several tensors) to such
             features; None if it gives them itself.
+        exits: Where rows may leave before the end of a functional backbone, shallow to deep: names
+            of layers, whose output is pooled and goes through one dense layer; pairs of a name and
+            a Keras layer of your own from there to features; and before them, cheap Keras models
+            from the inputs to features. Each exit has a head like `head`. `call` and `predict`
+            answer with the last exit, `head`; `all_exits` with all.
         **kwargs: Arguments of every Keras model (`name`, `dtype`).
 
     Shapes:
@@ -63,7 +68,8 @@ class MatryoshkaClassifier(_NestedModel):
 
     Raises:
         TypeError: If `head` is not a `MatryoshkaHead` or `backbone` is not a Keras model.
-        ValueError: If the backbone's output is a feature map or more than one tensor. In `fit`, if
+        ValueError: If the backbone's output is a feature map or more than one tensor, or it cannot
+            be left at the exits. In `fit`, if
             there is no loss or one for a single dim, or in-memory integer labels name no class.
 
     Examples:
@@ -79,6 +85,7 @@ class MatryoshkaClassifier(_NestedModel):
         head: MatryoshkaHead,
         *,
         pooling: keras.layers.Layer | None = None,
+        exits: Sequence[Any] | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -97,8 +104,10 @@ class MatryoshkaClassifier(_NestedModel):
         self.backbone = backbone
         self.head = head
         self.pooling = pooling
+        self._take_exits(exits)
+        self.exit_heads: dict[str, MatryoshkaHead] = {}  # by the name of the exit
+        self._exit_training: ExitTraining | None = None
         self._rowwise: RowwiseStep | None = None
-        self._rowwise_steps = 0
         self._nested_metrics = NestedMetrics()
         # For `dims_per_step`: the same in every process, and so in every replica.
         self.seed_generator = keras.random.SeedGenerator(0)
@@ -107,8 +116,14 @@ class MatryoshkaClassifier(_NestedModel):
         if shape is not None and type(self).build is MatryoshkaClassifier.build:
             self.build(shape)
 
-    def parts(self) -> tuple[keras.layers.Layer, MatryoshkaHead]:
-        """Return the backbone, with the pooling after it if there is one, and the head."""
+    def parts(self, exit: str | None = None) -> tuple[keras.layers.Layer, MatryoshkaHead]:
+        """Return the backbone, with the pooling after it if there is one, and the head.
+
+        Args:
+            exit: Name of an exit, which has a backbone and a head of its own; None means the last.
+        """
+        if exit not in (None, LAST):
+            return self._exits_or_raise().backbone(exit), self.exit_heads[exit]
         if self.pooling is None:
             return self.backbone, self.head
         inputs = inputs_like(self.backbone)
@@ -122,26 +137,59 @@ class MatryoshkaClassifier(_NestedModel):
         if not self.head.built:
             self.head.build(features_shape)
         self._nested_metrics.set_dims(self.head.dims)
+        if self._exit_plans and self._exits is None:
+            self._build_exits(features_shape)
+
+    def _build_exits(self, features_shape: Any) -> None:
+        if len(features_shape) != 2 or self.head.embedding is not None:
+            raise ValueError(
+                "Exits classify whole rows by kernels of their own, from features (batch, width). "
+                f"Received: features of shape {tuple(features_shape)}, a head with "
+                f"embedding={self.head.embedding!r}. Leave exits out, or pool over time: "
+                "pooling=keras.layers.GlobalAveragePooling1D()."
+            )
+        dims = self.head.dims or ()
+        self._make_exits(self.backbone, self.pooling, dims[-1])
+        exits = self._exits_or_raise()
+        config = self.head.get_config()
+        for name, short in exits.short_names.items():
+            head = type(self.head).from_config({**config, "name": f"{short}_{self.head.name}"})
+            head.build(exits.features.output[name].shape)
+            self.exit_heads[name] = head
 
     def _features_shape(self, input_shape: Any) -> Any:
         shape = output_shape(self.backbone, input_shape)
         return shape if self.pooling is None else output_shape(self.pooling, shape)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        """Return the logits of every dim; within a step that needs no logits, the features."""
+        """Return the logits of every dim; within a step, the features if it needs no logits.
+
+        Within a step of a model with exits, the same of every exit by name.
+        """
         del mask  # Keras keeps masks on the tensors
         if training and not self._has_trainable_features():
             warn_frozen(self)
+        if self._steps and self._exits is not None and self._exit_training is not None:
+            features = self._exits.features(inputs, training=training)
+            return self._exit_training.outputs(features, training)
         features = self.backbone(inputs, training=training)
         if self.pooling is not None:
             features = self.pooling(features)
-        return features if self._rowwise_steps else self.head(features, training=training)
+        return features if self._steps else self.head(features, training=training)
 
     def _has_trainable_features(self) -> bool:
         parts = (self.backbone, self.pooling)
+        if self.exits and not self.head.trainable_weights:  # the exits alone are trained
+            return True
         return any(part.trainable_weights for part in parts if part is not None)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(
+        self,
+        *args: Any,
+        distillation: float | None = None,
+        pairs: Sequence[tuple[str, int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Configure training as `keras.Model.compile` does.
 
         A loss and metrics of Keras, or their names, are counted at every dim: "accuracy" logs
@@ -150,6 +198,19 @@ class MatryoshkaClassifier(_NestedModel):
         With a Keras cross-entropy, and metrics of a row's rank or loss (accuracy, top-k accuracy,
         cross-entropy, `Perplexity`), the logits of a batch are never in memory during `fit` and
         `evaluate`: see `nested_crossentropy`.
+
+        With exits, all exits and dims train together: the loss is the sum over pairs of an exit and
+        a dim, and metrics are logged as `<name>_<exit>_<dim>`, those of the last exit as
+        `<name>_<dim>`. Metrics of your own that read all dims are given the last exit.
+
+        Args:
+            *args: As of `keras.Model.compile`.
+            distillation: Weight of the divergence of every early exit from the last one at its
+                widest dim; no gradient of it reaches the last. None means 1 with a cross-entropy,
+                0 with any other loss.
+            pairs: The pairs of an exit and a dim that count; one that stands twice counts twice.
+                None means all pairs once, those of the last exit, "last", twice.
+            **kwargs: As of `keras.Model.compile`.
         """
         arguments = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
         arguments.pop("self")
@@ -170,25 +231,53 @@ class MatryoshkaClassifier(_NestedModel):
         self._rowwise = None
         if is_plain_head and not has_own_step:
             self._rowwise = rowwise_step(*(arguments.get(name) for name in names))
+        groups = tuple(
+            [m for m in keras.tree.flatten(arguments.get(name)) if isinstance(m, MatryoshkaMetric)]
+            for name in names[1:3]
+        )
+        self._compile_exits(groups, distillation, pairs)
 
-    def train_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Train on one batch, as Keras does on this backend."""
-        with self._rowwise_step():
-            return super().train_step(*args, **kwargs)
+    def _compile_exits(self, groups: Any, distillation: float | None, pairs: Any) -> None:
+        """Make the training of the exits, whose metrics are copies of the compiled `groups`."""
+        self._exit_arguments = {"distillation": distillation, "pairs": pairs}
+        self._exit_training = None
+        if self._exits is None:
+            given = [name for name, own in self._exit_arguments.items() if own is not None]
+            if given:
+                raise ValueError(
+                    f"{given[0]} is for a model with exits. "
+                    f"Received: {self.name!r}, which has none. Leave it out, or write "
+                    "MatryoshkaClassifier(..., exits=('conv4_block6_out',))."
+                )
+            return
+        if not isinstance(self.loss, MatryoshkaLoss):
+            return  # `fit` refuses it
+        names, dims = (*self._exits.names, LAST), self.head.dims or ()
+        self._exit_training = ExitTraining.of(
+            self.loss,
+            {**self.exit_heads, LAST: self.head},
+            pair_weights(pairs, names, dims),
+            distillation_weight(self.loss.loss, distillation),
+            groups,
+            self._rowwise,
+            self._exits.short_names,
+        )
+        self._modes = {**self._modes, **NestedMetrics(self._exit_training.copies).modes()}
 
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate one batch, as Keras does on this backend."""
-        with self._rowwise_step():
-            return super().test_step(*args, **kwargs)
+    @property
+    def metrics(self) -> list[Any]:
+        """Keras's own, and those of the exits."""
+        own = super().metrics
+        return own if self._exit_training is None else [*own, *self._exit_training.copies]
 
-    @contextlib.contextmanager
-    def _rowwise_step(self) -> Iterator[None]:
-        # A count and not a flag: replicas take turns within a step.
-        self._rowwise_steps += self._rowwise is not None
-        try:
-            yield
-        finally:
-            self._rowwise_steps -= self._rowwise is not None
+    def get_compile_config(self) -> Any:
+        """Return the arguments of `compile`."""
+        config = super().get_compile_config()
+        return {**config, **self._exit_arguments} if config and self._exits is not None else config
+
+    @property
+    def _has_own_steps(self) -> bool:
+        return self._rowwise is not None or self._exit_training is not None
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Return `(batch, num_dims, num_classes)`."""
@@ -204,7 +293,10 @@ class MatryoshkaClassifier(_NestedModel):
     ) -> Any:
         """Return the compiled loss, over the dims that the step draws if the loss draws any."""
         seed = self.seed_generator if training else None
-        if self._rowwise_steps and self._rowwise is not None:
+        if self._steps and self._exit_training is not None:
+            own = self._exit_training.compute_loss(y_pred, y, sample_weight, seed, training)
+            return own + self._added_losses()
+        if self._steps and self._rowwise is not None:
             loss = self._rowwise.compute_loss(self.head, y_pred, y, sample_weight, seed, training)
             return loss + self._added_losses()
         if not isinstance(self.loss, MatryoshkaLoss) or self.loss.dims_per_step is None:
@@ -220,7 +312,9 @@ class MatryoshkaClassifier(_NestedModel):
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
     ) -> dict[str, Any]:
         """Return the log of a step; if it needed no logits, `compute_loss` updated the metrics."""
-        if self._rowwise_steps:
+        if self._steps and self._exit_training is not None:
+            y_pred = y_pred[LAST]
+        if self._steps and self._rowwise is not None:
             # Keras builds and names the metrics by a batch; one without rows changes no metric.
             y, y_pred = y[:0], _logits_of_no_row(y_pred, self.head)
             sample_weight = None if sample_weight is None else sample_weight[:0]
@@ -247,9 +341,23 @@ class MatryoshkaClassifier(_NestedModel):
             check_labels(self.loss, y, self.output_shape)
         return x
 
-    def at(self, dim: int) -> keras.Model:
-        """Return a plain Keras model cut to `dim`: see `keras_mrl.cut`."""
-        return cut(self, dim)
+    def at(self, dim: int, exit: str | None = None) -> keras.Model:
+        """Return a plain Keras model cut to `dim`, and to an exit: see `keras_mrl.cut`."""
+        return cut(self, dim, exit=exit)
+
+    def all_exits(self) -> keras.Model:
+        """Return a Keras model that answers with all exits, on the layers of this one.
+
+        Its output is `{exit: logits}`, with logits `(batch, num_dims, num_classes)`; the last exit
+        stands under `"last"`. What it predicts for a holdout is what cascades are learned on.
+
+        Raises:
+            ValueError: If the model has no exits.
+        """
+        features = self._exits_or_raise().features
+        heads = {**self.exit_heads, LAST: self.head}
+        logits = {name: heads[name](own) for name, own in features.output.items()}
+        return keras.Model(features.input, logits, name=f"{self.name}_all_exits")
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this model again."""
@@ -258,6 +366,7 @@ class MatryoshkaClassifier(_NestedModel):
             "backbone": keras.saving.serialize_keras_object(self.backbone),
             "head": keras.saving.serialize_keras_object(self.head),
             "pooling": keras.saving.serialize_keras_object(self.pooling),
+            "exits": plans_config(self._exit_plans) or None,
         }
 
     @classmethod
@@ -267,7 +376,9 @@ class MatryoshkaClassifier(_NestedModel):
         head_config = with_embedding_of(backbone, config["head"])
         head = keras.saving.deserialize_keras_object(head_config, custom_objects)
         pooling = keras.saving.deserialize_keras_object(config.get("pooling"), custom_objects)
-        return cls(**{**config, "backbone": backbone, "head": head, "pooling": pooling})
+        exits = plans_from_config(config.get("exits"), custom_objects) or None
+        parts = {"backbone": backbone, "head": head, "pooling": pooling, "exits": exits}
+        return cls(**{**config, **parts})
 
 
 # A subclass that overrides one of these is given logits.
@@ -342,6 +453,8 @@ class RowwiseStep:
         sample_weight: Any,
         seed: Any,
         training: bool,
+        weights: Any = None,
+        teacher: Teacher | None = None,
     ) -> Any:
         """Return the loss of a batch, and update the metrics with it.
 
@@ -352,6 +465,8 @@ class RowwiseStep:
             sample_weight: None, `(batch,)`, or one per label.
             seed: The seed of `dims_per_step`; None in evaluation.
             training: Whether the loss has a gradient.
+            weights: The weight of every dim; None means those of the loss.
+            teacher: As for `nested_crossentropy`.
         """
         dims, config = head.dims or (), self.loss.loss.get_config()
         for metric in (*self.metrics, *self.weighted_metrics):
@@ -371,10 +486,11 @@ class RowwiseStep:
             biases or None,
             targets,
             dims,
-            weights=self.loss.weights_for(len(dims), seed),
+            weights=self.loss.weights_for(len(dims), seed) if weights is None else weights,
             row_weights=ops.reshape(row_weights, (-1,)),
             label_smoothing=config.get("label_smoothing", 0.0),
             training=training,
+            teacher=teacher,
         )
         shape = (*ops.shape(like), len(dims))
         losses, ranks = ops.reshape(result.losses, shape), ops.reshape(result.ranks, shape)

@@ -71,7 +71,11 @@ def _owner_of(model: keras.Model, name: str) -> keras.Model | None:
 
 
 def split(
-    model: keras.Model, output: str | None = None, *, other_tower: bool = False
+    model: keras.Model,
+    output: str | None = None,
+    *,
+    other_tower: bool = False,
+    exit: str | None = None,
 ) -> tuple[keras.Model, MatryoshkaHead | None]:
     """Return the part of `model` that makes features, and its nested head.
 
@@ -81,6 +85,7 @@ def split(
         output: Which output, if there are several: its key, or the name that Keras has for it.
         other_tower: Whether to return the part that makes features of positives and of galleries:
             the other tower of a `MatryoshkaEncoder` of two, and the same part of any other model.
+        exit: Name of an exit of a model with exits; None means the last.
 
     Returns:
         The backbone and the head. Of a `MatryoshkaEncoder` one of its towers and None; of any other
@@ -104,8 +109,13 @@ def split(
     """
     if is_plain_nested(model):
         check_output(model, output, [])
-        backbone, head = model.parts()
+        backbone, head = model.parts(exit)
         return (gallery_backbone(model, backbone) if other_tower else backbone), head
+    if exit is not None:
+        raise ValueError(
+            "Only a MatryoshkaClassifier or MatryoshkaEncoder has exits. "
+            f"Received: exit={exit!r} for {type(model).__name__} {model.name!r}. Leave exit out."
+        )
     if output is None and not holds_head(model):
         return model, None
     inputs, tensors = graph_of(model)
@@ -153,7 +163,9 @@ def as_model(backbone: keras.layers.Layer) -> keras.Model:
     return backbone if hasattr(backbone, "predict") else keras.Sequential([backbone])
 
 
-def cut(model: keras.Model, dim: int, output: str | None = None) -> keras.Model:
+def cut(
+    model: keras.Model, dim: int, output: str | None = None, *, exit: str | None = None
+) -> keras.Model:
     """Return a plain Keras model of one dim, which loads without keras_mrl.
 
     It shares nothing with `model`: it can be quantised, frozen or trained on by itself.
@@ -162,6 +174,7 @@ def cut(model: keras.Model, dim: int, output: str | None = None) -> keras.Model:
         model: A built model that `split` finds a nested head in.
         dim: One of the head's dims.
         output: Which of several outputs; None means all of them.
+        exit: Name of an exit, after which the model ends; None means the last.
 
     Returns:
         A model from inputs to logits `(batch, num_classes)`: a copy of the backbone, which must be
@@ -184,7 +197,7 @@ def cut(model: keras.Model, dim: int, output: str | None = None) -> keras.Model:
         inputs, tensors = graph_of(model)
         if len(tensors) > 1:
             return _cut_all(model, dim, inputs, tensors)
-    backbone, head = split(model, output)
+    backbone, head = split(model, output, exit=exit)
     if head is None:
         raise ValueError(
             "Only a model that ends in a MatryoshkaHead can be cut to a dim. "
@@ -198,7 +211,8 @@ def cut(model: keras.Model, dim: int, output: str | None = None) -> keras.Model:
     inputs = inputs_like(backbone)
     # A name unlike the backbone's, and unique in the model.
     logits = _logits_at(head, dim, backbone(inputs), f"{backbone.name}_head")
-    return keras.Model(inputs, logits, name=f"{model.name}_{dim}")
+    name = f"{model.name}_{dim}" if exit is None else f"{model.name}_{exit}_{dim}"
+    return keras.Model(inputs, logits, name=name)
 
 
 def embedder(

@@ -13,7 +13,8 @@ from ..losses import ContrastiveLoss, MatryoshkaEmbeddingLoss, SupervisedContras
 from ..losses.candidates import IDS, PROBABILITY
 from ..losses.similarity import check_temperature
 from ..losses.weights import _RowLoss
-from ._shapes import _NestedModel, as_shapes, known_input_shape, named_without_package, output_shape
+from ._shapes import as_shapes, known_input_shape, named_without_package, output_shape
+from .exits import LAST, _ModelWithExits, plans_config, plans_from_config
 from .sides import are_sides, sides_of
 
 _LOSSES = (ContrastiveLoss, SupervisedContrastiveLoss, MatryoshkaEmbeddingLoss)
@@ -22,7 +23,7 @@ _MAX_LOG_SCALE = math.log(100.0)  # as in CLIP: below a temperature of 0.01 roun
 
 @named_without_package
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class MatryoshkaEncoder(_NestedModel):
+class MatryoshkaEncoder(_ModelWithExits):
     """A model of embeddings that are compared by their prefixes.
 
     For a `ContrastiveLoss`, `fit` takes pairs `(anchors, positives)`, and after these any number of
@@ -45,6 +46,9 @@ class MatryoshkaEncoder(_NestedModel):
         other_tower: A model of the same width for positives and negatives; None means `tower`.
         initial_temperature: Start of a learned temperature, which replaces that of the loss; None
             means that it is not learned.
+        exits: Where rows may leave before the end of a functional `tower`: see
+            `MatryoshkaClassifier`. Each exit gives an embedding of the tower's width. `predict`
+            answers with the last exit, `all_exits` with all. One tower only.
         **kwargs: Arguments of every Keras model (`name`, `dtype`).
 
     Shapes:
@@ -73,6 +77,7 @@ class MatryoshkaEncoder(_NestedModel):
         other_tower: keras.layers.Layer | None = None,
         *,
         initial_temperature: float | None = None,
+        exits: Any = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -86,6 +91,13 @@ class MatryoshkaEncoder(_NestedModel):
         self.tower = tower
         self.other_tower = None if other_tower is tower else other_tower
         self.initial_temperature = initial_temperature
+        self._take_exits(exits)
+        if self.exits and other_tower is not None:
+            raise ValueError(
+                "The exits of a MatryoshkaEncoder are those of its one tower. "
+                f"Received: exits={self.exits} and an other_tower. Leave one of both out."
+            )
+        self._distillation: float | None = None
         if initial_temperature is not None:
             start = -math.log(_check_initial_temperature(initial_temperature))
             self._log_scale = self.add_weight(
@@ -97,15 +109,17 @@ class MatryoshkaEncoder(_NestedModel):
             )
         # For `dims_per_step`: the same in every process, and so in every replica.
         self.seed_generator = keras.random.SeedGenerator(0)
-        self._recall = _Recall(())
+        self._recall = {LAST: _Recall(())}
         is_one = self.other_tower is None
         shapes = [known_input_shape(model) for model in self._towers(1 if is_one else 2)]
         # A subclass may build what its constructor has yet to make.
         if None not in shapes and type(self).build is MatryoshkaEncoder.build:
             self.build(shapes[0] if is_one else shapes)
 
-    def parts(self) -> tuple[keras.layers.Layer, None]:
+    def parts(self, exit: str | None = None) -> tuple[keras.layers.Layer, None]:
         """Return the tower, and None: there is no head."""
+        if exit not in (None, LAST):
+            return self._exits_or_raise().backbone(str(exit)), None
         return self.tower, None
 
     def gallery_part(self) -> keras.layers.Layer | None:
@@ -126,21 +140,29 @@ class MatryoshkaEncoder(_NestedModel):
                 f"Received: widths {widths[0]} and {widths[1]}. "
                 "End them in layers of as many units."
             )
+        if self._exit_plans and self._exits is None:
+            self._make_exits(self.tower, None, widths[0])
 
     def _towers(self, num_sides: int) -> list[Any]:
         other = self.tower if self.other_tower is None else self.other_tower
         return [self.tower, *[other] * (num_sides - 1)]
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """Return embeddings, `(batch, width)`; of several sides, `(batch, sides, width)`."""
+        """Return embeddings, `(batch, width)`; of several sides, `(batch, sides, width)`.
+
+        Within a step of a model with exits, the same of every exit by name.
+        """
         sides = sides_of(inputs)
+        within_step = self._steps and self._exits is not None
+        towers = self._towers(len(sides or [inputs]))
+        towers = [self._exits_or_raise().features] if within_step else towers
         if sides is None:
-            return self.tower(inputs, training=training)
-        towers = self._towers(len(sides))
-        return ops.stack(
-            [tower(side, training=training) for tower, side in zip(towers, sides, strict=True)],
-            axis=1,
-        )
+            return towers[0](inputs, training=training)
+        towers = towers * len(sides) if within_step else towers
+        made = [tower(side, training=training) for tower, side in zip(towers, sides, strict=True)]
+        if within_step:
+            return {name: ops.stack([own[name] for own in made], axis=1) for name in made[0]}
+        return ops.stack(made, axis=1)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Return `(batch, width)` or `(batch, sides, width)`."""
@@ -155,8 +177,30 @@ class MatryoshkaEncoder(_NestedModel):
             return None
         return ops.exp(-ops.convert_to_tensor(self._log_scale))
 
-    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **kwargs: Any) -> None:
-        """Compile as Keras does, with one of the losses on embeddings."""
+    @property
+    def _has_own_steps(self) -> bool:
+        return self._exits is not None
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        *,
+        distillation: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Compile as Keras does, with one of the losses on embeddings.
+
+        With exits, the loss is the sum over the exits, that of the last exit twice.
+
+        Args:
+            optimizer: As of `keras.Model.compile`.
+            loss: A contrastive loss, or a `MatryoshkaEmbeddingLoss`.
+            distillation: Weight of the divergence of the similarities that an early exit gives to
+                the rows of a batch, from those of the last exit at its widest dim. No gradient of
+                it reaches the last exit. None means 1 with a contrastive loss.
+            **kwargs: As of `keras.Model.compile`.
+        """
         if not isinstance(loss, _LOSSES):
             names = ", ".join(kind.__name__ for kind in _LOSSES)
             raise ValueError(
@@ -166,13 +210,19 @@ class MatryoshkaEncoder(_NestedModel):
         _refuse_accuracy([kwargs.get("metrics"), kwargs.get("weighted_metrics")])
         super().compile(optimizer, loss, **kwargs)
         has_hits = not isinstance(loss, MatryoshkaEmbeddingLoss)
-        self._recall = _Recall(loss.trained_dims if has_hits else ())
-        self._modes = {"recall": "max"}
+        self._distillation = distillation
+        self._teaching = _teaching_weight(distillation, has_hits, bool(self.exits))
+        dims = loss.trained_dims if has_hits else ()
+        self._recall = {LAST: _Recall(dims)}
+        if self._exits is not None:
+            for name, short in self._exits.short_names.items():
+                self._recall[name] = _Recall(dims, f"recall_{short}")
+        self._modes = {own.stem: "max" for own in self._recall.values()}
 
     @property
     def metrics(self) -> list[Any]:
-        """Keras's own, and one recall per dim of the compiled loss."""
-        return [*super().metrics, *self._recall.means]
+        """Keras's own, and one recall per exit and dim of the compiled loss."""
+        return [*super().metrics, *(mean for own in self._recall.values() for mean in own.means)]
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does; raise for weights and ids that mean something else."""
@@ -231,11 +281,61 @@ class MatryoshkaEncoder(_NestedModel):
         if len(data) == 1:  # before the first step Keras tries the loss on a batch as it came
             y_pred, y, sample_weight = self(data[0], training=training), None, None
         seed = self.seed_generator if training else None
-        losses, hits = self.loss.measure(y, y_pred, seed, self.temperature)
-        if hits is not None:
-            self._recall.add(hits)
+        outputs = y_pred if isinstance(y_pred, dict) else {LAST: y_pred}
+        total: Any = 0.0
+        for name, embeddings in outputs.items():
+            losses, hits = self.loss.measure(y, embeddings, seed, self.temperature)
+            if hits is not None:
+                self._recall[name].add(hits)
+            total = total + (losses if name != LAST or len(outputs) == 1 else 2 * losses)
+            if name != LAST and self._teaching:
+                divergences = self.loss.divergences(embeddings, outputs[LAST], self.temperature)
+                total = total + self._teaching * divergences
         reduced_loss = _RowLoss(lambda losses, _: losses, self.loss)
-        return reduced_loss(losses, y_pred, sample_weight=sample_weight) + sum(self.losses)
+        return reduced_loss(total, outputs[LAST], sample_weight=sample_weight) + sum(self.losses)
+
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
+    ) -> dict[str, Any]:
+        """Return the log of a step; metrics of the caller's own are given the last exit."""
+        last = y_pred[LAST] if isinstance(y_pred, dict) else y_pred
+        return super().compute_metrics(x, y, last, sample_weight)
+
+    def get_compile_config(self) -> Any:
+        """Return the arguments of `compile`."""
+        config = super().get_compile_config()
+        return {**config, "distillation": self._distillation} if config else config
+
+    def at(self, dim: int, exit: str | None = None) -> keras.Model:
+        """Return a plain Keras model from inputs to the first `dim` coordinates of an exit.
+
+        It shares the layers of the tower, and holds none behind the exit.
+
+        Args:
+            dim: How many coordinates.
+            exit: Name of the exit; None means the last.
+
+        Raises:
+            ValueError: If there is no such exit, or the embedding is narrower.
+        """
+        features = self._exits_or_raise().backbone(LAST if exit is None else exit)
+        if not 0 < dim <= features.output_shape[-1]:
+            raise ValueError(
+                f"dim must lie in 1..{features.output_shape[-1]}, the width of the embedding. "
+                f"Received: dim={dim!r}. Give a smaller one."
+            )
+        return keras.Model(
+            features.input, features.output[..., :dim], name=f"{self.name}_{exit or LAST}_{dim}"
+        )
+
+    def all_exits(self) -> keras.Model:
+        """Return a Keras model that answers with all exits: `{exit: embeddings (batch, width)}`.
+
+        Raises:
+            ValueError: If the model has no exits.
+        """
+        features = self._exits_or_raise().features
+        return keras.Model(features.input, features.output, name=f"{self.name}_all_exits")
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this model again."""
@@ -246,6 +346,7 @@ class MatryoshkaEncoder(_NestedModel):
             "other_tower": keras.saving.serialize_keras_object(self.other_tower),
             "initial_temperature": self.initial_temperature,
             **({"shared_layers": shared} if shared else {}),
+            "exits": plans_config(self._exit_plans) or None,
         }
 
     @classmethod
@@ -261,18 +362,40 @@ class MatryoshkaEncoder(_NestedModel):
             config["other_tower"] = keras.models.clone_model(
                 towers["other_tower"], clone_function=lambda own: shared.get(own.name, own)
             )
+        config["exits"] = plans_from_config(config.get("exits"), custom_objects) or None
         return cls(**config)
 
 
 class _Recall:
     """One mean per dim; Keras does not track this object, so `compile` may replace it."""
 
-    def __init__(self, dims: tuple[int, ...]) -> None:
-        self.means = [keras.metrics.Mean(name=f"recall_{dim}") for dim in dims]
+    def __init__(self, dims: tuple[int, ...], stem: str = "recall") -> None:
+        self.stem = stem
+        self.means = [keras.metrics.Mean(name=f"{stem}_{dim}") for dim in dims]
 
     def add(self, hits: Any) -> None:
         for index, mean in enumerate(self.means):
             mean.update_state(hits[index])
+
+
+def _teaching_weight(distillation: float | None, is_contrastive: bool, has_exits: bool) -> float:
+    """Return the weight of the divergence from the last exit."""
+    if distillation is None:
+        return float(is_contrastive)
+    is_number = isinstance(distillation, (int, float)) and not isinstance(distillation, bool)
+    if not is_number or not 0 <= distillation < float("inf"):
+        raise ValueError(
+            "distillation must be a number of at least 0. "
+            f"Received: distillation={distillation!r}. Give for example 1.0, or 0 for none."
+        )
+    if distillation and not (is_contrastive and has_exits):
+        raise ValueError(
+            "Exits learn from the similarities that the last exit gives to a batch. "
+            f"Received: distillation={distillation!r} "
+            + ("with a MatryoshkaEmbeddingLoss." if has_exits else "for a model without exits.")
+            + " Leave distillation out."
+        )
+    return float(distillation)
 
 
 def _bounded_log_scale(log_scale: Any) -> Any:

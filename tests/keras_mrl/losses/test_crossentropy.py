@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from keras_mrl import nested_crossentropy
-from keras_mrl.losses import first_boosted
+from keras_mrl.losses import Teacher, first_boosted
 from tests.helpers import reference
 from tests.helpers.differentiate import value, value_and_gradient
 from tests.helpers.laws import exactly
@@ -242,3 +242,74 @@ def test_features_that_are_not_finite_are_seen_even_in_a_row_of_weight_zero(tied
     arguments = {"row_weights": ops.convert_to_tensor(weights)}
     assert np.isfinite(float(fused(tied, X, **arguments)[0]))
     assert np.isnan(float(fused(tied, broken, **arguments)[0]))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("chunk_rows", "labels", "smoothing"),
+    [(None, Y, 0.0), (4, Y, 0.2), (1, SHARES, 0.0)],
+    ids=["at once", "by chunks, smoothed", "row by row, shares"],
+)
+def test_a_teacher_adds_its_divergence_and_gets_no_gradient(
+    tied: bool, chunk_rows: int | None, labels: Any, smoothing: float
+) -> None:
+    kernels, biases = parameters(tied)
+    own_kernel = RANDOM.normal(size=(WIDTH, CLASSES)).astype("float32")
+    other_x = RANDOM.normal(size=(ROWS, WIDTH)).astype("float32")
+    dense = labels if labels.ndim == 2 else np.eye(CLASSES, dtype="float32")[labels]
+
+    def teacher(features: Any, weight: float) -> Teacher:
+        return Teacher(features, ops.convert_to_tensor(own_kernel), BIASES[0], weight)
+
+    def plain(features: Any, *rest: Any) -> Any:
+        taught = ops.softmax(teacher(ops.convert_to_tensor(other_x), 1.0).logits())
+        total: Any = 0.0
+        for m, dim in enumerate(DIMS):
+            n = 0 if tied else m
+            logits = features[:, :dim] @ rest[n][:dim] + rest[len(kernels) + n]
+            hard = ops.categorical_crossentropy(
+                dense * (1 - smoothing) + smoothing / CLASSES, logits, from_logits=True
+            )
+            soft = keras.losses.kl_divergence(taught, ops.softmax(logits))
+            total = total + ops.sum(ops.convert_to_tensor(R) * (hard + 0.5 * soft))
+        return total
+
+    def chunked(features: Any, *rest: Any) -> Any:
+        cut = len(kernels)
+        return nested_crossentropy(
+            features,
+            rest[:cut],
+            rest[cut:],
+            ops.convert_to_tensor(labels),
+            DIMS,
+            row_weights=ops.convert_to_tensor(R),
+            label_smoothing=smoothing,
+            chunk_rows=chunk_rows,
+            teacher=teacher(ops.convert_to_tensor(other_x), 0.5),
+        ).loss
+
+    arguments = [X, *kernels, *biases]
+    loss, gradient = value_and_gradient(chunked, arguments)
+    right_loss, right_gradient = value_and_gradient(plain, arguments)
+    np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
+    for own, right in zip(gradient, right_gradient, strict=True):
+        np.testing.assert_allclose(own, right, rtol=1e-4, atol=1e-5)
+
+    def of_teacher(features: Any) -> Any:
+        return nested_crossentropy(
+            X, kernels, biases, Y, DIMS, teacher=teacher(features, 1.0), chunk_rows=chunk_rows
+        ).loss
+
+    # A linear term, so that no backend says that nothing depends on the features.
+    _, [to_teacher] = value_and_gradient(lambda x: of_teacher(x) + ops.sum(x), [other_x])
+    np.testing.assert_array_equal(to_teacher, np.ones_like(other_x))
+
+
+def test_a_teacher_changes_no_loss_of_a_row() -> None:
+    teacher = Teacher(X, UNTIED[0][:1].repeat(WIDTH, axis=0), None, 3.0)
+    alone, taught = (
+        nested_crossentropy(X, UNTIED, BIASES, Y, DIMS, teacher=own) for own in (None, teacher)
+    )
+    np.testing.assert_array_equal(alone.losses, taught.losses)
+    np.testing.assert_array_equal(alone.ranks, taught.ranks)
+    assert float(taught.loss) > float(alone.loss)

@@ -27,6 +27,7 @@ POSITIVES = ANCHORS + 0.1 * RANDOM.normal(size=(16, 5)).astype("float32")
 NEGATIVES = RANDOM.normal(size=(16, 5)).astype("float32")
 SIDES = {"anchor": ANCHORS, "positive": POSITIVES, "negative": NEGATIVES}
 LABELS = np.arange(16) // 4
+X = ANCHORS[:12]
 EAGERLY = keras.backend.backend() != "jax"  # which compiles one by one what it runs one by one
 
 
@@ -394,7 +395,7 @@ def test_candidates_that_mean_something_else_are_refused(known: Any, sentence: s
             method((ANCHORS, POSITIVES), known, verbose=0)
 
 
-def compile_with(loss: Any, **metrics: list[str]) -> None:
+def compile_with(loss: Any, **metrics: Any) -> None:
     MatryoshkaEncoder(tower()).compile("sgd", loss, **metrics)
 
 
@@ -504,3 +505,85 @@ def test_ids_that_a_backend_would_change_are_refused(labels: Any, received: str)
     )
     with pytest.raises(ValueError, match=exactly(text)):
         encoder.fit(ANCHORS, labels, verbose=0)
+
+
+def with_exits(**arguments: Any) -> Any:
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((5,), name="x")
+    hidden = keras.layers.Dense(6, activation="tanh", name="first_out")(inputs)
+    tower = keras.Model(inputs, keras.layers.Dense(8, name="out")(hidden))
+    front = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)], name="front")
+    return MatryoshkaEncoder(tower, exits=[front, "first_out"], **arguments)
+
+
+def numpy_by_exit(outputs: Any) -> dict[str, Any]:
+    return {name: as_numpy(own) for name, own in outputs.items()}
+
+
+def divergence(rows: Any, candidates: Any, taught: Any, others: Any, scale: float) -> Any:
+    """The mean over rows in float64, at one dim."""
+
+    def log_shares(a: Any, b: Any) -> Any:
+        a, b = (own / np.linalg.norm(own, axis=1, keepdims=True) for own in (a, b))
+        logits = a.astype("float64") @ b.T * scale
+        return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+    own, right = log_shares(rows, candidates), log_shares(taught, others)
+    return (np.exp(right) * (right - own)).sum(1).mean()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_exits_train_together_and_learn_from_the_last(chunk_size: int | None) -> None:
+    encoder = with_exits()
+    dims = (2, 8)
+    loss = ContrastiveLoss(dims, temperature=0.5, chunk_size=chunk_size)
+    encoder.compile(keras.optimizers.SGD(0.1), loss, run_eagerly=EAGERLY)
+    pair = X, X + 0.1
+    sides = [numpy_by_exit(encoder.all_exits()(side)) for side in pair]
+    expected = 0.0
+    for name in ("front", "first_out", "last"):
+        anchors, positives = (side[name] for side in sides)
+        alone = loss(None, np.stack([anchors, positives], axis=1))
+        expected += (1 + (name == "last")) * float(alone)
+        for dim in dims if name != "last" else ():
+            expected += divergence(
+                anchors[:, :dim], positives[:, :dim], sides[0]["last"], sides[1]["last"], 2.0
+            )
+    log = encoder.evaluate(x=pair, batch_size=12, verbose=0, return_dict=True)
+    assert log.pop("loss") == pytest.approx(expected, rel=1e-4)
+    names = {f"recall{short}_{dim}" for short in ("", "_front", "_first_out") for dim in dims}
+    assert set(log) == names
+    before = [np.array(weight) for weight in encoder.get_weights()]
+    encoder.fit(x=pair, verbose=0)
+    assert not any(map(np.array_equal, before, encoder.get_weights()))
+
+
+def test_exits_of_labels_save_load_and_are_cut(tmp_path: Path) -> None:
+    encoder = with_exits(initial_temperature=0.2)
+    loss = SupervisedContrastiveLoss((2, 8))
+    encoder.compile("sgd", loss, distillation=0.5, run_eagerly=EAGERLY)
+    encoder.fit(X, np.arange(12) % 3, verbose=0)
+    embeddings = numpy_by_exit(encoder.all_exits()(X))
+    np.testing.assert_allclose(embeddings["last"], as_numpy(encoder(X)), 1e-6)
+    plain = encoder.at(exit="first_out", dim=2)
+    np.testing.assert_allclose(as_numpy(plain(X)), embeddings["first_out"][:, :2], 1e-6)
+    backbone, head = split(encoder, exit="first_out")
+    np.testing.assert_allclose(as_numpy(backbone(X)), embeddings["first_out"], 1e-6)
+    assert head is None
+    encoder.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for name, own in numpy_by_exit(loaded.all_exits()(X)).items():
+        np.testing.assert_array_equal(own, embeddings[name])
+    labels = np.arange(12) % 3
+    losses = [own.evaluate(X, labels, verbose=0)[0] for own in (loaded, encoder)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_exits_of_two_towers_are_refused() -> None:
+    other = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)])
+    sentence = (
+        "The exits of a MatryoshkaEncoder are those of its one tower. "
+        "Received: exits=('front', 'first_out') and an other_tower. Leave one of both out."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        with_exits(other_tower=other)
