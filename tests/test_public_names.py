@@ -137,6 +137,7 @@ PUBLIC = {
         "oracle_report",
         "read_image",
         "search_cascades",
+        "stage_logits",
         "served_image",
         "truncate",
     },

@@ -19,7 +19,7 @@ from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, log_spaced_dims
 from keras_mrl._dims import check_weights
 from keras_mrl.models.activation import activation_of, check_activation
 from keras_mrl_serving import contract
-from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_serving.cascade.policy import CascadePolicy, check_no_exits
 from keras_mrl_serving.contract import (
     as_int,
     check_dims,
@@ -274,6 +274,9 @@ def check_head_arguments(
             "Received: a model that does not end in a MatryoshkaHead. "
             "Leave them out, or export a MatryoshkaClassifier."
         )
+    if policy is not None:
+        remedy = "Learn one on the dims of the model: CascadePolicy.learn(logits, labels, dims)."
+        check_no_exits(policy, "classify_adaptive", remedy)
     if policy is not None and not set(policy.dims) <= set(dims):
         raise ValueError(
             "The policy's dims must be exported dims. "

@@ -28,7 +28,7 @@ from keras_mrl_serving import (
     oracle_report,
     search_cascades,
 )
-from keras_mrl_serving.cascade.certify import least_rows
+from keras_mrl_serving.cascade.bounds import least_rows
 
 from ..baselines import low_rank_head, principal_components, random_probe
 from ..evaluation import (

@@ -71,7 +71,7 @@ class TokenScores:
 
     def _route(self, policy: CascadePolicy) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The column of each stage, and the stage each token stops at."""
-        scored = set(policy.dims) <= set(self.dims)
+        scored = set(policy.dims) <= set(self.dims) and not policy.has_exits
         if not scored or any(stage.temperature != 1 for stage in policy.stages):
             raise ValueError(
                 "A policy for these scores asks scored dims, at temperature 1. "

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mrl_serving.cascade.confidence import softmax
-from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_serving.cascade.policy import CascadePolicy, check_no_exits
 from keras_mrl_serving.contract import check_positive_integer
 
 from .._arrays import head_arrays
@@ -134,6 +134,7 @@ class AdaptiveDecoder:
                 "A decoder needs a built language model that ends in a MatryoshkaHead. "
                 f"Received: {type(model).__name__} {model.name!r}. Train it, or call it on a batch."
             )
+        check_no_exits(policy, "A decoder", "Learn one: learn_decoding_policy(scores).")
         self._heads = [head_arrays(head, dim) for dim in policy.dims]
 
     def __call__(self, tokens: npt.NDArray[np.int32]) -> tuple[Ids, Ids]:

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from .cascade.policy import CascadePolicy as CascadePolicy
     from .cascade.policy import CascadeReport as CascadeReport
     from .cascade.policy import Guarantee as Guarantee
-    from .cascade.policy import Stage as Stage
     from .cascade.search import CascadeFront as CascadeFront
     from .cascade.search import search_cascades as search_cascades
+    from .cascade.stages import Stage as Stage
+    from .cascade.stages import stage_logits as stage_logits
     from .client import Client as Client
     from .contract import Manifest as Manifest
     from .embeddings import truncate as truncate
@@ -71,8 +72,9 @@ _NAMES = {
     "cascade.certify": "certify_cascade",
     "cascade.confidence": "fit_temperatures",
     "cascade.monitor": "Drift exit_drift oracle_report",
-    "cascade.policy": "CascadePolicy CascadeReport Guarantee Stage",
+    "cascade.policy": "CascadePolicy CascadeReport Guarantee",
     "cascade.search": "CascadeFront search_cascades",
+    "cascade.stages": "Stage stage_logits",
     "client": "Client",
     "contract": "Manifest",
     "embeddings": "truncate",

@@ -18,7 +18,7 @@ from .calls import Arrays as Arrays
 from .calls import AskManifest, AskSignatures, AskStatus, Output, Signature, VersionStatus
 from .calls import Call as Call
 from .cascade.confidence import confidence_in, softmax
-from .cascade.policy import CascadePolicy
+from .cascade.policy import CascadePolicy, check_no_exits
 from .contract import Manifest
 from .embeddings import check_finite
 from .errors import (
@@ -191,6 +191,13 @@ def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Fl
             f"policy must be a CascadePolicy. Received: {type(policy).__name__}. Learn one with "
             "CascadePolicy.learn, or read a manifest's with CascadePolicy.from_json."
         )
+    check_no_exits(
+        policy,
+        "A caller's policy",
+        "The server runs a backbone to its end, so such a policy has to be the model's own: "
+        "give it to export_saved_model.",
+        InvalidInputError,
+    )
     for stage in policy.stages:
         manifest.check_dim(stage.dim)
     arrays = check_inputs(manifest.inputs, inputs)

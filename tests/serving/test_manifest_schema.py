@@ -89,7 +89,7 @@ def test_its_stages_reports_and_funnels_are_those_of_the_code() -> None:
     cascade = SCHEMA["$defs"]["cascade"]["properties"]
     assert set(cascade) == set(LEARNED.to_json())
     stage = cascade["stages"]["items"]["properties"]
-    assert set(stage) == {field.name for field in fields(Stage)}
+    assert set(stage) == set(LEARNED.to_json()["stages"][0])
     funnel = SCHEMA["$defs"]["funnel"]["properties"]
     assert set(funnel) == set(FUNNEL.to_json())
 

@@ -6,13 +6,14 @@ manifest and the exported graph name the measures as here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..inputs import as_float32, as_float64, check_holdout
+from .stages import Logits, labelled_stages
 
 Floats = npt.NDArray[np.float32]
 
@@ -111,20 +112,22 @@ def confidence_of(measure: str, logits: npt.NDArray[Any], temperature: float = 1
     return confidence_in(measure, softmax(logits, temperature))
 
 
-def fit_temperatures(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[float, ...]:
-    """Return for each dim the temperature of least cross-entropy on a holdout.
+def fit_temperatures(logits: Logits, labels: npt.ArrayLike) -> tuple[float, ...]:
+    """Return for each stage the temperature of least cross-entropy on a holdout.
 
-    A temperature divides the logits of a dim. Nets are more confident than they are accurate, at
-    some dims more than at others; one number per dim corrects most of that and changes no class.
+    A temperature divides the logits of a stage. Nets are more confident than they are accurate, at
+    some stages more than at others; one number each corrects most of that and changes no class.
     Give the result, of numbers from 0.001 to 1,000, to `CascadePolicy.learn` or
     `search_cascades`.
 
     Args:
-        logits: What `predict` of the nested model returns for the holdout.
+        logits: What `predict` of the nested model returns for the holdout; or logits by stage, as
+            `stage_logits` makes them.
         labels: Class ids of the holdout, from 0.
 
     Shapes:
-        logits: `(rows, num_dims, num_classes)`. labels: `(rows,)`.
+        logits: `(rows, num_dims, num_classes)`, or `(rows, num_classes)` for each stage. labels:
+        `(rows,)`.
 
     Formula:
         T_m = argmin_T mean_i CE(softmax(logits_m / T); y_i), which is convex in 1/T
@@ -142,8 +145,11 @@ def fit_temperatures(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[floa
         >>> [round(t) for t in fit_temperatures(np.stack([scores, 5 * scores], axis=1), labels)]
         [1, 5]
     """
-    array = as_float32("logits", logits)
-    scores, truth = check_holdout(array, labels, array.shape[1] if array.ndim == 3 else 1)
+    if isinstance(logits, Mapping):
+        scores, truth, _ = labelled_stages(logits, labels, None)
+    else:
+        array = as_float32("logits", logits)
+        scores, truth = check_holdout(array, labels, array.shape[1] if array.ndim == 3 else 1)
     return tuple(_fit(scores[:, i].astype(np.float64), truth) for i in range(scores.shape[1]))
 
 
@@ -168,23 +174,23 @@ def _fit(scores: npt.NDArray[np.float64], truth: npt.NDArray[np.int64]) -> float
     return float(np.exp(-(low + high) / 2))
 
 
-def check_temperatures(temperatures: Sequence[float] | None, num_dims: int) -> tuple[float, ...]:
-    """Return one temperature per dim; ones for None.
+def check_temperatures(temperatures: Sequence[float] | None, num_stages: int) -> tuple[float, ...]:
+    """Return one temperature per stage; ones for None.
 
     Raises:
-        ValueError: If they are not one finite number above 0 per dim.
+        ValueError: If they are not one finite number above 0 per stage.
 
     Examples:
         >>> check_temperatures(None, 2)
         (1.0, 1.0)
     """
     if temperatures is None:
-        return (1.0,) * num_dims
+        return (1.0,) * num_stages
     checked = as_float64("temperatures", temperatures)
-    if checked.shape != (num_dims,) or not (np.isfinite(checked) & (checked > 0)).all():
+    if checked.shape != (num_stages,) or not (np.isfinite(checked) & (checked > 0)).all():
         raise ValueError(
-            "temperatures must be one finite number above 0 per dim. "
-            f"Received: temperatures={temperatures!r} for {num_dims} dims. "
+            "temperatures must be one finite number above 0 per stage. "
+            f"Received: temperatures={temperatures!r} for {num_stages} stages. "
             "Give what fit_temperatures returns."
         )
     return tuple(checked.tolist())

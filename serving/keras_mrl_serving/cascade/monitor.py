@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import check_dims
-from ..inputs import as_array, check_holdout
+from ..inputs import as_array
 from .policy import CascadePolicy, CascadeReport, report_exits
+from .stages import LAST_EXIT, Logits, labelled_stages
 
 _DRAWS = 9999
 
@@ -44,7 +44,13 @@ class Drift:
     size: int
 
 
-def exit_drift(policy: CascadePolicy, dims: npt.ArrayLike, seed: int = 0) -> Drift:
+def exit_drift(
+    policy: CascadePolicy,
+    dims: npt.ArrayLike,
+    seed: int = 0,
+    *,
+    exits: npt.ArrayLike | None = None,
+) -> Drift:
     """Compare where rows stop in production with where the policy's holdout stopped.
 
     Inputs that differ from those of the holdout shift the confidences, and with them the exits,
@@ -55,16 +61,18 @@ def exit_drift(policy: CascadePolicy, dims: npt.ArrayLike, seed: int = 0) -> Dri
         policy: A policy with the report of its holdout, as a manifest carries it.
         dims: The dim that decided each row: `dim` of the result of `classify_adaptive`.
         seed: Seed of the draws.
+        exits: Name of the exit that decided each row, "last" for the last, where the policy has
+            exits.
 
     Shapes:
-        dims: `(rows,)`.
+        dims, exits: `(rows,)`.
 
     Formula:
         chi-squared of the two rows of counts; its p-value is the share, among 9,999 draws of the
         production's count from all rows pooled, of those as large
 
     Raises:
-        ValueError: If the policy has no holdout, or `dims` are not rows of its dims.
+        ValueError: If the policy has no holdout, or `dims` and `exits` are not rows of its stages.
 
     Examples:
         >>> from keras_mrl_serving import CascadeReport, Stage
@@ -75,6 +83,10 @@ def exit_drift(policy: CascadePolicy, dims: npt.ArrayLike, seed: int = 0) -> Dri
         >>> drift = exit_drift(policy, [8] * 20 + [64] * 80)
         >>> round(drift.moved, 3), drift.p_value
         (0.3, 0.0001)
+        >>> policy = CascadePolicy(
+        ...     (Stage(64, 0.9, exit="early"), Stage(64, None)), holdout=holdout)
+        >>> exit_drift(policy, [64] * 100, exits=["early"] * 50 + ["last"] * 50).moved
+        0.0
     """
     if policy.holdout is None:
         raise ValueError(
@@ -88,9 +100,18 @@ def exit_drift(policy: CascadePolicy, dims: npt.ArrayLike, seed: int = 0) -> Dri
             f"Received: {stopped.dtype} of shape {stopped.shape}. "
             "Give client.classify_adaptive(...).dim."
         )
+    names = _exits_of(policy, exits, len(stopped))
     expected = np.asarray(policy.holdout.exit_fractions)
     counts_before = np.round(expected * policy.holdout.size).astype(np.int64)
-    counts_now = np.array([(stopped == dim).sum() for dim in policy.dims])
+    counts_now = np.array(
+        [((stopped == dim) & (names == (exit_ or LAST_EXIT))).sum() for exit_, dim in policy.keys]
+    )
+    if counts_now.sum() < len(stopped):
+        raise ValueError(
+            "Every row must have stopped at a stage of the policy. "
+            f"Received: {len(stopped) - counts_now.sum()} rows at other pairs of exit and dim than "
+            f"{policy.keys}. Give dims and exits of one answer by this policy."
+        )
     seen = counts_now / len(stopped)
     pooled = counts_before + counts_now
     draws = np.random.default_rng(seed).multivariate_hypergeometric(
@@ -111,21 +132,41 @@ def exit_drift(policy: CascadePolicy, dims: npt.ArrayLike, seed: int = 0) -> Dri
     )
 
 
+def _exits_of(
+    policy: CascadePolicy, exits: npt.ArrayLike | None, num_rows: int
+) -> npt.NDArray[np.str_]:
+    """Return the name of the exit that decided each row."""
+    if exits is None and not policy.has_exits:
+        return np.full(num_rows, LAST_EXIT)
+    names = [exit_ or LAST_EXIT for exit_, _ in policy.keys]
+    given = np.asarray([]) if exits is None else as_array("exits", exits)
+    if given.dtype.kind in "SO":
+        given = np.array([g.decode() if isinstance(g, bytes) else g for g in given.ravel()])
+    if given.shape != (num_rows,) or not np.isin(given, names).all():
+        received = "none" if exits is None else f"{given.dtype} of shape {given.shape}"
+        raise ValueError(
+            f"exits must be one of {', '.join(dict.fromkeys(names))} for each row of dims. "
+            f"Received: {received} for {num_rows} rows. "
+            "Give client.classify_adaptive(...).exit."
+        )
+    return given
+
+
 def oracle_report(
-    logits: npt.ArrayLike, labels: npt.ArrayLike, dims: Sequence[int]
+    logits: Logits, labels: npt.ArrayLike, dims: Sequence[int] | None = None
 ) -> CascadeReport:
     """Return the report of a router that knows the label: the ceiling of every cascade.
 
-    A row stops at the first dim that has it right, and at the first dim if none has: wider dims
+    A row stops at the first stage that has it right, and at the first if none has: later stages
     would only cost.
 
     Args:
-        logits: What `predict` of the nested model returns.
+        logits: As in `search_cascades`.
         labels: Class ids, from 0.
-        dims: The dims of the head.
+        dims: The dims of the head; left out where logits are by stage.
 
     Shapes:
-        logits: `(rows, num_dims, num_classes)`. labels: `(rows,)`.
+        logits: As in `search_cascades`. labels: `(rows,)`.
 
     Raises:
         ValueError: If shapes do not fit, there are no rows, or these are probabilities.
@@ -139,7 +180,6 @@ def oracle_report(
         >>> report.accuracy, report.full_accuracy, report.expected_dim
         (1.0, 1.0, 36.0)
     """
-    dims = check_dims(dims)
-    scores, truth = check_holdout(logits, labels, len(dims))
+    scores, truth, keys = labelled_stages(logits, labels, dims)
     is_right = np.argmax(scores, axis=-1) == truth[:, None]
-    return report_exits(dims, np.argmax(is_right, axis=1), is_right)
+    return report_exits([dim for _, dim in keys], np.argmax(is_right, axis=1), is_right)

@@ -1,4 +1,4 @@
-"""A cascade's policy: small dims first, wider ones only for the rows that are not confident yet.
+"""A cascade's policy: cheap stages first, dearer ones only for the rows that are not confident yet.
 
 `CascadePolicy` says when a row stops, `CascadePolicy.learn` finds its thresholds by the paper's
 procedure, and `CascadeReport` counts how it fares on rows whose labels are known. `search` and
@@ -15,43 +15,39 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import check_dims
 from ..errors import manifest_errors
-from ..inputs import check_holdout, check_logits
+from ..inputs import check_holdout
 from .confidence import check_confidence, check_temperatures, confidence_of
+from .stages import (
+    LAST_EXIT,
+    Labels,
+    Logits,
+    Scores,
+    StageKey,
+    check_stages,
+    has_exits,
+    labelled_stages,
+    logits_of,
+)
+from .stages import Stage as Stage
 from .thresholds import learn_thresholds
+
+HARM, ACCURACY_DROP = "harm", "accuracy_drop"  # kinds of a `Guarantee`
+MOST_STAGES = 4  # of a cascade with exits that is learned: more overfit the holdout
 
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step of a cascade.
-
-    Args:
-        dim: Dim whose logits decide.
-        threshold: A row stops here when its confidence is strictly above it. None accepts every
-            row; only the last stage has it.
-        temperature: Divides the logits before the softmax.
-
-    Examples:
-        >>> Stage(dim=8, threshold=0.9)
-        Stage(dim=8, threshold=0.9, temperature=1.0)
-    """
-
-    dim: int
-    threshold: float | None
-    temperature: float = 1.0
-
-
-@dataclass(frozen=True)
 class CascadePolicy:
-    """When to stop: a threshold on the confidence at each dim but the last.
+    """When to stop: a threshold on the confidence at each stage but the last.
 
     Args:
-        stages: Dims increasing; every stage but the last has a threshold.
+        stages: Exits from shallow to deep, the last one at the end; at each exit, and where there
+            is only one, dims increasing. Every stage but the last has a threshold.
         confidence: How sure a row is: `max_probability`, `margin` (the best minus the second) or
-            `entropy` (its negative).
+            `entropy` (its negative). None means `margin` where there are exits before the last,
+            since it tells better how deep a row has to go, else `max_probability`.
         holdout: How it fared on the holdout it was learned on; None for a policy made by hand.
         method: How the thresholds were found.
         guarantee: The promise that `certify_cascade` made; None without one.
@@ -68,17 +64,20 @@ class CascadePolicy:
         >>> class_ids, stage = policy.route(logits)
         >>> class_ids.tolist(), stage.tolist()
         ([0, 1], [0, 1])
+        >>> policy = CascadePolicy((Stage(8, 0.9, exit="early"), Stage(8, None)))
+        >>> policy.confidence, policy.route({("early", 8): logits[:, 0], (None, 8): logits[:, 1]})
+        ('margin', (array([0, 1]), array([0, 1])))
     """
 
     stages: tuple[Stage, ...]
-    confidence: str = "max_probability"
+    confidence: str = None  # type: ignore[assignment]  # a str once it is made
     holdout: CascadeReport | None = None
     method: str = "by hand"
     guarantee: Guarantee | None = None
 
     def __post_init__(self) -> None:
         """Check the stages."""
-        dims = check_dims(stage.dim for stage in self.stages)
+        keys = check_stages(stage.key for stage in self.stages)
         thresholds = [stage.threshold for stage in self.stages]
         if thresholds[-1] is not None or None in thresholds[:-1]:
             raise ValueError(
@@ -96,10 +95,13 @@ class CascadePolicy:
                 "Thresholds must be finite and temperatures positive, in float32. "
                 f"Received: {self.stages}. A threshold of 1 accepts no row, one of 0 every row."
             )
-        check_confidence(self.confidence)
+        object.__setattr__(self, "confidence", choose_confidence(self.confidence, keys))
         # Python's own numbers, whatever NumPy's were given: they are hashed and written as JSON.
         limits = [None if threshold is None else float(threshold) for threshold in thresholds]
-        stages = map(Stage, dims, limits, map(float, temperatures))
+        stages = [
+            Stage(dim, limit, float(temperature), exit_)
+            for (exit_, dim), limit, temperature in zip(keys, limits, temperatures, strict=True)
+        ]
         object.__setattr__(self, "stages", tuple(stages))
 
     @property
@@ -107,54 +109,64 @@ class CascadePolicy:
         """The dims of the stages."""
         return tuple(stage.dim for stage in self.stages)
 
+    @property
+    def keys(self) -> tuple[StageKey, ...]:
+        """The exit and the dim of each stage, None for the last exit."""
+        return tuple(stage.key for stage in self.stages)
+
+    @property
+    def has_exits(self) -> bool:
+        """Whether a stage stands at an exit before the last."""
+        return has_exits(self.keys)
+
     @classmethod
     def learn(
         cls,
-        logits: npt.ArrayLike,
+        logits: Logits,
         labels: npt.ArrayLike,
-        dims: Sequence[int],
+        dims: Sequence[int] | None = None,
         temperatures: Sequence[float] | None = None,
-        confidence: str = "max_probability",
+        confidence: str | None = None,
     ) -> CascadePolicy:
         """Learn the thresholds on a holdout, by the paper's procedure.
 
-        Each adjacent pair of dims on its own: the threshold between them is the smallest of those
+        Each adjacent pair of stages on its own: the threshold between them is the smallest of those
         by which most rows are right.
 
         Args:
-            logits: What `predict` of the nested model returns for the holdout.
+            logits: What `predict` of the nested model returns for the holdout; or that of its
+                `all_exits()`, by exit; or logits by stage, as `stage_logits` makes them.
             labels: Class ids of the holdout, from 0. It must share no row with the training data
                 nor with the data the cascade is judged on.
-            dims: The dims of the head.
-            temperatures: One per dim, as `fit_temperatures` returns; None means ones.
+            dims: The dims of the head; left out where logits are by stage.
+            temperatures: One per stage, as `fit_temperatures` returns; None means ones.
             confidence: How sure a row is, as in `CascadePolicy`.
 
         Shapes:
-            logits: `(rows, num_dims, num_classes)`. labels: `(rows,)`.
+            logits: `(rows, num_dims, num_classes)`, or so for each exit, or `(rows, num_classes)`
+            for each stage. labels: `(rows,)`.
 
         Raises:
-            ValueError: If shapes do not fit, there are no rows, these are probabilities, or a
-                temperature is not above 0.
+            ValueError: If shapes do not fit, there are no rows, these are probabilities, a
+                temperature is not above 0, or there are exits and more than four stages.
         """
-        dims = check_dims(dims)
-        scores, truth = check_holdout(logits, labels, len(dims))
-        scales = check_temperatures(temperatures, len(dims))
-        thresholds = learn_thresholds(scores, truth, scales, check_confidence(confidence))
-        stages = tuple(map(Stage, dims, [*thresholds, None], scales))
-        method = "paper: adjacent pairs, grid of 100, smallest best threshold"
-        policy = cls(stages, confidence, method=method)
-        return replace(policy, holdout=_report(policy, scores, truth))
+        scores, truth, keys = labelled_stages(logits, labels, dims)
+        _check_number(keys)
+        scales = check_temperatures(temperatures, len(keys))
+        measure = choose_confidence(confidence, keys)
+        return learned(scores, truth, keys, scales, measure)
 
-    def route(self, logits: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def route(self, logits: Logits) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the class of each row and the index of the stage that decided it.
 
         Args:
-            logits: `(rows, num_stages, num_classes)`.
+            logits: `(rows, num_stages, num_classes)`; or by stage, `(rows, num_classes)` each, of
+                the policy's stages and maybe others.
 
         Raises:
-            ValueError: If their shape is another, or they are not finite.
+            ValueError: If their shape is another, they are not finite, or a stage has none.
         """
-        scores = check_logits(logits, len(self.stages))
+        scores = logits_of(logits, self.keys)
         stops = [self.is_sure(index, scores[:, index]) for index in range(len(self.stages))]
         stage_of = np.argmax(stops, axis=0)
         return np.argmax(scores[np.arange(len(scores)), stage_of], axis=-1), stage_of
@@ -177,53 +189,81 @@ class CascadePolicy:
         confidence = confidence_of(self.confidence, logits, stage.temperature)
         return np.asarray(confidence > np.float32(stage.threshold))
 
-    def evaluate(self, logits: npt.ArrayLike, labels: npt.ArrayLike) -> CascadeReport:
+    def evaluate(self, logits: Logits, labels: npt.ArrayLike) -> CascadeReport:
         """Count how the policy fares on `logits` with known `labels`.
 
+        `break_down` says more: the worst class, deciles of length, and intervals.
+
         Args:
-            logits: `(rows, num_stages, num_classes)`.
+            logits: As `route` takes them.
             labels: `(rows,)`.
 
         Raises:
             ValueError: As `learn`.
         """
+        if isinstance(logits, Mapping):
+            logits = {key: logits_of(logits, [key])[:, 0] for key in self.keys}
+            return _report(self, *labelled_stages(logits, labels, None)[:2])
         return _report(self, *check_holdout(logits, labels, len(self.stages)))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the `cascade` object of the manifest."""
+        """Return the policy as JSON: the `cascade` object of a manifest.
+
+        Where there are exits, stages stand under `exit_stages`: a reader that knows no exits finds
+        no `stages`, and refuses the object instead of dropping the exits.
+        """
         report = asdict(self.holdout) if self.holdout else {}
         if report:
             report["exit_fractions"] = list(report["exit_fractions"])  # as JSON is read back
+        stages = [asdict(stage) for stage in self.stages]
+        if not self.has_exits:
+            for stage in stages:
+                del stage["exit"]
+        promise = {} if self.guarantee is None else asdict(self.guarantee)
+        kind = promise.pop("kind", HARM)
+        if kind == HARM:
+            promise.pop("gains", None)
         return {
-            "stages": [asdict(stage) for stage in self.stages],
+            "exit_stages" if self.has_exits else "stages": stages,
             "confidence": self.confidence,
             "method": self.method,
-            "guarantee": None if self.guarantee is None else asdict(self.guarantee),
+            "guarantee": (promise or None) if kind == HARM else None,
+            **({} if kind == HARM else {f"{kind}_guarantee": promise}),
             "holdout_size": report.pop("size", None),
             **report,
         }
 
     @classmethod
     def from_json(cls, cascade: Mapping[str, Any]) -> CascadePolicy:
-        """Read the `cascade` object of a manifest.
+        """Read what `to_json` wrote.
 
         Raises:
             ManifestError: If this version does not understand it.
         """
         rule = "A cascade names its stages and its confidence."
         with manifest_errors(rule, cascade, "exported the model"):
+            entries = cascade["exit_stages" if "exit_stages" in cascade else "stages"]
             stages = tuple(
-                Stage(stage["dim"], stage["threshold"], stage.get("temperature", 1.0))
-                for stage in cascade["stages"]
+                Stage(
+                    stage["dim"],
+                    stage["threshold"],
+                    stage.get("temperature", 1.0),
+                    stage.get("exit"),
+                )
+                for stage in entries
             )
             report = {name: cascade[name] for name in _REPORT_KEYS if name in cascade}
             holdout = None
             if len(report) == len(_REPORT_KEYS):
                 report["exit_fractions"] = tuple(report["exit_fractions"])
                 holdout = CascadeReport(**report, size=cascade["holdout_size"])
-            promise = cascade.get("guarantee")
             guarantee = None
-            if promise is not None:
+            promise, drop = cascade.get("guarantee"), cascade.get(f"{ACCURACY_DROP}_guarantee")
+            if drop is not None:
+                keys = (*_GUARANTEE_KEYS, "gains")
+                numbers = {name: drop[name] for name in keys}
+                guarantee = Guarantee(**numbers, kind=ACCURACY_DROP)
+            elif promise is not None:
                 guarantee = Guarantee(*(promise[name] for name in _GUARANTEE_KEYS))
             method = cascade.get("method", "unknown")
             return cls(stages, cascade["confidence"], holdout, method, guarantee)
@@ -231,6 +271,78 @@ class CascadePolicy:
 
 _REPORT_KEYS = ("accuracy", "full_accuracy", "expected_dim", "cumulative_dim", "exit_fractions")
 _GUARANTEE_KEYS = ("risk", "delta", "size", "errors")
+
+
+def learned(
+    scores: Scores,
+    truth: Labels,
+    keys: Sequence[StageKey],
+    temperatures: Sequence[float],
+    confidence: str,
+) -> CascadePolicy:
+    """Return the policy that `CascadePolicy.learn` finds, from arguments that are checked already.
+
+    Examples:
+        >>> logits = np.float32([[[1, 0], [0, 9]], [[9, 0], [0, 1]]])
+        >>> keys = [(None, 8), (None, 64)]
+        >>> learned(logits, np.array([1, 0]), keys, (1.0, 1.0), "margin").holdout.accuracy
+        1.0
+    """
+    thresholds = [*learn_thresholds(scores, truth, temperatures, confidence), None]
+    stages = [
+        Stage(dim, threshold, temperature, exit_)
+        for (exit_, dim), threshold, temperature in zip(keys, thresholds, temperatures, strict=True)
+    ]
+    method = "paper: adjacent pairs, grid of 100, smallest best threshold"
+    policy = CascadePolicy(tuple(stages), confidence, method=method)
+    return replace(policy, holdout=_report(policy, scores, truth))
+
+
+def choose_confidence(measure: str | None, keys: Sequence[StageKey]) -> str:
+    """Return the measure, or the default of such stages: the margin where there are exits.
+
+    Raises:
+        ValueError: If there is no such measure.
+
+    Examples:
+        >>> choose_confidence(None, [(None, 8), (None, 64)])
+        'max_probability'
+    """
+    default = "margin" if has_exits(keys) else "max_probability"
+    return default if measure is None else check_confidence(measure)
+
+
+def _check_number(keys: Sequence[StageKey]) -> None:
+    if has_exits(keys) and len(keys) > MOST_STAGES:
+        raise ValueError(
+            f"A cascade over exits has at most {MOST_STAGES} stages: more overfit the holdout. "
+            f"Received: {keys}. Leave stages out of the mapping, or let search_cascades choose."
+        )
+
+
+def check_no_exits(
+    policy: CascadePolicy, asker: str, remedy: str, error: type[ValueError] = ValueError
+) -> None:
+    """Raise an error if a policy has exits, where dims alone can be asked.
+
+    Args:
+        policy: The policy.
+        asker: What asks dims alone, for the error.
+        remedy: What the caller should do.
+        error: Which error.
+
+    Raises:
+        ValueError: Or the error given.
+
+    Examples:
+        >>> check_no_exits(CascadePolicy((Stage(8, 0.9), Stage(64, None))), "A decoder", "Stop.")
+    """
+    if policy.has_exits:
+        names = ", ".join(dict.fromkeys(exit_ or LAST_EXIT for exit_, _ in policy.keys))
+        raise error(
+            f"{asker} asks the dims of the last exit. Received: a policy over the exits {names}. "
+            f"{remedy}"
+        )
 
 
 def _report(
@@ -301,21 +413,27 @@ def report_exits(
 class Guarantee:
     """A promise about new rows, made on rows that no threshold was chosen on.
 
-    With probability at least 1 - delta over the draw of those rows, a new row has a chance of at
-    most `risk` that the full dim is right and the cascade wrong.
+    With probability at least 1 - delta over the draw of those rows, for new rows of the same kind:
+    of `harm`, a row has a chance of at most `risk` that the last stage is right and the cascade
+    wrong; of `accuracy_drop`, the cascade's accuracy is at most `risk` below the last stage's.
 
     Args:
-        risk: That chance.
+        risk: What is promised to be at most so much.
         delta: How often the promise may fail.
         size: Number of rows it was certified on.
-        errors: How many of them the full dim had right and the cascade wrong.
+        errors: How many of them the last stage had right and the cascade wrong.
+        gains: How many the cascade had right and the last stage wrong; 0 of `harm`, where they do
+            not count.
+        kind: "harm" or "accuracy_drop".
 
     Examples:
         >>> Guarantee(risk=0.01, delta=0.05, size=2000, errors=9)
-        Guarantee(risk=0.01, delta=0.05, size=2000, errors=9)
+        Guarantee(risk=0.01, delta=0.05, size=2000, errors=9, gains=0, kind='harm')
     """
 
     risk: float
     delta: float
     size: int
     errors: int
+    gains: int = 0
+    kind: str = HARM

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving import CascadePolicy, certify_cascade
-from keras_mrl_serving.cascade.certify import chance_of_so_few, least_rows
+from keras_mrl_serving.cascade.bounds import chance_of_so_few, least_rows
 from tests.helpers.galleries import Refuses
 
 DIMS = (8, 32, 128)
@@ -160,7 +160,7 @@ def test_where_the_safest_policy_fails_a_warning_says_how_many_rows_would_do() -
         policies = [certify_cascade(logits[rows], labels[rows], DIMS) for rows in halves]
     text = (
         r".* the safest cascade must err on few of the rows that test it. "
-        r"Received: (\d) errors on 299 rows, too many: the full dim alone is returned. "
+        r"Received: (\d) errors on 299 rows, too many: the last stage alone is returned. "
         r"Give about (\d+) rows, or promise less."
     )
     match = re.fullmatch(text, str(caught[0].message))
@@ -173,8 +173,8 @@ def test_where_the_safest_policy_fails_a_warning_says_how_many_rows_would_do() -
         assert len(certify_cascade(*population(2 * rows), DIMS).dims) > 1
 
 
-@pytest.mark.parametrize("name", ["risk", "delta"])
-@pytest.mark.parametrize("value", [0, 1, -0.1, float("nan"), "x", None])
+@pytest.mark.parametrize("name", ["risk", "alpha", "delta"])
+@pytest.mark.parametrize("value", [0, 1, -0.1, float("nan"), None])
 def test_promises_that_are_refused(name: str, value: Any, refuses: Refuses) -> None:
     text = (
         f"{name} must lie between 0 and 1, both excluded. "

@@ -159,8 +159,8 @@ def test_a_policy_carries_temperatures() -> None:
 @pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 0.0), (1.0, float("inf")), (1.0, -1.0)])
 def test_temperatures_that_are_refused(temperatures: Any, refuses: Refuses) -> None:
     text = (
-        "temperatures must be one finite number above 0 per dim. "
-        f"Received: temperatures={temperatures!r} for 2 dims. Give what fit_temperatures returns."
+        "temperatures must be one finite number above 0 per stage. "
+        f"Received: temperatures={temperatures!r} for 2 stages. Give what fit_temperatures returns."
     )
     with refuses(ValueError, text):
         CascadePolicy.learn(LOGITS, LABELS, (8, 64), temperatures)

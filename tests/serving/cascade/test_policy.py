@@ -258,7 +258,7 @@ def test_stages_of_numpy_numbers_become_python_s_own() -> None:
         ({}, "{} (KeyError: 'stages')"),
         ([1], "[1] (TypeError: list indices must be integers or slices, not str)"),
         ("x", "'x' (TypeError: string indices must be integers, not 'str')"),
-        (None, "None (TypeError: 'NoneType' object is not subscriptable)"),
+        (None, "None (TypeError: argument of type 'NoneType' is not iterable)"),
         (
             {"stages": [], "confidence": "max_probability"},
             "{'stages': [], 'confidence': 'max_probability'} (ValueError: dims must be strictly "

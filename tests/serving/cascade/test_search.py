@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from keras_mrl_serving import CascadeFront, CascadePolicy, search_cascades
 from keras_mrl_serving.cascade.confidence import max_probability
+from keras_mrl_serving.cascade.cuts import RankedRows
 from keras_mrl_serving.cascade.policy import Stage
-from keras_mrl_serving.cascade.search import RankedRows
 from tests.helpers.galleries import Refuses
 from tests.helpers.holdouts import DIMS, holdouts, noisy_holdout
 
@@ -215,8 +215,8 @@ def test_targets_that_are_refused(
 
 
 NO_COSTS = (
-    "costs must be one positive number per dim, finite and of one scale. "
-    "Received: costs={} for 3 dims. Give what each dim costs."
+    "costs must be one positive number per stage, finite and of one scale. "
+    "Received: costs={} for 3 stages. Give what each stage costs."
 )
 NO_REALS = (
     "costs must be an array of real numbers. Received: {}. "
