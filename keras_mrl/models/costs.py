@@ -202,15 +202,17 @@ def _parts(exits: Exits, head: MatryoshkaHead, rows: list[Any]) -> Parts:
     features = exits.features
     inputs = keras.tree.flatten(input_of(features))
     given = {id(own): row for own, row in zip(inputs, rows, strict=True)}
-    parts: Parts = {("backbone", LAST): (keras.Model(inputs, features.output[LAST]), rows)}
+    whole = keras.Model(_unpacked(inputs), features.output[LAST])
+    parts: Parts = {("backbone", LAST): (whole, rows)}
     for plan in exits.plans:
         taps, read = exits.taps[plan.name], rows
         if plan.layer is not None:
-            before = keras.Model(inputs, taps[0])
+            before = keras.Model(_unpacked(inputs), taps[0])
             parts["backbone", plan.name] = before, rows
             tapped = np.asarray(before.predict_on_batch(_unpacked(rows)))
             read = [tapped, *(given[id(own)] for own in taps[1:])]
-        parts["branch", plan.name] = keras.Model(taps, features.output[plan.name]), read
+        branch = keras.Model(_unpacked(taps), features.output[plan.name])
+        parts["branch", plan.name] = branch, read
     for dim in head.dims or ():
         prefix = keras.Input((dim,))
         x = [np.zeros((1, dim), "float32")]
@@ -218,8 +220,8 @@ def _parts(exits: Exits, head: MatryoshkaHead, rows: list[Any]) -> Parts:
     return parts
 
 
-def _unpacked(arrays: list[Any]) -> Any:
-    return arrays[0] if len(arrays) == 1 else arrays
+def _unpacked(several: list[Any]) -> Any:
+    return several[0] if len(several) == 1 else several
 
 
 def _shapes(arrays: list[Any]) -> list[tuple[int, ...]]:

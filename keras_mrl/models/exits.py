@@ -199,8 +199,8 @@ class Exits:
 
     def segments(self) -> Segments:
         """Return the model in parts, one per exit; the result of each is the exit's features."""
-        stages = self.features.output
-        return segments_of(self.features.input, [[stages[name]] for name in stages], list(stages))
+        stages, names = self.features.output, (*self.names, LAST)  # Keras may sort the keys
+        return segments_of(self.features.input, [[stages[name]] for name in names], names)
 
 
 def make_exits(
