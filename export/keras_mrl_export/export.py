@@ -95,8 +95,8 @@ def export_saved_model(
             have several.
         activation: What the head's outputs are: "softmax" for one class a row, "sigmoid" for any
             number of classes, each with a probability of its own, "none" for values. None takes it
-            from the loss the model is compiled with, or from a softmax or sigmoid after the head;
-            softmax is assumed, with a warning, where neither says it.
+            from the loss the model is compiled with; softmax is assumed, with a warning, where the
+            loss does not say it.
         weights: The c_m the model was trained with, one per dim of the head, for the manifest;
             None leaves them out.
         name: Name in the manifest, of letters, digits, `_`, `.` and `-`; None means the model's.

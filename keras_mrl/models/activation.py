@@ -1,7 +1,6 @@
 """What the outputs of a nested head mean: a class, several classes, or values.
 
-The loss says it, since it is what the outputs were trained to be; a softmax or sigmoid that follows
-the head in the model says it before the loss.
+The loss says it, since it is what the outputs were trained to be.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def activation_of(model: keras.Model) -> str | None:
     """Return what makes probabilities of the outputs of the head of a model.
 
     Args:
-        model: A model that ends in a nested head, or in a softmax or sigmoid after one.
+        model: A model that ends in a nested head.
 
     Returns:
         "softmax" where a row has one class, "sigmoid" where it may have several, "none" of values;
@@ -67,9 +66,6 @@ def activation_of(model: keras.Model) -> str | None:
         >>> activation_of(model)
         'sigmoid'
     """
-    last = activation_after_head(model) or getattr(model, "_activation", None)
-    if last is not None:
-        return str(last)
     loss = inner_loss(model)
     if loss is None:  # what was trained may stand inside a model that never was
         layers = getattr(model, "layers", [])
@@ -83,27 +79,6 @@ def activation_of(model: keras.Model) -> str | None:
             "activation='sigmoid'."
         )
     return next((name for name, kinds in _KINDS if isinstance(loss, kinds)), None)
-
-
-def activation_after_head(model: keras.Model) -> str | None:
-    """Return "softmax" or "sigmoid" if the model ends in one; None for any other last layer.
-
-    Examples:
-        >>> from keras_mrl.models.activation import activation_after_head
-        >>> features = keras.Input((8,))
-        >>> logits = MatryoshkaHead(3, dims=(4, 8))(features)
-        >>> activation_after_head(keras.Model(features, keras.layers.Softmax()(logits)))
-        'softmax'
-    """
-    outputs: Any = getattr(model, "outputs", None) or ()
-    if len(outputs) != 1:
-        return None
-    last = outputs[0]._keras_history.operation
-    if isinstance(last, keras.layers.Softmax):
-        return "softmax"
-    functions = {keras.activations.softmax: "softmax", keras.activations.sigmoid: "sigmoid"}
-    is_activation = isinstance(last, keras.layers.Activation)
-    return functions.get(last.activation) if is_activation else None
 
 
 def inner_loss(model: keras.Model) -> keras.losses.Loss | None:

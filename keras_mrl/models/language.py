@@ -124,7 +124,8 @@ def next_token(model: keras.Model, padding: int | None = None) -> MatryoshkaClas
     view = keras.Model(backbone.input, last, name=f"{backbone.name}_last")
     next_token_model = MatryoshkaClassifier(view, head, name=f"{model.name}_next_token")
     next_token_model.build(view.input_shape)
-    next_token_model._activation = "softmax"  # one token a row, which no loss says
+    # One token a row: the export reads from the loss what the outputs are.
+    next_token_model.compile(optimizer=None, loss="sparse_categorical_crossentropy")
     return next_token_model
 
 

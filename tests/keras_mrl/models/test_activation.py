@@ -1,4 +1,4 @@
-"""What a head's outputs are: what the loss, or a layer after the head, says of them."""
+"""What a head's outputs are, as the loss says."""
 
 from typing import Any
 
@@ -11,10 +11,9 @@ from keras_mrl.models.activation import activation_of, check_activation
 losses = keras.losses
 
 
-def model_of(loss: Any = None, after: Any = None) -> keras.Model:
+def model_of(loss: Any = None) -> keras.Model:
     features = keras.Input((8,))
-    outputs = MatryoshkaHead(3, dims=(4, 8))(features)
-    model = keras.Model(features, outputs if after is None else after(outputs), name="says")
+    model = keras.Model(features, MatryoshkaHead(3, dims=(4, 8))(features), name="says")
     if loss is not None:
         model.compile(loss=loss)
     return model
@@ -55,18 +54,6 @@ def test_losses_by_name_and_by_function_say_it_too() -> None:
         assert activation_of(model_of(loss)) == "none"
     assert activation_of(model_of(lambda y, p: p - y)) is None
     assert activation_of(model_of()) is None
-
-
-def test_a_layer_after_the_head_says_it_before_the_loss() -> None:
-    entropy = MatryoshkaLoss(losses.BinaryCrossentropy())
-    for after, expected in (
-        (keras.layers.Softmax(), "softmax"),
-        (keras.layers.Activation("softmax"), "softmax"),
-        (keras.layers.Activation("sigmoid"), "sigmoid"),
-    ):
-        assert activation_of(model_of(entropy, after)) == expected
-        assert activation_of(model_of(None, after)) == expected
-    assert activation_of(model_of(None, keras.layers.Activation("tanh"))) is None
 
 
 @pytest.mark.parametrize("loss", [losses.BinaryCrossentropy(), losses.CategoricalCrossentropy()])
