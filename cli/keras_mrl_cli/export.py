@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import os
+import re
 import struct
 import sys
 import warnings
@@ -155,8 +156,38 @@ def float32(text: str) -> float:
 def export(arguments: SimpleNamespace) -> int:
     """Load the model, export it, and print the folder of the version."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with needing("export", "An export loads the model with Keras and writes it with TensorFlow."):
-        return _export(arguments)
+    try:
+        with needing(
+            "export", "An export loads the model with Keras and writes it with TensorFlow."
+        ):
+            return _export(arguments)
+    except RefusalError as refusal:
+        raise RefusalError(in_flags(str(refusal)), refusal.status) from refusal
+
+
+# What the sentences of an export name, and what the command has for it.
+_FLAGS = {
+    r"\b(output|activation)='([^']*)'": r"--\1 \2",
+    r"\b(activation)=:": r"--\1:",
+    r"\b(output) (?=must name|names one)": r"--\1 ",
+    r"\bLeave (dims|labels|policy) out": r"Leave --\1 out",
+    r"\bother_sample=items\[:8\]": "--other-sample FILE.npy",
+    r"\bother_sample\b": "--other-sample",
+    r"\bother_decoder\b": "--other-images",
+    r"\btop_k (?=must)": "--top-k ",
+}
+
+
+def in_flags(sentence: str) -> str:
+    """Return a sentence of an export with the flags of this command for its arguments.
+
+    Examples:
+        >>> in_flags("output must name one of the outputs. Give for example output='digit'.")
+        '--output must name one of the outputs. Give for example --output digit.'
+    """
+    for argument, flag in _FLAGS.items():
+        sentence = re.sub(argument, flag, sentence)
+    return sentence
 
 
 def _export(arguments: SimpleNamespace) -> int:
@@ -237,7 +268,7 @@ def _warnings_as_notes() -> Iterator[None]:
         yield
     for warning in caught:
         if warning.category is UserWarning:
-            print_note(str(warning.message))
+            print_note(in_flags(str(warning.message)))
 
 
 def _labels(file: str) -> list[str]:

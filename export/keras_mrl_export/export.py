@@ -151,10 +151,15 @@ def export_saved_model(
     features = outputs_of(backbone, read.rows)
     logits: Any = None if head is None else outputs_of(model, read.rows)
     if features.ndim != 2:
+        remedy = "Pool before the head; of a language model export next_token(model)"
+        if head is None:
+            remedy = (
+                "End it in a pooling layer; of a slimmable net export the features of one dim: "
+            )
+            remedy += "keras.Model(model.input, model.get_layer('features_8').output)"
         raise ValueError(
             "A model is exported with features of shape (batch, width). "
-            f"Received: features of shape {features.shape}. "
-            "Add a pooling layer before the head; of a language model export next_token(model)."
+            f"Received: features of shape {features.shape}. {remedy}."
         )
     served = choose_dims(dims, None if head is None else head.dims, features.shape[1])
     num_classes = None if head is None else head.num_classes

@@ -222,7 +222,7 @@ def test_an_encoder_has_an_input_of_no_name(export: Export) -> None:
 
 @pytest.mark.backend
 def test_one_of_several_outputs(export: Export, refused: Refused) -> None:
-    text = "which has 'digit', 'odd'. Give for example output='digit'."
+    text = "which has 'digit', 'odd'. Give for example --output digit."
     assert refused("two").endswith(text)
     _, manifest, _ = export("two", "--output", "odd")
     assert (manifest.name, manifest.num_classes) == ("two_odd", 2)
@@ -431,4 +431,4 @@ def test_what_no_loss_says_is_named_or_assumed_aloud(export: Export, tmp_path: P
     assert "assumed" not in err
     _, manifest, err = export(mute, "--signatures", "features", "--version", "9999999999")
     assert manifest.activation == "softmax"
-    assert "which was never compiled. Softmax is assumed. Name it with activation=: " in err
+    assert "which was never compiled. Softmax is assumed. Name it with --activation: " in err

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
+from keras_mrl.baselines import slimmable
 from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_export.sample import outputs_of, read_sample
 from keras_mrl_serving._session import SavedModelSession
@@ -339,9 +340,19 @@ def test_features_must_be_vectors(tmp_path: Path) -> None:
         export_saved_model(model, tmp_path / "m", np.zeros((2, 5, 2), np.float32))
     assert str(caught.value) == (
         "A model is exported with features of shape (batch, width). "
-        "Received: features of shape (2, 5, 4). "
-        "Add a pooling layer before the head; of a language model export next_token(model)."
+        "Received: features of shape (2, 5, 4). End it in a pooling layer; of a slimmable net "
+        "export the features of one dim: "
+        "keras.Model(model.input, model.get_layer('features_8').output)."
     )
+
+
+def test_the_line_about_a_slimmable_net_works(tmp_path: Path) -> None:
+    model = slimmable(sequential("x"), num_classes=3, dims=(4, 8))
+    with pytest.raises(ValueError, match=r"Received: features of shape \(\d+, 2, 3\)") as caught:
+        export_saved_model(model, tmp_path / "m", X)
+    line = str(caught.value).rpartition(": ")[2].removesuffix(".")
+    features = eval(line, {"keras": keras, "model": model})
+    assert read_manifest(export_saved_model(features, tmp_path / "m", X)).kind == "encoder"
 
 
 @pytest.mark.parametrize("gather", [list, lambda outputs: dict(zip("ab", outputs, strict=True))])
