@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 
-from keras_mrl_serving.contract import check_dims as check_dims
+from keras_mrl_serving.integers import check_dims as check_dims
 
 
 def log_spaced_dims(width: int, smallest: int = 8) -> tuple[int, ...]:

@@ -20,14 +20,14 @@ from keras_mrl._dims import check_weights
 from keras_mrl.models.activation import activation_of, check_activation
 from keras_mrl_serving import contract
 from keras_mrl_serving.cascade.policy import CascadePolicy, check_no_exits
-from keras_mrl_serving.contract import (
+from keras_mrl_serving.contract import is_model_name
+from keras_mrl_serving.index import ExactIndex
+from keras_mrl_serving.integers import (
     as_int,
     check_dims,
     check_positive_integer,
-    is_model_name,
     is_positive_integer,
 )
-from keras_mrl_serving.index import ExactIndex
 
 from .decoder import ImageDecoder
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving.contract import as_int, is_positive_integer
+from keras_mrl_serving.integers import as_int, is_positive_integer
 
 _FORMATS = ("jpeg", "png", "gif", "bmp")  # which every TensorFlow decodes
 _CHANNELS = (1, 3, 4)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from keras_mrl_serving.contract import as_int
+from keras_mrl_serving.integers import as_int
 from keras_mrl_serving.saved_model import list_versions
 
 UNFINISHED = ".unfinished-"

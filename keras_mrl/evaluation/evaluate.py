@@ -9,8 +9,8 @@ import keras
 import numpy as np
 
 from keras_mrl_serving.cascade.confidence import max_probability, softmax
-from keras_mrl_serving.contract import check_positive_integer
 from keras_mrl_serving.inputs import as_float32, check_class_ids, check_holdout
+from keras_mrl_serving.integers import check_positive_integer
 
 from .._arrays import (
     Array,

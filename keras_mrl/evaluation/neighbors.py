@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl_serving.contract import check_positive_integer
 from keras_mrl_serving.embeddings import MIN_SQUARE, truncate
+from keras_mrl_serving.integers import check_positive_integer
 
 from .._arrays import Array, check_features, check_kinds, check_labels_of
 from .._dims import blocks

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_mrl_serving.contract import check_positive_integer
+from keras_mrl_serving.integers import check_positive_integer
 
 from .._dims import blocks, check_dims, check_width, log_spaced_dims, warn_long_ladder
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_mrl_serving.contract import check_positive_integer
+from keras_mrl_serving.integers import check_positive_integer
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mrl_serving.contract import check_positive_integer
+from keras_mrl_serving.integers import check_positive_integer
 
 from .._dims import check_weights
 

@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_mrl_serving.contract import check_positive_integer
+from keras_mrl_serving.integers import check_positive_integer
 
 from ..layers import MatryoshkaHead
 from ._shapes import input_of

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from keras_mrl_serving.cascade.confidence import softmax
 from keras_mrl_serving.cascade.policy import CascadePolicy, check_no_exits
-from keras_mrl_serving.contract import check_positive_integer
+from keras_mrl_serving.integers import check_positive_integer
 
 from .._arrays import head_arrays
 from .cut import split

@@ -8,13 +8,11 @@ so a client needs nothing but the server's address.
 from __future__ import annotations
 
 import json
-import operator
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 from .errors import (
@@ -25,6 +23,7 @@ from .errors import (
     NoOtherTowerError,
     UnknownDimError,
 )
+from .integers import as_int, check_dims, is_positive_integer
 from .untrusted import parse_json
 
 SCHEMA = 1
@@ -102,64 +101,6 @@ def search(dim: int) -> str:
     return f"search_{dim}"
 
 
-def check_dims(dims: Iterable[int]) -> tuple[int, ...]:
-    """Return `dims` as a tuple of ints, strictly increasing and positive.
-
-    Raises:
-        ValueError: If `dims` are empty, not integers, not positive, unsorted or repeated.
-
-    Examples:
-        >>> check_dims([8, 16])
-        (8, 16)
-    """
-    received: Any = tuple(dims) if isinstance(dims, Iterable) else dims
-    try:
-        checked = tuple(map(as_int, received))
-    except TypeError:
-        checked = ()
-    increasing = all(a < b for a, b in pairwise((0, *checked)))
-    if not checked or not increasing:
-        positive = tuple(sorted({d for d in checked if d > 0}))
-        remedy = (
-            f"Sort them and drop repeats: dims={positive}."
-            if positive
-            else "Give prefix lengths, for example dims=(8, 16, 32)."
-        )
-        raise ValueError(
-            "dims must be strictly increasing positive integers. "
-            f"Received: dims={received}. {remedy}"
-        )
-    return checked
-
-
-def as_int(value: Any) -> int:
-    """Return an integer of any library as Python's own.
-
-    Raises:
-        TypeError: If `value` is not an integer; True and 8.0 are not.
-
-    Examples:
-        >>> as_int(np.int64(8))
-        8
-    """
-    if isinstance(value, bool):
-        raise TypeError(f"An integer is needed. Received: {value!r}. Write it as an integer.")
-    return operator.index(value)
-
-
-def is_positive_integer(value: object) -> bool:
-    """Whether `value` is an integer of any library, 1 or greater; True and 8.0 are not.
-
-    Examples:
-        >>> is_positive_integer(np.int64(8)), is_positive_integer(8.0)
-        (True, False)
-    """
-    try:
-        return as_int(value) > 0
-    except TypeError:
-        return False
-
-
 # A name stands in flags, in URLs and in names of containers.
 _MODEL_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 
@@ -172,26 +113,6 @@ def is_model_name(name: str) -> bool:
         (True, False)
     """
     return _MODEL_NAME.fullmatch(name) is not None
-
-
-def check_positive_integer(name: str, value: Any, remedy: str) -> int:
-    """Return a positive integer of any library as Python's own.
-
-    Args:
-        name: Name of the argument, for the error.
-        value: Its value.
-        remedy: Last sentence of the error: what the caller should do.
-
-    Raises:
-        ValueError: If `value` is not a positive integer.
-
-    Examples:
-        >>> check_positive_integer("k", np.int64(5), "Give for example k=10.")
-        5
-    """
-    if not is_positive_integer(value):
-        raise ValueError(f"{name} must be a positive integer. Received: {name}={value!r}. {remedy}")
-    return as_int(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .contract import check_dims
 from .inputs import as_float32
+from .integers import check_dims
 
 # A vector whose squared length is below this counts as zero, in the layer and exported graph too.
 MIN_SQUARE = np.float32(1e-12)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .contract import as_int, check_dims
 from .errors import manifest_errors
+from .integers import as_int, check_dims
 
 _PAPER = ((16, 200), (32, 100), (64, 50), (128, 25), (256, 10))  # (dim, shortlist) before the last
 

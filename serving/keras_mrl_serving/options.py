@@ -12,8 +12,8 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .contract import as_int, is_positive_integer
 from .errors import InvalidInputError
+from .integers import as_int, is_positive_integer
 
 if TYPE_CHECKING:
     import grpc

@@ -138,9 +138,9 @@ def test_signals_end_by_an_exception_unless_ignored() -> None:
 def test_examples_of_the_docstrings() -> None:
     import doctest
 
-    from keras_mrl_cli import output
+    from keras_mrl_cli import client, export, output
 
-    for module in (shared, output):
+    for module in (shared, output, client, export):
         failed, tried = doctest.testmod(module)
         assert tried
         assert not failed

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import check_dims, is_positive_integer
 from ..inputs import as_array, as_float32, check_holdout, check_logits
+from ..integers import check_dims, is_positive_integer
 
 LAST_EXIT = "last"  # what a model with exits calls the one that every backbone has
 

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import as_int
 from ..embeddings import check_finite, inverse_length
 from ..errors import manifest_errors
 from ..funnel import FunnelSchedule
 from ..inputs import as_array, as_float32
+from ..integers import as_int
 from ..results import Neighbors
 
 Vectors = npt.NDArray[np.float32]

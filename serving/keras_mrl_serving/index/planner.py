@@ -15,9 +15,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import as_int, check_dims
 from ..errors import TargetNotReachedError
 from ..funnel import FunnelSchedule
+from ..integers import as_int, check_dims
 from .base import Ids, Index, IndexFacts, Vectors, as_gallery, check_embeddings
 from .faiss import FaissIndex, closest, wider_dims
 from .first_stage import FirstStage, Shortlister, check_first_stage, lists_for
