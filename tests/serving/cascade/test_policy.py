@@ -424,7 +424,13 @@ REFUSED_HOLDOUTS: list[tuple[Any, Any, str]] = [
     (LOGITS_5, np.array(list("abcab"), object), CLASS_IDS.format("object labels")),
     (LOGITS_5, LABELS_5[:3], SHAPES.format((5, 2, 3), (3,))),
     (LOGITS_5, np.stack([LABELS_5, LABELS_5], 1), SHAPES.format((5, 2, 3), (5, 2))),
-    (LOGITS_5, np.eye(3)[LABELS_5], SHAPES.format((5, 2, 3), (5, 3))),  # one-hot
+    (
+        LOGITS_5,
+        np.eye(3)[LABELS_5],
+        "A cascade decides which one class a row has. Received: labels of shape (5, 3), one for "
+        "each class. For one-hot labels give labels.argmax(axis=1); where a row may have several "
+        "classes, ask one dim.",
+    ),
     (
         LOGITS_5,
         None,
