@@ -171,10 +171,8 @@ def test_a_serving_folder_imports_none_above_it(file: Path) -> None:
 
 
 # A command's module is imported when the command is called. Its help is printed by then, so it may
-# import no framework of its own; the modules before it import no room, but one module of one
-# function that needs nothing.
+# import no framework of its own; the modules before it import no room at all.
 DOOR = {f"keras_mrl_cli{name}" for name in ("", ".__main__", ".output", ".shared")}
-PRINTABLE = "keras_mrl_serving.printable"
 FRAMEWORKS = {"keras", "sklearn", "PIL", "keras_mrl", "keras_mrl_export", *TENSORFLOW}
 
 
@@ -185,12 +183,8 @@ def test_the_command_line_imports_no_framework_at_module_level(file: Path) -> No
     unwanted = {"keras_mrl_serving.server", *FRAMEWORKS}
     if name_of(file) in DOOR:
         unwanted |= {"keras_mrl_serving", "numpy"}
-    top_level = {module_of(name) for name in imports(file, top_level=True)} - {PRINTABLE}
-    assert [name for name in sorted(top_level) if is_of(name, unwanted)] == []
-
-
-def test_what_escapes_strings_needs_nothing() -> None:
-    assert list(imports(FILE_OF[PRINTABLE])) == []
+    top_level = imports(file, top_level=True)
+    assert [name for name in top_level if is_of(module_of(name), unwanted)] == []
 
 
 def test_the_front_door_imports_no_command() -> None:

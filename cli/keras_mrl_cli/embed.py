@@ -11,7 +11,7 @@ decoded and resized here (pip install 'keras-mrl[images]').
 
   keras-mrl embed --target localhost:8500 a.npy b.npy --out E.npy
   keras-mrl embed --target localhost:8500 birds/*.jpg --quality 0.98 --json
-  keras-mrl embed --target localhost:8500 --model shop --other-tower items.npz --out E.npy
+  keras-mrl embed --target localhost:8500 --other-tower items.npz --out E.npy
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ folder of the version.
   keras-mrl export digits.keras --base-path models/digits --sample few.npy
   keras-mrl export birds.keras --base-path models/birds --images few/*.jpg
   keras-mrl export own.keras --base-path models/own --import my_layers
-  keras-mrl export shop.keras --base-path models/shop --sample u.npy --other-sample i.npz
+  keras-mrl export two.keras --base-path m --sample u.npy --other-sample i.npy
 """
 
 from __future__ import annotations

@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Any, Self
 
-from keras_mrl_serving.printable import printable
-
 _CLEAR = "\r\x1b[K"
 
 
@@ -47,6 +45,17 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     return [_finite(v) for v in value] if isinstance(value, list) else value
+
+
+# As in keras_mrl_serving.printable: what prints here may need no other room.
+def printable(text: str) -> str:
+    r"""Return one line that a terminal only shows: characters that do not print are escaped.
+
+    Examples:
+        >>> print(printable("birds\n\x1b]0;title\x07 \u202e"))
+        birds\n\x1b]0;title\x07 \u202e
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def in_bytes(count: int) -> str:

@@ -141,7 +141,7 @@ def test_words_that_do_not_fit(words: str, text: str, call: Call) -> None:
             "cloudpickle is blocked. Install what it needs: pip install 'keras-mrl[export]'.",
         ),
         (
-            ["serve", "--model_base_path", "models"],
+            ["serve", "--model_config_file", "models.config"],
             "tensorflow",
             "The development server runs SavedModels with TensorFlow. "
             "Received: tensorflow is blocked. "

@@ -15,10 +15,9 @@ import pytest
 
 import keras_mrl_cli
 from keras_mrl_cli import serve
-from keras_mrl_cli.output import Table, print_json, print_line, print_note
+from keras_mrl_cli.output import Table, print_json, print_line, print_note, printable
 from keras_mrl_cli.shared import RefusalError, command
 from keras_mrl_serving import ExactIndex, FunnelSchedule
-from keras_mrl_serving.printable import printable
 from tests.helpers.cli import Call, Terminal, lines
 from tests.helpers.faulty_server import FaultyServer, Request, rows
 from tests.helpers.galleries import rewrite_card

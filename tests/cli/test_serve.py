@@ -464,7 +464,7 @@ def test_every_flag_is_an_argument_of_the_development_server(
     ended = call("serve", "--model_base_path=/models", *texts)
     assert ended.status == 1
     assert ended.err.endswith("keras-mrl: enough\n")
-    assert taken == {**values, "base_path": "/models"}
+    assert taken == {**values, "base_path": "/models", "host": "127.0.0.1"}
     assert set(values) | {"model_base_path"} == set(FLAGS)
 
 
