@@ -1,7 +1,7 @@
 """Keras masks for the results of arithmetic, which drops them.
 
 In Keras's public API only a layer sees the mask of a tensor and passes it on, so each function
-here calls a layer made for it. The layers are made once: PyTorch's compiler makes none in a
+here calls a layer made for it. The two layers are made once: PyTorch's compiler makes none in a
 step. They have no state.
 """
 
@@ -42,24 +42,8 @@ class _Mask(keras.layers.Layer):
         return keras.ops.zeros(()) if mask is None else mask
 
 
-class _WithMask(keras.layers.Layer):
-    """Returns its input, with the mask it is given."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.supports_masking = True
-
-    def build(self, input_shape: Any) -> None:
-        """There are no weights."""
-
-    def call(self, tensor: Any, mask: Any = None) -> Any:
-        del mask  # Keras passes it on
-        return tensor
-
-
 _MASK_OF_FIRST = _MaskOfFirst(autocast=False, name="mask_of_first")
 _MASK = _Mask(autocast=False, name="mask")
-_WITH_MASK = _WithMask(autocast=False, name="with_mask")
 
 
 def with_mask_of(source: Any, target: Any) -> Any:
@@ -71,8 +55,3 @@ def mask_of(tensor: Any) -> Any:
     """Return the mask that Keras put on `tensor`; None without one."""
     mask = _MASK(tensor)
     return mask if len(mask.shape) else None
-
-
-def with_mask(tensor: Any, mask: Any) -> Any:
-    """Return `tensor` with a mask on it."""
-    return _WITH_MASK(tensor, mask=mask)

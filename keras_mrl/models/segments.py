@@ -2,12 +2,11 @@
 
 A segment holds what a stage needs and no earlier segment has computed. Between two segments stands
 a state: all tensors that later segments read, by name, each with one row per row of the inputs. So
-whoever drops rows between two segments takes the same rows of every entry. Masks that Keras carries
-on tensors would be lost there; they are entries of their own.
+whoever drops rows between two segments takes the same rows of every entry. A mask of Keras is such
+a tensor, too: the graph records it as an argument of the layers that read it.
 
 Segments run the nodes of the model's graph themselves. `keras.Model(tensors, outputs)` would refuse
-a tensor that passes through unchanged, confuses a layer that is called on both sides of a cut, and
-drops masks.
+a tensor that passes through unchanged, and confuses a layer that is called on both sides of a cut.
 """
 
 from __future__ import annotations
@@ -19,12 +18,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from .._masks import mask_of, with_mask
 from ._shapes import input_of
 
 State = dict[str, Any]
-
-_MASK = "/mask"
 
 
 @dataclass(frozen=True)
@@ -53,23 +49,15 @@ class Segment:
 
     def __call__(self, state: Mapping[str, Any]) -> tuple[list[Any], State]:
         """Return the results, and the state that the next segment reads."""
-        values = {}
-        for name in self.reads:
-            mask = state.get(name + _MASK)
-            own = state[name] if mask is None else with_mask(state[name], mask)
-            values[id(self.tensors[name])] = own
+        values = {id(self.tensors[name]): state[name] for name in self.reads}
         for node in self.nodes:
             args, kwargs = node.arguments.fill_in(values)
             outputs = keras.tree.flatten(node.operation(*args, **kwargs))
             values |= {id(own): output for own, output in zip(node.outputs, outputs, strict=True)}
-        next_state: State = {}
-        for name in self.keeps:
-            if name in state:
-                next_state[name] = state[name]
-            elif name.endswith(_MASK):
-                next_state[name] = mask_of(values[id(self.tensors[name.removesuffix(_MASK)])])
-            else:
-                next_state[name] = values[id(self.tensors[name])]
+        next_state = {
+            name: state[name] if name in state else values[id(self.tensors[name])]
+            for name in self.keeps
+        }
         return [values[id(self.tensors[name])] for name in self.results], next_state
 
 
@@ -127,9 +115,10 @@ class Segments:
         """Return the names that pass through a segment which does not read them."""
         part = self.segments[index]
         made = {id(output) for node in part.nodes for output in node.outputs}
-        names = [name for name in part.keeps if not name.endswith(_MASK)]
         return tuple(
-            name for name in names if name not in part.reads and id(part.tensors[name]) not in made
+            name
+            for name in part.keeps
+            if name not in part.reads and id(part.tensors[name]) not in made
         )
 
 
@@ -199,21 +188,22 @@ def segments_of(inputs: Any, stages: Sequence[Sequence[Any]], names: Sequence[st
         needed = [*(t for node in nodes for t in node.input_tensors), *stage]
         reads = dict.fromkeys(named[id(t)][1] for t in needed if id(t) not in made)
         results = tuple(named[id(t)][1] for t in stage)
-        keeps = tuple(entry for own in later for entry in _entries(own, tensors[own], name))
+        for own in later:
+            _check_rows(own, tensors[own], name)
+        keeps = tuple(later)
         segments.append(Segment(tuple(reads), results, keeps, tuple(nodes), tensors))
         later = reads | {n: None for n in later if id(tensors[n]) not in made}
     return Segments(inputs, tuple(reversed(segments)))
 
 
-def _entries(name: str, tensor: Any, stage: str) -> tuple[str, ...]:
-    """Return the names under which a tensor and its mask go on."""
+def _check_rows(name: str, tensor: Any, stage: str) -> None:
+    """Raise unless a tensor that crosses a cut has one row per input row."""
     if tensor.shape[:1] != (None,):
         raise ValueError(
             "What crosses a cut must have one row per input row. "
             f"Received: a tensor of shape {tuple(tensor.shape)} from {name!r}, which crosses the "
             f"cut at {stage!r}. Cut before {name!r}, or leave the batch size of the inputs open."
         )
-    return (name,) if mask_of(tensor) is None else (name, name + _MASK)
 
 
 def nodes_before(tensors: Iterable[Any], sources: Sequence[Any], done: set[int]) -> Iterator[Any]:
