@@ -143,16 +143,7 @@ def evaluate(
 
     check_labels()
     body, other = as_model(backbone), gallery_backbone(model, backbone)
-
-    def embed(name: str, part: keras.Model, rows: Any, known: Any) -> tuple[Array, Array]:
-        if is_dataset(rows):
-            batches = [(part.predict_on_batch(x), y) for x, y in labelled_batches(name, rows)]
-            embeddings, of_batches = map(np.concatenate, zip(*batches, strict=True))
-            return np.asarray(embeddings, np.float32), of_batches
-        embeddings = part.predict(rows, batch_size=batch_size, verbose=verbose)
-        return np.asarray(keras.ops.convert_to_numpy(embeddings), np.float32), known
-
-    features, truth = embed("inputs", body, inputs, truth)
+    features, truth = _embed("inputs", body, inputs, truth, batch_size, verbose)
     check_labels()
     if head is not None and not head.built:
         head.build(features.shape)
@@ -162,7 +153,9 @@ def evaluate(
             quality[dim] |= score_head(features, truth, *head_arrays(head, dim))
     if gallery is not None:
         part = body if other is backbone else as_model(other)
-        rows, gallery_labels = embed("gallery", part, gallery_rows, gallery_labels)
+        rows, gallery_labels = _embed(
+            "gallery", part, gallery_rows, gallery_labels, batch_size, verbose
+        )
         check_labels()
         scores = score_embeddings(features, truth, rows, gallery_labels, tuple(quality), k, verbose)
         progress = progress_bar(len(scores), "probe", verbose if probe else 0)
@@ -188,6 +181,18 @@ def _labels_in_memory(inputs: Any, labels: Any) -> Array | None:
     return None
 
 
+def _embed(
+    name: str, part: keras.Model, rows: Any, labels: Any, batch_size: int, verbose: int
+) -> tuple[Array, Any]:
+    """Return float32 features of arrays or of a data set, and their labels, perhaps its own."""
+    if is_dataset(rows):
+        batches = [(part.predict_on_batch(x), y) for x, y in labelled_batches(name, rows)]
+        features, labels = map(np.concatenate, zip(*batches, strict=True))
+    else:
+        features = part.predict(rows, batch_size=batch_size, verbose=verbose)
+    return np.asarray(keras.ops.convert_to_numpy(features), np.float32), labels
+
+
 def _kind_of(model: keras.Model, activation: str | None) -> str | None:
     return activation_of(model) if activation is None else check_activation(activation)
 
@@ -211,7 +216,6 @@ def _score_outputs(
             f"Received: a gallery for a model of {has}. Leave it out, or give embeddings and class "
             "ids to score_embeddings."
         )
-    part = as_model(backbone)
 
     def check(labels: Any) -> Array:
         targets = check_targets(labels, (None, head.num_classes))
@@ -221,14 +225,12 @@ def _score_outputs(
 
     if is_dataset(inputs):
         _labels_in_memory(inputs, labels)  # none may be given
-        batches = [(part.predict_on_batch(x), y) for x, y in labelled_batches("inputs", inputs)]
-        rows, of_batches = map(np.concatenate, zip(*batches, strict=True))
-        targets = check(of_batches)
     else:
-        targets = check(labels)
+        labels = check(labels)
         check_unmasked(inputs)
-        rows = part.predict(inputs, batch_size=batch_size, verbose=verbose)
-    features = check_features(keras.ops.convert_to_numpy(rows))
+    part = as_model(backbone)
+    rows, labels = _embed("inputs", part, inputs, labels, batch_size, verbose)
+    features, targets = check_features(rows), check(labels)
     if not head.built:
         head.build(features.shape)
     score = score_multilabel if activation == "sigmoid" else score_regression
