@@ -99,7 +99,7 @@ class MatryoshkaMetric(keras.metrics.Metric):
             )
         for index, metric in enumerate(self.metrics_by_dim):
             logits = y_pred[..., index, :]
-            if type(metric) in _OF_RANKS:
+            if type(metric) in _RANK_METRICS:
                 logits = _wrong_where_nan(logits, y_true)
             logits = with_mask_of(y_pred, self._to_read(logits))
             metric.update_state(y_true, logits, sample_weight=sample_weight)
@@ -249,7 +249,7 @@ class Perplexity(keras.metrics.Mean):
         return {**super().get_config(), "ignore_class": self.ignore_class}
 
 
-_OF_RANKS = (
+_RANK_METRICS = (
     keras.metrics.SparseCategoricalAccuracy,
     keras.metrics.CategoricalAccuracy,
     keras.metrics.SparseTopKCategoricalAccuracy,

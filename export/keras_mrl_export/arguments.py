@@ -102,7 +102,9 @@ def check_kinds(
         )
 
 
-def check_sides(model: Any, has_other_tower: bool, other_sample: Any, other_decoder: Any) -> None:
+def check_other_tower(
+    model: Any, has_other_tower: bool, other_sample: Any, other_decoder: Any
+) -> None:
     """Raise unless the rows of the other tower are there where the model has one, and only there.
 
     Raises:

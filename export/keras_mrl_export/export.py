@@ -25,8 +25,8 @@ from .arguments import (
     check_index,
     check_kinds,
     check_name,
+    check_other_tower,
     check_policy_is_used,
-    check_sides,
     choose_activation,
     choose_dims,
     choose_signatures,
@@ -140,7 +140,7 @@ def export_saved_model(
     batch_sizes = check_batch_sizes(warmup_batch_sizes)
     backbone, _ = split(model)
     has_other_tower = gallery_backbone(model, backbone) is not backbone
-    check_sides(model, has_other_tower, other_sample, other_decoder)
+    check_other_tower(model, has_other_tower, other_sample, other_decoder)
     read = read_sample(backbone, sample, decoder)
     other_read = None
     if has_other_tower:

@@ -13,8 +13,8 @@ from keras import ops
 from .._dims import blocks
 
 # Losses that compare each output of a row with a label of its own.
-OF_SEVERAL = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
-OF_VALUES = (
+MULTILABEL_LOSSES = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
+REGRESSION_LOSSES = (
     keras.losses.MeanSquaredError,
     keras.losses.MeanAbsoluteError,
     keras.losses.MeanAbsolutePercentageError,
@@ -236,7 +236,7 @@ def check_labels_of_outputs(loss: Any, labels: Any, outputs: tuple[int | None, .
             may lack it.
     """
     is_unknown = getattr(labels.shape, "rank", 0) is None  # of a tf.data.Dataset
-    if not isinstance(loss, (*OF_SEVERAL, *OF_VALUES)) or is_unknown:
+    if not isinstance(loss, (*MULTILABEL_LOSSES, *REGRESSION_LOSSES)) or is_unknown:
         return
     shape, num_outputs = tuple(labels.shape), outputs[-1]
     if None in shape[-1:]:

@@ -13,7 +13,7 @@ import keras
 
 from .._modes import mode_of_metric
 from ..losses import MatryoshkaLoss
-from ..losses.targets import OF_SEVERAL
+from ..losses.targets import MULTILABEL_LOSSES
 from ..losses.weights import _NestedLoss
 from ..metrics import MatryoshkaMetric, Perplexity
 
@@ -124,7 +124,7 @@ def _nested_metric(metric: Any, loss: Any) -> Any:
             f"Received: {kind} with from_logits=False. "
             f"Write keras.metrics.{kind}(from_logits=True), or its name alone."
         )
-    of_several = isinstance(loss, MatryoshkaLoss) and isinstance(loss.loss, OF_SEVERAL)
+    of_several = isinstance(loss, MatryoshkaLoss) and isinstance(loss.loss, MULTILABEL_LOSSES)
     activation = "sigmoid" if of_several and _compares_probabilities(metric) else None
     return MatryoshkaMetric(metric, activation=activation)
 
@@ -133,10 +133,10 @@ def _compares_probabilities(metric: keras.metrics.Metric) -> bool:
     """Whether a metric compares what it reads with a threshold between 0 and 1."""
     if isinstance(metric, keras.metrics.BinaryAccuracy):
         return 0 < metric.get_config()["threshold"] < 1  # 0 is the threshold of a logit
-    return isinstance(metric, _OF_PROBABILITIES)
+    return isinstance(metric, _PROBABILITY_METRICS)
 
 
-_OF_PROBABILITIES = (
+_PROBABILITY_METRICS = (
     keras.metrics.BinaryIoU,
     keras.metrics.FBetaScore,
     keras.metrics.Precision,
@@ -181,7 +181,7 @@ _ACCURACIES: tuple[tuple[Any, Any, dict[str, Any]], ...] = (
         {},
     ),
     (
-        OF_SEVERAL,
+        MULTILABEL_LOSSES,
         keras.metrics.BinaryAccuracy,
         {"threshold": 0.0},  # of a logit
     ),

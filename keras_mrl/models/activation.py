@@ -11,19 +11,23 @@ from typing import Any
 import keras
 
 from ..losses import MatryoshkaLoss
-from ..losses.targets import OF_SEVERAL, OF_VALUES
+from ..losses.targets import MULTILABEL_LOSSES, REGRESSION_LOSSES
 from ._compiled import class_of
 from .outputs import holds_head
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 
-_OF_ONE_CLASS = (
+_SINGLE_LABEL_LOSSES = (
     keras.losses.SparseCategoricalCrossentropy,
     keras.losses.CategoricalCrossentropy,
     keras.losses.CategoricalFocalCrossentropy,
     keras.losses.CategoricalHinge,
 )
-_KINDS = (("softmax", _OF_ONE_CLASS), ("sigmoid", OF_SEVERAL), ("none", OF_VALUES))
+_KINDS = (
+    ("softmax", _SINGLE_LABEL_LOSSES),
+    ("sigmoid", MULTILABEL_LOSSES),
+    ("none", REGRESSION_LOSSES),
+)
 
 
 def check_activation(activation: str) -> str:

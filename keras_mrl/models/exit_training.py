@@ -18,7 +18,7 @@ from keras import ops
 from .._masks import with_mask_of
 from ..layers import MatryoshkaHead
 from ..losses import MatryoshkaLoss
-from ..losses.targets import OF_SEVERAL, Teacher
+from ..losses.targets import MULTILABEL_LOSSES, Teacher
 from ..losses.weights import _RowLoss
 from ..metrics import MatryoshkaMetric
 from .exits import LAST
@@ -75,7 +75,7 @@ def distillation_weight(loss: Any, distillation: float | None) -> float:
     Raises:
         ValueError: If the weight is not a number of at least 0, or no loss of classes is there.
     """
-    has_classes = isinstance(loss, (*_OF_CLASSES, *OF_SEVERAL))
+    has_classes = isinstance(loss, (*_OF_CLASSES, *MULTILABEL_LOSSES))
     if distillation is None:
         return float(has_classes)
     is_number = isinstance(distillation, (int, float)) and not isinstance(distillation, bool)

@@ -6,6 +6,7 @@ the quality of each answer, `(queries,)` in 0..1.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,13 @@ import numpy.typing as npt
 
 from ..errors import manifest_errors
 from ..funnel import FunnelSchedule
-from .base import Ids
+from .base import Ids, Index, Vectors
 from .first_stage import FirstStage
 
 Measure = Callable[[Ids], npt.NDArray[np.float64]]
+
+_TIMED = 300  # batches a choice is timed by
+_LONGEST_S = 1.0  # that timing one choice may take
 
 _RULE = "A plan names its funnels, and what was measured of each."
 
@@ -85,6 +89,37 @@ def _label_hits(
 ) -> Callable[[Ids], npt.NDArray[np.bool_]]:
     gallery_labels, query_labels = np.asarray(gallery), np.asarray(queries)
     return lambda neighbors: gallery_labels[neighbors] == query_labels[:, None]
+
+
+def time_per_query(
+    index: Index, queries: Vectors, batch: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return the median seconds per query of searches that take `batch` queries at once.
+
+    Args:
+        index: The index to search.
+        queries: A sample `(queries, width)`, of at least one batch.
+        batch: Number of queries in one search.
+        clock: Returns seconds.
+
+    Examples:
+        >>> index = ExactIndex.build(np.eye(4), FunnelSchedule((4,), (), 1))
+        >>> readings = iter(range(1000))
+        >>> time_per_query(index, np.eye(4), batch=2, clock=lambda: next(readings))
+        0.5
+    """
+    seconds = []
+    stop = clock() + _LONGEST_S
+    for turn in range(_TIMED):
+        start = turn * batch % max(1, len(queries) - batch + 1)
+        chunk = queries[start : start + batch]
+        began = clock()
+        index.search(chunk)
+        ended = clock()
+        seconds.append((ended - began) / len(chunk))
+        if ended > stop and turn >= 2:
+            break
+    return float(np.median(seconds))
 
 
 @dataclass(frozen=True)

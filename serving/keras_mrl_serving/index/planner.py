@@ -8,7 +8,6 @@ the best of many is lucky.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -21,46 +20,12 @@ from ..integers import as_int, check_dims
 from .base import Ids, Index, IndexFacts, Vectors, as_gallery, check_embeddings
 from .faiss import FaissIndex, closest, wider_dims
 from .first_stage import FirstStage, Shortlister, check_first_stage, lists_for
-from .plan import Choice, Measure, Plan, cheapest, front, recall_against
+from .plan import Choice, Measure, Plan, cheapest, front, recall_against, time_per_query
 
 Says = Callable[[str], object]  # called with a line about what is tried
 Timer = Callable[[Index, Vectors, int], float]  # (index, queries, batch) -> seconds per query
 
 LEAST_SAMPLE = 30  # queries, below which a standard error says little
-
-_TIMED = 300  # batches a choice is timed by
-_LONGEST_S = 1.0  # that timing one choice may take
-
-
-def time_per_query(
-    index: Index, queries: Vectors, batch: int, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Return the median seconds per query of searches that take `batch` queries at once.
-
-    Args:
-        index: The index to search.
-        queries: A sample `(queries, width)`, of at least one batch.
-        batch: Number of queries in one search.
-        clock: Returns seconds.
-
-    Examples:
-        >>> index = ExactIndex.build(np.eye(4), FunnelSchedule((4,), (), 1))
-        >>> readings = iter(range(1000))
-        >>> time_per_query(index, np.eye(4), batch=2, clock=lambda: next(readings))
-        0.5
-    """
-    seconds = []
-    stop = clock() + _LONGEST_S
-    for turn in range(_TIMED):
-        start = turn * batch % max(1, len(queries) - batch + 1)
-        chunk = queries[start : start + batch]
-        began = clock()
-        index.search(chunk)
-        ended = clock()
-        seconds.append((ended - began) / len(chunk))
-        if ended > stop and turn >= 2:
-            break
-    return float(np.median(seconds))
 
 
 def plan_funnel(
