@@ -21,6 +21,7 @@ DOCUMENTS = {
     "README.md": ["README.md"],
     "compare": ["docs/compare.md"],
     "exits": ["docs/exits.md"],
+    "cascade": ["docs/cascade.md"],
     "guide": [
         f"docs/{page}.md"
         for page in ("train", "export", "serve", "server", "other_languages", "retrieve")

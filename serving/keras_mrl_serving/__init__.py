@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from .aio import AsyncClient as AsyncClient
     from .calls import Signature as Signature
     from .calls import VersionStatus as VersionStatus
+    from .cascade.audits import Audits as Audits
+    from .cascade.audits import HarmEstimate as HarmEstimate
+    from .cascade.audits import estimate_harm as estimate_harm
+    from .cascade.breakdown import Breakdown as Breakdown
+    from .cascade.breakdown import Estimate as Estimate
+    from .cascade.breakdown import Group as Group
+    from .cascade.breakdown import break_down as break_down
     from .cascade.certify import certify_cascade as certify_cascade
     from .cascade.confidence import fit_temperatures as fit_temperatures
     from .cascade.monitor import Drift as Drift
@@ -69,6 +76,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "aio": "AsyncClient",
     "calls": "Signature VersionStatus",
+    "cascade.audits": "Audits HarmEstimate estimate_harm",
+    "cascade.breakdown": "Breakdown Estimate Group break_down",
     "cascade.certify": "certify_cascade",
     "cascade.confidence": "fit_temperatures",
     "cascade.monitor": "Drift exit_drift oracle_report",

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import manifest_errors
-from ..inputs import check_holdout
 from .confidence import check_confidence, check_temperatures, confidence_of
 from .stages import (
     LAST_EXIT,
@@ -26,6 +25,7 @@ from .stages import (
     StageKey,
     check_stages,
     has_exits,
+    labelled_rows,
     labelled_stages,
     logits_of,
 )
@@ -201,10 +201,7 @@ class CascadePolicy:
         Raises:
             ValueError: As `learn`.
         """
-        if isinstance(logits, Mapping):
-            logits = {key: logits_of(logits, [key])[:, 0] for key in self.keys}
-            return _report(self, *labelled_stages(logits, labels, None)[:2])
-        return _report(self, *check_holdout(logits, labels, len(self.stages)))
+        return _report(self, *labelled_rows(logits, labels, self.keys))
 
     def to_json(self) -> dict[str, Any]:
         """Return the policy as JSON: the `cascade` object of a manifest.

@@ -251,6 +251,31 @@ def labelled_stages(
     return scores, truth, keys
 
 
+def labelled_rows(
+    logits: Logits, labels: npt.ArrayLike, keys: Sequence[StageKey]
+) -> tuple[Scores, Labels]:
+    """Return logits `(rows, stages, classes)` of some stages, and class ids.
+
+    Args:
+        logits: By stage, of these stages and maybe others; or an array of these alone.
+        labels: Class ids.
+        keys: The stages.
+
+    Raises:
+        ValueError: As `logits_of` and `labelled_stages`.
+
+    Examples:
+        >>> scores, truth = labelled_rows({(None, 8): [[0, 1]], (None, 64): [[2, 3]]}, [1],
+        ...     [(None, 64)])
+        >>> scores.tolist(), truth.tolist()
+        ([[[2.0, 3.0]]], [1])
+    """
+    if isinstance(logits, Mapping):
+        own = {key: logits_of(logits, [key])[:, 0] for key in keys}
+        return labelled_stages(own, labels, None)[:2]
+    return check_holdout(logits, labels, len(keys))
+
+
 def _check_no_probabilities(key: StageKey, scores: Scores) -> None:
     if len(scores) and scores.min() >= 0 and np.allclose(scores.sum(axis=-1), 1, atol=1e-3):
         raise ValueError(

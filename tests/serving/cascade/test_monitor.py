@@ -82,3 +82,53 @@ def test_no_policy_beats_the_oracle() -> None:
     policy = CascadePolicy.learn(logits, labels, DIMS)
     assert policy.holdout is not None
     assert policy.holdout.accuracy <= report.accuracy
+
+
+EXITS = CascadePolicy(
+    (Stage(8, 0.9, exit="early"), Stage(32, 0.8, exit="early"), Stage(32, None)), holdout=HOLDOUT
+)
+
+
+@pytest.mark.parametrize("dtype", [str, object, bytes])
+def test_rows_that_stopped_at_exits_are_told_apart(dtype: type) -> None:
+    """Two stages have one dim."""
+    dims = np.array([8] * 60 + [32] * 30 + [32] * 10)
+    exits: Any = np.array(["early"] * 90 + ["last"] * 10).astype(dtype)
+    assert exit_drift(EXITS, dims, exits=exits).seen == SHARES
+    moved: Any = np.array(["early"] * 60 + ["last"] * 40).astype(dtype)
+    assert exit_drift(EXITS, dims, exits=moved).p_value < 0.01
+
+
+REFUSED_EXITS: list[tuple[Any, Any, str]] = [
+    (
+        [8],
+        None,
+        "exits must be one of early, last for each row of dims. Received: none for 1 rows. "
+        "Give client.classify_adaptive(...).exit.",
+    ),
+    (
+        [8, 8],
+        ["early"],
+        "exits must be one of early, last for each row of dims. Received: <U5 of shape (1,) for 2 "
+        "rows. Give client.classify_adaptive(...).exit.",
+    ),
+    (
+        [8],
+        ["middle"],
+        "exits must be one of early, last for each row of dims. Received: <U6 of shape (1,) for 1 "
+        "rows. Give client.classify_adaptive(...).exit.",
+    ),
+    (
+        [8, 8],
+        ["early", "last"],
+        "Every row must have stopped at a stage of the policy. Received: 1 rows at other pairs of "
+        "exit and dim than (('early', 8), ('early', 32), (None, 32)). Give dims and exits of one "
+        "answer by this policy.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("dims", "exits", "text"), REFUSED_EXITS)
+def test_exits_that_are_refused(dims: Any, exits: Any, text: str, refuses: Refuses) -> None:
+    with refuses(ValueError, text):
+        exit_drift(EXITS, dims, exits=exits)

@@ -1,0 +1,108 @@
+"""Months of production: the true harm lies in the interval as often as it should."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keras_mrl_serving import Audits, estimate_harm
+from tests.helpers.galleries import Refuses
+
+MONTHS = 100
+REQUESTS = 30_000
+
+
+def month(seed: int) -> tuple[Audits, Audits]:
+    """All requests of a month and the 1% of them that were audited, with labels."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, REQUESTS)
+    drift = rng.uniform(0.005, 0.03)  # the share where only the last stage is right
+    full = np.where(rng.random(REQUESTS) < 0.9, labels, (labels + 1) % 10)
+    adaptive = np.where(rng.random(REQUESTS) < drift, (labels + 2) % 10, full)
+    adaptive = np.where((full != labels) & (rng.random(REQUESTS) < 0.1), labels, adaptive)
+    audited = rng.random(REQUESTS) < 0.01
+    return (
+        Audits(adaptive, full, labels),
+        Audits(adaptive[audited], full[audited], labels[audited]),
+    )
+
+
+def harm_of(audits: Audits) -> float:
+    adaptive, full, labels = map(np.asarray, (audits.adaptive, audits.full, audits.labels))
+    return float(np.mean((full == labels) & (adaptive != labels)))
+
+
+def test_the_true_harm_is_covered_in_at_least_90_of_100_months() -> None:
+    covered, estimates, truths = 0, [], []
+    for seed in range(MONTHS):
+        everything, audited = month(seed)
+        truths.append(harm_of(everything))
+        estimate = estimate_harm(audited)
+        covered += estimate.low <= truths[-1] <= estimate.high
+        estimates.append(estimate.harm)
+        assert estimate.high < 0.08
+    assert covered >= 90
+    assert np.mean(estimates) == pytest.approx(np.mean(truths), abs=0.003)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_rows_without_a_label_widen_the_interval_and_no_more(share: float) -> None:
+    """Whichever of the differing rows are labelled, the truth is covered."""
+    covered = 0
+    for seed in range(MONTHS):
+        everything, audited = month(seed)
+        labels = np.array(audited.labels)
+        labels[np.random.default_rng(seed).random(len(labels)) >= share] = -1
+        estimate = estimate_harm(Audits(audited.adaptive, audited.full, labels))
+        known = estimate_harm(audited)
+        assert estimate.low <= known.low <= known.high <= estimate.high
+        assert estimate.unlabelled <= estimate.differing == known.differing
+        covered += estimate.low <= harm_of(everything) <= estimate.high
+    assert covered >= 90
+
+
+def test_only_rows_that_differ_need_a_label() -> None:
+    _, audited = month(0)
+    differs = np.asarray(audited.adaptive) != np.asarray(audited.full)
+    few = Audits(audited.adaptive, audited.full, np.where(differs, np.asarray(audited.labels), -1))
+    assert estimate_harm(few) == estimate_harm(audited)
+
+
+def test_audits_add_up() -> None:
+    (_, january), (_, february) = month(0), month(1)
+    both = january + february
+    assert len(both) == len(january) + len(february)
+    assert harm_of(both) * len(both) == pytest.approx(
+        harm_of(january) * len(january) + harm_of(february) * len(february)
+    )
+    assert len(Audits([], []) + january) == len(january)
+
+
+REFUSED: list[tuple[Any, Any, Any, str]] = [
+    ([0, 1], [0], None, "full as int64 of shape (1,) for 2 rows"),
+    ([0, 1], [0, 1], [0, -2], "labels as int64 of shape (2,) for 2 rows"),
+    ([0, -1], [0, 1], None, "adaptive as int64 of shape (2,) for 2 rows"),
+    ([0.0, 1.0], [0, 1], None, "adaptive as float64 of shape (2,) for 2 rows"),
+]
+
+
+@pytest.mark.parametrize(("adaptive", "full", "labels", "received"), REFUSED)
+def test_audits_that_are_refused(
+    adaptive: Any, full: Any, labels: Any, received: str, refuses: Refuses
+) -> None:
+    text = (
+        "Audits are class ids of the same rows, three times; a label may be -1 where it is not "
+        f"known. Received: {received}. Give both answers for each audited row."
+    )
+    with refuses(ValueError, text):
+        Audits(adaptive, full, labels)
+
+
+def test_estimates_that_are_refused(refuses: Refuses) -> None:
+    with refuses(ValueError, "An estimate needs audited rows. Received: none. Raise audit_rate."):
+        estimate_harm(Audits([], []))
+    text = (
+        "delta must lie between 0 and 1, both excluded. Received: delta=1. Give for example 0.05."
+    )
+    with refuses(ValueError, text):
+        estimate_harm(Audits([0], [0]), delta=1)
