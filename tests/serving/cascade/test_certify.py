@@ -235,11 +235,16 @@ def test_gains_by_luck_do_not_end_the_tests_at_once() -> None:
     """Stages that are wrong apart gain rows on the half that is searched, and lose them again."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 6000)
-    hardness = rng.choice([0.5, 2.0], (6000, 1, 1), p=[0.85, 0.15])
-    noise = np.array([1.8, 1.4, 1.1])[:, None] * rng.normal(size=(6000, 3, 10))
-    logits = 4 * np.eye(10)[labels][:, None] + hardness * noise
-    for seed in range(3):
-        policy = certify_cascade(
-            logits, labels, DIMS, "accuracy_drop", costs=(1, 2, 4), seed=seed, alpha=0.01
-        )
-        assert len(policy.dims) > 1
+    hardness = rng.choice([0.5, 2.0], (6000, 1), p=[0.85, 0.15])
+    rng.integers(4, 30, 6000)
+    noise = [1.2 * 1.8, 1.8, 1.2 * 1.4, 1.4, 1.2 * 1.1, 1.1]
+    logits = [4 * np.eye(10)[labels] + n * hardness * rng.normal(size=(6000, 10)) for n in noise]
+    keys = [(exit_, dim) for exit_ in ("block1", "block3", None) for dim in (16, 64)]
+    reached = {"block1": 0.2, "block3": 0.5, None: 1.0}
+    policy = certify_cascade(
+        dict(zip(keys, (array[:4000] for array in logits), strict=True)),
+        labels[:4000],
+        risk="accuracy_drop",
+        costs=lambda asked: [reached[exit_] + 0.01 * i for i, (exit_, _) in enumerate(asked, 1)],
+    )
+    assert len(policy.keys) > 1
