@@ -37,12 +37,15 @@ def is_dataset(data: Any) -> bool:
     return isinstance(data, keras.utils.PyDataset) or hasattr(data, "element_spec") or is_loader
 
 
-def labelled_batches(name: str, dataset: Any) -> Iterator[tuple[Any, Array]]:
+def labelled_batches(
+    name: str, dataset: Any, has_columns: bool = False
+) -> Iterator[tuple[Any, Array]]:
     """Yield the inputs and the labels `(rows,)` of every batch of a data set, once through.
 
     Args:
         name: Of the argument, for errors.
         dataset: What `is_dataset` takes; of batches `(x, y)` or `(x, y, sample_weight)`.
+        has_columns: Whether labels may also be `(rows, outputs)`, a number per output.
 
     Raises:
         ValueError: If it has no end, no batch, or batches of another form.
@@ -50,20 +53,23 @@ def labelled_batches(name: str, dataset: Any) -> Iterator[tuple[Any, Array]]:
     is_indexed = isinstance(dataset, keras.utils.PyDataset)
     has_no_end = dataset.num_batches is None if is_indexed else _repeats(dataset)
     if has_no_end:
-        raise _dataset_error(name, "one that repeats without end")
+        raise _dataset_error(name, has_columns, "one that repeats without end")
     number = 0
     for batch in map(dataset.__getitem__, range(len(dataset))) if is_indexed else dataset:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            raise _dataset_error(name, f"batches that are a {type(batch).__name__}")
+            received = f"batches that are a {type(batch).__name__}"
+            raise _dataset_error(name, has_columns, received)
         x = keras.tree.map_structure(keras.ops.convert_to_numpy, batch[0])
         labels = as_labels(batch[1])
         shapes = [tuple(part.shape) for part in keras.tree.flatten(x)]
-        if {shape[:1] for shape in shapes} != {labels.shape} or labels.ndim != 1:
-            raise _dataset_error(name, f"inputs {shapes} with labels {labels.shape} in a batch")
+        fits = {shape[:1] for shape in shapes} == {labels.shape[:1]}
+        if not fits or labels.ndim not in ((1, 2) if has_columns else (1,)):
+            received = f"inputs {shapes} with labels {labels.shape} in a batch"
+            raise _dataset_error(name, has_columns, received)
         number += 1
         yield x, labels
     if not number:
-        raise _dataset_error(name, "no batch")
+        raise _dataset_error(name, has_columns, "no batch")
 
 
 def _repeats(dataset: Any) -> bool:
@@ -71,9 +77,10 @@ def _repeats(dataset: Any) -> bool:
     return int(cardinality()) == -1  # as TensorFlow counts what is infinite
 
 
-def _dataset_error(name: str, received: str) -> ValueError:
+def _dataset_error(name: str, has_columns: bool, received: str) -> ValueError:
+    labels = "a label per row and output" if has_columns else "one integer label per row"
     return ValueError(
-        f"A data set of {name} must end, and give batches (x, y) with one integer label per row. "
+        f"A data set of {name} must end, and give batches (x, y) with {labels}. "
         f"Received: {received}. Batch it, leave repeat() out, and map its rows to (x, y)."
     )
 

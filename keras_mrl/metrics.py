@@ -9,6 +9,7 @@ metrics it is not.
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,8 +33,8 @@ class MatryoshkaMetric(keras.metrics.Metric):
         dims: The dims of the head, for the names in the log; None where a `MatryoshkaClassifier`
             is compiled with the metric, which tells it those of its head.
         name: Stem of those names; None means the name of `metric`.
-        activation: "sigmoid" for a metric of probabilities, such as `F1Score`, which then reads
-            those and not the logits; None for one of logits.
+        activation: "sigmoid" or "softmax" for a metric of probabilities, such as `F1Score`, which
+            then reads those and not the logits; None for one of logits.
 
     Shapes:
         `y_pred`: `(..., num_dims, num_classes)`. `y_true`: what `metric` takes for one dim.
@@ -169,9 +170,14 @@ def _name_in_log(name: str) -> str:
     entries. So the name is read where Keras makes it. Asked by anyone else, it is the metric's own.
     """
     caller = sys._getframe(2)
-    is_keras = caller.f_globals.get("__name__", "").endswith("trainers.compile_utils")
-    in_log = caller.f_locals.get("name") if is_keras else None
+    while not _is_in_keras(caller) and caller.f_code.co_name == "result" and caller.f_back:
+        caller = caller.f_back  # of a subclass, which calls this one
+    in_log = caller.f_locals.get("name") if _is_in_keras(caller) else None
     return in_log if isinstance(in_log, str) and name in in_log else name
+
+
+def _is_in_keras(frame: types.FrameType) -> bool:
+    return bool(frame.f_globals.get("__name__", "").endswith("trainers.compile_utils"))
 
 
 def _copy(metric: keras.metrics.Metric, name: str) -> keras.metrics.Metric:

@@ -182,11 +182,18 @@ def _labels_in_memory(inputs: Any, labels: Any) -> Array | None:
 
 
 def _embed(
-    name: str, part: keras.Model, rows: Any, labels: Any, batch_size: int, verbose: int
+    name: str,
+    part: keras.Model,
+    rows: Any,
+    labels: Any,
+    batch_size: int,
+    verbose: int,
+    has_columns: bool = False,
 ) -> tuple[Array, Any]:
     """Return float32 features of arrays or of a data set, and their labels, perhaps its own."""
     if is_dataset(rows):
-        batches = [(part.predict_on_batch(x), y) for x, y in labelled_batches(name, rows)]
+        labelled = labelled_batches(name, rows, has_columns)
+        batches = [(part.predict_on_batch(x), y) for x, y in labelled]
         features, labels = map(np.concatenate, zip(*batches, strict=True))
     else:
         features = part.predict(rows, batch_size=batch_size, verbose=verbose)
@@ -229,7 +236,7 @@ def _score_outputs(
         labels = check(labels)
         check_unmasked(inputs)
     part = as_model(backbone)
-    rows, labels = _embed("inputs", part, inputs, labels, batch_size, verbose)
+    rows, labels = _embed("inputs", part, inputs, labels, batch_size, verbose, has_columns=True)
     features, targets = check_features(rows), check(labels)
     if not head.built:
         head.build(features.shape)

@@ -12,6 +12,13 @@ from keras import ops
 
 from .._dims import blocks
 
+# Losses of the one class that a row has.
+SINGLE_LABEL_LOSSES = (
+    keras.losses.SparseCategoricalCrossentropy,
+    keras.losses.CategoricalCrossentropy,
+    keras.losses.CategoricalFocalCrossentropy,
+    keras.losses.CategoricalHinge,
+)
 # Losses that compare each output of a row with a label of its own.
 MULTILABEL_LOSSES = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
 REGRESSION_LOSSES = (

@@ -13,7 +13,7 @@ import keras
 
 from .._modes import mode_of_metric
 from ..losses import MatryoshkaLoss
-from ..losses.targets import MULTILABEL_LOSSES
+from ..losses.targets import MULTILABEL_LOSSES, SINGLE_LABEL_LOSSES
 from ..losses.weights import _NestedLoss
 from ..metrics import MatryoshkaMetric, Perplexity
 
@@ -124,8 +124,11 @@ def _nested_metric(metric: Any, loss: Any) -> Any:
             f"Received: {kind} with from_logits=False. "
             f"Write keras.metrics.{kind}(from_logits=True), or its name alone."
         )
-    of_several = isinstance(loss, MatryoshkaLoss) and isinstance(loss.loss, MULTILABEL_LOSSES)
-    activation = "sigmoid" if of_several and _compares_probabilities(metric) else None
+    inner = loss.loss if isinstance(loss, MatryoshkaLoss) else None
+    activation = None
+    if _compares_probabilities(metric):
+        kinds = (("sigmoid", MULTILABEL_LOSSES), ("softmax", SINGLE_LABEL_LOSSES))
+        activation = next((name for name, kind in kinds if isinstance(inner, kind)), None)
     return MatryoshkaMetric(metric, activation=activation)
 
 

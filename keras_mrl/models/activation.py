@@ -11,20 +11,13 @@ from typing import Any
 import keras
 
 from ..losses import MatryoshkaLoss
-from ..losses.targets import MULTILABEL_LOSSES, REGRESSION_LOSSES
+from ..losses.targets import MULTILABEL_LOSSES, REGRESSION_LOSSES, SINGLE_LABEL_LOSSES
 from ._compiled import class_of
 from .outputs import holds_head
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
-
-_SINGLE_LABEL_LOSSES = (
-    keras.losses.SparseCategoricalCrossentropy,
-    keras.losses.CategoricalCrossentropy,
-    keras.losses.CategoricalFocalCrossentropy,
-    keras.losses.CategoricalHinge,
-)
 _KINDS = (
-    ("softmax", _SINGLE_LABEL_LOSSES),
+    ("softmax", SINGLE_LABEL_LOSSES),
     ("sigmoid", MULTILABEL_LOSSES),
     ("none", REGRESSION_LOSSES),
 )

@@ -117,7 +117,7 @@ def split(
             f"Received: exit={exit!r} for {type(model).__name__} {model.name!r}. Leave exit out."
         )
     if output is None and not holds_head(model):
-        return model, None
+        return (gallery_backbone(model, model) if other_tower else model), None
     inputs, tensors = graph_of(model)
     name = check_output(model, output, list(tensors))
     end = head_at(model, tensors[name])
@@ -134,6 +134,10 @@ def gallery_backbone(model: keras.Model, backbone: keras.Model) -> keras.Model:
         model: Any model.
         backbone: The part that queries go through, as `split` returns it.
 
+    Raises:
+        ValueError: If a `MatryoshkaEncoder` of two towers is within the model, or is of a class
+            with a `call` of its own: what comes before or after the towers is of queries alone.
+
     Examples:
         >>> from keras_mrl.models.cut import gallery_backbone
         >>> users, items = (keras.Sequential([keras.layers.Dense(16)]) for _ in range(2))
@@ -142,8 +146,24 @@ def gallery_backbone(model: keras.Model, backbone: keras.Model) -> keras.Model:
         >>> gallery_backbone(MatryoshkaEncoder(users), users) is users
         True
     """
-    other = model.gallery_part() if isinstance(model, _NestedModel) else None
+    if not is_plain_nested(model):
+        _check_one_tower(model)
+        return backbone
+    other = model.gallery_part()
     return backbone if other is None else other
+
+
+def _check_one_tower(model: keras.Model) -> None:
+    layers = [] if holds_head(model) else model._flatten_layers()  # a head reads one tower
+    for own in layers:
+        if isinstance(own, _NestedModel) and own.gallery_part() is not None:
+            raise ValueError(
+                "Galleries go through the other tower of a MatryoshkaEncoder as through the first. "
+                f"Received: {type(model).__name__} {model.name!r}, which goes on from the first "
+                f"tower of {own.name!r} alone. Put into each tower what comes before and after it: "
+                "MatryoshkaEncoder(keras.Sequential([layer, tower]), "
+                "keras.Sequential([layer, other_tower]))."
+            )
 
 
 def dims_of_loss(model: keras.Model) -> tuple[int, ...] | None:

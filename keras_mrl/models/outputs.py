@@ -65,7 +65,8 @@ def holds_head(layer: Any) -> bool:
 def graph_of(model: keras.Model) -> tuple[Any, dict[str, Any]]:
     """Return the symbolic inputs of a built model, and its symbolic outputs by name.
 
-    Names are those that Keras's log has: keys of a dict, or names of the last layers.
+    Names are those that Keras's log has: keys of a dict, or names of the last layers. Their order
+    is the one in which Keras takes a list of losses.
 
     Raises:
         ValueError: If the model has not been built, its `call` cannot be run on symbolic inputs,
@@ -81,7 +82,8 @@ def graph_of(model: keras.Model) -> tuple[Any, dict[str, Any]]:
         inputs, outputs = input_of(model), recorded[0] if is_sequential else model.output
     flat = keras.tree.flatten(outputs)
     if isinstance(outputs, dict) and len(outputs) == len(flat):
-        return inputs, dict(outputs)
+        in_order = keras.tree.flatten({key: key for key in outputs})  # as a list of losses goes
+        return inputs, {key: outputs[key] for key in in_order}
     names = [tensor._keras_history.operation.name for tensor in flat]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:

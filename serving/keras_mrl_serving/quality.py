@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from .contract import Manifest
 
-# A share of the full dim's value is no quality where less is better.
-_LESS_IS_BETTER = ("ece", "mae", "rmse", "perplexity", "loss")
+# Of a measure whose name has one of these words less is better: a share of it is no quality.
+_LESS_IS_BETTER = {
+    *("ece", "error", "loss", "crossentropy", "nll", "brier", "perplexity"),
+    *("mae", "mse", "rmse", "mape", "msle"),
+}
 # What a dim is chosen by where nothing is named: of classes, of several labels a row, of values.
 _USUAL = ("top1", "ap_macro", "r2")
 
@@ -20,8 +23,8 @@ def cheapest_dim(manifest: Manifest, quality: float = 0.98, measure: str | None 
             measure, or else `top1`, `ap_macro` or `r2`, whichever there is.
 
     Raises:
-        ValueError: If the manifest holds no quality or not this measure, the share is not in
-            (0, 1], or the full dim's value is not above 0.
+        ValueError: If the manifest holds no quality or not this measure, less of it is better, the
+            share is not in (0, 1], or the full dim's value is not above 0.
 
     Examples:
         >>> image = {"dtype": "float32", "shape": [None, 3]}
@@ -44,7 +47,13 @@ def cheapest_dim(manifest: Manifest, quality: float = 0.98, measure: str | None 
             f"Received: model {manifest.name!r}, exported without it. Export it again with "
             "export_saved_model(..., quality={dim: {'top1': ...}}), or name a dim."
         )
-    measures = [name for name in full if name not in _LESS_IS_BETTER]
+    measures = [name for name in full if not _LESS_IS_BETTER & {*name.lower().split("_")}]
+    if not measures:
+        raise ValueError(
+            "A dim is chosen by a measure of which more is better. "
+            f"Received: {', '.join(full)} of model {manifest.name!r}. "
+            "Export it with another as quality, such as top1 or r2, or name a dim."
+        )
     usual = [name for name in _USUAL if name in measures]
     default = measures[0] if len(measures) == 1 else next(iter(usual), None)
     chosen = default if measure is None else measure

@@ -295,3 +295,21 @@ def test_the_log_has_the_names_that_keras_gives(jit_compile: bool) -> None:
         for stem, value in zip(stems, expected, strict=True):
             assert log[f"{stem}_{dim}"] == pytest.approx(value), stem
     assert list(accuracy().result()) == ["accuracy_2", "accuracy_4", "accuracy_8"]
+
+
+class Rounded(MatryoshkaMetric):
+    """A metric of a user's."""
+
+    def result(self) -> dict[str, Any]:
+        values = super().result()
+        return {name: keras.ops.round(value) for name, value in values.items()}
+
+
+def test_the_log_has_those_names_of_a_subclass_too() -> None:
+    model, loss = two_heads(), MatryoshkaLoss(cross_entropy())
+    metrics = {name: [Rounded(accuracy().metric, DIMS)] for name in ("digit", "odd")}
+    model.compile("sgd", {"digit": loss, "odd": loss}, metrics=metrics)
+    log = model.evaluate(X, {"digit": Y, "odd": np.arange(12) % 2}, verbose=0, return_dict=True)
+    assert {name for name in log if "accuracy" in name} == {
+        f"{stem}_accuracy_{dim}" for stem in ("digit", "odd") for dim in DIMS
+    }

@@ -42,6 +42,20 @@ def test_a_measure_that_is_better_when_less_has_no_share(measure: str, refuses: 
         cheapest_dim(evaluated(), 0.98, measure)
 
 
+@pytest.mark.parametrize("measure", ["mse", "val_loss", "mean_squared_error", "Crossentropy"])
+def test_an_error_is_never_the_only_measure(measure: str, refuses: Refuses) -> None:
+    """The first dim has the largest error, which keeps more than its share of the last one's."""
+    errors = {"8": {measure: 0.9}, "16": {measure: 0.5}, "64": {measure: 0.4}}
+    text = (
+        "A dim is chosen by a measure of which more is better. "
+        f"Received: {measure} of model 'birds'. "
+        "Export it with another as quality, such as top1 or r2, or name a dim."
+    )
+    for name in (None, measure):
+        with refuses(ValueError, text):
+            cheapest_dim(evaluated(errors), 0.98, name)
+
+
 def test_one_of_several_measures_without_accuracy_must_be_named() -> None:
     others = {dim: {"nn1": 0.5, "map10": 0.5} for dim in EVALUATED}
     with pytest.raises(ValueError, match=r"\Ameasure must be one of nn1, map10. Received: "):

@@ -574,6 +574,29 @@ def test_a_head_is_judged_as_its_loss_says(activation: str) -> None:
     assert list(evaluate(model, ROWS_OF_5, labels, dims=(8,), verbose=0)) == [8]
 
 
+@pytest.mark.backend
+@pytest.mark.parametrize("kind", DATASETS)
+@pytest.mark.parametrize("activation", KINDS_OF_HEADS)
+def test_data_sets_of_several_classes_and_of_values_are_judged(activation: str, kind: str) -> None:
+    loss, labels, _ = KINDS_OF_HEADS[activation]
+    for outputs in (1, 3):
+        model, y = judged(loss, outputs), labels[:, :outputs].astype(np.float32)
+        expected = evaluate(model, ROWS_OF_5, y, verbose=0)
+        quality = evaluate(model, dataset(kind, ROWS_OF_5, y), verbose=0)
+        for dim, measures in expected.items():
+            assert quality[dim] == pytest.approx(measures, rel=1e-5)
+
+
+def test_labels_of_a_data_set_have_a_column_per_output() -> None:
+    rows = dataset("PyDataset", ROWS_OF_5, np.zeros((30, 3, 1)))
+    text = (
+        "A data set of inputs must end, and give batches (x, y) with a label per row and output. "
+        "Received: inputs [(16, 5)] with labels (16, 3, 1) in a batch."
+    )
+    with pytest.raises(ValueError, match=exactly(text + REMEDY)):
+        evaluate(judged("mse", 3), rows, verbose=0)
+
+
 @pytest.mark.parametrize("activation", KINDS_OF_HEADS)
 def test_rows_of_several_classes_or_values_have_no_gallery(activation: str) -> None:
     loss, labels, _ = KINDS_OF_HEADS[activation]

@@ -194,3 +194,21 @@ def test_metrics_of_probabilities_read_those_of_several_classes() -> None:
             of_probabilities.reset_state()
             of_probabilities.update_state(y, 1 / (1 + np.exp(-logits[:, column])))
             assert log[f"{name}_{dim}"] == pytest.approx(float(of_probabilities.result()), abs=1e-5)
+
+
+def test_metrics_of_probabilities_read_those_of_one_class_a_row() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 5)).astype("float32"), np.eye(3, dtype="float32")[np.arange(40) % 3]
+    backbone = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)])
+    model = MatryoshkaClassifier(backbone, MatryoshkaHead(3, dims=(2, 8)))
+    plain = [keras.metrics.Precision(name="precision"), keras.metrics.Recall(name="recall")]
+    model.compile("sgd", "categorical_crossentropy", metrics=plain)
+    log = model.evaluate(x, y, return_dict=True, verbose=0)
+    logits = np.asarray(model.predict(x, verbose=0), np.float64)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    for column, dim in enumerate((2, 8)):
+        chosen = shares[:, column] > 0.5
+        hits = (chosen & (y > 0)).sum()
+        assert hits != ((logits[:, column] > 0.5) & (y > 0)).sum()
+        assert log[f"precision_{dim}"] == pytest.approx(hits / chosen.sum())
+        assert log[f"recall_{dim}"] == pytest.approx(hits / 40)

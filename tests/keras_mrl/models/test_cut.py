@@ -18,8 +18,9 @@ from keras_mrl import (
     freeze_before,
     split,
 )
+from keras_mrl.evaluation import evaluate
 from tests.helpers.laws import exactly
-from tests.helpers.nested_models import NESTED
+from tests.helpers.nested_models import NESTED, around, sequence
 from tests.helpers.small_models import (
     DIMS,
     NUM_CLASSES,
@@ -201,6 +202,53 @@ def test_an_embedder_of_either_tower() -> None:
     expected = as_numpy(Truncate(4)(item(X[:, :3])))
     embed = embedder(model, 4, other_tower=True)
     np.testing.assert_allclose(as_numpy(embed(X[:, :3])), expected, rtol=1e-6)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Twofold(MatryoshkaEncoder):
+    """An encoder with a call of its own."""
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        return 2 * super().call(inputs, training=training)
+
+
+def towers(kind: type[MatryoshkaEncoder] = MatryoshkaEncoder) -> MatryoshkaEncoder:
+    item = keras.Sequential([keras.Input((5,)), layers.Dense(8)])
+    return kind(backbone(), item, name="pair")
+
+
+TOWERS_WITHIN: dict[str, tuple[Callable[[], keras.Model], str]] = {
+    "sequential": (lambda: sequence(towers()), "Sequential 'sequential"),
+    "functional": (lambda: around(towers()), "Functional 'around'"),
+    "a call of its own": (lambda: towers(Twofold), "Twofold 'pair'"),
+}
+
+
+@pytest.mark.parametrize("within", TOWERS_WITHIN)
+def test_what_goes_on_from_one_of_two_towers_has_no_gallery(within: str) -> None:
+    make, received = TOWERS_WITHIN[within]
+    model, y = make(), np.arange(12) % 2
+    text = (
+        "Galleries go through the other tower of a MatryoshkaEncoder as through the first. "
+        rf"Received: {received}\w*'?, which goes on from the first tower of 'pair' alone. "
+        "Put into each tower what comes before and after it"
+    )
+    assert split(model) == (model, None)
+    with pytest.raises(ValueError, match=text):
+        split(model, other_tower=True)
+    with pytest.raises(ValueError, match=text):
+        embedder(model, 4, other_tower=True)
+    with pytest.raises(ValueError, match=text):
+        evaluate(model, X, y, gallery=(X, y), dims=(4, 8), k=2, verbose=0)
+
+
+def test_a_head_on_one_of_two_towers_is_a_classifier() -> None:
+    model = MatryoshkaClassifier(towers().tower, MatryoshkaHead(NUM_CLASSES, dims=DIMS))
+    assert split(model, other_tower=True)[0] is model.backbone
+    inputs = keras.Input((5,))
+    head = MatryoshkaHead(NUM_CLASSES, dims=DIMS)
+    fine_tuned = keras.Model(inputs, head(towers()(inputs)))
+    assert split(fine_tuned, other_tower=True)[1] is head
 
 
 @pytest.mark.parametrize("make", [unbuilt_classifier, unbuilt_sequential])

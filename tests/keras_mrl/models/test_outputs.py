@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_mrl import MatryoshkaEncoder, MatryoshkaHead, cut, split
+from keras_mrl import MatryoshkaEncoder, MatryoshkaHead, MatryoshkaLoss, cut, split
+from keras_mrl.models.activation import activation_of
+from keras_mrl.models.outputs import one_output
 from tests.helpers.laws import exactly
 from tests.helpers.nested_models import NESTED, around, own, sequence, two_heads
 from tests.helpers.small_models import DIMS, NUM_CLASSES, X, as_numpy, classifier, functional
@@ -256,3 +258,19 @@ def test_outputs_of_one_name_are_refused() -> None:
         split(model, "shared")
     named = keras.Model(model.input, dict(zip(("one", "other"), model.outputs, strict=True)))
     assert split(named, "other")[1] is head
+
+
+@pytest.mark.parametrize("names", [("odd", "digit"), ("digit", "odd")])
+def test_a_list_of_losses_is_of_outputs_as_keras_takes_them(names: tuple[str, str]) -> None:
+    """Keras takes the outputs of a dict in the order of their names, however they were written."""
+    inputs = keras.Input((5,))
+    body = layers.Dense(8)(inputs)
+    heads = {name: MatryoshkaHead(3, dims=DIMS)(body) for name in names}
+    model = keras.Model(inputs, heads)
+    several = keras.losses.BinaryCrossentropy(from_logits=True)
+    one = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", [MatryoshkaLoss(several), MatryoshkaLoss(one)])
+    y = {"digit": np.eye(3)[np.arange(12) % 3], "odd": np.arange(12) % 2}
+    model.fit(X, y, verbose=0)  # which takes labels of no other form
+    activations = {name: activation_of(one_output(model, name)) for name in names}
+    assert activations == {"digit": "sigmoid", "odd": "softmax"}
