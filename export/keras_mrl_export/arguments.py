@@ -443,12 +443,20 @@ def quality_by_dim(
             "quality must give measures by dim, and a number by measure. "
             f"Received: quality={quality!r:.200}. Give for example {{8: {{'top1': 0.93}}}}."
         ) from error
-    values = [value for measures in measures_of.values() for value in measures.values()]
-    if not all(map(math.isfinite, values)) or not set(measures_of) <= set(dims):
+    unknown = sorted(set(measures_of) - set(dims))
+    if unknown:
         raise ValueError(
-            f"quality must give finite numbers for exported dims: {dims}. "
-            f"Received: quality={measures_of}. Leave out what was not measured."
+            f"quality must be of dims that are exported: {dims}. "
+            f"Received: quality of {', '.join(map(str, unknown))}. "
+            f"Leave it out, or export these dims, too: dims={tuple(sorted({*dims, *unknown}))}."
         )
+    for dim, measures in measures_of.items():
+        for measure, value in measures.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    "quality must give finite numbers. "
+                    f"Received: {measure} {value} at dim {dim}. Leave out what was not measured."
+                )
     return {str(dim): measures_of[dim] for dim in sorted(measures_of)}
 
 

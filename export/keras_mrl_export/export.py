@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_mrl import split
 from keras_mrl._arrays import head_arrays
-from keras_mrl.models.cut import gallery_backbone
+from keras_mrl.models.cut import dims_of_loss, gallery_backbone
 from keras_mrl.models.outputs import one_output
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.index import ExactIndex
@@ -88,8 +88,8 @@ def export_saved_model(
         quality: Measures of the evaluation per dim, e.g. `{8: {"top1": 0.93}}`.
         version: Number of the version; None takes the seconds since 1970, or one more than the
             highest version if that is more. A version that exists is never overwritten.
-        dims: Which dims to export; None means those of the head, or for an encoder 8, 16, 32, ...
-            up to its width.
+        dims: Which dims to export; None means those of the head, or of the loss of a
+            `MatryoshkaEncoder`, or else 8, 16, 32, ... up to the width.
         normalize: Whether `embed_<m>` scales embeddings to unit length, after truncation.
         top_k: How many classes a classification names; None means 5, or all of them where a row may
             have several.
@@ -146,6 +146,8 @@ def export_saved_model(
     if has_other_tower:
         other_read = _read_other(gallery_backbone(model, backbone), other_sample, other_decoder)
     activation = choose_activation(model, split(model)[1], activation, policy)
+    if dims is None and split(model)[1] is None:
+        dims = dims_of_loss(model)
     model = in_float32(model)
     backbone, head = split(model)
     features = outputs_of(backbone, read.rows)

@@ -10,12 +10,13 @@ import numpy as np
 
 from .._arrays import Array, check_unmasked
 from .._dims import check_dims
+from ..models.cut import dims_of_loss
 
 PART_ROWS = 8192  # embedded together, about
 
 
 def dims_of(caller: str, model: keras.Model, head: Any, dims: Sequence[int] | None) -> Any:
-    """Return `dims`, or those of the head.
+    """Return `dims`, or those of the head, or of the loss of a `MatryoshkaEncoder`.
 
     Args:
         caller: Name of the public function, for the error.
@@ -24,14 +25,16 @@ def dims_of(caller: str, model: keras.Model, head: Any, dims: Sequence[int] | No
         dims: Prefix lengths, or None.
 
     Raises:
-        ValueError: If there are neither.
+        ValueError: If there are none.
 
     Examples:
         >>> from keras_mrl.evaluation.inputs import dims_of
         >>> dims_of("evaluate_retrieval", None, MatryoshkaHead(10, dims=(8, 16)), None)
         (8, 16)
     """
-    ladder = getattr(head, "dims", None) if dims is None else dims
+    ladder = dims
+    if ladder is None:
+        ladder = dims_of_loss(model) if head is None else head.dims
     if ladder is None:
         raise ValueError(
             f"{caller} needs dims for a model that ends in no MatryoshkaHead with dims. "

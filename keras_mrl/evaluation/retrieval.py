@@ -138,7 +138,7 @@ def evaluate_retrieval(
         qrels: Query id to document id to grade, or to a set of relevant documents.
         query_ids: One integer or string per query; None means the numbers of the rows.
         corpus_ids: One integer or string per document; None means the numbers of the rows.
-        dims: None means those of the head.
+        dims: None means those of the head, or of the loss of a `MatryoshkaEncoder`.
         k: How many of the nearest are judged, or several such numbers.
         batch_size: Rows that are embedded at a time.
         verbose: 1 shows progress (of both passes and of the search), 0 does not.

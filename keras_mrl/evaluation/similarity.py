@@ -128,7 +128,7 @@ def evaluate_similarity(
         first: Inputs of one side: an array of rows, or a dict or tuple of such arrays.
         second: Inputs of the other side; row i is paired with row i of `first`.
         grades: How similar each pair is `(pairs,)`.
-        dims: None means those of the head.
+        dims: None means those of the head, or of the loss of a `MatryoshkaEncoder`.
         batch_size: Rows that are embedded at a time.
         verbose: 1 shows progress of both passes, 0 does not.
 

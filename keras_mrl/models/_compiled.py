@@ -117,23 +117,25 @@ def _nested_metric(metric: Any, loss: Any) -> Any:
         metric = _metric_of_name(metric, loss)
     if not _METRICS.intersection(type(metric).__mro__):
         return metric
-    if _reads_probabilities(metric):
-        kind = type(metric).__name__
-        raise ValueError(
-            "Metrics of a MatryoshkaClassifier read logits, and no probabilities. "
-            f"Received: {kind} with from_logits=False. "
-            f"Write keras.metrics.{kind}(from_logits=True), or its name alone."
-        )
     inner = loss.loss if isinstance(loss, MatryoshkaLoss) else None
     activation = None
     if _compares_probabilities(metric):
         kinds = (("sigmoid", MULTILABEL_LOSSES), ("softmax", SINGLE_LABEL_LOSSES))
         activation = next((name for name, kind in kinds if isinstance(inner, kind)), None)
+    if activation is None and _reads_probabilities(metric):
+        kind = type(metric).__name__
+        raise ValueError(
+            "Metrics of a MatryoshkaClassifier read logits, and no probabilities. "
+            f"Received: {kind} with from_logits=False. "
+            f"Give keras.metrics.{kind} from_logits=True, or write its name alone."
+        )
     return MatryoshkaMetric(metric, activation=activation)
 
 
 def _compares_probabilities(metric: keras.metrics.Metric) -> bool:
-    """Whether a metric compares what it reads with a threshold between 0 and 1."""
+    """Whether a metric compares what it reads with thresholds between 0 and 1."""
+    if isinstance(metric, keras.metrics.AUC):
+        return _reads_probabilities(metric)
     if isinstance(metric, keras.metrics.BinaryAccuracy):
         return 0 < metric.get_config()["threshold"] < 1  # 0 is the threshold of a logit
     return isinstance(metric, _PROBABILITY_METRICS)

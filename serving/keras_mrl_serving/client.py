@@ -135,7 +135,8 @@ class Client(BaseClient[Transport]):
 
         Args:
             quality: The share; 1.0 for no loss.
-            measure: One of the manifest's measures; None means the only one, or `top1`.
+            measure: One of the manifest's measures of which more is better; None means the only
+                one, or `top1`, `ap_macro` or `r2`, whichever there is.
         """
         return cheapest_dim(self.describe(), quality, measure)
 

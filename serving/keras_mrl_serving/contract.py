@@ -282,8 +282,9 @@ class Manifest:
         if self.num_classes is None:
             raise NoHeadError(
                 "Only a model with a head can classify. "
-                f"Received: a request to classify for model {self.name!r}, an {self.kind} "
-                "without one. Ask it to embed, or export a model that ends in a MatryoshkaHead."
+                f"Received: a request to classify for model {self.name!r}, "
+                f"{_with_article(self.kind)} without one. "
+                "Ask it to embed, or export a model that ends in a MatryoshkaHead."
             )
 
     def check_values(self) -> int:
@@ -292,8 +293,9 @@ class Manifest:
             ask = "embed" if self.num_classes is None else "classify"
             raise NoHeadError(
                 "Only a regressor answers with values. "
-                f"Received: a request for those of model {self.name!r}, a {self.kind}. "
-                f"Ask it to {ask}; export_saved_model(..., activation='none') makes a regressor."
+                f"Received: a request for those of model {self.name!r}, "
+                f"{_with_article(self.kind)}. Ask it to {ask}; "
+                "export_saved_model(..., activation='none') makes a regressor."
             )
         return self.num_values
 
@@ -312,8 +314,9 @@ class Manifest:
         if self.kind != "index":
             raise NoIndexError(
                 "Only an index can be searched. "
-                f"Received: a request to search model {self.name!r}, a {self.kind} without a "
-                "gallery. Give an index: client.retrieve(inputs, index=ExactIndex.build(...))."
+                f"Received: a request to search model {self.name!r}, "
+                f"{_with_article(self.kind)} without a gallery. "
+                "Give an index: client.retrieve(inputs, index=ExactIndex.build(...))."
             )
 
     def check_cascade(self) -> None:
@@ -326,6 +329,10 @@ class Manifest:
                 "with CascadePolicy.learn, then give it as classify_adaptive(x, policy=policy), "
                 "or export again with export_saved_model(..., policy=policy)."
             )
+
+
+def _with_article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _check_one_of(name: str, value: str, choices: Sequence[str]) -> None:

@@ -41,7 +41,6 @@ UNKNOWN_DIMS = "dims must be dims of the model: (2, 4, 8). "
 CHECKED_DIMS = "dims must be strictly increasing positive integers. "
 LABELS = "labels must name each of the 3 classes on one line. "
 ONE_EACH = "Give one non-empty string of UTF-8 per class id, without line breaks or outer blanks."
-QUALITY = "quality must give finite numbers for exported dims: (2, 4, 8). "
 NO_QUALITY = "quality must give measures by dim, and a number by measure. "
 WEIGHTS = "weights must hold one number per dim. "
 ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -138,11 +137,13 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "quality of unknown dims": (
         {"quality": {16: {"top1": 0.5}}},
-        QUALITY + "Received: quality={16: {'top1': 0.5}}. Leave out what was not measured.",
+        "quality must be of dims that are exported: (2, 4, 8). Received: quality of 16. "
+        "Leave it out, or export these dims, too: dims=(2, 4, 8, 16).",
     ),
     "quality that is not a number": (
         {"quality": {8: {"top1": float("nan")}}},
-        QUALITY + "Received: quality={8: {'top1': nan}}. Leave out what was not measured.",
+        "quality must give finite numbers. Received: top1 nan at dim 8. "
+        "Leave out what was not measured.",
     ),
     "too few weights": (
         {"weights": (1.0, 2.0)},

@@ -337,7 +337,6 @@ def test_an_encoder_is_exported_as_its_tower(tmp_path: Path) -> None:
 def test_two_towers_are_one_version(tmp_path: Path) -> None:
     encoder, some_items = two_towers.two_towers(), {n: a[:16] for n, a in two_towers.ITEMS.items()}
     rows: dict[str, Any] = {"sample": two_towers.USERS[:16], "other_sample": some_items}
-    rows["dims"] = two_towers.DIMS
     export_saved_model(encoder, tmp_path / "shop", **rows)
     users = two_towers.user_embeddings(encoder).astype(np.float32)
     items = two_towers.item_embeddings(encoder).astype(np.float32)

@@ -15,6 +15,7 @@ from keras_mrl_serving.errors import (
     ManifestError,
     NoCascadeError,
     NoHeadError,
+    NoIndexError,
     NoOtherTowerError,
     UnknownDimError,
 )
@@ -329,6 +330,8 @@ def test_without_a_head_nothing_is_classified(
         encoder.check_head()
     with refuses(NoHeadError, text):
         encoder.check_cascade()
+    with pytest.raises(NoIndexError, match="model 'toy', an encoder without a gallery"):
+        encoder.check_index()
 
 
 def test_without_a_policy_nothing_is_classified_adaptively(
@@ -357,14 +360,16 @@ def test_a_regressor_is_not_asked_for_classes(refuses: Refuses) -> None:
     assert REGRESSOR.check_values() == 2
 
 
-@pytest.mark.parametrize(("manifest", "ask"), [(ENCODER, "embed"), (CLASSIFIER, "classify")])
+@pytest.mark.parametrize(
+    ("manifest", "kind", "ask"),
+    [(ENCODER, "an encoder", "embed"), (CLASSIFIER, "a classifier", "classify")],
+)
 def test_only_a_regressor_is_asked_for_values(
-    manifest: Manifest, ask: str, refuses: Refuses
+    manifest: Manifest, kind: str, ask: str, refuses: Refuses
 ) -> None:
     text = (
-        "Only a regressor answers with values. Received: a request for those of model 'birds', a "
-        f"{manifest.kind}. Ask it to {ask}; export_saved_model(..., activation='none') makes a "
-        "regressor."
+        "Only a regressor answers with values. Received: a request for those of model 'birds', "
+        f"{kind}. Ask it to {ask}; export_saved_model(..., activation='none') makes a regressor."
     )
     with refuses(NoHeadError, text):
         manifest.check_values()

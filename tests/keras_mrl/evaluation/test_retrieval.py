@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 import pytrec_eval
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, MatryoshkaHead
+from keras_mrl import ContrastiveLoss, MatryoshkaClassifier, MatryoshkaEncoder, MatryoshkaHead
 from keras_mrl.evaluation import (
     evaluate_retrieval,
     inputs,
@@ -287,9 +287,10 @@ def test_the_corpus_of_two_towers_goes_through_the_other() -> None:
     sides = {name: keras.Input((width,), name=name) for name, width in (("left", 20), ("right", 4))}
     items = keras.Model(sides, keras.layers.Dense(8)(keras.layers.Concatenate()([*sides.values()])))
     encoder = MatryoshkaEncoder(users, items)
+    encoder.compile("sgd", ContrastiveLoss(dims=(4, 8)))
     corpus = {"left": CORPUS[:, :20], "right": CORPUS[:, 20:]}
     qrels = judgments([*range(40)], [*range(300)])
-    quality = evaluate_retrieval(encoder, QUERIES, corpus, qrels, dims=(4, 8), verbose=0)
+    quality = evaluate_retrieval(encoder, QUERIES, corpus, qrels, verbose=0)
     embedded = users.predict(QUERIES, verbose=0), items.predict(corpus, verbose=0)
     for dim, measures in score_retrieval(*embedded, qrels, (4, 8)).items():
         assert quality[dim] == pytest.approx(measures)

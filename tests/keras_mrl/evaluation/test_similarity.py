@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from keras_mrl import MatryoshkaEncoder
+from keras_mrl import ContrastiveLoss, MatryoshkaEncoder
 from keras_mrl.evaluation import evaluate_similarity, score_similarity
 from tests.helpers.laws import exactly
 
@@ -53,7 +53,8 @@ def test_the_second_side_goes_through_the_other_tower() -> None:
     right = keras.Sequential([keras.Input((15,)), keras.layers.Dense(8)])
     second, grades = SECOND[:200, 1:], GRADES[:200, None]
     encoder = MatryoshkaEncoder(left, right)
-    quality = evaluate_similarity(encoder, FIRST[:200], second, grades, (4, 8), verbose=0)
+    encoder.compile("sgd", ContrastiveLoss(dims=(4, 8)))
+    quality = evaluate_similarity(encoder, FIRST[:200], second, grades, verbose=0)
     sides = left.predict(FIRST[:200], verbose=0), right.predict(second, verbose=0)
     for dim, measures in score_similarity(*sides, GRADES[:200], (4, 8)).items():
         assert quality[dim] == pytest.approx(measures)

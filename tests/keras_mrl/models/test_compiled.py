@@ -158,10 +158,10 @@ PROBABILITIES = (
             "Give the metric itself: keras.metrics.SparseCategoricalAccuracy(name='accuracy').",
         ),
         (
-            {"loss": "bce", "metrics": [keras.metrics.AUC()]},
+            {"loss": "bce", "metrics": [keras.metrics.BinaryCrossentropy()]},
             "Metrics of a MatryoshkaClassifier read logits, and no probabilities. "
-            "Received: AUC with from_logits=False. "
-            "Write keras.metrics.AUC(from_logits=True), or its name alone.",
+            "Received: BinaryCrossentropy with from_logits=False. "
+            "Give keras.metrics.BinaryCrossentropy from_logits=True, or write its name alone.",
         ),
     ],
 )
@@ -181,7 +181,8 @@ def test_metrics_of_probabilities_read_those_of_several_classes() -> None:
         keras.metrics.BinaryAccuracy(name="zero", threshold=0.0),
         keras.metrics.Precision(name="precision"),
         keras.metrics.F1Score(average="macro", threshold=0.5, name="f1"),
-        keras.metrics.AUC(name="auc", from_logits=True),
+        keras.metrics.AUC(name="auc"),
+        keras.metrics.AUC(name="auc_of_logits", from_logits=True),
     ]
     model.compile("sgd", "binary_crossentropy", metrics=["accuracy", *plain])
     log = model.evaluate(x, y, return_dict=True, verbose=0)
@@ -194,6 +195,7 @@ def test_metrics_of_probabilities_read_those_of_several_classes() -> None:
             of_probabilities.reset_state()
             of_probabilities.update_state(y, 1 / (1 + np.exp(-logits[:, column])))
             assert log[f"{name}_{dim}"] == pytest.approx(float(of_probabilities.result()), abs=1e-5)
+        assert log[f"auc_{dim}"] == pytest.approx(log[f"auc_of_logits_{dim}"], abs=1e-6)
 
 
 def test_metrics_of_probabilities_read_those_of_one_class_a_row() -> None:
