@@ -41,7 +41,7 @@ def start(line):
     atexit.register(server.wait)
     atexit.register(server.terminate)
     port = int(line.rpartition(" ")[2])
-    for _ in range(600):
+    for _ in range(6000):  # a busy machine; a server that ended is seen at once
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
