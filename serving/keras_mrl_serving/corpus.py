@@ -205,6 +205,8 @@ def _is_file(status: os.stat_result) -> bool:
 
 _HEADER_BYTES = 128  # fits any number of rows, so that the header can be rewritten in place
 _VALUE_BYTES = 4
+# After the fingerprint in a journal. A client that knows one tower takes it for another model's.
+_OF_OTHER_TOWER = " of the other tower"
 
 
 class EmbeddingFile:
@@ -323,8 +325,7 @@ class EmbeddingFile:
         self._digest.update(rows)
         entry = {
             "dim": self.dim,
-            "fingerprint": self.fingerprint,
-            "other_tower": self.other_tower,
+            "fingerprint": self.fingerprint + (_OF_OTHER_TOWER if self.other_tower else ""),
             "rows": self.rows,
             "rows_sha256": self._digest.hexdigest(),
         }
@@ -409,10 +410,11 @@ class EmbeddingFile:
         """Return the number of rows in the journal; raise if this writer cannot resume there."""
         try:
             entry = parse_json(read_bytes(self._journal, JSON_BYTES))
-            dim, rows, fingerprint = int(entry["dim"]), int(entry["rows"]), entry["fingerprint"]
+            dim, rows, written = int(entry["dim"]), int(entry["rows"]), str(entry["fingerprint"])
             corpus, self._safe_digest = entry.get("corpus_sha256"), entry.get("rows_sha256")
         except (ValueError, KeyError, TypeError, IsADirectoryError) as error:
             raise self._damaged_error(f"{self._journal}, which does not read") from error
+        fingerprint = written.removesuffix(_OF_OTHER_TOWER)
         if fingerprint != self.fingerprint:
             raise self._other_model_error(fingerprint)
         if dim != self.dim:
@@ -421,7 +423,7 @@ class EmbeddingFile:
                 f"Received: dim={self.dim} for {self._partial}, begun with dim={dim}. Give the "
                 f"dim it was begun with, or remove {self._partial} and {self._journal}."
             )
-        other_tower = entry.get("other_tower", False)
+        other_tower = written != fingerprint
         if other_tower != self.other_tower:
             raise ValueError(
                 "All rows of a file go through one tower. "

@@ -228,6 +228,8 @@ def test_two_towers_never_share_a_file(tmp_path: Path, refuses: Refuses) -> None
     )
     with refuses(ValueError, refusal):
         EmbeddingFile(path, 2, "a")
+    # A client of before compares the fingerprint alone: it must not go on with the first tower.
+    assert json.loads(Path(f"{growing}.json").read_text())["fingerprint"] != "a"
     with EmbeddingFile(path, 2, "a", other_tower=True) as file:
         assert file.rows == 3
 
