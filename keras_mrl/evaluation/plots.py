@@ -20,6 +20,7 @@ _COLOURS = (
 _MARKERS = "osD^vPXh<>"
 _LEGEND_COLUMNS, _LEGEND_ROW = 2, 0.21  # inches
 _STARS = (_ORANGE, "#6639ba", "#116329", "#a40e26", "#4d2d00")
+_IN_UNITS = ("mae", "rmse")  # measures that are no fractions, however small
 
 Spread = float | Sequence[float]
 
@@ -56,17 +57,20 @@ def plot_by_dim(
     stars: Mapping[str, tuple[float, float]] | None = None,
     title: str = "",
     measure: str = "top-1 accuracy",
+    percent: bool | None = None,
 ) -> None:
     """Draw a measure over dims, one line per method.
 
     Args:
-        lines: Method to dim to a fraction, or to one per seed: their mean is drawn, with a bar of
+        lines: Method to dim to a number, or to one per seed: their mean is drawn, with a bar of
             one standard deviation to each side. A method without dims is not drawn but uses up its
             colour, so that the same methods have the same colours in several figures.
         path: File to write; its suffix chooses the format (.png, .svg).
-        stars: Name to an expected dim and a fraction, for methods that mix dims.
+        stars: Name to an expected dim and a number, for methods that mix dims.
         title: Of the figure.
-        measure: Name of what the fractions measure.
+        measure: Name of what the numbers measure.
+        percent: Whether the numbers are fractions, drawn in percent. None means that they are,
+            unless one lies outside -1..1, or `measure` or a line is called mae or rmse.
 
     Raises:
         ValueError: If no method has a dim.
@@ -75,13 +79,14 @@ def plot_by_dim(
         >>> plot_by_dim({"MRL": {8: [0.65, 0.67], 16: 0.73}, "FF": {8: 0.6, 16: 0.7}}, "top1.svg")
     """
     _check_lines(lines)
-    figure, axes = _figure(title, "dim (log scale)", f"{measure}, %")
+    scale = 100 if (_are_fractions(lines, measure) if percent is None else percent) else 1
+    figure, axes = _figure(title, "dim (log scale)", f"{measure}, %" if scale == 100 else measure)
     dims = sorted({dim for by_dim in lines.values() for dim in by_dim})
     axes.set_xscale("log", base=2)
     axes.set_xticks(dims, [str(dim) for dim in dims])
     for name, by_dim, style in _styled(lines):
         own_dims = sorted(by_dim)
-        values = [100 * np.atleast_1d(by_dim[dim]) for dim in own_dims]
+        values = [scale * np.atleast_1d(by_dim[dim]) for dim in own_dims]
         axes.errorbar(
             own_dims,
             [float(value.mean()) for value in values],
@@ -91,8 +96,14 @@ def plot_by_dim(
             label=name,
             **style,
         )
-    _add_stars(axes, stars or {})
+    _add_stars(axes, stars or {}, scale)
     _save(figure, axes, path)
+
+
+def _are_fractions(lines: Mapping[str, Mapping[int, Spread]], measure: str) -> bool:
+    numbers = [np.atleast_1d(number) for by_dim in lines.values() for number in by_dim.values()]
+    has_units = any(word in _IN_UNITS for name in (measure, *lines) for word in name.split())
+    return not has_units and bool((np.abs(np.concatenate(numbers)) <= 1).all())
 
 
 def plot_retrieval(
@@ -186,9 +197,11 @@ def _check_lines(lines: Mapping[str, Mapping[int, Any]]) -> None:
         )
 
 
-def _add_stars(axes: Any, stars: Mapping[str, tuple[float, float]]) -> None:
+def _add_stars(axes: Any, stars: Mapping[str, tuple[float, float]], scale: float = 100) -> None:
     for (name, (x, y)), colour in zip(stars.items(), cycle(_STARS), strict=False):
-        axes.plot([x], [100 * y], color=colour, marker="*", markersize=16, linestyle="", label=name)
+        axes.plot(
+            [x], [scale * y], color=colour, marker="*", markersize=16, linestyle="", label=name
+        )
 
 
 def _short(count: float) -> str:

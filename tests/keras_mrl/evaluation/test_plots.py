@@ -1,3 +1,4 @@
+import re
 import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -103,3 +104,31 @@ def test_the_dims_are_written_to_the_first_method_that_has_some(tmp_path: Path) 
     plot_by_cost({"A": {8: (8e3, 0.57), 16: (16e3, 0.63)}, "B": {}}, plain)
     plot_by_cost({"B": {}, "A": {8: (8e3, 0.57), 16: (16e3, 0.63)}}, empty)
     assert count(empty, "#8b949e") >= count(plain, "#8b949e") > 0
+
+
+def is_number(text: str) -> bool:
+    return re.fullmatch(r"[\u2212-]?[\d.]+", text) is not None
+
+
+@pytest.mark.parametrize(
+    ("lines", "arguments", "is_percent"),
+    [
+        ({"MRL": {8: 0.6, 16: 0.7}}, {}, True),
+        ({"spearman": {8: -0.1, 16: 0.7}}, {}, True),
+        ({"mae": {8: 0.6, 16: 0.5}, "r2": {8: 0.1, 16: 0.2}}, {}, False),
+        ({"MRL": {8: 0.6, 16: 0.5}}, {"measure": "rmse in kg"}, False),
+        ({"MRL": {8: [7.5, 7.0], 16: 6.0}}, {"measure": "error"}, False),
+        ({"MRL": {8: 0.6, 16: 0.5}}, {"measure": "error", "percent": False}, False),
+        ({"mae": {8: 0.6, 16: 0.5}}, {"percent": True}, True),
+    ],
+)
+def test_fractions_are_drawn_in_percent_and_values_as_they_are(
+    lines: Any, arguments: dict[str, Any], is_percent: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.svg"
+    plot_by_dim(lines, path, {"cascade": (12.0, 0.65)}, **arguments)
+    texts = re.findall(r"<!-- (.+?) -->", path.read_text())
+    measure = arguments.get("measure", "top-1 accuracy")
+    assert (f"{measure}, %" if is_percent else measure) in texts
+    numbers = [float(text.replace("\u2212", "-")) for text in texts if is_number(text)]
+    assert (max(numbers) > 16) is is_percent  # the dims are numbers, too
