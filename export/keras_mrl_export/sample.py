@@ -96,6 +96,11 @@ def _arrays_by_key(sample: Any) -> Arrays:
 
 
 def _as_array(prefix: str, value: Any) -> Array:
+    if np.ma.is_masked(value):
+        raise ValueError(
+            "sample must hold a value at every place. "
+            f"Received: {prefix}a masked array. Fill what is masked, e.g. with .filled(0)."
+        )
     texts = isinstance(value, (list, tuple)) and isinstance(_first(value), (str, bytes))
     try:
         # As objects, for NumPy would turn a number in a list of texts into a text.
@@ -182,10 +187,16 @@ def _check_shapes(backbone: keras.Model, arrays: Arrays) -> None:
             size in ("any", actual) for size, actual in zip(expected, array.shape, strict=True)
         )
         if not fits:
+            is_short = expected[-1] == 1 and array.ndim == len(expected) - 1
+            column = "x[:, None]" if array.ndim == 1 else "x[..., None]"
             raise ValueError(
                 f"sample must have the shape of the model's input {name!r}: "
                 f"({', '.join(map(str, expected))}), batch first. Received: {array.shape}. "
-                "Prepare its rows as in training."
+                + (
+                    f"Give every row its last axis, of one number: {column}."
+                    if is_short
+                    else "Prepare its rows as in training."
+                )
             )
 
 

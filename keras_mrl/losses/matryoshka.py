@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from .._masks import with_mask_of
-from .targets import check_form, check_labels_of_outputs, names_no_class
+from .targets import check_form, check_labels_of_outputs, check_numbers, names_no_class
 from .weights import Weights, _NestedLoss, _RowLoss, name_in_error, step_weights, weights_by_dim
 
 
@@ -100,6 +100,12 @@ class MatryoshkaLoss(_NestedLoss):
         """
         return _RowLoss(lambda y_true, y_pred: self.rows(y_true, y_pred, seed), self)
 
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Return the loss of a batch; Keras converts labels, so names are refused before."""
+        if hasattr(y_true, "dtype"):
+            check_numbers(y_true)
+        return super().__call__(y_true, y_pred, sample_weight)
+
     def rows(self, y_true: Any, y_pred: Any, seed: Any = None, weights: Any = None) -> Any:
         """Return the weighted sum over the dims of one step, one value per sample.
 
@@ -179,6 +185,25 @@ def check_labels(loss: Any, labels: Any, output_shape: tuple[int | None, ...]) -
             f"{num_classes} classes. Received: labels {shown} in {int(outside.sum())} of "
             f"{outside.size} rows. {remedy}."
         )
+
+
+def check_form_of_batch(loss: Any, labels: Any, num_axes: int, num_classes: int) -> None:
+    """Raise if labels of a batch have another form than a nested cross-entropy takes.
+
+    Metrics may read them before the loss, and would raise an error of the backend.
+
+    Args:
+        loss: The compiled loss. For any other than a nested cross-entropy nothing is checked.
+        labels: The labels, a tensor.
+        num_axes: Number of axes of the logits of one dim.
+        num_classes: Number of classes.
+
+    Raises:
+        ValueError: If they have another form.
+    """
+    is_sparse, is_dense = _forms(getattr(loss, "loss", None))
+    if is_sparse or is_dense:
+        check_form(labels, num_axes, num_classes, is_dense)
 
 
 def _forms(loss: Any) -> tuple[bool, bool]:

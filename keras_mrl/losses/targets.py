@@ -206,13 +206,8 @@ def check_form(labels: Any, num_axes: int, num_classes: int, is_dense: bool) -> 
     Raises:
         ValueError: If they are not numbers, or shares where integers are taken, or the reverse.
     """
+    check_numbers(labels)
     shape = tuple(labels.shape)
-    if not _is_number(labels.dtype):
-        raise ValueError(
-            "Labels must be numbers: a model gives classes by their ids. "
-            f"Received: labels of {labels.dtype}. "
-            "Number the names: names, labels = numpy.unique(labels, return_inverse=True)."
-        )
     has_classes = len(shape) == num_axes
     if is_dense and (not has_classes or shape[-1] != num_classes):
         raise ValueError(
@@ -225,6 +220,16 @@ def check_form(labels: Any, num_axes: int, num_classes: int, is_dense: bool) -> 
             "SparseCategoricalCrossentropy takes one integer per row. "
             f"Received: labels of shape {shape} for {num_classes} classes. "
             "Use CategoricalCrossentropy for one-hot labels, or take their argmax."
+        )
+
+
+def check_numbers(labels: Any) -> None:
+    """Raise a `ValueError` if labels, an array or a tensor, are names."""
+    if not _is_number(labels.dtype):
+        raise ValueError(
+            "Labels must be numbers: a model gives classes by their ids. "
+            f"Received: labels of {labels.dtype}. "
+            "Number the names: names, labels = numpy.unique(labels, return_inverse=True)."
         )
 
 

@@ -22,7 +22,7 @@ from ..layers import MatryoshkaHead
 from ..layers.head import warn_frozen, with_embedding_of
 from ..losses import MatryoshkaLoss
 from ..losses.crossentropy import nested_crossentropy
-from ..losses.matryoshka import check_labels
+from ..losses.matryoshka import check_form_of_batch, check_labels
 from ..losses.targets import Teacher, check_form
 from ..metrics import MatryoshkaMetric, as_weights_of, averaged_values
 from ._compiled import NestedMetrics, check_dims, nested_loss, nested_metrics
@@ -314,7 +314,10 @@ class MatryoshkaClassifier(_ModelWithExits):
         """Return the log of a step; if it needed no logits, `compute_loss` updated the metrics."""
         if self._steps and self._exit_training is not None:
             y_pred = y_pred[LAST]
-        if self._steps and self._rowwise is not None:
+        is_rowwise = self._steps and self._rowwise is not None
+        num_axes = len(y_pred.shape) - (0 if is_rowwise else 1)
+        check_form_of_batch(self.loss, y, num_axes, self.head.num_classes)
+        if is_rowwise:
             # Keras builds and names the metrics by a batch; one without rows changes no metric.
             y, y_pred = y[:0], _logits_of_no_row(y_pred, self.head)
             sample_weight = None if sample_weight is None else sample_weight[:0]

@@ -391,3 +391,21 @@ def test_a_head_that_training_spoilt(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="NaN or infinity from 'spoilt' on the sample"):
         export_saved_model(model, tmp_path / "m", X, activation="softmax")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_masked_sample_is_refused() -> None:
+    text = (
+        "sample must hold a value at every place. Received: image: a masked array. "
+        "Fill what is masked, e.g. with .filled(0)."
+    )
+    assert refusal(functional("image"), {"image": np.ma.masked_array(X, X > 0)}) == text
+
+
+def test_rows_of_one_number_are_told_their_axis() -> None:
+    inputs = keras.Input((1,), name="age")
+    model = keras.Model(inputs, keras.layers.Dense(8)(inputs))
+    text = (
+        "sample must have the shape of the model's input 'age': (any, 1), batch first. "
+        "Received: (4,). Give every row its last axis, of one number: x[:, None]."
+    )
+    assert refusal(model, np.ones(4)) == text

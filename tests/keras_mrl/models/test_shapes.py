@@ -16,7 +16,9 @@ from keras_mrl import (
     MatryoshkaHead,
     MatryoshkaLoss,
     MatryoshkaMetric,
+    SupervisedContrastiveLoss,
 )
+from tests.helpers.datasets import DATASETS, dataset
 from tests.helpers.laws import exactly
 from tests.helpers.small_models import (
     DIMS,
@@ -315,3 +317,80 @@ def test_an_h5_file_needs_no_custom_objects(tmp_path: Path) -> None:
     loaded = keras.saving.load_model(tmp_path / "model.h5", compile=False)
     np.testing.assert_array_equal(as_numpy(loaded(X)), as_numpy(model(X)))
     assert np.isfinite(compiled(loaded).fit(X, Y, verbose=0).history["loss"]).all()
+
+
+# Labels that no model can train on, and rows that count nothing.
+
+
+def linear() -> keras.Sequential:
+    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(8)])
+
+
+def rowwise() -> keras.Model:
+    model = MatryoshkaClassifier(linear(), MatryoshkaHead(3, dims=(2, 8)))
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def functional() -> keras.Model:
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, MatryoshkaHead(3, dims=(2, 8))(linear()(inputs)))
+    sparse = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", MatryoshkaLoss(sparse))
+    return model
+
+
+def encoder() -> keras.Model:
+    model = MatryoshkaEncoder(linear())
+    model.compile("sgd", SupervisedContrastiveLoss((2, 8)))
+    return model
+
+
+ROWS = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
+CLASSES = np.arange(32) % 3
+NAMES = np.array(["cat", "dog", "owl"])[CLASSES]
+
+
+@pytest.mark.parametrize("model", [rowwise, functional, encoder])
+@pytest.mark.parametrize("kind", ["arrays", *DATASETS])
+def test_a_row_without_weight_whose_features_are_nan_shows_in_the_loss(
+    model: Callable[[], keras.Model], kind: str
+) -> None:
+    rows, weights = ROWS.copy(), np.ones(len(ROWS), "float32")
+    rows[3], weights[3] = np.nan, 0
+    data = (rows, CLASSES, None) if kind == "arrays" else (dataset(kind, rows, CLASSES, weights),)
+    sample_weight = weights if kind == "arrays" else None
+    x, *labels = data
+    log = model().fit(x, *labels[:1], sample_weight=sample_weight, shuffle=False, verbose=0).history
+    assert np.isnan(log["loss"][0])
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_one_hot_labels_in_a_data_set_are_named(kind: str) -> None:
+    rows = dataset(kind, ROWS, np.eye(3, dtype="float32")[CLASSES])
+    with pytest.raises(ValueError, match=r"SparseCategoricalCrossentropy takes one integer per r"):
+        rowwise().fit(rows, shuffle=False, verbose=0)
+
+
+def named(kind: str, labels: Any) -> Any:
+    if kind != "DataLoader":
+        return dataset(kind, ROWS, labels)
+    import torch
+
+    pairs: Any = [(torch.tensor(row), str(label)) for row, label in zip(ROWS, labels, strict=True)]
+    return torch.utils.data.DataLoader(pairs, batch_size=16)
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_names_in_a_data_set_are_refused(kind: str) -> None:
+    text = r"\ALabels must be numbers: a model gives classes by their ids. "
+    with pytest.raises(ValueError, match=text):
+        rowwise().fit(named(kind, NAMES), shuffle=False, verbose=0)
+    with pytest.raises(ValueError, match=text):
+        rowwise().evaluate(named(kind, NAMES), verbose=0)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="others hold no strings")
+def test_a_functional_model_refuses_names_in_a_data_set() -> None:
+    with pytest.raises(ValueError, match=r"\ALabels must be numbers: a model gives classes by "):
+        functional().fit(named("tf.data", NAMES), shuffle=False, verbose=0)
