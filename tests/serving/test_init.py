@@ -77,7 +77,7 @@ def test_the_client_works_where_no_framework_is() -> None:
     [
         ("keras_mrl_serving", 1, set()),
         # Its parents: calls, errors, integers, untrusted.
-            ("keras_mrl_serving.contract", 6, {"numpy"}),
+        ("keras_mrl_serving.contract", 6, {"numpy"}),
         ("keras_mrl_serving.index", None, {"numpy"}),
     ],
 )
