@@ -20,7 +20,7 @@ from ._dims import check_dims, check_weights
 from ._modes import _Writer, mode_of_metric
 from .evaluation.neighbors import check_gallery, mean_average_precision_at_k, nearest_hits
 from .metrics import MatryoshkaMetric
-from .models.cut import as_model, dims_of_loss, gallery_backbone, split
+from .models.cut import as_model, check_one_vector, dims_of_loss, gallery_backbone, split
 
 
 class _Neighbors(_Writer):
@@ -61,6 +61,7 @@ class _Neighbors(_Writer):
         del epoch
         if self._towers is None:  # stored: a new model would compile `predict` every epoch
             backbone, head = split(self.model, self.output)
+            check_one_vector(self.model, backbone)
             dims = head.dims if head is not None else dims_of_loss(self.model)
             self._measured = self.dims or dims or ()
             other, tower = gallery_backbone(self.model, backbone), as_model(backbone)

@@ -18,6 +18,8 @@ from keras import ops
 
 from ._dims import check_dims
 from ._masks import with_mask_of
+from .losses.targets import check_form
+from .losses.weights import with_positions
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
@@ -98,6 +100,9 @@ class MatryoshkaMetric(keras.metrics.Metric):
                 f"entry per dim. Received: y_pred of shape {tuple(y_pred.shape)} for "
                 f"dims={self.dims}. Give the metric the dims of the head."
             )
+        sample_weight = with_positions(sample_weight, y_pred)
+        if type(self.metric) in _RANK_METRICS:
+            _check_labels(self.metric, y_true, y_pred)
         for index, metric in enumerate(self.metrics_by_dim):
             logits = y_pred[..., index, :]
             if type(metric) in _RANK_METRICS:
@@ -261,6 +266,15 @@ _RANK_METRICS = (
     keras.metrics.SparseTopKCategoricalAccuracy,
     keras.metrics.TopKCategoricalAccuracy,
 )
+
+
+def _check_labels(metric: keras.metrics.Metric, labels: Any, logits: Any) -> None:
+    """Raise if labels are shares where integers are taken, or the reverse."""
+    if getattr(labels.shape, "rank", 0) is None:  # of a tf.data.Dataset
+        return
+    name = type(metric).__name__
+    of_shares = name.removeprefix("Sparse")
+    check_form(labels, len(logits.shape) - 1, logits.shape[-1], name == of_shares, of_shares)
 
 
 def _wrong_where_nan(logits: Any, labels: Any) -> Any:

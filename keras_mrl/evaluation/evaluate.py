@@ -26,7 +26,7 @@ from .._arrays import (
 )
 from .._dims import check_dims
 from ..models.activation import activation_of, check_activation
-from ..models.cut import as_model, dims_of_loss, gallery_backbone, split
+from ..models.cut import as_model, check_one_vector, dims_of_loss, gallery_backbone, split
 from ..models.outputs import one_output
 from .multilabel import check_targets, check_zeros_and_ones, score_multilabel
 from .neighbors import (
@@ -102,6 +102,7 @@ def evaluate(
     """
     model = one_output(model, output)
     backbone, head = split(model)
+    check_one_vector(model, backbone)
     dims = dims_of_loss(model) if dims is None and head is None else dims
     if dims is None and head is None:
         raise ValueError(

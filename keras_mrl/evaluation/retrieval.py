@@ -11,7 +11,7 @@ import numpy as np
 
 from .._arrays import Array, check_features
 from .._dims import check_dims
-from ..models.cut import as_model, gallery_backbone, split
+from ..models.cut import as_model, check_one_vector, gallery_backbone, split
 from .inputs import check_inputs, dims_of, embed_parts, parts_of, rows_of
 from .neighbors import BLOCK_ROWS, check_gallery, nearest_by_dim
 from .quality import Quality, progress_bar
@@ -158,6 +158,7 @@ def evaluate_retrieval(
         {4: 1.0, 16: 1.0}
     """
     backbone, head = split(model)
+    check_one_vector(model, backbone)
     ladder = dims_of("evaluate_retrieval", model, head, dims)
     queries, query_rows = check_inputs("queries", queries)
     corpus, corpus_rows = check_inputs("corpus", corpus)

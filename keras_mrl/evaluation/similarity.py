@@ -13,7 +13,7 @@ from keras_mrl_serving.inputs import as_float64
 
 from .._arrays import Array, as_labels, check_features
 from .._dims import blocks, check_dims
-from ..models.cut import as_model, gallery_backbone, split
+from ..models.cut import as_model, check_one_vector, gallery_backbone, split
 from .inputs import check_inputs, dims_of
 from .quality import Quality
 
@@ -145,6 +145,7 @@ def evaluate_similarity(
         ([4, 16], ['spearman', 'pearson'])
     """
     backbone, head = split(model)
+    check_one_vector(model, backbone)
     ladder = dims_of("evaluate_similarity", model, head, dims)
     first, pairs = check_inputs("first", first)
     second, others = check_inputs("second", second)

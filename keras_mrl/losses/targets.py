@@ -194,7 +194,13 @@ def names_no_class(labels: Any, num_classes: int) -> Any:
     return outside
 
 
-def check_form(labels: Any, num_axes: int, num_classes: int, is_dense: bool) -> None:
+def check_form(
+    labels: Any,
+    num_axes: int,
+    num_classes: int,
+    is_dense: bool,
+    of_shares: str = "CategoricalCrossentropy",
+) -> None:
     """Raise unless labels, an array or a tensor, have the form that a cross-entropy takes.
 
     Args:
@@ -202,6 +208,7 @@ def check_form(labels: Any, num_axes: int, num_classes: int, is_dense: bool) -> 
         num_axes: Number of axes of the logits of one dim: 2, or 3 for sequences.
         num_classes: Number of classes.
         is_dense: Whether the loss takes a share of every class, not an integer.
+        of_shares: Name of the loss, or of a metric, that takes shares.
 
     Raises:
         ValueError: If they are not numbers, or shares where integers are taken, or the reverse.
@@ -211,15 +218,15 @@ def check_form(labels: Any, num_axes: int, num_classes: int, is_dense: bool) -> 
     has_classes = len(shape) == num_axes
     if is_dense and (not has_classes or shape[-1] != num_classes):
         raise ValueError(
-            "CategoricalCrossentropy takes a share of every class per row. "
+            f"{of_shares} takes a share of every class per row. "
             f"Received: labels of shape {shape} for {num_classes} classes. "
-            "Use SparseCategoricalCrossentropy for integer labels."
+            f"Use Sparse{of_shares} for integer labels."
         )
     if not is_dense and has_classes and shape[-1] != 1:
         raise ValueError(
-            "SparseCategoricalCrossentropy takes one integer per row. "
+            f"Sparse{of_shares} takes one integer per row. "
             f"Received: labels of shape {shape} for {num_classes} classes. "
-            "Use CategoricalCrossentropy for one-hot labels, or take their argmax."
+            f"Use {of_shares} for one-hot labels, or take their argmax."
         )
 
 

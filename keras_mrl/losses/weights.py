@@ -50,7 +50,37 @@ def first_boosted(num_dims: int, boost: float = 2.0) -> tuple[float, ...]:
     return (float(boost), *(1.0,) * (num_dims - 1))
 
 
-class _NestedLoss(keras.losses.Loss):
+class _WeightedRows(keras.losses.Loss):
+    """The base of losses in which the weight of a row may be one for all its positions."""
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Return the reduced loss, as Keras does; of sequences, too, by weights `(batch,)`."""
+        return super().__call__(y_true, y_pred, with_positions(sample_weight, y_pred))
+
+
+def with_positions(sample_weight: Any, outputs: Any) -> Any:
+    """Return weights with an axis for every axis of the losses of nested outputs.
+
+    Args:
+        sample_weight: `(batch,)`, or one for every position; None for none.
+        outputs: `(batch, ..., num_dims, num_outputs)`.
+
+    Examples:
+        >>> from keras_mrl.losses.weights import with_positions
+        >>> tuple(with_positions(np.ones(2), np.zeros((2, 7, 3, 5))).shape)
+        (2, 1)
+    """
+    if sample_weight is None:
+        return None
+    weights = ops.convert_to_tensor(sample_weight)
+    is_unknown = getattr(weights.shape, "rank", 0) is None  # of a tf.data.Dataset
+    missing = 0 if is_unknown else len(outputs.shape) - 2 - len(weights.shape)
+    for _ in range(missing):
+        weights = ops.expand_dims(weights, -1)
+    return weights
+
+
+class _NestedLoss(_WeightedRows):
     """The base of the nested losses: weights of dims, and how many dims a training step counts."""
 
     def __init__(self, weights: Weights, dims_per_step: int | None, **kwargs: Any) -> None:
@@ -146,7 +176,7 @@ def name_in_error(loss: Any) -> str:
     return type(loss).__name__ if isinstance(loss, keras.losses.Loss) else repr(loss)
 
 
-class _RowLoss(keras.losses.Loss):
+class _RowLoss(_WeightedRows):
     """A loss of the values `rows(y_true, y_pred)`, reduced and named as `like`."""
 
     def __init__(self, rows: Callable[[Any, Any], Any], like: keras.losses.Loss) -> None:

@@ -53,6 +53,7 @@ class _NestedModel(keras.Model):
         x = self._build_for(x, y)
         bound = inspect.signature(keras.Model.fit).bind(self, x, y, *args, **kwargs)
         set_modes(bound.arguments.get("callbacks"), self._modes)
+        self._build_optimizer()
         with _labels_explained(x, kwargs.get("validation_data")):
             return super().fit(x, y, *args, **kwargs)
 
@@ -83,6 +84,16 @@ class _NestedModel(keras.Model):
         if shapes and all(shapes):
             self.build(keras.tree.map_structure(lambda part: (None, *part.shape[1:]), spec))
         return x
+
+    def _build_optimizer(self) -> None:
+        """Make the optimizer's variables before a step is traced, as those of the model are.
+
+        Under a strategy of TensorFlow Keras does so itself.
+        """
+        if not self.built or self.optimizer is None or self.optimizer.built:
+            return
+        if getattr(self, "_distribute_strategy", None) is None:
+            self.optimizer.build(self.trainable_variables)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as a saved model was compiled."""

@@ -166,6 +166,31 @@ def _check_one_tower(model: keras.Model) -> None:
             )
 
 
+def check_one_vector(model: keras.Model, backbone: keras.Model) -> None:
+    """Raise unless the features of a row are one vector, where their shape is known.
+
+    Args:
+        model: Any model, for the error.
+        backbone: The part that makes its features.
+
+    Raises:
+        ValueError: If they are of another shape.
+
+    Examples:
+        >>> from keras_mrl.models.cut import check_one_vector
+        >>> model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
+        >>> check_one_vector(model, model)
+    """
+    shape = getattr(backbone, "output_shape", None) if backbone.built else None
+    if isinstance(shape, tuple) and len(shape) != 2:
+        raise ValueError(
+            "An embedding is one vector a row, (batch, width). "
+            f"Received: features of shape {shape} of {type(model).__name__} {model.name!r}. Add a "
+            "pooling layer before the head; of a language model take next_token(model), or judge "
+            "its tokens by score_tokens."
+        )
+
+
 def dims_of_loss(model: keras.Model) -> tuple[int, ...] | None:
     """Return the dims of the compiled loss of a `MatryoshkaEncoder`; None of any other model."""
     is_nested = isinstance(model, _NestedModel)
@@ -254,7 +279,8 @@ def embedder(
         A model from inputs to embeddings `(batch, dim)` of unit length.
 
     Raises:
-        ValueError: If the model has not been built, or `dim` is no length of a prefix.
+        ValueError: If the model has not been built, its features are not one vector a row, or `dim`
+            is no length of a prefix.
 
     Examples:
         >>> backbone = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16)])
@@ -268,6 +294,7 @@ def embedder(
     backbone = _copy_of(backbone)
     inputs = inputs_like(backbone)
     features = backbone(inputs)
+    check_one_vector(model, backbone)
     check_width(check_dims((dim,)), features.shape[-1])
     return keras.Model(inputs, unit_length(features[..., :dim]), name=f"{model.name}_embed_{dim}")
 

@@ -12,6 +12,7 @@ from keras_mrl import (
     MatryoshkaEmbeddingLoss,
     MatryoshkaHead,
     MatryoshkaLoss,
+    MatryoshkaMetric,
     SupervisedContrastiveLoss,
 )
 from keras_mrl.losses.matryoshka import check_labels
@@ -372,3 +373,19 @@ def test_every_output_has_a_label_of_its_own(inner: Any) -> None:
         float(loss(labels, outputs[..., :1])) for labels in (np.ones(3), np.ones((3, 1)))
     )
     assert flat == column
+
+
+@pytest.mark.backend
+def test_a_weight_of_a_row_is_one_of_all_its_positions() -> None:
+    random = np.random.default_rng(0)
+    logits, labels = random.normal(size=(2, 6, 3, 5)), random.integers(0, 5, size=(2, 6))
+    by_row = np.array([0.5, 2.0])
+    inner = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+    received = []
+    for weights in (by_row, np.repeat(by_row[:, None], 6, axis=1)):
+        metric = MatryoshkaMetric(accuracy, dims=(2, 4, 8))
+        metric.update_state(labels, logits, sample_weight=weights)
+        loss = MatryoshkaLoss(inner)(labels, logits, sample_weight=weights)
+        received.append([float(loss), *map(float, metric.result().values())])
+    np.testing.assert_allclose(received[0], received[1], rtol=1e-6)
