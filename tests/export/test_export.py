@@ -315,7 +315,7 @@ def test_each_of_several_outputs_is_a_version_of_its_own(tmp_path: Path) -> None
     with SavedModelSession(versions["odd"]) as session:
         answer = session.run("head_8", {"features": outputs(split(model, "odd")[0], X)})
     assert_equal_rows(answer["logits"], logits["odd"][:, 2])
-    with pytest.raises(ValueError, match=r"which has 'digit', 'odd', 'aux'\. Give for example"):
+    with pytest.raises(ValueError, match=r"which has 'aux', 'digit', 'odd'\. Give for example"):
         export_saved_model(model, tmp_path / "all", X)
     assert not (tmp_path / "all").exists()
 
