@@ -182,6 +182,8 @@ def check_one_vector(model: keras.Model, backbone: keras.Model) -> None:
         >>> check_one_vector(model, model)
     """
     shape = getattr(backbone, "output_shape", None) if backbone.built else None
+    if isinstance(backbone, _NestedModel):  # of two towers Keras may name the shape of both
+        return
     if isinstance(shape, tuple) and len(shape) != 2:
         raise ValueError(
             "An embedding is one vector a row, (batch, width). "
