@@ -130,7 +130,11 @@ def head_arrays(head: Any, dim: int) -> tuple[Array, Array]:
     """Return the kernel `(dim, num_classes)` and the bias `(num_classes,)` of one dim of a head.
 
     Both are float32. A head without biases has a bias of zeros.
+
+    Raises:
+        ValueError: If a subclass of `MatryoshkaHead` computes its logits otherwise.
     """
+    head.check_linear()
     kernel, bias = head.weights_at(dim)
     kernel = np.asarray(keras.ops.convert_to_numpy(kernel), np.float32)
     if bias is None:

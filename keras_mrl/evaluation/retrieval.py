@@ -12,6 +12,7 @@ import numpy as np
 from .._arrays import Array, check_features
 from .._dims import check_dims
 from ..models.cut import as_model, check_one_vector, gallery_backbone, split
+from ..models.outputs import one_output
 from .inputs import check_inputs, dims_of, embed_parts, parts_of, rows_of
 from .neighbors import BLOCK_ROWS, check_gallery, nearest_by_dim
 from .quality import Quality, progress_bar
@@ -123,6 +124,7 @@ def evaluate_retrieval(
     k: int | Sequence[int] = 10,
     batch_size: int = 256,
     verbose: int = 1,
+    output: str | None = None,
 ) -> Quality:
     """Return what a search by a model's embeddings finds: `score_retrieval` of inputs.
 
@@ -142,6 +144,7 @@ def evaluate_retrieval(
         k: How many of the nearest are judged, or several such numbers.
         batch_size: Rows that are embedded at a time.
         verbose: 1 shows progress (of both passes and of the search), 0 does not.
+        output: Which output is judged, of a model with several.
 
     Raises:
         ValueError: As `score_retrieval`. Ids and `qrels` are checked before anything is embedded.
@@ -157,6 +160,7 @@ def evaluate_retrieval(
         >>> quality.by_measure()["mrr@5"]  # every query is a document itself
         {4: 1.0, 16: 1.0}
     """
+    model = one_output(model, output)
     backbone, head = split(model)
     check_one_vector(model, backbone)
     ladder = dims_of("evaluate_retrieval", model, head, dims)

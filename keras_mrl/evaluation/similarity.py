@@ -14,6 +14,7 @@ from keras_mrl_serving.inputs import as_float64
 from .._arrays import Array, as_labels, check_features
 from .._dims import blocks, check_dims
 from ..models.cut import as_model, check_one_vector, gallery_backbone, split
+from ..models.outputs import one_output
 from .inputs import check_inputs, dims_of
 from .quality import Quality
 
@@ -118,6 +119,7 @@ def evaluate_similarity(
     dims: Sequence[int] | None = None,
     batch_size: int = 256,
     verbose: int = 1,
+    output: str | None = None,
 ) -> Quality:
     """Return how a model's cosines agree with grades: `score_similarity` of inputs.
 
@@ -131,6 +133,7 @@ def evaluate_similarity(
         dims: None means those of the head, or of the loss of a `MatryoshkaEncoder`.
         batch_size: Rows that are embedded at a time.
         verbose: 1 shows progress of both passes, 0 does not.
+        output: Which output is judged, of a model with several.
 
     Raises:
         ValueError: As `score_similarity`. Pairs and grades are counted before anything is embedded.
@@ -144,6 +147,7 @@ def evaluate_similarity(
         >>> list(quality), list(quality[16])
         ([4, 16], ['spearman', 'pearson'])
     """
+    model = one_output(model, output)
     backbone, head = split(model)
     check_one_vector(model, backbone)
     ladder = dims_of("evaluate_similarity", model, head, dims)

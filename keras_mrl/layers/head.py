@@ -169,6 +169,20 @@ class MatryoshkaHead(keras.layers.Layer):
         bias = ops.convert_to_tensor(self._biases[index]) if self.use_bias else None
         return (kernel[:dim] if self.tied else kernel), bias
 
+    def check_linear(self) -> None:
+        """Raise if a subclass computes its logits otherwise than by its kernels and biases.
+
+        Raises:
+            ValueError: If it has a `call` or a `logits_at` of its own.
+        """
+        own = type(self)
+        if (own.call, own.logits_at) != (MatryoshkaHead.call, MatryoshkaHead.logits_at):
+            raise ValueError(
+                "A head is cut, judged and served by its kernels and biases. "
+                f"Received: {own.__name__} {self.name!r}, which computes its logits in a way of "
+                "its own. Do that in the backbone, and end the model in a MatryoshkaHead."
+            )
+
     def parameters(self) -> tuple[list[Any], list[Any]]:
         """Return all kernels and all biases, one per dim; of a tied head one kernel and one bias.
 

@@ -320,6 +320,7 @@ def _cut_all(model: keras.Model, dim: int, inputs: Any, tensors: dict[str, Any])
 
 
 def _logits_at(head: MatryoshkaHead, dim: int, features: Any, name: str) -> Any:
+    head.check_linear()
     kernel, bias = head.weights_at(dim)
     dense = keras.layers.Dense(
         head.num_classes, use_bias=head.use_bias, dtype=head.float_policy, name=name

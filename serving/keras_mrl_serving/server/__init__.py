@@ -9,7 +9,7 @@ __all__ = ["DevServer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the server, and so TensorFlow, where it is first needed."""
+    """Import the server, and so TensorFlow, where it is first needed."""
     if name != "DevServer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .server import DevServer

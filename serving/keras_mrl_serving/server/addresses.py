@@ -4,15 +4,15 @@ import socket
 
 
 def check_free(host: str, flag: str, port: int) -> None:
-    """Checks that a port can be bound.
+    """Raise unless a port can be bound.
 
     Args:
-        host: the address to listen on.
-        flag: the argument that gave the port.
-        port: the port; 0 is always free.
+        host: The address to listen on.
+        flag: The argument that gave the port.
+        port: The port; 0 is always free.
 
     Raises:
-        OSError: it is taken, or its address is none of this machine.
+        OSError: If it is taken, or its address is none of this machine.
     """
     try:
         socket.create_server((host, port)).close()
@@ -21,7 +21,7 @@ def check_free(host: str, flag: str, port: int) -> None:
 
 
 def not_free(host: str, flag: str, port: int) -> OSError:
-    """The error about an address that cannot be bound."""
+    """Return the error about an address that cannot be bound."""
     return OSError(
         f"The address must be free. Received: host={host!r}, {flag}={port}, "
         f"which cannot be bound. Choose another port, or {flag}=0 for any free one."

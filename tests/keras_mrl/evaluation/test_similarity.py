@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from keras_mrl import ContrastiveLoss, MatryoshkaEncoder
-from keras_mrl.evaluation import evaluate_similarity, score_similarity
+from keras_mrl import ContrastiveLoss, MatryoshkaEncoder, split
+from keras_mrl.evaluation import evaluate_retrieval, evaluate_similarity, score_similarity
 from tests.helpers.laws import exactly
+from tests.helpers.nested_models import two_heads
 
 RNG = np.random.default_rng(0)
 DIMS = (1, 4, 16)
@@ -105,3 +106,16 @@ def test_sides_of_two_widths_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         score_similarity(FIRST, SECOND[:, :4], GRADES, (1, 4))
+
+
+def test_one_of_several_outputs_is_judged() -> None:
+    model = two_heads()
+    features, _ = split(model, "odd")
+    first, second = RNG.normal(size=(2, 30, 5)).astype(np.float32)
+    grades, qrels = np.arange(30), {row: {row} for row in range(30)}
+    judged = evaluate_similarity(model, first, second, grades, output="odd", verbose=0)
+    assert judged == evaluate_similarity(features, first, second, grades, (2, 4, 8), verbose=0)
+    found = evaluate_retrieval(model, first, second, qrels, output="odd", verbose=0)
+    assert found == evaluate_retrieval(features, first, second, qrels, dims=(2, 4, 8), verbose=0)
+    with pytest.raises(ValueError, match=r"Give for example output='digit'\."):
+        evaluate_similarity(model, first, second, grades, verbose=0)

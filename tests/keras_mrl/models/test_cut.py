@@ -338,3 +338,22 @@ def test_a_layer_within_another_model_is_refused_with_the_line_that_freezes_it()
     with pytest.raises(ValueError, match=exactly(sentence)):
         freeze_before(model, "first")
     freeze_before(model.get_layer("body"), "first")
+
+
+class Twice(MatryoshkaHead):
+    """A head with a call of its own."""
+
+    def call(self, features: Any, training: bool | None = None) -> Any:
+        return 2 * super().call(features, training=training)
+
+
+def test_a_head_with_a_call_of_its_own_is_not_read_by_its_kernels() -> None:
+    model = MatryoshkaClassifier(backbone(), Twice(3, dims=(4, 8), name="twice"))
+    text = (
+        r"A head is cut, judged and served by its kernels and biases\. Received: Twice 'twice', "
+        r"which computes its logits in a way of its own\. Do that in the backbone"
+    )
+    with pytest.raises(ValueError, match=text):
+        cut(model, 4)
+    with pytest.raises(ValueError, match=text):
+        evaluate(model, X, np.arange(12) % 3, verbose=0)
