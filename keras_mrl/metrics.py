@@ -279,7 +279,7 @@ def _check_labels(metric: keras.metrics.Metric, labels: Any, logits: Any) -> Non
 
 def _wrong_where_nan(logits: Any, labels: Any) -> Any:
     """Return logits whose rows with NaN put the right class last: argmax would answer class 0."""
-    labels = ops.convert_to_tensor(labels)
+    logits, labels = ops.convert_to_tensor(logits), ops.convert_to_tensor(labels)
     has_classes = len(labels.shape) == len(logits.shape)
     if has_classes and labels.shape[-1] == 1:  # labels may come as a column
         labels, has_classes = ops.squeeze(labels, axis=-1), False
