@@ -11,6 +11,8 @@ import tensorflow as tf
 from keras_mrl_serving.contract import MODEL_ID, Manifest
 from keras_mrl_serving.embeddings import MIN_SQUARE
 
+from . import constants
+
 Tensors = dict[str, Any]
 # A function of named tensors, and a TensorSpec for each of them.
 Traceable = tuple[Callable[..., Tensors], Mapping[str, Any]]
@@ -31,7 +33,7 @@ def with_model_id(function: Callable[..., Tensors], model_id: int | None) -> Cal
 
     def identified(**inputs: Any) -> Tensors:
         rows = tf.shape(next(iter(inputs.values())))[:1]
-        ids = tf.fill(rows, tf.constant(model_id, tf.int32))
+        ids = tf.fill(rows, tf.constant(model_id, tf.int32, name=constants.MODEL_ID))
         return {**function(**inputs), MODEL_ID: ids}
 
     return identified
@@ -42,7 +44,7 @@ def trace_describe(manifest: Manifest) -> Any:
     text = manifest.to_json()
 
     def describe(key: Any) -> Tensors:
-        return {"manifest": tf.fill(tf.shape(key), text)}
+        return {"manifest": tf.fill(tf.shape(key), tf.constant(text, name=constants.MANIFEST))}
 
     return trace(describe, {"key": tf.TensorSpec([None], tf.string, "key")})
 

@@ -20,6 +20,7 @@ from keras_mrl_serving.cascade.confidence import check_confidence
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import Manifest
 
+from . import constants
 from .gallery import IndexGraph
 from .graph import Tensors, Traceable, lengths, trace, trace_describe, with_model_id
 from .job import Job, TowerJob
@@ -202,7 +203,8 @@ class ServedModel:
         if self._job.activation == "sigmoid":
             likeliest = Likeliest(tf.sigmoid(logits))
         else:
-            likeliest = Likeliest.of_logits(logits, self._job.temperature(dim))
+            temperature = constants.temperature(self._job.policy, (None, dim))
+            likeliest = Likeliest.of_logits(logits, temperature)
         return self._classification(likeliest, tf.range(tf.shape(logits)[0]))
 
     def _classification(self, likeliest: Likeliest, rows: Any) -> Tensors:
@@ -255,13 +257,14 @@ def classify_adaptively(
     """
     unsure = tf.range(tf.shape(features)[0])
     outputs_by_stage: list[Tensors] = []
-    for stage in policy.stages:
+    for index, stage in enumerate(policy.stages):
         logits = logits_at(tf.gather(features[:, : stage.dim], unsure), stage.dim)
-        likeliest = Likeliest.of_logits(logits, stage.temperature)
+        likeliest = Likeliest.of_logits(logits, constants.temperature(policy, stage.key))
         if stage.threshold is None:
             is_sure = tf.ones_like(unsure, tf.bool)
         else:
-            is_sure = likeliest.confidence(policy.confidence) > stage.threshold
+            confidence = likeliest.confidence(policy.confidence)
+            is_sure = confidence > constants.threshold(policy, index)
         leaving = tf.boolean_mask(unsure, is_sure)
         outputs = classification(likeliest, tf.cast(tf.where(is_sure)[:, 0], tf.int32))
         dims = tf.fill(tf.shape(leaving), stage.dim)
@@ -300,9 +303,9 @@ class Likeliest:
             self._largest = tf.reduce_max(by_run, axis=-1)
 
     @classmethod
-    def of_logits(cls, logits: Any, temperature: float) -> Likeliest:
+    def of_logits(cls, logits: Any, temperature: Any = None) -> Likeliest:
         """Return those of a softmax of `logits (rows, classes)`, divided by a temperature."""
-        return cls(tf.nn.softmax(logits if temperature == 1 else logits / temperature))
+        return cls(tf.nn.softmax(logits if temperature is None else logits / temperature))
 
     def confidence(self, measure: str) -> Any:
         """Return the confidence of each row, `(rows,)`, as `keras_mrl_serving` computes it.
