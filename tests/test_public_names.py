@@ -126,6 +126,7 @@ PUBLIC = {
         "TargetNotReachedError",
         "Tls",
         "UnknownDimError",
+        "UnknownExitError",
         "UnreadableImageError",
         "VersionChangedError",
         "VersionNotFoundError",

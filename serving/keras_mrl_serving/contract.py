@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from typing import Any
 
 from .errors import (
@@ -22,11 +20,11 @@ from .errors import (
     NoIndexError,
     NoOtherTowerError,
     UnknownDimError,
+    UnknownExitError,
 )
 from .integers import as_int, check_dims, is_positive_integer
-from .untrusted import parse_json
-
-SCHEMA = 1
+from .manifest_schema import EXPORT_AGAIN, SCHEMA, parse_manifest
+from .manifest_schema import LARGEST_MANIFEST_BYTES as LARGEST_MANIFEST_BYTES
 
 DEFAULT_MODEL_NAME = "default"  # what tensorflow_model_server calls a model without --model_name
 MANIFEST_FILE = "assets.extra/keras_mrl.json"
@@ -39,16 +37,21 @@ SEARCH = "search"
 RETRIEVE = "retrieve"
 
 MODEL_ID = "model_id"  # an output of every signature that has rows, but of `serving_default`
+LAST_EXIT = "last"  # what a model with exits calls the one that every backbone has
 
 
-def embed(dim: int) -> str:
-    """Return the name of the signature that embeds at `dim`.
+def embed(dim: int, exit: str | None = None) -> str:
+    """Return the name of the signature that embeds at `dim`, at an exit or at the last.
 
     Examples:
-        >>> embed(8)
-        'embed_8'
+        >>> embed(8), embed(8, "conv4_block6_out")
+        ('embed_8', 'embed_conv4_block6_out_8')
     """
-    return f"embed_{dim}"
+    return _at("embed", dim, exit)
+
+
+def _at(family: str, dim: int, exit: str | None) -> str:
+    return f"{family}_{dim}" if exit in (None, LAST_EXIT) else f"{family}_{exit}_{dim}"
 
 
 def embed_other(dim: int) -> str:
@@ -61,24 +64,24 @@ def embed_other(dim: int) -> str:
     return f"embed_other_{dim}"
 
 
-def classify(dim: int) -> str:
-    """Return the name of the signature that classifies at `dim`.
+def classify(dim: int, exit: str | None = None) -> str:
+    """Return the name of the signature that classifies at `dim`, at an exit or at the last.
 
     Examples:
-        >>> classify(8)
-        'classify_8'
+        >>> classify(8), classify(8, "conv4_block6_out")
+        ('classify_8', 'classify_conv4_block6_out_8')
     """
-    return f"classify_{dim}"
+    return _at("classify", dim, exit)
 
 
-def regress(dim: int) -> str:
-    """Return the name of the signature that answers with the values of a regressor at `dim`.
+def regress(dim: int, exit: str | None = None) -> str:
+    """Return the name of the signature that answers with a regressor's values, as `classify`.
 
     Examples:
-        >>> regress(8)
-        'regress_8'
+        >>> regress(8), regress(8, "conv4_block6_out")
+        ('regress_8', 'regress_conv4_block6_out_8')
     """
-    return f"regress_{dim}"
+    return _at("regress", dim, exit)
 
 
 def head(dim: int) -> str:
@@ -115,6 +118,20 @@ def is_model_name(name: str) -> bool:
     return _MODEL_NAME.fullmatch(name) is not None
 
 
+# `embed_other_8` is of the other tower, `classify_adaptive` of the cascade, `embed_8` of a dim.
+_EXIT_NAME = re.compile(r"(?!(other|adaptive|[0-9]+)\Z)[A-Za-z0-9_.-]{1,100}", re.ASCII)
+
+
+def is_exit_name(name: str) -> bool:
+    """Whether an exit called `name` can be a part of the name of a signature.
+
+    Examples:
+        >>> is_exit_name("conv4_block6_out"), is_exit_name("other"), is_exit_name("conv4/out")
+        (True, False, False)
+    """
+    return _EXIT_NAME.fullmatch(name) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The description of an exported model, which its signature `describe` returns.
@@ -140,7 +157,11 @@ class Manifest:
         num_values: Number of values that a regressor answers; None without a head of values.
         top_k: How many classes a classification lists; None without classes.
         labels: Whether classifications have class names.
-        cascade: The adaptive policy, as `CascadePolicy.to_json` writes it.
+        cascade: The adaptive policy over dims, as `CascadePolicy.to_json` writes it.
+        exits: Where rows may leave the backbone, shallow to deep, the last one at the end: objects
+            with `name`, `layer`, `parameters`, `multiply_adds` and `milliseconds`; None of a model
+            without exits.
+        exit_cascade: The adaptive policy over exits and dims; `cascade` is None then.
         funnel: The schedule of an index.
         decoder: Settings by which the graph decodes images.
         other_tower: `inputs` and `decoder` of the tower that galleries go through, where queries go
@@ -181,6 +202,8 @@ class Manifest:
     top_k: int | None = None
     labels: bool = False
     cascade: Mapping[str, Any] | None = None
+    exits: tuple[Mapping[str, Any], ...] | None = None
+    exit_cascade: Mapping[str, Any] | None = None
     funnel: Mapping[str, Any] | None = None
     decoder: Mapping[str, Any] | None = None
     other_tower: Mapping[str, Any] | None = None
@@ -199,8 +222,38 @@ class Manifest:
         if self.model_id is not None and not 0 < self.model_id < 2**31:
             raise ManifestError(
                 "model_id of a manifest must be in 1..2147483647, or null. "
-                f"Received: model_id={self.model_id!r}. {_EXPORT_AGAIN}"
+                f"Received: model_id={self.model_id!r}. {EXPORT_AGAIN}"
             )
+        self._check_exits()
+
+    def _check_exits(self) -> None:
+        names = self.exit_names
+        is_list = self.exits is None or (
+            len(set(names)) == len(names) > 1 and names[-1] == LAST_EXIT
+        )
+        stages = [] if self.exit_cascade is None else self.exit_cascade["exit_stages"]
+        positions = [names.index(name) for name in map(_exit_of, stages) if name in names]
+        if (
+            not is_list
+            or len(positions) < len(stages)
+            or positions != sorted(positions)
+            or (self.exit_cascade is not None and self.cascade is not None)
+        ):
+            raise ManifestError(
+                "The exits of a manifest have names of their own, shallow to deep, the last is "
+                f"{LAST_EXIT!r}, and the stages of its one cascade name them in this order. "
+                f"Received: exits={names}, stages at {[*map(_exit_of, stages)]}. {EXPORT_AGAIN}"
+            )
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """The names of the exits, shallow to deep, the last one included; empty without exits."""
+        return tuple(own["name"] for own in self.exits or ())
+
+    @property
+    def adaptive_cascade(self) -> Mapping[str, Any] | None:
+        """What `classify_adaptive` decides by: `exit_cascade` or `cascade`; None without it."""
+        return self.cascade if self.exit_cascade is None else self.exit_cascade
 
     def to_json(self) -> str:
         """Return the manifest as a JSON object on one line.
@@ -230,6 +283,7 @@ class Manifest:
         values = {name: fields.pop(name) for name in names if name in fields}
         manifest = cls(**values, extra=fields)
         weights = None if manifest.weights is None else tuple(manifest.weights)
+        exits = None if manifest.exits is None else tuple(manifest.exits)
         try:
             dims = check_dims(manifest.dims)
             if manifest.width != dims[-1]:
@@ -237,9 +291,9 @@ class Manifest:
         except ValueError as error:
             raise ManifestError(
                 "A manifest names a model's dims and width. "
-                f"Received: {str(error).rstrip('.')}. {_EXPORT_AGAIN}"
+                f"Received: {str(error).rstrip('.')}. {EXPORT_AGAIN}"
             ) from error
-        return replace(manifest, dims=dims, weights=weights)
+        return replace(manifest, dims=dims, weights=weights, exits=exits)
 
     def check_dim(self, dim: int) -> int:
         """Return `dim` as an int; raise `UnknownDimError` if the model does not serve it."""
@@ -250,6 +304,23 @@ class Manifest:
                 f"Choose one of {', '.join(map(str, self.dims))}."
             )
         return as_int(dim)
+
+    def check_exit(self, exit: str | None) -> str:
+        """Return the name of an exit; raise `UnknownExitError` if the model does not have it.
+
+        Args:
+            exit: Its name; None means the last.
+        """
+        if exit is None or exit == LAST_EXIT or exit in self.exit_names:
+            return exit or LAST_EXIT
+        raise UnknownExitError(
+            "exit must be one of the model's exits. "
+            f"Received: exit={exit!r} for model {self.name!r}. "
+            f"Choose one of {', '.join(self.exit_names)}."
+            if self.exits
+            else "Only a model with exits is asked at one. "
+            f"Received: exit={exit!r} for model {self.name!r}, which has none. Leave exit out."
+        )
 
     def tower(self, other_tower: bool = False) -> Manifest:
         """Return the manifest with the `inputs` and the `decoder` of one tower.
@@ -322,7 +393,7 @@ class Manifest:
     def check_cascade(self) -> None:
         """Raise `NoHeadError` or `NoCascadeError` if the model cannot classify adaptively."""
         self.check_one_class()
-        if self.cascade is None:
+        if self.adaptive_cascade is None:
             raise NoCascadeError(
                 "classify_adaptive needs a cascade policy. "
                 f"Received: model {self.name!r}, exported without one. Learn one on a holdout "
@@ -335,128 +406,13 @@ def _with_article(kind: str) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
+def _exit_of(stage: Mapping[str, Any]) -> str:
+    return stage["exit"] or LAST_EXIT
+
+
 def _check_one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ManifestError(
             f"{name} must be one of {', '.join(choices)}. Received: {name}={value!r}. "
             "Install the version of keras-mrl that exported the model, or a later one."
         )
-
-
-_EXPORT_AGAIN = "Export the model again with keras_mrl_export.export_saved_model."
-
-# An exported model's manifest has about 2 KB. JSON may take forty times its size in memory.
-LARGEST_MANIFEST_BYTES = 2**18
-
-
-def parse_manifest(text: str | bytes) -> dict[str, Any]:
-    """Return the JSON object of a manifest, with every value of the type that its schema names.
-
-    Types, names and required keys are checked here; the code that uses a value checks the rest.
-
-    Args:
-        text: The JSON.
-
-    Raises:
-        ManifestError: If it is not a manifest, or one of another schema, or a value has another
-            type.
-
-    Examples:
-        >>> parse_manifest('{"schema": 2}')
-        Traceback (most recent call last):
-        ...
-        keras_mrl_serving.errors.ManifestError: This client reads manifests of schema 1. Received: \
-schema 2. Install the version of keras-mrl that exported the model, or a later one.
-    """
-    try:
-        if len(text) > LARGEST_MANIFEST_BYTES:
-            raise ValueError(f"{len(text)} bytes are more than {LARGEST_MANIFEST_BYTES}")
-        fields: dict[str, Any] = parse_json(text)
-        schema = fields["schema"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ManifestError(
-            "A manifest is a JSON object with a schema. "
-            f"Received: {text!r:.80} ({type(error).__name__}: {error}). {_EXPORT_AGAIN}"
-        ) from error
-    if type(schema) is not int or schema != SCHEMA:
-        raise ManifestError(
-            f"This client reads manifests of schema {SCHEMA}. Received: schema {schema!r:.80}. "
-            "Install the version of keras-mrl that exported the model, or a later one."
-        )
-    _check(fields, _rules(), "")
-    return fields
-
-
-@cache
-def _rules() -> dict[str, Any]:
-    from importlib.resources import files  # slower to import than the rest of this module
-
-    text = (files("keras_mrl_serving") / "manifest.schema.json").read_text("utf-8")
-    rules: dict[str, Any] = json.loads(text)
-    return rules
-
-
-def _check(value: Any, rule: Mapping[str, Any], place: str) -> None:
-    rule, may_be_null = _resolved(rule)
-    if value is None and may_be_null:
-        return
-    types = rule.get("type", [])
-    types = [types] if isinstance(types, str) else types
-    if types and not any(_TYPES[name][1](value) for name in types):
-        expected = " or ".join(_TYPES[name][0] for name in [*types, *["null"] * may_be_null])
-        raise ManifestError(
-            f"{place} of a manifest must be {expected}. Received: {value!r:.80}. {_EXPORT_AGAIN}"
-        )
-    if isinstance(value, str) and not re.search(rule.get("pattern", ""), value):
-        raise ManifestError(
-            f"{place} of a manifest must be a name of 1 to 200 characters that print. "
-            f"Received: {value!r:.80}. {_EXPORT_AGAIN}"
-        )
-    if isinstance(value, dict):
-        rule_of_key, other_rule = rule.get("properties", {}), rule.get("additionalProperties", {})
-        prefix = f"{place}." if place else ""
-        for key in rule.get("required", ()):
-            if key not in value:
-                raise ManifestError(
-                    f"{prefix}{key} of a manifest must be given. Received: none. {_EXPORT_AGAIN}"
-                )
-        for key, child in value.items():
-            if "$ref" in rule.get("propertyNames", {}):
-                _check(key, rule["propertyNames"], f"A key of {place}")
-            _check(child, rule_of_key.get(key, other_rule), f"{prefix}{key}")
-    elif isinstance(value, list):
-        for position, child in enumerate(value):
-            _check(child, rule.get("items", {}), f"{place}[{position}]")
-
-
-def _resolved(rule: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """Return the rule that a rule refers to, and whether the value may be null.
-
-    The schema uses `anyOf` only for "this, or null".
-    """
-    may_be_null = "anyOf" in rule
-    rule = rule["anyOf"][0] if may_be_null else rule
-    if "$ref" in rule:
-        rule = _rules()["$defs"][rule["$ref"].rpartition("/")[2]]
-    return rule, may_be_null
-
-
-def _is_number(value: Any) -> bool:
-    largest = sys.float_info.max
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and -largest <= value <= largest
-
-
-# The types of JSON: how an error names each, and whether a value is of it.
-_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "object": ("an object", lambda value: isinstance(value, dict)),
-    "array": ("an array", lambda value: isinstance(value, list)),
-    "string": ("a string", lambda value: isinstance(value, str)),
-    "boolean": ("true or false", lambda value: isinstance(value, bool)),
-    "integer": (
-        "an integer of 64 bits",
-        lambda value: type(value) is int and -(2**63) <= value < 2**63,
-    ),
-    "number": ("a number", _is_number),
-    "null": ("null", lambda value: value is None),
-}

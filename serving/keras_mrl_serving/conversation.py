@@ -43,6 +43,7 @@ from .errors import (
     ServerUnavailableError,
     SignatureNotFoundError,
     UnknownDimError,
+    UnknownExitError,
     VersionChangedError,
     VersionNotFoundError,
     call_error,
@@ -113,6 +114,7 @@ _PERHAPS_STALE = (
     NoOtherTowerError,
     SignatureNotFoundError,
     UnknownDimError,
+    UnknownExitError,
 )
 # How often a call to one version may meet every other replica. Threads that share a client move the
 # turn on for each other, so one time round may miss a replica.

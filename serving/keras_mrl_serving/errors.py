@@ -73,6 +73,10 @@ class UnknownDimError(KerasMrlError, ValueError):
     """The model does not serve this dim."""
 
 
+class UnknownExitError(KerasMrlError, ValueError):
+    """The model does not have this exit, or no signature that answers at it."""
+
+
 class NoHeadError(KerasMrlError, TypeError):
     """A model without a head was asked to classify."""
 

@@ -221,9 +221,9 @@ def same_interface(one: Manifest, other: Manifest) -> bool:
     """
     names = (
         *("kind", "dims", "inputs", "other_tower", "activation"),
-        *("num_classes", "num_values", "top_k", "labels", "funnel"),
+        *("num_classes", "num_values", "top_k", "labels", "funnel", "exit_names"),
     )
-    both_cascade = (one.cascade is None) == (other.cascade is None)
+    both_cascade = (one.adaptive_cascade is None) == (other.adaptive_cascade is None)
     return both_cascade and all(getattr(one, name) == getattr(other, name) for name in names)
 
 

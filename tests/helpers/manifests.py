@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy, Guarantee, Stage
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.funnel import FunnelSchedule
 
@@ -44,6 +45,38 @@ CLASSIFIER = Manifest(
     tied=True,
     cascade=LEARNED.to_json(),
     quality={"8": {"top1": 0.5, "map10": 0.25}, "64": {"top1": 1.0}},
+)
+EXITS: tuple[Json, ...] = (
+    {"name": "thumbnail", "layer": None, "parameters": 90, "multiply_adds": None},
+    {
+        "name": "conv3_out",
+        "layer": "conv3_out",
+        "parameters": 1000,
+        "multiply_adds": 5e6,
+        "milliseconds": {"1": 0.5, "8": 2},
+    },
+    {"name": "last", "layer": None, "parameters": 4000, "multiply_adds": 2e7},
+)
+OVER_EXITS = CascadePolicy(
+    (
+        Stage(8, 0.5, 1.5, "thumbnail"),
+        Stage(8, 0.25, exit="conv3_out"),
+        Stage(64, 0.125, exit="conv3_out"),
+        Stage(64, None),
+    ),
+    holdout=LEARNED.holdout,
+    guarantee=Guarantee(risk=0.01, delta=0.05, size=2000, errors=9, gains=4, kind="accuracy_drop"),
+)
+DEPTHS = replace(
+    CLASSIFIER,
+    cascade=None,
+    exits=EXITS,
+    exit_cascade={
+        **OVER_EXITS.to_json(),
+        "exit_stages": [
+            {**stage, "relative_cost": 0.5} for stage in OVER_EXITS.to_json()["exit_stages"]
+        ],
+    },
 )
 TAGS = Manifest(**SHARED, kind="classifier", activation="sigmoid", num_classes=5, top_k=5)
 REGRESSOR = Manifest(**SHARED, kind="regressor", num_values=2, quality={"8": {"mae": 0.5}})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving import contract
-from keras_mrl_serving.contract import Manifest, is_model_name
+from keras_mrl_serving.contract import Manifest, is_exit_name, is_model_name
 from keras_mrl_serving.errors import (
     ManifestError,
     NoCascadeError,
@@ -18,8 +18,9 @@ from keras_mrl_serving.errors import (
     NoIndexError,
     NoOtherTowerError,
     UnknownDimError,
+    UnknownExitError,
 )
-from tests.helpers.manifests import CLASSIFIER, ENCODER, REGRESSOR, TAGS, TWO_TOWERS
+from tests.helpers.manifests import CLASSIFIER, DEPTHS, ENCODER, EXITS, REGRESSOR, TAGS, TWO_TOWERS
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
@@ -39,6 +40,21 @@ def test_the_signatures_have_the_names_of_the_contract() -> None:
     assert constants == ("describe", "features", "classify_adaptive")
     assert contract.SERVING_DEFAULT == "serving_default"
     assert contract.MANIFEST_FILE == "assets.extra/keras_mrl.json"
+
+
+def test_an_exit_stands_in_the_name_of_a_signature_that_is_of_it() -> None:
+    for name_of in (contract.embed, contract.classify, contract.regress):
+        assert name_of(8, "conv3_out") == f"{name_of.__name__}_conv3_out_8"
+        assert name_of(8, "last") == name_of(8, None) == name_of(8) == f"{name_of.__name__}_8"
+
+
+@pytest.mark.parametrize("name", ["conv4_block6_out", "P2", "a.b-c", "layer_8", "others", "8_"])
+def test_names_of_exits(name: str) -> None:
+    assert is_exit_name(name)
+    for other in ("", " ", f"{name} ", f"{name}/", f"{name}\n", f"ö{name}", "a" * 101):
+        assert not is_exit_name(other)
+    for taken in ("other", "adaptive", "8", "007"):
+        assert not is_exit_name(taken)
 
 
 @pytest.mark.parametrize("name", ["birds", "b", "7", "Birds-2.1_b", "a" * 300])
@@ -63,13 +79,16 @@ def test_a_manifest_comes_back_from_its_json(manifest: Manifest) -> None:
         size=3,
         num_values=3,
         model_id=5,
+        exits=EXITS,
+        cascade=None,  # a manifest has one of the two
+        exit_cascade=DEPTHS.exit_cascade,
         extra={"colour": ["grün"]},
     )
     default = Manifest(**{f.name: getattr(manifest, f.name) for f in fields(Manifest)[:7]})
     changed = {
         f.name for f in fields(Manifest) if getattr(filled, f.name) != default.__dict__[f.name]
     }
-    assert {f.name for f in fields(Manifest)[7:]} - changed == {"schema"}
+    assert {f.name for f in fields(Manifest)[7:]} - changed == {"schema", "cascade"}
     text = filled.to_json()
     assert "\n" not in text
     assert Manifest.from_json(text) == Manifest.from_json(text.encode()) == filled
@@ -385,6 +404,34 @@ def test_rows_of_several_classes_have_no_cascade(refuses: Refuses) -> None:
         with refuses(NoCascadeError, text):
             check()
     CLASSIFIER.check_one_class()
+
+
+def test_an_exit_is_asked_by_its_name(refuses: Refuses) -> None:
+    assert [DEPTHS.check_exit(name) for name in ("thumbnail", "last", None)] == [
+        *("thumbnail", "last", "last")
+    ]
+    text = (
+        "exit must be one of the model's exits. Received: exit='conv4_out' for model 'birds'. "
+        "Choose one of thumbnail, conv3_out, last."
+    )
+    with refuses(UnknownExitError, text):
+        DEPTHS.check_exit("conv4_out")
+    assert CLASSIFIER.check_exit(None) == CLASSIFIER.check_exit("last") == "last"
+    text = (
+        "Only a model with exits is asked at one. Received: exit='conv3_out' for model 'birds', "
+        "which has none. Leave exit out."
+    )
+    with refuses(UnknownExitError, text):
+        CLASSIFIER.check_exit("conv3_out")
+
+
+def test_a_cascade_is_over_exits_or_over_dims() -> None:
+    assert DEPTHS.adaptive_cascade is DEPTHS.exit_cascade is not None
+    assert CLASSIFIER.adaptive_cascade is CLASSIFIER.cascade is not None
+    for manifest in (DEPTHS, CLASSIFIER):
+        manifest.check_cascade()
+    with pytest.raises(ManifestError, match=r"^The exits of a manifest have names of their own"):
+        replace(DEPTHS, cascade=CLASSIFIER.cascade)
 
 
 @pytest.mark.parametrize("model_id", [0, -5, 2**31])

@@ -14,6 +14,7 @@ TREE = {
     "KerasMrlError": ("Exception",),
     "ManifestError": ("KerasMrlError", "ValueError"),
     "UnknownDimError": ("KerasMrlError", "ValueError"),
+    "UnknownExitError": ("KerasMrlError", "ValueError"),
     "NoHeadError": ("KerasMrlError", "TypeError"),
     "NoCascadeError": ("KerasMrlError", "TypeError"),
     "NoIndexError": ("KerasMrlError", "TypeError"),

@@ -62,6 +62,13 @@ FILES, TENSORS = tables()
 KIND_OF = {file: kind for file, kind, _ in FILES}
 # Of models that 0.1.0 did not know: these are in the new folder alone.
 ONLY_NEW = {
+    "classify_adaptive_exits_request.bin",
+    "classify_adaptive_exits_response.bin",
+    "classify_conv3_out_8_request.bin",
+    "classify_conv3_out_8_response.bin",
+    "describe_depths_response.bin",
+    "embed_conv3_out_8_request.bin",
+    "embed_conv3_out_8_response.bin",
     "classify_8_request.bin",
     "classify_8_response.bin",
     "describe_prices_response.bin",
@@ -177,6 +184,13 @@ SPECS = [
     ("head_8_response.bin", "digits", "head_8", 3, None),
     ("search_response.bin", "digits-index", "search", 1, None),
     ("describe_response.bin", "digits", "describe", 3, None),
+    ("classify_adaptive_exits_request.bin", "depths", "classify_adaptive", None, []),
+    ("classify_adaptive_exits_response.bin", "depths", "classify_adaptive", 3, None),
+    ("classify_conv3_out_8_request.bin", "depths", "classify_conv3_out_8", None, []),
+    ("classify_conv3_out_8_response.bin", "depths", "classify_conv3_out_8", 3, None),
+    ("embed_conv3_out_8_request.bin", "depths", "embed_conv3_out_8", None, []),
+    ("embed_conv3_out_8_response.bin", "depths", "embed_conv3_out_8", 3, None),
+    ("describe_depths_response.bin", "depths", "describe", 3, None),
     ("classify_8_request.bin", "tags", "classify_8", None, []),
     ("classify_8_response.bin", "tags", "classify_8", 3, None),
     ("describe_tags_response.bin", "tags", "describe", 3, None),
@@ -255,6 +269,20 @@ def test_the_answer_follows_from_the_manifest_s_own_cascade() -> None:
     assert first.threshold is not None
     np.testing.assert_array_equal(confidence > first.threshold, dim == first.dim)
     np.testing.assert_array_equal(from_proto(outputs["probabilities"])[:, 0], confidence)
+
+
+def test_a_cascade_over_exits_is_read_as_one() -> None:
+    manifest = Manifest.from_json(LATER["depths"])
+    assert manifest.exits is not None
+    assert manifest.exit_names == ("thumbnail", "conv3_out", "last")
+    assert manifest.cascade is None
+    assert manifest.adaptive_cascade is not None
+    policy = CascadePolicy.from_json(manifest.adaptive_cascade)
+    assert policy.keys == (("thumbnail", 8), ("conv3_out", 8), (None, 16))
+    outputs = read("classify_adaptive_exits_response.bin")[0].outputs
+    exits, dims = from_proto(outputs["exit"]).tolist(), from_proto(outputs["dim"]).tolist()
+    asked = [(name or "last", dim) for name, dim in policy.keys]
+    assert {(manifest.exit_names[e], d) for e, d in zip(exits, dims, strict=True)} <= {*asked}
 
 
 def asked_by_ours(name: str, flow_of: Any) -> Any:

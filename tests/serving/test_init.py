@@ -76,8 +76,8 @@ def test_the_client_works_where_no_framework_is() -> None:
     ("module", "own", "third_party"),
     [
         ("keras_mrl_serving", 1, set()),
-        # Its parents: calls, errors, integers, untrusted.
-        ("keras_mrl_serving.contract", 6, {"numpy"}),
+        # Its parents: calls, errors, integers, manifest_schema, untrusted.
+        ("keras_mrl_serving.contract", 7, {"numpy"}),
         ("keras_mrl_serving.index", None, {"numpy"}),
     ],
 )

@@ -22,10 +22,13 @@ from keras_mrl_serving.funnel import FunnelSchedule
 from tests.helpers.manifests import (
     BY_HAND,
     CLASSIFIER,
+    DEPTHS,
     ENCODER,
+    EXITS,
     FUNNEL,
     INDEX,
     LEARNED,
+    OVER_EXITS,
     REGRESSOR,
     TAGS,
     TWO_TOWERS,
@@ -53,6 +56,9 @@ WRITTEN = {
     "classifier of one stage": replace(
         CLASSIFIER, cascade=CascadePolicy((Stage(64, None),)).to_json()
     ),
+    "classifier with exits": DEPTHS,
+    "classifier with exits and a cascade over dims": replace(CLASSIFIER, exits=EXITS),
+    "encoder with exits": replace(ENCODER, exits=EXITS),
     "classifier of several labels a row": TAGS,
     "regressor": REGRESSOR,
     "index": INDEX,
@@ -86,10 +92,17 @@ def test_its_properties_are_the_manifest_s_fields() -> None:
 
 
 def test_its_stages_reports_and_funnels_are_those_of_the_code() -> None:
+    of_dims, of_exits = LEARNED.to_json(), OVER_EXITS.to_json()
     cascade = SCHEMA["$defs"]["cascade"]["properties"]
-    assert set(cascade) == set(LEARNED.to_json())
+    assert set(cascade) == {*of_dims, "accuracy_drop_guarantee"}
     stage = cascade["stages"]["items"]["properties"]
-    assert set(stage) == set(LEARNED.to_json()["stages"][0])
+    assert set(stage) == set(of_dims["stages"][0])
+    cascade = SCHEMA["$defs"]["exit_cascade"]["properties"]
+    assert set(cascade) == set(of_exits)
+    stage = cascade["exit_stages"]["items"]["properties"]
+    assert set(stage) == {*of_exits["exit_stages"][0], "relative_cost"}
+    promise = SCHEMA["$defs"]["accuracy_drop_guarantee"]["properties"]
+    assert set(promise) == set(of_exits["accuracy_drop_guarantee"])
     funnel = SCHEMA["$defs"]["funnel"]["properties"]
     assert set(funnel) == set(FUNNEL.to_json())
 
@@ -168,8 +181,8 @@ def refused_by_the_reader(manifest: Json) -> bool:
     """Whether a client of ours would refuse it: as a manifest, a policy or a schedule."""
     try:
         read = Manifest.from_json(json.dumps(manifest))
-        if read.cascade is not None:
-            CascadePolicy.from_json(read.cascade)
+        if read.adaptive_cascade is not None:
+            CascadePolicy.from_json(read.adaptive_cascade)
         if read.funnel is not None:
             FunnelSchedule.from_json(read.funnel)
     except ManifestError:
@@ -203,6 +216,21 @@ BROKEN: list[tuple[Manifest, str, Any]] = [
     (CLASSIFIER, "cascade.stages.1", {"dim": 16}),
     (CLASSIFIER, "cascade.stages.0.temperature", 0),
     (CLASSIFIER, "cascade.confidence", "surprise"),
+    (DEPTHS, "exits", [EXITS[-1]]),
+    (DEPTHS, "exits.0.name", 3),
+    (DEPTHS, "exits.0", {"layer": "conv3_out"}),
+    (DEPTHS, "exits.1.layer", 3),
+    (DEPTHS, "exits.1.parameters", 1.5),
+    (DEPTHS, "exits.1.multiply_adds", "5e6"),
+    (DEPTHS, "exits.1.milliseconds", {"8": "2"}),
+    (DEPTHS, "exit_cascade.exit_stages", []),
+    (DEPTHS, "exit_cascade.exit_stages.0", {"dim": 8, "threshold": 0.5}),
+    (DEPTHS, "exit_cascade.exit_stages.0.threshold", None),
+    (DEPTHS, "exit_cascade.exit_stages.0.relative_cost", "0.5"),
+    (DEPTHS, "exit_cascade.accuracy_drop_guarantee", {"risk": 0.01}),
+    (DEPTHS, "exit_cascade.confidence", "surprise"),
+    (DEPTHS, "cascade", BY_HAND.to_json()),
+    (CLASSIFIER, "exit_cascade", OVER_EXITS.to_json()),  # without exits
     (REGRESSOR, "num_values", 1.5),
     (INDEX, "funnel.k", 0),
     (INDEX, "funnel.k", True),
@@ -237,6 +265,11 @@ BROKEN_FOR_A_WRITER: list[tuple[Manifest, str, Any]] = [
     (REGRESSOR, "activation", "softmax"),
     (REGRESSOR, "labels", True),
     (ENCODER, "num_values", 1),
+    (DEPTHS, "activation", "sigmoid"),
+    (DEPTHS, "exits.1.milliseconds", {"08": 2}),
+    (DEPTHS, "exits.1.parameters", -1),
+    (DEPTHS, "exit_cascade.exit_stages.0.relative_cost", -1),
+    (ENCODER, "exit_cascade", OVER_EXITS.to_json()),
     (CLASSIFIER, "quality", {"08": {"top1": 1.0}}),
     (CLASSIFIER, "quality", {"8": 1.0}),
     (CLASSIFIER, "cascade.accuracy", 1.5),
@@ -249,6 +282,11 @@ BEYOND_THE_SCHEMA: list[tuple[Manifest, str, Any]] = [
     (ENCODER, "width", 16),
     (CLASSIFIER, "cascade.stages", [{"dim": 8, "threshold": None}, {"dim": 64, "threshold": 0.5}]),
     (CLASSIFIER, "cascade.stages.0.dim", 32),
+    (DEPTHS, "exits", [*EXITS[1:], EXITS[0]]),
+    (DEPTHS, "exits", [*EXITS[1:], EXITS[-1]]),
+    (DEPTHS, "exits.0.name", "conv3_out"),
+    (DEPTHS, "exit_cascade.exit_stages.0.exit", "conv4_out"),
+    (DEPTHS, "exit_cascade.exit_stages.1.exit", "last"),
     (INDEX, "funnel.dims", [64, 8]),
     (INDEX, "funnel.shortlists", []),
     (INDEX, "funnel.shortlists", [5]),
@@ -294,6 +332,7 @@ WHOLE: dict[str, Json] = {
             decoder={"size": [32, 32]},
         ).to_json()
     ),
+    "exits": json.loads(DEPTHS.to_json()),
     "index": json.loads(INDEX.to_json()),
 }
 

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..contract import LAST_EXIT as LAST_EXIT
 from ..inputs import as_array, as_float32, check_holdout, check_logits
 from ..integers import check_dims, is_positive_integer
-
-LAST_EXIT = "last"  # what a model with exits calls the one that every backbone has
 
 StageKey = tuple[str | None, int]  # an exit, None for the last, and a dim
 Scores = npt.NDArray[np.float32]

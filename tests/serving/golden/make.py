@@ -3,7 +3,7 @@
 With tensorflow-serving-api's own messages, so that nothing of ours stands between the files and
 TensorFlow Serving. README.md says what is in them, by hand: change both. The folder `0.1.0` holds
 the messages of models without `model_id`, and is written by the same functions; it has none of
-those models that 0.1.0 did not know: of several labels a row, and of values.
+those models that 0.1.0 did not know: of several labels a row, of values, and with exits.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from tensorflow_serving.apis import get_model_status_pb2, model_pb2, predict_pb2
 
 HERE = Path(__file__).parent
 OLD = HERE / "0.1.0"
-MODEL_ID = 1_307_194_163  # of the three manifests
+MODEL_ID = 1_307_194_163  # of the four manifests
 # NumPy's dtype of the elements of a tensor, and the repeated field that holds them.
 FIELDS = {
     types_pb2.DT_FLOAT: ("<f4", "float_val"),
@@ -35,6 +35,8 @@ ADAPTIVE: dict[str, tuple[int, Any]] = {
     "confidence": (types_pb2.DT_FLOAT, [0.75, 0.5]),
     "dim": (types_pb2.DT_INT32, [8, 16]),
 }
+AT_EXITS = {**ADAPTIVE, "exit": (types_pb2.DT_INT32, [0, 2])}
+AT_EARLY = {name: array for name, array in ADAPTIVE.items() if name != "dim"}
 SEVERAL: dict[str, tuple[int, Any]] = {  # each probability by itself: a row's sum is any number
     "class_ids": (types_pb2.DT_INT64, [[2, 0, 1], [1, 0, 2]]),
     "labels": (types_pb2.DT_STRING, [["grün", "blue", "red"], ["red", "blue", "grün"]]),
@@ -74,6 +76,29 @@ def messages(folder: Path = HERE) -> dict[str, Message]:
                 model="prices",
                 values=values(types_pb2.DT_FLOAT, [[-12.5, 3], [0.25, 1024]]),
             ),
+            "classify_adaptive_exits_request.bin": request(
+                "classify_adaptive", "depths", image=image
+            ),
+            "classify_adaptive_exits_response.bin": identified(
+                "classify_adaptive",
+                model="depths",
+                **{name: values(*array) for name, array in AT_EXITS.items()},
+            ),
+            "classify_conv3_out_8_request.bin": request(
+                "classify_conv3_out_8", "depths", image=image
+            ),
+            "classify_conv3_out_8_response.bin": identified(
+                "classify_conv3_out_8",
+                model="depths",
+                **{name: values(*array) for name, array in AT_EARLY.items()},
+            ),
+            "embed_conv3_out_8_request.bin": request("embed_conv3_out_8", "depths", image=image),
+            "embed_conv3_out_8_response.bin": identified(
+                "embed_conv3_out_8",
+                model="depths",
+                embedding=values(types_pb2.DT_FLOAT, UNIT),
+            ),
+            "describe_depths_response.bin": described("depths_manifest.json", "depths"),
             "describe_tags_response.bin": described("tags_manifest.json", "tags"),
             "describe_prices_response.bin": described("prices_manifest.json", "prices"),
         }
