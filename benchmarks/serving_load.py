@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -63,12 +64,19 @@ server.wait_for_termination()
 
 @dataclass(frozen=True)
 class Server:
-    """Where it is, what it serves, and what loading and warming up took."""
+    """Where it is, what it serves, what loading and warming up took, and its process."""
 
     target: str
     version: Path
     load_s: float
     mib: float
+    process: int
+
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of CPU that the server has used, to the hundredth."""
+        fields = Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -92,7 +100,7 @@ def served(base_path: Path, enable_batching: bool = False) -> Iterator[Server]:
                     f"Run keras-mrl serve --model_base_path {base_path} and see what it says."
                 )
             (version,) = (p for p in base_path.iterdir() if p.name.isdecimal())
-            yield Server(words[0], version, float(words[1]), float(words[2]))
+            yield Server(words[0], version, float(words[1]), float(words[2]), process.pid)
         finally:
             process.terminate()
             process.wait()
@@ -141,6 +149,23 @@ def in_turns(calls: int, *functions: Callable[[int], object]) -> list[Times]:
             if turn >= 0:
                 times.append(time.perf_counter() - began)
     return [Times(tuple(times)) for times in took]
+
+
+def cpu_share(
+    server: Server, laps: int, asked: Callable[[int], object], full: Callable[[int], object]
+) -> float:
+    """CPU of the server in `asked`, as a share of that in `full`; a lap of each in turns.
+
+    A lap must take many hundredths of a second of CPU, the unit that Linux counts in.
+    """
+    used = [0.0, 0.0]
+    for lap in range(-1, laps):
+        for turn, function in enumerate((asked, full)):
+            before = server.cpu_s
+            function(lap)
+            if lap >= 0:
+                used[turn] += server.cpu_s - before
+    return used[0] / used[1]
 
 
 def per_second(callers: int, calls: int, function: Callable[[int], object]) -> float:
