@@ -18,9 +18,10 @@ import numpy as np
 from ._arrays import as_labels, check_kinds, check_unmasked, is_dataset, labelled_batches
 from ._dims import check_dims, check_weights
 from ._modes import _Writer, mode_of_metric
+from .evaluation.inputs import dims_of
 from .evaluation.neighbors import check_gallery, mean_average_precision_at_k, nearest_hits
 from .metrics import MatryoshkaMetric
-from .models.cut import as_model, check_one_vector, dims_of_loss, gallery_backbone, split
+from .models.cut import as_model, check_one_vector, gallery_backbone, split
 
 
 class _Neighbors(_Writer):
@@ -62,16 +63,9 @@ class _Neighbors(_Writer):
         if self._towers is None:  # stored: a new model would compile `predict` every epoch
             backbone, head = split(self.model, self.output)
             check_one_vector(self.model, backbone)
-            dims = head.dims if head is not None else dims_of_loss(self.model)
-            self._measured = self.dims or dims or ()
+            self._measured = dims_of(type(self).__name__, self.model, head, self.dims)
             other, tower = gallery_backbone(self.model, backbone), as_model(backbone)
             self._towers = (tower if other is backbone else as_model(other), tower)
-        if not self._measured:
-            raise ValueError(
-                f"{type(self).__name__} needs dims for a model that ends in no MatryoshkaHead. "
-                f"Received: dims=None for {type(self.model).__name__} {self.model.name!r}. "
-                "Give the prefix lengths to watch: dims=(8, 16, 32)."
-            )
         (gallery_x, gallery_y), (query_x, query_y) = self._gallery, self.queries
         gallery, queries = map(self._embed, self._towers, (gallery_x, query_x))
         for dim in self._measured:

@@ -26,8 +26,9 @@ from .._arrays import (
 )
 from .._dims import check_dims
 from ..models.activation import activation_of, check_activation
-from ..models.cut import as_model, check_one_vector, dims_of_loss, gallery_backbone, split
+from ..models.cut import as_model, check_one_vector, gallery_backbone, split
 from ..models.outputs import one_output
+from .inputs import dims_of
 from .multilabel import check_targets, check_zeros_and_ones, score_multilabel
 from .neighbors import (
     BLOCK_ROWS,
@@ -103,13 +104,7 @@ def evaluate(
     model = one_output(model, output)
     backbone, head = split(model)
     check_one_vector(model, backbone)
-    dims = dims_of_loss(model) if dims is None and head is None else dims
-    if dims is None and head is None:
-        raise ValueError(
-            "evaluate needs dims for a model that ends in no MatryoshkaHead. "
-            f"Received: dims=None for {type(model).__name__} {model.name!r}. "
-            "Give the prefix lengths to judge: dims=(8, 16, 32)."
-        )
+    dims = dims_of("evaluate", model, head, dims) if head is None else dims
     if head is None and gallery is None:
         raise ValueError(
             "Without a head dims are judged by their neighbours. "

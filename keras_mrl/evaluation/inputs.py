@@ -39,7 +39,7 @@ def dims_of(caller: str, model: keras.Model, head: Any, dims: Sequence[int] | No
         raise ValueError(
             f"{caller} needs dims for a model that ends in no MatryoshkaHead with dims. "
             f"Received: dims=None for {type(model).__name__} {model.name!r}. "
-            "Give the prefix lengths to judge: dims=(8, 16, 32)."
+            "Give the prefix lengths: dims=(8, 16, 32)."
         )
     return check_dims(ladder)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from .similarity import NEVER, Task
@@ -149,3 +150,46 @@ def _counts(ids: Any) -> Any:
     ordered = ops.sort(ids)
     last, first = (ops.searchsorted(ordered, ids, side=side) for side in ("right", "left"))
     return ops.cast(last - first, "float32")
+
+
+def check_ids(name: str, values: Any, kinds: str) -> None:
+    """Raise for in-memory ids that become others in int32 or float32, which backends hold.
+
+    Args:
+        name: The ids, as the start of a sentence.
+        values: Ids, or None of a data set.
+        kinds: NumPy's codes of the kinds of dtypes that may be.
+    """
+    if values is None:
+        return
+    ids = ops.convert_to_numpy(values)
+    limit = 2**24 if ids.dtype.kind == "f" else 2**31 - 1
+    if ids.dtype.kind not in kinds or (ids.size and (ids.min() < -limit or ids.max() > limit)):
+        received = str(ids.dtype)
+        if ids.size and ids.dtype.kind in "biuf":
+            received += f" from {ids.min()} to {ids.max()}"
+        raise ValueError(
+            f"{name} must be integers that every backend can tell apart. "
+            f"Received: {received}. "
+            "Number them anew: names, ids = numpy.unique(names, return_inverse=True)."
+        )
+
+
+def check_candidates(known: Any) -> None:
+    """Raise for in-memory ids that leave no negative, and for what is no sampling probability."""
+    by_name = known if isinstance(known, dict) else {IDS: known}
+    check_ids(IDS, by_name.get(IDS), kinds="iu")
+    ids = ops.convert_to_numpy(by_name.get(IDS, ()))
+    if ids.size > 1 and (ids == ids.flat[0]).all():
+        raise ValueError(
+            f"{IDS} must name at least two candidates: copies of a positive are no negatives. "
+            f"Received: {ids.flat[0]} in all {len(ids)} rows. Give the ids of the positives, or "
+            "numpy.arange(len(anchors)) where no positive stands twice."
+        )
+    chances = ops.convert_to_numpy(by_name.get(PROBABILITY, ()))
+    if not (np.isfinite(chances) & (chances > 0)).all():
+        raise ValueError(
+            f"{PROBABILITY} must be positive numbers. "
+            f"Received: {chances.dtype} from {chances.min()} to {chances.max()}. "
+            "Give the share of each candidate among those that are drawn, or its count."
+        )

@@ -76,3 +76,18 @@ def _directions(vectors: Any) -> Any:
     square = ops.sum(ops.square(vectors), axis=-1, keepdims=True)
     root = ops.rsqrt(ops.maximum(square, TINY))
     return vectors * ops.where(square > TINY, root, ops.zeros_like(root))
+
+
+def check_distillation(distillation: Any) -> None:
+    """Raise unless the weight of a divergence is a number of at least 0.
+
+    Examples:
+        >>> from keras_mrl.losses.distillation import check_distillation
+        >>> check_distillation(0.5)
+    """
+    is_number = isinstance(distillation, (int, float)) and not isinstance(distillation, bool)
+    if not is_number or not 0 <= distillation < float("inf"):
+        raise ValueError(
+            "distillation must be a number of at least 0. "
+            f"Received: distillation={distillation!r}. Give for example 1.0, or 0 for none."
+        )

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from ..losses import ContrastiveLoss, MatryoshkaEmbeddingLoss, SupervisedContrastiveLoss
-from ..losses.candidates import IDS, PROBABILITY
+from ..losses.candidates import check_candidates, check_ids
+from ..losses.distillation import check_distillation
 from ..losses.similarity import check_temperature
 from ..losses.weights import _RowLoss
 from ._shapes import as_shapes, known_input_shape, named_without_package, output_shape
@@ -228,7 +228,7 @@ class MatryoshkaEncoder(_ModelWithExits):
         """Train as `keras.Model.fit` does; raise for weights and ids that mean something else."""
         self._check_data(x, y, kwargs.get("sample_weight"))
         if isinstance(self.loss, SupervisedContrastiveLoss):
-            _check_ids("Labels", y, kinds="biuf")
+            check_ids("Labels", y, kinds="biuf")
         return super().fit(x, y, *args, **kwargs)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -260,7 +260,7 @@ class MatryoshkaEncoder(_ModelWithExits):
         if not isinstance(self.loss, ContrastiveLoss) or y is None:
             return
         if are_sides(x):
-            _check_candidates(y)
+            check_candidates(y)
         elif sample_weight is not None:
             raise ValueError(
                 "Keras passes sample weights beside inputs and labels. "
@@ -382,12 +382,7 @@ def _teaching_weight(distillation: float | None, is_contrastive: bool, has_exits
     """Return the weight of the divergence from the last exit."""
     if distillation is None:
         return float(is_contrastive)
-    is_number = isinstance(distillation, (int, float)) and not isinstance(distillation, bool)
-    if not is_number or not 0 <= distillation < float("inf"):
-        raise ValueError(
-            "distillation must be a number of at least 0. "
-            f"Received: distillation={distillation!r}. Give for example 1.0, or 0 for none."
-        )
+    check_distillation(distillation)
     if distillation and not (is_contrastive and has_exits):
         raise ValueError(
             "Exits learn from the similarities that the last exit gives to a batch. "
@@ -419,49 +414,6 @@ def _check_weights(x: Any, y: Any, sample_weight: Any) -> None:
             "Keras passes sample weights only beside labels. "
             "Received: sample_weight without y. "
             "Give candidate ids: y=numpy.arange(len(anchors)) where no positive stands twice."
-        )
-
-
-def _check_ids(name: str, values: Any, kinds: str) -> None:
-    """Raise for in-memory ids that become others in int32 or float32, which backends hold.
-
-    Args:
-        name: The ids, as the start of a sentence.
-        values: Ids, or None of a data set.
-        kinds: NumPy's codes of the kinds of dtypes that may be.
-    """
-    if values is None:
-        return
-    ids = ops.convert_to_numpy(values)
-    limit = 2**24 if ids.dtype.kind == "f" else 2**31 - 1
-    if ids.dtype.kind not in kinds or (ids.size and (ids.min() < -limit or ids.max() > limit)):
-        received = str(ids.dtype)
-        if ids.size and ids.dtype.kind in "biuf":
-            received += f" from {ids.min()} to {ids.max()}"
-        raise ValueError(
-            f"{name} must be integers that every backend can tell apart. "
-            f"Received: {received}. "
-            "Number them anew: names, ids = numpy.unique(names, return_inverse=True)."
-        )
-
-
-def _check_candidates(known: Any) -> None:
-    """Raise for in-memory ids that leave no negative, and for what is no sampling probability."""
-    by_name = known if isinstance(known, dict) else {IDS: known}
-    _check_ids(IDS, by_name.get(IDS), kinds="iu")
-    ids = ops.convert_to_numpy(by_name.get(IDS, ()))
-    if ids.size > 1 and (ids == ids.flat[0]).all():
-        raise ValueError(
-            f"{IDS} must name at least two candidates: copies of a positive are no negatives. "
-            f"Received: {ids.flat[0]} in all {len(ids)} rows. Give the ids of the positives, or "
-            "numpy.arange(len(anchors)) where no positive stands twice."
-        )
-    chances = ops.convert_to_numpy(by_name.get(PROBABILITY, ()))
-    if not (np.isfinite(chances) & (chances > 0)).all():
-        raise ValueError(
-            f"{PROBABILITY} must be positive numbers. "
-            f"Received: {chances.dtype} from {chances.min()} to {chances.max()}. "
-            "Give the share of each candidate among those that are drawn, or its count."
         )
 
 

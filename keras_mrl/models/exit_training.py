@@ -12,22 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import keras
 from keras import ops
 
 from .._masks import with_mask_of
 from ..layers import MatryoshkaHead
 from ..losses import MatryoshkaLoss
-from ..losses.targets import MULTILABEL_LOSSES, Teacher
+from ..losses.distillation import check_distillation
+from ..losses.targets import MULTILABEL_LOSSES, SINGLE_LABEL_LOSSES, Teacher
 from ..losses.weights import _RowLoss
 from ..metrics import MatryoshkaMetric
 from .exits import LAST
-
-_OF_CLASSES = (
-    keras.losses.SparseCategoricalCrossentropy,
-    keras.losses.CategoricalCrossentropy,
-    keras.losses.CategoricalFocalCrossentropy,
-)
 
 
 def pair_weights(
@@ -70,20 +64,15 @@ def distillation_weight(loss: Any, distillation: float | None) -> float:
 
     Args:
         loss: The loss of one dim.
-        distillation: The weight; None means 1 with a cross-entropy, and 0 with any other loss.
+        distillation: The weight; None means 1 with a loss of classes, and 0 with any other.
 
     Raises:
         ValueError: If the weight is not a number of at least 0, or no loss of classes is there.
     """
-    has_classes = isinstance(loss, (*_OF_CLASSES, *MULTILABEL_LOSSES))
+    has_classes = isinstance(loss, (*SINGLE_LABEL_LOSSES, *MULTILABEL_LOSSES))
     if distillation is None:
         return float(has_classes)
-    is_number = isinstance(distillation, (int, float)) and not isinstance(distillation, bool)
-    if not is_number or not 0 <= distillation < float("inf"):
-        raise ValueError(
-            "distillation must be a number of at least 0. "
-            f"Received: distillation={distillation!r}. Give for example 1.0, or 0 for none."
-        )
+    check_distillation(distillation)
     if distillation and not has_classes:
         raise ValueError(
             "Exits learn from the probabilities that the last exit gives to classes. "
@@ -252,7 +241,7 @@ def _divergences(loss: Any, taught: Any, logits: Any) -> Any:
         logits: `(..., num_dims, num_classes)`.
     """
     taught = ops.expand_dims(ops.cast(taught, logits.dtype), -2)
-    if isinstance(loss, _OF_CLASSES):
+    if isinstance(loss, SINGLE_LABEL_LOSSES):
         log_shares = ops.log_softmax(taught, axis=-1)
         return ops.sum(ops.exp(log_shares) * (log_shares - ops.log_softmax(logits, axis=-1)), -1)
     share = ops.sigmoid(taught)

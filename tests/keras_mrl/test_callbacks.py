@@ -184,9 +184,9 @@ def test_without_head_and_dims_it_says_so() -> None:
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8)], name="plain")
     model.compile("sgd", "mse")
     sentence = (
-        "NeighborMetrics needs dims for a model that ends in no MatryoshkaHead. "
+        "NeighborMetrics needs dims for a model that ends in no MatryoshkaHead with dims. "
         "Received: dims=None for Sequential 'plain'. "
-        "Give the prefix lengths to watch: dims=(8, 16, 32)."
+        "Give the prefix lengths: dims=(8, 16, 32)."
     )
     callback = NeighborMetrics(GALLERY, QUERIES)
     callback.set_model(model)

@@ -195,9 +195,9 @@ def test_what_cannot_be_judged_is_refused() -> None:
     encoder = keras.Sequential([keras.Input((64,)), keras.layers.Dense(8)], name="encoder")
     _, x, y = model_and_rows()
     text = (
-        "evaluate needs dims for a model that ends in no MatryoshkaHead. "
+        "evaluate needs dims for a model that ends in no MatryoshkaHead with dims. "
         "Received: dims=None for Sequential 'encoder'. "
-        "Give the prefix lengths to judge: dims=(8, 16, 32)."
+        "Give the prefix lengths: dims=(8, 16, 32)."
     )
     with pytest.raises(ValueError, match=exactly(text)):
         evaluate(encoder, x, y, (x, y))

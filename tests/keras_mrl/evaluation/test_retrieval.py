@@ -257,7 +257,7 @@ def test_what_is_no_array_of_rows_is_refused() -> None:
     sentence = (
         "evaluate_retrieval needs dims for a model that ends in no MatryoshkaHead with dims. "
         f"Received: dims=None for Sequential {model.name!r}. "
-        "Give the prefix lengths to judge: dims=(8, 16, 32)."
+        "Give the prefix lengths: dims=(8, 16, 32)."
     )
     with pytest.raises(ValueError, match=exactly(sentence)):
         evaluate_retrieval(model, QUERIES, CORPUS, {3: {5: 1}})
