@@ -98,10 +98,12 @@ class AsyncClient(BaseClient[AsyncTransport]):
         inputs: Inputs,
         policy: CascadePolicy | None = None,
         *,
+        audit_rate: float = 0.0,
+        audit_seed: int | np.random.Generator | None = None,
         progress: Progress | None = None,
     ) -> Classification:
         """Return the best classes of each row; wider dims see only the rows still undecided."""
-        question = questions.classify_adaptive(inputs, policy)
+        question = questions.classify_adaptive(inputs, policy, audit_rate, audit_seed)
         return await self._run(self._conversation.ask(question, progress))
 
     async def search(

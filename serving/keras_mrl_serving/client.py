@@ -192,6 +192,8 @@ class Client(BaseClient[Transport]):
         inputs: Inputs,
         policy: CascadePolicy | None = None,
         *,
+        audit_rate: float = 0.0,
+        audit_seed: int | np.random.Generator | None = None,
         progress: Progress | None = None,
     ) -> Classification:
         """Return the best classes of each row; wider dims see only the rows still undecided.
@@ -200,9 +202,13 @@ class Client(BaseClient[Transport]):
             inputs: One array, batch first, or a dict of them by input name.
             policy: None asks the model's own policy, in one call. The caller's policy asks for
                 features once, then for wider and wider heads of the rows still undecided.
+            audit_rate: Share of the rows, drawn at random, that are run to the last stage as well:
+                `answer.audits` holds both answers, for `estimate_harm`.
+            audit_seed: Draws them: an integer, or a generator that many calls draw from. None
+                draws other rows each time.
             progress: Called with the rows answered so far and all rows.
         """
-        question = questions.classify_adaptive(inputs, policy)
+        question = questions.classify_adaptive(inputs, policy, audit_rate, audit_seed)
         return self._run(self._conversation.ask(question, progress))
 
     def search(

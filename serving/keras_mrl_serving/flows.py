@@ -17,8 +17,6 @@ from .answers import check_answer
 from .calls import Arrays as Arrays
 from .calls import AskManifest, AskSignatures, AskStatus, Output, Signature, VersionStatus
 from .calls import Call as Call
-from .cascade.confidence import confidence_in, softmax
-from .cascade.policy import CascadePolicy, check_no_exits
 from .contract import Manifest
 from .embeddings import check_finite
 from .errors import (
@@ -29,7 +27,7 @@ from .errors import (
     SignatureNotFoundError,
 )
 from .inputs import Inputs, as_arrays, check_inputs
-from .results import Classification, Embedded, Neighbors
+from .results import Embedded, Neighbors
 
 T = TypeVar("T")
 # A flow is sent the answer to the request it yielded last: arrays for a `Call`.
@@ -108,24 +106,6 @@ def embed(
     return answer["embedding"]
 
 
-def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classification]:
-    """Ask for the classes of one dim.
-
-    Examples:
-        >>> image = {"dtype": "float32", "shape": [None, 3]}
-        >>> manifest = Manifest(name="birds", kind="classifier", fingerprint="5e1f", dims=(8, 64),
-        ...     width=64, inputs={"image": image}, made_with={}, num_classes=200)
-        >>> next(classify(manifest, [[0, 127, 255]], 64)).signature
-        'classify_64'
-    """
-    manifest.check_head()
-    dim = manifest.check_dim(dim)
-    arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(contract.classify(dim), arrays, _class_outputs(manifest))
-    _check_classes(manifest, contract.classify(dim), answer)
-    return _classification({**answer, "dim": np.full(len(answer["confidence"]), dim, np.int32)})
-
-
 def regress(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np.float32]]:
     """Ask a regressor for the values of one dim.
 
@@ -139,136 +119,19 @@ def regress(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np
     values = {"values": Output("float32", manifest.check_values())}
     signature = contract.regress(manifest.check_dim(dim))
     answer = yield from ask(signature, check_inputs(manifest.inputs, inputs), values)
-    _check_finite("Values must be finite.", signature, "values", answer["values"])
+    check_finite_rows("Values must be finite.", signature, "values", answer["values"])
     return answer["values"]
-
-
-def classify_adaptive(manifest: Manifest, inputs: Inputs) -> Flow[Classification]:
-    """Ask for the classes by the model's own policy: one call, the cascade in the graph.
-
-    Examples:
-        >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
-        >>> image = {"dtype": "float32", "shape": [None, 3]}
-        >>> manifest = Manifest(name="birds", kind="classifier", fingerprint="5e1f", dims=(8, 64),
-        ...     width=64, inputs={"image": image}, made_with={}, num_classes=200,
-        ...     cascade=policy.to_json())
-        >>> next(classify_adaptive(manifest, [[0, 127, 255]])).signature
-        'classify_adaptive'
-    """
-    manifest.check_cascade()
-    arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(
-        contract.CLASSIFY_ADAPTIVE, arrays, {**_class_outputs(manifest), "dim": Output("int32")}
-    )
-    _check_classes(manifest, contract.CLASSIFY_ADAPTIVE, answer)
-    unknown = answer["dim"][~np.isin(answer["dim"], manifest.dims)]
-    if len(unknown):
-        raise ManifestError(
-            "A row is decided by one of the dims that the model serves, "
-            f"{', '.join(map(str, manifest.dims))}. Received: dim {unknown[0]}. "
-            "Export the model again with keras_mrl_export.export_saved_model."
-        )
-    return _classification(answer)
-
-
-def classify_by(manifest: Manifest, inputs: Inputs, policy: CascadePolicy) -> Flow[Classification]:
-    """Ask for the classes by the caller's policy: features once, then heads for undecided rows.
-
-    Examples:
-        >>> policy = CascadePolicy((Stage(8, 0.9), Stage(64, None)))
-        >>> image = {"dtype": "float32", "shape": [None, 3]}
-        >>> manifest = Manifest(name="birds", kind="classifier", fingerprint="5e1f", dims=(8, 64),
-        ...     width=64, inputs={"image": image}, made_with={}, num_classes=200)
-        >>> flow = classify_by(manifest, [[0, 127, 255]], policy)
-        >>> next(flow).signature
-        'features'
-        >>> flow.send({"features": np.ones((1, 64), np.float32)}).signature
-        'head_8'
-    """
-    manifest.check_one_class()
-    if not isinstance(policy, CascadePolicy):
-        raise InvalidInputError(
-            f"policy must be a CascadePolicy. Received: {type(policy).__name__}. Learn one with "
-            "CascadePolicy.learn, or read a manifest's with CascadePolicy.from_json."
-        )
-    check_no_exits(
-        policy,
-        "A caller's policy",
-        "The server runs a backbone to its end, so such a policy has to be the model's own: "
-        "give it to export_saved_model.",
-        InvalidInputError,
-    )
-    for stage in policy.stages:
-        manifest.check_dim(stage.dim)
-    arrays = check_inputs(manifest.inputs, inputs)
-    wide = {"features": Output("float32", manifest.width)}
-    answer = yield from ask(contract.FEATURES, arrays, wide)
-    features = answer["features"]
-    undecided = np.arange(len(features))  # rows that no stage has decided yet
-    outputs = _class_outputs(manifest) | {"logits": Output("float32", manifest.num_classes)}
-    del outputs["probabilities"], outputs["confidence"]  # the stage's temperature changes them
-    decided: list[tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]] = []
-    for stage in policy.stages:
-        prefix = {"features": features[undecided, : stage.dim]}
-        answer = yield from ask(contract.head(stage.dim), prefix, outputs, only=True)
-        _check_classes(manifest, contract.head(stage.dim), answer)
-        with np.errstate(over="ignore"):  # a difference beyond float32 is a probability of 0
-            probabilities = softmax(answer["logits"], stage.temperature)
-        confidence = confidence_in(policy.confidence, probabilities)
-        sure = (
-            np.ones(len(undecided), dtype=bool)
-            if stage.threshold is None
-            else confidence > np.float32(stage.threshold)
-        )
-        columns = {
-            "class_ids": answer["class_ids"],
-            "probabilities": np.take_along_axis(probabilities, answer["class_ids"], axis=-1),
-            "confidence": confidence,
-            "dim": np.full(len(undecided), stage.dim, np.int32),
-            **({"labels": answer["labels"]} if manifest.labels else {}),
-        }
-        decided.append((undecided[sure], {name: column[sure] for name, column in columns.items()}))
-        undecided = undecided[~sure]
-        if not len(undecided):
-            break
-    order = np.argsort(np.concatenate([rows for rows, _ in decided]))
-    names = decided[0][1]
-    return _classification(
-        {name: np.concatenate([columns[name] for _, columns in decided])[order] for name in names}
-    )
-
-
-def _class_outputs(manifest: Manifest) -> dict[str, Output]:
-    k = manifest.top_k
-    return {
-        "class_ids": Output("int64", k),
-        "probabilities": Output("float32", k),
-        "confidence": Output("float32"),
-        **({"labels": Output("object", k)} if manifest.labels else {}),
-    }
 
 
 _LOOK_FOR_NAN = "Look for NaN in the inputs, or train the model to a finite loss."
 
 
-def _check_classes(manifest: Manifest, signature: str, answer: Arrays) -> None:
-    """Raise unless an answer names classes of the model, and by finite numbers."""
-    for name in ("logits", "probabilities", "confidence"):
-        if name in answer:
-            _check_finite("Classes are decided by finite numbers.", signature, name, answer[name])
-    class_ids, num_classes = answer["class_ids"], manifest.num_classes or 0
-    _check_lengths(signature, {n: answer[n] for n in _class_outputs(manifest) if n in answer})
-    if not class_ids.shape[1] or (class_ids < 0).any() or (class_ids >= num_classes).any():
-        received = f"{class_ids.min()} to {class_ids.max()}" if class_ids.size else "none"
-        raise ManifestError(
-            f"A row is of at least one class, each in 0..{num_classes - 1}. Received: class ids "
-            f"{received} from signature {signature!r}. "
-            "Export the model again with keras_mrl_export.export_saved_model."
-        )
+def check_lengths(signature: str, lists: Arrays) -> None:
+    """Raise `ManifestError` unless all lists of a row are of one length.
 
-
-def _check_lengths(signature: str, lists: Arrays) -> None:
-    """Raise unless all lists of a row are of one length."""
+    Examples:
+        >>> check_lengths("search", {"ids": np.zeros((1, 2)), "scores": np.zeros((1, 2))})
+    """
     shapes = {name: array.shape for name, array in lists.items() if array.ndim > 1}
     if len(set(shapes.values())) > 1:
         raise ManifestError(
@@ -278,7 +141,18 @@ def _check_lengths(signature: str, lists: Arrays) -> None:
         )
 
 
-def _check_finite(rule: str, signature: str, name: str, values: npt.NDArray[Any]) -> None:
+def check_finite_rows(rule: str, signature: str, name: str, values: npt.NDArray[Any]) -> None:
+    """Raise `ServerError` unless all values of an output are finite.
+
+    Args:
+        rule: Why they must be, for the error.
+        signature: The signature that answered.
+        name: The output.
+        values: Its values, rows first.
+
+    Examples:
+        >>> check_finite_rows("Values must be finite.", "regress_8", "values", np.zeros((2, 1)))
+    """
     finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
     if not finite.all():
         first, count = int(np.argmin(finite)), int((~finite).sum())
@@ -286,15 +160,6 @@ def _check_finite(rule: str, signature: str, name: str, values: npt.NDArray[Any]
             f"{rule} Received: NaN or infinity in {name} of signature {signature!r}, in {count} of "
             f"{len(values)} rows, first in row {first}. {_LOOK_FOR_NAN}"
         )
-
-
-def _classification(columns: Arrays) -> Classification:
-    fields: dict[str, Any] = dict(columns)
-    if "labels" in fields:
-        labels = fields["labels"]
-        text = [x if isinstance(x, str) else x.decode(errors="replace") for x in labels.flat]
-        fields["labels"] = np.array(text, dtype=object).reshape(labels.shape)
-    return Classification(**fields)
 
 
 def embed_with_fingerprint(
@@ -435,8 +300,9 @@ def _neighbor_outputs(manifest: Manifest) -> dict[str, Output]:
 
 def _check_neighbors(signature: str, answer: Arrays) -> None:
     """Raise unless each query has different ids, by finite scores."""
-    _check_lengths(signature, answer)
-    _check_finite("Neighbours are ranked by finite scores.", signature, "scores", answer["scores"])
+    check_lengths(signature, answer)
+    rule = "Neighbours are ranked by finite scores."
+    check_finite_rows(rule, signature, "scores", answer["scores"])
     ids = np.sort(answer["ids"], axis=1)
     if (ids < 0).any() or (ids[:, 1:] == ids[:, :-1]).any():
         raise ManifestError(

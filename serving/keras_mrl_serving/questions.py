@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from . import flows
+from . import classification, flows
 from .calls import AskManifest, AskSignatures, Signature
+from .cascade.audits import audit_seed, check_audit_rate, draw_audited
 from .cascade.policy import CascadePolicy
 from .contract import Manifest
 from .flows import Flow
@@ -41,6 +42,9 @@ class Question(Generic[K, T]):
             never split.
         answer_row_bytes: Estimates the largest answer about one row, by the facts.
         decodes: Whether the graph decodes the rows as images, by the facts.
+        columns: Makes further arrays, by the number of all rows: a value for each row, which the
+            flow takes out of its rows and does not send. The same arrays every time, whatever is
+            asked again.
 
     Examples:
         >>> embed(np.zeros((3, 4)), dim=2).needs
@@ -53,6 +57,7 @@ class Question(Generic[K, T]):
     specs: Callable[[K], Mapping[str, Mapping[str, Any]]] | None
     answer_row_bytes: Callable[[K], int]
     decodes: Callable[[K], bool] = lambda _: False
+    columns: Callable[[int], Mapping[str, npt.NDArray[Any]]] = lambda _: {}
 
     def parts(self, facts: K, options: Options) -> list[Inputs]:
         """Return the rows in parts, at least one, each within the limits of one call.
@@ -77,6 +82,7 @@ class Question(Generic[K, T]):
             ):
                 room = (options.max_message_bytes or limit) - _ENVELOPE_BYTES
                 size = min(size, max(1, room // max(row_bytes, 1)))
+        arrays |= self.columns(rows)
         if rows <= size:
             return [arrays]
         starts = range(0, rows, size)
@@ -124,7 +130,7 @@ def classify(inputs: Inputs, dim: int) -> Question[Manifest, Classification]:
         >>> classify([[0, 127, 255]], dim=8).inputs
         [[0, 127, 255]]
     """
-    return _about_model(inputs, lambda m, x: flows.classify(m, x, dim), _classes_bytes)
+    return _about_model(inputs, lambda m, x: classification.classify(m, x, dim), _classes_bytes)
 
 
 def regress(inputs: Inputs, dim: int) -> Question[Manifest, npt.NDArray[np.float32]]:
@@ -141,24 +147,54 @@ def regress(inputs: Inputs, dim: int) -> Question[Manifest, npt.NDArray[np.float
     )
 
 
+_AUDITED = ""  # no input has this name
+
+
 def classify_adaptive(
-    inputs: Inputs, policy: CascadePolicy | None = None
+    inputs: Inputs,
+    policy: CascadePolicy | None = None,
+    rate: float = 0.0,
+    seed: int | np.random.Generator | None = None,
 ) -> Question[Manifest, Classification]:
     """Ask for the classes by the model's own policy, or by the caller's.
+
+    Args:
+        inputs: The rows.
+        policy: None for the model's own.
+        rate: The share of rows that are run to the end as well.
+        seed: Draws them.
+
+    Raises:
+        ValueError: If `rate` is no share, or `seed` is none.
 
     Examples:
         >>> classify_adaptive([[0, 127, 255]]).inputs
         [[0, 127, 255]]
     """
+    rate = check_audit_rate(rate)
+    drawing = audit_seed(seed)
+
+    def columns(num_rows: int) -> dict[str, npt.NDArray[Any]]:
+        return {_AUDITED: draw_audited(num_rows, rate, drawing)} if rate else {}
+
+    def flow(manifest: Manifest, part: Any) -> Flow[Classification]:
+        rows = {name: array for name, array in part.items() if name != _AUDITED}
+        audited = part.get(_AUDITED)
+        if policy is None:
+            return classification.classify_adaptive(manifest, rows, audited)
+        return classification.classify_by(manifest, rows, policy, audited)
+
     if policy is None:
-        return _about_model(inputs, flows.classify_adaptive, _classes_bytes)
-    return _about_model(
-        inputs,
-        lambda m, x: flows.classify_by(m, x, policy),
-        lambda m: max(
-            _FLOAT_BYTES * m.width, _FLOAT_BYTES * (m.num_classes or 0) + _classes_bytes(m)
-        ),
-    )
+        question = _about_model(inputs, flow, _classes_bytes)
+    else:
+        question = _about_model(
+            inputs,
+            flow,
+            lambda m: max(
+                _FLOAT_BYTES * m.width, _FLOAT_BYTES * (m.num_classes or 0) + _classes_bytes(m)
+            ),
+        )
+    return replace(question, columns=columns)
 
 
 def search(

@@ -10,6 +10,10 @@ from typing import Any, NamedTuple, SupportsIndex, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
+from .cascade.audits import Audits
+
+NOT_AUDITED = -1
+
 T = TypeVar("T")
 
 
@@ -38,6 +42,7 @@ class ClassifiedRow:
         confidence: Confidence by the policy's measure, higher is surer.
         dim: The dim that decided.
         labels: One name per class; None for a model without names.
+        full_class_id: The class by the last stage; None for a row that was not audited.
 
     Examples:
         >>> row = ClassifiedRow((3, 1), (0.8, 0.1), confidence=0.8, dim=16)
@@ -50,6 +55,7 @@ class ClassifiedRow:
     confidence: float
     dim: int
     labels: tuple[str, ...] | None = None
+    full_class_id: int | None = None
 
     @property
     def class_id(self) -> int:
@@ -80,6 +86,8 @@ class Classification:
         confidence: float32 `(batch,)`, by the policy's measure, higher is surer.
         dim: int32 `(batch,)`.
         labels: Class names, object array of str `(batch, k)`; None for a model without names.
+        full_class_ids: int64 `(batch,)`, the class by the last stage of each audited row, -1 of the
+            others; None where no row was to be audited.
 
     Examples:
         >>> Classification(class_ids=np.array([[3, 1]]), probabilities=np.float32([[0.8, 0.1]]),
@@ -94,6 +102,30 @@ class Classification:
     confidence: npt.NDArray[np.float32]
     dim: npt.NDArray[np.int32]
     labels: npt.NDArray[np.object_] | None = None
+    full_class_ids: npt.NDArray[np.int64] | None = None
+
+    @property
+    def audited(self) -> npt.NDArray[np.int64]:
+        """The numbers of the audited rows, increasing.
+
+        Examples:
+            >>> answer = Classification(class_ids=np.array([[3], [1], [1]]),
+            ...     probabilities=np.ones((3, 1)), confidence=np.ones(3), dim=np.array([8, 8, 64]),
+            ...     full_class_ids=np.array([-1, 2, 1]))
+            >>> audits = answer.audits
+            >>> answer.audited.tolist(), audits.adaptive.tolist(), audits.full.tolist()
+            ([1, 2], [1, 1], [2, 1])
+        """
+        if self.full_class_ids is None:
+            return np.empty(0, np.int64)
+        return np.flatnonzero(self.full_class_ids != NOT_AUDITED)
+
+    @property
+    def audits(self) -> Audits:
+        """Both answers about the audited rows, in the order of `audited`, for `estimate_harm`."""
+        rows, full = self.audited, self.full_class_ids
+        adaptive = self.class_ids[rows, 0]
+        return Audits(adaptive, adaptive if full is None else full[rows])
 
     def above(self, threshold: float = 0.5) -> list[tuple[str, ...] | tuple[int, ...]]:
         """Return the classes of each row whose probability is above a threshold, best first.
@@ -135,6 +167,7 @@ class Classification:
             confidence=float(columns["confidence"]),
             dim=int(columns["dim"]),
             labels=None if labels is None else tuple(labels.tolist()),
+            full_class_id=_full_class_id(columns["full_class_ids"]),
         )
 
     def __iter__(self) -> Iterator[ClassifiedRow]:
@@ -143,7 +176,15 @@ class Classification:
     def __repr__(self) -> str:
         dims, counts = np.unique(self.dim, return_counts=True)
         exits = dict(zip(dims.tolist(), counts.tolist(), strict=True))
-        return f"Classification({len(self)} rows, top {self.class_ids.shape[1]}, by dim {exits})"
+        audited = f", {len(self.audited)} audited" if self.full_class_ids is not None else ""
+        return (
+            f"Classification({len(self)} rows, top {self.class_ids.shape[1]}, by dim {exits}"
+            f"{audited})"
+        )
+
+
+def _full_class_id(class_id: Any) -> int | None:
+    return None if class_id is None or class_id == NOT_AUDITED else int(class_id)
 
 
 @dataclass(frozen=True, eq=False)

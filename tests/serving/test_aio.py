@@ -52,6 +52,10 @@ FLOWS: dict[str, Callable[[Any], Any]] = {
     "classify": lambda client: client.classify(ROWS, 2),
     "adaptive": lambda client: client.classify_adaptive(ROWS),
     "adaptive by a policy": lambda client: client.classify_adaptive(ROWS, POLICY),
+    "audited": lambda client: client.classify_adaptive(ROWS, audit_rate=0.5, audit_seed=1),
+    "audited by a policy": lambda client: client.classify_adaptive(
+        ROWS, POLICY, audit_rate=0.5, audit_seed=1
+    ),
     "retrieve": lambda client: client.retrieve(ROWS, GALLERY),
 }
 SERVED_FLOWS = FLOWS | {  # a function has no signatures

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from keras_mrl_serving.aio import AsyncClient
+from keras_mrl_serving.cascade.audits import Audits, estimate_harm
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
@@ -117,6 +118,43 @@ def test_the_model_s_policy_and_the_same_one_given_answer_alike(
     assert_answers(client.classify_adaptive(ROWS), expected)
     assert_answers(client.classify_adaptive(ROWS, policy), expected)
     assert_answers(client.classify_adaptive(ROWS, policy=policy), expected)
+
+
+def test_harm_is_estimated_from_audited_rows_of_many_calls(
+    client: Client, policy: CascadePolicy
+) -> None:
+    """All that is drawn is within the interval; only rows that differ are given a label."""
+    rows = np.random.default_rng(5).normal(size=(3000, 4)).astype(np.float32)
+    truth = client.classify(rows, 8).class_ids[:, 0]  # as if the last stage were always right
+    whole = client.classify_adaptive(rows)
+    harm = float(np.mean(whole.class_ids[:, 0] != truth))
+    for by in (None, policy):
+        audits, rng, num_asked = Audits([], []), np.random.default_rng(7), 0
+        for start in range(0, 3000, 100):
+            part = slice(start, start + 100)
+            answer = client.classify_adaptive(rows[part], by, audit_rate=0.2, audit_seed=rng)
+            both = answer.audits
+            differs = np.asarray(both.adaptive) != np.asarray(both.full)
+            labels = np.where(differs, truth[part][answer.audited], -1)
+            audits += replace(both, labels=labels)
+            num_asked += int(differs.sum())
+        estimate = estimate_harm(audits)
+        assert 500 < estimate.size < 700
+        assert (estimate.differing, estimate.unlabelled) == (num_asked, 0)
+        assert estimate.low < harm < estimate.high
+        assert estimate.high - estimate.low < 0.1
+
+
+def test_a_version_without_the_signature_of_audits_says_so(
+    manifests: Mapping[str, Manifest], model: Model
+) -> None:
+    def without(call: Call) -> Arrays | None:
+        return None if call.signature == "classify_8" else model(call)
+
+    client = Client(InMemoryServer(manifests["classifier"], without))
+    assert len(client.classify_adaptive(ROWS)) == 40
+    with pytest.raises(SignatureNotFoundError, match="signature 'classify_8'"):
+        client.classify_adaptive(ROWS, audit_rate=1.0)
 
 
 @pytest.mark.parametrize(("threshold", "dim"), [(0.0, 2), (1.0, 8)])

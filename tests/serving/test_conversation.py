@@ -48,6 +48,7 @@ from tests.helpers.faulty_server import (
     Request,
     connect_to_all,
     echo,
+    identified,
     open_client,
     rows,
 )
@@ -125,6 +126,26 @@ def test_an_answer_whose_version_is_gone_starts_over_on_the_new_one(old: Model, 
             *[("describe", None), ("features", None), ("head_2", 1)],
             *[("describe", None), ("features", None), ("head_2", 2), ("head_4", 2)],
         ]
+
+
+@BOTH
+@pytest.mark.parametrize("versions", [(1, 2), (1, 1)], ids=["a new version", "under its number"])
+def test_both_answers_about_an_audited_row_are_of_one_model(
+    kind: type[Any], versions: tuple[int, int]
+) -> None:
+    """The model changes between the cascade and the audit: both are asked anew."""
+    models = [identified(echo(number), number) for number in (1, 2)]
+    with FaultyServer({versions[0]: models[0]}) as server:
+        server.before = swap_after(server, {2: {versions[1]: models[1]}})
+        with open_client(kind, server.target) as client:
+            answer = client.classify_adaptive(rows(4), audit_rate=1.0)
+        assert answer.class_ids[:, 0].tolist() == answer.full_class_ids.tolist() == [22] * 4
+        assert len(answer.audits) == 4
+        asked = [request.signature for request in server.requests]
+        assert asked[1:3] == ["classify_adaptive", "classify_4"]
+        assert asked[-2:] == ["classify_adaptive", "classify_4"]
+        assert server.requests[-1].version == versions[1]
+        assert [request.count for request in server.requests_of("classify_4")] == [2, 2]
 
 
 @BOTH

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from keras_mrl_serving import questions
 from keras_mrl_serving.calls import Call
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.errors import UnreadableImageError
@@ -103,6 +104,23 @@ def test_whole_and_split_answers_are_one(
     sizes = [len(call.inputs["x"]) for call in server.calls if call.signature != "describe"]
     assert sorted(sizes, reverse=True)[:-1] == [batch] * (len(sizes) - 1)
     assert sum(sizes) == 40
+
+
+@pytest.mark.parametrize("policy", [None, CascadePolicy((Stage(2, 0.5), Stage(8, None)))])
+def test_the_same_rows_are_audited_however_they_are_split(
+    toys: Mapping[str, Model], manifests: Mapping[str, Manifest], policy: CascadePolicy | None
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 4))
+    server = InMemoryServer(manifests["classifier"], toys["classifier"])
+    answers = [
+        Client(server, options=Options(max_batch_size=batch)).classify_adaptive(
+            rows, policy, audit_rate=0.5, audit_seed=3
+        )
+        for batch in (None, 1, 7)
+    ]
+    assert 5 < len(answers[0].audits) < 35
+    for answer in answers[1:]:
+        np.testing.assert_array_equal(answer.full_class_ids, answers[0].full_class_ids)
 
 
 def test_what_is_predicted_is_never_split() -> None:

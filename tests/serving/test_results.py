@@ -98,3 +98,17 @@ def test_classes_above_a_threshold_are_named_by_label_or_by_id() -> None:
     for threshold in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"\Athreshold must be a probability in \[0, 1\]"):
             CLASSIFICATION.above(threshold)
+
+
+def test_audited_rows_say_what_the_last_stage_made_of_them() -> None:
+    audited = replace(CLASSIFICATION, full_class_ids=np.array([-1, 1, 3]))
+    assert repr(audited) == "Classification(3 rows, top 2, by dim {8: 2, 64: 1}, 2 audited)"
+    assert [row.full_class_id for row in audited] == [None, 1, 3]
+    assert [row.full_class_id for row in CLASSIFICATION] == [None] * 3
+    assert audited.audited.tolist() == [1, 2]
+    assert np.asarray(audited[:2].audits.full).tolist() == [1]
+    both = join([audited, audited]).audits
+    assert (np.asarray(both.adaptive).tolist(), np.asarray(both.full).tolist()) == (
+        [2, 3, 2, 3],
+        [1, 3, 1, 3],
+    )

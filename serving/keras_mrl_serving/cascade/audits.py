@@ -7,6 +7,7 @@ answers differ, so only those few audited rows need a label.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +74,55 @@ class Audits:
         names = ("adaptive", "full", "labels")
         pairs = ((getattr(self, name), getattr(others, name)) for name in names)
         return Audits(*(np.concatenate(pair) for pair in pairs))
+
+
+def check_audit_rate(rate: float) -> float:
+    """Return the share of rows to audit; raise `ValueError` unless it lies in 0..1.
+
+    Examples:
+        >>> check_audit_rate(0.01)
+        0.01
+    """
+    if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 <= float(rate) <= 1:
+        raise ValueError(
+            "audit_rate must be a share of the rows, in 0..1. "
+            f"Received: audit_rate={rate!r}. Give for example 0.01."
+        )
+    return float(rate)
+
+
+def audit_seed(seed: int | np.random.Generator | None) -> int:
+    """Return the seed of one drawing: from the operating system, or drawn from the one given.
+
+    Examples:
+        >>> audit_seed(7) == audit_seed(7)
+        True
+        >>> rng = np.random.default_rng(7)
+        >>> audit_seed(rng) == audit_seed(rng)
+        False
+    """
+    try:
+        return int(np.random.default_rng(seed).integers(2**63))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "audit_seed must be an integer of at least 0, or a numpy.random.Generator. "
+            f"Received: audit_seed={seed!r}. Leave it out for a drawing that nobody can repeat."
+        ) from error
+
+
+def draw_audited(num_rows: int, rate: float, seed: int) -> npt.NDArray[np.bool]:
+    """Return which rows to audit, each with the chance `rate`, `(rows,)`.
+
+    Args:
+        num_rows: Number of rows.
+        rate: The share to audit.
+        seed: The same seed draws the same rows.
+
+    Examples:
+        >>> bool(draw_audited(1000, 0.1, seed=0).any()), bool(draw_audited(1000, 0, seed=0).any())
+        (True, False)
+    """
+    return np.random.default_rng(seed).random(num_rows) < rate
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving import Audits, estimate_harm
+from keras_mrl_serving.cascade.audits import audit_seed, check_audit_rate, draw_audited
 from tests.helpers.galleries import Refuses
 
 MONTHS = 100
@@ -106,3 +107,41 @@ def test_estimates_that_are_refused(refuses: Refuses) -> None:
     )
     with refuses(ValueError, text):
         estimate_harm(Audits([0], [0]), delta=1)
+
+
+def test_each_row_has_the_same_chance_and_a_seed_draws_the_same_rows() -> None:
+    drawn = np.stack([draw_audited(50, 0.1, seed) for seed in range(2000)])
+    assert drawn.mean() == pytest.approx(0.1, abs=0.005)
+    assert drawn.mean(axis=0).min() > 0.06
+    np.testing.assert_array_equal(draw_audited(50, 0.5, 3), draw_audited(50, 0.5, 3))
+    assert draw_audited(50, 1.0, 0).all()
+    assert not draw_audited(50, 0.0, 0).any()
+
+
+def test_seeds_are_integers_generators_or_new_ones() -> None:
+    assert audit_seed(np.int64(3)) == audit_seed(3) != audit_seed(4)
+    assert audit_seed(None) != audit_seed(None)
+    one, other = np.random.default_rng(0), np.random.default_rng(0)
+    seeds = [audit_seed(one) for _ in range(3)]
+    assert seeds == [audit_seed(other) for _ in range(3)]
+    assert len(set(seeds)) == 3
+
+
+@pytest.mark.parametrize("rate", [-0.01, 1.5, float("nan"), "0.1", True, None])
+def test_rates_that_are_refused(rate: Any, refuses: Refuses) -> None:
+    text = (
+        "audit_rate must be a share of the rows, in 0..1. "
+        f"Received: audit_rate={rate!r}. Give for example 0.01."
+    )
+    with refuses(ValueError, text):
+        check_audit_rate(rate)
+
+
+@pytest.mark.parametrize("seed", [-1, "x", 0.5])
+def test_seeds_that_are_refused(seed: Any, refuses: Refuses) -> None:
+    text = (
+        "audit_seed must be an integer of at least 0, or a numpy.random.Generator. Received: "
+        f"audit_seed={seed!r}. Leave it out for a drawing that nobody can repeat."
+    )
+    with refuses(ValueError, text):
+        audit_seed(seed)

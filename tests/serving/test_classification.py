@@ -1,0 +1,354 @@
+"""Flows that answer with classes, driven by models that are functions."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_mrl_serving import classification
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
+from keras_mrl_serving.contract import Manifest
+from keras_mrl_serving.errors import (
+    InvalidInputError,
+    KerasMrlError,
+    ManifestError,
+    NoCascadeError,
+    NoHeadError,
+    ServerError,
+    UnknownDimError,
+)
+from keras_mrl_serving.flows import Arrays, Call, Flow
+from tests.helpers.driven_flows import ROWS, Model, columns, drive, with_value
+from tests.helpers.manifests import REGRESSOR, TAGS
+
+Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
+
+TWO = CascadePolicy((Stage(2, 0.5), Stage(8, None)))
+LOOK = "Look for NaN in the inputs, or train the model to a finite loss."
+EXPORT = "Export the model again with keras_mrl_export.export_saved_model."
+
+
+@pytest.fixture
+def model(toys: Mapping[str, Model]) -> Model:
+    return toys["classifier"]
+
+
+@pytest.fixture
+def manifest(manifests: Mapping[str, Manifest]) -> Manifest:
+    return manifests["classifier"]
+
+
+@pytest.mark.parametrize("dim", [4, np.int64(4)])
+def test_classify_is_one_call(model: Model, manifest: Manifest, dim: int) -> None:
+    answer, [call] = drive(classification.classify(manifest, ROWS, dim), model)
+    assert call.signature == "classify_4"
+    assert answer.dim.dtype == np.int32
+    assert answer.dim.tolist() == [4] * 40
+    assert (answer.confidence == answer.probabilities[:, 0]).all()
+
+
+def test_labels_are_text(model: Model, manifest: Manifest, policy: CascadePolicy) -> None:
+    for flow in (
+        classification.classify(manifest, ROWS, 4),
+        classification.classify_adaptive(manifest, ROWS),
+        classification.classify_by(manifest, ROWS, policy),
+    ):
+        labels = drive(flow, model)[0].labels
+        assert labels is not None
+        assert labels.shape == (40, 3)
+        assert all(isinstance(label, str) for label in labels.flat)
+        assert "grüner Specht" in labels
+
+
+def test_a_model_without_names_gives_none(
+    toys: Mapping[str, Model], manifests: Mapping[str, Manifest]
+) -> None:
+    policy = CascadePolicy((Stage(2, 0.7), Stage(16, None)))
+    for flow in (
+        classification.classify(manifests["successor"], ROWS, 4),
+        classification.classify_by(manifests["successor"], ROWS, policy),
+    ):
+        assert drive(flow, toys["successor"])[0].labels is None
+
+
+def test_no_policy_of_the_caller_s_decides_rows_of_several_classes(policy: CascadePolicy) -> None:
+    with pytest.raises(NoCascadeError, match=r"\AA cascade decides which one class a row has"):
+        next(classification.classify_by(TAGS, ROWS, policy))
+    with pytest.raises(NoHeadError, match=r"\AOnly a model with classes can classify"):
+        next(classification.classify_by(REGRESSOR, ROWS, policy))
+
+
+def test_classify_adaptive_is_one_call(model: Model, manifest: Manifest) -> None:
+    answer, [call] = drive(classification.classify_adaptive(manifest, ROWS), model)
+    assert call.signature == "classify_adaptive"
+    assert set(answer.dim.tolist()) == {2, 4, 8}
+
+
+def test_the_caller_s_policy_answers_as_the_same_policy_in_the_model(
+    model: Model, manifest: Manifest, policy: CascadePolicy
+) -> None:
+    in_model = columns(drive(classification.classify_adaptive(manifest, ROWS), model)[0])
+    by_caller = columns(drive(classification.classify_by(manifest, ROWS, policy), model)[0])
+    assert in_model.keys() == by_caller.keys()
+    for name, column in in_model.items():
+        if column.dtype == np.float32:
+            np.testing.assert_allclose(by_caller[name], column, rtol=0, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(by_caller[name], column)
+            assert by_caller[name].dtype == column.dtype
+
+
+def test_classify_by_asks_the_wider_heads_for_the_rows_still_undecided(
+    model: Model, manifest: Manifest, policy: CascadePolicy
+) -> None:
+    answer, calls = drive(classification.classify_by(manifest, ROWS, policy), model)
+    assert [call.signature for call in calls] == ["features", "head_2", "head_4", "head_8"]
+    features = model(calls[0])["features"]
+    undecided = np.ones(40, bool)
+    for call, stage in zip(calls[1:], policy.stages, strict=True):
+        np.testing.assert_array_equal(call.inputs["features"], features[undecided, : stage.dim])
+        assert call.outputs == ("class_ids", "labels", "logits")
+        undecided &= answer.dim != stage.dim
+    assert not undecided.any()
+
+
+@given(
+    st.lists(st.integers(0, 39), max_size=12),
+    st.tuples(*[st.floats(-0.1, 1.1)] * 2),
+    st.sampled_from([(2, 4, 8), (2, 8), (4,)]),
+)
+def test_every_row_is_answered_in_its_place_by_the_dim_that_is_sure(
+    toys: Mapping[str, Model],
+    manifests: Mapping[str, Manifest],
+    rows: list[int],
+    thresholds: tuple[float, float],
+    dims: tuple[int, ...],
+) -> None:
+    model, manifest = toys["classifier"], manifests["classifier"]
+    stages = [*thresholds[: len(dims) - 1], None]
+    policy = CascadePolicy(tuple(map(Stage, dims, stages)))
+    answer, calls = drive(
+        classification.classify_by(manifest, ROWS[rows].reshape(-1, 4), policy), model
+    )
+    features = model(calls[0])["features"]
+    logits = [model(Call(f"head_{dim}", {"features": features[:, :dim]}))["logits"] for dim in dims]
+    if rows:
+        class_ids, stage_of = policy.route(np.stack(logits, axis=1))
+        assert answer.class_ids[:, 0].tolist() == class_ids.tolist()
+        assert answer.dim.tolist() == [dims[stage] for stage in stage_of]
+        num_rows = [len(call.inputs["features"]) for call in calls[1:]]
+        assert num_rows == [int((stage_of >= s).sum()) for s in range(len(num_rows))]
+        assert 0 not in num_rows
+    assert [len(column) for column in columns(answer).values()] == [len(rows)] * 5
+
+
+@pytest.mark.parametrize(
+    ("threshold", "signatures", "dim"),
+    [
+        (-1.0, ["features", "head_2"], 2),
+        (0.0, ["features", "head_2"], 2),
+        (1.0, ["features", "head_2", "head_4", "head_8"], 8),
+        (2.0, ["features", "head_2", "head_4", "head_8"], 8),
+    ],
+)
+def test_thresholds_below_and_above_every_confidence(
+    model: Model, manifest: Manifest, threshold: float, signatures: list[str], dim: int
+) -> None:
+    policy = CascadePolicy((Stage(2, threshold), Stage(4, threshold), Stage(8, None)))
+    answer, calls = drive(classification.classify_by(manifest, ROWS, policy), model)
+    assert [call.signature for call in calls] == signatures
+    assert answer.dim.tolist() == [dim] * 40
+    direct, _ = drive(classification.classify(replace(manifest, cascade=None), ROWS, dim), model)
+    np.testing.assert_array_equal(answer.class_ids, direct.class_ids)
+    np.testing.assert_array_equal(answer.labels, direct.labels)
+
+
+def test_no_rows_are_no_answers(model: Model, manifest: Manifest, policy: CascadePolicy) -> None:
+    answer, calls = drive(classification.classify_by(manifest, ROWS[:0], policy), model)
+    assert [call.signature for call in calls] == ["features", "head_2"]
+    assert (len(answer), answer.class_ids.shape) == (0, (0, 3))
+    assert answer.dim.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("start", "error"),
+    [
+        (lambda m: classification.classify(m["encoder"], ROWS, 2), NoHeadError),
+        (lambda m: classification.classify(m["classifier"], ROWS, 3), UnknownDimError),
+        (lambda m: classification.classify(m["classifier"], ROWS[0], 2), InvalidInputError),
+        (lambda m: classification.classify_adaptive(m["encoder"], ROWS), NoHeadError),
+        (lambda m: classification.classify_adaptive(m["successor"], ROWS), NoCascadeError),
+        (lambda m: classification.classify_adaptive(m["classifier"], ROWS[0]), InvalidInputError),
+        (lambda m: classification.classify_by(m["encoder"], ROWS, TWO), NoHeadError),
+        (lambda m: classification.classify_by(m["successor"], ROWS, TWO), UnknownDimError),
+        (lambda m: classification.classify_by(m["classifier"], ROWS[0], TWO), InvalidInputError),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_before_anything_is_asked(
+    start: Callable[[Mapping[str, Manifest]], Flow[Any]],
+    error: type[KerasMrlError],
+    manifests: Mapping[str, Manifest],
+) -> None:
+    flow = start(manifests)
+    with pytest.raises(error) as caught:
+        next(flow)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("name", ["labels", "class_ids", "probabilities", "confidence", "dim"])
+def test_every_column_of_a_classification_is_looked_at(
+    manifest: Manifest, model: Model, name: str
+) -> None:
+    def shorter(call: Call) -> Arrays:
+        return {n: a[:-1] if n == name else a for n, a in model(call).items()}
+
+    with pytest.raises(ManifestError, match=f"{name} "):
+        drive(classification.classify_adaptive(manifest, ROWS), shorter)
+
+
+CLASSIFY: dict[str, Callable[[Manifest], Flow[Any]]] = {
+    "classify_4": lambda m: classification.classify(m, ROWS, 4),
+    "classify_adaptive": lambda m: classification.classify_adaptive(m, ROWS),
+    "head_2": lambda m: classification.classify_by(m, ROWS, TWO),
+}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["probabilities", "confidence", "logits"])
+@pytest.mark.parametrize("signature", CLASSIFY)
+def test_classes_are_never_decided_by_nan(
+    manifest: Manifest, model: Model, signature: str, name: str, value: float, refuses: Refuses
+) -> None:
+    if (name == "logits") != (signature == "head_2"):
+        return  # a head is asked for logits alone, and nothing else is
+    text = (
+        f"Classes are decided by finite numbers. Received: NaN or infinity in {name} of signature "
+        f"{signature!r}, in 1 of 40 rows, first in row 3. {LOOK}"
+    )
+    with refuses(ServerError, text):
+        drive(CLASSIFY[signature](manifest), with_value(model, name, value))
+
+
+def test_logits_of_any_finite_size_decide(manifest: Manifest, model: Model) -> None:
+    policy = CascadePolicy((Stage(2, -1.0, temperature=1e-30), Stage(8, None)))
+    huge = with_value(model, "logits", [3e38, -3e38, 0, 1, 2])
+    answer, _ = drive(classification.classify_by(manifest, ROWS, policy), huge)
+    assert answer.confidence[3] == 1
+
+
+@pytest.mark.parametrize("value", [-1, 5, 2**40])
+@pytest.mark.parametrize("signature", CLASSIFY)
+def test_a_class_is_one_of_the_model_s(
+    manifest: Manifest, model: Model, signature: str, value: int
+) -> None:
+    rule = rf"A row is of at least one class, each in 0\.\.4\. Received: .* signature '{signature}'"
+    with pytest.raises(ManifestError, match=rule):
+        drive(CLASSIFY[signature](manifest), with_value(model, "class_ids", value))
+
+
+def test_a_row_is_decided_by_a_dim_of_the_model(
+    manifest: Manifest, model: Model, refuses: Refuses
+) -> None:
+    text = (
+        "A row is decided by one of the dims that the model serves, 2, 4, 8. Received: dim 3. "
+        f"{EXPORT}"
+    )
+    with refuses(ManifestError, text):
+        drive(classification.classify_adaptive(manifest, ROWS), with_value(model, "dim", 3))
+
+
+def test_a_manifest_without_top_k_takes_lists_of_one_length(
+    manifest: Manifest, model: Model
+) -> None:
+    def shorter(call: Call) -> Arrays:
+        return {n: a[:, :2] if n == "labels" else a for n, a in model(call).items()}
+
+    whole = replace(manifest, top_k=None)
+    assert drive(classification.classify(whole, ROWS, 4), model)[0].class_ids.shape == (40, 3)
+    with pytest.raises(ManifestError, match=r"^The lists of a row must be of one length\. "):
+        drive(classification.classify(whole, ROWS, 4), shorter)
+
+
+def test_a_policy_is_a_policy(manifest: Manifest, model: Model, refuses: Refuses) -> None:
+    stages: Any = TWO.to_json()
+    text = (
+        "policy must be a CascadePolicy. Received: dict. Learn one with CascadePolicy.learn, or "
+        "read a manifest's with CascadePolicy.from_json."
+    )
+    with refuses(InvalidInputError, text):
+        drive(classification.classify_by(manifest, ROWS, stages), model)
+
+
+AUDITED = np.random.default_rng(1).random(40) < 0.4
+# A cascade, what it asks audited rows with, and how those are named.
+CASCADES: dict[str, tuple[Callable[[Manifest, Any], Flow[Any]], str]] = {
+    "the model's": (lambda m, a: classification.classify_adaptive(m, ROWS, a), "classify_8"),
+    "the caller's": (lambda m, a: classification.classify_by(m, ROWS, TWO, a), "head_8"),
+}
+
+
+@pytest.mark.parametrize("kind", CASCADES)
+def test_audited_rows_are_also_answered_by_the_last_stage(
+    manifest: Manifest, model: Model, kind: str
+) -> None:
+    make, signature = CASCADES[kind]
+    plain, plain_calls = drive(make(manifest, None), model)
+    answer, calls = drive(make(manifest, AUDITED), model)
+    *others, last = calls
+    assert [call.signature for call in others] == [call.signature for call in plain_calls]
+    assert (last.signature, last.outputs) == (signature, ("class_ids",))
+    early = AUDITED & (plain.dim != 8)
+    assert 0 < early.sum() < AUDITED.sum()  # some have been at the last stage already
+    (sent,) = last.inputs.values()
+    full = drive(classification.classify(manifest, ROWS, 8), model)[0].class_ids[:, 0]
+    if kind == "the model's":
+        np.testing.assert_array_equal(sent, ROWS[early].astype(np.float32))
+    assert len(sent) == early.sum()
+    np.testing.assert_array_equal(answer.full_class_ids, np.where(AUDITED, full, -1))
+    assert answer.audited.tolist() == np.flatnonzero(AUDITED).tolist()
+    np.testing.assert_array_equal(answer.audits.adaptive, plain.class_ids[AUDITED, 0])
+    np.testing.assert_array_equal(answer.audits.full, full[AUDITED])
+    assert (answer.audits.adaptive != answer.audits.full).any()
+    assert plain.full_class_ids is None
+    assert len(plain.audits) == 0
+    for name, column in columns(plain).items():
+        np.testing.assert_array_equal(columns(answer)[name], column)
+
+
+@pytest.mark.parametrize("kind", CASCADES)
+def test_where_no_audited_row_left_early_nothing_more_is_asked(
+    manifest: Manifest, model: Model, kind: str
+) -> None:
+    make, _ = CASCADES[kind]
+    plain, plain_calls = drive(make(manifest, None), model)
+    answer, calls = drive(make(manifest, plain.dim == 8), model)
+    assert len(calls) == len(plain_calls)
+    np.testing.assert_array_equal(answer.audits.adaptive, answer.audits.full)
+
+
+@pytest.mark.parametrize("kind", CASCADES)
+@pytest.mark.parametrize("damage", ["out of range", "missing", "of another dtype", "too few"])
+def test_a_damaged_answer_about_audited_rows_is_refused(
+    manifest: Manifest, model: Model, kind: str, damage: str
+) -> None:
+    make, signature = CASCADES[kind]
+
+    def damaged(call: Call) -> Arrays:
+        answer = dict(model(call))
+        if call.outputs == ("class_ids",):
+            class_ids = answer.pop("class_ids")
+            changed = {
+                "out of range": class_ids + 5,
+                "of another dtype": class_ids.astype(np.float32),
+                "too few": class_ids[:-1],
+            }
+            answer |= {"class_ids": changed[damage]} if damage in changed else {}
+        return answer
+
+    with pytest.raises(ManifestError, match=signature):
+        drive(make(manifest, AUDITED), damaged)
