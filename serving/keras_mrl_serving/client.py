@@ -203,7 +203,7 @@ class Client(BaseClient[Transport]):
             policy: None asks the model's own policy, in one call. The caller's policy asks for
                 features once, then for wider and wider heads of the rows still undecided.
             audit_rate: Share of the rows, drawn at random, that are run to the last stage as well:
-                `answer.audits` holds both answers, for `estimate_harm`.
+                `estimate_harm(Audits.of(answer))` takes both answers about them.
             audit_seed: Draws them: an integer, or a generator that many calls draw from. None
                 draws other rows each time.
             progress: Called with the rows answered so far and all rows.

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple, SupportsIndex, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from .cascade.audits import Audits
-
 NOT_AUDITED = -1
 
 T = TypeVar("T")
@@ -112,20 +110,12 @@ class Classification:
             >>> answer = Classification(class_ids=np.array([[3], [1], [1]]),
             ...     probabilities=np.ones((3, 1)), confidence=np.ones(3), dim=np.array([8, 8, 64]),
             ...     full_class_ids=np.array([-1, 2, 1]))
-            >>> audits = answer.audits
-            >>> answer.audited.tolist(), audits.adaptive.tolist(), audits.full.tolist()
-            ([1, 2], [1, 1], [2, 1])
+            >>> answer.audited.tolist()
+            [1, 2]
         """
         if self.full_class_ids is None:
             return np.empty(0, np.int64)
         return np.flatnonzero(self.full_class_ids != NOT_AUDITED)
-
-    @property
-    def audits(self) -> Audits:
-        """Both answers about the audited rows, in the order of `audited`, for `estimate_harm`."""
-        rows, full = self.audited, self.full_class_ids
-        adaptive = self.class_ids[rows, 0]
-        return Audits(adaptive, adaptive if full is None else full[rows])
 
     def above(self, threshold: float = 0.5) -> list[tuple[str, ...] | tuple[int, ...]]:
         """Return the classes of each row whose probability is above a threshold, best first.

@@ -133,11 +133,9 @@ def test_harm_is_estimated_from_audited_rows_of_many_calls(
         for start in range(0, 3000, 100):
             part = slice(start, start + 100)
             answer = client.classify_adaptive(rows[part], by, audit_rate=0.2, audit_seed=rng)
-            both = answer.audits
-            differs = np.asarray(both.adaptive) != np.asarray(both.full)
-            labels = np.where(differs, truth[part][answer.audited], -1)
-            audits += replace(both, labels=labels)
-            num_asked += int(differs.sum())
+            differs = answer.class_ids[:, 0] != answer.full_class_ids
+            audits += Audits.of(answer, np.where(differs, truth[part], -1))
+            num_asked += int(differs[answer.audited].sum())
         estimate = estimate_harm(audits)
         assert 500 < estimate.size < 700
         assert (estimate.differing, estimate.unlabelled) == (num_asked, 0)

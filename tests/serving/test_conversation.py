@@ -140,7 +140,7 @@ def test_both_answers_about_an_audited_row_are_of_one_model(
         with open_client(kind, server.target) as client:
             answer = client.classify_adaptive(rows(4), audit_rate=1.0)
         assert answer.class_ids[:, 0].tolist() == answer.full_class_ids.tolist() == [22] * 4
-        assert len(answer.audits) == 4
+        assert len(answer.audited) == 4
         asked = [request.signature for request in server.requests]
         assert asked[1:3] == ["classify_adaptive", "classify_4"]
         assert asked[-2:] == ["classify_adaptive", "classify_4"]

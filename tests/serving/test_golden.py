@@ -16,7 +16,7 @@ from tensorflow_serving.apis import get_model_status_pb2, predict_pb2
 
 import keras_mrl_serving
 from keras_mrl_serving import _wire_pb2 as wire
-from keras_mrl_serving import flows
+from keras_mrl_serving import classification, flows
 from keras_mrl_serving._wire import from_proto, to_proto
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import Manifest
@@ -301,7 +301,9 @@ def asked_by_ours(name: str, flow_of: Any) -> Any:
 
 
 def test_several_labels_and_values_are_read_as_what_they_are() -> None:
-    tags = asked_by_ours("tags", lambda manifest: flows.classify(manifest, MAKE["IMAGES"], 8))
+    tags = asked_by_ours(
+        "tags", lambda manifest: classification.classify(manifest, MAKE["IMAGES"], 8)
+    )
     assert tags.above(0.5) == [("grün", "blue"), ()]
     prices = asked_by_ours("prices", lambda manifest: flows.regress(manifest, MAKE["IMAGES"], 8))
     np.testing.assert_array_equal(prices, [[-12.5, 3], [0.25, 1024]])

@@ -118,7 +118,7 @@ def test_the_same_rows_are_audited_however_they_are_split(
         )
         for batch in (None, 1, 7)
     ]
-    assert 5 < len(answers[0].audits) < 35
+    assert 5 < len(answers[0].audited) < 35
     for answer in answers[1:]:
         np.testing.assert_array_equal(answer.full_class_ids, answers[0].full_class_ids)
 

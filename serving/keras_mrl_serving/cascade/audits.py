@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..inputs import as_array
+from ..results import Classification
 from .bounds import share_interval
 
 NO_LABEL = -1
@@ -64,6 +65,33 @@ class Audits:
                     f"for {np.size(self.adaptive)} rows. Give both answers for each audited row."
                 )
             object.__setattr__(self, name, array.astype(np.int64))
+
+    @classmethod
+    def of(cls, answer: Classification, labels: npt.ArrayLike | None = None) -> Audits:
+        """Return the audited rows of an answer of `classify_adaptive(..., audit_rate=...)`.
+
+        Args:
+            answer: The answer.
+            labels: Of all its rows, -1 where the label is not known; None where none is.
+
+        Shapes:
+            labels: `(batch,)`.
+
+        Raises:
+            ValueError: If `labels` are not class ids of these rows.
+
+        Examples:
+            >>> from keras_mrl_serving import Classification
+            >>> answer = Classification(class_ids=np.array([[3], [1], [1]]),
+            ...     probabilities=np.ones((3, 1)), confidence=np.ones(3), dim=np.array([8, 8, 64]),
+            ...     full_class_ids=np.array([-1, 2, 1]))
+            >>> Audits.of(answer, labels=[3, 2, -1])
+            Audits(adaptive=array([1, 1]), full=array([2, 1]), labels=array([ 2, -1]))
+        """
+        rows, best = answer.audited, answer.class_ids[:, 0]
+        full = best if answer.full_class_ids is None else answer.full_class_ids
+        truth = None if labels is None else cls(best, best, labels).labels
+        return cls(best[rows], full[rows], None if truth is None else np.asarray(truth)[rows])
 
     def __len__(self) -> int:
         """Return the number of rows."""

