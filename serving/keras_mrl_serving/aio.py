@@ -75,17 +75,24 @@ class AsyncClient(BaseClient[AsyncTransport]):
         dim: int,
         *,
         other_tower: bool = False,
+        exit: str | None = None,
         progress: Progress | None = None,
     ) -> npt.NDArray[np.float32]:
         """Return embeddings `(batch, dim)`."""
-        question = questions.embed(inputs, dim, other_tower)
+        question = questions.embed(inputs, dim, other_tower, exit)
         return await self._run(self._conversation.ask(question, progress))
 
     async def classify(
-        self, inputs: Inputs, dim: int, *, progress: Progress | None = None
+        self,
+        inputs: Inputs,
+        dim: int,
+        *,
+        exit: str | None = None,
+        progress: Progress | None = None,
     ) -> Classification:
         """Return the best classes of each row, as the head of one dim sees them."""
-        return await self._run(self._conversation.ask(questions.classify(inputs, dim), progress))
+        question = questions.classify(inputs, dim, exit)
+        return await self._run(self._conversation.ask(question, progress))
 
     async def regress(
         self, inputs: Inputs, dim: int, *, progress: Progress | None = None

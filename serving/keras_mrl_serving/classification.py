@@ -24,8 +24,10 @@ from .results import NOT_AUDITED, Classification
 Bools = npt.NDArray[np.bool]
 
 
-def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classification]:
-    """Ask for the classes of one dim.
+def classify(
+    manifest: Manifest, inputs: Inputs, dim: int, exit: str | None = None
+) -> Flow[Classification]:
+    """Ask for the classes of one dim, at an exit or at the last.
 
     Examples:
         >>> image = {"dtype": "float32", "shape": [None, 3]}
@@ -35,11 +37,13 @@ def classify(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[Classificatio
         'classify_64'
     """
     manifest.check_head()
-    dim = manifest.check_dim(dim)
+    dim, exit = manifest.check_dim(dim), manifest.check_exit(exit)
     arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(contract.classify(dim), arrays, _class_outputs(manifest))
-    _check_classes(manifest, contract.classify(dim), answer)
-    return _classification({**answer, "dim": np.full(len(answer["confidence"]), dim, np.int32)})
+    signature = contract.classify(dim, exit)
+    answer = yield from ask(signature, arrays, _class_outputs(manifest))
+    _check_classes(manifest, signature, answer)
+    answer["dim"] = np.full(len(answer["confidence"]), dim, np.int32)
+    return _classification(answer | _at_exit(manifest, exit, len(answer["dim"])))
 
 
 def classify_adaptive(
@@ -65,17 +69,29 @@ def classify_adaptive(
     """
     manifest.check_cascade()
     arrays = check_inputs(manifest.inputs, inputs)
-    answer = yield from ask(
-        contract.CLASSIFY_ADAPTIVE, arrays, {**_class_outputs(manifest), "dim": Output("int32")}
-    )
+    outputs = {**_class_outputs(manifest), "dim": Output("int32")}
+    if manifest.exit_cascade is not None:
+        outputs["exit"] = Output("int32")
+    answer = yield from ask(contract.CLASSIFY_ADAPTIVE, arrays, outputs)
     _check_classes(manifest, contract.CLASSIFY_ADAPTIVE, answer)
     _check_dims(manifest, answer["dim"])
+    if manifest.exit_cascade is not None:
+        stage_of = _stage_of(manifest, answer)
     if audited is not None:
-        last = CascadePolicy.from_json(manifest.cascade or {}).stages[-1].dim
-        early = np.flatnonzero(audited & (answer["dim"] != last))
+        policy = CascadePolicy.from_json(manifest.adaptive_cascade or {})
+        last = policy.stages[-1]
+        is_early = answer["dim"] != last.dim
+        if manifest.exit_cascade is not None:
+            is_early = stage_of < len(policy.stages) - 1
+        early = np.flatnonzero(audited & is_early)
         rows = {name: array[early] for name, array in arrays.items()}
-        full = yield from _full_class_ids(manifest, contract.classify(last), rows, len(early))
+        signature = contract.classify(last.dim, last.exit)
+        full = yield from _full_class_ids(manifest, signature, rows, len(early))
         answer["full_class_ids"] = _with_full(answer["class_ids"][:, 0], audited, early, full)
+    if manifest.exit_cascade is not None:
+        answer |= _at_stages(manifest, stage_of)
+    else:
+        answer |= _at_exit(manifest, contract.LAST_EXIT, len(answer["dim"]))
     return _classification(answer)
 
 
@@ -87,6 +103,94 @@ def _check_dims(manifest: Manifest, dims: npt.NDArray[np.int32]) -> None:
             f"{', '.join(map(str, manifest.dims))}. Received: dim {unknown[0]}. "
             "Export the model again with keras_mrl_export.export_saved_model."
         )
+
+
+def _stages(manifest: Manifest) -> list[tuple[str, int, float | None]]:
+    """Return exit, dim and relative cost of each stage of a cascade over exits."""
+    stages = (manifest.exit_cascade or {})["exit_stages"]
+    named = [(stage["exit"] or contract.LAST_EXIT, stage) for stage in stages]
+    return [
+        (exit, stage["dim"], stage.get("relative_cost", exit_share(manifest, exit)))
+        for exit, stage in named
+    ]
+
+
+def _stage_of(manifest: Manifest, answer: Arrays) -> npt.NDArray[np.int64]:
+    """Return the stage that decided each row; raise `ManifestError` if the cascade has none such.
+
+    Args:
+        manifest: Of a model whose cascade has exits.
+        answer: `exit` and `dim` of each row, as the server has them.
+    """
+    names, stages = manifest.exit_names, _stages(manifest)
+    stage_of = np.full(len(answer["dim"]), -1)
+    for index, (exit, dim, _) in enumerate(stages):
+        stage_of[(answer["exit"] == names.index(exit)) & (answer["dim"] == dim)] = index
+    unknown = np.flatnonzero(stage_of < 0)
+    if len(unknown):
+        asked = ", ".join(f"{names.index(exit)} ({exit}) at {dim}" for exit, dim, _ in stages)
+        raise ManifestError(
+            f"A row is decided at one of the stages of the model's cascade, exit {asked}. "
+            f"Received: exit {answer['exit'][unknown[0]]} at dim {answer['dim'][unknown[0]]} in "
+            f"row {unknown[0]}. Export the model again with keras_mrl_export.export_saved_model."
+        )
+    return stage_of
+
+
+def _at_stages(manifest: Manifest, stage_of: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Return the exit of each row by name, and its cost if it is known of every stage."""
+    exits, _, costs = zip(*_stages(manifest), strict=True)
+    columns = {"exit": np.array(exits, object)[stage_of]}
+    if None not in costs:
+        columns["relative_cost"] = _as_float32(costs)[stage_of]
+    return columns
+
+
+def _at_exit(manifest: Manifest, exit: str, num_rows: int) -> dict[str, Any]:
+    """Return the same for rows that went straight to one exit; nothing of a model without exits."""
+    if manifest.exits is None:
+        return {}
+    columns: dict[str, Any] = {"exit": np.full(num_rows, exit, object)}
+    share = exit_share(manifest, exit)
+    if share is not None:
+        columns["relative_cost"] = np.repeat(_as_float32([share]), num_rows)
+    return columns
+
+
+def _as_float32(costs: Any) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # whatever a manifest says
+        return np.array(costs, np.float64).astype(np.float32)
+
+
+def exit_share(manifest: Manifest, exit: str) -> float | None:
+    """Return what a row costs that goes straight to an exit, as a share of one to the last.
+
+    It is of milliseconds, of the smallest batch that was measured at both; else of multiply-adds.
+
+    Args:
+        manifest: Manifest of the model.
+        exit: Name of the exit.
+
+    Returns:
+        None where neither is known.
+
+    Examples:
+        >>> image = {"dtype": "float32", "shape": [None, 3]}
+        >>> exits = ({"name": "early", "multiply_adds": 250}, {"name": "last",
+        ...     "multiply_adds": 1000})
+        >>> manifest = Manifest(name="birds", kind="classifier", fingerprint="5e1f", dims=(8, 64),
+        ...     width=64, inputs={"image": image}, made_with={}, num_classes=200, exits=exits)
+        >>> exit_share(manifest, "early")
+        0.25
+    """
+    by_name = {own["name"]: own for own in manifest.exits or ()}
+    one, last = by_name[exit], by_name[contract.LAST_EXIT]
+    times, full_times = one.get("milliseconds") or {}, last.get("milliseconds") or {}
+    sizes = sorted(times.keys() & full_times.keys(), key=lambda size: (len(size), size))
+    costs = [(times[size], full_times[size]) for size in sizes]
+    costs.append((one.get("multiply_adds"), last.get("multiply_adds")))
+    cost, full = costs[0]
+    return cost / full if cost is not None and full else None
 
 
 def _full_class_ids(
@@ -157,7 +261,7 @@ def classify_by(
         policy,
         "A caller's policy",
         "The server runs a backbone to its end, so such a policy has to be the model's own: "
-        "give it to export_saved_model.",
+        "give it to export_saved_model, or to publish_policy.",
         InvalidInputError,
     )
     for stage in policy.stages:
@@ -204,6 +308,7 @@ def classify_by(
         prefix = {"features": features[early, :last]}
         full = yield from _full_class_ids(manifest, contract.head(last), prefix, len(early))
         joined["full_class_ids"] = _with_full(joined["class_ids"][:, 0], audited, early, full)
+    joined |= _at_exit(manifest, contract.LAST_EXIT, len(joined["dim"]))
     return _classification(joined)
 
 

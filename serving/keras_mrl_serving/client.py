@@ -146,6 +146,7 @@ class Client(BaseClient[Transport]):
         dim: int,
         *,
         other_tower: bool = False,
+        exit: str | None = None,
         progress: Progress | None = None,
     ) -> npt.NDArray[np.float32]:
         """Return embeddings `(batch, dim)`, as the model computed them: NaN, too.
@@ -155,13 +156,20 @@ class Client(BaseClient[Transport]):
             dim: One of `describe().dims`.
             other_tower: Whether the rows are of the side of galleries, in a model of two towers;
                 `describe().other_tower` has their inputs.
+            exit: One of `describe().exit_names`, if the version has a signature of this exit and
+                dim; None for the last.
             progress: Called with the rows answered so far and all rows.
         """
-        question = questions.embed(inputs, dim, other_tower)
+        question = questions.embed(inputs, dim, other_tower, exit)
         return self._run(self._conversation.ask(question, progress))
 
     def classify(
-        self, inputs: Inputs, dim: int, *, progress: Progress | None = None
+        self,
+        inputs: Inputs,
+        dim: int,
+        *,
+        exit: str | None = None,
+        progress: Progress | None = None,
     ) -> Classification:
         """Return the best classes of each row, as the head of one dim sees them.
 
@@ -171,9 +179,11 @@ class Client(BaseClient[Transport]):
         Args:
             inputs: One array, batch first, or a dict of them by input name.
             dim: One of `describe().dims`.
+            exit: As for `embed`.
             progress: Called with the rows answered so far and all rows.
         """
-        return self._run(self._conversation.ask(questions.classify(inputs, dim), progress))
+        question = questions.classify(inputs, dim, exit)
+        return self._run(self._conversation.ask(question, progress))
 
     def regress(
         self, inputs: Inputs, dim: int, *, progress: Progress | None = None

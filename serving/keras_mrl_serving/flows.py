@@ -87,9 +87,13 @@ def describe() -> Flow[Manifest]:
 
 
 def embed(
-    manifest: Manifest, inputs: Inputs, dim: int, other_tower: bool = False
+    manifest: Manifest,
+    inputs: Inputs,
+    dim: int,
+    other_tower: bool = False,
+    exit: str | None = None,
 ) -> Flow[npt.NDArray[np.float32]]:
-    """Ask for embeddings of one dim, by the tower of queries or by the other.
+    """Ask for embeddings of one dim, by the tower of queries or by the other, or at an exit.
 
     Examples:
         >>> image = {"dtype": "float32", "shape": [None, 3]}
@@ -100,8 +104,14 @@ def embed(
         ('embed_8', {'image': array([[  0., 127., 255.]], dtype=float32)})
     """
     dim = manifest.check_dim(dim)
+    if other_tower and exit is not None:
+        raise InvalidInputError(
+            "Exits are of the tower of queries. "
+            f"Received: exit={exit!r} and other_tower=True. Leave one of them out."
+        )
+    exit = manifest.check_exit(exit)
     arrays = check_inputs(manifest.tower(other_tower).inputs, inputs)
-    signature = contract.embed_other(dim) if other_tower else contract.embed(dim)
+    signature = contract.embed_other(dim) if other_tower else contract.embed(dim, exit)
     answer = yield from ask(signature, arrays, {"embedding": Output("float32", dim)})
     return answer["embedding"]
 

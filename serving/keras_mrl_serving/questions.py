@@ -90,9 +90,9 @@ class Question(Generic[K, T]):
 
 
 def embed(
-    inputs: Inputs, dim: int, other_tower: bool = False
+    inputs: Inputs, dim: int, other_tower: bool = False, exit: str | None = None
 ) -> Question[Manifest, npt.NDArray[np.float32]]:
-    """Ask for embeddings of one dim, by the tower of queries or by the other.
+    """Ask for embeddings of one dim, by the tower of queries or by the other, or at an exit.
 
     Examples:
         >>> embed([[0, 127, 255]], dim=8).inputs
@@ -100,7 +100,7 @@ def embed(
     """
     return _about_model(
         inputs,
-        lambda m, x: flows.embed(m, x, dim, other_tower),
+        lambda m, x: flows.embed(m, x, dim, other_tower, exit),
         lambda m: _vector_bytes(m, dim),
         other_tower,
     )
@@ -123,14 +123,18 @@ def embed_with_fingerprint(
     )
 
 
-def classify(inputs: Inputs, dim: int) -> Question[Manifest, Classification]:
-    """Ask for the classes of one dim.
+def classify(
+    inputs: Inputs, dim: int, exit: str | None = None
+) -> Question[Manifest, Classification]:
+    """Ask for the classes of one dim, at an exit or at the last.
 
     Examples:
         >>> classify([[0, 127, 255]], dim=8).inputs
         [[0, 127, 255]]
     """
-    return _about_model(inputs, lambda m, x: classification.classify(m, x, dim), _classes_bytes)
+    return _about_model(
+        inputs, lambda m, x: classification.classify(m, x, dim, exit), _classes_bytes
+    )
 
 
 def regress(inputs: Inputs, dim: int) -> Question[Manifest, npt.NDArray[np.float32]]:
@@ -257,10 +261,20 @@ def same_interface(one: Manifest, other: Manifest) -> bool:
     """
     names = (
         *("kind", "dims", "inputs", "other_tower", "activation"),
-        *("num_classes", "num_values", "top_k", "labels", "funnel", "exit_names"),
+        *("num_classes", "num_values", "top_k", "labels", "funnel", "exits"),
     )
-    both_cascade = (one.adaptive_cascade is None) == (other.adaptive_cascade is None)
-    return both_cascade and all(getattr(one, name) == getattr(other, name) for name in names)
+    return _stages(one) == _stages(other) and all(
+        getattr(one, name) == getattr(other, name) for name in names
+    )
+
+
+def _stages(manifest: Manifest) -> list[tuple[Any, ...]] | None:
+    """Return what an answer of the cascade is read by: thresholds are the server's alone."""
+    cascade = manifest.adaptive_cascade
+    if cascade is None:
+        return None
+    stages = cascade.get("exit_stages", cascade.get("stages", []))
+    return [tuple(stage.get(key) for key in ("exit", "dim", "relative_cost")) for stage in stages]
 
 
 def _about_model(

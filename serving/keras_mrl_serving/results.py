@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import compress
@@ -41,6 +42,8 @@ class ClassifiedRow:
         dim: The dim that decided.
         labels: One name per class; None for a model without names.
         full_class_id: The class by the last stage; None for a row that was not audited.
+        exit: Name of the exit that decided; None of a model without exits.
+        relative_cost: As in `Classification`; None where it is not known.
 
     Examples:
         >>> row = ClassifiedRow((3, 1), (0.8, 0.1), confidence=0.8, dim=16)
@@ -54,6 +57,8 @@ class ClassifiedRow:
     dim: int
     labels: tuple[str, ...] | None = None
     full_class_id: int | None = None
+    exit: str | None = None
+    relative_cost: float | None = None
 
     @property
     def class_id(self) -> int:
@@ -86,6 +91,11 @@ class Classification:
         labels: Class names, object array of str `(batch, k)`; None for a model without names.
         full_class_ids: int64 `(batch,)`, the class by the last stage of each audited row, -1 of the
             others; None where no row was to be audited.
+        exit: Name of the exit that decided, object array of str `(batch,)`; None of a model
+            without exits.
+        relative_cost: float32 `(batch,)`, what the row cost, all exits asked before included, as a
+            share of one that goes straight to the last stage; None where the manifest does not
+            say it. Of a cascade over dims alone it does not: the backbone runs whole for each row.
 
     Examples:
         >>> Classification(class_ids=np.array([[3, 1]]), probabilities=np.float32([[0.8, 0.1]]),
@@ -101,6 +111,8 @@ class Classification:
     dim: npt.NDArray[np.int32]
     labels: npt.NDArray[np.object_] | None = None
     full_class_ids: npt.NDArray[np.int64] | None = None
+    exit: npt.NDArray[np.object_] | None = None
+    relative_cost: npt.NDArray[np.float32] | None = None
 
     @property
     def audited(self) -> npt.NDArray[np.int64]:
@@ -150,7 +162,7 @@ class Classification:
         columns: Any = {n: None if c is None else c[rows] for n, c in _columns(self)}
         if isinstance(rows, slice):
             return Classification(**columns)
-        labels = columns["labels"]
+        labels, cost = columns["labels"], columns["relative_cost"]
         return ClassifiedRow(
             class_ids=tuple(columns["class_ids"].tolist()),
             probabilities=tuple(columns["probabilities"].tolist()),
@@ -158,19 +170,21 @@ class Classification:
             dim=int(columns["dim"]),
             labels=None if labels is None else tuple(labels.tolist()),
             full_class_id=_full_class_id(columns["full_class_ids"]),
+            exit=columns["exit"],
+            relative_cost=None if cost is None else float(cost),
         )
 
     def __iter__(self) -> Iterator[ClassifiedRow]:
         return (self[row] for row in range(len(self)))
 
     def __repr__(self) -> str:
-        dims, counts = np.unique(self.dim, return_counts=True)
-        exits = dict(zip(dims.tolist(), counts.tolist(), strict=True))
-        audited = f", {len(self.audited)} audited" if self.full_class_ids is not None else ""
-        return (
-            f"Classification({len(self)} rows, top {self.class_ids.shape[1]}, by dim {exits}"
-            f"{audited})"
-        )
+        of_dim, by_dim = np.unique(self.dim, return_counts=True)
+        text = f"by dim {dict(zip(of_dim.tolist(), by_dim.tolist(), strict=True))}"
+        if self.exit is not None:
+            text += f", by exit {dict(Counter(self.exit.tolist()))}"
+        if self.full_class_ids is not None:
+            text += f", {len(self.audited)} audited"
+        return f"Classification({len(self)} rows, top {self.class_ids.shape[1]}, {text})"
 
 
 def _full_class_id(class_id: Any) -> int | None:

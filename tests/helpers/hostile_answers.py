@@ -41,7 +41,8 @@ MANIFEST = Manifest(  # of a model that every method of a client can ask
     num_classes=NUM_CLASSES,
     top_k=TOP_K,
     labels=True,
-    cascade=POLICY.to_json(),
+    exits=({"name": "early", "multiply_adds": 2}, {"name": "last", "multiply_adds": 8}),
+    exit_cascade=CascadePolicy((Stage(2, 0.5, exit="early"), Stage(4, None))).to_json(),
     funnel=FunnelSchedule(dims=(2, 4), shortlists=(3,), k=K).to_json(),
     size=5,
 )
@@ -53,7 +54,18 @@ ASKS: dict[str, tuple[Callable[[Any], Any], str, tuple[str, ...]]] = {
     "describe": (lambda c: c.describe(), "describe", ("manifest",)),
     "embed": (lambda c: c.embed(ROWS, 4), "embed_4", ("embedding",)),
     "classify": (lambda c: c.classify(ROWS, 2), "classify_2", CLASSES),
-    "adaptive": (lambda c: c.classify_adaptive(ROWS), "classify_adaptive", (*CLASSES, "dim")),
+    "adaptive": (
+        lambda c: c.classify_adaptive(ROWS),
+        "classify_adaptive",
+        (*CLASSES, "dim", "exit"),
+    ),
+    "audited": (
+        lambda c: c.classify_adaptive(ROWS, audit_rate=1.0),
+        "classify_4",
+        ("class_ids",),
+    ),
+    "exit": (lambda c: c.classify(ROWS, 2, exit="early"), "classify_early_2", CLASSES),
+    "embed_exit": (lambda c: c.embed(ROWS, 4, exit="early"), "embed_early_4", ("embedding",)),
     "features": (lambda c: c.classify_adaptive(ROWS, POLICY), "features", ("features",)),
     "head_2": (lambda c: c.classify_adaptive(ROWS, POLICY), "head_2", ("class_ids", "logits")),
     "head_4": (lambda c: c.classify_adaptive(ROWS, POLICY), "head_4", ("labels", "logits")),
@@ -101,13 +113,14 @@ def right_outputs(signature: str, rows: int) -> dict[str, Any]:
     if signature == "describe":
         return {"manifest": np.array([MANIFEST.to_json().encode()] * rows, object)}
     if signature == "classify_adaptive":
-        return {**classes, "dim": np.full(rows, 4, np.int32)}
+        first = np.arange(rows, dtype=np.int32) % 2  # every other row leaves early
+        return {**classes, "dim": 2 + 2 * first, "exit": first}
     if signature == "features":
         return {"features": np.ones((rows, 4), np.float32)}
     if signature == "serving_default":
         text, flags = np.full((rows, 1), b"text", object), np.ones((rows, 3), bool)
         return {"y": np.ones((rows, 3), np.float32), "text": text, "flags": flags}
-    if kind == "embed":
+    if kind.startswith("embed"):
         return {"embedding": np.ones((rows, int(dim)), np.float32)}
     if signature.startswith(("search", "retrieve")):
         scores = np.tile(np.linspace(1, 0, K, dtype=np.float32), (rows, 1))

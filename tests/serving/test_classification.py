@@ -22,10 +22,12 @@ from keras_mrl_serving.errors import (
     NoHeadError,
     ServerError,
     UnknownDimError,
+    UnknownExitError,
 )
 from keras_mrl_serving.flows import Arrays, Call, Flow
+from keras_mrl_serving.results import join
 from tests.helpers.driven_flows import ROWS, Model, columns, drive, with_value
-from tests.helpers.manifests import REGRESSOR, TAGS
+from tests.helpers.manifests import DEPTHS, REGRESSOR, TAGS
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
@@ -355,3 +357,172 @@ def test_a_damaged_answer_about_audited_rows_is_refused(
 
     with pytest.raises(ManifestError, match=signature):
         drive(make(manifest, AUDITED), damaged)
+
+
+# A cascade over exits: the stages of `DEPTHS` are (thumbnail, 8), (conv3_out, 8), (conv3_out, 64)
+# and (last, 64), its exits thumbnail, conv3_out and last.
+IMAGES = np.zeros((4, 32, 32, 3), np.float32)
+STOPS = np.array([[0, 8], [2, 64], [1, 64], [1, 8]], np.int32)
+
+
+def of_exits(call: Call) -> Arrays:
+    """Row n is of class n where the cascade decides, and of class 4 at a signature of one dim."""
+    rows = len(next(iter(call.inputs.values())))
+    is_adaptive = call.signature == "classify_adaptive"
+    class_ids = np.arange(rows)[:, None] if is_adaptive else np.full((rows, 1), 4)
+    answer: dict[str, Any] = {
+        "class_ids": np.repeat(class_ids, 3, axis=1),
+        "probabilities": np.full((rows, 3), 0.2, np.float32),
+        "confidence": np.full(rows, 0.2, np.float32),
+        "labels": np.full((rows, 3), b"lynx", object),
+    }
+    if is_adaptive:
+        answer |= {"exit": STOPS[:rows, 0], "dim": STOPS[:rows, 1]}
+    return {name: answer[name] for name in call.outputs or answer}
+
+
+def test_rows_carry_exit_dim_and_cost() -> None:
+    costs = iter((0.0625, 0.25, 0.3125, 1.0))
+    cascade = DEPTHS.exit_cascade or {}
+    stages = [{**stage, "relative_cost": next(costs)} for stage in cascade["exit_stages"]]
+    priced = replace(DEPTHS, exit_cascade={**cascade, "exit_stages": stages})
+    answer, [call] = drive(classification.classify_adaptive(priced, IMAGES), of_exits)
+    assert call.promised.keys() >= {"exit", "dim"}
+    assert answer.exit is not None
+    assert answer.exit.tolist() == ["thumbnail", "last", "conv3_out", "conv3_out"]
+    assert answer.dim.tolist() == [8, 64, 64, 8]
+    assert answer.relative_cost is not None
+    assert answer.relative_cost.tolist() == [0.0625, 1.0, 0.3125, 0.25]
+    assert answer.relative_cost.dtype == np.float32
+    row = answer[3]
+    assert (row.exit, row.dim, row.relative_cost) == ("conv3_out", 8, 0.25)
+    assert repr(answer) == (
+        "Classification(4 rows, top 3, by dim {8: 2, 64: 2}, "
+        "by exit {'thumbnail': 1, 'last': 1, 'conv3_out': 2})"
+    )
+    assert [row.exit for row in join([answer, answer])] == [*answer.exit, *answer.exit]
+
+
+def test_where_stages_have_no_cost_that_of_the_exits_counts() -> None:
+    """Milliseconds of the smallest batch of both, else multiply-adds, else nothing."""
+    cascade = DEPTHS.exit_cascade or {}
+    stages = [
+        {key: value for key, value in stage.items() if key != "relative_cost"}
+        for stage in cascade["exit_stages"]
+    ]
+    exits = [{"name": name} for name in DEPTHS.exit_names]
+    plain = replace(DEPTHS, exits=tuple(exits), exit_cascade={**cascade, "exit_stages": stages})
+
+    def costs_of(**figures: list[Any]) -> list[float] | None:
+        columns = [
+            dict(zip(figures, values, strict=True))
+            for values in zip(*figures.values(), strict=True)
+        ]
+        known = [{**own, **more} for own, more in zip(exits, columns, strict=True)]
+        priced = replace(plain, exits=tuple(known))
+        answer, _ = drive(classification.classify_adaptive(priced, IMAGES), of_exits)
+        return None if answer.relative_cost is None else answer.relative_cost.tolist()
+
+    adds: list[Any] = [100, 400, 1600]
+    times: list[Any] = [{"8": 1.0, "16": 9}, {"8": 2, "16": 9.0}, {"16": 9.0, "8": 4.0, "1": 9.0}]
+    assert costs_of(multiply_adds=adds) == [0.0625, 1.0, 0.25, 0.25]
+    assert costs_of(multiply_adds=adds, milliseconds=times) == [0.25, 1.0, 0.5, 0.5]
+    assert costs_of(multiply_adds=[None, 400, 1600]) is None
+    assert costs_of(multiply_adds=[1, 1, 0], milliseconds=[None, {"x": 1.0}, {"x": 0}]) is None
+    none, _ = drive(classification.classify_adaptive(plain, IMAGES), of_exits)
+    assert none.relative_cost is None
+    assert none.exit is not None
+    assert none[0].relative_cost is None
+
+
+def test_one_exit_is_asked_by_its_signature() -> None:
+    answer, [call] = drive(classification.classify(DEPTHS, IMAGES, 8, "conv3_out"), of_exits)
+    assert call.signature == "classify_conv3_out_8"
+    assert answer.exit is not None
+    assert (answer.exit.tolist(), answer.dim.tolist()) == (["conv3_out"] * 4, [8] * 4)
+    for last in (None, "last"):
+        answer, [call] = drive(classification.classify(DEPTHS, IMAGES, 8, last), of_exits)
+        assert (call.signature, answer[0].exit) == ("classify_8", "last")
+        assert answer[0].relative_cost == 1.0
+
+
+def test_an_exit_that_the_model_has_not_is_refused(manifest: Manifest, refuses: Refuses) -> None:
+    text = (
+        "exit must be one of the model's exits. Received: exit='conv4_out' for model 'birds'. "
+        "Choose one of thumbnail, conv3_out, last."
+    )
+    with refuses(UnknownExitError, text):
+        next(classification.classify(DEPTHS, IMAGES, 8, "conv4_out"))
+    text = (
+        "Only a model with exits is asked at one. Received: exit='conv4_out' for model 'toy', "
+        "which has none. Leave exit out."
+    )
+    with refuses(UnknownExitError, text):
+        next(classification.classify(manifest, ROWS, 8, "conv4_out"))
+
+
+def test_audited_rows_of_exits_go_to_the_last_stage() -> None:
+    audited = np.array([True, True, False, True])
+    flow = classification.classify_adaptive(DEPTHS, IMAGES, audited)
+    answer, [_, call] = drive(flow, of_exits)
+    assert (call.signature, len(call.inputs["image"])) == ("classify_64", 2)
+    assert answer.full_class_ids is not None
+    assert answer.full_class_ids.tolist() == [4, 1, -1, 4]  # row 1 has been there
+
+
+@pytest.mark.parametrize(
+    ("exit", "received"),
+    [
+        ([0, 2, 1, 3], "exit 3 at dim 8 in row 3"),
+        ([-1, 2, 1, 1], "exit -1 at dim 8 in row 0"),
+        ([0, 2, 0, 1], "exit 0 at dim 64 in row 2"),  # an exit and a dim that are no stage
+        ([2, 2, 1, 1], "exit 2 at dim 8 in row 0"),
+    ],
+)
+def test_rows_that_left_where_the_cascade_has_no_stage_are_refused(
+    exit: list[int], received: str, refuses: Refuses
+) -> None:
+    text = (
+        "A row is decided at one of the stages of the model's cascade, exit 0 (thumbnail) at 8, "
+        f"1 (conv3_out) at 8, 1 (conv3_out) at 64, 2 (last) at 64. Received: {received}. {EXPORT}"
+    )
+    with refuses(ManifestError, text):
+        drive(
+            classification.classify_adaptive(DEPTHS, IMAGES),
+            lambda call: {**of_exits(call), "exit": np.array(exit, np.int32)},
+        )
+
+
+@pytest.mark.parametrize("exit", [None, STOPS[:3, 0], STOPS[:, :1], np.zeros(4, np.float32)])
+def test_exits_that_are_missing_or_of_another_kind_are_refused(exit: Any) -> None:
+    def damaged(call: Call) -> Arrays:
+        answer = {**of_exits(call), "exit": exit}
+        return {name: array for name, array in answer.items() if array is not None}
+
+    with pytest.raises(ManifestError, match=r"A signature must answer .*exit int32 \(rows,\)"):
+        drive(classification.classify_adaptive(DEPTHS, IMAGES), damaged)
+
+
+def test_a_caller_s_policy_over_exits_would_have_to_resume_a_backbone(refuses: Refuses) -> None:
+    policy = CascadePolicy((Stage(8, 0.5, exit="conv3_out"), Stage(64, None)))
+    text = (
+        "A caller's policy asks the dims of the last exit. Received: a policy over the exits "
+        "conv3_out, last. The server runs a backbone to its end, so such a policy has to be the "
+        "model's own: give it to export_saved_model, or to publish_policy."
+    )
+    with refuses(InvalidInputError, text):
+        next(classification.classify_by(DEPTHS, IMAGES, policy))
+
+
+def test_a_caller_s_policy_over_dims_goes_to_the_last_exit(
+    manifest: Manifest, model: Model
+) -> None:
+    deep = replace(manifest, cascade=None, exits=DEPTHS.exits)
+    answer, calls = drive(classification.classify_by(deep, ROWS, TWO), model)
+    plain, plain_calls = drive(classification.classify_by(manifest, ROWS, TWO), model)
+    assert [call.signature for call in calls] == [call.signature for call in plain_calls]
+    np.testing.assert_array_equal(answer.class_ids, plain.class_ids)
+    assert answer.exit is not None
+    assert set(answer.exit.tolist()) == {"last"}
+    assert plain.exit is None
+    assert plain.relative_cost is None

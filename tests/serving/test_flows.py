@@ -16,10 +16,11 @@ from keras_mrl_serving.errors import (
     ManifestError,
     ServerError,
     UnknownDimError,
+    UnknownExitError,
 )
 from keras_mrl_serving.flows import Arrays, Call, Flow
 from tests.helpers.driven_flows import ROWS, Model, drive, with_value
-from tests.helpers.manifests import REGRESSOR
+from tests.helpers.manifests import DEPTHS, REGRESSOR
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
@@ -58,6 +59,23 @@ def test_embed_is_one_call(model: Model, manifest: Manifest, dim: int) -> None:
     assert call.inputs["x"].dtype == np.float32
     assert embedding.shape == (40, 4)
     np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-6)
+
+
+def test_embeddings_of_an_exit_are_asked_by_its_signature(refuses: Refuses) -> None:
+    manifest = replace(DEPTHS, inputs={"x": {"dtype": "float32", "shape": [None, 4]}})
+    embedding, [call] = drive(
+        flows.embed(manifest, ROWS, 8, exit="conv3_out"), lambda _: {"embedding": np.ones((40, 8))}
+    )
+    assert (call.signature, embedding.shape) == ("embed_conv3_out_8", (40, 8))
+    assert next(flows.embed(manifest, ROWS, 8, exit="last")).signature == "embed_8"  # type: ignore[union-attr]
+    with pytest.raises(UnknownExitError):
+        next(flows.embed(manifest, ROWS, 8, exit="conv4_out"))
+    text = (
+        "Exits are of the tower of queries. Received: exit='conv3_out' and other_tower=True. "
+        "Leave one of them out."
+    )
+    with refuses(InvalidInputError, text):
+        next(flows.embed(manifest, ROWS, 8, other_tower=True, exit="conv3_out"))
 
 
 def test_values_are_one_call_of_the_regressor_s_signature() -> None:

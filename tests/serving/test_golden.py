@@ -285,16 +285,17 @@ def test_a_cascade_over_exits_is_read_as_one() -> None:
     assert {(manifest.exit_names[e], d) for e, d in zip(exits, dims, strict=True)} <= {*asked}
 
 
-def asked_by_ours(name: str, flow_of: Any) -> Any:
+def asked_by_ours(name: str, flow_of: Any, file: str = "") -> Any:
     """The answer that our client makes of a golden response, after it sent the golden request."""
     manifest = Manifest.from_json(LATER[name])
     flow = flow_of(manifest)
     call = next(flow)
-    request = read(f"{call.signature}_request.bin")[0]
+    file = file or call.signature
+    request = read(f"{file}_request.bin")[0]
     assert {key: from_proto(tensor).tolist() for key, tensor in request.inputs.items()} == {
         key: array.tolist() for key, array in call.inputs.items()
     }
-    response = read(f"{call.signature}_response.bin")[0]
+    response = read(f"{file}_response.bin")[0]
     with pytest.raises(StopIteration) as done:
         flow.send({key: from_proto(tensor) for key, tensor in response.outputs.items()})
     return done.value.value
@@ -307,3 +308,18 @@ def test_several_labels_and_values_are_read_as_what_they_are() -> None:
     assert tags.above(0.5) == [("grün", "blue"), ()]
     prices = asked_by_ours("prices", lambda manifest: flows.regress(manifest, MAKE["IMAGES"], 8))
     np.testing.assert_array_equal(prices, [[-12.5, 3], [0.25, 1024]])
+
+
+def test_exits_are_read_as_names_and_costs() -> None:
+    images = MAKE["IMAGES"]
+    adaptive = asked_by_ours(
+        "depths", lambda m: classification.classify_adaptive(m, images), "classify_adaptive_exits"
+    )
+    costs = {("thumbnail", 8): 0.0625, ("conv3_out", 8): 0.3125, ("last", 16): 1.0625}
+    assert len({row.exit for row in adaptive}) > 1
+    for row in adaptive:
+        assert row.relative_cost == costs[row.exit, row.dim]
+    early = asked_by_ours("depths", lambda m: classification.classify(m, images, 8, "conv3_out"))
+    assert {(row.exit, row.relative_cost) for row in early} == {("conv3_out", 0.25)}
+    embedding = asked_by_ours("depths", lambda m: flows.embed(m, images, 8, exit="conv3_out"))
+    assert embedding.shape == (2, 8)

@@ -19,6 +19,7 @@ from keras_mrl_serving.flows import Arrays
 from keras_mrl_serving.options import Options
 from keras_mrl_serving.testing import InMemoryServer
 from tests.helpers.image_files import files
+from tests.helpers.manifests import DEPTHS
 
 Model = Callable[[Call], Arrays]
 
@@ -174,3 +175,21 @@ def test_models_whose_other_towers_differ_take_other_calls() -> None:
     assert questions.same_interface(one, replace(one, fingerprint="c0de"))
     other = replace(one, other_tower={"inputs": manifest(z=[None, 1]).inputs})
     assert not questions.same_interface(one, other)
+
+
+def test_models_whose_stages_or_costs_differ_are_asked_by_their_own_manifest() -> None:
+    """Their thresholds alone may differ: an answer is read without them."""
+
+    def changed(**values: Any) -> Manifest:
+        cascade = DEPTHS.exit_cascade or {}
+        first, *rest = cascade["exit_stages"]
+        return replace(
+            DEPTHS, exit_cascade={**cascade, "exit_stages": [{**first, **values}, *rest]}
+        )
+
+    assert questions.same_interface(DEPTHS, changed(threshold=0.875, temperature=2.0))
+    assert not questions.same_interface(DEPTHS, changed(relative_cost=0.875))
+    assert not questions.same_interface(DEPTHS, changed(dim=16))
+    assert not questions.same_interface(DEPTHS, replace(DEPTHS, exit_cascade=None))
+    exits = tuple({**own, "multiply_adds": 7} for own in DEPTHS.exits or ())
+    assert not questions.same_interface(DEPTHS, replace(DEPTHS, exits=exits))

@@ -118,12 +118,17 @@ def assert_well_formed(ask: str, answer: Any) -> None:
         assert np.isin(answer.dim, MANIFEST.dims).all()
         assert answer.labels is not None
         assert all(isinstance(label, str) for label in answer.labels.flat)
+        assert answer.exit is not None
+        assert {*answer.exit} <= {"early", "last"}
+        if ask == "audited":
+            assert answer.full_class_ids is not None
+            assert 0 <= answer.full_class_ids.min() <= answer.full_class_ids.max() < NUM_CLASSES
     elif isinstance(answer, Neighbors):
         assert answer.ids.shape == answer.scores.shape == (2, K), ask
         assert np.isfinite(answer.scores).all()
         assert answer.ids.min() >= 0
         assert (answer.ids[:, 0] != answer.ids[:, 1]).all()
-    elif ask == "embed":
+    elif ask in ("embed", "embed_exit"):
         assert (answer.dtype, answer.shape) == (np.float32, (2, 4))
     elif ask == "describe":
         assert isinstance(answer, Manifest)
