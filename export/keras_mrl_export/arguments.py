@@ -9,17 +9,18 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, log_spaced_dims
+from keras_mrl import log_spaced_dims
 from keras_mrl._dims import check_weights
 from keras_mrl.models.activation import activation_of, check_activation
 from keras_mrl_serving import contract
-from keras_mrl_serving.cascade.policy import CascadePolicy, check_no_exits
+from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_serving.cascade.stages import LAST_EXIT, StageKey
 from keras_mrl_serving.contract import is_model_name
 from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.integers import (
@@ -132,21 +133,6 @@ def check_other_tower(
         )
 
 
-def check_exits(model: keras.Model) -> None:
-    """Raise `ValueError` if a model has exits, which a version cannot serve yet."""
-    for own in model._flatten_layers():  # also a model within the model
-        if isinstance(own, (MatryoshkaClassifier, MatryoshkaEncoder)) and own.exits:
-            is_encoder = isinstance(own, MatryoshkaEncoder)
-            kind = "MatryoshkaEncoder" if is_encoder else "MatryoshkaClassifier"
-            part = "split(model)[0]" if is_encoder else "*split(model)"
-            other = part.replace("model", f"model, exit={own.exits[0]!r}")
-            raise ValueError(
-                "A version serves one exit, and that must be said. "
-                f"Received: {kind} {own.name!r} with exits={own.exits}. Export a model that shares "
-                f"its layers: {kind}({part}) for the last exit, or {kind}({other}) for another."
-            )
-
-
 def check_exact(index: object) -> None:
     """Raise `TypeError` unless `index` is a gallery that a graph can hold."""
     if not isinstance(index, ExactIndex):
@@ -255,8 +241,9 @@ def check_head_arguments(
     dims: tuple[int, ...],
     policy: CascadePolicy | None,
     labels: Sequence[str] | None,
+    exits: Sequence[str] = (),
 ) -> None:
-    """Raise `ValueError` unless the policy and the labels fit the model's head."""
+    """Raise `ValueError` unless the policy and the labels fit the model's head and its exits."""
     if policy is not None and activation in ("sigmoid", "none"):
         has = "any number of classes a row" if activation == "sigmoid" else "values"
         raise ValueError(
@@ -277,8 +264,7 @@ def check_head_arguments(
             "Leave them out, or export a MatryoshkaClassifier."
         )
     if policy is not None:
-        remedy = "Learn one on the dims of the model: CascadePolicy.learn(logits, labels, dims)."
-        check_no_exits(policy, "classify_adaptive", remedy)
+        _check_exits_of_policy(policy, exits)
     if policy is not None and not set(policy.dims) <= set(dims):
         raise ValueError(
             "The policy's dims must be exported dims. "
@@ -291,6 +277,18 @@ def check_head_arguments(
             f"labels must name each of the {num_classes} classes on one line. "
             f"Received: {len(labels)} labels {list(labels[:5])}. "
             "Give one non-empty string of UTF-8 per class id, without line breaks or outer blanks."
+        )
+
+
+def _check_exits_of_policy(policy: CascadePolicy, exits: Sequence[str]) -> None:
+    asked = list(dict.fromkeys(exit or LAST_EXIT for exit, _ in policy.keys))
+    known = [name for name in exits or (LAST_EXIT,) if name in asked]
+    if known != asked:
+        has = f"a model with the exits {tuple(exits)}" if exits else "a model without exits"
+        raise ValueError(
+            "A cascade over exits asks exits of the model, from shallow to deep. "
+            f"Received: a policy over {tuple(asked)} for {has}. Learn it on the logits of this "
+            "model: CascadePolicy.learn(model.all_exits().predict(x), labels, dims)."
         )
 
 
@@ -351,6 +349,7 @@ def choose_signatures(
     policy: CascadePolicy | None,
     index: ExactIndex | None,
     has_other_tower: bool = False,
+    exits: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Return the names of the signatures to write, in the order of the contract.
 
@@ -362,6 +361,7 @@ def choose_signatures(
         policy: Its cascade.
         index: Its gallery.
         has_other_tower: Whether galleries go through a tower of their own.
+        exits: The model's exits; signatures of those before the last are written on request alone.
 
     Raises:
         ValueError: If the model cannot have a requested signature.
@@ -369,6 +369,12 @@ def choose_signatures(
     possible = _possible_signatures(dims, activation, policy, index, has_other_tower)
     if requested is None:
         return possible
+    possible += tuple(
+        name_of(dim, exit)
+        for exit in exits[:-1]
+        for name_of in _families_at_exits(activation)
+        for dim in dims
+    )
     names = (requested,) if isinstance(requested, str) else tuple(requested)
     takes = {*possible, *map(_family, possible), *_ALWAYS}
     unknown = [name for name in names if not isinstance(name, str) or name not in takes]
@@ -379,6 +385,25 @@ def choose_signatures(
             'Give those names, or a family of them: "embed".'
         )
     return tuple(name for name in possible if name in names or _family(name) in names)
+
+
+def exit_signatures(
+    signatures: Sequence[str], exits: Sequence[str], dims: tuple[int, ...]
+) -> dict[str, tuple[str, int]]:
+    """Return exit and dim of those signatures that are of an exit before the last."""
+    named = {
+        name_of(dim, exit): (exit, dim)
+        for exit in exits[:-1]
+        for name_of in (contract.embed, contract.classify, contract.regress)
+        for dim in dims
+    }
+    return {name: named[name] for name in signatures if name in named}
+
+
+def _families_at_exits(activation: str | None) -> list[Callable[[int, str], str]]:
+    if activation is None:
+        return [contract.embed]
+    return [contract.embed, contract.regress if activation == "none" else contract.classify]
 
 
 def _possible_signatures(
@@ -415,9 +440,12 @@ def check_policy_is_used(
     """
     if policy is None or contract.CLASSIFY_ADAPTIVE in signatures:
         return
-    written = {dim for dim in dims if {contract.classify(dim), contract.head(dim)} & {*signatures}}
-    written.add(dims[-1])  # of serving_default
-    if all(stage.temperature == 1 for stage in policy.stages if stage.dim in written):
+    written: set[StageKey] = {(None, dims[-1])}  # of serving_default
+    for exit, dim in policy.keys:
+        names = {contract.classify(dim, exit), *([contract.head(dim)] if exit is None else [])}
+        if names & {*signatures}:
+            written.add((exit, dim))
+    if all(stage.temperature == 1 for stage in policy.stages if stage.key in written):
         raise ValueError(
             "policy is what classify_adaptive decides by, and its temperatures are those of "
             "classify_<m>. Received: a policy, and signatures that use neither. "

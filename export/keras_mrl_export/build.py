@@ -39,6 +39,7 @@ from .parity import (
     checking_identity,
     compare_searches,
     example_inputs,
+    with_deep_row,
 )
 from .publish import Staged
 from .sample import declared_inputs
@@ -66,7 +67,9 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
     towers = (backbone, None if other is backbone else other)
     manifest = _manifest(model, saved, towers, head, job)
     try:
-        _save_model(ServedModel(towers, head, manifest, job, staged.scratch), staged.folder)
+        with_exits = model if job.exits else None
+        served = ServedModel(towers, head, manifest, job, staged.scratch, with_exits)
+        _save_model(served, staged.folder)
     except (ExportError, OSError):
         raise
     except Exception as error:
@@ -81,6 +84,8 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
         report = check_parity(session, manifest, job)
         (staged.folder / PARITY_FILE).write_text(json.dumps(report, indent=1) + "\n")
         inputs = example_inputs(manifest, job)
+        if job.deep_row is not None and contract.CLASSIFY_ADAPTIVE in inputs:
+            inputs[contract.CLASSIFY_ADAPTIVE] = with_deep_row(manifest, job)
         write_warmup(staged.folder, session, job.name, inputs, job.warmup_batch_sizes)
 
 
@@ -160,6 +165,7 @@ def _manifest(model: keras.Model, saved: Path, towers: Towers, head: Any, job: J
     kinds = {None: "encoder", "none": "regressor"}
     # Temperatures alone decide nothing: without its signature there is no cascade.
     is_adaptive = contract.CLASSIFY_ADAPTIVE in job.signatures
+    cascade = job.policy.to_json() if job.policy and is_adaptive else None
     return Manifest(
         name=job.name,
         kind="index" if index is not None else kinds.get(job.activation, "classifier"),
@@ -176,7 +182,9 @@ def _manifest(model: keras.Model, saved: Path, towers: Towers, head: Any, job: J
         num_values=num_outputs if of_values else None,
         top_k=job.top_k,
         labels=job.labels is not None,
-        cascade=job.policy.to_json() if job.policy and is_adaptive else None,
+        cascade=cascade if cascade and "stages" in cascade else None,
+        exits=tuple(own.to_json() for own in job.exits) or None,
+        exit_cascade=_with_costs(cascade, job) if cascade and "exit_stages" in cascade else None,
         decoder=None if job.decoder is None else job.decoder.to_json(),
         other_tower=other_tower,
         quality=job.quality,
@@ -191,6 +199,15 @@ def _manifest(model: keras.Model, saved: Path, towers: Towers, head: Any, job: J
             "trained_on": job.trained_on,
         },
     )
+
+
+def _with_costs(cascade: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """Return a cascade over exits with what a row costs that leaves at each stage."""
+    costs = job.relative_costs or ()
+    stages = cascade["exit_stages"]
+    if costs:
+        stages = [{**own, "relative_cost": cost} for own, cost in zip(stages, costs, strict=True)]
+    return {**cascade, "exit_stages": stages}
 
 
 def _input_specs(backbone: keras.Model, job: Job | TowerJob) -> dict[str, dict[str, Any]]:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_mrl import split
-from keras_mrl._arrays import head_arrays
+from keras_mrl.models.costs import Costs
 from keras_mrl.models.cut import dims_of_loss, gallery_backbone
 from keras_mrl.models.outputs import one_output
 from keras_mrl_serving.cascade.policy import CascadePolicy
@@ -20,7 +19,6 @@ from .arguments import (
     check_base_path,
     check_batch_sizes,
     check_exact,
-    check_exits,
     check_head_arguments,
     check_index,
     check_kinds,
@@ -31,11 +29,13 @@ from .arguments import (
     choose_dims,
     choose_signatures,
     choose_top_k,
+    exit_signatures,
     quality_by_dim,
     weights_of_dims,
 )
 from .decoder import ImageDecoder
-from .job import Job, TowerJob, draw_model_id
+from .exits import check_costs, exits_of, find_deep_row, read_exits, relative_costs
+from .job import Job, TowerJob, draw_model_id, terms_of
 from .model_file import in_float32
 from .process import build_on_tensorflow
 from .publish import check_version, publishing
@@ -65,6 +65,7 @@ def export_saved_model(
     warmup_batch_sizes: Sequence[int] = (1,),
     identity: bool = True,
     output: str | None = None,
+    costs: Costs | None = None,
 ) -> Path:
     """Write `model` as the next version under `base_path`, with a signature per dim.
 
@@ -78,7 +79,7 @@ def export_saved_model(
         model: A model that `keras_mrl.split` finds a nested head in, or any model without one,
             which is exported as an encoder. Both towers of a `MatryoshkaEncoder` are in one
             version: `embed_<m>` takes queries, `embed_other_<m>` what galleries are made of.
-            Not one with exits: of these export the part that `split(model, exit=...)` returns.
+            Of a model with exits, signatures without an exit in their names are of the last one.
         base_path: Folder of the model's versions; the server's `--model_base_path`. No URL.
         sample: A few real rows, one array or a dict by input name; texts may be a list.
         policy: A cascade learned on a holdout. `classify_adaptive` decides by it, and
@@ -103,8 +104,9 @@ def export_saved_model(
         index: A gallery of the model's embeddings, as wide as the last dim: the version then also
             has `search`, `search_<m>`, and `retrieve`, which answers inputs with neighbours.
         signatures: Which signatures to write, by name or by family: `["embed", "classify_64"]`.
-            None writes all; each costs memory and time to load. `describe` and
-            `serving_default` are always written.
+            None writes all but those of exits before the last, which are asked for by name,
+            `"classify_conv3_out_64"`, or as a family, `"embed_conv3_out"`; each costs memory and
+            time to load. `describe` and `serving_default` are always written.
         decoder: Makes the served input `inputs` the bytes of encoded images, decoded in the graph;
             `sample` is then a list of such bytes.
         other_sample: Of a model of two towers, a few rows of the other one, as `sample`.
@@ -118,6 +120,9 @@ def export_saved_model(
         output: Which of several outputs this version serves: its key, or the name that Keras has
             for it. Each is a model of its own to a server; without `name` its name follows the
             model's.
+        costs: Of a model with exits, what `measure_costs` returns: the manifest then has the
+            milliseconds of each exit, and `relative_cost` is a share of time. None counts
+            multiply-adds alone.
 
     Returns:
         The folder of the new version.
@@ -135,7 +140,7 @@ def export_saved_model(
     name = model.name if name is None else check_name(name)
     check_version(folder, version)
     check_kinds(policy, index, decoder, signatures, labels)
-    check_exits(model)
+    exits = exits_of(model)
     labels = None if labels is None else tuple(labels)
     batch_sizes = check_batch_sizes(warmup_batch_sizes)
     backbone, _ = split(model)
@@ -165,12 +170,16 @@ def export_saved_model(
         )
     served = choose_dims(dims, None if head is None else head.dims, features.shape[1])
     num_classes = None if head is None else head.num_classes
-    check_head_arguments(num_classes, activation, served, policy, labels)
+    check_head_arguments(num_classes, activation, served, policy, labels, exits)
+    check_costs(costs, exits, () if head is None else served)
     top_k = choose_top_k(top_k, num_classes, activation)
     if index is not None:
         check_index(index, served, normalize)
-    chosen = choose_signatures(signatures, served, activation, policy, index, has_other_tower)
+    chosen = choose_signatures(
+        signatures, served, activation, policy, index, has_other_tower, exits
+    )
     check_policy_is_used(policy, chosen, served)
+    of_exits = read_exits(model, exits, read, served, costs, activation not in (None, "softmax"))
     other_tower = None
     if other_read is not None:
         other_features = outputs_of(gallery_backbone(model, backbone), other_read.rows)
@@ -198,26 +207,18 @@ def export_saved_model(
         sample=read.served,
         features=features[:, : served[-1]],
         logits=logits if head is None else logits[:, [head.index_of(dim) for dim in served]],
-        terms=None if activation in (None, "softmax") else _terms(head, features, served),
+        terms=None if activation in (None, "softmax") else terms_of(head, features, served),
         index=index,
         decoder=decoder,
         other_tower=other_tower,
         warmup_batch_sizes=batch_sizes,
         model_id=draw_model_id() if identity else None,
+        exits=of_exits,
+        exit_signatures=exit_signatures(chosen, exits, served),
+        relative_costs=relative_costs(model, policy, read, costs),
+        deep_row=find_deep_row(model, policy, of_exits, read, served),
     )
     return build_on_tensorflow(model, job)
-
-
-def _terms(head: Any, features: Any, dims: Sequence[int]) -> Any:
-    """Return the sum of the magnitudes that each output is the sum of, `(rows, num_dims, outputs)`.
-
-    Rounding is a share of those: an output near 0 may be the sum of terms that are not.
-    """
-    sums = []
-    for dim in dims:
-        kernel, bias = head_arrays(head, dim)
-        sums.append(np.abs(features[:, :dim]) @ np.abs(kernel) + np.abs(bias))
-    return np.stack(sums, axis=1)
 
 
 def _read_other(tower: keras.Model, sample: Any, decoder: ImageDecoder | None) -> Sample:

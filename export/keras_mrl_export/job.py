@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from keras_mrl._arrays import head_arrays
 from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_serving.cascade.stages import StageKey
 from keras_mrl_serving.index import ExactIndex
 
 from .decoder import ImageDecoder
@@ -24,6 +26,18 @@ class ExportError(Exception):
 def draw_model_id() -> int:
     """Return a random int32, 1 or greater, that no seed repeats."""
     return 1 + secrets.randbelow(2**31 - 1)
+
+
+def terms_of(head: Any, features: Any, dims: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Return the sum of the magnitudes that each output is the sum of, `(rows, num_dims, outputs)`.
+
+    Rounding is a share of those: an output near 0 may be the sum of terms that are not.
+    """
+    sums = []
+    for dim in dims:
+        kernel, bias = head_arrays(head, dim)
+        sums.append(np.abs(features[:, :dim]) @ np.abs(kernel) + np.abs(bias))
+    return np.stack(sums, axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +55,55 @@ class TowerJob:
     sample: Mapping[str, npt.NDArray[Any]]
     features: npt.NDArray[np.float32]
     decoder: ImageDecoder | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExitJob:
+    """What is exported of one exit, besides the model.
+
+    Args:
+        name: Its name; that of the last is "last".
+        layer: The layer it follows; None of a model over the inputs, and of the last.
+        parameters: Those of a model cut at it.
+        multiply_adds: Those of one row in that model.
+        milliseconds: Of a batch in that model, by the number of its rows; None if not measured.
+        features: Features that the trained model gives for the sample there, `(rows, width)`.
+        logits: Its logits at the dims of the job; None without a head.
+        terms: As those of the job.
+    """
+
+    name: str
+    layer: str | None
+    parameters: int
+    multiply_adds: float | None
+    milliseconds: Mapping[int, float] | None
+    features: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32] | None
+    terms: npt.NDArray[np.float32] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the exit as a manifest lists it."""
+        times = self.milliseconds
+        return {
+            "name": self.name,
+            "layer": self.layer,
+            "parameters": self.parameters,
+            "multiply_adds": self.multiply_adds,
+            "milliseconds": times and {str(size): time for size, time in times.items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeepRow:
+    """A row that goes through all exits that a cascade asks.
+
+    Args:
+        sample: As the sample of the job, of one row.
+        logits: Those of the trained model, by stage of the cascade, `(1, classes)` each.
+    """
+
+    sample: Mapping[str, npt.NDArray[Any]]
+    logits: Mapping[StageKey, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,6 +134,13 @@ class Job:
         index: A gallery of the model's embeddings, exported with it.
         decoder: Decodes images inside the served graph.
         other_tower: The tower of galleries, where queries have one of their own; None of one tower.
+        exits: The exits of the model, shallow to deep, the last included; empty without any.
+        exit_signatures: The exit and the dim of those of `signatures` that are of an exit before
+            the last.
+        relative_costs: What a row costs that leaves at each stage of a policy over exits, as a
+            share of one that goes straight to the last stage; None without such a policy.
+        deep_row: A row that no stage of a policy over exits is sure of, but the last; None if none
+            is known.
         warmup_batch_sizes: Rows of the warm-up records of each signature.
         model_id: What every answer names its model by; None leaves answers without it.
     """
@@ -98,11 +168,15 @@ class Job:
     other_tower: TowerJob | None
     warmup_batch_sizes: tuple[int, ...]
     model_id: int | None
+    exits: tuple[ExitJob, ...] = ()
+    exit_signatures: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    relative_costs: tuple[float, ...] | None = None
+    deep_row: DeepRow | None = None
 
-    def temperature(self, dim: int) -> float:
+    def temperature(self, dim: int, exit: str | None = None) -> float:
         """Return the divisor of the logits of `dim`: of its stage, or 1 if the policy has none."""
         stages = self.policy.stages if self.policy else ()
-        return next((stage.temperature for stage in stages if stage.dim == dim), 1.0)
+        return next((own.temperature for own in stages if own.key == (exit, dim)), 1.0)
 
     @property
     def confidence(self) -> str:

@@ -22,6 +22,8 @@ import numpy.typing as npt
 from keras_mrl_serving import contract
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade.confidence import confidence_of, softmax
+from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_serving.cascade.stages import LAST_EXIT, StageKey
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.embeddings import MIN_SQUARE, truncate
 from keras_mrl_serving.index import ExactIndex
@@ -71,8 +73,13 @@ def check_parity(session: SavedModelSession, manifest: Manifest, job: Job) -> di
         for name in (contract.classify(dim), contract.regress(dim), contract.head(dim)):
             if name in job.signatures:
                 shares[name] = _compare_head(name, run(name), column, job)
-    if (name := contract.CLASSIFY_ADAPTIVE) in job.signatures:
-        shares[name] = _compare_cascade(run(name), manifest, job)
+    shares |= _compare_exits(run, manifest, job)
+    if (name := contract.CLASSIFY_ADAPTIVE) in job.signatures and job.policy is not None:
+        shares[name] = _compare_cascade(run(name), _logits_by_stage(job), job)
+        if job.deep_row is not None:
+            answer = run(name, _as_served(manifest, job, job.deep_row.sample))
+            deep = _compare_cascade(answer, job.deep_row.logits, job)
+            shares[name] = max(shares[name], deep)
     answer, name = run(contract.SERVING_DEFAULT), contract.SERVING_DEFAULT
     if job.logits is not None:
         shares[name] = _compare_head(name, answer, len(job.dims) - 1, job)
@@ -108,11 +115,21 @@ def example_inputs(manifest: Manifest, job: Job) -> dict[str, Arrays]:
     return {**inputs, contract.DESCRIBE: {"key": np.array([b""], dtype=object)}}
 
 
-def _as_served(manifest: Manifest, job: Job | TowerJob) -> Arrays:
-    """Return the rows of a tower in the dtypes that its inputs have in the manifest."""
+def with_deep_row(manifest: Manifest, job: Job) -> Arrays:
+    """Return the rows that warm `classify_adaptive` up: first one that goes through all exits."""
+    rows = _as_served(manifest, job)
+    if job.deep_row is None:
+        return rows
+    first = _as_served(manifest, job, job.deep_row.sample)
+    return {name: np.concatenate([first[name], array]) for name, array in rows.items()}
+
+
+def _as_served(manifest: Manifest, job: Job | TowerJob, rows: Arrays | None = None) -> Arrays:
+    """Return rows of a tower in the dtypes that its inputs have in the manifest."""
+    rows = job.sample if rows is None else rows
     dtypes = {name: spec["dtype"] for name, spec in manifest.inputs.items()}
     return {
-        name: np.asarray(job.sample[name], dtype=object if dtype == "string" else dtype)
+        name: np.asarray(rows[name], dtype=object if dtype == "string" else dtype)
         for name, dtype in dtypes.items()
     }
 
@@ -181,13 +198,41 @@ def check_described(run: Run, manifest: Manifest) -> None:
 
 def _compare_head(signature: str, answer: Arrays, column: int, job: Job) -> float:
     """Compare all that a head at one of the dims answers; return the largest difference."""
-    logits: Any = job.logits
-    logits, shares = logits[:, column], []
-    largest = None if job.terms is None else job.terms[:, column]
+    return _compare_answer(signature, answer, column, job, job.logits, job.terms, None)
+
+
+def _compare_exits(run: Run, manifest: Manifest, job: Job) -> dict[str, float]:
+    """Compare the signatures of exits before the last; return the largest difference of each."""
+    shares = {}
+    by_name = {own.name: own for own in job.exits}
+    for name, (exit, dim) in job.exit_signatures.items():
+        own, column = by_name[exit], manifest.dims.index(dim)
+        if name == contract.embed(dim, exit):
+            expected = _embedding(own.features, dim, manifest.normalize)
+            shares[name] = compare_rows(name, run(name)["embedding"], expected)
+        else:
+            shares[name] = _compare_answer(
+                name, run(name), column, job, own.logits, own.terms, exit
+            )
+    return shares
+
+
+def _compare_answer(
+    signature: str,
+    answer: Arrays,
+    column: int,
+    job: Job,
+    all_logits: Any,
+    terms: Any,
+    exit: str | None,
+) -> float:
+    logits, shares = all_logits[:, column], []
+    largest = None if terms is None else terms[:, column]
     for name in {"logits", "values"} & {*answer}:
         shares.append(compare_rows(signature, answer[name], logits, largest))
     if "class_ids" in answer:
-        shares.append(_compare_classes(signature, answer, logits, job.dims[column], job))
+        temperature = job.temperature(job.dims[column], exit)
+        shares.append(_compare_classes(signature, answer, logits, temperature, job))
     if not shares:
         raise differs(signature, f"it answers {', '.join(sorted(answer))}")
     return max(shares)
@@ -197,8 +242,9 @@ def _sigmoid(logits: Array) -> Array:
     return np.exp(-np.logaddexp(0, -logits.astype(np.float64))).astype(np.float32)
 
 
-def _compare_classes(signature: str, answer: Arrays, logits: Array, dim: int, job: Job) -> float:
-    temperature = job.temperature(dim)
+def _compare_classes(
+    signature: str, answer: Arrays, logits: Array, temperature: float, job: Job
+) -> float:
     shares = _sigmoid(logits) if job.activation == "sigmoid" else softmax(logits, temperature)
     # A logit off by the tolerance of the row's largest moves a probability by at most that much.
     scale = np.maximum(np.abs(logits).max(axis=-1, keepdims=True) / temperature, 1.0)
@@ -232,34 +278,55 @@ def _confidence_factor(job: Job, num_classes: int) -> float:
     return 1.0 if job.confidence == "max_probability" else 2 * (1 + math.log(num_classes))
 
 
-def _compare_cascade(answer: Arrays, manifest: Manifest, job: Job) -> float:
-    policy, logits = job.policy, job.logits
-    if policy is None or logits is None:
-        return 0.0
-    logits = logits[:, [manifest.dims.index(stage.dim) for stage in policy.stages]]
-    _, expected_stages = policy.route(logits)
-    dims = np.asarray(policy.dims)
-    for row in np.flatnonzero(answer["dim"] != dims[expected_stages]):
-        served_stage = int(np.flatnonzero(dims == answer["dim"][row])[0])
-        first = min(served_stage, int(expected_stages[row]))  # the stage that decided otherwise
-        stage, scores = policy.stages[first], logits[row, first]
+def _logits_by_stage(job: Job) -> dict[StageKey, Array]:
+    """Return the logits that the trained model gives the sample at each stage of the policy."""
+    policy: Any = job.policy
+    by_exit: dict[str | None, Any] = {own.name: own.logits for own in job.exits}
+    by_exit[None] = job.logits
+    return {(exit, dim): by_exit[exit][:, job.dims.index(dim)] for exit, dim in policy.keys}
+
+
+def _compare_cascade(answer: Arrays, by_stage: Mapping[StageKey, Array], job: Job) -> float:
+    """Compare an adaptive answer with what the policy does with the logits of the trained model."""
+    policy: Any = job.policy
+    _, expected_stages = policy.route(by_stage)
+    served = _served_stages(answer, policy, [own.name for own in job.exits])
+    for row in np.flatnonzero(served != expected_stages):
+        first = min(int(served[row]), int(expected_stages[row]))  # the stage that decided otherwise
+        stage, scores = policy.stages[first], by_stage[policy.keys[first]][row]
         confidence = float(confidence_of(policy.confidence, scores, stage.temperature))
         allowed = TOLERANCE * max(1.0, float(np.abs(scores).max()) / stage.temperature)
         allowed *= _confidence_factor(job, len(scores))
         if abs(confidence - (stage.threshold or 0.0)) > allowed:
+            ends = [policy.keys[stages[row]] for stages in (served, expected_stages)]
+            got, expected = (f"dim {dim}{f' of {exit}' if exit else ''}" for exit, dim in ends)
             raise differs(
                 contract.CLASSIFY_ADAPTIVE,
-                f"row {row} stops at dim {answer['dim'][row]} for {dims[expected_stages[row]]}",
+                f"row {row} stops at {got} for {expected}",
             )
     worst = 0.0
-    for column, stage in enumerate(policy.stages):
-        rows = answer["dim"] == stage.dim
+    for index, stage in enumerate(policy.stages):
+        rows = served == index
         outputs = {output: values[rows] for output, values in answer.items()}
         share = _compare_classes(
-            contract.CLASSIFY_ADAPTIVE, outputs, logits[rows, column], stage.dim, job
+            contract.CLASSIFY_ADAPTIVE, outputs, by_stage[stage.key][rows], stage.temperature, job
         )
         worst = max(worst, share)
     return worst
+
+
+def _served_stages(answer: Arrays, policy: CascadePolicy, exits: list[str]) -> Array:
+    """Return the stage that decided each row, from the dim, and the exit where there are some."""
+    dims = answer["dim"].tolist()
+    places = answer["exit"].tolist() if policy.has_exits else [None] * len(dims)
+    stages = {
+        (exits.index(exit or LAST_EXIT) if policy.has_exits else None, dim): index
+        for index, (exit, dim) in enumerate(policy.keys)
+    }
+    unknown = [end for end in zip(places, dims, strict=True) if end not in stages]
+    if unknown:
+        raise differs(contract.CLASSIFY_ADAPTIVE, f"a row stops at {unknown[0]}")
+    return np.array([stages[end] for end in zip(places, dims, strict=True)], np.int64)
 
 
 def compare_searches(

@@ -229,6 +229,12 @@ def input_structure(backbone: keras.Model) -> Any:
         return []
 
 
+def row_shapes(backbone: keras.Model, rows: Any) -> list[tuple[int, ...]]:
+    """Return the shape of one row of each input of `backbone`, flat, from the rows of a sample."""
+    arrays = rows if isinstance(rows, Mapping) else {"": rows}
+    return [(1, *array.shape[1:]) for _, _, _, array in _by_input(backbone, arrays)]
+
+
 _BATCH = 32
 _LONGEST_QUOTE = 300  # characters of another library's error
 _COLOURS = re.compile(r"\x1b\[\d*m")

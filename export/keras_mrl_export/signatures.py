@@ -1,13 +1,11 @@
 """One TensorFlow function per signature of the contract, all of them on one backbone function.
 
 TensorFlow Serving computes every output of a signature, whatever outputs a client filters for: so
-every dim has signatures of its own. The cascade picks classes once per row: a stage that passes a
-row on needs only its confidence, and `top_k` runs for a row in the stage that accepts it.
+every dim has signatures of its own, and so has every pair of an exit and a dim that is asked for.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,67 +14,18 @@ import keras
 import tensorflow as tf
 
 from keras_mrl_serving import contract
-from keras_mrl_serving.cascade.confidence import check_confidence
-from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_serving.cascade.stages import LAST_EXIT
 from keras_mrl_serving.contract import Manifest
 
 from . import constants
+from .adaptive import ExitGraph, LogitsAt, classify_adaptively, classify_through_exits
 from .gallery import IndexGraph
 from .graph import Tensors, Traceable, lengths, trace, trace_describe, with_model_id
-from .job import Job, TowerJob
-from .sample import declared_inputs, input_structure
+from .job import Job
+from .likeliest import Likeliest
+from .tower import ServedTower
 
 Towers = tuple[keras.Model, keras.Model | None]  # of queries, and the other one if there is one
-
-
-class ServedTower:
-    """A backbone as a TensorFlow function of served inputs, decoded where they are images.
-
-    Args:
-        backbone: Inputs to features, on the TensorFlow backend.
-        inputs: The inputs as a manifest names them.
-        job: Input names and decoder.
-        width: How many of the features are served.
-    """
-
-    def __init__(
-        self,
-        backbone: keras.Model,
-        inputs: Mapping[str, Mapping[str, Any]],
-        job: Job | TowerJob,
-        width: int,
-    ) -> None:
-        self.specs = {
-            name: tf.TensorSpec(spec["shape"], spec["dtype"], name) for name, spec in inputs.items()
-        }
-        self.backbone = backbone
-        self.features = tf.function(self._call_backbone)
-        self._job = job
-        self._width = width
-
-    def tables(self) -> list[Any]:
-        """Return the lookup tables of its layers (the vocabulary of a TextVectorization)."""
-        return [
-            part
-            for part in tf.train.TrackableView(self.backbone).descendants()
-            if isinstance(part, tf.saved_model.experimental.TrackableResource)
-        ]
-
-    def _call_backbone(self, **inputs: Any) -> Any:
-        decoder = self._job.decoder
-        if decoder is not None:
-            inputs = {name: decoder.decode(images) for name, images in inputs.items()}
-        features = self.backbone(self._as_declared(inputs), training=False)
-        return tf.cast(features, tf.float32)[:, : self._width]
-
-    def _as_declared(self, inputs: Tensors) -> Any:
-        """Return inputs by served name in the structure that the backbone declares."""
-        declared = declared_inputs(self.backbone)
-        if not declared:
-            return next(iter(inputs.values())) if "" in self._job.input_names else inputs
-        is_single = len(declared) == 1
-        tensors = list(inputs.values()) if is_single else [inputs[name] for name in declared]
-        return keras.tree.pack_sequence_as(input_structure(self.backbone), tensors)
 
 
 class ServedModel:
@@ -88,10 +37,17 @@ class ServedModel:
         manifest: The manifest that `describe` answers with.
         job: Labels, policy, gallery, decoder, and which signatures.
         scratch: Folder for the class names, until the SavedModel holds a copy as an asset.
+        with_exits: The model that has the exits; None without any.
     """
 
     def __init__(
-        self, towers: Towers, head: Any, manifest: Manifest, job: Job, scratch: Path
+        self,
+        towers: Towers,
+        head: Any,
+        manifest: Manifest,
+        job: Job,
+        scratch: Path,
+        with_exits: Any = None,
     ) -> None:
         backbone, other = towers
         self._tower = ServedTower(backbone, manifest.inputs, job, manifest.width)
@@ -101,11 +57,25 @@ class ServedModel:
             inputs = manifest.tower(other_tower=True).inputs
             self._other_tower = ServedTower(other, inputs, job.other_tower, manifest.width)
         self._head = head
+        self._with_exits = with_exits
+        self._exits = self._asked_exits(manifest, job)
         self._manifest = manifest
         self._job = job
         self._labels = None if job.labels is None else _label_table(job.labels, scratch)
         self._gallery = None if job.index is None else IndexGraph(job.index, manifest.dims)
         self._answer = contract.regress if job.activation == "none" else contract.classify
+
+    def _asked_exits(self, manifest: Manifest, job: Job) -> dict[str, tuple[ServedTower, Any]]:
+        """Return towers and heads of the exits that signatures of their own, or the policy, ask."""
+        asked = {exit for exit, _ in job.exit_signatures.values()}
+        if job.policy is not None and contract.CLASSIFY_ADAPTIVE in job.signatures:
+            asked |= {exit for exit, _ in job.policy.keys if exit is not None}
+        exits = {}
+        for name in manifest.exit_names[:-1]:
+            if name in asked:
+                backbone, head = self._with_exits.parts(name)
+                exits[name] = ServedTower(backbone, manifest.inputs, job, manifest.width), head
+        return exits
 
     def resources(self) -> tf.Module:
         """Return the resources that the SavedModel must hold: every variable, and lookup tables.
@@ -116,8 +86,11 @@ class ServedModel:
         """
         module = tf.Module()
         towers = [tower for tower in (self._tower, self._other_tower) if tower is not None]
-        layers = [*(tower.backbone for tower in towers), *filter(None, [self._head])]
-        module.state = [v.value for layer in layers for v in layer.variables]
+        towers += [tower for tower, _ in self._exits.values()]
+        heads = [self._head, *(head for _, head in self._exits.values())]
+        layers = [*(tower.backbone for tower in towers), *filter(None, heads)]
+        variables = {id(own): own for layer in layers for own in layer.variables}
+        module.state = [own.value for own in variables.values()]
         module.tables = [table for tower in towers for table in tower.tables()]
         module.labels = self._labels
         module.gallery = [] if self._gallery is None else self._gallery.variables()
@@ -150,15 +123,18 @@ class ServedModel:
                 functions[contract.embed_other(dim)] = (self._embed_at(other, dim), other.specs)
             if self._head is not None:
                 prefix = tf.TensorSpec([None, dim], tf.float32, "features")
-                functions[self._answer(dim)] = (self._answer_at(dim), inputs)
+                answer = self._answer_at(self._tower, self._head, dim)
+                functions[self._answer(dim)] = (answer, inputs)
                 functions[contract.head(dim)] = (self._head_at(dim), {"features": prefix})
+        for name, (exit, dim) in self._job.exit_signatures.items():
+            tower, head = self._exits[exit]
+            if name == contract.embed(dim, exit):
+                functions[name] = (self._embed_at(tower, dim), inputs)
+            else:
+                functions[name] = (self._answer_at(tower, head, dim, exit), inputs)
         if policy is not None:
-
-            def classify_adaptive(**inputs: Any) -> Tensors:
-                features = self._tower.features(**inputs)
-                return classify_adaptively(features, policy, self._logits, self._classification)
-
-            functions[contract.CLASSIFY_ADAPTIVE] = (classify_adaptive, inputs)
+            adaptive = self._through_exits if policy.has_exits else self._over_dims
+            functions[contract.CLASSIFY_ADAPTIVE] = (adaptive, inputs)
         if gallery is not None:
 
             def retrieve(**inputs: Any) -> Tensors:
@@ -176,18 +152,43 @@ class ServedModel:
 
         return embed
 
-    def _answer_at(self, dim: int) -> Callable[..., Tensors]:
+    def _answer_at(
+        self, tower: ServedTower, head: Any, dim: int, exit: str | None = None
+    ) -> Callable[..., Tensors]:
         def answer(**inputs: Any) -> Tensors:
-            logits = self._logits(self._tower.features(**inputs)[:, :dim], dim)
+            logits = _logits_of(head)(tower.features(**inputs)[:, :dim], dim)
             if self._job.activation == "none":
                 return {"values": logits}
-            return self._classification_of_all(logits, dim)
+            return self._classification_of_all(logits, dim, exit)
 
         return answer
 
+    def _over_dims(self, **inputs: Any) -> Tensors:
+        policy: Any = self._job.policy
+        features, logits_at = self._tower.features(**inputs), _logits_of(self._head)
+        return self._named(classify_adaptively(features, policy, logits_at, self._classification))
+
+    def _through_exits(self, **inputs: Any) -> Tensors:
+        policy: Any = self._job.policy
+        names = list(dict.fromkeys(exit or LAST_EXIT for exit, _ in policy.keys))
+        parts = self._with_exits.segments(names)
+        heads = {LAST_EXIT: self._head, **{name: head for name, (_, head) in self._exits.items()}}
+        exits = [
+            ExitGraph(
+                self._manifest.exit_names.index(name), _segment(part), _logits_of(heads[name])
+            )
+            for name, part in zip(names, parts.segments, strict=True)
+        ]
+        tensors, rows = self._tower.read(inputs)
+        state = parts.start(tensors)
+        answer = classify_through_exits(
+            state, tf.maximum(rows, 1), policy, exits, self._classification
+        )
+        return self._named({name: column[:rows] for name, column in answer.items()})
+
     def _head_at(self, dim: int) -> Callable[..., Tensors]:
         def head(features: Any) -> Tensors:
-            logits = self._logits(features, dim)
+            logits = _logits_of(self._head)(features, dim)
             if self._job.activation == "none":
                 return {"values": logits}
             if self._job.activation == "sigmoid":  # a cascade must find no class ids here
@@ -196,19 +197,16 @@ class ServedModel:
 
         return head
 
-    def _logits(self, prefix: Any, dim: int) -> Any:
-        return tf.cast(self._head.logits_at(prefix, dim), tf.float32)
-
-    def _classification_of_all(self, logits: Any, dim: int) -> Tensors:
+    def _classification_of_all(self, logits: Any, dim: int, exit: str | None = None) -> Tensors:
         if self._job.activation == "sigmoid":
             likeliest = Likeliest(tf.sigmoid(logits))
         else:
-            temperature = constants.temperature(self._job.policy, (None, dim))
+            temperature = constants.temperature(self._job.policy, (exit, dim))
             likeliest = Likeliest.of_logits(logits, temperature)
-        return self._classification(likeliest, tf.range(tf.shape(logits)[0]))
+        return self._named(self._classification(likeliest, tf.range(tf.shape(logits)[0])))
 
     def _classification(self, likeliest: Likeliest, rows: Any) -> Tensors:
-        """Return the outputs of a classification for some rows."""
+        """Return the outputs of a classification for some rows, but the names of the classes."""
         best, class_ids = likeliest.best(rows, self._manifest.top_k or 1)
         outputs = {
             "class_ids": tf.cast(class_ids, tf.int64),
@@ -217,9 +215,31 @@ class ServedModel:
         }
         if self._job.confidence != "max_probability":
             outputs["confidence"] = tf.gather(likeliest.confidence(self._job.confidence), rows)
-        if self._labels is not None:
-            outputs["labels"] = self._labels.lookup(outputs["class_ids"])
         return outputs
+
+    def _named(self, outputs: Tensors) -> Tensors:
+        if self._labels is None:
+            return outputs
+        return {**outputs, "labels": self._labels.lookup(outputs["class_ids"])}
+
+
+def _logits_of(head: Any) -> LogitsAt:
+    return lambda prefix, dim: tf.cast(head.logits_at(prefix, dim), tf.float32)
+
+
+def _segment(part: Any) -> Callable[[Mapping[str, Any]], tuple[Any, Mapping[str, Any]]]:
+    """Return a part of a backbone as a function of its own, which may hold Python to be rewritten.
+
+    Args:
+        part: A `Segment` whose one result is features.
+    """
+
+    @tf.function
+    def run(state: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+        [features], next_state = part(state)
+        return tf.cast(features, tf.float32), next_state
+
+    return run
 
 
 def _label_table(labels: tuple[str, ...], scratch: Path) -> Any:
@@ -234,126 +254,3 @@ def _label_table(labels: tuple[str, ...], scratch: Path) -> Any:
         tf.lookup.TextFileIndex.WHOLE_LINE,
     )
     return tf.lookup.StaticHashTable(lines, default_value="")
-
-
-def classify_adaptively(
-    features: Any,
-    policy: CascadePolicy,
-    logits_at: Callable[[Any, int], Any],
-    classification: Callable[[Likeliest, Any], Tensors],
-) -> Tensors:
-    """Run the cascade on `features`: a row leaves at the first stage that is sure of it.
-
-    Each wider head is computed only for the rows that have not left.
-
-    Args:
-        features: `(batch, width)`.
-        policy: The stages.
-        logits_at: Makes logits of a prefix and its dim.
-        classification: Makes the outputs for some rows of a stage.
-
-    Returns:
-        The outputs of `classification`, and `dim` int32 `(batch,)`, in the order of the rows.
-    """
-    unsure = tf.range(tf.shape(features)[0])
-    outputs_by_stage: list[Tensors] = []
-    for index, stage in enumerate(policy.stages):
-        logits = logits_at(tf.gather(features[:, : stage.dim], unsure), stage.dim)
-        likeliest = Likeliest.of_logits(logits, constants.temperature(policy, stage.key))
-        if stage.threshold is None:
-            is_sure = tf.ones_like(unsure, tf.bool)
-        else:
-            confidence = likeliest.confidence(policy.confidence)
-            is_sure = confidence > constants.threshold(policy, index)
-        leaving = tf.boolean_mask(unsure, is_sure)
-        outputs = classification(likeliest, tf.cast(tf.where(is_sure)[:, 0], tf.int32))
-        dims = tf.fill(tf.shape(leaving), stage.dim)
-        outputs_by_stage.append({**outputs, "dim": dims, "row": leaving})
-        unsure = tf.boolean_mask(unsure, ~is_sure)
-    columns = {
-        name: tf.concat([outputs[name] for outputs in outputs_by_stage], 0)
-        for name in outputs_by_stage[0]
-    }
-    order = tf.math.invert_permutation(columns.pop("row"))
-    return {name: tf.gather(column, order) for name, column in columns.items()}
-
-
-_MANY_CLASSES = 4096  # with fewer, TensorFlow's own top_k is as fast
-
-
-class Likeliest:
-    """Probabilities of rows, and the largest probability of each run of neighbouring classes.
-
-    The largest probability of a row, and its few best classes, are then found among the runs.
-    `top_k` alone would read all of 100,000 classes again, in one thread, after copying the rows.
-    The answers are those of `top_k`: of equal classes the lower id comes first.
-
-    Args:
-        probabilities: `(rows, classes)`, with a static number of classes.
-    """
-
-    def __init__(self, probabilities: Any) -> None:
-        self._probabilities = probabilities
-        num_classes = int(probabilities.shape[-1])
-        self._length = run_length(num_classes)
-        self._num_runs = num_classes // self._length
-        self._largest = self._probabilities  # (rows, runs)
-        if self._length > 1:
-            by_run = tf.reshape(self._probabilities, [-1, self._num_runs, self._length])
-            self._largest = tf.reduce_max(by_run, axis=-1)
-
-    @classmethod
-    def of_logits(cls, logits: Any, temperature: Any = None) -> Likeliest:
-        """Return those of a softmax of `logits (rows, classes)`, divided by a temperature."""
-        return cls(tf.nn.softmax(logits if temperature is None else logits / temperature))
-
-    def confidence(self, measure: str) -> Any:
-        """Return the confidence of each row, `(rows,)`, as `keras_mrl_serving` computes it.
-
-        Args:
-            measure: One of its `CONFIDENCES`.
-        """
-        if check_confidence(measure) == "max_probability":
-            return tf.reduce_max(self._largest, axis=-1)
-        if measure == "entropy":
-            shares = self._probabilities
-            return tf.reduce_sum(tf.math.xlogy(shares, shares), axis=-1)
-        if self._probabilities.shape[-1] == 1:
-            return self._probabilities[:, 0]
-        first, second = tf.unstack(self.best(tf.range(tf.shape(self._largest)[0]), 2)[0], axis=1)
-        return first - second
-
-    def best(self, rows: Any, k: int) -> tuple[Any, Any]:
-        """Return the `k` largest probabilities of some rows, and their classes.
-
-        Args:
-            rows: int32 `(chosen,)`.
-            k: How many.
-
-        Returns:
-            Two of `(chosen, k)`, best first.
-        """
-        if self._length == 1 or k >= self._num_runs:
-            return tuple(tf.math.top_k(tf.gather(self._probabilities, rows), k))
-        # The k best classes lie in the k runs with the largest maxima. The runs are sorted, so
-        # that of equal classes the lower id comes first.
-        runs = tf.sort(tf.math.top_k(tf.gather(self._largest, rows), k).indices, axis=-1)
-        by_run = tf.reshape(self._probabilities, [-1, self._length])
-        candidates = tf.gather(by_run, rows[:, None] * self._num_runs + runs)
-        best, at = tf.math.top_k(tf.reshape(candidates, [-1, k * self._length]), k)
-        run = tf.gather(runs, at // self._length, batch_dims=1)
-        return best, run * self._length + at % self._length
-
-
-def run_length(num_classes: int) -> int:
-    """Return a divisor of the number of classes near its root; 1 if there is none, or no need.
-
-    Examples:
-        >>> run_length(100), run_length(10_000)
-        (1, 100)
-    """
-    if num_classes < _MANY_CLASSES:
-        return 1
-    root = math.isqrt(num_classes)
-    divisors = [n for n in range(root // 4, 4 * root) if num_classes % n == 0]
-    return min(divisors, key=lambda n: abs(math.log(n / root)), default=1)

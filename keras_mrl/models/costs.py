@@ -116,6 +116,42 @@ class Costs:
         return costs
 
 
+def count_costs(model: keras.Model, shapes: Sequence[tuple[int, ...]]) -> Costs:
+    """Return the multiply-adds of the stages of a model with exits, without running anything.
+
+    Args:
+        model: A `MatryoshkaClassifier` or `MatryoshkaEncoder` with exits; the latter has no heads.
+        shapes: Shapes of one row of its inputs, flat, the row included.
+
+    Raises:
+        ValueError: If the model has no exits.
+
+    Examples:
+        >>> layers = [keras.layers.Dense(16, name=name) for name in ("first", "second", "third")]
+        >>> backbone = keras.Sequential([keras.Input((20,)), *layers])
+        >>> model = MatryoshkaClassifier(backbone, MatryoshkaHead(10, (4, 16)), exits=["first"])
+        >>> from keras_mrl.models.costs import count_costs
+        >>> count_costs(model, [(1, 20)]).of([("first", 4), ("last", 16)])
+        [616.0, 1288.0]
+    """
+    exits = model._exits_or_raise()
+    inputs = keras.tree.flatten(input_of(exits.features))
+    whole = {name: multiply_adds(exits.backbone(name), shapes) for name in (*exits.names, LAST)}
+    before = {
+        plan.name: multiply_adds(keras.Model(_unpacked(inputs), exits.taps[plan.name][0]), shapes)
+        for plan in exits.plans
+        if plan.layer is not None
+    }
+    before[LAST] = whole[LAST]
+    head = getattr(model, "head", None)
+    dims = {} if head is None else dict.fromkeys(head.dims or ())
+    return Costs(
+        backbone={name: Work(before.get(name, 0), {}) for name in whole},
+        branch={name: Work(work - before.get(name, 0), {}) for name, work in whole.items()},
+        head={dim: Work(dim * head.num_classes, {}) for dim in dims},
+    )
+
+
 def _in_unit(work: Work, batch_size: int | None) -> float:
     return float(work.multiply_adds if batch_size is None else work.milliseconds[batch_size])
 

@@ -197,10 +197,17 @@ class Exits:
             self.features.input, self.features.output[self.check(name)], name=f"{name}_features"
         )
 
-    def segments(self) -> Segments:
-        """Return the model in parts, one per exit; the result of each is the exit's features."""
-        stages, names = self.features.output, (*self.names, LAST)  # Keras may sort the keys
-        return segments_of(self.features.input, [[stages[name]] for name in names], names)
+    def segments(self, names: Sequence[str] | None = None) -> Segments:
+        """Return the model in parts, one per exit; the result of each is the exit's features.
+
+        Args:
+            names: Some exits, shallow to deep: nothing is computed of the others. None means all.
+        """
+        names = (*self.names, LAST) if names is None else names
+        stages = self.features.output
+        return segments_of(
+            self.features.input, [[stages[self.check(name)]] for name in names], names
+        )
 
 
 def make_exits(
@@ -354,10 +361,18 @@ class _ModelWithExits(_NestedModel):
         finally:
             self._steps -= counted
 
-    def segments(self) -> Segments:
+    def segments(self, exits: Sequence[str] | None = None) -> Segments:
         """Return the model in parts, one per exit; the result of each is the exit's features.
 
+        Args:
+            exits: Some exits, shallow to deep: nothing is computed of the others. None means all.
+
         Raises:
-            ValueError: If the model has no exits.
+            ValueError: If the model has no exits, or none of such a name.
         """
-        return self._exits_or_raise().segments()
+        return self._exits_or_raise().segments(exits)
+
+    @property
+    def exit_places(self) -> dict[str, str | None]:
+        """The layer that each exit follows, by its name; None of a model over the inputs."""
+        return {plan.name: plan.layer for plan in self._exit_plans}

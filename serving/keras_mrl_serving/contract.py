@@ -119,7 +119,7 @@ def is_model_name(name: str) -> bool:
 
 
 # `embed_other_8` is of the other tower, `classify_adaptive` of the cascade, `embed_8` of a dim.
-_EXIT_NAME = re.compile(r"(?!(other|adaptive|[0-9]+)\Z)[A-Za-z0-9_.-]{1,100}", re.ASCII)
+_EXIT_NAME = re.compile(r"(?!(other|adaptive|[0-9]+)\Z)[A-Za-z0-9.][A-Za-z0-9_.-]{0,99}", re.ASCII)
 
 
 def is_exit_name(name: str) -> bool:

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, MatryoshkaHead
+from keras_mrl import MatryoshkaEncoder
 from keras_mrl_export import ImageDecoder, export_index, export_saved_model
 from keras_mrl_export.arguments import (
     check_base_path,
@@ -445,20 +445,3 @@ def test_two_towers_need_rows_of_both(tmp_path: Path) -> None:
     assert refusal(tmp_path / "m", TypeError, encoder, other_decoder={}) == text
     text = refusal(tmp_path / "m", ValueError, encoder, other_sample=X[:, :3])
     assert text.startswith("Of the other tower: sample must have the shape of the model's input")
-
-
-def test_a_model_with_exits_is_exported_one_exit_at_a_time(tmp_path: Path) -> None:
-    inputs = keras.Input((8,), name="x")
-    hidden = keras.layers.Dense(8, name="first")(inputs)
-    model = MatryoshkaClassifier(
-        keras.Model(inputs, keras.layers.Dense(8)(hidden)),
-        MatryoshkaHead(3, dims=(2, 8)),
-        exits=["first"],
-        name="birds",
-    )
-    assert refusal(tmp_path / "models", ValueError, model) == (
-        "A version serves one exit, and that must be said. Received: MatryoshkaClassifier 'birds' "
-        "with exits=('first',). Export a model that shares its layers: "
-        "MatryoshkaClassifier(*split(model)) for the last exit, or "
-        "MatryoshkaClassifier(*split(model, exit='first')) for another."
-    )

@@ -4,7 +4,6 @@ The tests marked `backend` ask versions of models that each backend trained; the
 the graph alone, which TensorFlow makes of every model.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_mrl_export.signatures import Likeliest, classify_adaptively, run_length
-from keras_mrl_serving.cascade.confidence import CONFIDENCES, confidence_of
+from keras_mrl_serving.cascade.confidence import confidence_of
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.cascade.thresholds import midway
 from keras_mrl_serving.contract import MANIFEST_FILE
@@ -30,7 +28,6 @@ from tests.helpers.export_models import (
     cascade,
     classification,
     exported,
-    probabilities,
     written_signatures,
 )
 
@@ -327,213 +324,3 @@ def test_every_class_signature_has_the_confidence_of_its_policy(
         assert_equal_rows(answer["dim"], np.array(DIMS)[stage_of])
         assert_equal_rows(answer["class_ids"][:, 0], class_ids)
         assert len(set(answer["dim"].tolist())) == len(DIMS)
-
-
-# The cascade in the graph: each row as if it were alone, where it stops, and in whose order.
-
-CLASSES, COUNT = 4, 20
-ALL, NOBODY = -1.0, 1.0  # every confidence is above the one, none above the other
-FEATURES = np.random.default_rng(0).normal(size=(COUNT, 6)).astype(np.float32)
-KERNEL = np.random.default_rng(1).normal(size=(6, CLASSES)).astype(np.float32)
-
-
-def policy(*thresholds: float, dims: tuple[int, ...] = (1, 3, 6)) -> CascadePolicy:
-    stages = [Stage(dim, t, 0.5 + dim) for dim, t in zip(dims, thresholds, strict=False)]
-    return CascadePolicy((*stages, Stage(dims[len(thresholds)], None)))
-
-
-class Heads:
-    """A head per dim that records how many rows it classifies."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, int]] = []
-
-    def logits_at(self, prefix: Any, dim: int) -> Any:
-        self.calls.append((dim, int(prefix.shape[0])))
-        assert prefix.shape[1] == dim
-        return prefix @ KERNEL[:dim]
-
-    def classification(self, likeliest: Likeliest, rows: Any) -> dict[str, Any]:
-        best, class_ids = likeliest.best(rows, 1)
-        return {"class_id": class_ids[:, 0], "probability": best[:, 0]}
-
-
-def run(policy: CascadePolicy, features: Any = FEATURES) -> tuple[dict[str, Any], Heads]:
-    heads = Heads()
-    answer = classify_adaptively(
-        tf.constant(features), policy, heads.logits_at, heads.classification
-    )
-    return {name: column.numpy() for name, column in answer.items()}, heads
-
-
-def expected(policy: CascadePolicy, row: Any) -> tuple[int, int, float]:
-    """Class, dim and probability of one row, by the words of the contract."""
-    for stage in policy.stages:
-        logits = row[: stage.dim].astype(np.float64) @ KERNEL[: stage.dim]
-        raised = np.exp(logits / stage.temperature)
-        share = float((raised / raised.sum()).max())
-        if stage.threshold is None or share > stage.threshold:
-            break
-    return int(np.argmax(logits)), stage.dim, share
-
-
-def test_each_row_stops_where_it_is_sure_in_the_order_of_the_rows() -> None:
-    two_stops = policy(0.40, 0.32)
-    answer, _ = run(two_stops)
-    rows = [expected(two_stops, row) for row in FEATURES]
-    answers = zip(answer["class_id"].tolist(), answer["dim"].tolist(), strict=True)
-    assert list(answers) == [row[:2] for row in rows]
-    assert set(answer["dim"].tolist()) == {1, 3, 6}
-    np.testing.assert_allclose(answer["probability"], [share for *_, share in rows], rtol=1e-5)
-    assert answer["dim"].dtype == np.int32
-
-
-@pytest.mark.parametrize("measure", CONFIDENCES)
-def test_rows_stop_by_any_measure_as_the_policy_routes_them(measure: str) -> None:
-    dims = (1, 3, 6)
-    logits = np.stack([FEATURES[:, :dim] @ KERNEL[:dim] for dim in dims], axis=1)
-    stages = [Stage(dim, 0.0, 0.5 + dim) for dim in dims[:-1]]
-    sure = [confidence_of(measure, logits[:, i], s.temperature) for i, s in enumerate(stages)]
-    middle = [midway(np.sort(column), COUNT // 2) for column in sure]
-    stages = [replace(s, threshold=t) for s, t in zip(stages, middle, strict=True)]
-    by_measure = CascadePolicy((*stages, Stage(6, None)), measure)
-    answer, _ = run(by_measure)
-    class_ids, stage_of = by_measure.route(logits)
-    np.testing.assert_array_equal(answer["class_id"], class_ids)
-    np.testing.assert_array_equal(answer["dim"], np.array(dims)[stage_of])
-    assert len(set(answer["dim"].tolist())) == 3
-
-
-def test_a_row_alone_is_answered_as_among_others() -> None:
-    two_stops = policy(0.40, 0.32)
-    together, _ = run(two_stops)
-    for row in range(COUNT):
-        alone, _ = run(two_stops, FEATURES[row : row + 1])
-        assert {name: column[0] for name, column in alone.items()} == {
-            name: column[row] for name, column in together.items()
-        }
-
-
-def test_wider_heads_are_asked_only_for_rows_still_unsure() -> None:
-    answer, heads = run(policy(0.40, 0.32))
-    unsure = [int((answer["dim"] >= dim).sum()) for dim in (1, 3, 6)]
-    assert heads.calls == list(zip((1, 3, 6), unsure, strict=True))
-    assert COUNT > unsure[1] > unsure[2] > 0
-
-
-def test_a_threshold_below_all_confidences_stops_all_at_the_first_dim() -> None:
-    answer, heads = run(policy(ALL, ALL))
-    assert set(answer["dim"].tolist()) == {1}
-    assert heads.calls == [(1, COUNT), (3, 0), (6, 0)]
-
-
-def test_a_threshold_above_all_confidences_asks_every_dim() -> None:
-    answer, heads = run(policy(NOBODY, NOBODY))
-    assert set(answer["dim"].tolist()) == {6}
-    assert heads.calls == [(1, COUNT), (3, COUNT), (6, COUNT)]
-    np.testing.assert_array_equal(answer["class_id"], np.argmax(FEATURES @ KERNEL, axis=-1))
-
-
-def test_a_confidence_equal_to_the_threshold_is_not_above_it() -> None:
-    level = np.zeros((1, 6), np.float32)  # four equal logits: a confidence of exactly 1/4
-    assert run(policy(0.25, ALL), level)[0]["dim"].tolist() == [3]
-    assert run(policy(np.nextafter(np.float32(0.25), 0), ALL), level)[0]["dim"].tolist() == [1]
-
-
-def test_one_stage_is_that_dim() -> None:
-    answer, _ = run(CascadePolicy((Stage(3, None),)))
-    assert set(answer["dim"].tolist()) == {3}
-    np.testing.assert_array_equal(
-        answer["class_id"], np.argmax(FEATURES[:, :3] @ KERNEL[:3], axis=-1)
-    )
-
-
-def test_no_rows_have_no_answers() -> None:
-    answer, _ = run(policy(0.3, 0.35), FEATURES[:0])
-    assert {name: column.shape for name, column in answer.items()} == {
-        "class_id": (0,),
-        "probability": (0,),
-        "dim": (0,),
-    }
-
-
-@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf])
-def test_a_spoilt_row_spoils_no_other(spoilt: float) -> None:
-    features = FEATURES.copy()
-    features[7] = spoilt
-    (answer, _), (clean, _) = run(policy(0.40, 0.32), features), run(policy(0.40, 0.32))
-    others = np.arange(COUNT) != 7
-    for name, column in answer.items():
-        np.testing.assert_array_equal(column[others], clean[name][others])
-
-
-def test_large_logits_do_not_overflow() -> None:
-    answer, _ = run(policy(0.9, 0.9), 1e4 * np.abs(FEATURES))
-    assert set(answer["dim"].tolist()) == {1}
-
-
-# The likeliest classes are those of `top_k`, at any number of classes.
-
-RNG = np.random.default_rng(0)
-
-
-@pytest.mark.parametrize("classes", [1, 7, 100, 4095, 4096, 4097, 5000, 10_000, 100_000])
-@pytest.mark.parametrize("ties", [False, True])
-def test_they_are_those_of_top_k(classes: int, ties: bool) -> None:
-    logits = RNG.normal(size=(9, classes), scale=2).astype(np.float32)
-    if ties:
-        logits = np.round(logits)
-    likeliest = Likeliest.of_logits(tf.constant(logits), 1.0)
-    rows = np.array([8, 0, 3, 3], np.int32)
-    shares = tf.nn.softmax(logits)
-    np.testing.assert_array_equal(
-        likeliest.confidence("max_probability"), tf.reduce_max(shares, -1)
-    )
-    for k in (1, 5, 20):
-        if k > classes:
-            continue
-        best, ids = likeliest.best(tf.constant(rows), k)
-        expected = tf.math.top_k(tf.gather(shares, rows), k)
-        np.testing.assert_array_equal(ids, expected.indices)
-        np.testing.assert_array_equal(best, expected.values)
-
-
-def test_a_temperature_divides_the_logits() -> None:
-    logits = RNG.normal(size=(3, 5000)).astype(np.float32)
-    confidence = Likeliest.of_logits(tf.constant(logits), 0.25).confidence("max_probability")
-    np.testing.assert_allclose(confidence, probabilities(logits, 0.25).max(-1), rtol=1e-5)
-
-
-@pytest.mark.parametrize("classes", [1, 2, 100, 10_000])
-@pytest.mark.parametrize("measure", CONFIDENCES)
-def test_confidences_are_those_of_numpy(classes: int, measure: str) -> None:
-    logits = RNG.normal(size=(6, classes), scale=3).astype(np.float32)
-    logits[0, 0] = 500  # as sure as can be: 0 log 0 is 0
-    confidence = Likeliest.of_logits(tf.constant(logits), 0.5).confidence(measure)
-    np.testing.assert_allclose(
-        confidence, confidence_of(measure, logits, 0.5), rtol=1e-5, atol=1e-6
-    )
-
-
-def test_of_no_rows_there_are_none() -> None:
-    likeliest = Likeliest(tf.zeros((0, 5000)))
-    best, ids = likeliest.best(tf.zeros((0,), tf.int32), 3)
-    assert best.shape == ids.shape == (0, 3)
-    assert likeliest.confidence("max_probability").shape == (0,)
-
-
-@pytest.mark.parametrize(
-    ("classes", "run"),
-    [(1000, 1), (4095, 1), (4096, 64), (4099, 1), (10_000, 100), (100_000, 320)],
-)
-def test_runs_are_near_the_root(classes: int, run: int) -> None:
-    length = run_length(classes)
-    assert classes % length == 0
-    assert length == run or abs(np.log(length / np.sqrt(classes))) < np.log(4)
-    assert (length == 1) == (run == 1)
-
-
-def test_as_many_as_there_are_runs() -> None:
-    logits = RNG.normal(size=(2, 4096)).astype(np.float32)
-    _, ids = Likeliest.of_logits(tf.constant(logits), 1.0).best(tf.range(2), 64)
-    np.testing.assert_array_equal(ids, tf.math.top_k(logits, 64).indices)

@@ -1,0 +1,88 @@
+"""A backbone as a function of what clients send."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from .graph import Tensors
+from .job import Job, TowerJob
+from .sample import declared_inputs, input_structure
+
+
+class ServedTower:
+    """A backbone as a TensorFlow function of served inputs, decoded where they are images.
+
+    Args:
+        backbone: Inputs to features, on the TensorFlow backend.
+        inputs: The inputs as a manifest names them.
+        job: Input names and decoder.
+        width: How many of the features are served.
+    """
+
+    def __init__(
+        self,
+        backbone: keras.Model,
+        inputs: Mapping[str, Mapping[str, Any]],
+        job: Job | TowerJob,
+        width: int,
+    ) -> None:
+        self.specs = {
+            name: tf.TensorSpec(spec["shape"], spec["dtype"], name) for name, spec in inputs.items()
+        }
+        self.backbone = backbone
+        self.features = tf.function(self._call_backbone)
+        self._job = job
+        self._width = width
+
+    def tables(self) -> list[Any]:
+        """Return the lookup tables of its layers (the vocabulary of a TextVectorization)."""
+        return [
+            part
+            for part in tf.train.TrackableView(self.backbone).descendants()
+            if isinstance(part, tf.saved_model.experimental.TrackableResource)
+        ]
+
+    def read(self, inputs: Tensors) -> tuple[Any, Any]:
+        """Return what the backbone takes, of at least one row, and how many rows there are."""
+        decoder = self._job.decoder
+        rows = tf.shape(next(iter(inputs.values())))[0]
+        if decoder is not None:
+            inputs = {name: decoder.decode(images) for name, images in inputs.items()}
+        return self._as_declared(_at_least_one_row(inputs, rows)), rows
+
+    def _call_backbone(self, **inputs: Any) -> Any:
+        tensors, rows = self.read(inputs)
+        features = self.backbone(tensors, training=False)
+        return tf.cast(features, tf.float32)[:rows, : self._width]
+
+    def _as_declared(self, inputs: Tensors) -> Any:
+        """Return inputs by served name in the structure that the backbone declares."""
+        declared = declared_inputs(self.backbone)
+        if not declared:
+            return next(iter(inputs.values())) if "" in self._job.input_names else inputs
+        is_single = len(declared) == 1
+        tensors = list(inputs.values()) if is_single else [inputs[name] for name in declared]
+        return keras.tree.pack_sequence_as(input_structure(self.backbone), tensors)
+
+
+def _at_least_one_row(inputs: Tensors, rows: Any) -> Tensors:
+    """Return inputs, or one row of zeros for an empty request.
+
+    TensorFlow with oneDNN gives a convolution of no rows the shape of its input, so that the batch
+    normalization after it fails. What is computed of that row must be left out of the answer.
+    """
+
+    def zeros() -> Tensors:
+        return {
+            name: tf.zeros(tf.concat([[1], tf.maximum(tf.shape(own)[1:], 1)], 0), own.dtype)
+            for name, own in inputs.items()
+        }
+
+    chosen: Tensors = tf.cond(tf.equal(rows, 0), zeros, lambda: dict(inputs))
+    for name, own in inputs.items():
+        chosen[name].set_shape(own.shape)
+    return chosen
