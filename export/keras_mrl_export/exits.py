@@ -6,7 +6,7 @@ the Keras model nor the warm-up of a server would touch the deep part of the gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -110,7 +110,7 @@ def read_exits(
         features = outputs_of(backbone, sample.rows)
         parameters = backbone.count_params()
         logits = None
-        multiply_adds = (counted.backbone[name] + counted.branch[name]).multiply_adds
+        multiply_adds = float((counted.backbone[name] + counted.branch[name]).multiply_adds)
         milliseconds = None
         if head is not None:
             columns = [head.index_of(dim) for dim in dims]
@@ -179,21 +179,20 @@ def find_deep_row(
     if policy is None or not policy.has_exits:
         return None
 
-    def by_stage(logits_of: Callable[[str], Array]) -> dict[StageKey, Array]:
+    def by_stage(by_exit: Mapping[str, Any]) -> dict[StageKey, Array]:
         return {
-            (exit, dim): logits_of(exit or LAST_EXIT)[:, dims.index(dim)]
-            for exit, dim in policy.keys
+            (exit, dim): by_exit[exit or LAST_EXIT][:, dims.index(dim)] for exit, dim in policy.keys
         }
 
-    known = {own.name: own.logits for own in exits}
-    logits = by_stage(lambda name: np.asarray(known[name]))
+    asked = {exit or LAST_EXIT for exit, _ in policy.keys}
+    logits = by_stage({own.name: own.logits for own in exits})
     row = _deep(policy, logits)
     if row is not None:
         served = {name: array[row : row + 1] for name, array in sample.served.items()}
         return DeepRow(sample=served, logits=_at(logits, row))
     for rows in _made_rows(sample):
         try:
-            logits = by_stage(lambda name, rows=rows: _logits(model, name, rows, dims))
+            logits = by_stage({name: _logits(model, name, rows, dims) for name in asked})
         except (ValueError, ExportError):  # no row that the model takes
             continue
         row = _deep(policy, logits)

@@ -49,6 +49,22 @@ def trace_describe(manifest: Manifest) -> Any:
     return trace(describe, {"key": tf.TensorSpec([None], tf.string, "key")})
 
 
+def first_rows(tensor: Any, rows: Any) -> Any:
+    """Return the first rows of a tensor, as a view of it.
+
+    Args:
+        tensor: `(batch, ...)`.
+        rows: How many, an int32.
+
+    Examples:
+        >>> first_rows(tf.constant([[1, 2], [3, 4]]), tf.constant(1)).numpy().tolist()
+        [[1, 2]]
+    """
+    first = tensor[:rows]
+    first.set_shape([None, *tensor.shape[1:]])  # a slice of unknown length has forgotten it
+    return first
+
+
 def lengths(vectors: Any) -> Any:
     """Return the length of each vector, to divide by: never zero.
 

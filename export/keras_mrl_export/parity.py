@@ -201,7 +201,7 @@ def _compare_head(signature: str, answer: Arrays, column: int, job: Job) -> floa
     return _compare_answer(signature, answer, column, job, job.logits, job.terms, None)
 
 
-def _compare_exits(run: Run, manifest: Manifest, job: Job) -> dict[str, float]:
+def _compare_exits(run: Callable[[str], Arrays], manifest: Manifest, job: Job) -> dict[str, float]:
     """Compare the signatures of exits before the last; return the largest difference of each."""
     shares = {}
     by_name = {own.name: own for own in job.exits}
@@ -299,10 +299,9 @@ def _compare_cascade(answer: Arrays, by_stage: Mapping[StageKey, Array], job: Jo
         allowed *= _confidence_factor(job, len(scores))
         if abs(confidence - (stage.threshold or 0.0)) > allowed:
             ends = [policy.keys[stages[row]] for stages in (served, expected_stages)]
-            got, expected = (f"dim {dim}{f' of {exit}' if exit else ''}" for exit, dim in ends)
+            got, expected = (f"{dim} of {exit}" if exit else f"{dim}" for exit, dim in ends)
             raise differs(
-                contract.CLASSIFY_ADAPTIVE,
-                f"row {row} stops at {got} for {expected}",
+                contract.CLASSIFY_ADAPTIVE, f"row {row} stops at dim {got} for {expected}"
             )
     worst = 0.0
     for index, stage in enumerate(policy.stages):

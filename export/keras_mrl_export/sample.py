@@ -231,7 +231,7 @@ def input_structure(backbone: keras.Model) -> Any:
 
 def row_shapes(backbone: keras.Model, rows: Any) -> list[tuple[int, ...]]:
     """Return the shape of one row of each input of `backbone`, flat, from the rows of a sample."""
-    arrays = rows if isinstance(rows, Mapping) else {"": rows}
+    arrays = {**rows} if isinstance(rows, Mapping) else {"": rows}
     return [(1, *array.shape[1:]) for _, _, _, array in _by_input(backbone, arrays)]
 
 

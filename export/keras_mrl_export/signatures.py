@@ -20,7 +20,7 @@ from keras_mrl_serving.contract import Manifest
 from . import constants
 from .adaptive import ExitGraph, LogitsAt, classify_adaptively, classify_through_exits
 from .gallery import IndexGraph
-from .graph import Tensors, Traceable, lengths, trace, trace_describe, with_model_id
+from .graph import Tensors, Traceable, first_rows, lengths, trace, trace_describe, with_model_id
 from .job import Job
 from .likeliest import Likeliest
 from .tower import ServedTower
@@ -184,7 +184,7 @@ class ServedModel:
         answer = classify_through_exits(
             state, tf.maximum(rows, 1), policy, exits, self._classification
         )
-        return self._named({name: column[:rows] for name, column in answer.items()})
+        return self._named({name: first_rows(column, rows) for name, column in answer.items()})
 
     def _head_at(self, dim: int) -> Callable[..., Tensors]:
         def head(features: Any) -> Tensors:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from .graph import Tensors
+from .graph import Tensors, first_rows
 from .job import Job, TowerJob
 from .sample import declared_inputs, input_structure
 
@@ -57,7 +57,7 @@ class ServedTower:
     def _call_backbone(self, **inputs: Any) -> Any:
         tensors, rows = self.read(inputs)
         features = self.backbone(tensors, training=False)
-        return tf.cast(features, tf.float32)[:rows, : self._width]
+        return first_rows(tf.cast(features, tf.float32)[:, : self._width], rows)
 
     def _as_declared(self, inputs: Tensors) -> Any:
         """Return inputs by served name in the structure that the backbone declares."""

@@ -144,11 +144,11 @@ def count_costs(model: keras.Model, shapes: Sequence[tuple[int, ...]]) -> Costs:
     }
     before[LAST] = whole[LAST]
     head = getattr(model, "head", None)
-    dims = {} if head is None else dict.fromkeys(head.dims or ())
+    widths = {} if head is None else {dim: dim * head.num_classes for dim in head.dims or ()}
     return Costs(
         backbone={name: Work(before.get(name, 0), {}) for name in whole},
         branch={name: Work(work - before.get(name, 0), {}) for name, work in whole.items()},
-        head={dim: Work(dim * head.num_classes, {}) for dim in dims},
+        head={dim: Work(work, {}) for dim, work in widths.items()},
     )
 
 

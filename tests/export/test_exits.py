@@ -10,10 +10,9 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, MatryoshkaHead, measure_costs
 from keras_mrl_export import export_saved_model
 from keras_mrl_serving._session import SavedModelSession
-from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
+from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import Manifest
 from tests.helpers import exit_models as models
 from tests.helpers.exit_models import DIMS, ROWS, Array, Arrays, Key
@@ -58,7 +57,7 @@ class Version:
         rows = np.arange(len(stage_of))
         stacked = np.stack([logits[key] for key in keys])[stage_of, rows]
         temperatures = np.array([own.temperature for own in self.policy.stages])[stage_of]
-        shares = probabilities(stacked, temperatures[:, None])
+        shares = probabilities(stacked / temperatures[:, None], 1.0)
         ids = np.argsort(-shares, axis=-1, kind="stable")
         best = np.take_along_axis(shares, ids, axis=-1)
         places = [self.manifest.exit_names.index(exit or "last") for exit, _ in keys]

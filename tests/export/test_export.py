@@ -98,6 +98,8 @@ def test_the_manifest_of_everything_given(untied: Exported) -> None:
         "top_k": 3,
         "labels": True,
         "decoder": None,
+        "exits": None,
+        "exit_cascade": None,
         "other_tower": None,
         "funnel": None,
         "size": None,
