@@ -76,6 +76,23 @@ def load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
     Raises:
         RefusalError: If the file does not read, or holds no rows of this model.
     """
+    try:
+        return _load_rows(file, manifest, scale)
+    except RefusalError as refusal:
+        if manifest.other_tower is None:
+            raise
+        try:
+            _load_rows(file, manifest.tower(other_tower=True), scale)
+        except RefusalError:
+            raise refusal from None
+        raise RefusalError(
+            "Each tower of a model takes the rows of its own side. "
+            f"Received: {file}, which the other tower of model {manifest.name!r} takes. "
+            "Embed rows of galleries with --other-tower, and rows of queries without."
+        ) from refusal
+
+
+def _load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
     if is_image(file):
         with _reading(file):
             return _image_row(file, manifest, scale)

@@ -325,6 +325,8 @@ class Manifest:
     def tower(self, other_tower: bool = False) -> Manifest:
         """Return the manifest with the `inputs` and the `decoder` of one tower.
 
+        Its `other_tower` is then that of the queries.
+
         Args:
             other_tower: Whether it is the tower of galleries; the manifest itself is of queries.
 
@@ -340,7 +342,13 @@ class Manifest:
                 "other_tower out, or export a MatryoshkaEncoder(tower, other_tower)."
             )
         inputs, decoder = self.other_tower["inputs"], self.other_tower.get("decoder")
-        return replace(self, inputs=inputs, decoder=decoder)
+        queries = {"inputs": self.inputs, "decoder": self.decoder}
+        return replace(self, inputs=inputs, decoder=decoder, other_tower=queries)
+
+    @property
+    def other_inputs(self) -> Mapping[str, Mapping[str, Any]] | None:
+        """The inputs of the other tower; None of a model of one."""
+        return None if self.other_tower is None else self.other_tower["inputs"]
 
     def check_head(self) -> None:
         """Raise `NoHeadError` if the model cannot classify."""

@@ -188,11 +188,12 @@ class Conversation:
         """Embed a corpus window by window into a file: see `Client.embed_dataset`."""
         manifest = manifest or (yield from self.describe())
         dim = manifest.check_dim(dim)
-        specs, fingerprint = manifest.tower(other_tower).inputs, manifest.fingerprint
-        total, digest = corpus.count_rows(data), corpus.digest(data, specs)
+        tower = manifest.tower(other_tower)
+        specs, other, fingerprint = tower.inputs, tower.other_inputs, manifest.fingerprint
+        total, digest = corpus.count_rows(data), corpus.digest(data, specs, other)
         with corpus.EmbeddingFile(path, dim, fingerprint, digest, other_tower) as file:
             size = corpus.window_rows(self._options)
-            for window in file.missing(corpus.windows(data, specs, size)):
+            for window in file.missing(corpus.windows(data, specs, size, other)):
                 question = questions.embed_with_fingerprint(window, dim, other_tower)
                 file.append((yield from self.ask(question)), window)
                 if progress:

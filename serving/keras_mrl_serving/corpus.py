@@ -37,7 +37,10 @@ _CALLS_IN_A_ROW = 2  # per window and call in flight, since the first call of a 
 
 
 def windows(
-    data: Corpus, specs: Mapping[str, Mapping[str, Any]], size: int
+    data: Corpus,
+    specs: Mapping[str, Mapping[str, Any]],
+    size: int,
+    other: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """Yield consecutive windows of a corpus, of about `size` rows each, as the model takes them.
 
@@ -47,6 +50,7 @@ def windows(
         specs: The inputs of the model.
         size: Rows of a window. Batches of an iterable are joined, so its windows may have up to
             twice as many.
+        other: The inputs of the other tower, in a model of two.
 
     Raises:
         InvalidInputError: If the model does not take a batch.
@@ -61,12 +65,12 @@ def windows(
     total = count_rows(data)
     if total is not None:
         for start in range(0, total, size):
-            yield check_inputs(specs, _slice(data, start, start + size))
+            yield check_inputs(specs, _slice(data, start, start + size), other)
         return
     slices: list[Any] = []
     num_rows = 0  # in `slices`
     for batch in data:
-        arrays = check_inputs(specs, batch)
+        arrays = check_inputs(specs, batch, other)
         rows = _num_rows(arrays)
         # A batch may be a whole memory-mapped file, so it is cut too.
         for start in range(0, rows, size):
@@ -139,10 +143,19 @@ def count_rows(data: Corpus) -> int | None:
     return next(iter(rows.values()))
 
 
-def digest(data: Corpus, specs: Mapping[str, Mapping[str, Any]]) -> str | None:
+def digest(
+    data: Corpus,
+    specs: Mapping[str, Mapping[str, Any]],
+    other: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str | None:
     """Return a digest of the first and last rows, as they are sent, and of how many there are.
 
     None for an iterable, which would have to be read.
+
+    Args:
+        data: The corpus.
+        specs: The inputs of the model.
+        other: The inputs of the other tower, in a model of two.
 
     Raises:
         InvalidInputError: If the model does not take these rows.
@@ -161,7 +174,7 @@ def digest(data: Corpus, specs: Mapping[str, Mapping[str, Any]]) -> str | None:
         return None
     ends, shapes = RowDigest(), {}
     for start, stop in ((0, _DIGEST_ROWS), (max(0, rows - _DIGEST_ROWS), rows)):
-        sent = check_inputs(specs, _slice(data, start, stop))
+        sent = check_inputs(specs, _slice(data, start, stop), other)
         ends.update(sent)
         shapes = {name: array.shape[1:] for name, array in sorted(sent.items())}
     return hashlib.sha256(f"{rows} {shapes} {ends.hexdigest()}".encode()).hexdigest()

@@ -16,8 +16,17 @@ from .errors import InvalidInputError
 Inputs = npt.ArrayLike | Mapping[str, npt.ArrayLike]
 
 
-def check_inputs(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict[str, Any]:
+def check_inputs(
+    specs: Mapping[str, Mapping[str, Any]],
+    inputs: Inputs,
+    other: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Return one array per input of a model whose inputs are batches of the same rows.
+
+    Args:
+        specs: The `inputs` of a manifest or of a signature.
+        inputs: As for `as_arrays`.
+        other: The inputs of the other tower, in a model of two.
 
     Raises:
         InvalidInputError: As `as_arrays`, or if the inputs differ in their number of rows.
@@ -27,13 +36,30 @@ def check_inputs(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict
         >>> check_inputs(specs, [[0, 127, 255]])
         {'image': array([[  0., 127., 255.]], dtype=float32)}
     """
-    arrays = as_arrays(specs, inputs)
+    try:
+        arrays = as_arrays(specs, inputs)
+    except InvalidInputError as error:
+        if other is None or not _are_taken(other, inputs):
+            raise
+        raise InvalidInputError(
+            "Each tower of a model takes the rows of its own side. "
+            f"Received: rows that the other tower takes, as {', '.join(other)}. "
+            "Embed rows of galleries with other_tower=True, and rows of queries without."
+        ) from error
     if len(arrays) > 1 and len(set(map(len, arrays.values()))) > 1:
         rows = {name: len(array) for name, array in arrays.items()}
         raise InvalidInputError(
             f"Every input needs the same number of rows. Received: {rows}. Send whole rows."
         )
     return arrays
+
+
+def _are_taken(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> bool:
+    try:
+        as_arrays(specs, inputs)
+    except InvalidInputError:
+        return False
+    return True
 
 
 def as_arrays(specs: Mapping[str, Mapping[str, Any]], inputs: Inputs) -> dict[str, Any]:

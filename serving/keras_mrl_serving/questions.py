@@ -45,6 +45,7 @@ class Question(Generic[K, T]):
         columns: Makes further arrays, by the number of all rows: a value for each row, which the
             flow takes out of its rows and does not send. The same arrays every time, whatever is
             asked again.
+        other: Returns the inputs of the other tower, by the facts; None of a model of one.
 
     Examples:
         >>> embed(np.zeros((3, 4)), dim=2).needs
@@ -58,6 +59,7 @@ class Question(Generic[K, T]):
     answer_row_bytes: Callable[[K], int]
     decodes: Callable[[K], bool] = lambda _: False
     columns: Callable[[int], Mapping[str, npt.NDArray[Any]]] = lambda _: {}
+    other: Callable[[K], Mapping[str, Mapping[str, Any]] | None] = lambda _: None
 
     def parts(self, facts: K, options: Options) -> list[Inputs]:
         """Return the rows in parts, at least one, each within the limits of one call.
@@ -69,7 +71,7 @@ class Question(Generic[K, T]):
         """
         if self.specs is None:
             return [self.inputs]
-        arrays = check_inputs(self.specs(facts), self.inputs)
+        arrays = check_inputs(self.specs(facts), self.inputs, self.other(facts))
         if self.decodes(facts):
             arrays = {name: _as_served(array) for name, array in arrays.items()}
         rows = len(next(iter(arrays.values())))
@@ -290,6 +292,7 @@ def _about_model(
         lambda m: m.tower(other_tower).inputs,
         answer_row_bytes,
         lambda m: m.tower(other_tower).decoder is not None,
+        lambda m: m.tower(other_tower).other_inputs,
     )
 
 

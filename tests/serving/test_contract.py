@@ -335,6 +335,8 @@ def test_a_tower_has_inputs_and_a_decoder_of_its_own(refuses: Refuses) -> None:
     other = two.tower(other_tower=True)
     assert (list(other.inputs), other.decoder) == (["caption"], None)
     assert other.fingerprint == two.fingerprint
+    assert other.other_inputs == two.inputs
+    assert (two.other_inputs, one.other_inputs) == (other.inputs, None)
 
 
 def test_without_a_head_nothing_is_classified(

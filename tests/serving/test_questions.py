@@ -1,6 +1,7 @@
 """Rows split into calls: every row once, in order, no call larger than it may be."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from keras_mrl_serving.calls import Call
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
-from keras_mrl_serving.errors import UnreadableImageError
+from keras_mrl_serving.errors import InvalidInputError, UnreadableImageError
 from keras_mrl_serving.flows import Arrays
 from keras_mrl_serving.options import Options
 from keras_mrl_serving.testing import InMemoryServer
@@ -22,6 +23,7 @@ from tests.helpers.image_files import files
 from tests.helpers.manifests import DEPTHS
 
 Model = Callable[[Call], Arrays]
+Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
 
 def manifest(**inputs: list[int | None]) -> Manifest:
@@ -168,6 +170,29 @@ def test_images_of_the_other_tower_are_those_that_it_decodes() -> None:
     assert questions.embed(["a bird"], 8).parts(texts, Options())
     with pytest.raises(UnreadableImageError):
         questions.embed([b"a bird"], 8, other_tower=True).parts(texts, Options())
+
+
+@pytest.mark.parametrize("given", [{"caption": ["a"]}, {"image": np.zeros((1, 3))}])
+def test_rows_of_the_other_side_are_named(given: Any, refuses: Refuses) -> None:
+    """Whichever question gets them."""
+    two = replace(
+        manifest(image=[None, 3]),
+        other_tower={"inputs": {"caption": {"dtype": "string", "shape": [None]}}},
+    )
+    of_gallery = "caption" in given
+    refusal = (
+        "Each tower of a model takes the rows of its own side. Received: rows that the other "
+        f"tower takes, as {'caption' if of_gallery else 'image'}. Embed rows of galleries with "
+        "other_tower=True, and rows of queries without."
+    )
+    asked = [questions.embed(given, 8, not of_gallery)]
+    if of_gallery:
+        asked += [questions.retrieve(given), questions.embed_with_fingerprint(given, 8)]
+    for question in asked:
+        with refuses(InvalidInputError, refusal):
+            question.parts(two, Options())
+    with pytest.raises(InvalidInputError, match="must be named"):
+        questions.embed({"neither": [0]}, 8).parts(two, Options())
 
 
 def test_models_whose_other_towers_differ_take_other_calls() -> None:
