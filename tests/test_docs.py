@@ -29,7 +29,7 @@ DOCUMENTS = {
 }
 ASKED = tuple(
     f"keras-mrl {command} "
-    for command in "classify compare deploy embed export index inspect search".split()
+    for command in "classify compare deploy embed export index inspect regress search".split()
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAID = re.compile(r"^( *)(print\(.*\))  # (.+)$", re.MULTILINE)

@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": "Serve a model over gRPC and REST, with TensorFlow Serving's flags.",
     "deploy": "Write docker compose, Kubernetes and config files for a model.",
     "classify": "Ask a server for the classes of images, or of rows of arrays.",
+    "regress": "Ask a server for the values of images, or of rows of arrays.",
     "embed": "Ask a server for the embeddings of images, or of rows of arrays.",
     "index": "Build an index of embeddings, and look at one that is there.",
     "search": "Search an index by embeddings, or by images that a server embeds.",

@@ -73,6 +73,8 @@ _FLAGS = {
     "Options(proxy=False)": "--no-proxy",
     "Client(target, model=NAME)": "--model NAME",
     "Client.describe().inputs": "keras-mrl inspect --target",
+    "client.regress(inputs, dim)": "keras-mrl regress",
+    "export_saved_model(..., activation='none')": "keras-mrl export --activation none",
     "root_certificates": "--tls-ca",
     "certificate_chain": "--tls-cert",
     "private_key": "--tls-key",

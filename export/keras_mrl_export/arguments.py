@@ -58,19 +58,27 @@ def check_base_path(base_path: str | Path) -> Path:
     return Path(text)
 
 
-def check_name(name: str) -> str:
+def check_name(name: str | None, model: str | None = None) -> str:
     """Return `name`, or raise unless a model can be served and deployed under it.
+
+    Args:
+        name: What the caller says; None means the name of the model, where there is one.
+        model: The name of the model.
 
     Raises:
         TypeError: If it is no `str`.
         ValueError: If it is empty or has other characters.
     """
-    if isinstance(name, str) and is_model_name(name):
-        return name
-    kind = ValueError if isinstance(name, str) else TypeError
+    chosen = model if name is None else name
+    if isinstance(chosen, str) and is_model_name(chosen):
+        return chosen
+    kind = ValueError if isinstance(chosen, str) else TypeError
+    received, remedy = f"name={chosen!r:.80}", "Give for example 'birds'"
+    if chosen is not name:
+        received, remedy = f"a model named {chosen!r:.80}", "Give another: name='birds'"
     raise kind(
         "name must be of letters, digits, '_', '.' and '-', the first and the last a letter or "
-        f"digit. Received: name={name!r:.80}. Give for example 'birds'."
+        f"digit. Received: {received}. {remedy}."
     )
 
 
@@ -454,13 +462,21 @@ def check_policy_is_used(
 
 
 def quality_by_dim(
-    quality: Mapping[int, Mapping[str, float]], dims: tuple[int, ...]
+    quality: Mapping[int, Mapping[str, float]], dims: tuple[int, ...], output: str | None = None
 ) -> dict[str, dict[str, float]]:
     """Return quality as JSON holds it; measures may come as scalars of any library.
 
     Raises:
-        ValueError: If it is no measures by dim, one is not finite, or a dim is not exported.
+        ValueError: If it is no measures by dim, one is not finite, a dim is not exported, or
+            another output was judged than the one that is exported.
     """
+    judged = getattr(quality, "output", None)
+    if None not in (judged, output) and judged != output:
+        raise ValueError(
+            "quality must be of the output that is exported. "
+            f"Received: quality of output {judged!r} for output={output!r}. "
+            f"Judge that one: quality=evaluate(model, x, y[{output!r}], output={output!r})."
+        )
     try:
         measures_of = {
             int(dim): {measure: float(value) for measure, value in measures.items()}

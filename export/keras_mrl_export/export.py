@@ -137,7 +137,7 @@ def export_saved_model(
     """
     folder = check_base_path(base_path)
     model = one_output(model, output)
-    name = model.name if name is None else check_name(name)
+    name = check_name(name, model.name)
     check_version(folder, version)
     check_kinds(policy, index, decoder, signatures, labels)
     exits = exits_of(model)
@@ -201,7 +201,7 @@ def export_saved_model(
         activation=activation,
         policy=policy,
         labels=labels,
-        quality=None if quality is None else quality_by_dim(quality, served),
+        quality=None if quality is None else quality_by_dim(quality, served, output),
         weights=None if weights is None else weights_of_dims(weights, served, head),
         trained_on=keras.backend.backend(),
         sample=read.served,

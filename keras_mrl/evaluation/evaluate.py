@@ -116,9 +116,10 @@ def evaluate(
         _dims_to_judge(head, dims, gallery)
     kind = None if head is None else _kind_of(model, activation)
     if kind in ("sigmoid", "none"):
-        return _score_outputs(
+        measures = _score_outputs(
             backbone, head, kind, inputs, labels, gallery, dims, batch_size, verbose
         )
+        return Quality(measures, output)
     gallery_rows, gallery_labels = (
         (gallery, None) if is_dataset(gallery) else gallery or (None,) * 2
     )
@@ -143,7 +144,7 @@ def evaluate(
     check_labels()
     if head is not None and not head.built:
         head.build(features.shape)
-    quality = Quality({dim: {} for dim in _dims_to_judge(head, dims, gallery)})
+    quality = Quality({dim: {} for dim in _dims_to_judge(head, dims, gallery)}, output)
     if head is not None:
         for dim in [dim for dim in quality if dim in (head.dims or ())]:
             quality[dim] |= score_head(features, truth, *head_arrays(head, dim))

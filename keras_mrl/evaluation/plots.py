@@ -134,16 +134,18 @@ def plot_by_cost(
     stars: Mapping[str, tuple[float, float]] | None = None,
     title: str = "Retrieval",
     measure: str = "map10",
+    percent: bool | None = None,
 ) -> None:
     """Draw a measure over multiply-adds per query, one line per method.
 
     Args:
-        lines: Method to dim to multiply-adds and a fraction; a method without dims is not drawn
+        lines: Method to dim to multiply-adds and a number; a method without dims is not drawn
             but uses up its colour.
         path: File to write; its suffix chooses the format (.png, .svg).
-        stars: Name to multiply-adds and a fraction, for methods that mix dims.
+        stars: Name to multiply-adds and a number, for methods that mix dims.
         title: Of the figure.
-        measure: Name of what the fractions measure.
+        measure: Name of what the numbers measure.
+        percent: As for `plot_by_dim`.
 
     Raises:
         ValueError: If no method has a dim.
@@ -152,7 +154,12 @@ def plot_by_cost(
         >>> plot_by_cost({"MRL": {8: (8e3, 0.57), 16: (16e3, 0.63)}}, "map10.png")
     """
     _check_lines(lines)
-    figure, axes = _figure(title, "multiply-adds per query (log scale)", f"{measure}, %")
+    numbers = {
+        name: {dim: number for dim, (_, number) in by_dim.items()} for name, by_dim in lines.items()
+    }
+    scale = 100 if (_are_fractions(numbers, measure) if percent is None else percent) else 1
+    label = f"{measure}, %" if scale == 100 else measure
+    figure, axes = _figure(title, "multiply-adds per query (log scale)", label)
     axes.set_xscale("log")
     costs = sorted({cost for by_dim in lines.values() for cost, _ in by_dim.values()})
     axes.set_xticks(costs, [_short(cost) for cost in costs])
@@ -162,21 +169,21 @@ def plot_by_cost(
         points = [by_dim[dim] for dim in sorted(by_dim)]
         axes.plot(
             [cost for cost, _ in points],
-            [100 * quality for _, quality in points],
+            [scale * number for _, number in points],
             label=name,
             **style,
         )
     # The dims are written at one line; the other lines have them at the same costs.
-    for dim, (cost, quality) in next(filter(None, lines.values())).items():
+    for dim, (cost, number) in next(filter(None, lines.values())).items():
         axes.annotate(
             str(dim),
-            (cost, 100 * quality),
+            (cost, scale * number),
             textcoords="offset points",
             xytext=(0, -14),
             ha="center",
             color=_GREY,
         )
-    _add_stars(axes, stars or {})
+    _add_stars(axes, stars or {}, scale)
     _save(figure, axes, path)
 
 
@@ -197,7 +204,7 @@ def _check_lines(lines: Mapping[str, Mapping[int, Any]]) -> None:
         )
 
 
-def _add_stars(axes: Any, stars: Mapping[str, tuple[float, float]], scale: float = 100) -> None:
+def _add_stars(axes: Any, stars: Mapping[str, tuple[float, float]], scale: float) -> None:
     for (name, (x, y)), colour in zip(stars.items(), cycle(_STARS), strict=False):
         axes.plot(
             [x], [scale * y], color=colour, marker="*", markersize=16, linestyle="", label=name

@@ -10,11 +10,13 @@ import keras
 class Quality(dict[int, dict[str, float]]):
     """Dim to measure to number: what every evaluation by dim returns.
 
-    A plain dict in all but two things: printed, it is a table, and `by_measure` turns it round for
-    figures. `export_saved_model(quality=...)` takes it.
+    A plain dict in all but three things: printed, it is a table, `by_measure` turns it round for
+    figures, and `output` says which output of a model was judged, so that
+    `export_saved_model(quality=...)` refuses that of another.
 
     Args:
         measures: Dim to measure to number; None means none yet.
+        output: Which output of a model was judged; None of a model that has one.
 
     Examples:
         >>> quality = Quality({8: {"ndcg@10": 0.5, "mrr@10": 0.625}, 16: {"ndcg@10": 0.75}})
@@ -26,8 +28,11 @@ class Quality(dict[int, dict[str, float]]):
         0.625
     """
 
-    def __init__(self, measures: Mapping[int, dict[str, float]] | None = None) -> None:
+    def __init__(
+        self, measures: Mapping[int, dict[str, float]] | None = None, output: str | None = None
+    ) -> None:
         super().__init__(measures or {})
+        self.output = output
 
     def by_measure(self) -> dict[str, dict[int, float]]:
         """Return measure to dim to number, as `plot_by_dim` takes its lines.

@@ -183,4 +183,5 @@ def evaluate_retrieval(
             width = part.shape[1]
         file.flush()
         rows = np.memmap(file, np.float32, "r", shape=(corpus_rows, width))
-        return _judge(features, rows, relevance, documents.order, ladder, cuts, verbose)
+        measures = _judge(features, rows, relevance, documents.order, ladder, cuts, verbose)
+    return Quality(measures, output)

@@ -162,6 +162,5 @@ def evaluate_similarity(
     body, other = as_model(backbone), gallery_backbone(model, backbone)
     gallery = body if other is backbone else as_model(other)
     one = body.predict(first, batch_size=batch_size, verbose=verbose)
-    return score_similarity(
-        one, gallery.predict(second, batch_size=batch_size, verbose=verbose), grades, ladder
-    )
+    other_side = gallery.predict(second, batch_size=batch_size, verbose=verbose)
+    return Quality(score_similarity(one, other_side, grades, ladder), output)

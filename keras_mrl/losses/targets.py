@@ -30,9 +30,9 @@ REGRESSION_LOSSES = (
     keras.losses.LogCosh,
     keras.losses.Poisson,
     keras.losses.CosineSimilarity,
-    keras.losses.Hinge,
-    keras.losses.SquaredHinge,
 )
+# Losses of a margin: the sign of an output says whether a row has the class.
+MARGIN_LOSSES = (keras.losses.Hinge, keras.losses.SquaredHinge)
 
 
 class Kernels(NamedTuple):
@@ -255,7 +255,7 @@ def check_labels_of_outputs(loss: Any, labels: Any, outputs: tuple[int | None, .
             may lack it.
     """
     is_unknown = getattr(labels.shape, "rank", 0) is None  # of a tf.data.Dataset
-    if not isinstance(loss, (*MULTILABEL_LOSSES, *REGRESSION_LOSSES)) or is_unknown:
+    if not isinstance(loss, (*MULTILABEL_LOSSES, *REGRESSION_LOSSES, *MARGIN_LOSSES)) or is_unknown:
         return
     shape, num_outputs = tuple(labels.shape), outputs[-1]
     if None in shape[-1:]:

@@ -190,6 +190,25 @@ def inputs_like(backbone: keras.layers.Layer) -> Any:
     return keras.tree.map_shape_structure(new_input, shapes)
 
 
+def check_pooling(pooling: Any) -> Any:
+    """Return `pooling`, a layer or None; raise `TypeError` for anything else."""
+    if pooling is not None and not isinstance(pooling, keras.layers.Layer):
+        raise TypeError(
+            "pooling must be a Keras layer. "
+            f"Received: pooling={pooling!r}. "
+            "Give for example pooling=keras.layers.GlobalAveragePooling2D()."
+        )
+    return pooling
+
+
+def with_pooling(backbone: Any, pooling: keras.layers.Layer | None) -> Any:
+    """Return a model of the backbone and the pooling after it, on their own layers."""
+    if pooling is None:
+        return backbone
+    inputs = inputs_like(backbone)
+    return keras.Model(inputs, pooling(backbone(inputs)), name=f"{backbone.name}_pooled")
+
+
 def output_shape(backbone: keras.layers.Layer, input_shape: Any) -> Any:
     """Return the shape of the backbone's output; build the backbone if it is not built."""
     if backbone.built:

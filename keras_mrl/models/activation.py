@@ -11,7 +11,12 @@ from typing import Any
 import keras
 
 from ..losses import MatryoshkaLoss
-from ..losses.targets import MULTILABEL_LOSSES, REGRESSION_LOSSES, SINGLE_LABEL_LOSSES
+from ..losses.targets import (
+    MARGIN_LOSSES,
+    MULTILABEL_LOSSES,
+    REGRESSION_LOSSES,
+    SINGLE_LABEL_LOSSES,
+)
 from ._compiled import class_of
 from .outputs import holds_head
 
@@ -51,7 +56,8 @@ def activation_of(model: keras.Model) -> str | None:
         None where the model was never compiled, or with a loss that is not Keras's own.
 
     Raises:
-        ValueError: If the loss takes probabilities and nothing in the model makes them.
+        ValueError: If the loss takes probabilities and nothing in the model makes them, or if it
+            is a hinge loss, whose outputs are neither probabilities nor values.
 
     Examples:
         >>> from keras_mrl.models.activation import activation_of
@@ -74,6 +80,12 @@ def activation_of(model: keras.Model) -> str | None:
             f"Received: {type(loss).__name__} with from_logits=False for model {model.name!r}, "
             "which ends in the head. Train it with from_logits=True, or name what its outputs are: "
             "activation='sigmoid'."
+        )
+    if isinstance(loss, MARGIN_LOSSES):
+        raise ValueError(
+            "A hinge loss trains the sign of each output, not a probability or a value. "
+            f"Received: {type(loss).__name__} for model {model.name!r}. Name what its outputs are: "
+            "activation='sigmoid' for the classes, those above 0.5, 'none' for the outputs."
         )
     return next((name for name, kinds in _KINDS if isinstance(loss, kinds)), None)
 

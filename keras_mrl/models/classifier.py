@@ -22,10 +22,11 @@ from ..metrics import MatryoshkaMetric
 from ._compiled import NestedMetrics, nested_loss, nested_metrics
 from ._shapes import (
     as_shapes,
-    inputs_like,
+    check_pooling,
     known_input_shape,
     named_without_package,
     output_shape,
+    with_pooling,
 )
 from .cut import cut
 from .exit_training import ExitTraining, distillation_weight, pair_weights
@@ -87,15 +88,9 @@ class MatryoshkaClassifier(_ModelWithExits):
                 f"Received: backbone={backbone!r}, head={head!r}. "
                 "Write MatryoshkaClassifier(backbone, MatryoshkaHead(num_classes))."
             )
-        if pooling is not None and not isinstance(pooling, keras.layers.Layer):
-            raise TypeError(
-                "pooling must be a Keras layer. "
-                f"Received: pooling={pooling!r}. "
-                "Give for example pooling=keras.layers.GlobalAveragePooling2D()."
-            )
         self.backbone = backbone
         self.head = head
-        self.pooling = pooling
+        self.pooling = check_pooling(pooling)
         self._take_exits(exits)
         self.exit_heads: dict[str, MatryoshkaHead] = {}  # by the name of the exit
         self._exit_training: ExitTraining | None = None
@@ -116,11 +111,7 @@ class MatryoshkaClassifier(_ModelWithExits):
         """
         if exit not in (None, LAST):
             return self._exits_or_raise().backbone(exit), self.exit_heads[exit]
-        if self.pooling is None:
-            return self.backbone, self.head
-        inputs = inputs_like(self.backbone)
-        features = self.pooling(self.backbone(inputs))
-        return keras.Model(inputs, features, name=f"{self.backbone.name}_pooled"), self.head
+        return with_pooling(self.backbone, self.pooling), self.head
 
     def build(self, input_shape: Any) -> None:
         """Build the backbone and the pooling, then the head on their features."""

@@ -13,7 +13,14 @@ from ..losses.candidates import check_candidates, check_ids
 from ..losses.distillation import check_distillation
 from ..losses.similarity import check_temperature
 from ..losses.weights import _RowLoss
-from ._shapes import as_shapes, known_input_shape, named_without_package, output_shape
+from ._shapes import (
+    as_shapes,
+    check_pooling,
+    known_input_shape,
+    named_without_package,
+    output_shape,
+    with_pooling,
+)
 from .exits import LAST, _ModelWithExits, plans_config, plans_from_config
 from .sides import are_sides, sides_of
 
@@ -44,6 +51,8 @@ class MatryoshkaEncoder(_ModelWithExits):
         tower: Any Keras model from inputs to features `(batch, width)`. A tower of several inputs
             takes them as a dict.
         other_tower: A model of the same width for positives and negatives; None means `tower`.
+        pooling: A layer from what a tower gives (a feature map, several tensors) to such features,
+            after both towers where there are two; None if they give them themselves.
         initial_temperature: Start of a learned temperature, which replaces that of the loss; None
             means that it is not learned.
         exits: Where rows may leave before the end of a functional `tower`: see
@@ -78,6 +87,7 @@ class MatryoshkaEncoder(_ModelWithExits):
         *,
         initial_temperature: float | None = None,
         exits: Any = None,
+        pooling: keras.layers.Layer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -90,6 +100,7 @@ class MatryoshkaEncoder(_ModelWithExits):
                 )
         self.tower = tower
         self.other_tower = None if other_tower is tower else other_tower
+        self.pooling = check_pooling(pooling)
         self.initial_temperature = initial_temperature
         self._take_exits(exits)
         if self.exits and other_tower is not None:
@@ -117,21 +128,23 @@ class MatryoshkaEncoder(_ModelWithExits):
             self.build(shapes[0] if is_one else shapes)
 
     def parts(self, exit: str | None = None) -> tuple[keras.layers.Layer, None]:
-        """Return the tower, and None: there is no head."""
+        """Return the tower, with the pooling after it if there is one, and None: it has no head."""
         if exit not in (None, LAST):
             return self._exits_or_raise().backbone(str(exit)), None
-        return self.tower, None
+        return with_pooling(self.tower, self.pooling), None
 
     def gallery_part(self) -> keras.layers.Layer | None:
-        """Return the other tower, which galleries go through; None of one tower."""
-        return self.other_tower
+        """Return the other tower, which galleries go through, pooled too; None of one tower."""
+        if self.other_tower is None:
+            return None
+        return with_pooling(self.other_tower, self.pooling)
 
     def build(self, input_shape: Any) -> None:
         """Build the tower of every side."""
         shape = as_shapes(input_shape)
         shapes_by_side = sides_of(shape) or [shape]
         widths = [
-            _width(output_shape(tower, side))
+            _width(self._features_shape(tower, side))
             for tower, side in zip(self._towers(len(shapes_by_side)), shapes_by_side, strict=True)
         ]
         if len(set(widths)) > 1:
@@ -141,7 +154,15 @@ class MatryoshkaEncoder(_ModelWithExits):
                 "End them in layers of as many units."
             )
         if self._exit_plans and self._exits is None:
-            self._make_exits(self.tower, None, widths[0])
+            self._make_exits(self.tower, self.pooling, widths[0])
+
+    def _features_shape(self, tower: Any, input_shape: Any) -> Any:
+        shape = output_shape(tower, input_shape)
+        return shape if self.pooling is None else output_shape(self.pooling, shape)
+
+    def _features(self, tower: Any, inputs: Any, training: bool | None) -> Any:
+        features = tower(inputs, training=training)
+        return features if self.pooling is None else self.pooling(features)
 
     def _towers(self, num_sides: int) -> list[Any]:
         other = self.tower if self.other_tower is None else self.other_tower
@@ -154,20 +175,22 @@ class MatryoshkaEncoder(_ModelWithExits):
         """
         sides = sides_of(inputs)
         within_step = self._steps and self._exits is not None
-        towers = self._towers(len(sides or [inputs]))
-        towers = [self._exits_or_raise().features] if within_step else towers
-        if sides is None:
-            return towers[0](inputs, training=training)
-        towers = towers * len(sides) if within_step else towers
-        made = [tower(side, training=training) for tower, side in zip(towers, sides, strict=True)]
         if within_step:
+            features = self._exits_or_raise().features
+            if sides is None:
+                return features(inputs, training=training)
+            made = [features(side, training=training) for side in sides]
             return {name: ops.stack([own[name] for own in made], axis=1) for name in made[0]}
-        return ops.stack(made, axis=1)
+        if sides is None:
+            return self._features(self.tower, inputs, training)
+        towers = zip(self._towers(len(sides)), sides, strict=True)
+        return ops.stack([self._features(*own, training) for own in towers], axis=1)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Return `(batch, width)` or `(batch, sides, width)`."""
         sides = sides_of(input_shape)
-        batch, width = output_shape(self.tower, input_shape if sides is None else sides[0])
+        one_side = input_shape if sides is None else sides[0]
+        batch, width = self._features_shape(self.tower, one_side)
         return (batch, width) if sides is None else (batch, len(sides), width)
 
     @property
@@ -344,6 +367,7 @@ class MatryoshkaEncoder(_ModelWithExits):
             **super().get_config(),
             "tower": keras.saving.serialize_keras_object(self.tower),
             "other_tower": keras.saving.serialize_keras_object(self.other_tower),
+            "pooling": keras.saving.serialize_keras_object(self.pooling),
             "initial_temperature": self.initial_temperature,
             **({"shared_layers": shared} if shared else {}),
             "exits": plans_config(self._exit_plans) or None,
@@ -352,15 +376,15 @@ class MatryoshkaEncoder(_ModelWithExits):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         """Make the model again."""
-        towers = {
-            name: keras.saving.deserialize_keras_object(config[name], custom_objects)
-            for name in ("tower", "other_tower")
+        parts = {
+            name: keras.saving.deserialize_keras_object(config.get(name), custom_objects)
+            for name in ("tower", "other_tower", "pooling")
         }
-        config = {**config, **towers}
-        shared = {name: towers["tower"].get_layer(name) for name in config.pop("shared_layers", ())}
+        config = {**config, **parts}
+        shared = {name: parts["tower"].get_layer(name) for name in config.pop("shared_layers", ())}
         if shared:  # Keras has made each of them twice
             config["other_tower"] = keras.models.clone_model(
-                towers["other_tower"], clone_function=lambda own: shared.get(own.name, own)
+                parts["other_tower"], clone_function=lambda own: shared.get(own.name, own)
             )
         config["exits"] = plans_from_config(config.get("exits"), custom_objects) or None
         return cls(**config)
@@ -451,10 +475,11 @@ def _shared_layers(tower: Any, other_tower: Any) -> list[str]:
 
 def _width(shape: Any) -> Any:
     """Return the width of embeddings of this shape; raise if it is not `(batch, width)`."""
-    if not isinstance(shape, tuple) or len(shape) != 2:
+    if not isinstance(shape, tuple) or len(shape) != 2 or isinstance(shape[0], tuple):
         raise ValueError(
             "A tower must end in embeddings (batch, width). "
             f"Received: a tower whose output is {shape}. "
-            "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D()."
+            "Give pooling=, a layer that makes them of it: "
+            "pooling=keras.layers.GlobalAveragePooling2D()."
         )
     return shape[1]

@@ -83,7 +83,7 @@ def test_a_server_may_still_be_the_first_word(call: Call, target: str, folder: P
     ],
 )
 def test_a_server_and_a_file_are_needed(call: Call, words: list[str], text: str) -> None:
-    for command in ("classify", "embed"):
+    for command in ("classify", "regress", "embed"):
         assert call.refused(command, *words, status=2) == (
             f"A server is asked about files. {text} "
             "Give both, for example --target localhost:8500 photo.jpg."
@@ -138,6 +138,7 @@ def test_classes_of_values_are_refused(ask: Ask) -> None:
     status, out, err = ask("classify", "prices", "x.npy")
     assert (status, out) == (1, "")
     assert "Only a model with classes can classify. Received: a request to classify" in err
+    assert err.endswith("values, 2 a row. Ask for them: keras-mrl regress.\n")
 
 
 @pytest.mark.parametrize("value", ["1.5", "-0.1", "nan", "half"])

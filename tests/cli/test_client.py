@@ -185,7 +185,7 @@ def test_errors_of_the_model_are_sentences(ask: Ask) -> None:
     ],
 )
 def test_flags_that_do_not_fit(call: Call, words: list[str], text: str) -> None:
-    for command in ("classify", "embed"):
+    for command in ("classify", "regress", "embed"):
         assert call.refused(command, "--target", "t:1", "x.npy", *words, status=2) == text
 
 

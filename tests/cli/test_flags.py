@@ -19,6 +19,7 @@ FLAGS = {
         "localhost:8500 a.jpg",
         f"{SERVER} {FILES} --json --dim=8 --policy=p.json --top=3",
     ),
+    "regress": ("localhost:8500 a.jpg", f"{SERVER} {FILES} --json --dim=8"),
     "embed": (
         "localhost:8500 a.jpg",
         f"{SERVER} {FILES} --json --dim=8 --quality=0.98 --quality=top1=0.98 --out=E.npy",
@@ -125,8 +126,8 @@ def test_old_spellings_are_taken_and_not_shown() -> None:
 
 
 def test_words_in_the_place_of_flags() -> None:
-    """TARGET of `classify` and `embed`, and of `inspect`, are read by the commands themselves."""
-    for name in ("classify", "embed"):
+    """TARGET of commands about files, and of `inspect`, are read by the commands themselves."""
+    for name in ("classify", "regress", "embed"):
         assert parsed(name, ["t:1", "a.jpg"])["files"] == ("t:1", "a.jpg")
         arguments = parsed(name, ["--target", "t:1", "a.jpg"])
         assert (arguments["target"], arguments["files"]) == ("t:1", ("a.jpg",))

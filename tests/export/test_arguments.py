@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from keras_mrl import MatryoshkaEncoder
+from keras_mrl.evaluation import Quality
 from keras_mrl_export import ImageDecoder, export_index, export_saved_model
 from keras_mrl_export.arguments import (
     check_base_path,
@@ -139,6 +140,12 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         {"quality": {16: {"top1": 0.5}}},
         "quality must be of dims that are exported: (2, 4, 8). Received: quality of 16. "
         "Leave it out, or export these dims, too: dims=(2, 4, 8, 16).",
+    ),
+    "quality of another output": (
+        {"quality": Quality({8: {"top1": 0.5}}, output="odd"), "output": "head"},
+        "quality must be of the output that is exported. Received: quality of output 'odd' for "
+        "output='head'. Judge that one: "
+        "quality=evaluate(model, x, y['head'], output='head').",
     ),
     "quality that is not a number": (
         {"quality": {8: {"top1": float("nan")}}},
@@ -337,7 +344,20 @@ def test_a_gallery_has_no_name_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a", "birds", "tiny_One", "v1.2-beta"])
 def test_a_name(name: str) -> None:
-    assert check_name(name) == name
+    assert check_name(name) == check_name(None, name) == name
+    assert check_name(name, "a b") == name
+
+
+def test_the_model_s_own_name_is_checked_too(tmp_path: Path) -> None:
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, keras.layers.Dense(8)(inputs), name="birds of 2026")
+    with pytest.raises(ValueError, match="a model named") as caught:
+        export_saved_model(model, tmp_path / "models", X)
+    assert str(caught.value) == (
+        "name must be of letters, digits, '_', '.' and '-', the first and the last a letter or "
+        "digit. Received: a model named 'birds of 2026'. Give another: name='birds'."
+    )
+    assert os.listdir(tmp_path) == []
 
 
 # Which signatures are written: all of the model's, or those that were requested.

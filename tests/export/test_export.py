@@ -322,9 +322,16 @@ def test_each_of_several_outputs_is_a_version_of_its_own(tmp_path: Path) -> None
     assert not (tmp_path / "all").exists()
 
 
-def test_an_encoder_is_exported_as_its_tower(tmp_path: Path) -> None:
-    tower = keras.Sequential([keras.Input((5,), name="x"), keras.layers.Dense(4)])
-    model = MatryoshkaEncoder(tower, initial_temperature=0.1)
+@pytest.mark.parametrize("is_pooled", [False, True])
+def test_an_encoder_is_exported_as_its_tower(is_pooled: bool, tmp_path: Path) -> None:
+    layers = [keras.layers.Dense(8), keras.layers.Reshape((2, 4))]
+    pooling = keras.layers.GlobalAveragePooling1D()
+    tower = keras.Sequential([keras.Input((5,), name="x"), *layers])
+    if not is_pooled:
+        tower.add(pooling)
+    model = MatryoshkaEncoder(
+        tower, pooling=pooling if is_pooled else None, initial_temperature=0.1
+    )
     model.compile("adam", ContrastiveLoss(dims=(2, 4)), run_eagerly=True)
     model.fit((X, 2 * X), verbose=0)
     with SavedModelSession(export_saved_model(model, tmp_path, X, dims=(2, 4))) as session:

@@ -1,7 +1,7 @@
 """Small SavedModels, one for each kind of input that the command line sends, and two of heads.
 
 Every model's features are three numbers; its logits are they by 50, at dim 1 the first only. A row
-of "tags" may have several classes, and "prices" is asked for no class.
+of "tags" may have several classes. The values of "prices" are two sums of them, one the negative.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ MORE: dict[str, dict[str, Any]] = {
     "rows": {**HEAD, "labels": False},
     "pair": {"kind": "encoder"},
     "tags": {**HEAD, "activation": "sigmoid", "top_k": 3},
-    "prices": {"kind": "regressor", "num_values": 1},
+    "prices": {"kind": "regressor", "num_values": 2},
 }
 
 
@@ -113,6 +113,12 @@ def save(name: str, path: Path) -> None:
         signatures[contract.embed(dim)] = of_inputs(
             lambda *inputs, dim=dim: {"embedding": features(*inputs)[:, :dim]}
         )
+        if manifest.num_values:
+            signatures[contract.regress(dim)] = of_inputs(
+                lambda *inputs, dim=dim: {
+                    "values": tf.reduce_sum(features(*inputs)[:, :dim], 1, True) * [1.0, -1.0]
+                }
+            )
         if manifest.num_classes:
             signatures[contract.classify(dim)] = of_inputs(
                 lambda *inputs, dim=dim: {

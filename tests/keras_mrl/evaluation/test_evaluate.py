@@ -623,5 +623,6 @@ def test_one_of_several_outputs_is_judged() -> None:
         for index, dim in enumerate(quality):
             hits = logits[name][:, index].argmax(-1) == labels
             assert quality[dim]["top1"] == pytest.approx(hits.mean())
+        assert quality.output == name
     with pytest.raises(ValueError, match="output must name one of the outputs of the model"):
         evaluate(model, X, y["digit"], verbose=0)

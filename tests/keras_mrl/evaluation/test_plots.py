@@ -132,3 +132,26 @@ def test_fractions_are_drawn_in_percent_and_values_as_they_are(
     assert (f"{measure}, %" if is_percent else measure) in texts
     numbers = [float(text.replace("\u2212", "-")) for text in texts if is_number(text)]
     assert (max(numbers) > 16) is is_percent  # the dims are numbers, too
+
+
+@pytest.mark.parametrize(
+    ("number", "arguments", "label"),
+    [
+        (0.5, {}, "map10, %"),
+        (0.5, {"measure": "ndcg@10"}, "ndcg@10, %"),
+        (0.5, {"measure": "mae"}, "mae"),
+        (7.5, {"measure": "error in kg"}, "error in kg"),
+        (0.5, {"measure": "error", "percent": False}, "error"),
+    ],
+)
+def test_by_cost_as_by_dim(
+    number: float, arguments: dict[str, Any], label: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.svg"
+    plot_by_cost({"MRL": {8: (900.0, number)}}, path, {"funnel": (950.0, number)}, **arguments)
+    texts = re.findall(r"<!-- (.+?) -->", path.read_text())
+    assert label in texts
+    heights = [
+        float(text.replace("\u2212", "-")) for text in texts if is_number(text) and text != "900"
+    ]
+    assert (max(heights) > 16) is label.endswith("%")

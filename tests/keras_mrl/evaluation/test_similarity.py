@@ -117,5 +117,6 @@ def test_one_of_several_outputs_is_judged() -> None:
     assert judged == evaluate_similarity(features, first, second, grades, (2, 4, 8), verbose=0)
     found = evaluate_retrieval(model, first, second, qrels, output="odd", verbose=0)
     assert found == evaluate_retrieval(features, first, second, qrels, dims=(2, 4, 8), verbose=0)
+    assert judged.output == found.output == "odd"
     with pytest.raises(ValueError, match=r"Give for example output='digit'\."):
         evaluate_similarity(model, first, second, grades, verbose=0)

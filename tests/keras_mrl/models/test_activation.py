@@ -31,7 +31,6 @@ OF_LOSS: list[tuple[str | None, Any]] = [
     ("none", losses.Huber()),
     ("none", losses.LogCosh()),
     ("none", losses.Poisson()),
-    ("none", losses.SquaredHinge()),
     (None, losses.Dice()),
 ]
 
@@ -47,7 +46,6 @@ def test_losses_by_name_and_by_function_say_it_too() -> None:
         "mse",
         "mean_absolute_error",
         "huber",
-        "hinge",
         "poisson",
         keras.losses.mean_squared_error,
     ):
@@ -66,6 +64,17 @@ def test_a_loss_of_probabilities_does_not_fit_a_head(loss: Any) -> None:
     )
     with pytest.raises(ValueError, match=text):
         activation_of(model_of(MatryoshkaLoss(loss)))
+
+
+@pytest.mark.parametrize("loss", ["hinge", losses.SquaredHinge(), MatryoshkaLoss(losses.Hinge())])
+def test_a_hinge_loss_says_only_a_sign(loss: Any) -> None:
+    text = (
+        r"\AA hinge loss trains the sign of each output, not a probability or a value. "
+        r"Received: (Squared)?Hinge for model 'says'. Name what its outputs are: "
+        r"activation='sigmoid' for the classes, those above 0.5, 'none' for the outputs.\Z"
+    )
+    with pytest.raises(ValueError, match=text):
+        activation_of(model_of(loss))
 
 
 def test_no_other_word_is_an_activation() -> None:

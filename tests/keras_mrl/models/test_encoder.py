@@ -13,8 +13,10 @@ from keras_mrl import (
     MatryoshkaEncoder,
     SupervisedContrastiveLoss,
     Truncate,
+    embedder,
     split,
 )
+from keras_mrl.evaluation import evaluate
 from tests.helpers.laws import exactly, policy
 from tests.helpers.small_models import as_numpy
 
@@ -454,7 +456,8 @@ MSE = keras.losses.MeanSquaredError()
             lambda: MatryoshkaEncoder(feature_maps()).build((None, 4, 4, 1)),
             "A tower must end in embeddings (batch, width). "
             "Received: a tower whose output is (None, 3, 3, 3). "
-            "Add a pooling layer, e.g. keras.layers.GlobalAveragePooling2D().",
+            "Give pooling=, a layer that makes them of it: "
+            "pooling=keras.layers.GlobalAveragePooling2D().",
         ),
         (
             lambda: MatryoshkaEncoder(tower()).build([(None, 5)]),
@@ -466,6 +469,64 @@ MSE = keras.losses.MeanSquaredError()
 def test_what_does_not_fit_is_refused(refused: Callable[[], Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=exactly(sentence)):
         refused()
+
+
+def of_maps(other: bool = False, **arguments: Any) -> MatryoshkaEncoder:
+    pooling = keras.layers.GlobalAveragePooling2D()
+    other_tower = feature_maps() if other else None
+    return MatryoshkaEncoder(feature_maps(), other_tower, pooling=pooling, **arguments)
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["one tower", "two towers"])
+def test_a_pooling_layer_ends_a_tower_of_feature_maps(two: bool, tmp_path: Path) -> None:
+    """In every room, as in `MatryoshkaClassifier`."""
+    encoder = of_maps(two)
+    assert encoder.output_shape == ((None, 2, 3) if two else (None, 3))
+    encoder.compile("adam", ContrastiveLoss((1, 3)), run_eagerly=EAGERLY)
+    maps = RANDOM.normal(size=(2, 8, 4, 4, 1)).astype("float32")
+    encoder.fit(tuple(maps), verbose=0)
+    encoder.save(tmp_path / "maps.keras")
+    for model in (encoder, keras.saving.load_model(tmp_path / "maps.keras")):
+        first = as_numpy(encoder.tower(maps[0])).mean((1, 2))
+        second = as_numpy((encoder.other_tower or encoder.tower)(maps[1])).mean((1, 2))
+        np.testing.assert_allclose(as_numpy(model(maps[0])), first, rtol=1e-5, atol=1e-6)
+        both = np.stack([first, second], axis=1)
+        np.testing.assert_allclose(as_numpy(model(tuple(maps))), both, rtol=1e-5, atol=1e-6)
+        assert [split(model, other_tower=other)[0](maps[0]).shape for other in (False, True)] == [
+            (8, 3)
+        ] * 2
+        ids = np.arange(8)
+        quality = evaluate(model, maps[0], ids, gallery=(maps[1], ids), k=2, verbose=0)
+        nearest = (unit(first) @ unit(second).T).argmax(axis=1)
+        assert quality[3]["nn1"] == (nearest == ids).mean()
+        small = embedder(model, 3, other_tower=two)
+        expected = unit(second if two else first)
+        rows = maps[1] if two else maps[0]
+        np.testing.assert_allclose(as_numpy(small(rows)), expected, rtol=1e-5, atol=1e-6)
+
+
+def unit(rows: Any) -> Any:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_exits_stand_before_the_pooling() -> None:
+    inputs = keras.Input((4, 4, 1))
+    early = keras.layers.Conv2D(3, 2, name="early")(inputs)
+    tower = keras.Model(inputs, keras.layers.Conv2D(3, 2, name="late")(early))
+    pooling = keras.layers.GlobalAveragePooling2D()
+    encoder = MatryoshkaEncoder(tower, pooling=pooling, exits=("early",))
+    maps = RANDOM.normal(size=(8, 4, 4, 1)).astype("float32")
+    embeddings = encoder.all_exits()(maps)
+    assert {name: tuple(own.shape) for name, own in embeddings.items()} == {
+        "early": (8, 3),
+        "last": (8, 3),
+    }
+    expected = as_numpy(tower(maps)).mean((1, 2))
+    np.testing.assert_allclose(as_numpy(embeddings["last"]), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        TypeError, match=r"\Apooling must be a Keras layer\. Received: pooling='avg'"
+    ):
+        MatryoshkaEncoder(tower, pooling="avg")
 
 
 @pytest.mark.parametrize("keys", MISSPELT)
