@@ -2,7 +2,8 @@
 
 Python blocks of one document share their names. A shell line that starts a server starts one, which
 runs until the document ends; those that ask it run to their end. The pages train, export, serve,
-server, other_languages and retrieve are one example in six parts, and run as one document.
+evaluate, embeddings, language_models, export, serve, server, other_languages and retrieve are one
+example, and run as one document.
 `print(...)  # text` must print that text (`...` stands for any).
 """
 
@@ -24,7 +25,10 @@ DOCUMENTS = {
     "cascade": ["docs/cascade.md"],
     "guide": [
         f"docs/{page}.md"
-        for page in ("train", "export", "serve", "server", "other_languages", "retrieve")
+        for page in (
+            *("train", "evaluate", "embeddings", "language_models"),
+            *("export", "serve", "server", "other_languages", "retrieve"),
+        )
     ],
 }
 ASKED = tuple(

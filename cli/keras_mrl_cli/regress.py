@@ -7,7 +7,7 @@ decodes images gets a JPEG or PNG as it is, and as a PNG what it would read othe
 takes pixels, images are decoded and resized here (pip install 'keras-mrl[images]').
 
   keras-mrl regress --target localhost:8500 --model prices houses.npy
-  keras-mrl regress --target localhost:8500 --model ages faces/*.jpg --dim 16 --json
+  keras-mrl regress --target localhost:8500 --model ages faces/*.jpg --dim 16
 """
 
 from __future__ import annotations

@@ -116,10 +116,10 @@ def evaluate(
         _dims_to_judge(head, dims, gallery)
     kind = None if head is None else _kind_of(model, activation)
     if kind in ("sigmoid", "none"):
-        measures = _score_outputs(
+        judged = _score_outputs(
             backbone, head, kind, inputs, labels, gallery, dims, batch_size, verbose
         )
-        return Quality(measures, output)
+        return Quality(judged, output)
     gallery_rows, gallery_labels = (
         (gallery, None) if is_dataset(gallery) else gallery or (None,) * 2
     )

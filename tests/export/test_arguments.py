@@ -24,6 +24,7 @@ from keras_mrl_serving.index import ExactIndex, FaissIndex
 from tests.helpers.export_models import NAMES, X, dense
 
 CLASSIFIER, ENCODER = dense(head=True), dense(width=20)
+OUTPUT = CLASSIFIER.layers[-1].name
 ROWS = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
 
 
@@ -142,10 +143,10 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "Leave it out, or export these dims, too: dims=(2, 4, 8, 16).",
     ),
     "quality of another output": (
-        {"quality": Quality({8: {"top1": 0.5}}, output="odd"), "output": "head"},
-        "quality must be of the output that is exported. Received: quality of output 'odd' for "
-        "output='head'. Judge that one: "
-        "quality=evaluate(model, x, y['head'], output='head').",
+        {"quality": Quality({8: {"top1": 0.5}}, output="odd"), "output": OUTPUT},
+        f"quality must be of the output that is exported. Received: quality of output 'odd' for "
+        f"output={OUTPUT!r}. Judge that one: "
+        f"quality=evaluate(model, x, y[{OUTPUT!r}], output={OUTPUT!r}).",
     ),
     "quality that is not a number": (
         {"quality": {8: {"top1": float("nan")}}},

@@ -185,7 +185,7 @@ def test_rows_of_the_other_side_are_named(given: Any, refuses: Refuses) -> None:
         f"tower takes, as {'caption' if of_gallery else 'image'}. Embed rows of galleries with "
         "other_tower=True, and rows of queries without."
     )
-    asked = [questions.embed(given, 8, not of_gallery)]
+    asked: list[Any] = [questions.embed(given, 8, not of_gallery)]
     if of_gallery:
         asked += [questions.retrieve(given), questions.embed_with_fingerprint(given, 8)]
     for question in asked:
