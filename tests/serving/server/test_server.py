@@ -1,5 +1,6 @@
 """The server as a whole: its flags, what ends its start, its ports, its pollers and its end."""
 
+import itertools
 import json
 import logging
 import shutil
@@ -26,6 +27,7 @@ from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServic
 from tensorflow_serving.apis.regression_pb2 import RegressionRequest
 
 from keras_mrl_serving.server import DevServer
+from keras_mrl_serving.server.grpc_messages import CallThreads
 from tests.helpers.server_target import TIMEOUT_S, Served, label, predict, refusal
 from tests.helpers.waiting import wait_until
 
@@ -477,31 +479,50 @@ def test_a_stop_ends_a_wait_and_there_is_no_second_start(setting: Setting) -> No
     )
 
 
-def test_a_stop_cancels_no_call_that_has_come(setting: Setting) -> None:
+def test_a_stop_cancels_no_call_that_has_come(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where gRPC holds them: the one thread that takes calls from it is busy with the first.
+
+    That thread holds the lock that a stop of gRPC needs. Once both go on, they take turns. The
+    first call is answered when the others have come, since a server that is quiet stops at once.
+    """
+    has_come, may_go_on, all_have_come = (threading.Event() for _ in range(3))
+    submit = CallThreads.submit
+    submitted = itertools.count(1)
+
+    def submit_and_wait(self: CallThreads, call: Any, /, *args: Any, **kwargs: Any) -> Any:
+        def call_later() -> Any:
+            all_have_come.wait(5)
+            return call(*args, **kwargs)
+
+        future = submit(self, call_later)
+        if next(submitted) == 65:
+            all_have_come.set()
+        has_come.set()
+        assert may_go_on.wait(TIMEOUT_S)
+        return future
+
+    monkeypatch.setattr(CallThreads, "submit", submit_and_wait)
+    request = predict(inputs={"steps": np.array(1)}, signature="count")
     server = DevServer(setting.put("a", 1))
-    target = server.start()
-    request = predict(inputs={"steps": np.array(100)}, signature="count")
-    codes: list[str] = []
-    is_busy = threading.Event()
-
-    def ask_until_refused() -> None:
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        with grpc.insecure_channel(target, options) as channel:
-            stub = PredictionServiceStub(channel)
-            try:
-                while stub.Predict(request, timeout=TIMEOUT_S):
-                    is_busy.set()
-            except grpc.RpcError as error:
-                codes.append(error.code().name)
-
-    threads = [threading.Thread(target=ask_until_refused) for _ in range(48)]
-    for thread in threads:
-        thread.start()
-    assert is_busy.wait(TIMEOUT_S)
-    server.stop()
-    for thread in threads:
-        thread.join()
-    assert codes == ["UNAVAILABLE"] * 48
+    with grpc.insecure_channel(server.start()) as channel:
+        stub = PredictionServiceStub(channel)
+        calls = [stub.Predict.future(request, timeout=TIMEOUT_S)]
+        assert has_come.wait(TIMEOUT_S)
+        calls += [stub.Predict.future(request, timeout=TIMEOUT_S) for _ in range(64)]
+        # gRPC itself refuses this one, which comes by the same connection: so those have come.
+        too_large = [("metadata", "x" * 2**15)]
+        with pytest.raises(grpc.RpcError, match="metadata size"):
+            stub.Predict(request, timeout=TIMEOUT_S, metadata=too_large)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        stopping.join(0.5)  # it now waits, for the first call or for the lock
+        may_go_on.set()
+        codes = [call.code().name for call in calls]
+        stopping.join()
+    assert codes[0] == "OK"
+    assert set(codes[1:]) <= {"OK", "UNAVAILABLE"}
 
 
 def test_a_stop_ends_a_reload_that_waits(setting: Setting) -> None:
