@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import socket
+import ssl
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,12 @@ class Cause:
     remedy: str
     is_lasting: bool = True
 
+
+_HUNG_UP = "last error: .*(Socket closed|Connection reset by peer)"
+TLS_REMEDY = (
+    "TLS is spoken at this port: give Options(tls=Tls(root_certificates=...)). If the server asks "
+    "who its clients are, add private_key=... and certificate_chain=...."
+)
 
 # The first that fits.
 _CAUSES = (
@@ -60,7 +69,7 @@ _CAUSES = (
     ),
     Cause(
         r"Expected SETTINGS frame as the first frame, got frame type 0\b",  # an alert of TLS
-        "TLS is spoken at this port: give Options(tls=Tls(root_certificates=...)).",
+        TLS_REMEDY,
     ),
     Cause(
         "Expected SETTINGS frame as the first frame|http1.x server",
@@ -68,7 +77,7 @@ _CAUSES = (
         "another for REST (8501): give that of gRPC.",
     ),
     Cause(
-        "last error: .*(Socket closed|Connection reset by peer)",
+        _HUNG_UP,
         "The server hung up before it spoke gRPC. If it asks for TLS, give "
         "Options(tls=Tls(root_certificates=...)); if for a certificate of its clients, add "
         "private_key=... and certificate_chain=....",
@@ -104,6 +113,37 @@ def find_cause(details: str) -> Cause | None:
     if not re.match(_NOT_CONNECTED, details):  # a server's own words
         return None
     return next((cause for cause in _CAUSES if re.search(cause.pattern, details)), None)
+
+
+def peer_that_hung_up(details: str) -> tuple[str, int] | None:
+    """Return the host and the port of a server that hung up before it spoke; None without one.
+
+    Examples:
+        >>> peer_that_hung_up("failed to connect to all addresses; last error: UNAVAILABLE: "
+        ...     "ipv6:%5B::1%5D:8500: Socket closed")
+        ('::1', 8500)
+    """
+    if not re.match(_NOT_CONNECTED, details) or not re.search(_HUNG_UP, details):
+        return None
+    peer = re.search(r"last error: .*ipv[46]:(\S+):(\d+): ", details)
+    return None if peer is None else (unquote(peer[1]).strip("[]"), int(peer[2]))
+
+
+def speaks_tls(peer: tuple[str, int]) -> bool:
+    """Return whether TLS is spoken at a host and a port, as a handshake tells within a second.
+
+    A server that asks for TLS hangs up on clients without it, and so does one that is about to
+    start, or a load balancer whose server is gone: to these a call is worth another attempt.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent
+    try:
+        with socket.create_connection(peer, 1.0) as plain, context.wrap_socket(plain):
+            return True
+    except ssl.SSLError as error:
+        return "ALERT" in (error.reason or "")
+    except OSError:
+        return False
 
 
 _NOT_CONNECTED = (

@@ -24,7 +24,7 @@ from typing import Any
 import grpc
 from grpc import StatusCode
 
-from ._causes import find_cause
+from ._causes import TLS_REMEDY, find_cause, peer_that_hung_up, speaks_tls
 from ._connection import Attempt, Connection, Connections, Silence, open_channel, readiness
 from ._targets import Proxy, channel_address, count_replicas, find_proxy
 from ._wire import decode, encode
@@ -52,6 +52,7 @@ def translate_error(
     attempts: int = 1,
     is_connected: bool = True,
     proxy: Proxy | None = None,
+    is_tls: bool = False,
 ) -> KerasMrlError:
     """Return our exception for gRPC's, with all that is known about the call that failed.
 
@@ -62,6 +63,7 @@ def translate_error(
         attempts: How often the call was sent.
         is_connected: Whether there was a connection when it failed.
         proxy: The proxy on the way to the target.
+        is_tls: Whether TLS is spoken at the target, and the client has none.
     """
     status, details = _status(error)
     kind = error_class(status.name, details)
@@ -79,7 +81,7 @@ def translate_error(
         details = _SILENT if is_connected else _NOT_CONNECTED
         remedy = _SILENT_REMEDY if is_connected else _NOT_CONNECTED_REMEDY
     if kind is ServerUnavailableError and (cause := find_cause(details)):
-        remedy = cause.remedy
+        remedy = TLS_REMEDY if is_tls else cause.remedy
     if status is StatusCode.CANCELLED or _STOPPED.search(details):
         remedy = _STOPPED_REMEDY
     after = f" after {attempts} attempts" if attempts > 1 else ""
@@ -165,6 +167,7 @@ class _Tries:
         self._route = route
         self._deadline_s = time.monotonic() + min(envelope.remaining_s, _LONGEST_TIMEOUT_S)
         self._count = 0
+        self._looks_for_tls = route.options.tls is None
         self.headers = route.options.headers()
 
     def begin(self) -> float:
@@ -172,8 +175,22 @@ class _Tries:
         self._count += 1
         return max(0.0, self._deadline_s - time.monotonic())
 
-    def wait_s(self, error: grpc.RpcError, attempt: Attempt) -> float:
+    def peer_in_doubt(self, error: grpc.RpcError) -> tuple[str, int] | None:
+        """Return the peer that hung up and may ask for TLS, the first time that it does."""
+        proxy = self._route.proxy
+        if not self._looks_for_tls or (proxy is not None and proxy.is_asked):
+            return None
+        peer = peer_that_hung_up(_status(error)[1])
+        self._looks_for_tls = peer is None
+        return peer
+
+    def wait_s(self, error: grpc.RpcError, attempt: Attempt, is_tls: bool) -> float:
         """Return the seconds to wait before the call is sent again.
+
+        Args:
+            error: What gRPC raised.
+            attempt: The attempt that failed.
+            is_tls: Whether TLS is spoken at the target, and the client has none.
 
         Raises:
             KerasMrlError: If it is not.
@@ -183,7 +200,7 @@ class _Tries:
             attempt.is_answered = True
         elif is_connected:
             attempt.is_answered = False
-        if self._is_worth_another(error):
+        if not is_tls and self._is_worth_another(error):
             options, doubled = self._route.options, 2 ** (self._count - 1)
             wait_s = min(options.first_backoff_s * doubled, options.max_backoff_s)
             wait_s *= random.uniform(0.8, 1.2)  # so that clients do not return in step
@@ -198,6 +215,7 @@ class _Tries:
             attempts=self._count,
             is_connected=is_connected,
             proxy=proxy,
+            is_tls=is_tls,
             # Its frames in gRPC hold the call, and the channel.
         ) from (None if has_secret else error.with_traceback(None))
 
@@ -258,7 +276,8 @@ class GrpcTransport:
                     raise _closed_error(self.target) from error
                 if not isinstance(error, grpc.RpcError):
                     raise
-                wait_s = tries.wait_s(error, attempt)
+                peer = tries.peer_in_doubt(error)
+                wait_s = tries.wait_s(error, attempt, peer is not None and speaks_tls(peer))
             else:
                 attempt.succeed()
                 return decode(envelope, response, self.target)
@@ -354,7 +373,9 @@ class AioTransport:
             except grpc.RpcError as error:
                 if self._closed:  # by another task, while this call was under way
                     raise _closed_error(self.target) from error
-                wait_s = tries.wait_s(error, attempt)
+                peer = tries.peer_in_doubt(error)
+                is_tls = peer is not None and await asyncio.to_thread(speaks_tls, peer)
+                wait_s = tries.wait_s(error, attempt, is_tls)
             except grpc.aio.UsageError as error:  # of a channel closed before the call began
                 raise _closed_error(self.target) from error
             else:

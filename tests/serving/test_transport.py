@@ -379,6 +379,10 @@ HUNG_UP = (
     "Options(tls=Tls(root_certificates=...)); if for a certificate of its clients, add "
     "private_key=... and certificate_chain=....",
 )
+WITH_TLS = (
+    "TLS is spoken at this port: give Options(tls=Tls(root_certificates=...)). If the server asks "
+    "who its clients are, add private_key=... and certificate_chain=...."
+)
 NO_GRPC = (
     "Expected SETTINGS frame as the first frame",
     "No gRPC is spoken at this port. TensorFlow Serving has one port for gRPC (8500) and another "
@@ -415,17 +419,29 @@ def test_a_port_without_grpc_is_named_and_asked_once(kind: type[Any], answer: by
 
 @BOTH
 def test_an_alert_of_tls_is_named(kind: type[Any]) -> None:
-    remedy = "TLS is spoken at this port: give Options(tls=Tls(root_certificates=...))."
     with answering(bytes.fromhex("15030300020246") + bytes(40)) as target:
         with open_client(kind, target) as client:
-            assert_unavailable(client, target, "got frame type 0", remedy)
+            assert_unavailable(client, target, "got frame type 0", WITH_TLS)
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+@BOTH
+def test_a_server_that_hangs_up_is_asked_whether_it_speaks_tls(
+    kind: type[Any], mutual: bool
+) -> None:
+    """If so, another attempt would fail as well."""
+    with guarded(mutual=mutual) as server, open_client(kind, server.target) as client:
+        assert_unavailable(client, server.target, "Socket closed", WITH_TLS)
 
 
 @BOTH
-def test_a_server_that_hangs_up_may_ask_for_tls(kind: type[Any]) -> None:
-    once = Options(max_attempts=1)
-    with guarded() as server, open_client(kind, server.target, once) as client:
-        assert_unavailable(client, server.target, *HUNG_UP)
+def test_a_server_that_hangs_up_and_speaks_no_tls_is_tried_again(kind: type[Any]) -> None:
+    quick = Options(max_attempts=2, first_backoff_s=0.01)
+    with answering(b"") as target, open_client(kind, target, quick) as client:
+        with pytest.raises(ServerUnavailableError) as caught:
+            client.describe()
+    assert caught.value.attempts == 2
+    assert str(caught.value).endswith(HUNG_UP[1])
 
 
 @BOTH
