@@ -342,7 +342,7 @@ class Shortlister:
                 index = read(os.fspath(path))
             received = (index.ntotal, index.d, index.metric_type == faiss.METRIC_L2)
             expected = (rows, dim, facts.metric == "l2" or spec.is_binary)
-            if received != expected or not _are_rows(index, rows):
+            if received != expected or not (_are_rows(index, rows) and _has_all_codes(index)):
                 raise ValueError("it is of another gallery")
             shortlister = cls(index, spec)
             shortlister.search(np.zeros((1, dim), np.float32), 1)  # or the first query would fail
@@ -397,6 +397,20 @@ def _are_rows(index: Any, rows: int) -> bool:
                 return False
             seen[ids] = True
     return bool(seen.all())
+
+
+def _has_all_codes(index: Any) -> bool:
+    """Return whether the codes of all rows are there, each as long as the header says.
+
+    FAISS itself does not compare the lengths of RaBitQ, and would read behind the codes.
+    """
+    faiss = import_faiss()
+    if isinstance(index, faiss.Index):
+        own = faiss.downcast_index(index)
+        if isinstance(own, faiss.IndexFlatCodes):
+            has_center = not hasattr(own, "center") or own.center.size() == own.d
+            return bool(has_center and own.codes.size() == own.ntotal * own.code_size)
+    return True
 
 
 def import_faiss() -> Any:

@@ -770,7 +770,7 @@ def read(path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "BFlat"])
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "BFlat", "RaBitQ"])
 def test_a_hostile_first_stage_takes_no_memory(factory: str, tmp_path: Path) -> None:
     """60 of each kind, and 1,000 in `make soak`; their digests fit."""
     gallery = drawn(0, 200, 16)
