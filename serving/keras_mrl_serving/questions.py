@@ -292,7 +292,7 @@ def _about_model(
         lambda m: m.tower(other_tower).inputs,
         answer_row_bytes,
         lambda m: m.tower(other_tower).decoder is not None,
-        lambda m: m.tower(other_tower).other_inputs,
+        other=lambda m: m.tower(other_tower).other_inputs,
     )
 
 
