@@ -274,7 +274,7 @@ def _check_labels(metric: keras.metrics.Metric, labels: Any, logits: Any) -> Non
         return
     name = type(metric).__name__
     of_shares = name.removeprefix("Sparse")
-    check_form(labels, len(logits.shape) - 1, logits.shape[-1], name == of_shares, of_shares)
+    check_form(labels, tuple(logits.shape[:-2]), logits.shape[-1], name == of_shares, of_shares)
 
 
 def _wrong_where_nan(logits: Any, labels: Any) -> Any:

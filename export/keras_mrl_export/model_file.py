@@ -89,7 +89,8 @@ def in_float32(model: keras.Model) -> keras.Model:
             save(model, file)
             model = load(file, objects)
             for layer in filter(_computes_in_half, model._flatten_layers()):
-                layer.dtype_policy = "float32"
+                integers, of, _ = layer.dtype_policy.name.rpartition("_from_")
+                layer.dtype_policy = f"{integers}{of}float32"
     return model
 
 
@@ -131,7 +132,7 @@ def _without_scope(model: keras.Model) -> list[keras.Layer]:
 
 
 def _computes_in_half(layer: keras.Layer) -> bool:
-    return layer.compute_dtype in ("float16", "bfloat16") and layer.quantization_mode is None
+    return layer.compute_dtype in ("float16", "bfloat16")
 
 
 def user_objects(model: keras.Model) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class MatryoshkaLoss(_NestedLoss):
             )
         is_sparse, is_dense = _forms(self.loss)
         if is_sparse or is_dense:
-            check_form(y_true, len(y_pred.shape) - 1, y_pred.shape[-1], is_dense)
+            check_form(y_true, tuple(y_pred.shape[:-2]), y_pred.shape[-1], is_dense)
         check_labels_of_outputs(self.loss, y_true, (*y_pred.shape[:-2], y_pred.shape[-1]))
         total: Any = 0.0
         losses: Any = None
@@ -172,7 +172,7 @@ def check_labels(loss: Any, labels: Any, output_shape: tuple[int | None, ...]) -
     if labels is None or not (is_sparse or is_dense):
         return
     values, num_classes = ops.convert_to_numpy(labels), int(output_shape[-1] or 0)
-    check_form(values, len(output_shape) - 1, num_classes, is_dense)
+    check_form(values, tuple(output_shape[:-2]), num_classes, is_dense)
     outside = _is_outside(inner, values, num_classes)
     if outside is not None and outside.any():
         wrong = np.unique(values[outside])
@@ -187,7 +187,9 @@ def check_labels(loss: Any, labels: Any, output_shape: tuple[int | None, ...]) -
         )
 
 
-def check_form_of_batch(loss: Any, labels: Any, num_axes: int, num_classes: int) -> None:
+def check_form_of_batch(
+    loss: Any, labels: Any, rows: tuple[int | None, ...], num_classes: int
+) -> None:
     """Raise if labels of a batch have another form than a nested cross-entropy takes.
 
     Metrics may read them before the loss, and would raise an error of the backend.
@@ -195,7 +197,7 @@ def check_form_of_batch(loss: Any, labels: Any, num_axes: int, num_classes: int)
     Args:
         loss: The compiled loss. For any other than a nested cross-entropy nothing is checked.
         labels: The labels, a tensor.
-        num_axes: Number of axes of the logits of one dim.
+        rows: The shape of what is classified: `(batch,)`, or `(batch, time)` for sequences.
         num_classes: Number of classes.
 
     Raises:
@@ -203,7 +205,7 @@ def check_form_of_batch(loss: Any, labels: Any, num_axes: int, num_classes: int)
     """
     is_sparse, is_dense = _forms(getattr(loss, "loss", None))
     if is_sparse or is_dense:
-        check_form(labels, num_axes, num_classes, is_dense)
+        check_form(labels, rows, num_classes, is_dense)
 
 
 def _forms(loss: Any) -> tuple[bool, bool]:

@@ -196,7 +196,7 @@ def names_no_class(labels: Any, num_classes: int) -> Any:
 
 def check_form(
     labels: Any,
-    num_axes: int,
+    rows: tuple[int | None, ...],
     num_classes: int,
     is_dense: bool,
     of_shares: str = "CategoricalCrossentropy",
@@ -205,17 +205,18 @@ def check_form(
 
     Args:
         labels: The labels.
-        num_axes: Number of axes of the logits of one dim: 2, or 3 for sequences.
+        rows: The shape of what is classified: `(batch,)`, or `(batch, time)` for sequences.
         num_classes: Number of classes.
         is_dense: Whether the loss takes a share of every class, not an integer.
         of_shares: Name of the loss, or of a metric, that takes shares.
 
     Raises:
-        ValueError: If they are not numbers, or shares where integers are taken, or the reverse.
+        ValueError: If they are not numbers, or shares where integers are taken, or the reverse, or
+            sequences of another length.
     """
     check_numbers(labels)
     shape = tuple(labels.shape)
-    has_classes = len(shape) == num_axes
+    has_classes = len(shape) == len(rows) + 1
     if is_dense and (not has_classes or shape[-1] != num_classes):
         raise ValueError(
             f"{of_shares} takes a share of every class per row. "
@@ -227,6 +228,15 @@ def check_form(
             f"Sparse{of_shares} takes one integer per row. "
             f"Received: labels of shape {shape} for {num_classes} classes. "
             f"Use {of_shares} for one-hot labels, or take their argmax."
+        )
+    lengths = shape[1:-1] if has_classes else shape[1:]
+    if len(lengths) == len(rows) - 1 and any(
+        None not in pair and pair[0] != pair[1] for pair in zip(lengths, rows[1:], strict=True)
+    ):
+        raise ValueError(
+            "Sequences have one label per step. "
+            f"Received: labels of shape {shape} for sequences of {', '.join(map(str, rows[1:]))} "
+            "steps. Cut or pad the labels to the length of the inputs."
         )
 
 

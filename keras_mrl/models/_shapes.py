@@ -54,19 +54,38 @@ class _NestedModel(keras.Model):
         bound = inspect.signature(keras.Model.fit).bind(self, x, y, *args, **kwargs)
         set_modes(bound.arguments.get("callbacks"), self._modes)
         self._build_optimizer()
-        with _labels_explained(x, kwargs.get("validation_data")):
+        with self._batches_explained(x, kwargs.get("validation_data")):
             return super().fit(x, y, *args, **kwargs)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as `keras.Model.evaluate` does."""
         check_unmasked(x, y, kwargs.get("sample_weight"))
         x = self._build_for(x, y)
-        with _labels_explained(x):
+        with self._batches_explained(x):
             return super().evaluate(x, y, *args, **kwargs)
 
     def _inputs_first(self, batch: Any) -> Any:
         """Return a batch as Keras has it: `(x,)`, `(x, y)` or `(x, y, sample_weight)`."""
         return batch
+
+    @contextlib.contextmanager
+    def _batches_explained(self, *data: Any) -> Iterator[None]:
+        """Where Keras cannot read the parts or the labels of a data set, say what they are.
+
+        Keras converts them before any code of a model sees them. They are read anew after an error
+        alone, so that nothing is read of a data set that can be trained on.
+        """
+        try:
+            yield
+        except Exception:
+            for part in filter(is_dataset, data):
+                batch = _with_first_batch(part)[1]
+                self._inputs_first(batch)
+                is_labelled = isinstance(batch, (tuple, list)) and len(batch) > 1
+                for labels in keras.tree.flatten(batch[1]) if is_labelled else ():
+                    check_unmasked(labels)
+                    check_numbers(labels if hasattr(labels, "dtype") else np.asarray(labels))
+            raise
 
     def _build_for(self, x: Any, y: Any = None) -> Any:
         """Build for arrays, or for a data set, before a step is traced; return the data.
@@ -100,25 +119,6 @@ class _NestedModel(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
-
-
-@contextlib.contextmanager
-def _labels_explained(*data: Any) -> Iterator[None]:
-    """Where Keras cannot read the labels of a data set, say what they are.
-
-    Keras converts them before any code of a model sees them. They are read anew after an error
-    alone, so that nothing is read of a data set that can be trained on.
-    """
-    try:
-        yield
-    except Exception:
-        for part in filter(is_dataset, data):
-            batch = _with_first_batch(part)[1]
-            is_labelled = isinstance(batch, (tuple, list)) and len(batch) > 1
-            for labels in keras.tree.flatten(batch[1]) if is_labelled else ():
-                check_unmasked(labels)
-                check_numbers(labels if hasattr(labels, "dtype") else np.asarray(labels))
-        raise
 
 
 def _with_first_batch(data: Any) -> tuple[Any, Any]:

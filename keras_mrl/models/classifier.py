@@ -298,8 +298,8 @@ class MatryoshkaClassifier(_ModelWithExits):
         if self._steps and self._exit_training is not None:
             y_pred = y_pred[LAST]
         is_rowwise = self._steps and self._rowwise is not None
-        num_axes = len(y_pred.shape) - (0 if is_rowwise else 1)
-        check_form_of_batch(self.loss, y, num_axes, self.head.num_classes)
+        rows = tuple(y_pred.shape[: -1 if is_rowwise else -2])
+        check_form_of_batch(self.loss, y, rows, self.head.num_classes)
         if is_rowwise:
             # Keras builds and names the metrics by a batch; one without rows changes no metric.
             y, y_pred = y[:0], logits_of_no_row(y_pred, self.head)

@@ -275,6 +275,12 @@ class MatryoshkaEncoder(_ModelWithExits):
             return batch
         is_sequence = isinstance(batch, (tuple, list))
         parts = [part for part in batch if part is not None] if is_sequence else []
+        if len(parts) > 3:
+            raise ValueError(
+                "Keras reads at most three parts of a batch of a data set. "
+                f"Received: {len(parts)}, anchors, positives and {len(parts) - 2} negatives. "
+                "Yield them as the one part that they are: ((anchors, positives, *negatives),)."
+            )
         return (tuple(parts),) if len(parts) > 1 and not are_sides(parts[0]) else batch
 
     def _check_data(self, x: Any, y: Any, sample_weight: Any) -> None:

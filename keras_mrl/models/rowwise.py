@@ -118,7 +118,7 @@ def _labels_and_targets(
 ) -> tuple[Any, Any]:
     """Return integer labels in the shape of the features' rows, and the targets of the loss."""
     labels = ops.convert_to_tensor(labels)
-    check_form(labels, len(features.shape), num_classes, is_dense)
+    check_form(labels, tuple(features.shape[:-1]), num_classes, is_dense)
     if is_dense:
         shares = ops.reshape(ops.cast(labels, "float32"), (-1, num_classes))
         return ops.argmax(labels, axis=-1), shares

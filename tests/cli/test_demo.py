@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 
 from keras_mrl_cli.demo import load_parts, with_shifts
 from tests.helpers.cli import KERAS_MRL, Call
+from tests.helpers.laws import on_backends
 
 BACKEND = keras.backend.backend()
 DIMS = (2, 4, 8, 16, 32, 64)
@@ -259,6 +260,7 @@ def files(folder: Path) -> dict[Path, tuple[bytes, int]]:
 
 
 @pytest.mark.backend
+@on_backends("tensorflow")
 def test_a_second_run_publishes_a_second_version(demo: Run) -> None:
     # The last test of the file: the second run writes its report over the first one's.
     models = demo.out / "models" / "digits"

@@ -1,4 +1,7 @@
-"""What a head's outputs are, from the loss to the client: one class a row, several, or values."""
+"""What a head's outputs are, from the loss to the client: one class a row, several, or values.
+
+Of models of JAX and PyTorch, tests/test_rooms.py asks the same.
+"""
 
 import re
 from collections.abc import Iterator
@@ -73,7 +76,6 @@ def prices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[keras.Mod
         yield model, client
 
 
-@pytest.mark.backend
 def test_several_classes_a_row_are_served_as_keras_gives_them(
     tags: tuple[keras.Model, Client],
 ) -> None:
@@ -93,7 +95,6 @@ def test_several_classes_a_row_are_served_as_keras_gives_them(
     assert not np.allclose(answer.probabilities.sum(axis=1), 1, atol=0.1)
 
 
-@pytest.mark.backend
 def test_a_head_of_several_classes_gives_logits_and_no_class(
     tags: tuple[keras.Model, Client],
 ) -> None:
@@ -112,7 +113,6 @@ def test_a_head_of_several_classes_gives_logits_and_no_class(
     np.testing.assert_array_equal(default["class_ids"], client.classify(X, 8).class_ids)
 
 
-@pytest.mark.backend
 def test_values_are_served_as_keras_gives_them(prices: tuple[keras.Model, Client]) -> None:
     model, client = prices
     manifest = client.describe()

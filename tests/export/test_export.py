@@ -62,17 +62,11 @@ from tests.helpers.export_models import (
     written_signatures,
 )
 from tests.helpers.language_models import LENGTH, TOKENS, WIDTH, language_model
+from tests.helpers.laws import on_backends
 from tests.helpers.nested_models import NESTED, two_heads
 from tests.helpers.vision_backbones import SHAPE, keras_cv
 
 backend = pytest.mark.backend
-
-
-def on_one_backend(name: str) -> pytest.MarkDecorator:
-    """For a test whose model is trained and exported on one backend: that takes half a minute."""
-    return pytest.mark.skipif(
-        keras.backend.backend() != name, reason="one backend's time is enough"
-    )
 
 
 def test_the_manifest_of_everything_given(untied: Exported) -> None:
@@ -160,7 +154,6 @@ def test_what_lies_in_a_version(untied: Exported) -> None:
     assert os.listdir(untied.path.parent) == [untied.path.name]
 
 
-@backend
 def test_a_pooling_layer_is_part_of_what_is_served(tmp_path: Path) -> None:
     """Every signature is compared with the model before the version is published."""
     maps = keras.Sequential([keras.Input((6, 6, 3)), keras.layers.Conv2D(8, 3)], name="maps")
@@ -343,6 +336,7 @@ def test_an_encoder_is_exported_as_its_tower(is_pooled: bool, tmp_path: Path) ->
 
 
 @backend
+@on_backends("tensorflow", "jax")
 def test_two_towers_are_one_version(tmp_path: Path) -> None:
     encoder, some_items = two_towers.two_towers(), {n: a[:16] for n, a in two_towers.ITEMS.items()}
     rows: dict[str, Any] = {"sample": two_towers.USERS[:16], "other_sample": some_items}
@@ -470,7 +464,7 @@ def expected_outputs(vision: ServedVision) -> dict[str, tuple[Arrays, Arrays]]:
 
 
 @backend
-@on_one_backend("jax")
+@on_backends("jax")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of keras-cv
 def test_every_signature_is_the_model(vision: ServedVision) -> None:
     expected = expected_outputs(vision)
@@ -485,7 +479,7 @@ def test_every_signature_is_the_model(vision: ServedVision) -> None:
 
 
 @backend
-@on_one_backend("jax")
+@on_backends("jax")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of keras-cv
 def test_images_leave_the_cascade_at_every_dim(vision: ServedVision) -> None:
     dims, counts = np.unique(vision.client.classify_adaptive(IMAGES).dim, return_counts=True)
@@ -539,7 +533,7 @@ def half_and_half(model: Any) -> CascadePolicy:
 
 
 @backend
-@on_one_backend("torch")
+@on_backends("torch")
 def test_its_input_is_tokens_of_any_length(language: ServedLanguage) -> None:
     manifest = read_manifest(language.path)
     assert manifest.inputs == {"tokens": {"dtype": "int32", "shape": [None, None]}}
@@ -548,7 +542,7 @@ def test_its_input_is_tokens_of_any_length(language: ServedLanguage) -> None:
 
 
 @backend
-@on_one_backend("torch")
+@on_backends("torch")
 def test_a_text_written_through_the_client_is_the_one_written_here(
     language: ServedLanguage,
 ) -> None:
@@ -568,7 +562,7 @@ def test_a_text_written_through_the_client_is_the_one_written_here(
 
 
 @backend
-@on_one_backend("torch")
+@on_backends("torch")
 def test_two_hundred_tokens_and_what_they_cost(language: ServedLanguage) -> None:
     """As the full dim alone would write them, at how many dims a token."""
     with DevServer(language.path.parent) as target, Client(target) as client:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_mrl_export import ExportError
+from keras_mrl_export import ExportError, export_saved_model
 from keras_mrl_export.model_file import (
     in_float32,
     load,
@@ -21,8 +21,11 @@ from keras_mrl_export.model_file import (
     user_objects,
     with_scopes,
 )
+from keras_mrl_serving._session import SavedModelSession
 from tests.helpers.export_models import outputs
 from tests.helpers.laws import exactly
+from tests.helpers.small_models import X as ROWS
+from tests.helpers.small_models import as_numpy, classifier
 
 X = np.random.default_rng(0).normal(size=(6, 5, 5, 2)).astype(np.float32)
 HALVES = ("mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
@@ -90,6 +93,22 @@ def test_every_part_computes_in_float32(trained_in: str, exported_in: str) -> No
     plain = model_of(*parts())
     plain.set_weights(copy.get_weights())
     np.testing.assert_allclose(outputs(copy, X), outputs(plain, X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer")  # of Keras: nothing to quantize
+@pytest.mark.parametrize("trained_in", ["float32", "mixed_bfloat16", "bfloat16"])
+def test_a_head_of_integers_is_served_in_float32(trained_in: str, tmp_path: Path) -> None:
+    keras.config.set_dtype_policy(trained_in)
+    model = classifier(keras.Sequential([keras.Input((5,), name="x"), layers.Dense(8)]))
+    model.quantize("int8")
+    keras.config.set_dtype_policy("float32")
+    version = export_saved_model(model, tmp_path, ROWS[:8], signatures=["features", "head"])
+    kernel, bias = (as_numpy(ops.cast(own, "float32")) for own in model.head.weights_at(2))
+    with SavedModelSession(version) as session:
+        features = session.run("features", {"x": ROWS})["features"]
+        logits = session.run("head_2", {"features": features[:, :2]})["logits"]
+    share = 1e-5 if trained_in == "float32" else 2**-7  # of scales in half precision
+    np.testing.assert_allclose(logits, features[:, :2] @ kernel + bias, rtol=share, atol=share)
 
 
 def test_a_model_in_float32_is_not_copied() -> None:

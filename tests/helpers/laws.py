@@ -38,6 +38,13 @@ def exactly(text: str) -> str:
     return rf"\A{re.escape(text)}\Z"
 
 
+def on_backends(*names: str) -> pytest.MarkDecorator:
+    """For a test that costs much and whose rule the other backends need not show again."""
+    return pytest.mark.skipif(
+        keras.backend.backend() not in names, reason=f"runs on {' and '.join(names)} alone"
+    )
+
+
 def public_keras_classes(package: ModuleType) -> set[type]:
     """Every Keras class of its own among the public names of a package and its modules."""
     modules = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")

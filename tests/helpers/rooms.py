@@ -28,7 +28,7 @@ from tests.helpers.cli import Call
 from tests.helpers.fitted_models import DIMS, Array, Kind, as_numpy
 from tests.helpers.two_towers import item_embeddings
 
-BATCH = 16
+BATCH, BACKEND = 16, keras.backend.backend()
 Law = Callable[["Fitted", Call], None]
 
 
@@ -326,22 +326,25 @@ def served_is_numpy_s(fitted: Fitted, call: Call) -> None:
     for name, rows in samples.items():
         np.savez(folder / name, **(rows if isinstance(rows, dict) else {"": rows}))
         words += words_of({name: str(folder / f"{name}.npz")})
-    by_function = export_saved_model(
-        model,
-        folder / "by_function",
-        dims=DIMS,
-        signatures=["embed_2"],
-        warmup_batch_sizes=(),
-        **samples,
-        **kind.output_only,
-    )
     ended = call(*words)
     assert ended.status == 0, ended.err
+    assert f"on {BACKEND} ..." in ended.err
     with DevServer(base, model_name="law") as target, Client(target, "law") as client:
+        answers_are_numpy_s(client, kind, model)
         manifest = client.describe()
+    assert manifest.made_with["trained_on"] == BACKEND
+    if BACKEND == "tensorflow":
+        by_function = export_saved_model(
+            model,
+            folder / "by_function",
+            dims=DIMS,
+            signatures=["embed_2"],
+            warmup_batch_sizes=(),
+            **samples,
+            **kind.output_only,
+        )
         other = Manifest.from_json((by_function / MANIFEST_FILE).read_bytes())
         assert (manifest.fingerprint, manifest.activation) == (other.fingerprint, other.activation)
-        answers_are_numpy_s(client, kind, model)
 
 
 def words_of(arguments: Mapping[str, str]) -> list[str]:

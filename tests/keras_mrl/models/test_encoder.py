@@ -17,6 +17,7 @@ from keras_mrl import (
     split,
 )
 from keras_mrl.evaluation import evaluate
+from tests.helpers.datasets import DATASETS, dataset
 from tests.helpers.laws import exactly, policy
 from tests.helpers.small_models import as_numpy
 
@@ -142,6 +143,19 @@ def test_batches_of_pairs_with_ids_and_weights_are_those_of_arrays() -> None:
     expected = encoder.evaluate(x, LABELS, sample_weight=weights, batch_size=8, verbose=0)
     received = encoder.evaluate(tensorflow_batches(x, LABELS, weights), verbose=0)
     assert received == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_a_batch_of_more_parts_than_keras_reads_is_refused(kind: str) -> None:
+    encoder = quick(MatryoshkaEncoder(tower()))
+    sentence = (
+        "Keras reads at most three parts of a batch of a data set. "
+        "Received: 4, anchors, positives and 2 negatives. "
+        "Yield them as the one part that they are: ((anchors, positives, *negatives),)."
+    )
+    parts = (ANCHORS, POSITIVES, NEGATIVES, NEGATIVES[::-1])
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        encoder.fit(dataset(kind, *parts), verbose=0)
 
 
 def test_anchors_and_positives_as_x_and_y_are_a_pair() -> None:

@@ -18,6 +18,7 @@ from keras_mrl import (
 )
 from keras_mrl.losses import crossentropy
 from keras_mrl.models.rowwise import rowwise_step
+from tests.helpers.datasets import dataset
 from tests.helpers.laws import exactly
 from tests.helpers.small_models import (
     as_numpy,
@@ -369,3 +370,14 @@ def test_what_does_not_fit_the_head_is_refused(
     features = ops.ones((ROWS, 8))
     with pytest.raises(ValueError, match=exactly(sentence)):
         step.compute_loss(head, features, labels, None, None, training=False)
+
+
+@pytest.mark.parametrize("form", ["arrays", "PyDataset"])
+@pytest.mark.parametrize("kind", [MatryoshkaClassifier, WithLogits])
+def test_a_step_of_a_sequence_has_one_label(kind: Any, form: str) -> None:
+    model = kind(masking(), MatryoshkaHead(CLASSES, STEP_DIMS))
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    x, y = TOKENS, np.maximum(NEXT, 0)[:, :-1]
+    received = r"Received: labels of shape \((33|None), 4\) for sequences of 5 steps\. "
+    with pytest.raises(ValueError, match=rf"have one label per step\. {received}Cut or pad"):
+        model.fit(*((x, y) if form == "arrays" else (dataset(form, x, y, size=ROWS),)), verbose=0)
