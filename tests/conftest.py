@@ -10,6 +10,11 @@ import pytest
 # looks at this when it is imported.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
+# What the tests compile runs once or twice, and to optimise it takes longer than to run it. JAX
+# looks at this when it is imported. `make soak` compiles as users do.
+if not os.environ.get("KERAS_MRL_SOAK"):
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # A shell without job control has its background jobs ignore interrupts, and they their children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
