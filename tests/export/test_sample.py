@@ -264,6 +264,26 @@ def test_texts_are_served(tmp_path: Path, shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(served, model(tf.constant(column)))
 
 
+def test_a_trained_model_inside_a_model_of_texts_is_served(tmp_path: Path) -> None:
+    words = keras.layers.TextVectorization(output_sequence_length=3, vocabulary=["a", "cat", "dog"])
+    tokens = keras.Input((3,), dtype="int64")
+    pooled = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(6, 4)(tokens))
+    model = MatryoshkaClassifier(keras.Model(tokens, pooled), MatryoshkaHead(2, dims=(2, 4)))
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.fit(words(TEXTS), np.array([0, 1]), verbose=0)
+    text = keras.Input((), dtype="string", name="text")
+    whole = keras.Model(text, model(keras.Model(text, words(text))(text)), name="of_texts")
+    path = export_saved_model(whole, tmp_path, TEXTS)
+    assert read_manifest(path).kind == "classifier"
+    logits = np.asarray(whole(tf.constant(TEXTS)))[:, 0]
+    texts = {"text": np.array(TEXTS, object)}
+    read = {"features": features(path, texts)[:, :2]}
+    with SavedModelSession(path) as session:
+        answer, served = session.run("head_2", read), session.run("classify_2", texts)
+    np.testing.assert_allclose(answer["logits"], logits, rtol=1e-5)
+    np.testing.assert_array_equal(served["class_ids"][:, 0], logits.argmax(1))
+
+
 def test_a_sequential_model_of_texts_that_declares_no_input(tmp_path: Path) -> None:
     words = keras.layers.TextVectorization(output_sequence_length=3, vocabulary=["a", "cat"])
     model = keras.Sequential([words, keras.layers.Embedding(6, 4), keras.layers.Flatten()])
