@@ -80,7 +80,13 @@ PUBLIC = {
         "score_retrieval",
         "score_similarity",
     },
-    "keras_mrl_export": {"ExportError", "ImageDecoder", "export_index", "export_saved_model"},
+    "keras_mrl_export": {
+        "ExportError",
+        "ImageDecoder",
+        "export_index",
+        "export_saved_model",
+        "publish_policy",
+    },
     "keras_mrl_serving.server": {"DevServer"},
     "keras_mrl_serving.testing": {"InMemoryServer"},
     "keras_mrl_serving": {

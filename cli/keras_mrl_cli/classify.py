@@ -1,12 +1,12 @@
 """Ask a server for the classes of images, or of rows of arrays.
 
-Prints the best class of each row, its probability and the dim that decided it; of a model whose
-rows may have several classes all above 0.5, or dashes where there is none. Without --dim the
-model's own policy decides, wider dims only for rows still unsure; a model without a policy is
-asked at its full dim. Every file is checked before anything is sent, and bad ones are named all at
-once; --skip-unreadable goes on without them. A model that decodes images gets a JPEG or PNG as it
-is, and as a PNG what it would read otherwise; for one that takes pixels, images are decoded and
-resized here (pip install 'keras-mrl[images]').
+Prints the best class of each row, its probability and the dim that decided it, and the exit in a
+model with exits; of a model whose rows may have several classes all above 0.5, or dashes where
+there is none. Without --dim the model's own policy decides, wider dims or deeper exits only for
+rows still unsure; a model without a policy is asked at its full dim. Every file is checked before
+anything is sent, and bad ones are named all at once; --skip-unreadable goes on without them. A
+model that decodes images gets a JPEG or PNG as it is, and as a PNG what it would read otherwise;
+for one that takes pixels, images are decoded and resized here (pip install 'keras-mrl[images]').
 
   keras-mrl classify --target localhost:8500 --model birds birds/*.jpg --top 3
   keras-mrl classify --target localhost:8500 test.npy --dim 16 --json
@@ -36,12 +36,12 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from keras_mrl_serving import Classification, Manifest
+    from keras_mrl_serving import Classification, ClassifiedRow, Manifest
 
     from .files import Arrays
 
 Classes = list[tuple[int, str | None, float]]  # class id, label and probability, best first
-ShowRow = Callable[[str, int, int, float, Classes], None]
+ShowRow = Callable[[str, int, "ClassifiedRow", Classes], None]
 
 
 def probability(text: str) -> float:
@@ -61,6 +61,11 @@ def probability(text: str) -> float:
     target_option(),
     *server_options(),
     Option("--dim", type=int, metavar="M", help="ask the head of this dim alone"),
+    Option(
+        "--exit",
+        metavar="NAME",
+        help="with --dim: ask this exit of the backbone, where it was exported (the last)",
+    ),
     Option("--policy", metavar="FILE", help="JSON of a CascadePolicy to ask by (the model's own)"),
     count_option(
         "--top",
@@ -89,7 +94,15 @@ def classify(arguments: SimpleNamespace) -> int:
         manifest.check_head()
         top, above = _chosen(arguments, manifest)
         dim = None if arguments.dim is None else manifest.check_dim(arguments.dim)
-        if dim is None and policy is None and manifest.cascade is None:
+        if arguments.exit is not None:
+            manifest.check_exit(arguments.exit)
+            if dim is None:
+                raise RefusalError(
+                    "An exit is asked at one dim. "
+                    f"Received: --exit {arguments.exit} without --dim. "
+                    f"Add --dim {manifest.width}, or leave --exit out."
+                )
+        if dim is None and policy is None and manifest.adaptive_cascade is None:
             dim = manifest.width
         ranked = top is None or top > 1
         show_row = _print_json if arguments.json else _table(arguments, manifest, ranked)
@@ -97,14 +110,14 @@ def classify(arguments: SimpleNamespace) -> int:
         def ask(rows: Arrays, progress: Callable[[int, int], object]) -> Classification:
             if dim is None:
                 return client.classify_adaptive(rows, policy, progress=progress)
-            return client.classify(rows, dim, progress=progress)
+            return client.classify(rows, dim, exit=arguments.exit, progress=progress)
 
         def show(file: str, row: int, answer: Classification) -> None:
             best = answer[0]
             labels = best.labels or (None,) * len(best.class_ids)
             classes = list(zip(best.class_ids, labels, best.probabilities, strict=True))
             shown = [entry for entry in classes if entry[2] > above]
-            show_row(file, row, best.dim, best.confidence, shown[:top])
+            show_row(file, row, best, shown[:top])
 
         return ask_files(arguments, client, manifest, ask, show)
 
@@ -124,12 +137,16 @@ def _chosen(arguments: SimpleNamespace, manifest: Manifest) -> tuple[int | None,
     return top, usual if above is None else above
 
 
-def _print_json(file: str, row: int, dim: int, confidence: float, classes: Classes) -> None:
+def _print_json(file: str, row: int, best: ClassifiedRow, classes: Classes) -> None:
     objects = [
         {"class_id": class_id, **({} if label is None else {"label": label}), "probability": p}
         for class_id, label, p in classes
     ]
-    print_json(file=file, row=row, dim=dim, confidence=confidence, classes=objects)
+    known = {"exit": best.exit, "relative_cost": best.relative_cost}
+    at_exit = {name: value for name, value in known.items() if value is not None}
+    print_json(
+        file=file, row=row, dim=best.dim, **at_exit, confidence=best.confidence, classes=objects
+    )
 
 
 def _table(arguments: SimpleNamespace, manifest: Manifest, ranked: bool) -> ShowRow:
@@ -137,14 +154,16 @@ def _table(arguments: SimpleNamespace, manifest: Manifest, ranked: bool) -> Show
     last = "LABEL" if manifest.labels else "CLASS"
     width = file_width(arguments.files)
     digits = len(str(manifest.width))
-    table = Table({"FILE": width, "ROW": -6, "DIM": -digits, **rank, "PROBABILITY": -6, last: 0})
+    exits = {"EXIT": max(map(len, manifest.exit_names))} if manifest.exits else {}
+    stage = {**exits, "DIM": -digits}
+    table = Table({"FILE": width, "ROW": -6, **stage, **rank, "PROBABILITY": -6, last: 0})
 
-    def show_row(file: str, row: int, dim: int, confidence: float, classes: Classes) -> None:
-        del confidence
+    def show_row(file: str, row: int, best: ClassifiedRow, classes: Classes) -> None:
+        place = (file, row, *([best.exit] if exits else []), best.dim)
         for number, (class_id, label, probability) in enumerate(classes, 1):
             name = class_id if label is None else label
-            table.row(file, row, dim, *([number] if rank else []), f"{probability:.4f}", name)
+            table.row(*place, *([number] if rank else []), f"{probability:.4f}", name)
         if not classes:
-            table.row(file, row, dim, *(["-"] if rank else []), "-", "-")
+            table.row(*place, *(["-"] if rank else []), "-", "-")
 
     return show_row

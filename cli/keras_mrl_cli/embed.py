@@ -77,6 +77,11 @@ def quality(text: str) -> tuple[str | None, float]:
         is_flag=True,
         help="the rows are of the side of galleries, in a model of two towers",
     ),
+    Option(
+        "--exit",
+        metavar="NAME",
+        help="ask this exit of the backbone, where it was exported (the last)",
+    ),
     Option("--out", metavar="E.npy", help="write there, and go on there after an interruption"),
     *file_options(),
     json_option("print one JSON object per row"),
@@ -97,12 +102,17 @@ def embed(arguments: SimpleNamespace) -> int:
             measure, least = arguments.quality
             with refusing(ValueError):
                 dim = cheapest_dim(manifest, least, measure)
+        if arguments.exit is not None:
+            manifest.check_exit(arguments.exit)
+            check_one_of(arguments, "exit", "out")
         if arguments.out is not None:
             return _write(arguments, client, manifest, dim)
         other_tower = arguments.other_tower
 
         def ask(rows: Arrays, progress: Callable[[int, int], object]) -> Embeddings:
-            return client.embed(rows, dim, other_tower=other_tower, progress=progress)
+            return client.embed(
+                rows, dim, other_tower=other_tower, exit=arguments.exit, progress=progress
+            )
 
         show = _print_json if arguments.json else _table(arguments, dim)
         return ask_files(arguments, client, manifest.tower(other_tower), ask, show)

@@ -149,8 +149,11 @@ def print_model(model: Mapping[str, Any]) -> None:
     for name in model.get("strays", ()):
         _line("no version", f"{name}, a file: a server takes it for a version and cannot load it")
     if manifest is not None:
-        if manifest["cascade"] is not None:
-            _print_cascade(manifest["cascade"])
+        if manifest["exits"] is not None:
+            _print_exits(manifest["exits"])
+        cascade = manifest["exit_cascade"] or manifest["cascade"]
+        if cascade is not None:
+            _print_cascade(cascade)
         if manifest["quality"]:
             _print_quality(manifest["quality"])
     print_lines("\nsignatures")
@@ -216,20 +219,45 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
     _line("made with", ", ".join(f"{name} {value}" for name, value in made.items()))
 
 
+def _print_exits(exits: Sequence[Mapping[str, Any]]) -> None:
+    """Print where rows may leave, what a model cut there has, and what a row costs there."""
+    print_lines("\nexits, shallow to deep")
+    measured = {size for own in exits for size in own.get("milliseconds") or {}}
+    sizes = sorted(measured, key=lambda size: (len(size), size))  # digits, if it is a sound one
+    named = {f"MS OF {size}": -9 for size in sizes}
+    width = max(len(own["name"]) for own in exits) + 2
+    table = Table({"  NAME": width, "PARAMETERS": -12, "MULTIPLY-ADDS": -14, **named})
+    for own in exits:
+        times = own.get("milliseconds") or {}
+        numbers = [own.get("parameters"), own.get("multiply_adds")]
+        table.row(
+            f"  {own['name']}",
+            *("-" if number is None else f"{number:.0f}" for number in numbers),
+            *(f"{times[size]:.3g}" if size in times else "-" for size in sizes),
+        )
+
+
 def _print_cascade(cascade: Mapping[str, Any]) -> None:
+    stages = cascade["exit_stages" if "exit_stages" in cascade else "stages"]
+    names = [stage.get("exit") or "last" for stage in stages]
+    exits = {"  EXIT": max(map(len, names)) + 2} if "exit_stages" in cascade else {}
+    priced = {"COST": -6} if any("relative_cost" in stage for stage in stages) else {}
     print_line()
     print_line(f"cascade by {cascade['confidence']}")
-    table = Table({"  DIM": -5, "ABOVE": -9, "TEMPERATURE": -9, "ROWS": -6})
+    dims = {"DIM" if exits else "  DIM": -5}
+    table = Table({**exits, **dims, "ABOVE": -9, "TEMPERATURE": -9, "ROWS": -6, **priced})
     shares = cascade.get("exit_fractions", [])
-    if len(shares) != len(cascade["stages"]):  # the report was cut: unknown
-        shares = [None] * len(cascade["stages"])
-    for stage, share in zip(cascade["stages"], shares, strict=True):
-        is_last = stage["threshold"] is None
+    if len(shares) != len(stages):  # the report was cut: unknown
+        shares = [None] * len(stages)
+    for name, stage, share in zip(names, stages, shares, strict=True):
+        is_last, cost = stage["threshold"] is None, stage.get("relative_cost")
         table.row(
+            *([f"  {name}"] if exits else []),
             stage["dim"],
             "-" if is_last else f"{stage['threshold']:.6f}",
             f"{stage.get('temperature', 1.0):g}",
             "-" if share is None else f"{share:.1%}",
+            *(["-" if cost is None else f"{cost:.3f}"] if priced else []),
         )
     if all(cascade.get(name) is not None for name in _REPORTED):
         print_line(
@@ -244,6 +272,13 @@ def _print_cascade(cascade: Mapping[str, Any]) -> None:
             f"  promised with delta {promise['delta']:g}: right at the full dim and wrong here "
             f"in at most {promise['risk']:g} of rows; certified on {promise['size']} rows, "
             f"{promise['errors']} of them so"
+        )
+    drop = cascade.get("accuracy_drop_guarantee")
+    if drop is not None:
+        print_line(
+            f"  promised with delta {drop['delta']:g}: accuracy at most {drop['risk']:g} below the "
+            f"last stage's; certified on {drop['size']} rows, {drop['errors']} lost and "
+            f"{drop['gains']} gained"
         )
 
 

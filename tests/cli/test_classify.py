@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from keras_mrl_serving import CascadePolicy
+from keras_mrl_serving.calls import Arrays
+from keras_mrl_serving.calls import Call as WireCall
 from keras_mrl_serving.cascade.policy import Stage
+from keras_mrl_serving.contract import Manifest
 from tests.helpers.cli import GREEN, RED, Call, Ended, lines, paint
 from tests.helpers.faulty_server import FaultyServer, rows
 
@@ -145,3 +148,57 @@ def test_classes_of_values_are_refused(ask: Ask) -> None:
 def test_above_is_a_probability(call: Call, value: str) -> None:
     text = call.misused("classify", "--target", "t:1", "x.npy", f"--above={value}")
     assert text.endswith(f"must lie in 0..1. Received: {value!r}. Give for example 0.5.")
+
+
+def of_exits(call: WireCall) -> Arrays:
+    """A model whose even rows leave at its early exit; at one exit and dim, it names both."""
+    count = len(next(iter(call.inputs.values())))
+    if call.signature == "describe":
+        return {"manifest": np.array([EXITS.to_json().encode()] * count, object)}
+    place = np.arange(count, dtype=np.int32) % 2
+    answer = {
+        "class_ids": np.full((count, 1), "classify_early_2" == call.signature, np.int64),
+        "probabilities": np.ones((count, 1), np.float32),
+        "confidence": np.ones(count, np.float32),
+    }
+    return answer | ({"exit": place, "dim": 2 + 2 * place} if "adaptive" in call.signature else {})
+
+
+EXITS = Manifest(
+    name="deep",
+    kind="classifier",
+    activation="softmax",
+    fingerprint="5e1f",
+    dims=(2, 4),
+    width=4,
+    inputs={"x": {"dtype": "float32", "shape": [None, 4]}},
+    made_with={},
+    num_classes=2,
+    top_k=1,
+    exits=({"name": "early", "multiply_adds": 1}, {"name": "last", "multiply_adds": 4}),
+    exit_cascade=CascadePolicy((Stage(2, 0.5, exit="early"), Stage(4, None))).to_json(),
+)
+
+
+def test_exits_are_shown_and_asked(call: Call, folder: Path) -> None:
+    del folder
+    np.save("rows.npy", rows(2))
+    with FaultyServer({1: of_exits}) as server:
+        ask = call.of("classify", "--target", server.target, "rows.npy")
+        assert ask() == (
+            0,
+            "FILE         ROW  EXIT   DIM  PROBABILITY  CLASS\n"
+            "rows.npy       0  early    2       1.0000  0\n"
+            "rows.npy       1  last     4       1.0000  0\n",
+            "",
+        )
+        first, second = lines(ask("--json")[1])
+        assert (first["exit"], first["relative_cost"]) == ("early", 0.25)
+        assert (second["exit"], second["relative_cost"]) == ("last", 1.0)
+        early = lines(ask("--dim=2", "--exit=early", "--json")[1])
+        assert [row["classes"][0]["class_id"] for row in early] == [1, 1]
+        assert ask.refused("--exit=early") == (
+            "An exit is asked at one dim. Received: --exit early without --dim. Add --dim 4, or "
+            "leave --exit out."
+        )
+        assert "Choose one of early, last." in ask.refused("--dim=2", "--exit=late")

@@ -38,6 +38,10 @@ FLAGS = {
     ),
     "index show": ("birds.index", "--json"),
     "inspect": ("models/digits", f"{SERVER} --json"),
+    "publish": (
+        "models/digits --policy=p.json",
+        "--base-path=models/b --version=3 --sample=x.npy",
+    ),
     "export": (
         "digits.keras --base-path=models/digits",
         "--sample=x.npy --policy=p.json --labels=names.txt --dims=8,16 --signatures=embed,head_8 "

@@ -15,7 +15,7 @@ from keras_mrl_serving.contract import MANIFEST_FILE, Manifest
 from keras_mrl_serving.errors import ManifestError
 from keras_mrl_serving.saved_model import read_signatures
 from tests.helpers.cli import CASCADE, FRAMEWORKS, KERAS_MRL, Call, Exported, run_without
-from tests.helpers.manifests import WRONG_VALUES, places, with_value
+from tests.helpers.manifests import DEPTHS, WRONG_VALUES, places, with_value
 
 
 @pytest.fixture(scope="module")
@@ -364,3 +364,37 @@ def test_a_cascade_whose_report_is_cut_is_shown(
     (first,) = [line for line in lines if line.startswith("    2   0.500000")]
     assert first.endswith("-") is (key == "exit_fractions")
     assert any(line.startswith("  on 40 rows") for line in lines) is (key == "exit_fractions")
+
+
+def test_exits_and_their_stages_are_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads(DEPTHS.to_json())
+    costs = iter((0.0625, 0.25, 0.3125, 1.0))
+    for stage in manifest["exit_cascade"]["exit_stages"]:
+        stage["relative_cost"] = next(costs)
+    manifest["exits"][0] |= {"parameters": 120, "multiply_adds": 200.0}
+    manifest["exits"][0]["milliseconds"] = {"1": 0.25, "8": 0.5}
+    manifest["exits"][-1] |= {"parameters": 6400, "multiply_adds": None}
+    manifest["exits"][-1]["milliseconds"] = {"8": 24.0}
+    del manifest["exits"][1]["parameters"]
+    print_model({"path": "m", "versions": [], "manifest": manifest, "signatures": {}})
+    out = capsys.readouterr().out
+    table = out[out.index("exits,") : out.index("cascade by")].splitlines()
+    assert [line.split() for line in table if line] == [
+        ["exits,", "shallow", "to", "deep"],
+        ["NAME", "PARAMETERS", "MULTIPLY-ADDS", "MS", "OF", "1", "MS", "OF", "8"],
+        ["thumbnail", "120", "200", "0.25", "0.5"],
+        ["conv3_out", "-", *table[3].split()[2:]],
+        ["last", "6400", "-", "-", "24"],
+    ]
+    stages = out[out.index("cascade by margin") :].splitlines()[1:6]
+    assert [line.split()[:4] + line.split()[-1:] for line in stages] == [
+        ["EXIT", "DIM", "ABOVE", "TEMPERATURE", "COST"],
+        ["thumbnail", "8", "0.500000", "1.5", "0.062"],
+        ["conv3_out", "8", "0.250000", "1", "0.250"],
+        ["conv3_out", "64", "0.125000", "1", "0.312"],
+        ["last", "64", "-", "1", "1.000"],
+    ]
+    assert (
+        "promised with delta 0.05: accuracy at most 0.01 below the last stage's; certified on "
+        "2000 rows, 9 lost and 4 gained" in out
+    )
