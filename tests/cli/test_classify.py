@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def of_exits(call: WireCall) -> Arrays:
     if call.signature == "describe":
         return {"manifest": np.array([EXITS.to_json().encode()] * count, object)}
     place = np.arange(count, dtype=np.int32) % 2
-    answer = {
+    answer: dict[str, Any] = {
         "class_ids": np.full((count, 1), "classify_early_2" == call.signature, np.int64),
         "probabilities": np.ones((count, 1), np.float32),
         "confidence": np.ones(count, np.float32),

@@ -13,12 +13,19 @@ import numpy as np
 import pytest
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-from keras_mrl_export import ExportError, publish_policy
-from keras_mrl_serving import Client, InvalidInputError
+from keras_mrl_export import ExportError, export_saved_model, publish_policy
+from keras_mrl_serving import (
+    Audits,
+    Client,
+    InvalidInputError,
+    SignatureNotFoundError,
+    estimate_harm,
+)
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.saved_model import list_versions
 from keras_mrl_serving.server import DevServer
+from tests.helpers import exit_models
 from tests.helpers.export_models import (
     DIMS,
     ROWS,
@@ -260,3 +267,57 @@ def test_a_graph_that_decides_otherwise_is_not_published(untied: Exported, tmp_p
         publish_policy(source, policy, sample=untied.inputs(OTHERS))
     assert str(caught.value).startswith("A version must decide each row where its policy does. ")
     assert os.listdir(source.parent) == ["1"]
+
+
+def test_a_policy_over_exits_is_replaced_and_asked_by_a_client(tmp_path: Path) -> None:
+    model, keys = exit_models.vectors(), [("first", 2), ("first", 8), (None, 8)]
+    logits = exit_models.all_logits(model, exit_models.VECTORS)
+    old = exit_models.halving(logits, keys)
+    source = export_saved_model(
+        model,
+        tmp_path / "models",
+        exit_models.VECTORS[:16],
+        policy=old,
+        signatures=["classify", "classify_adaptive", "classify_first_2", "embed_first_8"],
+        activation="softmax",
+        version=1,
+    )
+    rng = np.random.default_rng(0)
+    for number in range(2, 5):
+        thresholds = [*rng.uniform(0.05, 0.6, 2), None]
+        stages = [
+            Stage(dim, limit, float(rng.uniform(0.5, 2)), exit)
+            for (exit, dim), limit in zip(keys, thresholds, strict=True)
+        ]
+        policy = CascadePolicy(tuple(stages), old.confidence)
+        path = publish_policy(source, policy, version=number, sample=exit_models.VECTORS[:64])
+    manifest = read_manifest(path)
+    assert manifest.cascade is None
+    assert CascadePolicy.from_json(manifest.adaptive_cascade or {}) == policy
+    costs = [
+        [stage.get("relative_cost") for stage in own.exit_cascade["exit_stages"]]
+        for own in (read_manifest(source), manifest)
+        if own.exit_cascade is not None
+    ]
+    assert costs[0] == costs[1] != [None] * 3
+    with DevServer(tmp_path / "models") as target, Client(target) as client:
+        answer = client.classify_adaptive(exit_models.VECTORS, audit_rate=0.5, audit_seed=1)
+        class_ids, stage_of = policy.route(logits)
+        assert len(set(stage_of.tolist())) == 3
+        assert answer.class_ids[:, 0].tolist() == class_ids.tolist()
+        left_at = [(row.exit, row.dim, row.relative_cost) for row in answer]
+        expected = [(exit or "last", dim) for exit, dim in keys]
+        assert left_at == [
+            (*expected[stage], pytest.approx(costs[0][stage], rel=1e-6)) for stage in stage_of
+        ]
+        full = logits[None, 8].argmax(-1)
+        both = Audits.of(answer, full)
+        assert 90 < len(both) < 170
+        np.testing.assert_array_equal(both.full, full[answer.audited])
+        harm = float(np.mean(class_ids != full))
+        assert estimate_harm(both).low <= harm <= estimate_harm(both).high
+        early = client.classify(exit_models.VECTORS, 2, exit="first")
+        np.testing.assert_array_equal(early.class_ids[:, 0], logits["first", 2].argmax(-1))
+        assert client.embed(exit_models.VECTORS, 8, exit="first").shape == (256, 8)
+        with pytest.raises(SignatureNotFoundError, match="signature 'classify_first_8'"):
+            client.classify(exit_models.VECTORS, 8, exit="first")
