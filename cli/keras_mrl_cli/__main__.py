@@ -18,7 +18,7 @@ COMMANDS = {
     "demo": "Train, calibrate, export, serve and ask, on handwritten digits.",
     "compare": "Compare Matryoshka with its alternatives on your own images.",
     "export": "Write a .keras file as a version that TensorFlow Serving serves.",
-    "publish": "Publish another policy for a version that is there, as a version of its own.",
+    "publish": "Publish another policy for the weights of a version.",
     "serve": "Serve a model over gRPC and REST, with TensorFlow Serving's flags.",
     "deploy": "Write docker compose, Kubernetes and config files for a model.",
     "classify": "Ask a server for the classes of images, or of rows of arrays.",

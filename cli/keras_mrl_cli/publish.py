@@ -1,4 +1,4 @@
-"""Publish another policy for a version that is there, as a version of its own.
+"""Publish another policy for the weights of a version.
 
 VERSION is a version's folder, or the folder above the versions, of which the highest is taken.
 Weights and graph stay: nothing is trained or exported again, and thresholds and temperatures are
