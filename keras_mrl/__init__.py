@@ -17,6 +17,7 @@ from keras_mrl_serving.version import __version__ as __version__
 
 from . import baselines as baselines
 from ._dims import log_spaced_dims as log_spaced_dims
+from .adapt import MatryoshkaAdaptor as MatryoshkaAdaptor
 from .callbacks import AcrossDims as AcrossDims
 from .callbacks import CorpusRecall as CorpusRecall
 from .callbacks import NeighborMetrics as NeighborMetrics

@@ -26,7 +26,9 @@ from keras_mrl_serving.index.plan import (
 )
 from keras_mrl_serving.index.planner import LEAST_SAMPLE, plan_funnel
 from keras_mrl_serving.index.storage import CARD, IndexWriter, is_ours, read
+from keras_mrl_serving.projection import Projection
 
+from .adapt import PROJECTED
 from .client import connect
 from .files import load_array, load_embeddings, load_labels
 from .output import Progress, in_bytes, print_json, print_line, print_lines, print_note
@@ -52,12 +54,19 @@ def build_index(arguments: SimpleNamespace, is_planned: bool, usual_sample: int)
         _check_out(arguments.out, arguments.force)
         if arguments.engine == "faiss":
             import_faiss()
+        projection = None
+        if arguments.adaptor is not None:
+            projection = Projection.load(arguments.adaptor)
+            arguments.fingerprint = projection.fingerprint
+            arguments.embeddings = os.path.join(arguments.adaptor, PROJECTED)
         gallery = load_embeddings("--embeddings", arguments.embeddings)
         ids = None if arguments.ids is None else load_array(arguments.ids)
         check_ids(ids, len(gallery))
         manifest = None if arguments.target is None else _encoder(arguments, gallery)
         if is_planned:
-            funnel = _planned_funnel(arguments, gallery, manifest, first_stage, usual_sample)
+            funnel = _planned_funnel(
+                arguments, gallery, manifest, first_stage, usual_sample, projection
+            )
         else:
             funnel = _named_funnel(arguments, gallery, manifest, first_stage)
         try:
@@ -199,6 +208,7 @@ def _planned_funnel(
     manifest: Manifest | None,
     first_stage: FirstStage | None,
     usual_sample: int,
+    projection: Projection | None,
 ) -> Funnel:
     """Choose a funnel by measurement; print each trial on stderr, and the front of the best.
 
@@ -206,6 +216,8 @@ def _planned_funnel(
         TargetNotReachedError: If no funnel reaches the target; the front is on stderr.
     """
     dims: Sequence[int] | None = arguments.dims
+    if dims is None and projection is not None:
+        dims = sorted({*projection.dims, gallery.shape[1]})
     if manifest is not None:
         if dims is None:
             dims = [dim for dim in manifest.dims if dim <= gallery.shape[1]]
@@ -213,6 +225,8 @@ def _planned_funnel(
     own_rows = None
     if arguments.queries is not None:
         queries = load_embeddings("--queries", arguments.queries)
+        if projection is not None:
+            queries = projection.transform(queries)
     else:
         # The sample is left out of what is searched, so it stays a small part of it.
         usual = min(usual_sample, max(LEAST_SAMPLE, len(gallery) // 10))

@@ -55,8 +55,15 @@ A folder that holds an index is replaced with --force, and stays whole until the
   keras-mrl index build --embeddings E.npy --out a.index --queries Q.npy
   keras-mrl index build --embeddings E.npy --out a.index --target-recall 0.98
   keras-mrl index build --embeddings E.npy --out b.index --engine exact
+  keras-mrl index build --adaptor adapted --queries Q.npy --out c.index
 """,
-    Option("--embeddings", required=True, metavar="E.npy", help="the gallery's rows"),
+    Option("--embeddings", metavar="E.npy", help="the gallery's rows"),
+    Option(
+        "--adaptor",
+        metavar="DIR",
+        help="folder of `keras-mrl adapt`, whose projected rows are the gallery; --queries are "
+        "projected here, and so are those of `keras-mrl search --adaptor`",
+    ),
     Option("--out", required=True, metavar="DIR", help="folder the index is built in"),
     Option("--ids", metavar="I.npy", help="an integer >= 0 per row (its number)"),
     Option(
@@ -159,7 +166,13 @@ A folder that holds an index is replaced with --force, and stays whole until the
 def build(arguments: SimpleNamespace) -> int:
     """Build an index."""
     check_one_of(arguments, *_TARGETS)
-    check_one_of(arguments, "fingerprint", "target")
+    check_one_of(arguments, "fingerprint", "target", "adaptor")
+    if (arguments.embeddings is None) == (arguments.adaptor is None):
+        raise _misused(
+            "A gallery is the rows of --embeddings, or those that `keras-mrl adapt` projected",
+            "neither" if arguments.adaptor is None else "both",
+            "Give --embeddings E.npy, or --adaptor DIR",
+        )
     _check_funnel(arguments)
     is_planned = arguments.engine == "faiss" and arguments.shortlists is None
     _check_plan(arguments, is_planned)

@@ -69,20 +69,28 @@ Show = Callable[[str, int, "Neighbors"], None]  # a file, the number of its row,
         is_flag=True,
         help="do not compare the index with its digests, which reads all of it once",
     ),
+    Option(
+        "--adaptor",
+        metavar="DIR",
+        help="folder of `keras-mrl adapt` that the index was built with: projects the queries",
+    ),
     json_option("print one JSON object per query"),
     *under("A model that embeds the queries", target_option(), *server_options(), *file_options()),
 )
 def search(arguments: SimpleNamespace) -> int:
     """Print the neighbours of every query."""
     _check(arguments)
-    from keras_mrl_serving import open_index
+    from keras_mrl_serving import Projection, open_index
     from keras_mrl_serving.index.base import check_among
 
     from .files import load_array
 
     with refusing_index_errors():
-        index = open_index(arguments.index, verify=not arguments.no_verify)
-        k = index.facts.check_k(arguments.k)
+        opened = open_index(arguments.index, verify=not arguments.no_verify)
+        k = opened.facts.check_k(arguments.k)
+        index: Index = opened
+        if arguments.adaptor is not None:
+            index = Projection.load(arguments.adaptor).bind(opened)
         among = None if arguments.among is None else check_among(load_array(arguments.among))
         files = arguments.files if arguments.query is None else [arguments.query]
         shown = min(k, arguments.k or _SHOWN)

@@ -13,6 +13,8 @@ from .plots import plot_by_dim as plot_by_dim
 from .plots import plot_retrieval as plot_retrieval
 from .probe import LinearProbe as LinearProbe
 from .probe import linear_probe as linear_probe
+from .projection import ProjectionReport as ProjectionReport
+from .projection import score_projection as score_projection
 from .quality import Quality as Quality
 from .regression import score_regression as score_regression
 from .retrieval import evaluate_retrieval as evaluate_retrieval

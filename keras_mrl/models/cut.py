@@ -254,7 +254,7 @@ def cut(
     if not head.built:
         raise not_built_error(model)
     head.index_of(dim)
-    backbone = _copy_of(backbone)
+    backbone = copy_of(backbone)
     inputs = inputs_like(backbone)
     # A name unlike the backbone's, and unique in the model.
     logits = _logits_at(head, dim, backbone(inputs), f"{backbone.name}_head")
@@ -293,7 +293,7 @@ def embedder(
     backbone, _ = split(model, output, other_tower=other_tower)
     if not backbone.built:
         raise not_built_error(model)
-    backbone = _copy_of(backbone)
+    backbone = copy_of(backbone)
     inputs = inputs_like(backbone)
     features = backbone(inputs)
     check_one_vector(model, backbone)
@@ -310,7 +310,7 @@ def _cut_all(model: keras.Model, dim: int, inputs: Any, tensors: dict[str, Any])
         features[name], heads[name] = (tensor, None) if end is None else end
         if end is not None:
             end[1].index_of(dim)
-    body = _copy_of(keras.Model(inputs, features, name=f"{model.name}_features"))
+    body = copy_of(keras.Model(inputs, features, name=f"{model.name}_features"))
     inputs = inputs_like(body)
     outputs = body(inputs)
     for name, head in heads.items():
@@ -330,7 +330,7 @@ def _logits_at(head: MatryoshkaHead, dim: int, features: Any, name: str) -> Any:
     return logits
 
 
-def _copy_of(backbone: keras.Model) -> keras.Model:
+def copy_of(backbone: keras.Model) -> keras.Model:
     """Return the backbone as Keras pickles it: by its saved form, with what its layers learned."""
     classes = {type(layer).__name__: type(layer) for layer in backbone._flatten_layers()}
     with keras.saving.custom_object_scope(classes):  # the user's own, registered or not

@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from .index import plan_funnel as plan_funnel
     from .options import Options as Options
     from .options import Tls as Tls
+    from .projection import ProjectedIndex as ProjectedIndex
+    from .projection import Projection as Projection
     from .results import Classification as Classification
     from .results import ClassifiedRow as ClassifiedRow
     from .results import Neighbors as Neighbors
@@ -100,6 +102,7 @@ _NAMES = {
     "images": "read_image served_image",
     "index": "ExactIndex FaissIndex FirstStage Plan QdrantIndex open_index plan_funnel",
     "options": "Options Tls",
+    "projection": "ProjectedIndex Projection",
     "results": "Classification ClassifiedRow Neighbors Partial",
     "version": "__version__",
 }

@@ -28,6 +28,11 @@ FLAGS = {
         "birds.index a.jpg",
         f"{SERVER} {FILES} --query=Q.npy --k=3 --among=I.npy --no-verify --json --target=t:1",
     ),
+    "adapt": (
+        "--embeddings=E.npy --out=adapted",
+        "--dims=16,32 --method=listwise --max-dim=64 --fingerprint=5e1f --rows=500 --steps=9 "
+        "--seed=1 --json",
+    ),
     "index build": (
         "--embeddings=E.npy --out=birds.index",
         f"{SERVER} --ids=I.npy --metric=cosine --metric=dot --metric=l2 --k=3 --engine=faiss "
