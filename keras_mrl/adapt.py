@@ -33,7 +33,7 @@ from keras_mrl_serving.projection import (
 )
 
 from ._arrays import Array
-from ._dims import blocks
+from ._dims import blocks, check_weights
 from .evaluation.projection import ProjectionReport, score_projection
 from .models.projection import fold, projection_layer
 
@@ -42,8 +42,8 @@ METHODS = ("pca", "listwise", "pairwise")
 _LEAST_ROWS = 64  # that a projection is learnt from
 _NEIGHBORS = 12  # of an anchor, that come with it into a batch
 _SHARE_OF_ANCHORS, _SHARE_OF_PAIRS = 16, 8  # one in so many rows of a batch
-_EPOCHS, _PATIENCE = 10, 3
-_VALIDATED, _HELD_OUT = 4, 10  # batches; of one row, and of one pair, in so many
+_EPOCHS, _PATIENCE = 10, 4
+_VALIDATED, _HELD_OUT = 4, 20  # batches; of one row, and of one pair, in so many
 _SCORED_AT_ONCE = 1024
 _NEAREST = 10  # whose cosines count twice in the pairwise objective
 _COPY = 1 - 1e-5  # cosine of a row with a copy of it, and above
@@ -66,10 +66,12 @@ class MatryoshkaAdaptor:
             wide, which is a rotation: every cosine at the full width stays as it is. With
             fewer, such as 256 for embeddings of 3,072 dims, a query is projected faster; its
             shortlist is then compared by the embeddings as they are.
+        weights: How much each dim counts while learning; None for the same. Dims at the full width
+            have nothing to learn.
         steps: Of the optimizer.
         batch_size: Rows of a step.
         learning_rate: Of Adam; it falls to zero by a cosine.
-        temperature: Of the softmax over cosines ("listwise").
+        temperature: Of the softmax over cosines, and of ranking pairs.
         max_rows: Rows that are read to fit, drawn from those that are given. They are in memory.
         encoder_fingerprint: Fingerprint of the model that makes the embeddings, from its manifest.
         seed: Of the rows and of the batches.
@@ -90,8 +92,8 @@ class MatryoshkaAdaptor:
         first m coordinates, s_m is learnt, j runs over the other rows of a batch.
 
     Reference:
-        Yoon et al., Matryoshka-Adaptor, arXiv 2407.20243 (the pairwise objective and its use of
-        pairs; there the map is not orthogonal, and a third term holds it near the identity). Hinton
+        Yoon et al., Matryoshka-Adaptor, arXiv 2407.20243 (the pairwise objective;
+        there the map is not orthogonal, and a third term holds it near the identity). Hinton
         et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531 (the softmax).
 
     Examples:
@@ -109,6 +111,7 @@ class MatryoshkaAdaptor:
         method: str = "pca",
         max_dim: int | None = None,
         *,
+        weights: Sequence[float] | None = None,
         steps: int = 500,
         batch_size: int = 384,
         learning_rate: float = 2e-3,
@@ -133,6 +136,7 @@ class MatryoshkaAdaptor:
         self.dims = nested_dims(dims, widest, max_dim)
         self.method = method
         self.max_dim = max_dim
+        self.weights = check_weights(weights, len(self.dims))
         self.steps = check_positive_integer("steps", steps, "Give for example 500.")
         self.batch_size = check_positive_integer("batch_size", batch_size, "Give 384.")
         self.learning_rate = learning_rate
@@ -300,8 +304,9 @@ class MatryoshkaAdaptor:
         )
         nearest = min(_NEAREST, learning.size - 1, validating.size - 1)
         learner = _Learner(dims, len(basis), self.method, self.temperature, nearest)
+        learner.weights_of_dims = self.weights[: len(dims)]
         schedule = keras.optimizers.schedules.CosineDecay(self.learning_rate, self.steps)
-        learner.compile(keras.optimizers.Adam(schedule), loss=_mean)
+        learner.compile(keras.optimizers.Adam(schedule), loss=_sum_of_dims)
         stop = keras.callbacks.EarlyStopping(
             "val_loss", patience=_PATIENCE, restore_best_weights=True
         )
@@ -456,13 +461,18 @@ class _Learner(keras.Model):
         rows, right = batch
         projected = ops.matmul(rows, orthonormal(self.kernel, steps=1))
         if self.method == "pairwise":
-            return pairwise_differences(rows, projected, right, self.dims, self.nearest)
-        return listwise_divergences(
-            rows, projected, right, self.dims, ops.exp(self.log_scales), self.temperature
-        )
+            losses = pairwise_differences(
+                rows, projected, right, self.dims, self.temperature, self.nearest
+            )
+        else:
+            scales = ops.exp(self.log_scales)
+            losses = listwise_divergences(
+                rows, projected, right, self.dims, scales, self.temperature
+            )
+        return losses * ops.convert_to_tensor(self.weights_of_dims, "float32")
 
 
-def _mean(_: Any, losses: Any) -> Any:
+def _sum_of_dims(_: Any, losses: Any) -> Any:
     """The loss of each row; Keras takes their mean."""
     return ops.sum(losses, axis=-1)
 
@@ -501,7 +511,8 @@ def listwise_divergences(
     Args:
         rows: Of unit length `(rows, width)`.
         projected: The same, projected `(rows, dims[-1])`.
-        right: The place of the right row of each, -1 for none: half of its target `(rows,)`.
+        right: The place of the right row of each, half of its target; -1 for none `(rows,)`.
+            Rows with one count together as much as all rows.
         dims: Prefix lengths.
         scales: Multiplies the cosines of each dim `(num_dims,)`.
         temperature: Divides all cosines.
@@ -527,32 +538,38 @@ def listwise_divergences(
     for m, own in enumerate(_cosines_by_dim(projected, dims)):
         logits = ops.where(is_left_out, _NEVER, own * scales[m] / temperature)
         losses.append(entropy - ops.sum(target * ops.log_softmax(logits), axis=1))
-    return ops.stack(losses, axis=1)
+    return ops.stack(losses, axis=1) * _weights(right)
 
 
 def pairwise_differences(
-    rows: Any, projected: Any, right: Any, dims: tuple[int, ...], nearest: int = 10
+    rows: Any,
+    projected: Any,
+    right: Any,
+    dims: tuple[int, ...],
+    temperature: float,
+    nearest: int = 10,
 ) -> Any:
     """Return how far the cosines of each prefix are from those of the full width, by row.
 
     Args:
         rows: As for `listwise_divergences`.
         projected: Likewise.
-        right: Likewise; adds how far the right row's cosine is from being above the others'.
+        right: Likewise; adds how far the right row is from being the nearest of a batch.
         dims: Likewise.
+        temperature: Divides the cosines that are ranked.
         nearest: Rows whose cosines count twice, fewer than there are rows.
 
     Formula:
         mean_j |cos - cos_m| + mean_(nearest j) |cos - cos_m|, and for a pair
-        mean_j log(1 + exp(cos_m(i, j) - cos_m(i, right)))
+        -log softmax_j(cos_m(i, j) / T) of the right row
 
     Reference:
-        Yoon et al., Matryoshka-Adaptor, arXiv 2407.20243, equations of L_pair, L_topk and L_rank.
+        Yoon et al., Matryoshka-Adaptor, arXiv 2407.20243, equations of L_pair and L_topk.
 
     Examples:
         >>> from keras_mrl.adapt import pairwise_differences
         >>> none = keras.ops.full((3,), -1, dtype="int32")
-        >>> losses = pairwise_differences(keras.ops.eye(3), keras.ops.eye(3), none, (2, 3), 2)
+        >>> losses = pairwise_differences(keras.ops.eye(3), keras.ops.eye(3), none, (2, 3), 0.05, 2)
         >>> [round(float(loss), 6) for loss in losses[0]]
         [0.0, 0.0]
     """
@@ -565,10 +582,17 @@ def pairwise_differences(
     for own in _cosines_by_dim(projected, dims):
         difference = ops.abs(cosines - own)
         loss = _mean_where(difference, others) + _mean_where(difference, is_near)
-        own_right = ops.sum(answers * own, axis=1, keepdims=True)
-        ranking = _mean_where(ops.softplus(own - own_right), others - answers)
-        losses.append(loss + ranking * ops.sum(answers, axis=1))
-    return ops.stack(losses, axis=1)
+        logits = ops.where(is_left_out, _NEVER, own / temperature)
+        ranking = -ops.sum(answers * ops.log_softmax(logits), axis=1)
+        losses.append(loss + ranking)
+    return ops.stack(losses, axis=1) * _weights(right)
+
+
+def _weights(right: Any) -> Any:
+    """Return the weight of each row `(rows, 1)`: few queries count as much as all rows do."""
+    is_query = ops.cast(right >= 0, "float32")
+    share = ops.mean(is_query)
+    return ops.expand_dims(1 + is_query * (1 / ops.maximum(share, 1e-3) - 1), 1)
 
 
 def _full_width(rows: Any, right: Any) -> tuple[Any, Any, Any]:

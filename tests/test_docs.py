@@ -23,6 +23,7 @@ DOCUMENTS = {
     "compare": ["docs/compare.md"],
     "exits": ["docs/exits.md"],
     "cascade": ["docs/cascade.md"],
+    "adapt": ["docs/adapt.md"],
     "guide": [
         f"docs/{page}.md"
         for page in (
@@ -33,7 +34,9 @@ DOCUMENTS = {
 }
 ASKED = tuple(
     f"keras-mrl {command} "
-    for command in "classify compare deploy embed export index inspect regress search".split()
+    for command in (
+        "adapt classify compare deploy embed export index inspect regress search"
+    ).split()
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SAID = re.compile(r"^( *)(print\(.*\))  # (.+)$", re.MULTILINE)

@@ -94,3 +94,10 @@ def test_the_recommender_knows_its_recall_and_answers(tmp_path: Path) -> None:
     for _, unknown, known, corpus in table:
         assert abs(known - corpus) < abs(unknown - corpus) / 2
     assert said[-1].startswith("User 0 bought ")
+
+
+def test_embeddings_are_adapted_and_searched(tmp_path: Path) -> None:
+    said = run("examples/adapt_embeddings.py", "--rows", 2000, "--steps", 20, "--out", tmp_path)
+    assert said[0].split() == ["method", "dim", "recall@10", "shortlist@0.95", "shortlist@0.98"]
+    assert float(said[-1].rpartition(" ")[2]) > 0.9
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == ["", ".json", ".npy"]

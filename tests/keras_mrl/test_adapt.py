@@ -85,15 +85,15 @@ def pairwise(rows: Any, projected: Any, right: Any) -> Any:
             losses[i, m] = differences.mean() + differences[nearest].mean()
             if right[i] >= 0:
                 place = others.index(right[i])
-                ranking = np.log1p(np.exp(own - own[place]))
-                losses[i, m] += np.delete(ranking, place).mean()
+                losses[i, m] -= np.log(softmax(own / 0.05)[place])
     return losses
 
 
 def of_kernel(loss: Callable[..., Any], right: Any) -> Callable[[Any], Any]:
     """A loss of rows as a function of the directions, in float64."""
     rows = BATCH.astype(np.float64)
-    return lambda kernel: loss(rows, rows @ kernel, right)
+    weights = np.where(right >= 0, len(right) / max(1, (right >= 0).sum()), 1.0)[:, None]
+    return lambda kernel: weights * loss(rows, rows @ kernel, right)
 
 
 def numeric_gradient(function: Callable[[Any], Any], kernel: Any) -> Any:
@@ -114,7 +114,7 @@ def test_losses_and_gradients_are_those_of_float64(method: str, right: Any) -> N
         places = ops.convert_to_tensor(right)
         projected = ops.matmul(rows, kernel)
         if method == "pairwise":
-            return pairwise_differences(rows, projected, places, DIMS)
+            return pairwise_differences(rows, projected, places, DIMS, 0.05)
         return listwise_divergences(rows, projected, places, DIMS, SCALES, 0.05)
 
     losses, (gradient,) = value_and_gradient(loss, [START])
@@ -218,11 +218,11 @@ def test_pairs_bring_right_answers_forward(method: str) -> None:
     questions = asked(held_out)[:500], np.arange(500)
     gains = []
     for pairs in (None, (asked(rows), np.arange(1200))):
-        settings = {"steps": 150, "batch_size": 128, "learning_rate": 0.005}
+        settings = {"steps": 150, "batch_size": 128, "learning_rate": 0.02}
         adaptor = MatryoshkaAdaptor((8,), method, **settings, verbose=0).fit(rows, pairs)
         report = adaptor.report(held_out[:500], held_out[500:], pairs=questions)
         gains.append(report.by_method[method][8]["ndcg@10"])
-    assert gains[1] > gains[0] + 0.01
+    assert gains[1] > gains[0] + 0.05
 
 
 @pytest.mark.parametrize(
@@ -232,6 +232,7 @@ def test_pairs_bring_right_answers_forward(method: str) -> None:
         (lambda: MatryoshkaAdaptor((8, 4)), "dims must be strictly increasing"),
         (lambda: MatryoshkaAdaptor((4, 64), max_dim=32), "dims must not exceed the number of"),
         (lambda: MatryoshkaAdaptor((4,), temperature=0), "temperature must be a positive number"),
+        (lambda: MatryoshkaAdaptor((4,), weights=(1, 2)), "one number per dim"),
         (lambda: MatryoshkaAdaptor((4,), steps=0), "steps must be a positive integer"),
         (lambda: MatryoshkaAdaptor((4,)).transform(BATCH), "projects once it was fitted"),
         (lambda: MatryoshkaAdaptor((4, 9)).fit(BATCH), r"dims=\(4, 9\) for 7 directions"),
