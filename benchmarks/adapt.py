@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--gallery", type=int, default=25_000, help="rows that are searched")
     parser.add_argument("--methods", default="listwise,pairwise")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--backends", default="torch", help="the first trains with all seeds")
     parser.add_argument("--split-seed", type=int, default=0)
     parser.add_argument("--splits", type=Path, help=".npz that the numbers of rows go to")
@@ -93,7 +93,12 @@ def _splits(arguments: argparse.Namespace, rows: int) -> dict[str, Array]:
     order = np.random.default_rng(arguments.split_seed).permutation(rows)
     ends = np.cumsum([NUM_TRAIN, NUM_PLAN, NUM_JUDGE])
     train, plan, judge, rest = np.split(order, ends)
-    parts = {"train": train, "plan": plan, "judge": judge, "gallery": rest[:NUM_GALLERY]}
+    parts: dict[str, Any] = {
+        "train": train,
+        "plan": plan,
+        "judge": judge,
+        "gallery": rest[:NUM_GALLERY],
+    }
     if arguments.splits:
         np.savez_compressed(arguments.splits, **parts)
     return parts

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path)
     parser.add_argument("--texts", type=Path, help="a text a line")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument(
         "--rows", type=int, default=20_000, help="rows to draw where none are given"
     )

@@ -41,7 +41,7 @@ METHODS = ("pca", "listwise", "pairwise")
 
 _LEAST_ROWS = 64  # that a projection is learnt from
 _NEIGHBORS = 12  # of an anchor, that come with it into a batch
-_SHARE_OF_ANCHORS, _SHARE_OF_PAIRS = 16, 8  # one in so many rows of a batch
+_SHARE_OF_ANCHORS, _SHARE_OF_PAIRS = 48, 8  # one in so many rows of a batch
 _EPOCHS, _PATIENCE = 10, 4
 _VALIDATED, _HELD_OUT = 4, 20  # batches; of one row, and of one pair, in so many
 _SCORED_AT_ONCE = 1024
@@ -112,9 +112,9 @@ class MatryoshkaAdaptor:
         max_dim: int | None = None,
         *,
         weights: Sequence[float] | None = None,
-        steps: int = 500,
+        steps: int = 600,
         batch_size: int = 384,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 4e-3,
         temperature: float = 0.05,
         max_rows: int = 10_000,
         encoder_fingerprint: str | None = None,
@@ -137,7 +137,7 @@ class MatryoshkaAdaptor:
         self.method = method
         self.max_dim = max_dim
         self.weights = check_weights(weights, len(self.dims))
-        self.steps = check_positive_integer("steps", steps, "Give for example 500.")
+        self.steps = check_positive_integer("steps", steps, "Give for example 600.")
         self.batch_size = check_positive_integer("batch_size", batch_size, "Give 384.")
         self.learning_rate = learning_rate
         self.temperature = temperature

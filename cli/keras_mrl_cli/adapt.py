@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 PROJECTED, REPORT, PICTURE = "projected.npy", "report.json", "report.svg"
 _DIMS = (16, 32, 64, 128)
-_STEPS, _ROWS, _SEED = 500, 10_000, 0
+_STEPS, _ROWS, _SEED = 600, 10_000, 0
 _JUDGED_QUERIES, _JUDGED_ROWS, _JUDGED_SHARE = 500, 25_000, 5  # a fifth of few rows judges
 _LEAST_JUDGED = 20
 

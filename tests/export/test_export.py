@@ -20,6 +20,7 @@ import keras_mrl_export
 from keras_mrl import (
     AdaptiveDecoder,
     ContrastiveLoss,
+    MatryoshkaAdaptor,
     MatryoshkaClassifier,
     MatryoshkaEncoder,
     MatryoshkaHead,
@@ -330,6 +331,19 @@ def test_an_encoder_is_exported_as_its_tower(is_pooled: bool, tmp_path: Path) ->
     with SavedModelSession(export_saved_model(model, tmp_path, X, dims=(2, 4))) as session:
         embedded = session.run("embed_2", {"x": X})["embedding"]
     np.testing.assert_allclose(embedded, truncate(outputs(model, X), 2), rtol=0, atol=1e-5)
+
+
+def test_an_adapted_encoder_serves_projected_prefixes(tmp_path: Path) -> None:
+    tower = keras.Sequential([keras.Input((5,), name="x"), keras.layers.Dense(4)])
+    embeddings = outputs(tower, X)
+    adaptor = MatryoshkaAdaptor(dims=(2, 3)).fit(embeddings)
+    with SavedModelSession(
+        export_saved_model(adaptor.fold(tower), tmp_path, X, dims=adaptor.dims)
+    ) as session:
+        for dim in adaptor.dims:
+            embedded = session.run(f"embed_{dim}", {"x": X})["embedding"]
+            expected = truncate(adaptor.transform(embeddings), dim)
+            np.testing.assert_allclose(embedded, expected, rtol=0, atol=1e-5)
 
 
 # Two towers, from their training to the neighbours that a server's answers find.

@@ -149,7 +149,7 @@ def test_a_matrix_that_nearly_is_becomes_orthonormal() -> None:
 @pytest.mark.parametrize("method", ["listwise", "pairwise"])
 def test_learning_turns_prefixes_and_no_cosine(method: str) -> None:
     rows, held_out = hidden(1500, seed=3), hidden(700, seed=4)
-    settings = {"steps": 120, "batch_size": 192, "learning_rate": 0.01}
+    settings: dict[str, Any] = {"steps": 120, "batch_size": 192, "learning_rate": 0.01}
     adaptor = MatryoshkaAdaptor((4, 8), method, **settings, verbose=0).fit(rows)
     components = adaptor.components_.astype(np.float64)
     assert np.abs(components @ components.T - np.eye(32)).max() < 1e-6
@@ -218,7 +218,7 @@ def test_pairs_bring_right_answers_forward(method: str) -> None:
     questions = asked(held_out)[:500], np.arange(500)
     gains = []
     for pairs in (None, (asked(rows), np.arange(1200))):
-        settings = {"steps": 150, "batch_size": 128, "learning_rate": 0.02}
+        settings: dict[str, Any] = {"steps": 150, "batch_size": 128, "learning_rate": 0.02}
         adaptor = MatryoshkaAdaptor((8,), method, **settings, verbose=0).fit(rows, pairs)
         report = adaptor.report(held_out[:500], held_out[500:], pairs=questions)
         gains.append(report.by_method[method][8]["ndcg@10"])
