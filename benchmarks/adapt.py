@@ -14,7 +14,7 @@ or `--encoder` is a folder of a BERT sentence encoder, from which both are made 
     .save_to_preset("all-MiniLM-L6-v2")            # and its vocab.txt or tokenizer.json beside it
 
 Rows are split by seed: 10,000 train the projection, 2,000 are left to plan a funnel, 2,000 judge;
-the rest, up to 80,000, are the gallery. `--splits FILE` writes the numbers of the rows. Measures
+the rest, up to 80,000, are the gallery. `--splits FILE` writes the part of each row. Measures
 are of `--gallery` of them (25,000): recall@10 of full-width neighbours, the shortlist that holds
 95% and 98% of them, nDCG@10 of known items with the judging rows added, once more without names
 that stand in their summary, and BM25 on the same queries (rank-bm25). `--seeds` trains anew with
@@ -49,6 +49,7 @@ Array = npt.NDArray[Any]
 DIMS = (16, 32, 64, 96, 128)
 JUDGED = (16, 32, 64, 96, 128, 192, 256)
 NUM_TRAIN, NUM_PLAN, NUM_JUDGE, NUM_GALLERY = 10_000, 2_000, 2_000, 80_000
+PARTS = ("train", "plan", "judge", "gallery", "searched")  # the last of the gallery
 K = 10
 
 
@@ -100,7 +101,10 @@ def _splits(arguments: argparse.Namespace, rows: int) -> dict[str, Array]:
         "gallery": rest[:NUM_GALLERY],
     }
     if arguments.splits:
-        np.savez_compressed(arguments.splits, **parts)
+        part = np.zeros(rows, np.uint8)  # 0 is in none
+        for number, name in enumerate(PARTS, start=1):
+            part[parts.get(name, parts["gallery"][: arguments.gallery])] = number
+        np.savez_compressed(arguments.splits, part=part, names=PARTS)
     return parts
 
 
@@ -200,6 +204,7 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
     train = rows[np.sort(parts["train"])]
     start = time.process_time()
     pca = Projection(principal_directions(train), DIMS)
+    cpu_s = time.process_time() - start
     result: dict[str, Any] = {
         "gallery": len(task.gallery),
         "queries": len(task.queries),
@@ -209,7 +214,7 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "full": task.full(),
         "bm25": task.bm25(),
         "truncation": task.judge(Projection(np.eye(rows.shape[1]), JUDGED)),
-        "pca": {**task.judge(pca), "cpu_s": time.process_time() - start},
+        "pca": {"cpu_s": cpu_s, **task.judge(pca)},
     }
     backends = arguments.backends.split(",")
     for method in arguments.methods.split(","):

@@ -24,7 +24,7 @@ COMMANDS = {
     "classify": "Ask a server for the classes of images, or of rows of arrays.",
     "regress": "Ask a server for the values of images, or of rows of arrays.",
     "embed": "Ask a server for the embeddings of images, or of rows of arrays.",
-    "adapt": "Make embeddings Matryoshka that were not trained so, by an orthogonal projection.",
+    "adapt": "Make embeddings Matryoshka that were not trained so.",
     "index": "Build an index of embeddings, and look at one that is there.",
     "search": "Search an index by embeddings, or by images that a server embeds.",
     "inspect": "Show an exported model: its signatures, its manifest, its sizes.",

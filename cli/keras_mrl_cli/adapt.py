@@ -1,18 +1,18 @@
-"""Make embeddings Matryoshka that were not trained so, by an orthogonal projection.
+"""Make embeddings Matryoshka that were not trained so.
 
 The embeddings are the rows of an .npy file, such as an API or a sentence encoder made; it is
-memory-mapped and may be larger than the memory. No labels are needed. The projection orders their
-directions, so that a prefix finds what the whole finds; cosines at the full width stay as they are.
-It is judged on rows that it was not made of, beside truncation and PCA.
+memory-mapped and may be larger than the memory. No labels are needed. An orthogonal projection
+orders their directions, so that a prefix finds what the whole finds; cosines at the full width
+stay as they are. It is judged on rows that it was not made of, beside truncation and PCA.
 
---out holds the projection, report.json and report.svg, and projected.npy: all rows, projected, for
-an index (`keras-mrl index build --adaptor DIR`) or any other database. Interrupted, the same
-command goes on after the last row that was safe, with the projection that is there.
+--out holds the projection, report.json, report.svg and projected.npy: all rows, projected, for
+an index (index build --adaptor) or any other database. Interrupted, the same command goes on
+after the last row that was safe, with the projection that is there.
 
   keras-mrl adapt --embeddings E.npy --out adapted
   keras-mrl adapt --embeddings E.npy --method listwise --out adapted
-  keras-mrl adapt --embeddings E.npy --method listwise --pairs Q.npy ROWS.npy --out adapted
-  keras-mrl adapt --embeddings E.npy --max-dim 256 --dims 32,64,128,256 --out adapted
+  keras-mrl adapt --embeddings E.npy --pairs Q.npy I.npy --out adapted
+  keras-mrl adapt --embeddings E.npy --max-dim 256 --dims 64,256 --out adapted
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _LEAST_JUDGED = 20
     Option(
         "--pairs",
         nargs=2,
-        metavar="Q.npy ROWS.npy",
+        metavar="Q.npy I.npy",
         help="queries, and for each the number of its right row in E.npy",
     ),
     Option(

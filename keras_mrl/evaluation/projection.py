@@ -172,6 +172,7 @@ def score_projection(
         ValueError: If the embeddings are of other widths, or the gallery has fewer than k rows.
 
     Examples:
+        >>> from keras_mrl_serving.projection import Projection, principal_directions
         >>> rows = np.random.default_rng(0).normal(size=(300, 16)) * np.arange(1, 17)
         >>> projection = Projection(principal_directions(rows[:100]), dims=(4, 8))
         >>> report = score_projection(projection, rows[100:280], rows[280:], k=5)
@@ -239,6 +240,7 @@ def ranks_by_dim(
 
     Examples:
         >>> from keras_mrl.evaluation.projection import ranks_by_dim
+        >>> from keras_mrl_serving import Projection
         >>> rows = np.eye(3, dtype=np.float32)
         >>> same = Projection(np.eye(3), (3,))
         >>> ranks_by_dim(same, rows, rows[:1], np.array([[0, 2]]), (3,))[3].tolist()

@@ -411,6 +411,9 @@ def principal_directions(
     """
     width = check_rows(embeddings, number)
     number = width if number is None else number
+    first = np.zeros((0, width)) if after is None else np.asarray(after, np.float64)
+    if number <= len(first):
+        return first[:number]
     gram = np.zeros((width, width))
     for start in range(0, len(embeddings), _ROWS_AT_ONCE):
         block = unit_rows(embeddings[start : start + _ROWS_AT_ONCE])
@@ -418,14 +421,13 @@ def principal_directions(
     if after is None:
         directions = np.linalg.eigh(gram)[1][:, ::-1][:, :number].T
     else:
-        first = np.asarray(after, np.float64)
         # A basis of what the first directions leave, in which the products are eigen-decomposed.
         rest = np.linalg.qr(first.T, mode="complete")[0][:, len(first) :]
         inner = np.linalg.eigh(rest.T @ gram @ rest)[1][:, ::-1]
-        directions = (rest @ inner).T[: max(0, number - len(first))]
+        directions = (rest @ inner).T[: number - len(first)]
     largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=1)[:, None], axis=1)
     directions = directions * np.where(largest < 0, -1, 1)
-    return directions if after is None else np.concatenate([first, directions])
+    return np.concatenate([first, directions])
 
 
 def check_rows(embeddings: npt.NDArray[Any], number: int | None = None) -> int:

@@ -202,7 +202,7 @@ def test_flags_that_exclude_each_other(run: Call) -> None:
         "Received: --target-recall with --target-precision. Leave out one."
     )
     assert run.refused(*BUILD, "--fingerprint", "f", "--target", "t:1", status=2) == (
-        "Only one of --fingerprint, --target can be given. "
+        "Only one of --fingerprint, --target, --adaptor can be given. "
         "Received: --fingerprint with --target. Leave out one."
     )
 

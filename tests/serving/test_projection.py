@@ -75,6 +75,7 @@ def test_directions_after_others_are_the_principal_ones_of_what_is_left() -> Non
     directions = principal_directions(ROWS, 7, after=first)
     np.testing.assert_allclose(directions[:3], first)
     np.testing.assert_allclose(directions @ directions.T, np.eye(7), atol=1e-12)
+    np.testing.assert_allclose(principal_directions(ROWS, 2, after=first), first[:2])
     left = unit_rows(ROWS).astype(np.float64) @ (np.eye(12) - first.T @ first)
     right = np.linalg.svd(left)[2][:4]
     np.testing.assert_allclose(np.abs(directions[3:] @ right.T), np.eye(4), atol=1e-3)
