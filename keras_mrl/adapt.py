@@ -492,8 +492,9 @@ def orthonormal(kernel: Any, steps: int = 4) -> Any:
 
     Examples:
         >>> from keras_mrl.adapt import orthonormal
-        >>> [[round(float(x), 4)] for x in orthonormal(keras.ops.array([[0.7], [0.7]]))]
-        [[0.7071], [0.7071]]
+        >>> near = keras.ops.array([[0.7], [0.7]])
+        >>> [round(float(row[0]), 4) for row in orthonormal(near)]
+        [0.7071, 0.7071]
     """
     for _ in range(steps):
         gram = ops.matmul(ops.transpose(kernel), kernel)
