@@ -27,6 +27,7 @@ from .exits import LAST, Exits, _ModelWithExits
 from .segments import flat, nodes_before, nodes_of
 
 _UNKNOWN = 64  # steps or pixels where a model leaves the number open
+_WIDE = 3  # a map with so many times the values of another is the inside of a block
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,9 @@ def suggest_exits(backbone: keras.Model, n: int) -> dict[str, float]:
     """Return layers of a functional model where exits cut its work into about equal parts.
 
     Of layers with about as much work before them, those come first after which the fewest tensors
-    go on, which is the end of a block; then the one behind normalization and activation.
+    go on, and no more than three times as many values as after the best: these are ends of blocks,
+    and not the wide insides of those of MobileNetV2 or EfficientNet. Then the one behind
+    normalization and activation.
 
     Args:
         backbone: A functional or sequential model.
@@ -326,20 +329,23 @@ def suggest_exits(backbone: keras.Model, n: int) -> dict[str, float]:
         share = sum(counts[id(own)] for own in nodes_before([tensor], inputs, done)) / total
         made = {id(own) for other in nodes if id(other) in done for own in other.outputs}
         crossing = {
-            id(own)
+            id(own): prod(length or _UNKNOWN for length in own.shape[1:])
             for other in nodes
             if id(other) not in done
             for own in other.input_tensors
             if id(own) in made
         }
-        candidates.append((share, len(crossing), index, node.operation.name))
+        place = (len(crossing), sum(crossing.values()), index)
+        candidates.append((share, place, node.operation.name))
     chosen: dict[str, float] = {}
     for number in range(1, n + 1):
         target, reach = number / (n + 1), 0.5 / (n + 1)
         near = [own for own in candidates if abs(own[0] - target) <= reach and 0 < own[0] < 1]
         if near:
-            best = min(near, key=lambda own: (own[1], round(abs(own[0] - target), 6), -own[2]))
-            chosen[best[3]] = round(best[0], 4)
+            tensors, values, _ = min(place for _, place, _ in near)
+            narrow = [own for own in near if own[1][:2] <= (tensors, _WIDE * values)]
+            best = min(narrow, key=lambda own: (round(abs(own[0] - target), 6), -own[1][2]))
+            chosen[best[2]] = round(best[0], 4)
     if len(chosen) < n:
         raise ValueError(
             f"A backbone needs layers between its parts to be left at {n} places. "

@@ -14,6 +14,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import keras
@@ -57,7 +58,8 @@ def exit_plans(exits: Any) -> tuple[ExitPlan, ...]:
         ValueError: If two have one name, one is named as the last exit is, or a model over the
             inputs stands behind an exit of the backbone.
     """
-    exits = tuple(exits) if isinstance(exits, Mapping) else exits
+    if isinstance(exits, Mapping):  # to branches, or to the shares of `suggest_exits`
+        exits = [name if isinstance(own, Real) else (name, own) for name, own in exits.items()]
     if isinstance(exits, (str, keras.layers.Layer)) or not isinstance(exits, Sequence):
         raise TypeError(
             "exits must be a sequence of names of layers. "

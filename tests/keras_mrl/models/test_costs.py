@@ -96,6 +96,24 @@ def test_suggested_exits_are_ends_of_blocks_at_equal_shares() -> None:
     assert suggest_exits(chain(), 1) == {"b_out": 0.5}
 
 
+def widened_blocks() -> keras.Model:
+    """Blocks as those of MobileNetV2: wide inside, and the first of a stage has no way around."""
+    x = image = keras.Input((8, 8, 4))
+    for name, filters in (("a", 4), ("b", 8), ("c", 8), ("d", 16)):
+        before = x
+        x = layers.Conv2D(6 * before.shape[-1], 1, activation="relu", name=f"{name}_expand")(x)
+        x = layers.DepthwiseConv2D(3, padding="same", name=f"{name}_depthwise")(x)
+        x = layers.Conv2D(filters, 1, name=f"{name}_out")(x)
+        if filters == before.shape[-1]:
+            x = layers.Add(name=f"{name}_add")([x, before])
+    return keras.Model(image, x)
+
+
+def test_suggested_exits_are_no_wide_insides_of_blocks() -> None:
+    """`d_expand` is nearer to two thirds of the work than `c_add`."""
+    assert list(suggest_exits(widened_blocks(), 2)) == ["b_out", "c_add"]
+
+
 def test_suggested_exits_are_what_a_model_takes() -> None:
     model = MatryoshkaClassifier(
         chain(), MatryoshkaHead(3, dims=(2,)), exits=suggest_exits(chain(), 1)

@@ -185,6 +185,15 @@ def test_layers_are_those_of_the_backbone_and_heads_are_like_the_head() -> None:
     )
 
 
+def test_a_mapping_gives_branches_by_the_names_of_layers() -> None:
+    branch = keras.layers.Dense(9, name="mine")
+    head = MatryoshkaHead(NUM_CLASSES, dims=DIMS)
+    model = MatryoshkaClassifier(dense_net(), head, exits={"first_out": branch, "second_out": 0.5})
+    assert model.exits == ("first_out", "second_out")
+    assert model.exit_layers[0] is branch
+    assert model.exit_layers[1].units == DIMS[-1]
+
+
 @pytest.mark.parametrize("name", ["masked tokens", "keras-hub"])
 def test_an_exit_pools_over_the_steps_that_count(name: str) -> None:
     body, exits, parts, x, _ = MODELS[name]
@@ -273,6 +282,14 @@ WRONG: dict[str, tuple[Part, Any, type[Exception], str]] = {
         "An exit is the name of a layer, a pair of a name and a Keras layer from there to "
         "features, or a Keras model over the inputs. Received: 3. Write for example "
         "exits=('conv3_block4_out', 'conv4_block6_out').",
+    ),
+    "a string for a branch": (
+        dense_net,
+        {"first_out": "mean"},
+        TypeError,
+        "An exit is the name of a layer, a pair of a name and a Keras layer from there to "
+        "features, or a Keras model over the inputs. Received: ('first_out', 'mean'). Write for "
+        "example exits=('conv3_block4_out', 'conv4_block6_out').",
     ),
     "one name twice": (
         dense_net,
