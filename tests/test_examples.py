@@ -101,3 +101,19 @@ def test_embeddings_are_adapted_and_searched(tmp_path: Path) -> None:
     assert said[0].split() == ["method", "dim", "recall@10", "shortlist@0.95", "shortlist@0.98"]
     assert float(said[-1].rpartition(" ")[2]) > 0.9
     assert sorted(file.suffix for file in tmp_path.iterdir()) == ["", ".json", ".npy"]
+
+
+def test_images_leave_a_backbone_early() -> None:
+    lines = run("examples/exits_images.py", "--epochs", 1)
+    rows = [line.rsplit(maxsplit=2) for line in lines if line.endswith("%")]
+    names = [row[0] for row in rows]
+    assert len(names) == 5
+    assert all(name.startswith("all leave at ") for name in names[:3])
+    assert names[3:] == ["the cascade", "a router that knows the answer"]
+    work = [float(row[2].rstrip("%")) for row in rows]
+    assert work[0] < work[1] < work[2] == 100
+    accuracies = [float(row[1].rstrip("%")) for row in rows]
+    assert max(accuracies) == accuracies[4]
+    saved = float(lines[-1].removeprefix("Saved ").partition("%")[0])
+    assert saved == pytest.approx(100 - work[3], abs=0.11)
+    assert lines[-1].endswith(f"accuracy {accuracies[3]}% instead of {accuracies[2]}%.")
