@@ -52,8 +52,8 @@ class MatryoshkaClassifier(_ModelWithExits):
         exits: Where rows may leave before the end of a functional backbone, shallow to deep: names
             of layers, whose output is pooled and goes through one dense layer; pairs of a name and
             a Keras layer of your own from there to features, or a mapping of these; and before
-            them, cheap Keras models from the inputs to features. Each exit has a head like `head`. `call` and `predict`
-            answer with the last exit, `head`; `all_exits` with all.
+            them, cheap Keras models from the inputs to features. Each exit has a head like `head`.
+            `call` and `predict` answer with the last exit, `head`; `all_exits` with all.
         **kwargs: Arguments of every Keras model (`name`, `dtype`).
 
     Shapes:
