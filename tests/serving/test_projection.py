@@ -120,7 +120,7 @@ def test_a_damaged_folder_is_one_sentence(tmp_path: Path) -> None:
     Projection(TURN, (2, 12)).save(tmp_path)
     (file,) = tmp_path.glob("components-*.npy")
     whole = file.read_bytes()
-    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    file.write_bytes(whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:])  # too little to turn it
     with pytest.raises(DamagedIndexError, match="A projection is read as it was written"):
         Projection.load(tmp_path)
     file.write_bytes(whole[:-4])
