@@ -170,7 +170,7 @@ def measure_costs(
 
     Args:
         model: A `MatryoshkaClassifier` with exits.
-        batch_sizes: Rows at a time.
+        batch_sizes: Rows at a time; none, to count multiply-adds alone, which runs nothing.
         sample: A few rows as `predict` takes them, needed where the model leaves a length open.
             Without them rows of zeros are run.
         laps: How often each part is run.
@@ -199,6 +199,8 @@ def measure_costs(
     sizes = [check_positive_integer("batch_sizes", own, remedy) for own in batch_sizes]
     laps = check_positive_integer("laps", laps, "Give for example 10.")
     rows = _rows(exits.features, sample)
+    if not sizes:
+        return count_costs(model, _shapes(rows))
     parts = _parts(exits, head, rows)
     counts = {key: multiply_adds(part, _shapes(x)) for key, (part, x) in parts.items()}
     times = {size: _times(parts, size, laps) for size in sizes}

@@ -11,6 +11,7 @@ that a model cut at an exit loads without keras_mrl.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -238,11 +239,13 @@ def make_exits(
         name = plan.name
         read = input_of(graph) if plan.layer is None else tap(graph, plan.layer)
         taps[name] = keras.tree.flatten(read)
+        mask = None if plan.layer is None else _time_mask(read, graph)
+        if plan.branch is not None and "mask" not in inspect.signature(plan.branch.call).parameters:
+            mask = None
+        taps[name] += [] if mask is None else [mask]
         if plan.branch is not None:
-            layer, made = plan.branch, _called(plan.branch, read, name)
+            layer, made = plan.branch, _called(plan.branch, read, mask, name)
         else:
-            mask = _time_mask(read, graph)
-            taps[name] += [] if mask is None else [mask]
             layer = keras.layers.Dense(width, name=f"{short[name]}_exit")
             made = layer(_pooled(read, mask, name, f"{short[name]}_exit_pooling"))
         _check_branch(plan, tuple(made.shape), width)
@@ -256,16 +259,33 @@ def make_exits(
     return exits
 
 
-def _called(branch: Any, tensors: Any, name: str) -> Any:
-    """Return the output of the caller's branch."""
+def _called(branch: Any, tensors: Any, mask: Any, name: str) -> Any:
+    """Return the output of the caller's branch, which is told the steps that count."""
     try:
-        return branch(tensors)
+        if mask is None:
+            return branch(tensors)
+        if isinstance(branch, keras.Sequential):
+            return _masked(branch, tensors, mask)([tensors, mask])
+        return branch(tensors, mask=mask)
     except Exception as error:
         shapes = keras.tree.map_structure(lambda own: tuple(own.shape), tensors)
         raise ValueError(
             f"The layer of the exit {name!r} must take what stands before it, {shapes}. "
             f"Received: {type(error).__name__}: {error} Give a layer for such inputs."
         ) from error
+
+
+def _masked(branch: keras.Sequential, tensor: Any, mask: Any) -> keras.Model:
+    """Return a model of the branch's layers that takes the mask as an input.
+
+    Keras warns of every mask that a sequential model is given, as it makes none of its own.
+    """
+    inputs = [keras.Input(own.shape[1:], dtype=own.dtype) for own in (tensor, mask)]
+    x, steps = inputs[0], inputs[1]
+    for layer in branch.layers:
+        takes_mask = "mask" in inspect.signature(layer.call).parameters
+        x = layer(x, mask=steps) if takes_mask and len(x.shape) == 3 else layer(x)
+    return keras.Model(inputs, x, name=branch.name)
 
 
 def _pooled(tensor: Any, mask: Any, layer: str, name: str) -> Any:

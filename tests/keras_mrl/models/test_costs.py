@@ -67,6 +67,17 @@ def test_attention_is_counted_with_its_scores() -> None:
     assert multiply_adds(model, [(1, 4, 8)]) == ATTENTION
 
 
+def test_multiply_adds_alone_are_counted_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [("front", 2), ("a_out", 4), (None, 4)]
+    expected = measure_costs(with_exits(), batch_sizes=(1,), laps=1).of(stages)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a model is run")
+
+    monkeypatch.setattr(keras.Model, "predict_on_batch", refuse)
+    assert measure_costs(with_exits(), batch_sizes=()).of(stages) == expected
+
+
 def test_a_text_backbone_is_counted_at_the_length_of_the_rows() -> None:
     bert = imported("keras_hub").models.BertBackbone(
         vocabulary_size=50,

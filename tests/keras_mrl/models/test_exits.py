@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, segment, split
+from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, measure_costs, segment, split
 from keras_mrl.models.exits import short_names
 from tests.helpers.laws import exactly
 from tests.helpers.small_models import DIMS, NUM_CLASSES, X, Y, as_numpy, compiled
@@ -206,6 +206,50 @@ def test_an_exit_pools_over_the_steps_that_count(name: str) -> None:
             np.testing.assert_allclose(
                 as_numpy(padded)[:1], as_numpy(expected[exit_name]), rtol=1e-5, atol=1e-6
             )
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class MeanOfSteps(keras.layers.Layer):
+    """A branch of one's own that reads the mask."""
+
+    supports_masking = True
+
+    def compute_mask(self, *_: Any) -> None:
+        return None
+
+    def call(self, steps: Any, mask: Any = None) -> Any:
+        shares = keras.ops.cast(mask, steps.dtype)[..., None]
+        return keras.ops.sum(steps * shares, axis=1) / keras.ops.sum(shares, axis=1)
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        lambda: keras.Sequential([keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(9)]),
+        MeanOfSteps,
+    ],
+    ids=["sequential", "layer"],
+)
+def test_a_branch_of_ones_own_is_told_which_steps_count(branch: Part, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Layer .* was passed an input with a mask")
+        model = with_exits(
+            bert, lambda: [("transformer_layer_0", branch())], {"pooling": MeanOfTokens}
+        )
+        model.fit(TEXTS, Y, verbose=0)
+        padded = as_numpy(model.all_exits()(TEXTS)["transformer_layer_0"])
+    width = int(LENGTHS[0])
+    short = {name: array[:1, :width] for name, array in TEXTS.items()}
+    expected = as_numpy(model.all_exits()(short)["transformer_layer_0"])
+    np.testing.assert_allclose(padded[:1], expected, rtol=1e-5, atol=1e-6)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(
+        as_numpy(loaded.all_exits()(TEXTS)["transformer_layer_0"]), padded, rtol=1e-6, atol=1e-6
+    )
+    assert measure_costs(model, batch_sizes=(1,), sample=TEXTS, laps=1).branch[
+        "transformer_layer_0"
+    ]
 
 
 def test_exits_alone_are_trained_on_a_frozen_model() -> None:
