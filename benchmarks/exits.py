@@ -1,0 +1,277 @@
+"""What exits save on a real text encoder, and whether cheap ways save as much.
+
+    python benchmarks/exits.py --encoder FOLDER --data CLINC150 --out FOLDER [--choose]
+
+`--encoder` is a folder with all-MiniLM-L6-v2 as Hugging Face keeps it: `config.json`,
+`model.safetensors`, `tokenizer.json`, `tokenizer_config.json` and `vocab.txt` of
+sentence-transformers/all-MiniLM-L6-v2 (with a network,
+`huggingface_hub.snapshot_download("sentence-transformers/all-MiniLM-L6-v2")` returns it). Besides
+keras-hub, scikit-learn and matplotlib this needs `safetensors` and `tokenizers`. `--data` is
+`data_full.json` of CLINC150 (github.com/clinc/oos-eval) with its parts named train, val, test and
+oos_test.
+
+The encoder stays as it is. A model before it and an exit after each layer are trained on `train`,
+and policies are chosen on `val`. `--choose` ends there, and writes `configuration.json`: the exits
+and the rule by which policies are taken. Without it that file is read (`--configuration`), and
+`test` is opened. Means of layers and trained nets are kept in `--out`; a run that was stopped goes
+on from there. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict, replace
+from functools import cached_property, reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+from exits_front import NAME as FRONT
+from exits_front import Ngrams
+from exits_judge import (
+    EMBEDDINGS,
+    Configuration,
+    Judge,
+    Part,
+    Work,
+    alone,
+    judged,
+    padded_lengths,
+    policies,
+    search,
+    summary,
+)
+from exits_rivals import TfIdf
+from exits_texts import DIMS, Features, Intents, Texts, Tokens, embedder, means_of_layers
+from matplotlib.figure import Figure
+
+from keras_mrl_serving import stage_logits
+
+CONFIGURATION = Path(__file__).parents[1] / "docs/benchmarks/exits_configuration.json"
+
+
+class Run:
+    """The data, and what is kept of a run in its folder."""
+
+    def __init__(self, encoder: Path, data: Path, out: Path) -> None:
+        self.folder, self.out = encoder, out
+        out.mkdir(parents=True, exist_ok=True)
+        self.texts = Texts.read(data)
+        self.tokens = Tokens(encoder)
+        self.rows = {name: self.tokens.ids(own) for name, own in self.texts.texts.items()}
+        self.encoder = embedder(encoder)
+        first = range(min(3, self.encoder.backbone.num_layers - 1))
+        self.layers = (EMBEDDINGS, *(f"transformer_layer_{i}" for i in first))
+
+    @cached_property
+    def ngrams(self) -> Ngrams:
+        """The classifier before the encoder."""
+        vocabulary = self.tokens.vocabulary
+        return Ngrams.learn(self.rows["train"], self.texts.labels["train"], vocabulary)
+
+    def features(self, part: str) -> Features:
+        """Return the means of all layers over the tokens of each row."""
+        file = self.out / f"means_{part}.npz"
+        if not file.exists():
+            means = means_of_layers(self.encoder, self.rows[part], self.layers)
+            _whole(file, lambda path: np.savez(path, allow_pickle=False, **means))
+        with np.load(file) as arrays:
+            return {name: arrays[name] for name in (*self.layers, "last")}
+
+    def net(self, configuration: Configuration, seed: int) -> Intents:
+        """Return the net of a seed, trained."""
+        keras.utils.set_random_seed(seed)
+        classes = len(self.texts.classes)
+        net = Intents(self.encoder, self.ngrams, self.layers, configuration.exits, classes)
+        file = self.out / f"net_{configuration.epochs}_{seed}.weights.h5"
+        if not file.exists():
+            labels = self.texts.labels["train"]
+            net.fit(self.features("train"), labels, configuration.epochs, seed)
+            _whole(file, net.trained.save_weights)
+        net.load(file)
+        return net
+
+    def part(self, net: Intents, name: str) -> Part:
+        """Return a part as a net answers it."""
+        rows = self.rows[name]
+        logits = net.logits(self.features(name), rows)
+        labels = self.texts.labels.get(name, np.full(len(rows), -1))
+        return Part(stage_logits(logits, DIMS), labels, padded_lengths(rows))
+
+
+def _whole(file: Path, write: Any) -> None:
+    """Write a file that is there whole or not at all."""
+    unfinished = file.with_name(f"unfinished_{file.name}")
+    write(unfinished)
+    unfinished.rename(file)
+
+
+PLACES = ((0,), (1,), (2,), (0, 1), (0, 2))
+# The search overfits the 3,000 rows of `val` by a few tenths of a point; half a point is allowed.
+LOSS = 0.001
+
+
+def choose(run: Run, epochs: int) -> Configuration:
+    """Return the exits whose cheapest policy that keeps the accuracy on `val` costs least."""
+    everywhere = Configuration(run.layers, epochs, LOSS)
+    net = run.net(everywhere, 0)
+    work = Work(net.served)
+    val = run.part(net, "val")
+    for name in (FRONT, *run.layers, None):
+        curve = judged(alone(name), val, work)
+        print(f"val: {name or 'last'} {curve.is_right.mean():.2%} at {curve.costs.mean():.4f}")
+    costs = {}
+    for places in PLACES:
+        exits = tuple(f"transformer_layer_{i}" for i in places)
+        if set(exits) <= set(run.layers):
+            policy = search(val, exits, work).cheapest_within(LOSS)
+            costs[exits] = round(float(judged(policy, val, work).costs.mean()), 4)
+            print(f"val: exits {exits}, at most {LOSS:.1%} lost: {costs[exits]}")
+    return Configuration(min(costs, key=costs.__getitem__), epochs, LOSS)
+
+
+def main() -> None:
+    """Train what is missing, choose or judge, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--encoder", type=Path, required=True, help="folder of the encoder")
+    parser.add_argument("--data", type=Path, required=True, help="JSON file of CLINC150")
+    parser.add_argument("--out", type=Path, required=True, help="folder of nets and results")
+    parser.add_argument("--configuration", type=Path, default=CONFIGURATION, help="(%(default)s)")
+    parser.add_argument("--choose", action="store_true", help="choose on val, and stop")
+    parser.add_argument("--epochs", type=int, default=20, help="of --choose (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--laps", type=int, default=7, help="of serving; 0: none (%(default)s)")
+    parser.add_argument("--rows-per-lap", type=int, default=256, help="(%(default)s)")
+    arguments = parser.parse_args()
+    try:
+        run = Run(arguments.encoder, arguments.data, arguments.out)
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.choose:
+        configuration = choose(run, arguments.epochs)
+        text = json.dumps(asdict(configuration), indent=2)
+        (arguments.out / "configuration.json").write_text(f"{text}\n")
+        print(json.dumps(asdict(configuration)))
+        return
+    chosen = json.loads(arguments.configuration.read_text())
+    configuration = Configuration(**chosen | {"exits": tuple(chosen["exits"])})
+    results = judge(run, configuration, arguments.seeds)
+    (arguments.out / "exits.json").write_text(f"{json.dumps(results, indent=1)}\n")
+    draw(results, arguments.out / "exits.svg")
+    if arguments.laps:
+        results["serving"] = serve(run, configuration, arguments.laps, arguments.rows_per_lap)
+        (arguments.out / "exits.json").write_text(f"{json.dumps(results, indent=1)}\n")
+    print("\n".join(table(results)))
+    print(json.dumps(results["summary"] | results.get("serving", {})))
+
+
+def judge(run: Run, configuration: Configuration, seeds: int) -> dict[str, Any]:
+    """Return what the nets of all seeds do on `test`."""
+    tfidf = TfIdf.learn(run.texts.texts["train"], run.texts.labels["train"])
+    work = Work(run.net(replace(configuration, exits=run.layers), 0).served)
+    lengths = [len(row) for row in run.rows["test"]]
+    judge = Judge(run.texts, lengths, configuration, work, tfidf)
+    by_seed = []
+    for seed in range(seeds):
+        net = run.net(configuration, seed)
+        by_seed.append(judge.facts(*(run.part(net, name) for name in ("val", "test", "oos_test"))))
+    return {
+        "configuration": asdict(configuration),
+        "summary": summary(by_seed),
+        "by_seed": by_seed,
+    }
+
+
+def serve(run: Run, configuration: Configuration, laps: int, rows_per_lap: int) -> dict[str, Any]:
+    """Return what a server's CPU says of the policy of the first seed."""
+    from exits_serving import measure
+
+    net = run.net(configuration, 0)
+    work = Work(net.served)
+    policy, _ = policies(run.part(net, "val"), configuration, work)
+    rows, texts = run.rows["test"], run.texts.texts["test"]
+    return measure(net.served, policy, rows, texts, run.tokens, laps, rows_per_lap)
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Return the table of the page: means over seeds, lowest and highest where they differ."""
+    by_seed = results["by_seed"]
+    ways: dict[str, tuple[str, ...]] = {
+        "the whole encoder": ("full",),
+        "**cascade**": ("adaptive",),
+        "the same, all rows padded to 32 tokens": ("adaptive_at_32_tokens",),
+        "**certified cascade**": ("certified",),
+        "cascade without n-grams": ("without_front",),
+        "certified, without n-grams": ("without_front_certified",),
+        "the last exit's dims alone": ("dims_only",),
+        "oracle: the first stage that is right": ("oracle",),
+    }
+    for name in by_seed[0]["fixed_exits"]:
+        title = f"one exit for all rows: `{name}`"
+        ways[title] = ("fixed_exits", name)
+    lines = ["| | accuracy, % | work |", "|---|---|---|"]
+    for title, path in ways.items():
+        points = [reduce(getitem, path, own) for own in by_seed]
+        accuracy = _spread([100 * point["accuracy"] for point in points], 2)
+        work = _spread([point["relative_flops"] for point in points], 3)
+        lines.append(f"| {title} | {accuracy} | {work} |")
+    return lines
+
+
+def _spread(values: list[float], digits: int) -> str:
+    """Return the mean, and the lowest and the highest where they differ."""
+    mean, low, high = (
+        f"{value:.{digits}f}" for value in (np.mean(values), min(values), max(values))
+    )
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw accuracy over work, of the first seed."""
+    own = results["by_seed"][0]
+
+    def at(name: str) -> tuple[float, float]:
+        return own[name]["relative_flops"], own[name]["accuracy"]
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    costs, accuracy = np.transpose(own["two_model_cascade"])
+    axes.plot(costs, 100 * accuracy, color="#8b949e", label="TF-IDF, then the encoder")
+    costs, accuracy = np.transpose(own["front"])
+    axes.plot(costs, 100 * accuracy, ".", color="#54aeff", label="all policies found on val")
+    exits = np.array(
+        [[one["relative_flops"], one["accuracy"]] for one in own["fixed_exits"].values()]
+    )
+    exits = exits[np.argsort(exits[:, 0])] * [1, 100]
+    axes.plot(*exits.T, "o--", color="#9a6700", label="one exit for all rows, shallow to deep")
+    stars = {
+        "cascade": ("adaptive", "#1f6feb"),
+        "cascade, certified": ("certified", "#1a7f37"),
+        "without the model before the encoder": ("without_front", "#8250df"),
+        "the whole encoder": ("full", "#24292f"),
+        "oracle": ("oracle", "#cf222e"),
+    }
+    for label, (name, colour) in stars.items():
+        cost, share = at(name)
+        axes.plot([cost], [100 * share], "*", markersize=14, color=colour, label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("multiply-adds, as a share of the whole encoder (log scale)")
+    axes.set_ylabel("accuracy on test, %")
+    axes.grid(color="#d0d7de", linewidth=0.6)
+    axes.set_ylim(bottom=90)
+    axes.set_xlim(left=0.002)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
