@@ -245,6 +245,9 @@ class Decision:
             for (exit_, dim), own in right.items()
         }
         facts = {name: self.counted(own, logits, labels) for name, own in self.policies.items()}
+        for name, own in self.policies.items():
+            worst = break_down(own, logits, labels).worst_class
+            facts[name]["worst_class_harm"] = round(worst.harm.share, 4)
         oracle = oracle_report(logits, labels)
         stage_costs = np.array(self.costs.of(list(logits))) / self.full_cost
         points = [self.counted(policy, logits, labels) for policy in self.front]
@@ -267,7 +270,6 @@ class Decision:
         full_right = logits[None, DIMS[-1]].argmax(axis=1) == labels
         stage_costs = np.array(self.costs.of(policy.keys)) / self.full_cost
         rows_of = np.bincount(stage_of, minlength=len(policy.keys))
-        worst = break_down(policy, logits, labels).worst_class
         return {
             "stages": [f"{exit_ or 'last'}@{dim}" for exit_, dim in policy.keys],
             "stage_costs": [round(float(own), 4) for own in stage_costs],
@@ -278,7 +280,6 @@ class Decision:
             "accuracy": round(float(is_right.mean()), 4),
             "harm": round(float((full_right & ~is_right).mean()), 4),
             "relative_flops": round(float(stage_costs @ rows_of / len(labels)), 4),
-            "worst_class_harm": round(worst.harm.share, 4),
         }
 
 
