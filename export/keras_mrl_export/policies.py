@@ -92,7 +92,7 @@ def publish_policy(
         )
     named = _with_policy(manifest, policy)
     with publishing(folder, version) as staged:
-        _write_version(source, staged.folder, _values(manifest, named), named)
+        _write_version(source, staged.folder, manifest, named)
         _check_decisions(source, staged.folder, staged.scratch, named, policy, rows)
     return staged.published
 
@@ -147,38 +147,33 @@ def _with_policy(manifest: Manifest, policy: CascadePolicy) -> Manifest:
     return replace(manifest, exit_cascade=cascade, model_id=model_id)
 
 
-def _values(*manifests: Manifest) -> tuple[Values, ...]:
-    """Return the values of the constants of a graph, by name, of each of some manifests."""
+def _values(manifest: Manifest) -> Values:
+    """Return the values of the constants that the graph of a version has, by name."""
     from . import constants  # TensorFlow, which other backends need only for this
 
-    all_values = []
-    for manifest in manifests:
-        values: Values = {constants.MANIFEST: manifest.to_json().encode()}
-        if manifest.model_id is not None:
-            values[constants.MODEL_ID] = np.int32(manifest.model_id)
-        policy = CascadePolicy.from_json(manifest.adaptive_cascade or {})
-        for index, stage in enumerate(policy.stages):
-            values[f"{constants.TEMPERATURE}_{index}"] = np.float32(stage.temperature)
-            if stage.threshold is not None:
-                values[f"{constants.THRESHOLD}_{index}"] = np.float32(stage.threshold)
-        all_values.append(values)
-    return tuple(all_values)
+    values: Values = {constants.MANIFEST: manifest.to_json().encode()}
+    if manifest.model_id is not None:
+        values[constants.MODEL_ID] = np.int32(manifest.model_id)
+    policy = CascadePolicy.from_json(manifest.adaptive_cascade or {})
+    for index, stage in enumerate(policy.stages):
+        values[f"{constants.TEMPERATURE}_{index}"] = np.float32(stage.temperature)
+        if stage.threshold is not None:
+            values[f"{constants.THRESHOLD}_{index}"] = np.float32(stage.threshold)
+    return values
 
 
-def _write_version(
-    source: Path, folder: Path, values: tuple[Values, ...], manifest: Manifest
-) -> None:
-    """Write a version of the files of `source`, with other constants and another manifest.
+def _write_version(source: Path, folder: Path, old: Manifest, new: Manifest) -> None:
+    """Write a version of the files of `source` with another manifest, and its policy in the graph.
 
     Args:
         source: The version that is there.
         folder: Where the new one is written.
-        values: The constants as they are, and as they will be.
-        manifest: The new manifest.
+        old: The manifest of `source`.
+        new: The new manifest.
     """
     _take_files(source, folder)
-    (folder / contract.MANIFEST_FILE).write_text(manifest.to_json() + "\n")
-    (folder / GRAPH_FILE).write_bytes(_graph(source, *values))
+    (folder / contract.MANIFEST_FILE).write_text(new.to_json() + "\n")
+    (folder / GRAPH_FILE).write_bytes(_graph(source, _values(old), _values(new)))
 
 
 def _take_files(source: Path, folder: Path) -> None:
@@ -279,7 +274,7 @@ def _check_decisions(
     from . import constants
     from .build import PARITY_FILE
 
-    values = _values(manifest)[0]
+    values = _values(manifest)
     by_stage = []
     for index, stage in enumerate(policy.stages):
         stops = {

@@ -74,41 +74,24 @@ def classify_adaptive(
         outputs["exit"] = Output("int32")
     answer = yield from ask(contract.CLASSIFY_ADAPTIVE, arrays, outputs)
     _check_classes(manifest, contract.CLASSIFY_ADAPTIVE, answer)
-    _check_dims(manifest, answer["dim"])
-    if manifest.exit_cascade is not None:
-        stage_of = _stage_of(manifest, answer)
+    stage_of = _stage_of(manifest, answer)
     if audited is not None:
-        policy = CascadePolicy.from_json(manifest.adaptive_cascade or {})
-        last = policy.stages[-1]
-        is_early = answer["dim"] != last.dim
-        if manifest.exit_cascade is not None:
-            is_early = stage_of < len(policy.stages) - 1
-        early = np.flatnonzero(audited & is_early)
+        *_, (exit, dim, _) = stages = _stages(manifest)
+        early = np.flatnonzero(audited & (stage_of < len(stages) - 1))
         rows = {name: array[early] for name, array in arrays.items()}
-        signature = contract.classify(last.dim, last.exit)
+        signature = contract.classify(dim, exit)
         full = yield from _full_class_ids(manifest, signature, rows, len(early))
         answer["full_class_ids"] = _with_full(answer["class_ids"][:, 0], audited, early, full)
-    if manifest.exit_cascade is not None:
-        answer |= _at_stages(manifest, stage_of)
-    else:
-        answer |= _at_exit(manifest, contract.LAST_EXIT, len(answer["dim"]))
-    return _classification(answer)
-
-
-def _check_dims(manifest: Manifest, dims: npt.NDArray[np.int32]) -> None:
-    unknown = dims[~np.isin(dims, manifest.dims)]
-    if len(unknown):
-        raise ManifestError(
-            "A row is decided by one of the dims that the model serves, "
-            f"{', '.join(map(str, manifest.dims))}. Received: dim {unknown[0]}. "
-            "Export the model again with keras_mrl_export.export_saved_model."
-        )
+    return _classification(answer | _at_stages(manifest, stage_of))
 
 
 def _stages(manifest: Manifest) -> list[tuple[str, int, float | None]]:
-    """Return exit, dim and relative cost of each stage of a cascade over exits."""
-    stages = (manifest.exit_cascade or {})["exit_stages"]
-    named = [(stage["exit"] or contract.LAST_EXIT, stage) for stage in stages]
+    """Return exit, dim and relative cost of each stage of a model's cascade."""
+    cascade = manifest.adaptive_cascade or {}
+    named = [
+        (stage.get("exit") or contract.LAST_EXIT, stage)
+        for stage in cascade.get("exit_stages", cascade.get("stages", []))
+    ]
     return [
         (exit, stage["dim"], stage.get("relative_cost", exit_share(manifest, exit)))
         for exit, stage in named
@@ -119,26 +102,39 @@ def _stage_of(manifest: Manifest, answer: Arrays) -> npt.NDArray[np.int64]:
     """Return the stage that decided each row; raise `ManifestError` if the cascade has none such.
 
     Args:
-        manifest: Of a model whose cascade has exits.
-        answer: `exit` and `dim` of each row, as the server has them.
+        manifest: Of a model with a cascade.
+        answer: `dim` of each row, and `exit` where the cascade has exits, as the server has them.
     """
-    names, stages = manifest.exit_names, _stages(manifest)
-    stage_of = np.full(len(answer["dim"]), -1)
-    for index, (exit, dim, _) in enumerate(stages):
-        stage_of[(answer["exit"] == names.index(exit)) & (answer["dim"] == dim)] = index
-    unknown = np.flatnonzero(stage_of < 0)
+    names, has_exits = manifest.exit_names, manifest.exit_cascade is not None
+    stages = [(names.index(exit) if has_exits else None, dim) for exit, dim, _ in _stages(manifest)]
+    decided_at = np.full(len(answer["dim"]), -1)
+    for index, (place, dim) in enumerate(stages):
+        is_here = answer["dim"] == dim
+        decided_at[is_here if place is None else is_here & (answer["exit"] == place)] = index
+    unknown = np.flatnonzero(decided_at < 0)
     if len(unknown):
-        asked = ", ".join(f"{names.index(exit)} ({exit}) at {dim}" for exit, dim, _ in stages)
-        raise ManifestError(
-            f"A row is decided at one of the stages of the model's cascade, exit {asked}. "
-            f"Received: exit {answer['exit'][unknown[0]]} at dim {answer['dim'][unknown[0]]} in "
-            f"row {unknown[0]}. Export the model again with keras_mrl_export.export_saved_model."
+        row = unknown[0]
+        asked = ", ".join(
+            f"{dim}" if place is None else f"{place} ({names[place]}) at {dim}"
+            for place, dim in stages
         )
-    return stage_of
+        received = f"exit {answer['exit'][row]} at dim" if has_exits else "dim"
+        raise ManifestError(
+            "A row is decided at one of the stages of the model's cascade, "
+            f"{'exit' if has_exits else 'dim'} {asked}. "
+            f"Received: {received} {answer['dim'][row]} in row {row}. "
+            "Export the model again with keras_mrl_export.export_saved_model."
+        )
+    return decided_at
 
 
 def _at_stages(manifest: Manifest, stage_of: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Return the exit of each row by name, and its cost if it is known of every stage."""
+    """Return the exit of each row by name, and its cost if it is known of every stage.
+
+    Of a model without exits it is nothing.
+    """
+    if manifest.exits is None:
+        return {}
     exits, _, costs = zip(*_stages(manifest), strict=True)
     columns = {"exit": np.array(exits, object)[stage_of]}
     if None not in costs:
@@ -147,7 +143,7 @@ def _at_stages(manifest: Manifest, stage_of: npt.NDArray[np.int64]) -> dict[str,
 
 
 def _at_exit(manifest: Manifest, exit: str, num_rows: int) -> dict[str, Any]:
-    """Return the same for rows that went straight to one exit; nothing of a model without exits."""
+    """Return the same for rows that went straight to one exit."""
     if manifest.exits is None:
         return {}
     columns: dict[str, Any] = {"exit": np.full(num_rows, exit, object)}
@@ -183,7 +179,9 @@ def exit_share(manifest: Manifest, exit: str) -> float | None:
         >>> exit_share(manifest, "early")
         0.25
     """
-    by_name = {own["name"]: own for own in manifest.exits or ()}
+    if not manifest.exits:
+        return None
+    by_name = {own["name"]: own for own in manifest.exits}
     one, last = by_name[exit], by_name[contract.LAST_EXIT]
     times, full_times = one.get("milliseconds") or {}, last.get("milliseconds") or {}
     sizes = sorted(times.keys() & full_times.keys(), key=lambda size: (len(size), size))

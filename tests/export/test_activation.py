@@ -1,6 +1,7 @@
 """What a head's outputs are, from the loss to the client: one class a row, several, or values.
 
-Of models of JAX and PyTorch, tests/test_rooms.py asks the same.
+Of JAX and PyTorch, tests/test_rooms.py asks one of these through every room, and here the other is
+asked by one signature.
 """
 
 import re
@@ -16,9 +17,11 @@ import pytest
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, MatryoshkaLoss
 from keras_mrl_export import export_saved_model
 from keras_mrl_serving import CascadePolicy, Client, InvalidInputError, Stage
+from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.errors import NoCascadeError, NoHeadError
 from keras_mrl_serving.server import DevServer
 from tests.helpers.export_models import read_manifest
+from tests.helpers.laws import on_backends
 
 Array = npt.NDArray[Any]
 
@@ -132,6 +135,30 @@ def test_values_are_served_as_keras_gives_them(prices: tuple[keras.Model, Client
     with pytest.raises(NoHeadError, match=text):
         client.classify_adaptive(X, POLICY)
     assert client.embed(X, 4).shape == (24, 4)
+
+
+OF_BACKEND: dict[str, tuple[keras.losses.Loss, Array, str, str]] = {
+    "jax": (keras.losses.BinaryCrossentropy(from_logits=True), SEVERAL, "sigmoid", "classify_4"),
+    "torch": (keras.losses.MeanSquaredError(), VALUES, "none", "regress_4"),
+}
+
+
+@pytest.mark.backend
+@on_backends(*OF_BACKEND)
+def test_each_kind_is_served_of_every_backend(tmp_path: Path) -> None:
+    loss, y, activation, signature = OF_BACKEND[keras.backend.backend()]
+    model = trained(loss, y, "kind")
+    path = export_saved_model(model, tmp_path, X[:8], signatures=[signature])
+    assert read_manifest(path).activation == activation
+    logits = np.asarray(model.predict(X, verbose=0))[:, 1]
+    with SavedModelSession(path) as session:
+        answer = session.run(signature, {"x": X})
+    if activation == "none":
+        assert near(answer["values"], logits)
+    else:
+        by_class = np.empty_like(answer["probabilities"])
+        np.put_along_axis(by_class, answer["class_ids"], answer["probabilities"], axis=1)
+        assert near(by_class, sigmoid(logits).astype(np.float32))
 
 
 def test_values_near_zero_are_no_difference(tmp_path: Path) -> None:

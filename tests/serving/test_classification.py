@@ -254,15 +254,24 @@ def test_a_class_is_one_of_the_model_s(
         drive(CLASSIFY[signature](manifest), with_value(model, "class_ids", value))
 
 
-def test_a_row_is_decided_by_a_dim_of_the_model(
-    manifest: Manifest, model: Model, refuses: Refuses
+@pytest.mark.parametrize(("dims", "dim"), [((2, 4, 8), 3), ((4, 8), 2)])
+def test_a_row_is_decided_at_a_stage_of_the_cascade(
+    manifest: Manifest, model: Model, dims: tuple[int, ...], dim: int, refuses: Refuses
 ) -> None:
+    """Not at another dim, though the model may serve it."""
+    stages = [Stage(own, None if own == dims[-1] else 0.5) for own in dims]
+    cascade = CascadePolicy(tuple(stages)).to_json()
     text = (
-        "A row is decided by one of the dims that the model serves, 2, 4, 8. Received: dim 3. "
-        f"{EXPORT}"
+        "A row is decided at one of the stages of the model's cascade, dim "
+        f"{', '.join(map(str, dims))}. Received: dim {dim} in row 3. {EXPORT}"
     )
+
+    def at_last(call: Call) -> Arrays:
+        answer = model(call)
+        return {**answer, "dim": np.where(np.arange(40) == 3, dim, 8).astype(np.int32)}
+
     with refuses(ManifestError, text):
-        drive(classification.classify_adaptive(manifest, ROWS), with_value(model, "dim", 3))
+        drive(classification.classify_adaptive(replace(manifest, cascade=cascade), ROWS), at_last)
 
 
 def test_a_manifest_without_top_k_takes_lists_of_one_length(
