@@ -44,12 +44,13 @@ from .parity import (
 from .publish import Staged
 from .sample import declared_inputs
 from .signatures import ServedModel, Towers
+from .speed import slower_than
 from .warmup import write_warmup
 
 PARITY_FILE = "assets.extra/keras_mrl_parity.json"
 
 
-def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> None:
+def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> list[str]:
     """Build the SavedModel of `job` from the `.keras` file `saved`, to be published.
 
     Args:
@@ -57,6 +58,9 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
         objects: The user's own classes and functions in it.
         job: The rest of the export.
         staged: Folders to write in.
+
+    Returns:
+        What to warn the caller of.
 
     Raises:
         ExportError: If the model cannot be loaded or traced, or a signature differs from it.
@@ -87,6 +91,26 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> Non
         if job.deep_row is not None and contract.CLASSIFY_ADAPTIVE in inputs:
             inputs[contract.CLASSIFY_ADAPTIVE] = with_deep_row(manifest, job)
         write_warmup(staged.folder, session, job.name, inputs, job.warmup_batch_sizes)
+        return _warnings_of(session, inputs, job)
+
+
+def _warnings_of(session: SavedModelSession, inputs: Mapping[str, Any], job: Job) -> list[str]:
+    """Return what to warn of in a cascade over exits."""
+    name = contract.CLASSIFY_ADAPTIVE
+    if job.policy is None or not job.policy.has_exits or name not in job.signatures:
+        return []
+    exit, dim = job.policy.keys[-1]
+    whole = contract.classify(dim, exit)
+    whole = whole if whole in job.signatures else contract.SERVING_DEFAULT
+    slower = slower_than(session.run, name, whole, inputs[whole])
+    untouched = None
+    if job.deep_row is None:
+        untouched = (
+            "Warm-up and comparison go through all exits of a cascade where a row does. "
+            f"Received: a sample of {len(job.features)} rows, none of which reaches the last stage "
+            "of the policy. Give a sample with a row that does: the deep part was not compared."
+        )
+    return [text for text in (slower, untouched) if text is not None]
 
 
 def build_index(index: ExactIndex, name: str, model_id: int | None, folder: Path) -> None:

@@ -13,6 +13,7 @@ from keras_mrl.models.costs import Costs
 from keras_mrl.models.cut import dims_of_loss, gallery_backbone
 from keras_mrl.models.outputs import one_output
 from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_serving.contract import CLASSIFY_ADAPTIVE
 from keras_mrl_serving.index import ExactIndex
 
 from .arguments import (
@@ -216,7 +217,9 @@ def export_saved_model(
         exits=of_exits,
         exit_signatures=exit_signatures(chosen, exits, served),
         relative_costs=relative_costs(model, policy, read, costs),
-        deep_row=find_deep_row(model, policy, of_exits, read, served),
+        deep_row=find_deep_row(
+            model, policy if CLASSIFY_ADAPTIVE in chosen else None, of_exits, read, served
+        ),
     )
     return build_on_tensorflow(model, job)
 

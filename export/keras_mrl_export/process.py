@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,13 +56,15 @@ def build_on_tensorflow(model: keras.Model, job: Job) -> Path:
         if keras.backend.backend() == "tensorflow":
             from .build import build
 
-            build(folder / _MODEL, objects, job, staged)
+            notes = build(folder / _MODEL, objects, job, staged)
         else:
             if job.index is not None:
                 job.index.save(folder / _INDEX)
                 job = replace(job, index=None)
             _write_job(folder, objects, job, staged)
-            _build_in_child(folder, staged)
+            notes = _build_in_child(folder, staged)
+    for note in notes:
+        warnings.warn(note, UserWarning, stacklevel=3)
     return staged.published
 
 
@@ -82,7 +85,7 @@ def _write_job(folder: Path, objects: dict[str, object], job: Job, staged: Stage
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def _build_in_child(folder: Path, staged: Staged) -> None:
+def _build_in_child(folder: Path, staged: Staged) -> list[str]:
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
@@ -102,9 +105,12 @@ def _build_in_child(folder: Path, staged: Staged) -> None:
             f"Received: that process ended with status {status} and said:\n{tail}\n"
             "Mend what it names; layers must use keras.ops, not the backend's own functions."
         )
-    failure: Exception | None = pickle.loads(result.read_bytes())
+    failure: Exception | None
+    notes: list[str]
+    failure, notes = pickle.loads(result.read_bytes())
     if failure is not None:
         raise failure
+    return notes
 
 
 def module_search_path() -> str:
@@ -148,13 +154,14 @@ def _build_here(folder: Path) -> None:
 
     objects, job, staged = pickle.loads((folder / _JOB).read_bytes())
     failure: Exception | None = None
+    notes: list[str] = []
     try:
         if (folder / _INDEX).exists():
             job = replace(job, index=ExactIndex.open(folder / _INDEX, verify=False))
-        build(folder / _MODEL, objects, job, staged)
+        notes = build(folder / _MODEL, objects, job, staged)
     except (ExportError, OSError, ValueError) as error:
         failure = error
-    (folder / _RESULT).write_bytes(pickle.dumps(failure))
+    (folder / _RESULT).write_bytes(pickle.dumps((failure, notes)))
 
 
 def end_with_parent(folders: Sequence[Path]) -> threading.Lock:

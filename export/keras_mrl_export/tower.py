@@ -78,11 +78,20 @@ def _at_least_one_row(inputs: Tensors, rows: Any) -> Tensors:
 
     def zeros() -> Tensors:
         return {
-            name: tf.zeros(tf.concat([[1], tf.maximum(tf.shape(own)[1:], 1)], 0), own.dtype)
+            name: tf.zeros([1, *(tf.maximum(size, 1) for size in _sizes(own, own))], own.dtype)
             for name, own in inputs.items()
         }
 
-    chosen: Tensors = tf.cond(tf.equal(rows, 0), zeros, lambda: dict(inputs))
-    for name, own in inputs.items():
-        chosen[name].set_shape(own.shape)
-    return chosen
+    chosen = tf.cond(tf.equal(rows, 0), zeros, lambda: dict(inputs))
+    # Behind a condition LiteRT's converter knows no shape, and a convolution needs it. TensorFlow
+    # copies nothing here.
+    return {
+        name: tf.reshape(chosen[name], [tf.maximum(rows, 1), *_sizes(chosen[name], own)])
+        for name, own in inputs.items()
+    }
+
+
+def _sizes(tensor: Any, like: Any) -> list[Any]:
+    """Return the sizes of a row: those that are known of another tensor as numbers."""
+    sizes = tf.shape(tensor)
+    return [sizes[axis] if size is None else size for axis, size in enumerate(like.shape) if axis]

@@ -10,9 +10,10 @@ import keras
 import numpy as np
 import pytest
 
+from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, MatryoshkaHead, measure_costs
 from keras_mrl_export import export_saved_model
 from keras_mrl_serving._session import SavedModelSession
-from keras_mrl_serving.cascade.policy import CascadePolicy
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import Manifest
 from tests.helpers import exit_models as models
 from tests.helpers.exit_models import DIMS, ROWS, Array, Arrays, Key
@@ -177,3 +178,185 @@ def test_a_server_is_warm_down_to_the_last_exit(version: Version) -> None:
     [rows] = [own for name, own in warmup_records(version.path) if name == "classify_adaptive"]
     answer = version.session.run("classify_adaptive", rows)
     assert answer["exit"].tolist() == [len(version.manifest.exit_names) - 1]
+
+
+SMALL: list[Key] = [("first", 2), (None, 8)]
+
+
+@pytest.fixture(scope="module")
+def vectors() -> Any:
+    return models.vectors()
+
+
+def small_policy(model: Any) -> CascadePolicy:
+    return models.halving(models.all_logits(model, models.VECTORS), SMALL)
+
+
+@backend
+@pytest.mark.filterwarnings("ignore:Warm-up and comparison go through all exits")
+def test_a_cascade_that_no_row_or_every_row_leaves(vectors: Any, tmp_path: Path) -> None:
+    """All rows at one exit; and a cascade that never exits is the whole model."""
+    policy = small_policy(vectors)
+    for threshold, place in ((NOBODY, 1), (ALL, 0)):
+        forced = models.with_thresholds(policy, threshold)
+        with version_of(
+            vectors, models.VECTORS, tmp_path, forced, signatures=["classify", "classify_adaptive"]
+        ) as version:
+            answer = version.ask("classify_adaptive")
+            assert set(answer.pop("exit").tolist()) == {place}
+            assert set(answer.pop("dim").tolist()) == {SMALL[place][1]}
+            if place:
+                whole = version.ask("classify_8")
+                for name, array in answer.items():
+                    assert_equal_rows(array, whole[name])
+
+
+def test_every_exit_is_asked_by_itself_on_request(vectors: Any, tmp_path: Path) -> None:
+    asked = ["embed_first_2", "classify_first", "classify_8", "classify_adaptive"]
+    with version_of(
+        vectors, models.VECTORS, tmp_path, small_policy(vectors), signatures=asked
+    ) as version:
+        expected = {"embed_first_2", "classify_first_2", "classify_first_8", *asked[2:]}
+        assert written_signatures(version.session) == expected | {"serving_default", "describe"}
+        temperature = version.policy.stages[0].temperature
+        for dim, divisor in ((2, temperature), (8, 1.0)):  # the policy has no stage of the other
+            shares = probabilities(version.logits["first", dim], divisor)
+            answer = version.ask(f"classify_first_{dim}")
+            np.testing.assert_array_equal(answer["class_ids"][:, 0], shares.argmax(-1))
+            np.testing.assert_allclose(answer["probabilities"][:, 0], shares.max(-1), rtol=1e-5)
+        features = np.asarray(
+            keras.ops.convert_to_numpy(vectors.parts("first")[0](models.VECTORS, training=False))
+        )[:, :2]
+        scaled = features / np.linalg.norm(features, axis=-1, keepdims=True)
+        np.testing.assert_allclose(version.ask("embed_first_2")["embedding"], scaled, atol=1e-5)
+
+
+def test_an_encoder_embeds_at_every_exit(tmp_path: Path) -> None:
+    model = models.encoder()
+    path = export_saved_model(
+        model, tmp_path, models.VECTORS[:8], dims=(2, 8), signatures=["embed", "embed_first"]
+    )
+    manifest = read_manifest(path)
+    assert manifest.exit_names == ("first", "last")
+    assert manifest.exits is not None
+    assert [own["multiply_adds"] for own in manifest.exits] == [5 * 8 + 8 * 8, 5 * 8 + 8 * 8]
+    outputs = model.all_exits()(models.VECTORS, training=False)
+    with SavedModelSession(path) as session:
+        for name, signature in (("first", "embed_first_8"), ("last", "embed_8")):
+            embedding = np.asarray(keras.ops.convert_to_numpy(outputs[name]))
+            scaled = embedding / np.linalg.norm(embedding, axis=-1, keepdims=True)
+            answer = session.run(signature, {"x": models.VECTORS})
+            np.testing.assert_allclose(answer["embedding"], scaled, atol=1e-5)
+
+
+def test_a_cascade_over_dims_asks_the_last_exit(vectors: Any, tmp_path: Path) -> None:
+    logits = models.all_logits(vectors, models.VECTORS)
+    over_dims = models.halving(logits, [(None, 2), (None, 8)])
+    path = export_saved_model(vectors, tmp_path, models.VECTORS[:8], policy=over_dims)
+    manifest = read_manifest(path)
+    assert (manifest.exit_cascade, manifest.exit_names) == (None, ("first", "last"))
+    assert manifest.cascade is not None
+    with SavedModelSession(path) as session:
+        answer = session.run("classify_adaptive", {"x": models.VECTORS})
+    class_ids, stage_of = over_dims.route(logits)
+    np.testing.assert_array_equal(answer["class_ids"][:, 0], class_ids)
+    np.testing.assert_array_equal(answer["dim"], np.array([2, 8])[stage_of])
+    assert "exit" not in answer
+
+
+def test_measured_costs_stand_in_the_manifest(vectors: Any, tmp_path: Path) -> None:
+    costs = measure_costs(vectors, batch_sizes=(1, 4), laps=1)
+    policy = small_policy(vectors)
+    path = export_saved_model(
+        vectors,
+        tmp_path,
+        models.VECTORS[:8],
+        policy=policy,
+        costs=costs,
+        signatures=["classify", "classify_adaptive"],
+    )
+    manifest = read_manifest(path)
+    assert manifest.exits is not None
+    times = [own["milliseconds"] for own in manifest.exits]
+    expected = [
+        {str(size): costs.of([(name, 8)], size)[0] * size for size in (1, 4)}
+        for name in ("first", "last")
+    ]
+    assert times == expected
+
+
+def refusal(tmp_path: Path, model: Any, error: type[Exception] = ValueError, **more: Any) -> str:
+    with pytest.raises(error) as caught:
+        export_saved_model(model, tmp_path / "m", models.VECTORS[:4], **more)
+    assert not (tmp_path / "m").exists()
+    return str(caught.value)
+
+
+def test_a_policy_of_other_exits_is_refused(vectors: Any, tmp_path: Path) -> None:
+    learn = (
+        "Learn it on the logits of this model: "
+        "CascadePolicy.learn(model.all_exits().predict(x), labels, dims)."
+    )
+    rule = "A cascade over exits asks exits of the model, from shallow to deep. Received: "
+    other = CascadePolicy((Stage(2, 0.5, exit="second"), Stage(8, None)))
+    assert refusal(tmp_path, vectors, policy=other) == (
+        f"{rule}a policy over ('second', 'last') for a model with the exits ('first', 'last'). "
+        f"{learn}"
+    )
+    plain = MatryoshkaClassifier(vectors.backbone, MatryoshkaHead(5, DIMS))
+    own = CascadePolicy((Stage(2, 0.5, exit="first"), Stage(8, None)))
+    assert refusal(tmp_path, plain, policy=own, activation="softmax") == (
+        f"{rule}a policy over ('first', 'last') for a model without exits. {learn}"
+    )
+
+
+def test_exits_within_another_model_and_names_that_cannot_be_served_are_refused(
+    vectors: Any, tmp_path: Path
+) -> None:
+    around = keras.Sequential([keras.Input((5,)), keras.layers.Rescaling(0.5), vectors])
+    text = refusal(tmp_path, around)
+    assert text.startswith("Exits are exported of the very model that has them")
+    assert text.endswith("or leave its exits out: MatryoshkaClassifier(*split(model)).")
+    tower = keras.Sequential([keras.Input((5,)), models.encoder()])
+    assert refusal(tmp_path, tower).endswith(
+        "leave its exits out: MatryoshkaEncoder(split(model)[0])."
+    )
+    for name in ("other", "adaptive", "8", "grün"):
+        x = keras.Input((5,), name="x")
+        hidden = keras.layers.Dense(8, name=name)(x)
+        named = MatryoshkaEncoder(keras.Model(x, keras.layers.Dense(8)(hidden)), exits=(name,))
+        text = refusal(tmp_path, named)
+        assert f"Received: exit {name!r} of " in text
+        assert text.endswith("Give its layer another name.")
+
+
+def test_costs_of_another_model_are_refused(vectors: Any, tmp_path: Path) -> None:
+    assert refusal(tmp_path, vectors, TypeError, costs={"first": 1.0}) == (
+        "costs must be what measure_costs returns. Received: dict. Give costs=measure_costs(model)."
+    )
+    other = measure_costs(models.images(), batch_sizes=(), laps=1)
+    assert refusal(tmp_path, vectors, costs=other).startswith(
+        "costs must be of the exits and dims that are exported. Received: costs of exits "
+        "('thumbnail', 'block0_out', 'block1_norm', 'last')"
+    )
+
+
+def test_a_sample_of_which_no_row_goes_down_is_told(vectors: Any, tmp_path: Path) -> None:
+    forced = models.with_thresholds(small_policy(vectors), ALL)
+    with pytest.warns(UserWarning, match="Received: a sample of 4 rows, none of which reaches"):
+        export_saved_model(vectors, tmp_path, models.VECTORS[:4], policy=forced)
+
+
+def test_a_row_that_goes_down_is_made_where_the_sample_has_none(
+    vectors: Any, tmp_path: Path
+) -> None:
+    """The mean of two rows is unsure of both."""
+    logits = models.all_logits(vectors, models.VECTORS)
+    policy = small_policy(vectors)
+    _, stage_of = policy.route(logits)
+    sure = models.VECTORS[stage_of == 0][:8]
+    path = export_saved_model(vectors, tmp_path, sure, policy=policy)
+    [rows] = [own for name, own in warmup_records(path) if name == "classify_adaptive"]
+    with SavedModelSession(path) as session:
+        assert session.run("classify_adaptive", rows)["exit"].tolist() == [1]
+    assert not (rows["x"] == sure).all(axis=-1).any()
