@@ -389,8 +389,10 @@ def _softmax(logits: Any, targets: Targets) -> _Softmax:
     outside = ops.expand_dims(ops.cast(targets.outside, "bool"), 1)
     loss = ops.where(outside, float("nan"), loss)
     numbers = ops.expand_dims(ops.arange(targets.num_classes, dtype="int32"), 0)
-    # Equal logits come in the order of their classes, as in argmax.
-    is_before = (logits > right_logit) | ((logits == right_logit) & (numbers < right))
+    # Equal logits come in the order of their classes, as in argmax. The right class itself is left
+    # out: a compiler may add up its logit here in another order than in `right_logit`.
+    is_before = ops.where(numbers < right, logits >= right_logit, logits > right_logit)
+    is_before &= numbers != right
     rank = ops.sum(ops.cast(is_before, "float32"), axis=1, keepdims=True)
     # No comparison with NaN is true, so its rank would be 0: count it as the last.
     rank = ops.where(ops.isnan(loss), float(targets.num_classes), rank)
