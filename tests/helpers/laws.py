@@ -6,6 +6,7 @@
 import importlib
 import inspect
 import json
+import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,20 @@ def on_backends(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         keras.backend.backend() not in names, reason=f"runs on {' and '.join(names)} alone"
     )
+
+
+@contextmanager
+def compiled_without_cpp() -> Iterator[None]:
+    """PyTorch's compiler traces and differentiates steps, and makes no C++ of them.
+
+    That takes half a minute a step. `make soak` makes it.
+    """
+    if keras.backend.backend() != "torch" or os.environ.get("KERAS_MRL_SOAK"):
+        yield
+        return
+    config = importlib.import_module("torch._dynamo.config")
+    with config.patch(debug_backend_override=">=0:aot_eager"):
+        yield
 
 
 def public_keras_classes(package: ModuleType) -> set[type]:

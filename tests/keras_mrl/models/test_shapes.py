@@ -1,7 +1,9 @@
 """A nested model is built as soon as its shapes are known, and a step that fails harms nothing."""
 
+import contextlib
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from keras_mrl import (
     SupervisedContrastiveLoss,
 )
 from tests.helpers.datasets import DATASETS, dataset
-from tests.helpers.laws import exactly
+from tests.helpers.language_models import NEXT, READ, language_model
+from tests.helpers.laws import compiled_without_cpp, exactly, on_backends
 from tests.helpers.small_models import (
     DIMS,
     NUM_CLASSES,
@@ -297,14 +300,53 @@ def test_pooling_is_a_layer() -> None:
         MatryoshkaClassifier(feature_maps(), MatryoshkaHead(3), pooling="avg")
 
 
+Case = tuple[keras.Model, Any, Any]
+
+
+def one_hot(loss: keras.losses.Loss, **arguments: Any) -> Case:
+    model = classifier(loss=MatryoshkaLoss(loss), metrics=[dense_accuracy()], **arguments)
+    return model, X, ONE_HOT
+
+
+def text(**arguments: Any) -> Case:
+    return compiled(language_model(tied=True), **arguments), READ, NEXT
+
+
+def pairs(**arguments: Any) -> Case:
+    model = MatryoshkaEncoder(backbone(), initial_temperature=0.1)
+    return compiled(model, loss=ContrastiveLoss(DIMS), **arguments), (X, X + 1), None
+
+
+def labelled(**arguments: Any) -> Case:
+    model = MatryoshkaEncoder(backbone())
+    return compiled(model, loss=SupervisedContrastiveLoss(DIMS), **arguments), X, Y
+
+
+STEPS: dict[str, Callable[..., Case]] = {
+    "rowwise": partial(one_hot, DENSE),
+    "logits": partial(one_hot, keras.losses.CategoricalHinge()),
+    "language model": text,
+    "contrastive": pairs,
+    "supervised contrastive": labelled,
+}
+
+
+@on_backends("torch")  # the others compile every step
 @pytest.mark.filterwarnings("ignore")  # PyTorch's compiler has several of its own
-@pytest.mark.parametrize("needs_logits", [False, True], ids=["rowwise", "logits"])
-def test_a_compiled_step_trains(needs_logits: bool) -> None:
-    loss = MatryoshkaLoss(keras.losses.CategoricalHinge() if needs_logits else DENSE)
-    model = classifier(loss=loss, metrics=[dense_accuracy()], jit_compile=True)
-    before = model.get_weights()
-    model.fit(X, ONE_HOT, verbose=0)
-    assert all((new != old).any() for new, old in zip(model.get_weights(), before, strict=True))
+@pytest.mark.parametrize("make", STEPS.values(), ids=STEPS)
+def test_a_step_that_pytorch_compiles_is_the_step_itself(make: Callable[..., Case]) -> None:
+    weights, logs = [], []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(0)
+        model, x, y = make(jit_compile=jit_compile)
+        with contextlib.nullcontext() if make is STEPS["rowwise"] else compiled_without_cpp():
+            logs.append(model.fit(x, y, verbose=0).history)
+        weights.append(model.get_weights())
+    for own, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-6)
+    assert logs[0].keys() == logs[1].keys()
+    for name, values in logs[0].items():
+        assert logs[1][name] == pytest.approx(values, rel=1e-5), name
 
 
 def dense_accuracy() -> Any:
