@@ -1,8 +1,7 @@
 """Every code block of README.md and docs/ runs, in the order a reader meets it.
 
 Python blocks of one document share their names. A shell line that starts a server starts one, which
-runs until the document ends; those that ask it run to their end. The pages train, export, serve,
-evaluate, embeddings, language_models, export, serve, server, other_languages and retrieve are one
+runs until the document ends; those that ask it run to their end. The pages of `guide` are one
 example, and run as one document.
 `print(...)  # text` must print that text (`...` stands for any).
 """

@@ -16,7 +16,7 @@ from scipy.stats import binom
 
 from keras_mrl_serving import CascadePolicy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/benchmarks/exits_images.md"
 FACTS: dict[str, Any] = json.loads(PAGE.with_suffix(".json").read_text())
 
