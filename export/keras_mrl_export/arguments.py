@@ -20,7 +20,7 @@ from keras_mrl._dims import check_weights
 from keras_mrl.models.activation import activation_of, check_activation
 from keras_mrl_serving import contract
 from keras_mrl_serving.cascade.policy import CascadePolicy
-from keras_mrl_serving.cascade.stages import LAST_EXIT, StageKey
+from keras_mrl_serving.cascade.stages import StageKey
 from keras_mrl_serving.contract import is_model_name
 from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.integers import (
@@ -249,9 +249,8 @@ def check_head_arguments(
     dims: tuple[int, ...],
     policy: CascadePolicy | None,
     labels: Sequence[str] | None,
-    exits: Sequence[str] = (),
 ) -> None:
-    """Raise `ValueError` unless the policy and the labels fit the model's head and its exits."""
+    """Raise `ValueError` unless the policy and the labels fit the model's head."""
     if policy is not None and activation in ("sigmoid", "none"):
         has = "any number of classes a row" if activation == "sigmoid" else "values"
         raise ValueError(
@@ -271,8 +270,6 @@ def check_head_arguments(
             "Received: a model that does not end in a MatryoshkaHead. "
             "Leave them out, or export a MatryoshkaClassifier."
         )
-    if policy is not None:
-        _check_exits_of_policy(policy, exits)
     if policy is not None and not set(policy.dims) <= set(dims):
         raise ValueError(
             "The policy's dims must be exported dims. "
@@ -285,18 +282,6 @@ def check_head_arguments(
             f"labels must name each of the {num_classes} classes on one line. "
             f"Received: {len(labels)} labels {list(labels[:5])}. "
             "Give one non-empty string of UTF-8 per class id, without line breaks or outer blanks."
-        )
-
-
-def _check_exits_of_policy(policy: CascadePolicy, exits: Sequence[str]) -> None:
-    asked = list(dict.fromkeys(exit or LAST_EXIT for exit, _ in policy.keys))
-    known = [name for name in exits or (LAST_EXIT,) if name in asked]
-    if known != asked:
-        has = f"a model with the exits {tuple(exits)}" if exits else "a model without exits"
-        raise ValueError(
-            "A cascade over exits asks exits of the model, from shallow to deep. "
-            f"Received: a policy over {tuple(asked)} for {has}. Learn it on the logits of this "
-            "model: CascadePolicy.learn(model.all_exits().predict(x), labels, dims)."
         )
 
 
@@ -393,19 +378,6 @@ def choose_signatures(
             'Give those names, or a family of them: "embed".'
         )
     return tuple(name for name in possible if name in names or _family(name) in names)
-
-
-def exit_signatures(
-    signatures: Sequence[str], exits: Sequence[str], dims: tuple[int, ...]
-) -> dict[str, tuple[str, int]]:
-    """Return exit and dim of those signatures that are of an exit before the last."""
-    named = {
-        name_of(dim, exit): (exit, dim)
-        for exit in exits[:-1]
-        for name_of in (contract.embed, contract.classify, contract.regress)
-        for dim in dims
-    }
-    return {name: named[name] for name in signatures if name in named}
 
 
 def _families_at_exits(activation: str | None) -> list[Callable[[int, str], str]]:

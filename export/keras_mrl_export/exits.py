@@ -61,6 +61,21 @@ def _not_its_own(model: keras.Model, own: Any) -> str:
     )
 
 
+def check_exits_of_policy(policy: CascadePolicy | None, exits: Sequence[str]) -> None:
+    """Raise `ValueError` unless a policy asks exits of the model, from shallow to deep."""
+    if policy is None:
+        return
+    asked = list(dict.fromkeys(exit or LAST_EXIT for exit, _ in policy.keys))
+    known = [name for name in exits or (LAST_EXIT,) if name in asked]
+    if known != asked:
+        has = f"a model with the exits {tuple(exits)}" if exits else "a model without exits"
+        raise ValueError(
+            "A cascade over exits asks exits of the model, from shallow to deep. "
+            f"Received: a policy over {tuple(asked)} for {has}. Learn it on the logits of this "
+            "model: CascadePolicy.learn(model.all_exits().predict(x), labels, dims)."
+        )
+
+
 def check_costs(costs: Any, names: Sequence[str], dims: Sequence[int]) -> None:
     """Raise unless costs are those of the exits and dims that are exported.
 
@@ -81,6 +96,19 @@ def check_costs(costs: Any, names: Sequence[str], dims: Sequence[int]) -> None:
             f"Received: costs of exits {tuple(costs.backbone)} at dims {tuple(costs.head)}, for "
             f"exits {tuple(names)} and dims {tuple(dims)}. Give costs=measure_costs(model)."
         )
+
+
+def exit_signatures(
+    signatures: Sequence[str], exits: Sequence[str], dims: tuple[int, ...]
+) -> dict[str, tuple[str, int]]:
+    """Return exit and dim of those signatures that are of an exit before the last."""
+    named = {
+        name_of(dim, exit): (exit, dim)
+        for exit in exits[:-1]
+        for name_of in (contract.embed, contract.classify, contract.regress)
+        for dim in dims
+    }
+    return {name: named[name] for name in signatures if name in named}
 
 
 def read_exits(

@@ -30,12 +30,19 @@ from .arguments import (
     choose_dims,
     choose_signatures,
     choose_top_k,
-    exit_signatures,
     quality_by_dim,
     weights_of_dims,
 )
 from .decoder import ImageDecoder
-from .exits import check_costs, exits_of, find_deep_row, read_exits, relative_costs
+from .exits import (
+    check_costs,
+    check_exits_of_policy,
+    exit_signatures,
+    exits_of,
+    find_deep_row,
+    read_exits,
+    relative_costs,
+)
 from .job import Job, TowerJob, draw_model_id, terms_of
 from .model_file import in_float32
 from .process import build_on_tensorflow
@@ -171,7 +178,8 @@ def export_saved_model(
         )
     served = choose_dims(dims, None if head is None else head.dims, features.shape[1])
     num_classes = None if head is None else head.num_classes
-    check_head_arguments(num_classes, activation, served, policy, labels, exits)
+    check_head_arguments(num_classes, activation, served, policy, labels)
+    check_exits_of_policy(policy, exits)
     check_costs(costs, exits, () if head is None else served)
     top_k = choose_top_k(top_k, num_classes, activation)
     if index is not None:

@@ -95,7 +95,7 @@ class Classification:
             without exits.
         relative_cost: float32 `(batch,)`, what the row cost, all exits asked before included, as a
             share of one that goes straight to the last stage; None where the manifest does not
-            say it. Of a cascade over dims alone it does not: the backbone runs whole for each row.
+            say it, as that of a model without exits.
 
     Examples:
         >>> Classification(class_ids=np.array([[3, 1]]), probabilities=np.float32([[0.8, 0.1]]),

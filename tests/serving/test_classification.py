@@ -535,3 +535,6 @@ def test_a_caller_s_policy_over_dims_goes_to_the_last_exit(
     assert set(answer.exit.tolist()) == {"last"}
     assert plain.exit is None
     assert plain.relative_cost is None
+    by_model = replace(manifest, exits=DEPTHS.exits)
+    answer, _ = drive(classification.classify_adaptive(by_model, ROWS), model)
+    assert {(row.exit, row.relative_cost) for row in answer} == {("last", 1.0)}

@@ -126,6 +126,13 @@ def test_the_same_rows_are_audited_however_they_are_split(
         np.testing.assert_array_equal(answer.full_class_ids, answers[0].full_class_ids)
 
 
+@pytest.mark.parametrize("seed", [None, 3, np.random.default_rng(3)])
+def test_the_same_rows_are_audited_where_an_answer_starts_over(seed: Any) -> None:
+    question = questions.classify_adaptive(np.zeros((40, 4)), rate=0.5, seed=seed)
+    [first], [again] = (question.columns(40).values() for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+
+
 def test_what_is_predicted_is_never_split() -> None:
     question = questions.predict(np.zeros((5, 4)), "serving_default")
     assert question.parts({}, Options(max_batch_size=2)) == [question.inputs]
