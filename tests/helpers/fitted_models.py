@@ -268,7 +268,6 @@ KINDS: dict[str, Kind] = {
         features=of_two_layers,
         head="last",
         sums_dims=False,
-        refused={"served_is_numpy_s": "MatryoshkaClassifier(*split(model)) for the last exit"},
     ),
     "several outputs": Kind(
         make=several_outputs,

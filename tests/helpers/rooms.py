@@ -20,11 +20,12 @@ from sklearn.metrics import average_precision_score
 from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, NeighborMetrics, cut, embedder, split
 from keras_mrl.evaluation import evaluate
 from keras_mrl_export import export_saved_model
-from keras_mrl_serving import Client, KerasMrlError, Manifest
+from keras_mrl_serving import AsyncClient, Client, KerasMrlError, Manifest
 from keras_mrl_serving.contract import MANIFEST_FILE
 from keras_mrl_serving.server import DevServer
 from tests.helpers import loss_reference
 from tests.helpers.cli import Call
+from tests.helpers.faulty_server import open_client
 from tests.helpers.fitted_models import DIMS, Array, Kind, as_numpy
 from tests.helpers.two_towers import item_embeddings
 
@@ -327,11 +328,14 @@ def served_is_numpy_s(fitted: Fitted, call: Call) -> None:
         np.savez(folder / name, **(rows if isinstance(rows, dict) else {"": rows}))
         words += words_of({name: str(folder / f"{name}.npz")})
     ended = call(*words)
-    assert ended.status == 0, ended.err
+    if ended.status:
+        raise ValueError(ended.err.partition("keras-mrl: ")[2].strip())
     assert f"on {BACKEND} ..." in ended.err
-    with DevServer(base, model_name="law") as target, Client(target, "law") as client:
-        answers_are_numpy_s(client, kind, model)
-        manifest = client.describe()
+    with DevServer(base) as target:
+        for of_kind in (Client, AsyncClient):
+            with open_client(of_kind, target) as client:
+                answers_are_numpy_s(client, kind, model)
+                manifest = client.describe()
     assert manifest.made_with["trained_on"] == BACKEND
     if BACKEND == "tensorflow":
         by_function = export_saved_model(
