@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,18 +84,37 @@ def publish_policy(
     manifest = _manifest_of(source)
     _check_policy(policy, manifest)
     folder = check_base_path(source.resolve().parent if base_path is None else base_path)
-    rows = _warmup_rows(source) if sample is None else check_inputs(manifest.inputs, sample)
-    if not rows or not len(next(iter(rows.values()))):
-        raise ValueError(
-            "A policy is compared on real rows before it is published. "
-            f"Received: {source}, which has no warm-up records. "
-            "Give a few rows: sample=images[:16]."
-        )
     named = _with_policy(manifest, policy)
-    with publishing(folder, version) as staged:
-        _write_version(source, staged.folder, manifest, named)
-        _check_decisions(source, staged.folder, staged.scratch, named, policy, rows)
+    with _refusing_damaged(source):
+        rows = _warmup_rows(source) if sample is None else check_inputs(manifest.inputs, sample)
+        if not rows or not len(next(iter(rows.values()))):
+            has_none = f"{source}, which has no warm-up records"
+            raise ValueError(
+                "A policy is compared on real rows before it is published. "
+                f"Received: {has_none if sample is None else 'a sample of no rows'}. "
+                "Give a few rows: sample=images[:16]."
+            )
+        with publishing(folder, version) as staged:
+            _write_version(source, staged.folder, manifest, named)
+            _check_decisions(source, staged.folder, staged.scratch, named, policy, rows)
     return staged.published
+
+
+@contextmanager
+def _refusing_damaged(source: Path) -> Iterator[None]:
+    """Raise `ExportError` for what TensorFlow says of files that are not whole."""
+    import tensorflow as tf  # which other backends need only for this
+    from google.protobuf.message import DecodeError
+
+    try:
+        yield
+    except (DecodeError, tf.errors.OpError) as error:
+        text = getattr(error, "message", None) or str(error)
+        raise ExportError(
+            "A policy is published for a version that is whole, with room for another beside it. "
+            f"Received: {source}, of which TensorFlow says: {text.strip()[:500]} Nothing was "
+            "published. Copy the version again, export the model again, or make room on the disk."
+        ) from error
 
 
 def _manifest_of(source: Path) -> Manifest:
@@ -181,13 +201,12 @@ def _take_files(source: Path, folder: Path) -> None:
     from .build import PARITY_FILE
 
     others = (GRAPH_FILE, contract.MANIFEST_FILE, PARITY_FILE, "fingerprint.pb")
-    for path in sorted(source.rglob("*")):
-        name = path.relative_to(source)
-        if path.is_dir():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        elif name.as_posix() not in others:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(path.resolve(), folder / name)
+    for place, _, files in os.walk(source, followlinks=True):  # rglob passes linked folders over
+        name = Path(place).relative_to(source)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for file in files:
+            if (name / file).as_posix() not in others:
+                _link(Path(place, file).resolve(), folder / name / file)
     (folder / contract.MANIFEST_FILE).parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -287,6 +306,11 @@ def _check_decisions(
         (probe / GRAPH_FILE).write_bytes(_graph(folder, values, {**values, **stops}))
         with SavedModelSession(probe) as session:
             answer = session.run(contract.CLASSIFY_ADAPTIVE, rows)
+        if not np.isfinite(answer["probabilities"]).all():
+            raise ValueError(
+                "A policy is compared on rows that the model answers by finite numbers. Received: "
+                f"rows whose probabilities at stage {index} are NaN or infinite. Leave them out."
+            )
         if not (answer["dim"] == stage.dim).all():
             raise _differs(f"stage {index} is not asked at dim {stage.dim}")
         by_stage.append(answer)

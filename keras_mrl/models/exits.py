@@ -295,7 +295,13 @@ def _pooled(tensor: Any, mask: Any, layer: str, name: str) -> Any:
         return tensor
     if rank == 3:
         mean = keras.layers.GlobalAveragePooling1D(name=name)
-        return mean(tensor) if mask is None else mean(tensor, mask=mask)
+        mask = getattr(tensor, "_keras_mask", None) if mask is None else mask
+        if mask is None:
+            return mean(tensor)
+        # Of a row of padding alone all steps count: 0/0 would make all weights NaN.
+        counts = keras.ops.cast(mask, "bool")
+        is_empty = keras.ops.logical_not(keras.ops.any(counts, axis=1, keepdims=True))
+        return mean(tensor, mask=keras.ops.logical_or(counts, is_empty))
     if rank in (4, 5):
         layers = keras.layers
         mean = layers.GlobalAveragePooling2D if rank == 4 else layers.GlobalAveragePooling3D

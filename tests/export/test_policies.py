@@ -215,6 +215,57 @@ def test_without_warm_up_records_rows_must_be_given(untied: Exported, tmp_path: 
     assert report["largest_difference"]["classify_adaptive"] <= 1e-5
 
 
+def test_rows_that_cannot_be_compared_are_said_to_be_so(untied: Exported, tmp_path: Path) -> None:
+    source = copied(untied, tmp_path)
+    rows = untied.inputs(OTHERS)
+    text = (
+        "A policy is compared on real rows before it is published. "
+        "Received: a sample of no rows. Give a few rows: sample=images[:16]."
+    )
+    with refuses(ValueError, text):
+        publish_policy(source, untied.policy, sample={k: own[:0] for k, own in rows.items()})
+    assert os.listdir(source.parent) == ["1"]
+
+
+def test_linked_folders_and_files_of_a_version_are_taken_along(
+    untied: Exported, tmp_path: Path
+) -> None:
+    source = copied(untied, tmp_path)
+    for name in ("variables", "assets"):
+        shutil.move(source / name, tmp_path / name)
+        (source / name).symlink_to(tmp_path / name)
+    path = publish_policy(source, untied.policy)
+    taken = {file.relative_to(path) for file in path.rglob("*") if file.is_file()}
+    whole = {file.relative_to(untied.path) for file in untied.path.rglob("*") if file.is_file()}
+    assert whole - taken == {Path("fingerprint.pb")}
+    assert not any(file.is_symlink() for file in path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "saved_model.pb",
+        "variables/variables.data-00000-of-00001",
+        "assets.extra/tf_serving_warmup_requests",
+    ],
+)
+def test_a_version_that_is_not_whole_is_refused(
+    untied: Exported, tmp_path: Path, file: str
+) -> None:
+    source = copied(untied, tmp_path)
+    content = (source / file).read_bytes()
+    (source / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ExportError) as caught:
+        publish_policy(source, untied.policy)
+    rule = "A policy is published for a version that is whole, with room for another beside it. "
+    assert str(caught.value).startswith(f"{rule}Received: {source}, of which TensorFlow says: ")
+    assert str(caught.value).endswith(
+        " Nothing was published. Copy the version again, export the model again, or make room on "
+        "the disk."
+    )
+    assert os.listdir(source.parent) == ["1"]
+
+
 @contextmanager
 def edited_graph(source: Path) -> Iterator[Any]:
     """The nodes of a version's functions, written back at the end."""
@@ -291,6 +342,12 @@ def test_a_policy_over_exits_is_replaced_and_asked_by_a_client(tmp_path: Path) -
         ]
         policy = CascadePolicy(tuple(stages), old.confidence)
         path = publish_policy(source, policy, version=number, sample=exit_models.VECTORS[:64])
+    text = (
+        "A policy is compared on rows that the model answers by finite numbers. Received: rows "
+        "whose probabilities at stage 0 are NaN or infinite. Leave them out."
+    )
+    with refuses(ValueError, text):
+        publish_policy(source, policy, sample=np.full((2, 5), np.nan, np.float32))
     manifest = read_manifest(path)
     assert manifest.cascade is None
     assert CascadePolicy.from_json(manifest.adaptive_cascade or {}) == policy

@@ -252,6 +252,22 @@ def test_a_branch_of_ones_own_is_told_which_steps_count(branch: Part, tmp_path: 
     ]
 
 
+@pytest.mark.parametrize("name", ["masked tokens", "keras-hub"])
+def test_a_row_of_padding_alone_is_finite_and_so_are_the_weights_after_it(name: str) -> None:
+    body, exits, parts, x, _ = MODELS[name]
+    model = with_exits(body, exits, parts)
+    masked = {**x, "padding_mask": np.zeros_like(TOKENS)} if isinstance(x, dict) else 0 * TOKENS
+    empty = keras.tree.map_structure(lambda array: array[:4], masked)
+    early = model.exits[0]
+    backbone, head = model.parts(early)
+    assert np.isfinite(keras.ops.convert_to_numpy(backbone(empty))).all()
+    nested = MatryoshkaClassifier(backbone, head)  # the last exit of these models needs a token
+    nested.compile("sgd", "sparse_categorical_crossentropy")
+    nested.fit(empty, np.zeros(4, int), verbose=0)
+    for weights in nested.get_weights():
+        assert np.isfinite(weights).all()
+
+
 def test_exits_alone_are_trained_on_a_frozen_model() -> None:
     model = with_exits(conv_net, lambda: [front(), "block1_out"], POOLED)
     model.backbone.trainable = model.head.trainable = False
