@@ -167,7 +167,7 @@ def export(arguments: SimpleNamespace) -> int:
 
 # What the sentences of an export name, and what the command has for it.
 _FLAGS = {
-    r"\b(output|activation|name)='([^']*)'": r"--\1 \2",
+    r"\b(output|activation|name)='([^']+)'": r"--\1 \2",
     r"\b(activation)=:": r"--\1:",
     r"\b(output) (?=must name|names one)": r"--\1 ",
     r"\bLeave (dims|labels|policy) out": r"Leave --\1 out",
