@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from statistics import NormalDist
 from typing import Any
 
 import keras
 import numpy as np
 import numpy.typing as npt
-from exits_front import NAME as FRONT
 from exits_rivals import Curve, Floats, TfIdf, cost_at_equal_accuracy
 from exits_texts import DIMS, Ids, Texts, padded
 
@@ -37,18 +37,28 @@ class Configuration:
     """What is chosen without the test part.
 
     Args:
-        exits: Layers of the encoder that rows may leave at.
+        exits: What rows may leave at before the whole encoder: the n-grams, and layers of it.
+        loss_on_val: How much accuracy the cheapest policy may lose on `val`; below 0, how much it
+            must gain.
+        bare_exits: The same where nothing stands before the encoder's first layer.
+        bare_loss_on_val: The same for these.
         epochs: Of the training.
-        loss_on_val: How much accuracy the cheapest policy may lose on `val`.
         alpha: Most harm that is promised.
         delta: How often the promise may fail.
     """
 
     exits: tuple[str, ...]
-    epochs: int
     loss_on_val: float
+    bare_exits: tuple[str, ...]
+    bare_loss_on_val: float
+    epochs: int
     alpha: float = 0.01
     delta: float = 0.05
+
+    @property
+    def bare(self) -> Configuration:
+        """The cascade with nothing before the encoder's first layer."""
+        return replace(self, exits=self.bare_exits, loss_on_val=self.bare_loss_on_val)
 
 
 class Work:
@@ -86,6 +96,11 @@ class Part:
     labels: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
 
+    def rows(self, chosen: npt.NDArray[np.int64]) -> Part:
+        """Return some of the rows."""
+        stages = {key: logits[chosen] for key, logits in self.stages.items()}
+        return Part(stages, self.labels[chosen], self.lengths[chosen])
+
 
 def padded_lengths(rows: Ids, seed: int = 0) -> npt.NDArray[np.int64]:
     """Return how many tokens each row has, padding included, in batches drawn at random."""
@@ -97,14 +112,14 @@ def padded_lengths(rows: Ids, seed: int = 0) -> npt.NDArray[np.int64]:
     return lengths
 
 
-def stages_of(exits: tuple[str, ...], front: bool = True) -> list[tuple[str | None, int]]:
+def stages_of(exits: tuple[str, ...]) -> list[tuple[str | None, int]]:
     """Return the stages that a cascade may ask."""
-    return [(name, WIDTH) for name in ((FRONT,) if front else ()) + exits] + [(None, WIDTH)]
+    return [*((name, WIDTH) for name in exits), (None, WIDTH)]
 
 
-def search(val: Part, exits: tuple[str, ...], work: Work, front: bool = True) -> CascadeFront:
+def search(val: Part, exits: tuple[str, ...], work: Work) -> CascadeFront:
     """Return the policies that `val` shows no better one for."""
-    stages = {key: val.stages[key] for key in stages_of(exits, front)}
+    stages = {key: val.stages[key] for key in stages_of(exits)}
     return search_cascades(
         stages,
         val.labels,
@@ -113,20 +128,82 @@ def search(val: Part, exits: tuple[str, ...], work: Work, front: bool = True) ->
     )
 
 
+def cheapest(front: CascadeFront, loss: float) -> CascadePolicy:
+    """Return the cheapest policy that loses at most so much, or gains as much where it is below 0.
+
+    The most accurate policy, where none gains as much.
+    """
+    for policy in front.policies:
+        report = policy.holdout
+        if report and report.accuracy >= report.full_accuracy - loss - 1e-12:
+            return policy
+    return front.policies[-1]
+
+
 def policies(
-    val: Part, configuration: Configuration, work: Work, front: bool = True
+    val: Part, configuration: Configuration, work: Work
 ) -> tuple[CascadePolicy, CascadePolicy]:
     """Return the cheapest policy that loses little on `val`, and the certified one."""
-    loss, exits = configuration.loss_on_val, configuration.exits
     certified = certify_cascade(
-        {key: val.stages[key] for key in stages_of(exits, front)},
+        {key: val.stages[key] for key in stages_of(configuration.exits)},
         val.labels,
         risk="harm",
         alpha=configuration.alpha,
         delta=configuration.delta,
         costs=partial(work.of, length=float(val.lengths.mean())),
     )
-    return search(val, exits, work, front).cheapest_within(loss), certified
+    found = search(val, configuration.exits, work)
+    return cheapest(found, configuration.loss_on_val), certified
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a policy loses on rows that did not choose it, by what it may lose on those that did.
+
+    Args:
+        loss_on_val: What it may lose where it is chosen.
+        loss: What it loses on other rows.
+        error: Standard error of `loss`.
+        work: What it takes there, as a share of the whole encoder.
+    """
+
+    loss_on_val: float
+    loss: float
+    error: float
+    work: float
+
+    def most_lost(self, delta: float) -> float:
+        """Return the upper end of the one-sided interval that misses `loss` in `delta` of cases."""
+        return self.loss + NormalDist().inv_cdf(1 - delta) * self.error
+
+
+def aims(
+    vals: Sequence[Part], exits: tuple[str, ...], work: Work, losses: Sequence[float]
+) -> list[Aim]:
+    """Return what policies lose that are chosen on one half of `val` and judged on the other.
+
+    Args:
+        vals: `val` as each of the trained nets answers it.
+        exits: What rows may leave at.
+        work: What rows cost.
+        losses: What policies may lose on the half that chooses them.
+    """
+    rows = len(vals[0].labels)
+    halves = np.array_split(np.random.default_rng(0).permutation(rows), 2)
+    lost, paid = (np.zeros((len(losses), len(vals), rows)) for _ in range(2))
+    for i, val in enumerate(vals):
+        for chosen, other in (halves, halves[::-1]):
+            found = search(val.rows(chosen), exits, work)
+            part = val.rows(other)
+            whole = judged(alone(None), part, work).is_right[0]
+            for j, loss in enumerate(losses):
+                curve = judged(cheapest(found, loss), part, work)
+                lost[j, i, other] = whole.astype(float) - curve.is_right[0]
+                paid[j, i, other] = curve.costs[0]
+    by_row = lost.mean(axis=1)  # nets answer the same rows, so rows are what is drawn
+    errors = by_row.std(axis=1) / np.sqrt(rows)
+    numbers = zip(losses, by_row.mean(axis=1), errors, paid.mean(axis=(1, 2)), strict=True)
+    return [Aim(*map(float, own)) for own in numbers]
 
 
 def judged(policy: CascadePolicy, part: Part, work: Work, length: int | None = None) -> Curve:
@@ -151,7 +228,7 @@ def dims_only(val: Part, configuration: Configuration, work: Work) -> CascadePol
     stages = {(None, dim): val.stages[None, dim] for dim in DIMS}
     costs = partial(work.of, length=float(val.lengths.mean()))
     searched = search_cascades(stages, val.labels, costs=costs, confidence="margin")
-    return searched.cheapest_within(configuration.loss_on_val)
+    return cheapest(searched, configuration.loss_on_val)
 
 
 @dataclass(frozen=True)
@@ -197,7 +274,7 @@ class Judge:
         """Return what a net does."""
         configuration = self.configuration
         own, certified = policies(val, configuration, self.work)
-        bare, bare_certified = policies(val, configuration, self.work, front=False)
+        bare, bare_certified = policies(val, configuration.bare, self.work)
         curve = partial(judged, part=test, work=self.work)
         exits = {
             name: curve(alone(name))

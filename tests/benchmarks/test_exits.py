@@ -65,12 +65,12 @@ def test_the_net_that_is_served_is_the_one_that_was_trained_on_means() -> None:
 
     body = encoder()
     layers = ("embeddings_dropout", "transformer_layer_0")
-    net = Intents(body, Ngrams.learn(ROWS, LABELS, WORDS), layers, layers[1:], 3)
+    net = Intents(body, Ngrams.learn(ROWS, LABELS, WORDS), layers, layers, 3)
     features = means_of_layers(body, ROWS, layers)
     net.fit(features, LABELS, epochs=1, seed=0)
     trained = net.logits(features, ROWS)
     served = net.served.all_exits().predict(padded(ROWS), verbose=0)
-    assert list(trained) == ["ngrams", *layers, "last"]
+    assert list(trained) == list(served) == ["ngrams", *layers, "last"]
     for name, logits in served.items():
         np.testing.assert_allclose(logits, trained[name], rtol=1e-4, atol=1e-5)
 
@@ -90,6 +90,47 @@ def test_three_lengths_tell_the_work_of_all() -> None:
     for length, costs in zip(lengths, work.T, strict=True):
         sample = padded([np.ones(length, np.int32)])
         np.testing.assert_allclose(costs, measure_costs(net.served, (), sample).of(stages))
+
+
+def test_a_policy_is_judged_on_rows_that_did_not_choose_it() -> None:
+    from exits_front import Ngrams
+    from exits_judge import Part, Work, aims
+    from exits_texts import Intents
+
+    net = Intents(encoder(), Ngrams.learn(ROWS, LABELS, WORDS), ("transformer_layer_0",), (), 3)
+    work = Work(net.served, (4, 8, 12))
+    whole = np.eye(3, dtype=np.float32)[LABELS] * 9
+    early = whole.copy()
+    half = np.random.default_rng(0).permutation(60)[:30]  # the first half is drawn so
+    early[half] = np.roll(early[half], 1, axis=-1)
+    stages: Any = {("ngrams", 256): early, (None, 256): whole}
+    val = Part(stages, LABELS, np.full(60, 8))
+    share = work.of([("ngrams", 256), (None, 256)], 8)
+    for aim in aims([val, val], ("ngrams",), work, (0.0, 0.001)):
+        # That half asks the whole encoder, and the other, where n-grams are always right, does not.
+        assert aim.loss == 0.5
+        assert aim.error == pytest.approx(0.5 / 60**0.5)
+        assert aim.work == pytest.approx((1 + share[0] / share[1]) / 2, rel=0.01)
+        assert aim.most_lost(0.05) == pytest.approx(0.5 + 1.645 * aim.error, rel=1e-3)
+
+
+def test_a_policy_may_have_to_gain() -> None:
+    from exits_judge import cheapest
+
+    from keras_mrl_serving import search_cascades
+
+    # Two rows that the last stage has wrong, the earlier one right, and is less sure of than of
+    # the rows that it has wrong.
+    labels = np.zeros(100, int)
+    last, early = (np.tile(np.float32([4, 0]), (100, 1)) for _ in range(2))
+    last[:2] = early[2:10] = [0, 4]
+    early[:2] = [9, 0]
+    early[10:40] = [8, 0]
+    found = search_cascades({("e", 8): early, (None, 8): last}, labels, costs=[1.0, 4.0])
+    policies = [cheapest(found, loss) for loss in (0.08, 0.0, -0.02)]
+    accuracy = [policy.holdout.accuracy for policy in policies if policy.holdout]
+    assert accuracy[0] < accuracy[1] == accuracy[2] == 1.0
+    assert cheapest(found, -0.5) == found.policies[-1]
 
 
 def test_a_rival_is_compared_at_equal_accuracy() -> None:
