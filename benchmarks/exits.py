@@ -281,7 +281,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("accuracy on test, %")
     axes.grid(color="#d0d7de", linewidth=0.6)
     axes.set_ylim(bottom=90)
-    axes.set_xlim(left=0.002)
+    axes.set_xlim(left=0.0003)
     axes.legend(frameon=False, fontsize="small")
     figure.savefig(path)
 

@@ -122,7 +122,7 @@ def test_a_policy_may_have_to_gain() -> None:
     # Two rows that the last stage has wrong, the earlier one right, and is less sure of than of
     # the rows that it has wrong.
     labels = np.zeros(100, int)
-    last, early = (np.tile(np.float32([4, 0]), (100, 1)) for _ in range(2))
+    last, early = (np.tile(np.array([4, 0], np.float32), (100, 1)) for _ in range(2))
     last[:2] = early[2:10] = [0, 4]
     early[:2] = [9, 0]
     early[10:40] = [8, 0]
