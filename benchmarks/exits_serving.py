@@ -1,15 +1,12 @@
 """A cascade over exits against the whole model of the same version, in the CPU of the server.
 
-Server and client are processes of their own, over gRPC on loopback. Laps take turns, so that what
-else the machine does falls on both, and the CPU time of each process is read before and after.
+Server and client are processes of their own, over gRPC on loopback. Laps take turns.
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,46 +15,13 @@ from typing import Any
 import keras
 import numpy as np
 from exits_texts import DIMS, Ids, Tokens, padded
-from serving_load import Server, served
+from serving_load import Server, served, shares
 
 from keras_mrl_export import export_saved_model
 from keras_mrl_serving import CascadePolicy, Client, Options
 
 SIZES = (1, 8, 32)
 MODEL = "m"
-
-
-def shares(
-    server: Server,
-    own: Callable[[int], object],
-    full: Callable[[int], object],
-    laps: int,
-    calls: int,
-) -> dict[str, float]:
-    """Return what `own` takes as a share of `full`: medians over pairs of laps.
-
-    Args:
-        server: Whose CPU counts.
-        own: A call; it is given its number.
-        full: The call that it is compared with.
-        laps: Pairs of laps, after one that does not count.
-        calls: Calls in a lap.
-    """
-    ratios: dict[str, list[float]] = {"cpu": [], "wall": [], "cpu_and_client": []}
-    for lap in range(-1, laps):
-        taken = []
-        for function in (own, full):
-            before = server.cpu_s, time.process_time(), time.perf_counter()
-            for call in range(calls):
-                function(call)
-            after = server.cpu_s, time.process_time(), time.perf_counter()
-            taken.append([end - begin for begin, end in zip(before, after, strict=True)])
-        if lap >= 0:
-            (own_server, own_client, own_wall), (server_s, client_s, wall_s) = taken
-            ratios["cpu"].append(own_server / server_s)
-            ratios["cpu_and_client"].append((own_server + own_client) / (server_s + client_s))
-            ratios["wall"].append(own_wall / wall_s)
-    return {name: round(statistics.median(values), 4) for name, values in ratios.items()}
 
 
 def requests(rows: Ids, size: int, number: int, seed: int = 0) -> list[dict[str, Any]]:

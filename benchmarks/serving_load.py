@@ -168,6 +168,42 @@ def cpu_share(
     return used[0] / used[1]
 
 
+def shares(
+    server: Server,
+    own: Callable[[int], object],
+    full: Callable[[int], object],
+    laps: int,
+    calls: int,
+) -> dict[str, float]:
+    """Return what `own` takes as a share of `full`: medians over pairs of laps.
+
+    Laps take turns, so that what else the machine does falls on both, and the CPU time of each
+    process is read before and after.
+
+    Args:
+        server: Whose CPU counts.
+        own: A call; it is given its number.
+        full: The call that it is compared with.
+        laps: Pairs of laps, after one that does not count.
+        calls: Calls in a lap.
+    """
+    ratios: dict[str, list[float]] = {"cpu": [], "wall": [], "cpu_and_client": []}
+    for lap in range(-1, laps):
+        taken = []
+        for function in (own, full):
+            before = server.cpu_s, time.process_time(), time.perf_counter()
+            for call in range(calls):
+                function(call)
+            after = server.cpu_s, time.process_time(), time.perf_counter()
+            taken.append([end - begin for begin, end in zip(before, after, strict=True)])
+        if lap >= 0:
+            (own_server, own_client, own_wall), (server_s, client_s, wall_s) = taken
+            ratios["cpu"].append(own_server / server_s)
+            ratios["cpu_and_client"].append((own_server + own_client) / (server_s + client_s))
+            ratios["wall"].append(own_wall / wall_s)
+    return {name: round(statistics.median(values), 4) for name, values in ratios.items()}
+
+
 def per_second(callers: int, calls: int, function: Callable[[int], object]) -> float:
     """Calls a second of so many callers at once, `calls` in all."""
     with ThreadPoolExecutor(callers) as pool:
