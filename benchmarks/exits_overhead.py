@@ -2,10 +2,10 @@
 
     python benchmarks/exits_overhead.py [--out FILE]
 
-ResNet50 (1.3 billion multiply-adds at 128 pixels) has random weights, two exits and thresholds that
-let a given share of the rows leave at each. The CPU of the server in `classify_adaptive` is compared
-with that in `classify_256` of the same version, over gRPC: where no row leaves, it is what the cuts
-cost; where rows leave, it should be the share of the work that is left.
+ResNet50 (1.3 billion multiply-adds at 128 pixels) has random weights, two exits and thresholds
+that let a given share of the rows leave at each. The CPU of the server in `classify_adaptive` is
+compared with that in `classify_256` of the same version, over gRPC: where no row leaves, it is what
+the cuts cost; where rows leave, it should be the share of the work that is done.
 """
 
 from __future__ import annotations
@@ -143,9 +143,7 @@ def pooled(name: str) -> keras.Sequential:
 def asked(base_path: Path, rows: Any, batch: int, laps: int, calls: int) -> dict[str, Any]:
     """Return the shares of time that `classify_adaptive` takes, and where rows left."""
     options = Options(timeout_s=300, max_in_flight=1)
-    parts = [rows[first : first + batch] for first in range(0, len(rows), batch)]
-    # A lap asks only some of the parts: those count in the work, too.
-    parts = parts[:calls]
+    parts = [rows[first : first + batch] for first in range(0, len(rows), batch)][:calls]
     with (
         served(base_path) as server,
         Client(server.target, "m", options=options) as client,

@@ -142,12 +142,15 @@ def test_many_rows_at_once_are_as_many_single_rows(version: Version) -> None:
 @backend
 def test_no_rows_have_no_answers(version: Version) -> None:
     for name in written_signatures(version.session) - {"describe"}:
-        if not name.startswith("head_"):
-            answer = version.ask(name, slice(0, 0))
-            widths = {output: array.shape[1:] for output, array in version.ask(name).items()}
-            assert {o: array.shape for o, array in answer.items()} == {
-                output: (0, *width) for output, width in widths.items()
-            }
+        if name.startswith("head_"):
+            prefixes = np.ones((ROWS, int(name.removeprefix("head_"))), np.float32)
+            full, empty = (
+                version.session.run(name, {"features": own}) for own in (prefixes, prefixes[:0])
+            )
+        else:
+            full, empty = version.ask(name), version.ask(name, slice(0, 0))
+        expected = {output: (0, *array.shape[1:]) for output, array in full.items()}
+        assert {output: array.shape for output, array in empty.items()} == expected
 
 
 @backend
@@ -178,6 +181,28 @@ def test_a_server_is_warm_down_to_the_last_exit(version: Version) -> None:
     [rows] = [own for name, own in warmup_records(version.path) if name == "classify_adaptive"]
     answer = version.session.run("classify_adaptive", rows)
     assert answer["exit"].tolist() == [len(version.manifest.exit_names) - 1]
+
+
+OVER_DIMS: list[Key] = [(None, 2), (None, 8)]
+
+
+@pytest.mark.filterwarnings("ignore")  # of TensorFlow, about its own interpreter
+@pytest.mark.parametrize("keys", [OVER_DIMS, STAGES["images"]], ids=["dims", "exits"])
+def test_a_cascade_without_labels_becomes_litert(keys: list[Key], tmp_path: Path) -> None:
+    """Only where rows leave at each stage: LiteRT picks no classes of no rows."""
+    import tensorflow as tf
+
+    model = models.images()
+    policy = models.halving(models.all_logits(model, models.IMAGES), keys)
+    asked = ["classify_8", "classify_adaptive"]
+    with version_of(model, models.IMAGES, tmp_path, policy, signatures=asked, top_k=1) as version:
+        converter = tf.lite.TFLiteConverter.from_saved_model(
+            str(version.path), signature_keys=asked[1:]
+        )
+        interpreter = tf.lite.Interpreter(model_content=converter.convert())
+        answer = interpreter.get_signature_runner("classify_adaptive")(image=models.IMAGES)
+        for name, array in version.ask("classify_adaptive").items():
+            np.testing.assert_allclose(answer[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 SMALL: list[Key] = [("first", 2), (None, 8)]
