@@ -189,7 +189,7 @@ OVER_DIMS: list[Key] = [(None, 2), (None, 8)]
 @pytest.mark.filterwarnings("ignore")  # of TensorFlow, about its own interpreter
 @pytest.mark.parametrize("keys", [OVER_DIMS, STAGES["images"]], ids=["dims", "exits"])
 def test_a_cascade_without_labels_becomes_litert(keys: list[Key], tmp_path: Path) -> None:
-    """Only where rows leave at each stage: LiteRT picks no classes of no rows."""
+    """Of many rows, some of which leave at each stage: LiteRT can fail on a stage of no rows."""
     import tensorflow as tf
 
     model = models.images()
