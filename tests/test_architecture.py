@@ -111,7 +111,7 @@ def is_allowed(room: str, file: Path, name: str) -> bool:
         return top in {"keras", "numpy"} or serving_needs(name) <= {"numpy"}
     if room == "keras_mrl_export":
         return (
-            top in {"keras", "keras_mrl", "numpy", "cloudpickle", *TENSORFLOW}
+            top in {"keras", "keras_mrl", "numpy", "google", "cloudpickle", *TENSORFLOW}
             or is_of(name, {"keras_mrl_serving._session"})
             or serving_needs(name) <= {"numpy", "grpc", "google"}
         )
