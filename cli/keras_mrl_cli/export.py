@@ -96,7 +96,8 @@ def float32(text: str) -> float:
         "--signatures",
         type=names,
         metavar="S,S",
-        help="signatures to write, by name or family: embed,classify_64 (all)",
+        help="signatures to write, by name or family: embed,classify_64 (all but those of exits, "
+        "which are named: classify_EXIT_64)",
     ),
     Option(
         "--images",

@@ -15,11 +15,12 @@ from PIL import Image
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead
 from keras_mrl_serving import Manifest
+from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import MANIFEST_FILE
 from keras_mrl_serving.saved_model import read_signatures
 from keras_mrl_serving.server import DevServer
+from tests.helpers import exit_models, two_towers
 from tests.helpers import export_models as models
-from tests.helpers import two_towers
 from tests.helpers.cli import CASCADE, KERAS_MRL, LABELS, Call, Exported
 from tests.helpers.laws import on_backends
 from tests.helpers.nested_models import two_heads
@@ -307,6 +308,21 @@ def test_a_base_path_that_is_a_url_and_a_name_that_is_none(files: Path, call: Ca
         "letter or digit. Received: name=''. Give for example 'birds'."
     )
     assert os.listdir() == []
+
+
+def test_exits_and_a_policy_over_them(export: Export, files: Path) -> None:
+    exit_models.vectors().save(files / "vectors.keras")
+    policy = CascadePolicy((Stage(2, 0.3, exit="first"), Stage(8, None)))
+    Path("policy.json").write_text(json.dumps(policy.to_json()))
+    np.save("sample.npy", exit_models.VECTORS[:8])
+    asked = "classify_8,classify_adaptive,classify_first_2"
+    given = f"--policy policy.json --sample sample.npy --signatures {asked}"
+    version, manifest, _ = export("vectors", *given.split())
+    assert manifest.exit_names == ("first", "last")
+    assert manifest.cascade is None
+    assert manifest.exit_cascade is not None
+    assert CascadePolicy.from_json(manifest.exit_cascade).stages == policy.stages
+    assert {*asked.split(",")} <= read_signatures(version).keys()
 
 
 @pytest.mark.parametrize("kind", [str, bytes])

@@ -5,7 +5,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
+from keras_mrl_serving.errors import KerasMrlError
 from keras_mrl_serving.flows import Arrays, Call, Flow
 from keras_mrl_serving.results import Classification
 
@@ -43,3 +45,10 @@ def with_value(model: Model, name: str, value: object) -> Model:
         return answer
 
     return changed
+
+
+def refused_unasked(flow: Flow[Any], error: type[KerasMrlError]) -> None:
+    """Assert that a flow raises just this error before it asks a server anything."""
+    with pytest.raises(error) as caught:
+        next(flow)
+    assert type(caught.value) is error

@@ -12,7 +12,7 @@ from keras_mrl_serving.cascade.confidence import confidence_of
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.cascade.thresholds import midway
 from tests.helpers.export_models import with_fixed_weights
-from tests.helpers.vision_backbones import imported
+from tests.helpers.small_bert import bert
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -66,16 +66,7 @@ def images() -> keras.Model:
 
 def texts() -> keras.Model:
     """A text backbone of keras-hub; its padding mask is an input that every segment reads."""
-    backbone = imported("keras_hub").models.BertBackbone(
-        vocabulary_size=20,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=8,
-        dropout=0.0,
-        max_sequence_length=6,
-        name="net",
-    )
+    backbone = bert()
     pooled = backbone.output["pooled_output"]
     model = MatryoshkaClassifier(
         keras.Model(backbone.input, pooled, name="bert"),

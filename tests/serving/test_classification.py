@@ -26,7 +26,7 @@ from keras_mrl_serving.errors import (
 )
 from keras_mrl_serving.flows import Arrays, Call, Flow
 from keras_mrl_serving.results import join
-from tests.helpers.driven_flows import ROWS, Model, columns, drive, with_value
+from tests.helpers.driven_flows import ROWS, Model, columns, drive, refused_unasked, with_value
 from tests.helpers.manifests import DEPTHS, REGRESSOR, TAGS
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
@@ -197,10 +197,7 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_asked(
     error: type[KerasMrlError],
     manifests: Mapping[str, Manifest],
 ) -> None:
-    flow = start(manifests)
-    with pytest.raises(error) as caught:
-        next(flow)
-    assert type(caught.value) is error
+    refused_unasked(start(manifests), error)
 
 
 @pytest.mark.parametrize("name", ["labels", "class_ids", "probabilities", "confidence", "dim"])

@@ -19,7 +19,7 @@ from keras_mrl_serving.errors import (
     UnknownExitError,
 )
 from keras_mrl_serving.flows import Arrays, Call, Flow
-from tests.helpers.driven_flows import ROWS, Model, drive, with_value
+from tests.helpers.driven_flows import ROWS, Model, drive, refused_unasked, with_value
 from tests.helpers.manifests import DEPTHS, REGRESSOR
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
@@ -103,10 +103,7 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_asked(
     error: type[KerasMrlError],
     manifests: Mapping[str, Manifest],
 ) -> None:
-    flow = start(manifests)
-    with pytest.raises(error) as caught:
-        next(flow)
-    assert type(caught.value) is error
+    refused_unasked(start(manifests), error)
 
 
 def test_a_describe_of_another_kind_is_refused() -> None:

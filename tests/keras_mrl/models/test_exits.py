@@ -13,8 +13,8 @@ import pytest
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, measure_costs, segment, split
 from keras_mrl.models.exits import short_names
 from tests.helpers.laws import exactly
+from tests.helpers.small_bert import bert
 from tests.helpers.small_models import DIMS, NUM_CLASSES, X, Y, as_numpy, compiled
-from tests.helpers.vision_backbones import imported
 
 pytestmark = pytest.mark.backend
 
@@ -58,19 +58,6 @@ def text_net() -> keras.Model:
     x = keras.layers.LSTM(4, return_sequences=True, name="lstm")(x)
     mean = keras.layers.GlobalAveragePooling1D()(x)
     return keras.Model(tokens, keras.layers.Dense(8)(mean), name="net")
-
-
-def bert() -> keras.Model:
-    return imported("keras_hub").models.BertBackbone(
-        vocabulary_size=20,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=8,
-        dropout=0.0,
-        max_sequence_length=6,
-        name="net",
-    )
 
 
 @keras.saving.register_keras_serializable(package="tests")
