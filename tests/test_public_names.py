@@ -138,6 +138,7 @@ PUBLIC = {
         "Tls",
         "UnknownDimError",
         "UnknownExitError",
+        "UnknownPromptError",
         "UnreadableImageError",
         "VersionChangedError",
         "VersionNotFoundError",

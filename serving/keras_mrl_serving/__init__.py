@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .errors import TargetNotReachedError as TargetNotReachedError
     from .errors import UnknownDimError as UnknownDimError
     from .errors import UnknownExitError as UnknownExitError
+    from .errors import UnknownPromptError as UnknownPromptError
     from .errors import UnreadableImageError as UnreadableImageError
     from .errors import VersionChangedError as VersionChangedError
     from .errors import VersionNotFoundError as VersionNotFoundError
@@ -95,8 +96,8 @@ _NAMES = {
         "InvalidInputError KerasMrlError ManifestError MessageTooLargeError "
         "ModelChangedError ModelNotFoundError NoCascadeError NoHeadError NoIndexError "
         "NoOtherTowerError ServerError ServerUnavailableError SignatureNotFoundError "
-        "TargetNotReachedError UnknownDimError UnknownExitError UnreadableImageError "
-        "VersionChangedError VersionNotFoundError"
+        "TargetNotReachedError UnknownDimError UnknownExitError UnknownPromptError "
+        "UnreadableImageError VersionChangedError VersionNotFoundError"
     ),
     "funnel": "FunnelSchedule",
     "images": "read_image served_image",

@@ -21,6 +21,7 @@ from .errors import (
     NoOtherTowerError,
     UnknownDimError,
     UnknownExitError,
+    UnknownPromptError,
 )
 from .integers import as_int, check_dims, is_positive_integer
 from .manifest_schema import EXPORT_AGAIN, SCHEMA, parse_manifest
@@ -164,8 +165,13 @@ class Manifest:
         exit_cascade: The adaptive policy over exits and dims; `cascade` is None then.
         funnel: The schedule of an index.
         decoder: Settings by which the graph decodes images.
-        other_tower: `inputs` and `decoder` of the tower that galleries go through, where queries go
-            through another; None of a model of one tower. `fingerprint` is of both together.
+        preprocessor: Settings by which the graph makes tokens of texts, and `prompts`, name to the
+            text that a client puts before each text; None of a model that takes its inputs as
+            they are. With it the one input is of strings.
+        prompt: The prompt that the rows of an index were embedded with, as text; None without one.
+        other_tower: `inputs`, `decoder` and `preprocessor` of the tower that galleries go through,
+            where queries go through another; None of a model of one tower. `fingerprint` is of
+            both together.
         quality: Dim (as a string) to the measures of the evaluation at this dim.
         encoder_fingerprint: Fingerprint of the encoder whose embeddings an index holds.
         size: Number of rows of an index.
@@ -206,6 +212,8 @@ class Manifest:
     exit_cascade: Mapping[str, Any] | None = None
     funnel: Mapping[str, Any] | None = None
     decoder: Mapping[str, Any] | None = None
+    preprocessor: Mapping[str, Any] | None = None
+    prompt: str | None = None
     other_tower: Mapping[str, Any] | None = None
     quality: Mapping[str, Mapping[str, float]] | None = None
     encoder_fingerprint: str | None = None
@@ -225,6 +233,11 @@ class Manifest:
                 f"Received: model_id={self.model_id!r}. {EXPORT_AGAIN}"
             )
         self._check_exits()
+        _check_preprocessor("preprocessor", self.preprocessor, self.inputs)
+        if self.other_tower is not None:
+            tower = self.other_tower
+            name = "other_tower.preprocessor"
+            _check_preprocessor(name, tower.get("preprocessor"), tower["inputs"])
 
     def _check_exits(self) -> None:
         names = self.exit_names
@@ -322,8 +335,28 @@ class Manifest:
             f"Received: exit={exit!r} for model {self.name!r}, which has none. Leave exit out."
         )
 
+    def check_prompt(self, prompt: str | None) -> str:
+        """Return the text of a prompt; raise `UnknownPromptError` if the model does not have it.
+
+        Args:
+            prompt: Its name; None means no prompt, whose text is empty.
+        """
+        if prompt is None:
+            return ""
+        if isinstance(prompt, str) and prompt in self.prompts:
+            return self.prompts[prompt]
+        raise UnknownPromptError(
+            "prompt must be the name of one of the model's prompts. "
+            f"Received: prompt={prompt!r} for model {self.name!r}. "
+            f"Choose one of {', '.join(self.prompts)}."
+            if self.prompts
+            else "Only a model with prompts takes one. "
+            f"Received: prompt={prompt!r} for model {self.name!r}, which has none. "
+            "Leave prompt out."
+        )
+
     def tower(self, other_tower: bool = False) -> Manifest:
-        """Return the manifest with the `inputs` and the `decoder` of one tower.
+        """Return the manifest with `inputs`, `decoder` and `preprocessor` of one tower.
 
         Its `other_tower` is then that of the queries.
 
@@ -341,9 +374,14 @@ class Manifest:
                 f"Received: other_tower=True for model {self.name!r}, which has one. Leave "
                 "other_tower out, or export a MatryoshkaEncoder(tower, other_tower)."
             )
-        inputs, decoder = self.other_tower["inputs"], self.other_tower.get("decoder")
-        queries = {"inputs": self.inputs, "decoder": self.decoder}
-        return replace(self, inputs=inputs, decoder=decoder, other_tower=queries)
+        of_galleries: dict[str, Any] = {name: self.other_tower.get(name) for name in _OF_A_TOWER}
+        of_queries = {name: getattr(self, name) for name in _OF_A_TOWER}
+        return replace(self, **of_galleries, other_tower=of_queries)
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """What may be put before a text, by name; empty of a model without prompts."""
+        return (self.preprocessor or {}).get("prompts", {})
 
     @property
     def other_inputs(self) -> Mapping[str, Mapping[str, Any]] | None:
@@ -408,6 +446,20 @@ class Manifest:
                 "with CascadePolicy.learn, then give it as classify_adaptive(x, policy=policy), "
                 "or export again with export_saved_model(..., policy=policy)."
             )
+
+
+_OF_A_TOWER = ("inputs", "decoder", "preprocessor")
+
+
+def _check_preprocessor(
+    name: str, preprocessor: Mapping[str, Any] | None, inputs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    if preprocessor is not None and [spec["dtype"] for spec in inputs.values()] != ["string"]:
+        received = ", ".join(f"{name} of {spec['dtype']}" for name, spec in inputs.items())
+        raise ManifestError(
+            f"A model with {_with_article(name)} takes texts, as its one input. "
+            f"Received: {received or 'no input'}. {EXPORT_AGAIN}"
+        )
 
 
 def _with_article(kind: str) -> str:

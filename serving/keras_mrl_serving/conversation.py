@@ -44,6 +44,7 @@ from .errors import (
     SignatureNotFoundError,
     UnknownDimError,
     UnknownExitError,
+    UnknownPromptError,
     VersionChangedError,
     VersionNotFoundError,
     call_error,
@@ -115,6 +116,7 @@ _PERHAPS_STALE = (
     SignatureNotFoundError,
     UnknownDimError,
     UnknownExitError,
+    UnknownPromptError,
 )
 # How often a call to one version may meet every other replica. Threads that share a client move the
 # turn on for each other, so one time round may miss a replica.

@@ -77,6 +77,10 @@ class UnknownExitError(KerasMrlError, ValueError):
     """The model does not have this exit, or no signature that answers at it."""
 
 
+class UnknownPromptError(KerasMrlError, ValueError):
+    """The model has no prompt of this name."""
+
+
 class NoHeadError(KerasMrlError, TypeError):
     """A model without a head was asked to classify."""
 

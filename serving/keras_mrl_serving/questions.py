@@ -262,7 +262,7 @@ def same_interface(one: Manifest, other: Manifest) -> bool:
         False
     """
     names = (
-        *("kind", "dims", "inputs", "other_tower", "activation"),
+        *("kind", "dims", "inputs", "other_tower", "prompts", "activation"),
         *("num_classes", "num_values", "top_k", "labels", "funnel", "exits"),
     )
     return _stages(one) == _stages(other) and all(

@@ -34,6 +34,21 @@ TWO_TOWERS = Manifest(
         "decoder": None,
     },
 )
+TEXTS = Manifest(
+    **{**SHARED, "inputs": {"text": {"dtype": "string", "shape": [None]}}},
+    kind="encoder",
+    preprocessor={
+        "kind": "text",
+        "tokenizer": "wordpiece",
+        "vocabulary_size": 30_522,
+        "sequence_length": 256,
+        "lowercase": True,
+        "pooling": "mean",
+        "prompts": {"query": "query: ", "passage": "passage: "},
+        "operations": ["FastBertNormalize"],
+        "tensorflow_text": "2.21.0",
+    },
+)
 CLASSIFIER = Manifest(
     **SHARED,
     kind="classifier",
@@ -87,6 +102,9 @@ INDEX = Manifest(
     funnel=FUNNEL.to_json(),
     size=1_281_167,
     model_id=2**31 - 1,
+)
+TEXT_INDEX = replace(
+    INDEX, inputs=TEXTS.inputs, preprocessor=TEXTS.preprocessor, prompt="passage: "
 )
 
 # What a value of a manifest may wrongly be.

@@ -19,8 +19,18 @@ from keras_mrl_serving.errors import (
     NoOtherTowerError,
     UnknownDimError,
     UnknownExitError,
+    UnknownPromptError,
 )
-from tests.helpers.manifests import CLASSIFIER, DEPTHS, ENCODER, EXITS, REGRESSOR, TAGS, TWO_TOWERS
+from tests.helpers.manifests import (
+    CLASSIFIER,
+    DEPTHS,
+    ENCODER,
+    EXITS,
+    REGRESSOR,
+    TAGS,
+    TEXTS,
+    TWO_TOWERS,
+)
 
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
 
@@ -73,6 +83,9 @@ def test_a_manifest_comes_back_from_its_json(manifest: Manifest) -> None:
         metric="l2",
         funnel={"dims": [2, 8], "shortlists": [4], "k": 2},
         decoder={"kind": "jpeg"},
+        inputs=TEXTS.inputs,
+        preprocessor=TEXTS.preprocessor,
+        prompt="passage: ",
         other_tower=TWO_TOWERS.other_tower,
         quality={"8": {"top1": 0.5}},
         encoder_fingerprint="a0",
@@ -425,6 +438,52 @@ def test_an_exit_is_asked_by_its_name(refuses: Refuses) -> None:
     )
     with refuses(UnknownExitError, text):
         CLASSIFIER.check_exit("conv3_out")
+
+
+def test_a_prompt_is_asked_by_its_name(refuses: Refuses) -> None:
+    assert [TEXTS.check_prompt(name) for name in ("query", "passage", None)] == [
+        *("query: ", "passage: ", "")
+    ]
+    text = (
+        "prompt must be the name of one of the model's prompts. Received: prompt='query: ' for "
+        "model 'birds'. Choose one of query, passage."
+    )
+    with refuses(UnknownPromptError, text):
+        TEXTS.check_prompt("query: ")
+    with pytest.raises(UnknownPromptError, match=r"Received: prompt=\['query'\]"):
+        TEXTS.check_prompt(["query"])  # type: ignore[arg-type]
+    assert CLASSIFIER.check_prompt(None) == ""
+    text = (
+        "Only a model with prompts takes one. Received: prompt='query' for model 'birds', which "
+        "has none. Leave prompt out."
+    )
+    for manifest in (CLASSIFIER, replace(TEXTS, preprocessor=None)):
+        with refuses(UnknownPromptError, text):
+            manifest.check_prompt("query")
+
+
+def test_each_tower_has_prompts_of_its_own() -> None:
+    photos = replace(
+        TWO_TOWERS, other_tower={"inputs": TEXTS.inputs, "preprocessor": TEXTS.preprocessor}
+    )
+    two = Manifest.from_json(photos.to_json())
+    assert (two.prompts, two.tower(other_tower=True).prompts) == ({}, TEXTS.prompts)
+    of_texts = replace(TEXTS, other_tower={"inputs": TWO_TOWERS.inputs})
+    assert of_texts.tower(other_tower=True).prompts == {}
+
+
+def test_only_a_model_of_one_input_of_strings_makes_tokens_of_it(refuses: Refuses) -> None:
+    text = (
+        "A model with a preprocessor takes texts, as its one input. Received: image of float32. "
+        "Export the model again with keras_mrl_export.export_saved_model."
+    )
+    with refuses(ManifestError, text):
+        replace(TEXTS, inputs=CLASSIFIER.inputs)
+    with refuses(ManifestError, text.replace("a preprocessor", "an other_tower.preprocessor")):
+        replace(
+            TEXTS,
+            other_tower={"inputs": CLASSIFIER.inputs, "preprocessor": TEXTS.preprocessor},
+        )
 
 
 def test_a_cascade_is_over_exits_or_over_dims() -> None:

@@ -15,6 +15,7 @@ TREE = {
     "ManifestError": ("KerasMrlError", "ValueError"),
     "UnknownDimError": ("KerasMrlError", "ValueError"),
     "UnknownExitError": ("KerasMrlError", "ValueError"),
+    "UnknownPromptError": ("KerasMrlError", "ValueError"),
     "NoHeadError": ("KerasMrlError", "TypeError"),
     "NoCascadeError": ("KerasMrlError", "TypeError"),
     "NoIndexError": ("KerasMrlError", "TypeError"),

@@ -67,6 +67,11 @@ ONLY_NEW = {
     "classify_conv3_out_8_request.bin",
     "classify_conv3_out_8_response.bin",
     "describe_depths_response.bin",
+    "describe_sentences_response.bin",
+    "embed_8_text_request.bin",
+    "embed_8_text_response.bin",
+    "retrieve_request.bin",
+    "retrieve_response.bin",
     "embed_conv3_out_8_request.bin",
     "embed_conv3_out_8_response.bin",
     "classify_8_request.bin",
@@ -190,6 +195,11 @@ SPECS = [
     ("classify_conv3_out_8_response.bin", "depths", "classify_conv3_out_8", 3, None),
     ("embed_conv3_out_8_request.bin", "depths", "embed_conv3_out_8", None, []),
     ("embed_conv3_out_8_response.bin", "depths", "embed_conv3_out_8", 3, None),
+    ("embed_8_text_request.bin", "sentences", "embed_8", None, []),
+    ("embed_8_text_response.bin", "sentences", "embed_8", 3, None),
+    ("retrieve_request.bin", "sentences", "retrieve", None, []),
+    ("retrieve_response.bin", "sentences", "retrieve", 3, None),
+    ("describe_sentences_response.bin", "sentences", "describe", 3, None),
     ("describe_depths_response.bin", "depths", "describe", 3, None),
     ("classify_8_request.bin", "tags", "classify_8", None, []),
     ("classify_8_response.bin", "tags", "classify_8", 3, None),
@@ -293,7 +303,7 @@ def asked_by_ours(name: str, flow_of: Any, file: str = "") -> Any:
     file = file or call.signature
     request = read(f"{file}_request.bin")[0]
     assert {key: from_proto(tensor).tolist() for key, tensor in request.inputs.items()} == {
-        key: array.tolist() for key, array in call.inputs.items()
+        key: from_proto(to_proto(array)).tolist() for key, array in call.inputs.items()
     }
     response = read(f"{file}_response.bin")[0]
     with pytest.raises(StopIteration) as done:
@@ -323,3 +333,16 @@ def test_exits_are_read_as_names_and_costs() -> None:
     assert {(row.exit, row.relative_cost) for row in early} == {("conv3_out", 0.25)}
     embedding = asked_by_ours("depths", lambda m: flows.embed(m, images, 8, exit="conv3_out"))
     assert embedding.shape == (2, 8)
+
+
+def test_texts_are_sent_with_the_prompts_of_their_manifest() -> None:
+    manifest = Manifest.from_json(LATER["sentences"])
+    query = manifest.check_prompt("query")
+    texts = [text.removeprefix(query) for text in MAKE["TEXTS"]]
+    assert texts == ["grüne Wiesen", "🌱\0", ""]
+    sent = [query + text for text in texts]
+    embedding = asked_by_ours("sentences", lambda m: flows.embed(m, sent, 8), "embed_8_text")
+    assert embedding.shape == (3, 8)
+    neighbors = asked_by_ours("sentences", lambda m: flows.retrieve(m, sent))
+    np.testing.assert_array_equal(neighbors.ids, [[7, 2**40], [0, 7], [11, 0]])
+    assert manifest.prompt == manifest.check_prompt("passage")

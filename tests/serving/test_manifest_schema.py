@@ -31,6 +31,8 @@ from tests.helpers.manifests import (
     OVER_EXITS,
     REGRESSOR,
     TAGS,
+    TEXT_INDEX,
+    TEXTS,
     TWO_TOWERS,
     WRONG_VALUES,
     Json,
@@ -50,6 +52,13 @@ WRITTEN = {
         decoder={"size": [32, 32]},
     ),
     "encoder of two towers": TWO_TOWERS,
+    "encoder of texts": TEXTS,
+    "encoder of texts without prompts": replace(
+        TEXTS, preprocessor={**(TEXTS.preprocessor or {}), "prompts": {}, "lowercase": None}
+    ),
+    "encoder of images and texts": replace(
+        TWO_TOWERS, other_tower={"inputs": TEXTS.inputs, "preprocessor": TEXTS.preprocessor}
+    ),
     "classifier": CLASSIFIER,
     "classifier, policy by hand": replace(CLASSIFIER, cascade=BY_HAND.to_json()),
     "classifier without policy": replace(CLASSIFIER, cascade=None),
@@ -62,6 +71,7 @@ WRITTEN = {
     "classifier of several labels a row": TAGS,
     "regressor": REGRESSOR,
     "index": INDEX,
+    "index exported with an encoder of texts": TEXT_INDEX,
     "index of a regressor": replace(INDEX, num_values=1),
     "index of one stage": replace(
         INDEX, funnel=FunnelSchedule(dims=(64,), shortlists=(), k=1).to_json()
@@ -105,6 +115,12 @@ def test_its_stages_reports_and_funnels_are_those_of_the_code() -> None:
     assert set(promise) == set(of_exits["accuracy_drop_guarantee"])
     funnel = SCHEMA["$defs"]["funnel"]["properties"]
     assert set(funnel) == set(FUNNEL.to_json())
+
+
+def test_its_preprocessors_are_those_of_the_contract() -> None:
+    preprocessor = SCHEMA["$defs"]["preprocessor"]["properties"]
+    assert TEXTS.preprocessor is not None
+    assert set(preprocessor) == set(TEXTS.preprocessor)
 
 
 def properties_below(schema: Any) -> Iterator[tuple[str, Json]]:
@@ -208,6 +224,19 @@ BROKEN: list[tuple[Manifest, str, Any]] = [
     (ENCODER, "inputs.image.shape", 4),
     (ENCODER, "model_id", "5"),
     (ENCODER, "model_id", 1.5),
+    (TEXTS, "preprocessor", "wordpiece"),
+    (TEXTS, "preprocessor.tokenizer", 3),
+    (TEXTS, "preprocessor.vocabulary_size", "30522"),
+    (TEXTS, "preprocessor.sequence_length", None),
+    (TEXTS, "preprocessor.lowercase", "yes"),
+    (TEXTS, "preprocessor.prompts", ["query: "]),
+    (TEXTS, "preprocessor.prompts.query", None),
+    (TEXTS, "preprocessor.prompts", {"query\n": "query: "}),
+    (TEXTS, "preprocessor.operations", "FastBertNormalize"),
+    (TEXTS, "preprocessor.tensorflow_text", 2.21),
+    (TEXTS, "inputs.text.dtype", "int32"),
+    (TEXTS, "inputs.title", {"dtype": "string", "shape": [None]}),
+    (TEXT_INDEX, "prompt", 3),
     (CLASSIFIER, "weights", 1.0),
     (CLASSIFIER, "cascade.stages", []),
     (CLASSIFIER, "cascade.stages.0.threshold", None),
@@ -251,6 +280,10 @@ BROKEN_FOR_A_WRITER: list[tuple[Manifest, str, Any]] = [
     (ENCODER, "model_id", 0),
     (ENCODER, "model_id", 2**31),
     (ENCODER, "decoder", "jpeg"),
+    (TEXTS, "preprocessor.kind", "audio"),
+    (TEXTS, "preprocessor.tokenizer", "letters"),
+    (TEXTS, "preprocessor.sequence_length", 0),
+    (TEXTS, "preprocessor.pooling", "median"),
     (CLASSIFIER, "num_classes", None),
     (CLASSIFIER, "top_k", 0),
     (CLASSIFIER, "labels", "yes"),
@@ -333,6 +366,7 @@ WHOLE: dict[str, Json] = {
         ).to_json()
     ),
     "exits": json.loads(DEPTHS.to_json()),
+    "texts": json.loads(TEXT_INDEX.to_json()),
     "index": json.loads(INDEX.to_json()),
 }
 

@@ -20,7 +20,7 @@ from keras_mrl_serving.flows import Arrays
 from keras_mrl_serving.options import Options
 from keras_mrl_serving.testing import InMemoryServer
 from tests.helpers.image_files import files
-from tests.helpers.manifests import DEPTHS
+from tests.helpers.manifests import DEPTHS, TEXTS
 
 Model = Callable[[Call], Arrays]
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
@@ -225,3 +225,14 @@ def test_models_whose_stages_or_costs_differ_are_asked_by_their_own_manifest() -
     assert not questions.same_interface(DEPTHS, replace(DEPTHS, exit_cascade=None))
     exits = tuple({**own, "multiply_adds": 7} for own in DEPTHS.exits or ())
     assert not questions.same_interface(DEPTHS, replace(DEPTHS, exits=exits))
+
+
+def test_the_interface_of_a_model_of_texts_has_its_prompts() -> None:
+    """A client puts them before the texts that it sends."""
+    assert TEXTS.preprocessor is not None
+
+    def changed(**values: Any) -> Manifest:
+        return replace(TEXTS, preprocessor={**(TEXTS.preprocessor or {}), **values})
+
+    assert questions.same_interface(TEXTS, changed(sequence_length=128))
+    assert not questions.same_interface(TEXTS, changed(prompts={"query": "search: "}))

@@ -3,7 +3,7 @@
 With tensorflow-serving-api's own messages, so that nothing of ours stands between the files and
 TensorFlow Serving. README.md says what is in them, by hand: change both. The folder `0.1.0` holds
 the messages of models without `model_id`, and is written by the same functions; it has none of
-those models that 0.1.0 did not know: of several labels a row, of values, and with exits.
+those models that 0.1.0 did not know: of several labels a row, of values, with exits, of texts.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from tensorflow_serving.apis import get_model_status_pb2, model_pb2, predict_pb2
 
 HERE = Path(__file__).parent
 OLD = HERE / "0.1.0"
-MODEL_ID = 1_307_194_163  # of the four manifests
+MODEL_ID = 1_307_194_163  # of the five manifests
 # NumPy's dtype of the elements of a tensor, and the repeated field that holds them.
 FIELDS = {
     types_pb2.DT_FLOAT: ("<f4", "float_val"),
@@ -43,6 +43,9 @@ SEVERAL: dict[str, tuple[int, Any]] = {  # each probability by itself: a row's s
     "probabilities": (types_pb2.DT_FLOAT, [[0.875, 0.75, 0.125], [0.25, 0.125, 0.0625]]),
     "confidence": (types_pb2.DT_FLOAT, [0.875, 0.25]),
 }
+
+
+TEXTS = ["query: grüne Wiesen", "query: 🌱\0", "query: "]  # with the manifest's prompt before each
 
 
 def messages(folder: Path = HERE) -> dict[str, Message]:
@@ -98,6 +101,26 @@ def messages(folder: Path = HERE) -> dict[str, Message]:
                 model="depths",
                 embedding=values(types_pb2.DT_FLOAT, UNIT),
             ),
+            "embed_8_text_request.bin": request(
+                "embed_8", "sentences", text=values(types_pb2.DT_STRING, TEXTS)
+            ),
+            "embed_8_text_response.bin": identified(
+                "embed_8",
+                rows=3,
+                model="sentences",
+                embedding=values(types_pb2.DT_FLOAT, [*UNIT, UNIT[0]]),
+            ),
+            "retrieve_request.bin": request(
+                "retrieve", "sentences", text=values(types_pb2.DT_STRING, TEXTS)
+            ),
+            "retrieve_response.bin": identified(
+                "retrieve",
+                rows=3,
+                model="sentences",
+                ids=values(types_pb2.DT_INT64, [[7, 2**40], [0, 7], [11, 0]]),
+                scores=values(types_pb2.DT_FLOAT, [[1, 0.5], [0.75, 0.75], [0.25, -0.25]]),
+            ),
+            "describe_sentences_response.bin": described("sentences_manifest.json", "sentences"),
             "describe_depths_response.bin": described("depths_manifest.json", "depths"),
             "describe_tags_response.bin": described("tags_manifest.json", "tags"),
             "describe_prices_response.bin": described("prices_manifest.json", "prices"),
