@@ -333,7 +333,7 @@ class ProjectedIndex:
 
     Examples:
         >>> [name for name in dir(ProjectedIndex) if not name.startswith("_")]
-        ['encoder_fingerprint', 'metric', 'schedule', 'search', 'width']
+        ['encoder_fingerprint', 'metric', 'prompt', 'schedule', 'search', 'width']
     """
 
     def __init__(self, projection: Projection, index: Index) -> None:
@@ -354,6 +354,11 @@ class ProjectedIndex:
     def encoder_fingerprint(self) -> str | None:
         """Fingerprint of the model that makes the queries; None if it is not known."""
         return self.projection.encoder_fingerprint
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt that stood before each text of the gallery; None without one."""
+        return self.index.prompt
 
     @property
     def width(self) -> int:

@@ -139,7 +139,7 @@ def test_rows_are_copied_in_parts() -> None:
 def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The version of an index that was opened from its folder."""
     folder = tmp_path_factory.mktemp("index")
-    index_of(encoder_fingerprint="5e1f").save(folder / "saved")
+    index_of(encoder_fingerprint="5e1f", prompt="passage: ").save(folder / "saved")
     opened = open_index(folder / "saved")
     assert isinstance(opened, ExactIndex)
     return export_index(opened, folder / "served", name="birds", version=7)
@@ -165,6 +165,7 @@ def test_the_manifest_of_an_index(version: Path) -> None:
     assert {name: value for name, value in manifest.items() if value not in (None, False)} == {
         **{"schema": 1, "name": "birds", "kind": "index", "metric": "cosine"},
         **{"activation": "none", "encoder_fingerprint": "5e1f", "size": 300},
+        "prompt": "passage: ",
         **{"dims": [4, 8, 16], "width": 16},
         "inputs": {"embedding": {"dtype": "float32", "shape": [None, 16]}},
         "funnel": {"dims": [4, 8, 16], "shortlists": [60, 25], "k": 10},

@@ -44,6 +44,10 @@ class Index(Protocol):
         """Fingerprint of the model that embedded the gallery; None if it was not given."""
 
     @property
+    def prompt(self) -> str | None:
+        """The prompt that stood before each text of the gallery; None without one."""
+
+    @property
     def width(self) -> int:
         """Dim the queries are embedded at."""
 
@@ -74,9 +78,11 @@ class IndexFacts:
             or the squared distance times -1: higher is nearer.
         encoder_fingerprint: Fingerprint of the model that embedded the gallery, from its
             manifest; a client refuses to search by embeddings of another model. None: no check.
+        prompt: The prompt that stood before each text when the gallery was embedded, as text:
+            one of the manifest's `prompts`. None without one.
 
     Raises:
-        ValueError: If the metric is none of the three.
+        ValueError: If the metric is none of the three, or the prompt is no text.
 
     Examples:
         >>> facts = IndexFacts(FunnelSchedule((8, 64), (20,), 5))
@@ -87,13 +93,19 @@ class IndexFacts:
     schedule: FunnelSchedule
     metric: str = "cosine"
     encoder_fingerprint: str | None = None
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the metric."""
+        """Check the metric and the prompt."""
         if self.metric not in METRICS:
             raise ValueError(
                 'metric must be "cosine", "dot" or "l2". '
                 f"Received: metric={self.metric!r}. Take cosine if unsure."
+            )
+        if not isinstance(self.prompt, str | None):
+            raise ValueError(
+                "prompt must be the text that stood before each text of the gallery, or None. "
+                f"Received: prompt={self.prompt!r}. Give for example manifest.prompts['passage']."
             )
 
     @property
@@ -142,11 +154,12 @@ class IndexFacts:
         return prefixes * inverse_length(np.einsum("rd,rd->r", prefixes, prefixes))[:, None]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the facts as they are saved with an index."""
+        """Return the facts as they are saved with an index; a prompt only where there is one."""
         return {
             "schedule": self.schedule.to_json(),
             "metric": self.metric,
             "encoder_fingerprint": self.encoder_fingerprint,
+            **({} if self.prompt is None else {"prompt": self.prompt}),
         }
 
     @classmethod
@@ -159,7 +172,7 @@ class IndexFacts:
         rule = "An index names its schedule, its metric and its encoder."
         with manifest_errors(rule, saved, "wrote it"):
             schedule = FunnelSchedule.from_json(saved["schedule"])
-            return cls(schedule, saved["metric"], saved["encoder_fingerprint"])
+            return cls(schedule, saved["metric"], saved["encoder_fingerprint"], saved.get("prompt"))
 
 
 class IndexBase:
@@ -188,6 +201,11 @@ class IndexBase:
     def encoder_fingerprint(self) -> str | None:
         """Fingerprint of the model that embedded the gallery; None if it was not given."""
         return self.facts.encoder_fingerprint
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt that stood before each text of the gallery; None without one."""
+        return self.facts.prompt
 
     @property
     def width(self) -> int:

@@ -73,6 +73,7 @@ class ExactIndex(LocalIndex):
         ids: npt.ArrayLike | None = None,
         metric: str = "cosine",
         encoder_fingerprint: str | None = None,
+        prompt: str | None = None,
     ) -> ExactIndex:
         """Return the index of a gallery.
 
@@ -83,6 +84,7 @@ class ExactIndex(LocalIndex):
             metric: How embeddings are compared: "cosine", "dot" or "l2"; see `IndexFacts`.
             encoder_fingerprint: Fingerprint of the model that embedded the gallery, from its
                 manifest; a client then refuses to search by embeddings of another model.
+            prompt: The prompt that stood before each text of the gallery, as text; None: none.
 
         Shapes:
             embeddings: `(rows, width)`. ids: `(rows,)`.
@@ -91,7 +93,7 @@ class ExactIndex(LocalIndex):
             ValueError: If shapes do not fit, a value is not finite, ids repeat, or the gallery
                 has fewer rows than the funnel returns.
         """
-        facts = IndexFacts(schedule, metric, encoder_fingerprint)
+        facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt)
         gallery = check_embeddings(embeddings, "gallery", facts.width)
         row_ids = check_ids(ids, len(gallery))
         facts.check_rows(len(gallery))

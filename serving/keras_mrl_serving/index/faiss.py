@@ -93,6 +93,7 @@ class FaissIndex(LocalIndex):
         ids: npt.ArrayLike | None = None,
         metric: str = "cosine",
         encoder_fingerprint: str | None = None,
+        prompt: str | None = None,
         *,
         first_stage: FirstStage | None = None,
         path: str | os.PathLike[str] | None = None,
@@ -108,6 +109,7 @@ class FaissIndex(LocalIndex):
             metric: How embeddings are compared: "cosine", "dot" or "l2"; see `IndexFacts`.
             encoder_fingerprint: Fingerprint of the model that embedded the gallery, from its
                 manifest; a client then refuses to search by embeddings of another model.
+            prompt: The prompt that stood before each text of the gallery, as text; None: none.
             first_stage: Which FAISS index; None takes `DEFAULT`, a graph.
             path: A folder to build in, for galleries whose rows do not fit in memory: the wider
                 stages go straight there, and the index is saved. None builds in memory.
@@ -123,7 +125,7 @@ class FaissIndex(LocalIndex):
                 fewer rows than the funnel returns, or FAISS cannot make the first stage.
             ImportError: If FAISS is not installed.
         """
-        facts = IndexFacts(schedule, metric, encoder_fingerprint)
+        facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt)
         gallery = as_gallery(embeddings, facts.width)
         row_ids = check_ids(ids, len(gallery))
         facts.check_rows(len(gallery))

@@ -89,6 +89,7 @@ class QdrantIndex(IndexBase):
         ids: npt.ArrayLike | None = None,
         metric: str = "cosine",
         encoder_fingerprint: str | None = None,
+        prompt: str | None = None,
         *,
         progress: Progress | None = None,
         params: Mapping[int, SearchParams] | None = None,
@@ -109,6 +110,7 @@ class QdrantIndex(IndexBase):
             metric: How embeddings are compared: "cosine", "dot" or "l2"; see `IndexFacts`.
             encoder_fingerprint: Fingerprint of the model that embedded the gallery, from its
                 manifest; a client then refuses to search by embeddings of another model.
+            prompt: The prompt that stood before each text of the gallery, as text; None: none.
             progress: Called with the rows done and all rows, after every upload.
             params: As for the class.
             vectors: Options of `VectorParams` by dim, e.g. `{64: {"quantization_config": ...},
@@ -126,7 +128,7 @@ class QdrantIndex(IndexBase):
             KerasMrlError: If Qdrant fails.
             ImportError: If qdrant-client is not installed.
         """
-        facts = IndexFacts(schedule, metric, encoder_fingerprint)
+        facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt)
         gallery = check_embeddings(embeddings, "gallery", facts.width)
         row_ids = check_ids(ids, len(gallery))
         facts.check_rows(len(gallery))

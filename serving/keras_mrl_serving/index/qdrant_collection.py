@@ -282,6 +282,7 @@ def _gallery_of(facts: IndexFacts) -> str:
     return (
         f"dims={facts.schedule.dims}, metric={facts.metric!r}, "
         f"encoder_fingerprint={facts.encoder_fingerprint!r}"
+        + ("" if facts.prompt is None else f", prompt={facts.prompt!r}")
     )
 
 

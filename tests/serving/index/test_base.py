@@ -1,5 +1,6 @@
 """What holds of every `LocalIndex`, whichever engine searches it."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keras_mrl_serving.errors import ManifestError
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, FaissIndex, Index
+from keras_mrl_serving.index.base import IndexFacts
 from tests.helpers.galleries import (
     ENGINES,
     METRICS,
@@ -219,6 +222,28 @@ def test_an_index_knows_what_it_is(metric: str, build: Build) -> None:
     assert (len(index), index.width, index.schedule) == (9, 4, SCHEDULE)
     assert (index.metric, index.encoder_fingerprint) == (metric, "5e1f")
     assert build(GALLERY, SCHEDULE).encoder_fingerprint is None
+    prompted: Index = build(GALLERY, SCHEDULE, prompt="passage: ")
+    assert (prompted.prompt, index.prompt) == ("passage: ", None)
+
+
+def test_facts_without_a_prompt_are_those_of_before() -> None:
+    """An index that was saved before there were prompts reads on, and has the same fingerprint."""
+    facts = IndexFacts(SCHEDULE)
+    assert "prompt" not in facts.to_json()
+    assert IndexFacts.from_json(facts.to_json()) == facts
+    prompted = IndexFacts(SCHEDULE, prompt="passage: ")
+    assert IndexFacts.from_json(json.loads(json.dumps(prompted.to_json()))) == prompted
+
+
+def test_a_prompt_is_a_text(refuses: Refuses) -> None:
+    text = (
+        "prompt must be the text that stood before each text of the gallery, or None. "
+        "Received: prompt=['passage: ']. Give for example manifest.prompts['passage']."
+    )
+    with refuses(ValueError, text):
+        IndexFacts(SCHEDULE, prompt=["passage: "])  # type: ignore[arg-type]
+    with pytest.raises(ManifestError, match="prompt must be the text"):
+        IndexFacts.from_json({**IndexFacts(SCHEDULE).to_json(), "prompt": 3})
 
 
 def test_no_queries_have_no_neighbours(build: Build) -> None:

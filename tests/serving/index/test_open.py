@@ -59,3 +59,10 @@ def test_an_engine_replaces_the_other(tmp_path: Path) -> None:
         card = json.loads((tmp_path / "index.json").read_text())
         assert card["engine"] == name
         assert len(list(tmp_path.iterdir())) == 1 + len(card["files"])
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_a_saved_index_knows_its_prompt(engine: str, tmp_path: Path) -> None:
+    for prompt in ("passage: ", None, ""):
+        ENGINES[engine](GALLERY, SCHEDULE, prompt=prompt).save(tmp_path)
+        assert open_index(tmp_path).prompt == prompt

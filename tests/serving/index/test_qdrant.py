@@ -707,6 +707,7 @@ def test_a_schedule_must_be_of_stored_dims(
         ({"schedule": FunnelSchedule((3, 4), (3,), 2)}, "dims=(3, 4), metric='cosine', {}None"),
         ({"metric": "dot"}, "dims=(2, 4), metric='dot', {}None"),
         ({"encoder_fingerprint": "5e1f"}, "dims=(2, 4), metric='cosine', {}'5e1f'"),
+        ({"prompt": "passage: "}, "dims=(2, 4), metric='cosine', {}None, prompt='passage: '"),
     ],
 )
 def test_a_build_does_not_go_on_with_another_gallery(
