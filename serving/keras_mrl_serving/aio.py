@@ -21,6 +21,7 @@ from .conversation import Progress, Round, Rounds, Talk
 from .errors import KerasMrlError
 from .index import Index
 from .inputs import Inputs
+from .prompts import Prompt
 from .quality import cheapest_dim
 from .results import Classification, Neighbors
 
@@ -76,10 +77,11 @@ class AsyncClient(BaseClient[AsyncTransport]):
         *,
         other_tower: bool = False,
         exit: str | None = None,
+        prompt: str | None = None,
         progress: Progress | None = None,
     ) -> npt.NDArray[np.float32]:
         """Return embeddings `(batch, dim)`."""
-        question = questions.embed(inputs, dim, other_tower, exit)
+        question = questions.embed(inputs, dim, other_tower, exit, prompt)
         return await self._run(self._conversation.ask(question, progress))
 
     async def classify(
@@ -126,6 +128,7 @@ class AsyncClient(BaseClient[AsyncTransport]):
         *,
         k: int | None = None,
         among: npt.ArrayLike | None = None,
+        prompt: Prompt = ...,
     ) -> Neighbors:
         """Return the nearest gallery rows of inputs; a local index searches in a thread."""
         ask = self._conversation.ask
@@ -133,12 +136,13 @@ class AsyncClient(BaseClient[AsyncTransport]):
         if index is None or isinstance(index, AsyncClient):
             flows.check_served_search(k, among)
         if index is None:
-            return await self._run(ask(questions.retrieve(inputs)))
-        width = (await index.describe()).width if isinstance(index, AsyncClient) else index.width
-        embedded = await self._run(ask(questions.embed_with_fingerprint(inputs, width)))
+            return await self._run(ask(questions.retrieve(inputs, prompt)))
+        gallery = await index.describe() if isinstance(index, AsyncClient) else index
+        question = questions.embed_with_fingerprint(inputs, gallery.width, prompt=prompt)
+        embedded = await self._run(ask(question))
+        flows.check_gallery(gallery, embedded)
         if isinstance(index, AsyncClient):
             return await index.search(embedded.embeddings, encoder=embedded.fingerprint)
-        flows.check_encoder(index.encoder_fingerprint, embedded.fingerprint)
         return await asyncio.to_thread(index.search, embedded.embeddings, k, among)
 
     async def predict(
@@ -159,12 +163,13 @@ class AsyncClient(BaseClient[AsyncTransport]):
         path: str | os.PathLike[str],
         *,
         other_tower: bool = False,
+        prompt: str | None = None,
         progress: corpus.Progress | None = None,
         manifest: Manifest | None = None,
     ) -> npt.NDArray[np.float32]:
         """Embed a corpus of any size into an `.npy` file; call again to resume after a crash."""
         embed = self._conversation.embed_dataset
-        return await self._run(embed(data, dim, path, progress, manifest, other_tower))
+        return await self._run(embed(data, dim, path, progress, manifest, other_tower, prompt))
 
     async def close(self) -> None:
         """Close the connection."""

@@ -23,6 +23,7 @@ from .errors import KerasMrlError
 from .index import Index
 from .inputs import Inputs
 from .options import Options
+from .prompts import Prompt
 from .quality import cheapest_dim
 from .results import Classification, Neighbors
 
@@ -147,20 +148,24 @@ class Client(BaseClient[Transport]):
         *,
         other_tower: bool = False,
         exit: str | None = None,
+        prompt: str | None = None,
         progress: Progress | None = None,
     ) -> npt.NDArray[np.float32]:
         """Return embeddings `(batch, dim)`, as the model computed them: NaN, too.
 
         Args:
-            inputs: One array, batch first, or a dict of them by input name.
+            inputs: One array, batch first, or a dict of them by input name. Of a model of texts a
+                str, or a list or an array of str or of UTF-8 bytes.
             dim: One of `describe().dims`.
             other_tower: Whether the rows are of the side of galleries, in a model of two towers;
                 `describe().other_tower` has their inputs.
             exit: One of `describe().exit_names`, if the version has a signature of this exit and
                 dim; None for the last.
+            prompt: The name of one of `describe().prompts`, whose text is put before each text:
+                "query" before what is searched for. None leaves the texts as they are.
             progress: Called with the rows answered so far and all rows.
         """
-        question = questions.embed(inputs, dim, other_tower, exit)
+        question = questions.embed(inputs, dim, other_tower, exit, prompt)
         return self._run(self._conversation.ask(question, progress))
 
     def classify(
@@ -241,6 +246,7 @@ class Client(BaseClient[Transport]):
         *,
         k: int | None = None,
         among: npt.ArrayLike | None = None,
+        prompt: Prompt = ...,
     ) -> Neighbors:
         """Return the nearest gallery rows of inputs.
 
@@ -251,18 +257,23 @@ class Client(BaseClient[Transport]):
                 built with another encoder refuses them.
             k: How many neighbours an index in this process returns; None for all of its funnel.
             among: The only ids that an index in this process may return.
+            prompt: As for `embed`. Left out, it is the prompt called "query" where the model has
+                one; None leaves the texts as they are. An index whose gallery was embedded with a
+                prompt that the model lacks, or without the model's prompt for galleries
+                ("passage" or "document"), is refused.
         """
         ask = self._conversation.ask
         flows.check_index(index, Client)
         if index is None or isinstance(index, Client):
             flows.check_served_search(k, among)
         if index is None:
-            return self._run(ask(questions.retrieve(inputs)))
-        width = index.describe().width if isinstance(index, Client) else index.width
-        embedded = self._run(ask(questions.embed_with_fingerprint(inputs, width)))
+            return self._run(ask(questions.retrieve(inputs, prompt)))
+        gallery = index.describe() if isinstance(index, Client) else index
+        question = questions.embed_with_fingerprint(inputs, gallery.width, prompt=prompt)
+        embedded = self._run(ask(question))
+        flows.check_gallery(gallery, embedded)
         if isinstance(index, Client):
             return index.search(embedded.embeddings, encoder=embedded.fingerprint)
-        flows.check_encoder(index.encoder_fingerprint, embedded.fingerprint)
         return index.search(embedded.embeddings, k, among)
 
     def predict(
@@ -289,6 +300,7 @@ class Client(BaseClient[Transport]):
         path: str | os.PathLike[str],
         *,
         other_tower: bool = False,
+        prompt: str | None = None,
         progress: corpus.Progress | None = None,
         manifest: Manifest | None = None,
     ) -> npt.NDArray[np.float32]:
@@ -301,6 +313,8 @@ class Client(BaseClient[Transport]):
             dim: One of `describe().dims`.
             path: The file. Until all rows are embedded, they are in `PATH.partial`.
             other_tower: As for `embed`: galleries of a model of two towers go through the other.
+            prompt: As for `embed`: "passage" or "document" before the texts of a gallery, whichever
+                the model has. Give its text, `describe().prompts[prompt]`, to the index.
             progress: Called with the rows embedded so far and all rows; None for an unknown number.
             manifest: As `describe` has just returned it; None asks for it.
 
@@ -312,7 +326,7 @@ class Client(BaseClient[Transport]):
             FileExistsError: If the file is there: it is never overwritten.
         """
         embed = self._conversation.embed_dataset
-        return self._run(embed(data, dim, path, progress, manifest, other_tower))
+        return self._run(embed(data, dim, path, progress, manifest, other_tower, prompt))
 
     def close(self) -> None:
         """Close the connection."""

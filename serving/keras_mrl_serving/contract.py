@@ -384,6 +384,11 @@ class Manifest:
         return (self.preprocessor or {}).get("prompts", {})
 
     @property
+    def gallery_prompts(self) -> Mapping[str, str]:
+        """What may be put before a text of a gallery: the prompts of the tower it goes through."""
+        return self.tower(self.other_tower is not None).prompts
+
+    @property
     def other_inputs(self) -> Mapping[str, Mapping[str, Any]] | None:
         """The inputs of the other tower; None of a model of one."""
         return None if self.other_tower is None else self.other_tower["inputs"]

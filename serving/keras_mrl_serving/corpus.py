@@ -218,8 +218,9 @@ def _is_file(status: os.stat_result) -> bool:
 
 _HEADER_BYTES = 128  # fits any number of rows, so that the header can be rewritten in place
 _VALUE_BYTES = 4
-# After the fingerprint in a journal. A client that knows one tower takes it for another model's.
+# After the fingerprint in a journal. A client that knows neither takes it for another model's.
 _OF_OTHER_TOWER = " of the other tower"
+_WITH_PROMPT = " with prompt "  # and the prompt as JSON
 
 
 class EmbeddingFile:
@@ -235,12 +236,13 @@ class EmbeddingFile:
         fingerprint: Fingerprint of the model that makes the embeddings.
         corpus: Digest of the corpus, see `digest`; None skips the check that it is the same.
         other_tower: Whether the other tower of the model embeds the rows.
+        prompt: The text that is put before each text; "" without a prompt.
 
     Raises:
         FileExistsError: If there is a finished file at `path`, or something else than a file where
             it is written first.
         EncoderMismatchError: If the file was begun with another model.
-        ValueError: If the file was begun with another dim, tower or corpus, or is damaged.
+        ValueError: If the file was begun with another dim, tower, prompt or corpus, or is damaged.
         BlockingIOError: If another process is writing the file.
 
     Examples:
@@ -260,9 +262,11 @@ class EmbeddingFile:
         fingerprint: str,
         corpus: str | None = None,
         other_tower: bool = False,
+        prompt: str = "",
     ) -> None:
         self.path = Path(path)
         self.other_tower = other_tower
+        self.prompt = prompt
         self.corpus = corpus
         self.dim = dim
         self.fingerprint = fingerprint
@@ -338,7 +342,7 @@ class EmbeddingFile:
         self._digest.update(rows)
         entry = {
             "dim": self.dim,
-            "fingerprint": self.fingerprint + (_OF_OTHER_TOWER if self.other_tower else ""),
+            "fingerprint": self._made_by(),
             "rows": self.rows,
             "rows_sha256": self._digest.hexdigest(),
         }
@@ -374,6 +378,11 @@ class EmbeddingFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def _made_by(self) -> str:
+        tower = _OF_OTHER_TOWER if self.other_tower else ""
+        prompt = f"{_WITH_PROMPT}{json.dumps(self.prompt)}" if self.prompt else ""
+        return f"{self.fingerprint}{tower}{prompt}"
 
     def _check_free(self) -> None:
         if self.path.exists():
@@ -425,9 +434,11 @@ class EmbeddingFile:
             entry = parse_json(read_bytes(self._journal, JSON_BYTES))
             dim, rows, written = int(entry["dim"]), int(entry["rows"]), str(entry["fingerprint"])
             corpus, self._safe_digest = entry.get("corpus_sha256"), entry.get("rows_sha256")
+            maker, _, quoted = written.partition(_WITH_PROMPT)
+            prompt = str(parse_json(quoted)) if quoted else ""
         except (ValueError, KeyError, TypeError, IsADirectoryError) as error:
             raise self._damaged_error(f"{self._journal}, which does not read") from error
-        fingerprint = written.removesuffix(_OF_OTHER_TOWER)
+        fingerprint = maker.removesuffix(_OF_OTHER_TOWER)
         if fingerprint != self.fingerprint:
             raise self._other_model_error(fingerprint)
         if dim != self.dim:
@@ -436,7 +447,13 @@ class EmbeddingFile:
                 f"Received: dim={self.dim} for {self._partial}, begun with dim={dim}. Give the "
                 f"dim it was begun with, or remove {self._partial} and {self._journal}."
             )
-        other_tower = written != fingerprint
+        if prompt != self.prompt:
+            raise ValueError(
+                "All rows of a file have one prompt. "
+                f"Received: {self.prompt!r} for {self._partial}, begun with {prompt!r}. Give the "
+                f"prompt it was begun with, or remove {self._partial} and {self._journal}."
+            )
+        other_tower = maker != fingerprint
         if other_tower != self.other_tower:
             raise ValueError(
                 "All rows of a file go through one tower. "

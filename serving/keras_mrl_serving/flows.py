@@ -7,7 +7,7 @@ result. `Client` drives it over gRPC; a test drives it with a function.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,11 @@ from .errors import (
     SignatureNotFoundError,
 )
 from .inputs import Inputs, as_arrays, check_inputs
+from .prompts import check_gallery_prompt
 from .results import Embedded, Neighbors
+
+if TYPE_CHECKING:
+    from .index import Index
 
 T = TypeVar("T")
 # A flow is sent the answer to the request it yielded last: arrays for a `Call`.
@@ -189,7 +193,7 @@ def embed_with_fingerprint(
     """
     embeddings = yield from embed(manifest, inputs, dim, other_tower)
     answering = yield AskManifest()  # of the version that answered, perhaps not that of `manifest`
-    return Embedded(embeddings, answering.fingerprint)
+    return Embedded(embeddings, answering.fingerprint, answering.gallery_prompts)
 
 
 def search(
@@ -301,6 +305,25 @@ def check_encoder(built_with: str | None, encoder: str | None) -> None:
             f"with {built_with!r}. Embed the gallery anew with the model that is served, or serve "
             "the model the index was built with."
         )
+
+
+def check_gallery(gallery: Index | Manifest, embedded: Embedded) -> None:
+    """Raise unless a gallery was embedded by the model of the queries, with one of its prompts.
+
+    Args:
+        gallery: An index in this process, or the manifest of one that is served.
+        embedded: The queries.
+
+    Raises:
+        EncoderMismatchError: If another model embedded it, or it had another prompt.
+
+    Examples:
+        >>> manifest = Manifest(name="birds", kind="index", fingerprint="c0de", dims=(8, 64),
+        ...     width=64, inputs={}, made_with={}, encoder_fingerprint="5e1f")
+        >>> check_gallery(manifest, Embedded(np.zeros((1, 64), np.float32), "5e1f"))
+    """
+    check_encoder(gallery.encoder_fingerprint, embedded.fingerprint)
+    check_gallery_prompt(getattr(gallery, "prompt", None), embedded.prompts)
 
 
 def _neighbor_outputs(manifest: Manifest) -> dict[str, Output]:

@@ -18,6 +18,7 @@ from .flows import Flow
 from .images import served_image
 from .inputs import Inputs, check_inputs
 from .options import LARGEST_ANSWER_BYTES, Options
+from .prompts import Prompt, put_before, text_of
 from .results import Classification, Embedded, Neighbors
 
 T = TypeVar("T")
@@ -46,6 +47,8 @@ class Question(Generic[K, T]):
             flow takes out of its rows and does not send. The same arrays every time, whatever is
             asked again.
         other: Returns the inputs of the other tower, by the facts; None of a model of one.
+        prompt: Returns what is put before each text, by the facts; None of a model that does not
+            make tokens of texts.
 
     Examples:
         >>> embed(np.zeros((3, 4)), dim=2).needs
@@ -60,18 +63,25 @@ class Question(Generic[K, T]):
     decodes: Callable[[K], bool] = lambda _: False
     columns: Callable[[int], Mapping[str, npt.NDArray[Any]]] = lambda _: {}
     other: Callable[[K], Mapping[str, Mapping[str, Any]] | None] = lambda _: None
+    prompt: Callable[[K], str | None] = lambda _: None
 
     def parts(self, facts: K, options: Options) -> list[Inputs]:
         """Return the rows in parts, at least one, each within the limits of one call.
 
         Raises:
             InvalidInputError: If the inputs are not what the model takes.
+            UnknownPromptError: If the model lacks the prompt.
             UnreadableImageError: If a model that decodes images gets what is no whole image.
             ImportError: If an image must be turned before it is sent, and Pillow is not installed.
         """
         if self.specs is None:
             return [self.inputs]
-        arrays = check_inputs(self.specs(facts), self.inputs, self.other(facts))
+        prompt, inputs = self.prompt(facts), self.inputs
+        if prompt is not None and isinstance(inputs, str | bytes):
+            inputs = [inputs]
+        arrays = check_inputs(self.specs(facts), inputs, self.other(facts))
+        if prompt:
+            arrays = {name: put_before(prompt, array) for name, array in arrays.items()}
         if self.decodes(facts):
             arrays = {name: _as_served(array) for name, array in arrays.items()}
         rows = len(next(iter(arrays.values())))
@@ -92,7 +102,11 @@ class Question(Generic[K, T]):
 
 
 def embed(
-    inputs: Inputs, dim: int, other_tower: bool = False, exit: str | None = None
+    inputs: Inputs,
+    dim: int,
+    other_tower: bool = False,
+    exit: str | None = None,
+    prompt: str | None = None,
 ) -> Question[Manifest, npt.NDArray[np.float32]]:
     """Ask for embeddings of one dim, by the tower of queries or by the other, or at an exit.
 
@@ -105,11 +119,12 @@ def embed(
         lambda m, x: flows.embed(m, x, dim, other_tower, exit),
         lambda m: _vector_bytes(m, dim),
         other_tower,
+        prompt,
     )
 
 
 def embed_with_fingerprint(
-    inputs: Inputs, dim: int, other_tower: bool = False
+    inputs: Inputs, dim: int, other_tower: bool = False, prompt: Prompt = None
 ) -> Question[Manifest, Embedded]:
     """Ask for embeddings of one dim, and for the fingerprint of their model.
 
@@ -122,6 +137,7 @@ def embed_with_fingerprint(
         lambda m, x: flows.embed_with_fingerprint(m, x, dim, other_tower),
         lambda m: _vector_bytes(m, dim),
         other_tower,
+        prompt,
     )
 
 
@@ -221,14 +237,14 @@ def search(
     )
 
 
-def retrieve(inputs: Inputs) -> Question[Manifest, Neighbors]:
+def retrieve(inputs: Inputs, prompt: Prompt = ...) -> Question[Manifest, Neighbors]:
     """Ask a model that holds encoder and index for the neighbours of inputs.
 
     Examples:
         >>> retrieve([[0, 127, 255]]).inputs
         [[0, 127, 255]]
     """
-    return _about_model(inputs, flows.retrieve, _neighbors_bytes)
+    return _about_model(inputs, flows.retrieve, _neighbors_bytes, prompt=prompt)
 
 
 def predict(
@@ -284,7 +300,13 @@ def _about_model(
     flow: Callable[[Manifest, Inputs], Flow[T]],
     answer_row_bytes: Callable[[Manifest], int],
     other_tower: bool = False,
+    prompt: Prompt = None,
 ) -> Question[Manifest, T]:
+    def text(manifest: Manifest) -> str | None:
+        tower = manifest.tower(other_tower)
+        put = text_of(prompt, tower)
+        return None if tower.preprocessor is None else put
+
     return Question(
         inputs,
         flow,
@@ -293,6 +315,7 @@ def _about_model(
         answer_row_bytes,
         lambda m: m.tower(other_tower).decoder is not None,
         other=lambda m: m.tower(other_tower).other_inputs,
+        prompt=text,
     )
 
 

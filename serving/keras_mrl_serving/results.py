@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import compress
+from types import MappingProxyType
 from typing import Any, NamedTuple, SupportsIndex, TypeVar, overload
 
 import numpy as np
@@ -229,11 +230,12 @@ class Neighbors:
 
 
 class Embedded(NamedTuple):
-    """Embeddings, and the fingerprint of the model that made them.
+    """Embeddings, and what is known of the model that made them.
 
     Args:
         embeddings: float32 `(batch, dim)`.
         fingerprint: The fingerprint in the model's manifest.
+        prompts: What may stand before each text of a gallery, by name.
 
     Examples:
         >>> Embedded(np.zeros((2, 8), np.float32), "5e1f").fingerprint
@@ -242,6 +244,7 @@ class Embedded(NamedTuple):
 
     embeddings: npt.NDArray[np.float32]
     fingerprint: str
+    prompts: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,7 +284,7 @@ def join(parts: Sequence[T]) -> T:
     if isinstance(first, np.ndarray):
         joined: Any = np.concatenate(answers)
     elif isinstance(first, Embedded):
-        joined = Embedded(np.concatenate([a.embeddings for a in answers]), first.fingerprint)
+        joined = first._replace(embeddings=np.concatenate([a.embeddings for a in answers]))
     else:
         joined = type(first)(
             **{

@@ -468,6 +468,7 @@ def test_each_tower_has_prompts_of_its_own() -> None:
     )
     two = Manifest.from_json(photos.to_json())
     assert (two.prompts, two.tower(other_tower=True).prompts) == ({}, TEXTS.prompts)
+    assert two.gallery_prompts == TEXTS.gallery_prompts == TEXTS.prompts
     of_texts = replace(TEXTS, other_tower={"inputs": TWO_TOWERS.inputs})
     assert of_texts.tower(other_tower=True).prompts == {}
 
