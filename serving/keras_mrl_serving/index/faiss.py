@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from .base import (
     rounding,
 )
 from .first_stage import FirstStage, Progress, Shortlister, check_first_stage, import_faiss
+from .refined import RefinedIndex, unscaled
 from .storage import IndexWriter, SavedFiles, open_saved
 
 ENGINE = "faiss"
@@ -84,6 +86,7 @@ class FaissIndex(LocalIndex):
         self.plan = plan
         self._first = first
         self._stages = stages
+        self._one_query = (1, facts.width)
 
     @classmethod
     def build(
@@ -205,6 +208,43 @@ class FaissIndex(LocalIndex):
         """Which FAISS index looks at the whole gallery."""
         return self._first.spec
 
+    def search(
+        self, queries: npt.ArrayLike, k: int | None = None, among: npt.ArrayLike | None = None
+    ) -> Neighbors:
+        """Return the nearest gallery rows of each query, best first, ties in order of id.
+
+        One query, as a float32 array of the index's width, is answered by one call of FAISS.
+
+        Args:
+            queries: Embeddings `(batch, width)` or wider, raw or scaled.
+            k: Number of neighbours, at most the `k` of the funnel; None for as many.
+            among: The only ids that may be returned, int64 `(n,)`; ids that are not in the
+                gallery are passed over, and fewer than `k` give fewer columns. None: all.
+
+        Raises:
+            ValueError: If queries, k or ids do not fit, or a value is not finite.
+        """
+        # Every line here is paid by every query, and the caches are cold after the one before it.
+        if among is None and type(queries) is np.ndarray and queries.shape == self._one_query:
+            refined, most = self._refined, self.facts.schedule.k
+            number = most if k is None else k
+            if refined is not None and type(number) is int and 0 < number <= most:
+                found = refined.search_one(queries, number)
+                if found is not None:
+                    rows, scores = found
+                    return Neighbors(rows if self._are_row_numbers else self.ids[rows], scores)
+        return super().search(queries, k, among)
+
+    @cached_property
+    def _are_row_numbers(self) -> bool:
+        """Whether the ids are the numbers of the rows."""
+        return bool((self.ids == np.arange(len(self.ids))).all())
+
+    @cached_property
+    def _refined(self) -> RefinedIndex | None:
+        """The funnel as one FAISS index; None where that cannot keep what is promised of ties."""
+        return self._first.refined(self.schedule, self._stages, self.metric)
+
     def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
         if len(queries) > 1:
             return self._search_funnel(queries, k, rows)
@@ -218,9 +258,9 @@ class FaissIndex(LocalIndex):
             faiss.omp_set_num_threads(threads)
 
     def _search_funnel(self, queries: Vectors, k: int, among: Ids | None) -> Neighbors:
-        facts = self.facts
-        schedule = facts.schedule
-        queries = facts.prefix(queries, facts.width)
+        queries = np.ascontiguousarray(queries[:, : self.width])
+        queries, factors = unscaled(queries, self.metric)
+        schedule = self.schedule
         size = schedule.shortlists[0] if schedule.shortlists else k
         total = len(self.ids) if among is None else len(among)
         is_exhaustive = size >= total or (
@@ -230,23 +270,33 @@ class FaissIndex(LocalIndex):
         answers = []
         for start in range(0, len(queries), step):
             chunk = queries[start : start + step]
-            shortlists: Ids | None
-            if not is_exhaustive:
-                shortlists = self._first.search(
-                    _cut(chunk, schedule.dims[0]), size, among, self.ids
-                )
-            else:
+            if is_exhaustive:
                 shortlists = None if among is None else np.tile(among, (len(chunk), 1))
-            answers.append(self._rerank(chunk, k, shortlists, among))
+                answers.append(self._rerank(chunk, k, shortlists, among))
+            elif among is None and self._refined is not None:
+                rows, scores, is_open = self._refined.search(chunk, k)
+                if is_open.any():
+                    rows[is_open], scores[is_open] = self._in_stages(chunk[is_open], k, size, among)
+                answers.append((rows, scores))
+            else:
+                answers.append(self._in_stages(chunk, k, size, among))
         rows, scores = (
             answers[0] if len(answers) == 1 else map(np.concatenate, zip(*answers, strict=True))
         )
+        scores = scores * factors
         ids = self.ids[rows]
         if np.count_nonzero(scores[:, 1:] == scores[:, :-1]):
             order = best_first(ids, scores)
             ids = np.take_along_axis(ids, order, axis=1)
             scores = np.take_along_axis(scores, order, axis=1)
         return Neighbors(ids, scores)
+
+    def _in_stages(
+        self, queries: Vectors, k: int, size: int, among: Ids | None
+    ) -> tuple[Ids, Vectors]:
+        """Search stage by stage, to look at the edges between them."""
+        prefixes = _cut(queries, self.schedule.dims[0])
+        return self._rerank(queries, k, self._first.search(prefixes, size, among, self.ids), among)
 
     def _rerank(
         self, queries: Vectors, k: int, shortlists: Ids | None, among: Ids | None
@@ -275,7 +325,7 @@ def closest(
     metric: str,
     ids: Ids | None = None,
 ) -> tuple[Ids, Vectors]:
-    """Return the best rows of each query's shortlist, best first, and their scores.
+    """Return the best rows of each query's shortlist, best first, and FAISS's scores of them.
 
     FAISS compares them, with no Python per row. Which of equal rows are among the best, their ids
     decide; in which order equal rows come, nothing does.
@@ -308,7 +358,7 @@ def closest(
     if best.shape[1] > k:
         best = lowest_ids_first(distances, best, ids, 0.0, ask)
         distances = distances[:, :k]
-    return best, -distances if metric == "l2" else distances
+    return best, distances
 
 
 def _compared(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import DamagedIndexError, manifest_errors
+from ..funnel import FunnelSchedule
 from .base import Ids, IndexFacts, Vectors, lowest_ids_first, rounding
+from .refined import RefinedIndex, graph_codes
 
 Progress = Callable[[int, int], object]  # rows done, all rows
 
@@ -267,6 +269,26 @@ class Shortlister:
             metric = "l2" if self.index.metric_type == faiss.METRIC_L2 else "dot"
             slack = float(rounding(metric, self.dim, lengths.max(), self._longest))
         return lowest_ids_first(scores, rows, ids, slack, ask)
+
+    def refined(
+        self, schedule: FunnelSchedule, stages: Mapping[int, Vectors], metric: str
+    ) -> RefinedIndex | None:
+        """Return a whole funnel as one FAISS index.
+
+        None unless this is a graph over its own rows or codes of 4 bits: of the rows at the edge of
+        a shortlist that look equal, others let the lowest ids pass.
+
+        Args:
+            schedule: The funnel, whose first dim is that of this first stage.
+            stages: Rows by dim, as the metric compares them.
+            metric: "cosine", "dot" or "l2".
+        """
+        faiss = import_faiss()
+        if self.spec.is_binary:
+            return None
+        if not self._is_coarse and graph_codes(faiss, self.index) is None:
+            return None
+        return RefinedIndex(faiss, self.index, schedule, stages, metric)
 
     def _ask(
         self, faiss: Any, prefixes: Vectors, count: int, parameters: Any

@@ -319,7 +319,8 @@ def test_where_a_first_stage_cannot_select_the_rows_left_are_all_compared(
     assert_all_compared(index.search(QUERIES, among=among), search, among)
     assert first.searches == []
     assert index.search(QUERIES).ids.shape == (30, 6)
-    assert first.searches == [(30, 15, None)]  # without a filter as ever
+    # Without a filter codes of 4 bits are part of one call, and the others asked by themselves.
+    assert first.searches == ([] if "x4fs" in kind.factory else [(30, 15, None)])
 
 
 @metrics

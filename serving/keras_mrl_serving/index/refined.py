@@ -1,0 +1,278 @@
+"""A whole funnel as one FAISS index, which answers a query in one call.
+
+Around the first stage come FAISS's own parts: an `IndexPreTransform` that cuts the query to the dim
+of the stage, and an `IndexRefine` that compares the shortlist at the next one. The rows of a stage
+are not copied: FAISS reads them where they lie, in memory or in a mapped file.
+
+Between the stages nothing of ours runs. So nothing sees whether the edge of a shortlist ran through
+rows that look equal, of which the lower ids are to pass. An answer is given here only where that
+cannot have been: none of its rows has a copy in the first stage, and no two of its scores are
+equal. The others are searched again stage by stage.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..embeddings import inverse_length
+from ..funnel import FunnelSchedule
+from .base import Ids, Vectors
+
+Rows = npt.NDArray[Any]  # float32 or float16 `(rows, dim)`
+
+# Squared lengths of queries that FAISS takes as they are.
+_LEAST_SQUARE, _MOST_SQUARE = 1e-6, 1e6
+_FLOAT32 = np.dtype(np.float32)
+_NUMBERS_AT_ONCE = 1 << 21  # of codes that are hashed, 16 MiB of uint64
+
+
+class _Space(NamedTuple):
+    """What a thread writes to in a search for so many neighbours, and views of it."""
+
+    query: Vectors
+    scores: Vectors
+    rows: Ids
+    best_scores: Vectors
+    best_rows: Ids
+    arguments: tuple[Any, ...]
+    count: int
+
+
+class RefinedIndex:
+    """A funnel that FAISS searches in one call, one query at a time.
+
+    Args:
+        faiss: The module.
+        first: FAISS index of the first stage: a graph, or codes of 4 bits. Others promise more of
+            equal rows than this can keep.
+        schedule: The funnel.
+        stages: Rows by dim, as the metric compares them.
+        metric: "cosine", "dot" or "l2".
+
+    Examples:
+        >>> import faiss
+        >>> rows = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
+        >>> first = faiss.index_factory(4, "HNSW8", faiss.METRIC_INNER_PRODUCT)
+        >>> first.add(np.ascontiguousarray(rows[:, :4]))
+        >>> funnel = FunnelSchedule((4, 8), (100,), 1)
+        >>> refined = RefinedIndex(faiss, first, funnel, {8: rows}, "dot")
+        >>> found, scores = refined.search_one(rows[7:8], 1)
+        >>> found[0].tolist() == np.argsort(-rows @ rows[7])[:1].tolist()
+        True
+    """
+
+    def __init__(
+        self,
+        faiss: Any,
+        first: Any,
+        schedule: FunnelSchedule,
+        stages: Mapping[int, Rows],
+        metric: str,
+    ) -> None:
+        self._faiss = faiss
+        self._first = first
+        self._sizes = schedule.shortlists
+        self._width = schedule.dims[-1]
+        self._parts: list[Any] = [stages]  # FAISS frees what Python no longer holds
+        self._is_cut: list[bool] = []  # for each later stage, whether the one before is narrower
+        self._index = first
+        dim = schedule.dims[0]
+        for wider in schedule.dims[1:] or schedule.dims:
+            self._is_cut.append(wider != dim)
+            if wider != dim:
+                cut = faiss.RemapDimensionsTransform(wider, dim, False)
+                self._index = faiss.IndexPreTransform(cut, self._index)
+                self._parts += [cut, self._index]
+            rows = over_rows(faiss, stages[wider], metric)
+            self._index = faiss.IndexRefine(self._index, rows)
+            self._parts += [rows, self._index]
+            dim = wider
+        self._search = self._index.search_c
+        self._spaces = threading.local()
+        self._metric, self._sign = metric, -1 if metric == "l2" else 1
+
+    def search_one(self, query: npt.NDArray[Any], k: int) -> tuple[Ids, Vectors] | None:
+        """Return the rows nearest to a query, and their scores.
+
+        None where equal rows may have decided, where the first stage found too few, and for a query
+        that is not float32, not finite or of an odd length.
+
+        Args:
+            query: `(1, width)`.
+            k: Number of neighbours, at most the funnel's.
+
+        Shapes:
+            Returns int64 and float32 `(1, k)`.
+        """
+        if query.dtype != _FLOAT32:
+            return None
+        # One product is the test of the numbers and the squared length.
+        square = float(np.vdot(query, query))
+        if not _LEAST_SQUARE <= square <= _MOST_SQUARE:
+            return None
+        spaces = self._spaces.__dict__
+        space: _Space = spaces.get(k) or spaces.setdefault(k, self._space(k))
+        space.query[:] = query
+        self._search(*space.arguments)
+        # By Python's numbers: of so few they take a fraction of the time that NumPy does.
+        if len(set(*space.scores.tolist())) < space.count or space.rows.item(-1) < 0:
+            return None
+        if self._copied is not None and self._copied[space.rows].any():
+            return None
+        factor = 1 / math.sqrt(square) if self._metric == "cosine" else self._sign
+        return space.best_rows.copy(), space.best_scores * factor
+
+    def search(self, queries: Vectors, k: int) -> tuple[Ids, Vectors, npt.NDArray[np.bool_]]:
+        """Return the rows nearest to each query, their scores, and which answers do not count.
+
+        Args:
+            queries: `(batch, width)`, contiguous.
+            k: Number of neighbours.
+
+        Shapes:
+            Returns int64, float32 `(batch, k)` and bool `(batch,)`.
+        """
+        count, parameters = self._parameters(k)
+        scores = np.empty((len(queries), count), np.float32)
+        rows = np.empty((len(queries), count), np.int64)
+        x, values, numbers = map(self._faiss.swig_ptr, (queries, scores, rows))
+        self._search(len(queries), x, count, values, numbers, parameters)
+        is_open = (scores[:, 1:] == scores[:, :-1]).any(axis=1) | (rows[:, -1] < 0)
+        if self._copied is not None:
+            is_open |= self._copied[rows].any(axis=1)
+        return rows[:, :k], scores[:, :k], is_open
+
+    def _space(self, k: int) -> _Space:
+        count, parameters = self._parameters(k)
+        query = np.empty((1, self._width), np.float32)
+        scores, rows = np.empty((1, count), np.float32), np.empty((1, count), np.int64)
+        x, values, numbers = map(self._faiss.swig_ptr, (query, scores, rows))
+        arguments = (1, x, count, values, numbers, parameters)
+        return _Space(query, scores, rows, scores[:, :k], rows[:, :k], arguments, count)
+
+    def _parameters(self, k: int) -> tuple[int, Any]:
+        """Return for how many neighbours FAISS is asked, and how long its shortlists are."""
+        sizes = self._sizes or (k,)
+        count = min(k + 1, sizes[-1])  # one more shows whether the edge runs through equal scores
+        parameters = None
+        for is_cut, size, next_size in zip(self._is_cut, sizes, (*sizes[1:], count), strict=True):
+            if parameters is not None and is_cut:
+                parameters = self._faiss.SearchParametersPreTransform(index_params=parameters)
+            # FAISS multiplies and rounds down; the half keeps that from being one too few.
+            options = {"k_factor": (size + 0.5) / next_size}
+            if parameters is not None:
+                options["base_index_params"] = parameters
+            parameters = self._faiss.IndexRefineSearchParameters(**options)
+        return count, parameters
+
+    @cached_property
+    def _copied(self) -> npt.NDArray[np.bool_] | None:
+        """Which rows look like another to the first stage; None if none does, or all may."""
+        codes = graph_codes(self._faiss, self._first)
+        if codes is None:
+            return None
+        copied = has_copies(codes)
+        return copied if copied.any() else None
+
+
+def unscaled(queries: Vectors, metric: str) -> tuple[Vectors, Vectors]:
+    """Return queries as FAISS takes them, and what its scores of each are multiplied by.
+
+    A cosine is a product divided by the query's length, which changes no order: so queries are not
+    scaled, but those so short or long that FAISS might round them to nothing.
+
+    Args:
+        queries: `(batch, width)`, contiguous.
+        metric: "cosine", "dot" or "l2".
+
+    Shapes:
+        Returns float32 `(batch, width)` and `(batch, 1)`.
+
+    Examples:
+        >>> queries, factors = unscaled(np.float32([[3, 4], [0, 0]]), "cosine")
+        >>> queries.tolist(), factors.round(3).tolist()
+        ([[3.0, 4.0], [0.0, 0.0]], [[0.20000000298023224], [1.0]])
+    """
+    if metric != "cosine":
+        return queries, np.full((len(queries), 1), -1 if metric == "l2" else 1, np.float32)
+    squares = [float(np.vdot(query, query)) for query in queries]
+    is_odd = [not _LEAST_SQUARE <= square <= _MOST_SQUARE for square in squares]
+    factors = [
+        1 if odd else 1 / math.sqrt(square) for odd, square in zip(is_odd, squares, strict=True)
+    ]
+    if any(is_odd):
+        lengths = inverse_length(np.float32(squares))
+        queries = queries * np.where(is_odd, lengths, np.float32(1))[:, None]
+    return queries, np.float32(factors)[:, None]
+
+
+def over_rows(faiss: Any, rows: Rows, metric: str) -> Any:
+    """Return a FAISS index of rows that are not copied; hold on to them as long as to it.
+
+    Examples:
+        >>> import faiss
+        >>> rows = np.eye(3, dtype=np.float32)
+        >>> over_rows(faiss, rows, "dot").search(rows[1:2], 1)[1].tolist()
+        [[1]]
+    """
+    number, dim = rows.shape
+    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    if rows.dtype == np.float16:
+        index = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, kind)
+    else:
+        index = faiss.IndexFlat(dim, kind)
+    index.codes = faiss.MaybeOwnedVectorUInt8.create_view(
+        faiss.swig_ptr(rows.view(np.uint8)), rows.nbytes, index.codes.owner
+    )
+    index.ntotal = number
+    return index
+
+
+def graph_codes(faiss: Any, first: Any) -> npt.NDArray[np.uint8] | None:
+    """Return the codes of the rows of a graph, a view of `(rows, code size)`; None of others.
+
+    Examples:
+        >>> import faiss
+        >>> graph = faiss.index_factory(4, "HNSW8")
+        >>> graph.add(np.eye(4, dtype=np.float32))
+        >>> graph_codes(faiss, graph).shape
+        (4, 16)
+    """
+    index = faiss.downcast_index(first)
+    while isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    storage = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else None
+    if not isinstance(storage, faiss.IndexFlatCodes) or not storage.ntotal:
+        return None
+    size = storage.ntotal * storage.code_size
+    codes = faiss.rev_swig_ptr(storage.codes.data(), size)
+    return np.asarray(codes.reshape(storage.ntotal, storage.code_size))
+
+
+def has_copies(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Return which rows equal another one, `(rows,)`; once in 2**64 also one that equals none.
+
+    Examples:
+        >>> has_copies(np.uint8([[1, 2], [3, 4], [1, 2]])).tolist()
+        [True, False, True]
+    """
+    words = codes.view(np.uint32) if codes.shape[1] % 4 == 0 else codes
+    rng = np.random.default_rng(0)
+    factors = rng.integers(1, 2**63, size=words.shape[1], dtype=np.uint64) * 2 + 1
+    hashes = np.empty(len(codes), np.uint64)
+    step = max(1, _NUMBERS_AT_ONCE // words.shape[1])
+    for start in range(0, len(codes), step):
+        hashes[start : start + step] = words[start : start + step].astype(np.uint64) @ factors
+    order = np.argsort(hashes)
+    same = hashes[order][1:] == hashes[order][:-1]
+    copied = np.zeros(len(codes), bool)
+    copied[order[1:]] = same
+    copied[order[:-1]] |= same
+    return copied

@@ -1,0 +1,252 @@
+"""One call of FAISS answers as the stages one by one do, and steps back where it might not."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keras_mrl_serving.funnel import FunnelSchedule
+from keras_mrl_serving.index import FaissIndex, FirstStage, open_index
+from keras_mrl_serving.index.first_stage import Shortlister, import_faiss
+from keras_mrl_serving.index.refined import (
+    RefinedIndex,
+    graph_codes,
+    has_copies,
+    over_rows,
+    unscaled,
+)
+from keras_mrl_serving.results import Neighbors
+from tests.helpers.galleries import METRICS, Array, assert_same, clusters
+
+ROWS = 400
+GALLERY, QUERIES = clusters(0, ROWS, 40), clusters(1, 30, 40)
+FUNNELS = {
+    "two": FunnelSchedule((16, 40), (15,), 6),
+    "three": FunnelSchedule((16, 24, 40), (15, 9), 6),
+    "one": FunnelSchedule((40,), (), 6),
+    "as long as the answer": FunnelSchedule((16, 40), (6,), 6),
+}
+GRAPH = FirstStage("HNSW8_SQ8", "efSearch=20")
+KINDS = (FirstStage("HNSW8", "efSearch=20"), GRAPH, FirstStage("IVF8,PQ8x4fs", "nprobe=3"))
+
+metrics = pytest.mark.parametrize("metric", METRICS)
+funnels = pytest.mark.parametrize("funnel", FUNNELS.values(), ids=FUNNELS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More wait for one another, where other work has the cores."""
+    faiss = import_faiss()
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
+
+
+def built(
+    kind: FirstStage, funnel: FunnelSchedule, metric: str = "cosine", rows: Array = GALLERY
+) -> FaissIndex:
+    ids = np.random.default_rng(2).permutation(10 * ROWS)[: len(rows)]
+    return FaissIndex.build(rows, funnel, ids, metric, first_stage=kind)
+
+
+class Counted:
+    """Counts the answers that one call gave, and those for which it stepped back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given, self.stepped_back = 0, 0
+        search_one = RefinedIndex.search_one
+
+        def counted(*arguments: Any) -> Any:
+            answer = search_one(*arguments)
+            self.given += answer is not None
+            self.stepped_back += answer is None
+            return answer
+
+        monkeypatch.setattr(RefinedIndex, "search_one", counted)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch)
+
+
+def in_stages(index: FaissIndex, queries: Array, k: int | None = None) -> Neighbors:
+    """The answer of the stages, one after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shortlister, "refined", lambda *_: None)
+        apart = built(index.first_stage, index.schedule, index.metric)
+        return apart.search(queries, k)
+
+
+@metrics
+@funnels
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_one_call_answers_as_the_stages_do(
+    kind: FirstStage, funnel: FunnelSchedule, metric: str, counted: Counted
+) -> None:
+    index = built(kind, funnel, metric)
+    for k in (None, 1, 4):
+        expected = in_stages(index, QUERIES, k)
+        assert_same(index.search(QUERIES, k), expected)
+        for row in range(30):
+            assert_same(index.search(QUERIES[row : row + 1], k), expected[row : row + 1])
+    assert counted.given == 90
+
+
+@metrics
+def test_the_other_first_stages_are_searched_stage_by_stage(metric: str, counted: Counted) -> None:
+    """They promise that of rows at the edge of a shortlist that look equal the lowest ids pass."""
+    for factory in ("Flat", "SQ8", "IVF8,Flat", "RaBitQ", "BFlat"):
+        built(FirstStage(factory), FUNNELS["two"], metric).search(QUERIES[:1])
+    assert (counted.given, counted.stepped_back) == (0, 0)
+
+
+@metrics
+@pytest.mark.parametrize("num_copied", [0, 1, 100])
+def test_it_steps_back_where_an_answer_has_a_copy(
+    num_copied: int, metric: str, counted: Counted
+) -> None:
+    """Of copies the graph met, the lowest ids pass, as where the stages are searched apart."""
+    rows = np.concatenate([GALLERY[:300], np.tile(GALLERY[:num_copied], (2, 1))])
+    queries = np.concatenate([GALLERY[:1], QUERIES])
+    index = built(FirstStage("HNSW8", "efSearch=40"), FUNNELS["two"], metric, rows)
+    together = index.search(queries)
+    for row in range(len(queries)):
+        assert_same(index.search(queries[row : row + 1]), together[row : row + 1])
+    assert (counted.stepped_back > 0) == (num_copied > 0)
+    if num_copied:
+        assert together.ids[0, :3].tolist() == sorted(index.ids[[0, 300, 300 + num_copied]])
+
+
+def test_of_equal_rows_the_lowest_id_is_returned_by_the_first_stage_that_is_usual() -> None:
+    """As the exact engine does (faiss #808, #1201)."""
+    rows = np.tile(np.eye(8, dtype=np.float32)[:1], (3, 1))
+    index = FaissIndex.build(rows, FunnelSchedule((4, 8), (2,), 1))
+    assert index.search(rows[:1]).ids.tolist() == [[0]]
+    assert index.search(rows).ids.tolist() == [[0], [0], [0]]
+
+
+@metrics
+def test_where_the_first_stage_finds_too_few_it_steps_back(metric: str, counted: Counted) -> None:
+    kind, funnel = FirstStage("IVF16,PQ8x4fs", "nprobe=1"), FunnelSchedule((16, 40), (300,), 200)
+    index = built(kind, funnel, metric)
+    result = index.search(QUERIES[:1])
+    assert (counted.given, counted.stepped_back) == (0, 1)
+    assert result.ids.shape == (1, 200)
+    assert_same(index.search(QUERIES)[:1], result)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("length", [0, 1e-30, 1e-12, 1e-4, 1, 100, 1e5, 1e15])
+def test_a_query_of_any_length_finds_the_same_rows(length: float, metric: str) -> None:
+    if metric == "l2":
+        length = min(length, 1e5)
+    index = built(GRAPH, FUNNELS["two"], metric)
+    queries = QUERIES / np.linalg.norm(QUERIES, axis=1, keepdims=True) * np.float32(length)
+    queries = queries.astype(np.float32)
+    together = index.search(queries)
+    assert np.isfinite(together.scores).all()
+    if length and metric != "l2":
+        unit = index.search(QUERIES / np.linalg.norm(QUERIES, axis=1, keepdims=True))
+        assert (together.ids == unit.ids).mean() > 0.99
+    if length > 1e-6 and metric == "cosine":
+        np.testing.assert_allclose(together.scores, unit.scores, rtol=0, atol=2e-6)
+    for row in range(5):
+        assert_same(index.search(queries[row : row + 1]), together[row : row + 1])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_query_that_is_not_finite_is_refused(value: float) -> None:
+    index = built(GRAPH, FUNNELS["two"])
+    query = QUERIES[:1].copy()
+    query[0, -1] = value
+    with pytest.raises(ValueError, match=r"^The queries must be finite, and so must the squares"):
+        index.search(query)
+
+
+@pytest.mark.parametrize("k", [0, 7, -1, 2.0, "3", True])
+def test_a_k_that_the_funnel_does_not_return_is_refused(k: Any) -> None:
+    index = built(GRAPH, FUNNELS["two"])
+    with pytest.raises(ValueError, match=r"^k must lie in 1\.\.6, "):
+        index.search(QUERIES[:1], k)
+
+
+def test_what_is_no_float32_row_of_the_width_is_taken_as_well(counted: Counted) -> None:
+    index = built(GRAPH, FUNNELS["two"])
+    expected = index.search(QUERIES[:1])
+    assert counted.given == 1
+    wider = np.concatenate([QUERIES[:1], QUERIES[:1]], axis=1)
+    for query in (QUERIES[:1].astype(np.float64), QUERIES[:1].tolist(), wider):
+        assert_same(index.search(query), expected)
+    assert_same(index.search(np.asfortranarray(QUERIES)[:1]), expected)
+    assert_same(index.search(QUERIES[:1], np.int64(6)), expected)  # type: ignore[arg-type]
+
+
+def test_an_answer_is_not_overwritten_by_the_next() -> None:
+    for ids in (None, np.arange(ROWS)[::-1]):
+        index = FaissIndex.build(GALLERY, FUNNELS["two"], ids, first_stage=GRAPH)
+        first = index.search(QUERIES[:1])
+        kept = Neighbors(first.ids.copy(), first.scores.copy())
+        index.search(QUERIES[1:2])
+        assert_same(first, kept)
+        first.ids[:] = -7
+        assert (index.search(QUERIES[:1]).ids >= 0).all()
+
+
+@metrics
+def test_threads_have_buffers_of_their_own(metric: str) -> None:
+    index = built(GRAPH, FUNNELS["three"], metric)
+    expected = index.search(QUERIES)
+    with ThreadPoolExecutor(8) as pool:
+        rows = [row % 30 for row in range(600)]
+        results = pool.map(lambda row: index.search(QUERIES[row : row + 1]), rows)
+        for row, result in zip(rows, results, strict=True):
+            assert_same(result, expected[row : row + 1])
+
+
+@metrics
+def test_rows_of_a_saved_index_are_read_where_they_lie(metric: str, tmp_path: Path) -> None:
+    index = built(GRAPH, FUNNELS["three"], metric)
+    index.save(tmp_path)
+    assert_same(open_index(tmp_path).search(QUERIES[:1]), index.search(QUERIES[:1]))
+    mapped = np.load(next(tmp_path.glob("rows_40-*.npy")), mmap_mode="r")
+    view = over_rows(import_faiss(), mapped, metric)
+    assert view.codes.is_owned is False
+    assert (view.ntotal, view.codes.size()) == (ROWS, mapped.nbytes)
+
+
+def test_rows_are_told_from_their_copies() -> None:
+    rng = np.random.default_rng(0)
+    for width in (1, 3, 4, 8):
+        codes = rng.integers(0, 3, size=(300, width)).astype(np.uint8)
+        _, kinds, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+        np.testing.assert_array_equal(has_copies(codes), counts[kinds.ravel()] > 1)
+
+
+@pytest.mark.parametrize(
+    ("factory", "is_graph"), [("HNSW8", True), ("PCA8,HNSW8_SQ8", True), ("IVF8_HNSW8,Flat", False)]
+)
+def test_the_codes_of_a_graph_are_those_of_its_rows(factory: str, is_graph: bool) -> None:
+    faiss = import_faiss()
+    index = faiss.index_factory(40, factory)
+    index.train(GALLERY)
+    index.add(GALLERY)
+    codes = graph_codes(faiss, index)
+    assert (codes is not None) == is_graph
+    if factory == "HNSW8":
+        np.testing.assert_array_equal(codes.view(np.float32), GALLERY)
+
+
+def test_queries_are_scaled_only_where_they_must_be() -> None:
+    queries = np.float32([[3, 4], [3e-9, 4e-9], [3e9, 4e9], [0, 0]])
+    taken, factors = unscaled(queries, "cosine")
+    np.testing.assert_allclose(taken, [[3, 4], [3e-3, 4e-3], [0.6, 0.8], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(factors, [[0.2], [1], [1], [1]], rtol=1e-6)
+    for metric, sign in (("dot", 1), ("l2", -1)):
+        taken, factors = unscaled(queries, metric)
+        assert taken is queries
+        assert (factors == sign).all()
