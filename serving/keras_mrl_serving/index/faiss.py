@@ -31,7 +31,7 @@ from .base import (
     rounding,
 )
 from .first_stage import FirstStage, Progress, Shortlister, check_first_stage, import_faiss
-from .refined import RefinedIndex, unscaled
+from .refined import unscaled
 from .storage import IndexWriter, SavedFiles, open_saved
 
 ENGINE = "faiss"
@@ -87,6 +87,8 @@ class FaissIndex(LocalIndex):
         self._first = first
         self._stages = stages
         self._one_query = (1, facts.width)
+        # None where one call cannot keep what is promised of equal rows.
+        self._refined = first.refined(facts.schedule, stages, facts.metric)
 
     @classmethod
     def build(
@@ -239,11 +241,6 @@ class FaissIndex(LocalIndex):
     def _are_row_numbers(self) -> bool:
         """Whether the ids are the numbers of the rows."""
         return bool((self.ids == np.arange(len(self.ids))).all())
-
-    @cached_property
-    def _refined(self) -> RefinedIndex | None:
-        """The funnel as one FAISS index; None where that cannot keep what is promised of ties."""
-        return self._first.refined(self.schedule, self._stages, self.metric)
 
     def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
         if len(queries) > 1:

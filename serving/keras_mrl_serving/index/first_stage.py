@@ -16,11 +16,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import DamagedIndexError, manifest_errors
 from ..funnel import FunnelSchedule
 from .base import Ids, IndexFacts, Vectors, lowest_ids_first, rounding
-from .refined import RefinedIndex, graph_codes
+from .refined import RefinedIndex, graph_codes, has_copies
 
 Progress = Callable[[int, int], object]  # rows done, all rows
 
@@ -283,12 +284,22 @@ class Shortlister:
             stages: Rows by dim, as the metric compares them.
             metric: "cosine", "dot" or "l2".
         """
-        faiss = import_faiss()
-        if self.spec.is_binary:
+        if not self._answers_in_one_call:
             return None
-        if not self._is_coarse and graph_codes(faiss, self.index) is None:
-            return None
-        return RefinedIndex(faiss, self.index, schedule, stages, metric)
+        return RefinedIndex(import_faiss(), self.index, schedule, stages, metric, self._copied)
+
+    @cached_property
+    def _answers_in_one_call(self) -> bool:
+        if self.spec.is_binary or self._is_coarse:
+            return self._is_coarse
+        return graph_codes(import_faiss(), self.index) is not None
+
+    @cached_property
+    def _copied(self) -> npt.NDArray[np.bool_] | None:
+        """Which rows of a graph look like another; None if none does."""
+        codes = None if self._is_coarse else graph_codes(import_faiss(), self.index)
+        copied = None if codes is None else has_copies(codes)
+        return None if copied is None or not copied.any() else copied
 
     def _ask(
         self, faiss: Any, prefixes: Vectors, count: int, parameters: Any

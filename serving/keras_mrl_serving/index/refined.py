@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +41,14 @@ class _Space(NamedTuple):
     best_scores: Vectors
     best_rows: Ids
     arguments: tuple[Any, ...]
-    count: int
+    number: int
+
+
+class _Spaces(threading.local):
+    """What each thread has, by the number of neighbours."""
+
+    def __init__(self) -> None:
+        self.by_k: dict[int, _Space] = {}
 
 
 class RefinedIndex:
@@ -55,6 +61,8 @@ class RefinedIndex:
         schedule: The funnel.
         stages: Rows by dim, as the metric compares them.
         metric: "cosine", "dot" or "l2".
+        copied: Which rows look like another to the first stage, `(rows,)`; None: none does, or
+            any may.
 
     Examples:
         >>> import faiss
@@ -62,7 +70,7 @@ class RefinedIndex:
         >>> first = faiss.index_factory(4, "HNSW8", faiss.METRIC_INNER_PRODUCT)
         >>> first.add(np.ascontiguousarray(rows[:, :4]))
         >>> funnel = FunnelSchedule((4, 8), (100,), 1)
-        >>> refined = RefinedIndex(faiss, first, funnel, {8: rows}, "dot")
+        >>> refined = RefinedIndex(faiss, first, funnel, {8: rows}, "dot", None)
         >>> found, scores = refined.search_one(rows[7:8], 1)
         >>> found[0].tolist() == np.argsort(-rows @ rows[7])[:1].tolist()
         True
@@ -75,12 +83,13 @@ class RefinedIndex:
         schedule: FunnelSchedule,
         stages: Mapping[int, Rows],
         metric: str,
+        copied: npt.NDArray[np.bool_] | None,
     ) -> None:
         self._faiss = faiss
-        self._first = first
+        self._copied = copied
         self._sizes = schedule.shortlists
         self._width = schedule.dims[-1]
-        self._parts: list[Any] = [stages]  # FAISS frees what Python no longer holds
+        self._parts: list[Any] = [first, stages]  # FAISS frees what Python no longer holds
         self._is_cut: list[bool] = []  # for each later stage, whether the one before is narrower
         self._index = first
         dim = schedule.dims[0]
@@ -95,7 +104,7 @@ class RefinedIndex:
             self._parts += [rows, self._index]
             dim = wider
         self._search = self._index.search_c
-        self._spaces = threading.local()
+        self._spaces = _Spaces()
         self._metric, self._sign = metric, -1 if metric == "l2" else 1
 
     def search_one(self, query: npt.NDArray[Any], k: int) -> tuple[Ids, Vectors] | None:
@@ -117,12 +126,12 @@ class RefinedIndex:
         square = float(np.vdot(query, query))
         if not _LEAST_SQUARE <= square <= _MOST_SQUARE:
             return None
-        spaces = self._spaces.__dict__
-        space: _Space = spaces.get(k) or spaces.setdefault(k, self._space(k))
+        spaces = self._spaces.by_k
+        space = spaces.get(k) or spaces.setdefault(k, self._space(k))
         space.query[:] = query
         self._search(*space.arguments)
         # By Python's numbers: of so few they take a fraction of the time that NumPy does.
-        if len(set(*space.scores.tolist())) < space.count or space.rows.item(-1) < 0:
+        if len(set(*space.scores.tolist())) < space.number or space.rows.item(-1) < 0:
             return None
         if self._copied is not None and self._copied[space.rows].any():
             return None
@@ -172,15 +181,6 @@ class RefinedIndex:
             parameters = self._faiss.IndexRefineSearchParameters(**options)
         return count, parameters
 
-    @cached_property
-    def _copied(self) -> npt.NDArray[np.bool_] | None:
-        """Which rows look like another to the first stage; None if none does, or all may."""
-        codes = graph_codes(self._faiss, self._first)
-        if codes is None:
-            return None
-        copied = has_copies(codes)
-        return copied if copied.any() else None
-
 
 def unscaled(queries: Vectors, metric: str) -> tuple[Vectors, Vectors]:
     """Return queries as FAISS takes them, and what its scores of each are multiplied by.
@@ -208,9 +208,9 @@ def unscaled(queries: Vectors, metric: str) -> tuple[Vectors, Vectors]:
         1 if odd else 1 / math.sqrt(square) for odd, square in zip(is_odd, squares, strict=True)
     ]
     if any(is_odd):
-        lengths = inverse_length(np.float32(squares))
+        lengths = inverse_length(np.array(squares, np.float32))
         queries = queries * np.where(is_odd, lengths, np.float32(1))[:, None]
-    return queries, np.float32(factors)[:, None]
+    return queries, np.array(factors, np.float32)[:, None]
 
 
 def over_rows(faiss: Any, rows: Rows, metric: str) -> Any:
