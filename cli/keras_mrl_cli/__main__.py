@@ -21,12 +21,12 @@ COMMANDS = {
     "publish": "Publish another policy for the weights of a version.",
     "serve": "Serve a model over gRPC and REST, with TensorFlow Serving's flags.",
     "deploy": "Write docker compose, Kubernetes and config files for a model.",
-    "classify": "Ask a server for the classes of images, or of rows of arrays.",
-    "regress": "Ask a server for the values of images, or of rows of arrays.",
-    "embed": "Ask a server for the embeddings of images, or of rows of arrays.",
+    "classify": "Ask a server for the classes of texts, images or rows.",
+    "regress": "Ask a server for the values of texts, images or rows.",
+    "embed": "Ask a server for the embeddings of texts, images or rows.",
     "adapt": "Make embeddings Matryoshka that were not trained so.",
     "index": "Build an index of embeddings, and look at one that is there.",
-    "search": "Search an index by embeddings, or by images that a server embeds.",
+    "search": "Search an index by embeddings, or by texts and images.",
     "inspect": "Show an exported model: its signatures, its manifest, its sizes.",
 }
 

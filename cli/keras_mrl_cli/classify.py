@@ -1,4 +1,4 @@
-"""Ask a server for the classes of images, or of rows of arrays.
+"""Ask a server for the classes of texts, images or rows.
 
 Prints the best class of each row, its probability and the dim that decided it, and the exit in a
 model with exits; of a model whose rows may have several classes all above 0.5, or dashes where
@@ -8,8 +8,12 @@ anything is sent, and bad ones are named all at once; --skip-unreadable goes on 
 model that decodes images gets a JPEG or PNG as it is, and as a PNG what it would read otherwise;
 for one that takes pixels, images are decoded and resized here (pip install 'keras-mrl[images]').
 
+A model of texts takes a line of a .txt file as a text, a column of a .csv, .tsv or .jsonl, the
+lines of standard input (-), and words with a blank.
+
   keras-mrl classify --target localhost:8500 --model birds birds/*.jpg --top 3
   keras-mrl classify --target localhost:8500 test.npy --dim 16 --json
+  keras-mrl classify --target localhost:8500 "what is my balance?" more.txt
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from .shared import (
     take_target,
     target_option,
 )
+from .words import place_of, take_texts, text_options
 
 if TYPE_CHECKING:
     from keras_mrl_serving import Classification, ClassifiedRow, Manifest
@@ -79,12 +84,14 @@ def probability(text: str) -> float:
         metavar="P",
         help="only classes with a probability above P (0.5 where a row may have several)",
     ),
+    *text_options(),
     *file_options(),
     json_option("print one JSON object per row"),
 )
 def classify(arguments: SimpleNamespace) -> int:
     """Print the classes of every row of every file."""
     take_target(arguments)
+    take_texts(arguments)
     check_one_of(arguments, "dim", "policy")
     from .client import ask_files, connect_and_describe
     from .files import load_policy
@@ -144,9 +151,8 @@ def _print_json(file: str, row: int, best: ClassifiedRow, classes: Classes) -> N
     ]
     known = {"exit": best.exit, "relative_cost": best.relative_cost}
     at_exit = {name: value for name, value in known.items() if value is not None}
-    print_json(
-        file=file, row=row, dim=best.dim, **at_exit, confidence=best.confidence, classes=objects
-    )
+    place = place_of(file, row)
+    print_json(**place, dim=best.dim, **at_exit, confidence=best.confidence, classes=objects)
 
 
 def _table(arguments: SimpleNamespace, manifest: Manifest, ranked: bool) -> ShowRow:

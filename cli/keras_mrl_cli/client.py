@@ -36,6 +36,7 @@ _METADATA_VARIABLE = "KERAS_MRL_METADATA"
 _VALUE_BYTES = 2**16  # of a file that holds a value
 _CALL_BYTES = 2**24  # of one call, where --max-batch-size does not say how many rows
 _MOST_ROWS = 1000
+_MOST_TEXTS = 64  # each may have as many tokens as the model reads, which takes a while
 
 
 @contextmanager
@@ -68,6 +69,7 @@ _FLAGS = {
     "leave out Options(tls=...)": "leave out the --tls flags",
     "Options(max_batch_size=...)": "--max-batch-size",
     "Leave other_tower out": "Leave --other-tower out",
+    "Leave prompt out": "Leave --prompt out",
     "other_tower=True": "--other-tower",
     "Options(timeout_s=...)": "--timeout",
     "Options(proxy=False)": "--no-proxy",
@@ -79,6 +81,7 @@ _FLAGS = {
     "certificate_chain": "--tls-cert",
     "private_key": "--tls-key",
 }
+_PROMPT = re.compile(r"prompt=(?:manifest\.prompts\[)?'([^']+)'\]?")
 _BATCH_SIZE = re.compile(r"Options\(max_batch_size=(\d+)\)")
 
 
@@ -89,6 +92,7 @@ def in_flags(sentence: str) -> str:
         >>> in_flags("Set Options(max_batch_size=64), or raise Options(timeout_s=...).")
         'Set --max-batch-size 64, or raise --timeout.'
     """
+    sentence = _PROMPT.sub(r"--prompt \1", sentence)
     sentence = _BATCH_SIZE.sub(r"--max-batch-size \1", sentence)
     for setting, flag in _FLAGS.items():
         sentence = sentence.replace(setting, flag)
@@ -185,6 +189,8 @@ def _unfit_metadata(received: str) -> RefusalError:
 
 def _rows_of_a_call(manifest: Manifest, files: Sequence[str]) -> int:
     """Return so few that neither a call nor the rows in memory grow with the size of an image."""
+    if manifest.preprocessor is not None:
+        return _MOST_TEXTS
     largest_image = max(map(_file_bytes, filter(is_image, files)), default=0)
     row_bytes = 0
     for spec in manifest.inputs.values():
@@ -245,7 +251,7 @@ def checked_files(arguments: SimpleNamespace, manifest: Manifest) -> Iterator[tu
     bad = 0
     for file in arguments.files:
         try:
-            rows = check_rows(file, manifest, arguments.scale)
+            rows = check_rows(file, manifest, arguments.scale, arguments.column)
         except RefusalError as refusal:
             if len(arguments.files) == 1:
                 raise
@@ -296,7 +302,7 @@ def _windows(
     window: list[Part] = []
     for file in arguments.files:
         try:
-            whole = Part(file, 0, load_rows(file, manifest, arguments.scale))
+            whole = Part(file, 0, load_rows(file, manifest, arguments.scale, arguments.column))
         except RefusalError as refusal:
             report(str(refusal))
             continue

@@ -1,4 +1,4 @@
-"""Ask a server for the embeddings of images, or of rows of arrays.
+"""Ask a server for the embeddings of texts, images or rows.
 
 Prints the first coordinates of each row, or all of them with --json. With --out they are
 written to one .npy file instead, a row for every row of the files in the order given; --json
@@ -9,9 +9,16 @@ are memory-mapped and may be larger than the memory. A model that decodes images
 PNG as it is, and as a PNG what it would read otherwise; for one that takes pixels, images are
 decoded and resized here (pip install 'keras-mrl[images]').
 
+A model of texts takes a line of a .txt file as a text, a column of a .csv, .tsv or .jsonl, the
+lines of standard input (-), and words with a blank. Models of sentences often want a prompt
+before each text, passage or document in a gallery and query in what is searched for:
+`keras-mrl inspect` names those of a model, and --prompt puts one there.
+
   keras-mrl embed --target localhost:8500 a.npy b.npy --out E.npy
   keras-mrl embed --target localhost:8500 birds/*.jpg --quality 0.98 --json
   keras-mrl embed --target localhost:8500 --other-tower items.npz --out E.npy
+  keras-mrl embed --target localhost:8500 a.txt --prompt passage --out E.npy
+  keras-mrl embed --target localhost:8500 --prompt query "how do bees see?"
 """
 
 from __future__ import annotations
@@ -39,6 +46,7 @@ from .shared import (
     take_target,
     target_option,
 )
+from .words import place_of, prompt_option, take_texts, text_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,6 +90,8 @@ def quality(text: str) -> tuple[str | None, float]:
         metavar="NAME",
         help="ask this exit of the backbone, where it was exported (the last)",
     ),
+    *text_options(),
+    prompt_option("put this prompt of the model before each text (none)"),
     Option("--out", metavar="E.npy", help="write there, and go on there after an interruption"),
     *file_options(),
     json_option("print one JSON object per row"),
@@ -89,6 +99,7 @@ def quality(text: str) -> tuple[str | None, float]:
 def embed(arguments: SimpleNamespace) -> int:
     """Print or write the embeddings of every row of every file."""
     take_target(arguments)
+    take_texts(arguments)
     check_one_of(arguments, "dim", "quality")
     from keras_mrl_serving.quality import cheapest_dim
 
@@ -105,13 +116,19 @@ def embed(arguments: SimpleNamespace) -> int:
         if arguments.exit is not None:
             manifest.check_exit(arguments.exit)
             check_one_of(arguments, "exit", "out")
+        other_tower, prompt = arguments.other_tower, arguments.prompt
+        manifest.tower(other_tower).check_prompt(prompt)
         if arguments.out is not None:
             return _write(arguments, client, manifest, dim)
-        other_tower = arguments.other_tower
 
         def ask(rows: Arrays, progress: Callable[[int, int], object]) -> Embeddings:
             return client.embed(
-                rows, dim, other_tower=other_tower, exit=arguments.exit, progress=progress
+                rows,
+                dim,
+                other_tower=other_tower,
+                exit=arguments.exit,
+                prompt=prompt,
+                progress=progress,
             )
 
         show = _print_json if arguments.json else _table(arguments, dim)
@@ -125,7 +142,9 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
 
     tower = manifest.tower(arguments.other_tower)
     first_rows, total = _checked_rows(arguments, tower)
-    batches = (load_rows(file, tower, arguments.scale) for file in arguments.files)
+    batches = (
+        load_rows(file, tower, arguments.scale, arguments.column) for file in arguments.files
+    )
     done = 0
 
     def report(rows: int, _: int | None) -> None:
@@ -144,6 +163,7 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
                 dim,
                 arguments.out,
                 other_tower=arguments.other_tower,
+                prompt=arguments.prompt,
                 progress=report,
                 manifest=manifest,
             )
@@ -198,7 +218,7 @@ def _checked_rows(
 
 def _print_json(file: str, row: int, answer: Embeddings) -> None:
     coordinates: list[Any] = answer[0].tolist()
-    print_json(file=file, row=row, dim=len(coordinates), embedding=coordinates)
+    print_json(**place_of(file, row), dim=len(coordinates), embedding=coordinates)
 
 
 def _table(arguments: SimpleNamespace, dim: int) -> Callable[[str, int, Embeddings], None]:

@@ -41,6 +41,8 @@ from keras_mrl_serving.untrusted import (
 )
 
 from .shared import RefusalError, one_line, refusing
+from .texts import count_texts, load_texts, takes_texts
+from .words import COLUMNS, LINES, is_texts
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 T = TypeVar("T")
@@ -53,6 +55,11 @@ _WINDOW_BYTES = 2**24  # of a memory-mapped array that are checked at a time
 
 def count_rows(file: str) -> int:
     """Return how many rows a file has, 0 where it does not read; images are not opened."""
+    if is_texts(file):
+        try:
+            return count_texts(file)
+        except (RefusalError, UntrustedFileError, OSError):
+            return 0
     if not file.lower().endswith((".npy", ".npz")):
         return int(is_image(file))
     try:
@@ -65,24 +72,25 @@ def count_rows(file: str) -> int:
 # The rows a model takes.
 
 
-def load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
+def load_rows(file: str, manifest: Manifest, scale: float, column: str | None = None) -> Arrays:
     """Return the rows of a file by input name, as many in each; those of .npy memory-mapped.
 
     Args:
-        file: An image, an .npy or an .npz.
+        file: An image, an .npy or an .npz, a text or a file of texts.
         manifest: Of the model that takes them.
         scale: Multiplies the pixels of an image that is decoded here.
+        column: Column of the texts.
 
     Raises:
         RefusalError: If the file does not read, or holds no rows of this model.
     """
     try:
-        return _load_rows(file, manifest, scale)
+        return _load_rows(file, manifest, scale, column)
     except RefusalError as refusal:
         if manifest.other_tower is None:
             raise
         try:
-            _load_rows(file, manifest.tower(other_tower=True), scale)
+            _load_rows(file, manifest.tower(other_tower=True), scale, column)
         except RefusalError:
             raise refusal from None
         raise RefusalError(
@@ -92,16 +100,26 @@ def load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
         ) from refusal
 
 
-def _load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
+def _load_rows(file: str, manifest: Manifest, scale: float, column: str | None) -> Arrays:
+    if is_texts(file):
+        with _reading(file):
+            return load_texts(file, manifest, column)
     if is_image(file):
         with _reading(file):
             return _image_row(file, manifest, scale)
     if Path(file).suffix.lower() in (".npy", ".npz"):
         return _checked(file, _by_input(file, load_arrays(file), manifest), manifest)
     is_folder = Path(file).is_dir()
+    received = f"{file}{', a folder' if is_folder else ''}"
+    if takes_texts(manifest):
+        raise RefusalError(
+            f"Texts are given as {', '.join(LINES + COLUMNS)}, .npy or .npz, as - for standard "
+            f"input, or as words with a blank. Received: {received}. "
+            "Rename the file, or give one word as --text."
+        )
     raise RefusalError(
         f"Files must be {', '.join(SUFFIXES)}, .npy or .npz. "
-        f"Received: {file}{', a folder' if is_folder else ''}. "
+        f"Received: {received}. "
         + (
             f"Name the files in it: {file.rstrip('/')}/*.jpg."
             if is_folder
@@ -110,7 +128,7 @@ def _load_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
     )
 
 
-def check_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
+def check_rows(file: str, manifest: Manifest, scale: float, column: str | None = None) -> Arrays:
     """Return the rows of a file as `load_rows`, once all values are checked.
 
     An image that is sent as it is is decoded, too. Where Pillow is not installed, the server will
@@ -119,11 +137,11 @@ def check_rows(file: str, manifest: Manifest, scale: float) -> Arrays:
     Raises:
         RefusalError: As `load_rows`; or if an image is damaged, or a value is none for the model.
     """
-    rows = load_rows(file, manifest, scale)
-    if is_image(file) and next(iter(rows.values())).dtype == object:
+    rows = load_rows(file, manifest, scale, column)
+    if not is_texts(file) and is_image(file) and next(iter(rows.values())).dtype == object:
         with _reading(file), suppress(ImportError):
             _read(file, read_image)
-    elif not is_image(file):
+    elif is_texts(file) or not is_image(file):
         _check_values(file, rows, manifest)
     return rows
 

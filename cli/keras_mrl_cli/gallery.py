@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mrl_serving import ExactIndex, FaissIndex, FirstStage, FunnelSchedule, Manifest
-from keras_mrl_serving.errors import TargetNotReachedError
+from keras_mrl_serving.errors import KerasMrlError, TargetNotReachedError
 from keras_mrl_serving.index.base import IndexFacts, check_ids
 from keras_mrl_serving.index.first_stage import import_faiss
 from keras_mrl_serving.index.plan import (
@@ -27,9 +27,10 @@ from keras_mrl_serving.index.plan import (
 from keras_mrl_serving.index.planner import LEAST_SAMPLE, plan_funnel
 from keras_mrl_serving.index.storage import CARD, IndexWriter, is_ours, read
 from keras_mrl_serving.projection import Projection
+from keras_mrl_serving.prompts import check_gallery_prompt
 
 from .adapt import PROJECTED
-from .client import connect
+from .client import connect, in_flags
 from .files import load_array, load_embeddings, load_labels
 from .output import Progress, in_bytes, print_json, print_line, print_lines, print_note
 from .shared import DONE, MISUSED, RefusalError, refusing_index_errors
@@ -95,7 +96,8 @@ def _build(
     columns = schedule.dims[-1] if arguments.engine == "exact" else sum(schedule.dims)
     _check_room(arguments.out, len(gallery) * columns * _COORDINATE_BYTES)
     fingerprint = arguments.fingerprint if manifest is None else manifest.fingerprint
-    facts = (schedule, ids, arguments.metric, fingerprint)
+    prompt = None if manifest is None else _prompt(arguments, manifest)
+    facts = (schedule, ids, arguments.metric, fingerprint, prompt)
     writer = IndexWriter(arguments.out, replaces=arguments.force)
     start = time.perf_counter()
     if arguments.engine == "exact":
@@ -111,6 +113,17 @@ def _build(
                 plan=plan,
             )
     return time.perf_counter() - start
+
+
+def _prompt(arguments: SimpleNamespace, manifest: Manifest) -> str | None:
+    """Return the text of the gallery's prompt, which a client will check."""
+    tower = manifest.tower(manifest.other_tower is not None)
+    try:
+        prompt = tower.check_prompt(arguments.prompt) or None
+        check_gallery_prompt(prompt, tower.prompts)
+    except KerasMrlError as error:
+        raise RefusalError(in_flags(str(error))) from error
+    return prompt
 
 
 def _encoder(arguments: SimpleNamespace, gallery: Array) -> Manifest:
@@ -349,6 +362,8 @@ def _print(index: dict[str, Any]) -> None:
     print_line(f"  funnel       {_funnel(FunnelSchedule.from_json(index['schedule']))}")
     print_line(f"  first stage  {first}")
     print_line(f"  encoder      {'unknown, nobody checks' if encoder is None else encoder}")
+    if index.get("prompt") is not None:
+        print_line(f"  prompt       {index['prompt']!r}, before each text of the gallery")
     print_line(f"  on disk      {in_bytes(index['disk_bytes'])}")
 
 

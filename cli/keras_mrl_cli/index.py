@@ -30,6 +30,7 @@ from .shared import (
     target_option,
     under,
 )
+from .words import prompt_option
 
 K, RECALL, SAMPLE, BATCH, SEED = 10, 0.95, 500, 1, 0
 _TARGETS = ("target_recall", "target_precision", "target_map")
@@ -160,6 +161,7 @@ A folder that holds an index is replaced with --force, and stays whole until the
             help="fingerprint of the encoder; a client refuses queries of another (unknown)",
         ),
         target_option("a server of the encoder, whose manifest has its fingerprint and its dims"),
+        prompt_option("with --target: the prompt that stood before each text of the gallery"),
         *server_options(),
     ),
 )
@@ -181,6 +183,12 @@ def build(arguments: SimpleNamespace) -> int:
         raise _misused(
             "A server is asked where --target names it",
             f"{', '.join(flags)} without --target",
+            "Give for example --target localhost:8500",
+        )
+    if arguments.prompt is not None and arguments.target is None:
+        raise _misused(
+            "A prompt is one of those of the model that --target names",
+            f"--prompt {arguments.prompt} without --target",
             "Give for example --target localhost:8500",
         )
     if not given_flags(arguments, _TARGETS):

@@ -187,12 +187,14 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
     _line("inputs", _specs(manifest["inputs"]))
     if manifest["decoder"] is not None:
         _line("decoder", ", ".join(f"{key} {value}" for key, value in manifest["decoder"].items()))
+    _print_preprocessor("", manifest["preprocessor"])
     other = manifest["other_tower"]
     if other is not None:
         _line("other tower", _specs(other["inputs"]))
         if other.get("decoder") is not None:
             settings = other["decoder"].items()
             _line("its decoder", ", ".join(f"{key} {value}" for key, value in settings))
+        _print_preprocessor("its ", other.get("preprocessor"))
     scaled = "of unit length" if manifest["normalize"] else "as they are"
     _line("embeddings", f"{scaled}, compared by {manifest['metric']}")
     if manifest["num_classes"] is not None:
@@ -204,7 +206,9 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
     if manifest["num_values"] is not None:
         _line("values", f"{manifest['num_values']} a row")
     if manifest["size"] is not None:
-        _line("gallery", f"{manifest['size']} rows")
+        prompt = manifest["prompt"]
+        with_prompt = "" if prompt is None else f", embedded with the prompt {prompt!r}"
+        _line("gallery", f"{manifest['size']} rows{with_prompt}")
     if manifest["funnel"] is not None:
         funnel = manifest["funnel"]
         shortlists = _numbers(funnel["shortlists"]) or "none"
@@ -217,6 +221,27 @@ def _print_manifest(manifest: Mapping[str, Any]) -> None:
         _line("encoder", manifest["encoder_fingerprint"])
     made = {key.replace("_", " "): value for key, value in manifest["made_with"].items()}
     _line("made with", ", ".join(f"{name} {value}" for name, value in made.items()))
+
+
+def _print_preprocessor(of: str, preprocessor: Mapping[str, Any] | None) -> None:
+    """Print what makes tokens of texts, and the prompts to put before them."""
+    if preprocessor is None:
+        return
+    get = preprocessor.get
+    lowercase = get("lowercase")
+    case = "" if lowercase is None else f", {'lower' if lowercase else 'upper and lower'} case"
+    pooling = "" if get("pooling") is None else f"; pooling {get('pooling')}"
+    _line(
+        f"{of}tokenizer",
+        f"{get('tokenizer')} of {get('vocabulary_size')} tokens{case}; at most "
+        f"{get('sequence_length')} tokens of a text{pooling}",
+    )
+    prompts = [f"{name} {text!r}" for name, text in preprocessor["prompts"].items()]
+    _line(f"{of}prompts", ", ".join(prompts) or "none")
+    if preprocessor["operations"]:
+        version = get("tensorflow_text")
+        made_by = "" if version is None else f", of tensorflow-text {version}"
+        _line(f"{of}operations", ", ".join(preprocessor["operations"]) + made_by)
 
 
 def _print_exits(exits: Sequence[Mapping[str, Any]]) -> None:

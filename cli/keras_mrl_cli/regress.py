@@ -1,4 +1,4 @@
-"""Ask a server for the values of images, or of rows of arrays.
+"""Ask a server for the values of texts, images or rows.
 
 Prints what a regressor gives each row, one value or several, at its full dim or that of --dim. A
 model of classes is asked with `keras-mrl classify`. Every file is checked before anything is
@@ -27,6 +27,7 @@ from .shared import (
     take_target,
     target_option,
 )
+from .words import place_of, take_texts, text_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,12 +44,14 @@ if TYPE_CHECKING:
     target_option(),
     *server_options(),
     Option("--dim", type=int, metavar="M", help="ask the head of this dim (the full one)"),
+    *text_options(),
     *file_options(),
     json_option("print one JSON object per row"),
 )
 def regress(arguments: SimpleNamespace) -> int:
     """Print the values of every row of every file."""
     take_target(arguments)
+    take_texts(arguments)
     from .client import ask_files, connect_and_describe
 
     with connect_and_describe(arguments) as (client, manifest):
@@ -64,7 +67,7 @@ def regress(arguments: SimpleNamespace) -> int:
         def show(file: str, row: int, answer: Values) -> None:
             values = answer[0].tolist()
             if arguments.json:
-                print_json(file=file, row=row, dim=dim, values=values)
+                print_json(**place_of(file, row), dim=dim, values=values)
             else:
                 table.row(file, row, dim, " ".join(f"{value:.6g}" for value in values))
 

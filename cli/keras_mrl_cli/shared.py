@@ -381,13 +381,15 @@ SERVER_FLAGS = tuple(
     "model timeout tls_ca tls_server_name tls_cert tls_key metadata no_proxy".split()
 )
 FILE_FLAGS = ("max_batch_size", "scale", "skip_unreadable")
-_DEFAULTS = {"model": DEFAULT_MODEL, "scale": 1.0, "no_proxy": False, "skip_unreadable": False}
+_SWITCHES = ("no_proxy", "skip_unreadable", "no_verify")
+_DEFAULTS = {"model": DEFAULT_MODEL, "scale": 1.0, **dict.fromkeys(_SWITCHES, False)}
 
 
 def files_argument(before: str = "") -> click.Argument:
     """Return the files of rows that a server is asked about."""
     images = "images (.jpg .jpeg .png .gif .bmp .webp)"
-    text = f"{before}{images}, .npy of rows, .npz of rows by input name"
+    texts = "texts (.txt, - for standard input, .csv .tsv .jsonl with --column, words with a blank)"
+    text = f"{before}{images}, .npy of rows, .npz of rows by input name, {texts}"
     return click.Argument(["files"], nargs=-1, metavar="FILES...", help=text)
 
 
@@ -405,7 +407,7 @@ def take_target(arguments: SimpleNamespace) -> None:
     words = arguments.files
     if arguments.target is None and words:
         arguments.target, arguments.files = words[0], words[1:]
-    if not arguments.files:
+    if not (arguments.files or arguments.text):
         raise RefusalError(
             "A server is asked about files. "
             f"Received: {arguments.target or 'neither'}{' alone' if arguments.target else ''}. "
@@ -469,7 +471,7 @@ def file_options() -> list[Option]:
         count_option(
             "--max-batch-size",
             "ROWS",
-            "rows of one call (1000, fewer where rows are large)",
+            "rows of one call (1000, 64 of texts, fewer where rows are large)",
             most=2**31 - 1,
             remedy="Leave it out for 1000.",
         ),

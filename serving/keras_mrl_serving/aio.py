@@ -140,7 +140,7 @@ class AsyncClient(BaseClient[AsyncTransport]):
         gallery = await index.describe() if isinstance(index, AsyncClient) else index
         question = questions.embed_with_fingerprint(inputs, gallery.width, prompt=prompt)
         embedded = await self._run(ask(question))
-        flows.check_gallery(gallery, embedded)
+        flows.check_gallery(gallery, embedded.fingerprint, embedded.prompts)
         if isinstance(index, AsyncClient):
             return await index.search(embedded.embeddings, encoder=embedded.fingerprint)
         return await asyncio.to_thread(index.search, embedded.embeddings, k, among)

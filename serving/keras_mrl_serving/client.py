@@ -271,7 +271,7 @@ class Client(BaseClient[Transport]):
         gallery = index.describe() if isinstance(index, Client) else index
         question = questions.embed_with_fingerprint(inputs, gallery.width, prompt=prompt)
         embedded = self._run(ask(question))
-        flows.check_gallery(gallery, embedded)
+        flows.check_gallery(gallery, embedded.fingerprint, embedded.prompts)
         if isinstance(index, Client):
             return index.search(embedded.embeddings, encoder=embedded.fingerprint)
         return index.search(embedded.embeddings, k, among)

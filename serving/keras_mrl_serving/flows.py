@@ -7,6 +7,7 @@ result. `Client` drives it over gRPC; a test drives it with a function.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -307,12 +308,15 @@ def check_encoder(built_with: str | None, encoder: str | None) -> None:
         )
 
 
-def check_gallery(gallery: Index | Manifest, embedded: Embedded) -> None:
+def check_gallery(
+    gallery: Index | Manifest, encoder: str, prompts: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Raise unless a gallery was embedded by the model of the queries, with one of its prompts.
 
     Args:
         gallery: An index in this process, or the manifest of one that is served.
-        embedded: The queries.
+        encoder: Fingerprint of the model that embeds the queries.
+        prompts: What may stand before each text of its galleries, by name.
 
     Raises:
         EncoderMismatchError: If another model embedded it, or it had another prompt.
@@ -320,10 +324,10 @@ def check_gallery(gallery: Index | Manifest, embedded: Embedded) -> None:
     Examples:
         >>> manifest = Manifest(name="birds", kind="index", fingerprint="c0de", dims=(8, 64),
         ...     width=64, inputs={}, made_with={}, encoder_fingerprint="5e1f")
-        >>> check_gallery(manifest, Embedded(np.zeros((1, 64), np.float32), "5e1f"))
+        >>> check_gallery(manifest, "5e1f")
     """
-    check_encoder(gallery.encoder_fingerprint, embedded.fingerprint)
-    check_gallery_prompt(getattr(gallery, "prompt", None), embedded.prompts)
+    check_encoder(gallery.encoder_fingerprint, encoder)
+    check_gallery_prompt(getattr(gallery, "prompt", None), prompts)
 
 
 def _neighbor_outputs(manifest: Manifest) -> dict[str, Output]:

@@ -157,8 +157,11 @@ def test_files_that_do_not_fit(ask: Ask) -> None:
         "Received: names.npz with p, q. Save them by name with numpy.savez.",
         "other.npz": "A file for model 'rows' must hold arrays named x. "
         "Received: other.npz with y. Save them by name with numpy.savez.",
-        "words.txt": "Files must be .jpg, .jpeg, .png, .gif, .bmp, .webp, .npy or .npz. "
-        "Received: words.txt. Save an image anew as PNG, and rows of an array with numpy.save.",
+        "words.txt": "Texts can be sent to a model whose one input is of strings, which are no "
+        "images. Received: words.txt for model 'rows', which takes x float32. Name files of rows, "
+        "or a model of texts.",
+        "song.mp3": "Files must be .jpg, .jpeg, .png, .gif, .bmp, .webp, .npy or .npz. "
+        "Received: song.mp3. Save an image anew as PNG, and rows of an array with numpy.save.",
         "pics/": "Files must be .jpg, .jpeg, .png, .gif, .bmp, .webp, .npy or .npz. "
         "Received: pics/, a folder. Name the files in it: pics/*.jpg.",
         "red.png": "An image can be sent to a model of one input, of encoded images, string "

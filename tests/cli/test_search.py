@@ -350,25 +350,26 @@ def test_pixels_are_scaled(run: Call, target: str) -> None:
     [
         (
             [],
-            "Queries are the rows of --query, or files that a served model embeds. "
+            "Queries are the rows of --query, or texts and files that a served model embeds. "
             "Received: neither. "
             "Give for example --query Q.npy, or --target localhost:8500 new.jpg.",
         ),
         (
             ["--target", "t:1"],
-            "Queries are the rows of --query, or files that a served model embeds. "
+            "Queries are the rows of --query, or texts and files that a served model embeds. "
             "Received: neither. "
             "Give for example --query Q.npy, or --target localhost:8500 new.jpg.",
         ),
         (
             ["--query", "Q.npy", "red.png"],
-            "Queries are the rows of --query, or files that a served model embeds. "
+            "Queries are the rows of --query, or texts and files that a served model embeds. "
             "Received: both. "
             "Give for example --query Q.npy, or --target localhost:8500 new.jpg.",
         ),
         (
             ["red.png"],
-            "Files are embedded by a model that is served. Received: red.png without --target. "
+            "Texts and files are embedded by a model that is served. Received: red.png without "
+            "--target. "
             "Name the server's gRPC port, for example --target localhost:8500, "
             "or give embeddings as --query.",
         ),

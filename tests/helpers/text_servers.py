@@ -1,10 +1,11 @@
-"""A model of texts as a function: what a server of it answers, and what it was sent."""
+"""A model of texts, in memory and as a version: what it answers, and what it was sent."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,3 +85,61 @@ class TextServer(InMemoryServer):
             "confidence": np.full(rows, 0.75, np.float32),
         }
         return answer | ({"dim": np.full(rows, 8, np.int32)} if name == "adaptive" else {})
+
+
+def save_text_model(folder: Path, manifest: Manifest, gallery: Sequence[str] = ()) -> Path:
+    """Write a model of texts as version 1: it embeds the set of their words, in core operations.
+
+    Args:
+        folder: The folder of the versions.
+        manifest: Of a classifier or an encoder; with a gallery it becomes that of an index.
+        gallery: Texts, which are embedded as they are.
+    """
+    import tensorflow as tf
+
+    def features(text: Any) -> Any:
+        words = tf.strings.to_hash_bucket_fast(tf.strings.split(text), 64)
+        return tf.reduce_sum(tf.one_hot(words.to_tensor(-1), 64), 1) + 1e-3
+
+    def embedded(text: Any, dim: int) -> Any:
+        return tf.math.l2_normalize(features(text)[:, :dim], axis=1)
+
+    def classified(text: Any, dim: int) -> dict[str, Any]:
+        probabilities = tf.nn.softmax(features(text)[:, :dim][:, :3])
+        best, class_ids = tf.math.top_k(probabilities, 2)
+        return {
+            "class_ids": tf.cast(class_ids, tf.int64),
+            "probabilities": best,
+            "confidence": best[:, 0],
+        }
+
+    def of_texts(function: Callable[[Any], Any]) -> Any:
+        return tf.function(function, input_signature=[tf.TensorSpec((None,), tf.string, "text")])
+
+    def answering(answer: Callable[[Any, int], dict[str, Any]], dim: int) -> Any:
+        return of_texts(lambda text: answer(text, dim))
+
+    signatures = {}
+    for dim in (8, 64):
+        signatures[f"embed_{dim}"] = answering(lambda t, d: {"embedding": embedded(t, d)}, dim)
+        if manifest.num_classes:
+            signatures[f"classify_{dim}"] = answering(classified, dim)
+    if manifest.cascade:
+        signatures["classify_adaptive"] = of_texts(
+            lambda t: {**classified(t, 8), "dim": tf.fill(tf.shape(t), 8)}
+        )
+    if gallery:
+        manifest = replace(manifest, kind="index", funnel=PAIR.to_json(), size=len(gallery))
+        rows = tf.constant(embedded(tf.constant(gallery), 64).numpy())
+
+        def retrieved(text: Any) -> dict[str, Any]:
+            scores, ids = tf.math.top_k(tf.matmul(embedded(text, 64), rows, transpose_b=True), 3)
+            return {"ids": tf.cast(ids, tf.int64), "scores": scores}
+
+        signatures["retrieve"] = of_texts(retrieved)
+    signatures["describe"] = tf.function(
+        lambda key: {"manifest": tf.fill(tf.shape(key), manifest.to_json())},
+        input_signature=[tf.TensorSpec((None,), tf.string, "key")],
+    )
+    tf.saved_model.save(tf.Module(), str(folder / "1"), signatures=signatures)
+    return folder
