@@ -35,6 +35,12 @@ class IndexGraph:
         self, index: ExactIndex, dims: Sequence[int] = (), rows_at_once: int = 16_384
     ) -> None:
         self._facts = index.facts
+        if index.schedule.rescores:
+            raise ValueError(
+                "A gallery in the graph is exact at every stage, so no dim stands twice. "
+                f"Received: dims={index.schedule.dims}. Build it with dims="
+                f"{index.schedule.dims[:-1]}."
+            )
         self._dims = sorted({*dims, *index.schedule.dims})
         order = np.argsort(index.ids)
         self._num_rows = len(order)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,10 +19,11 @@ class FunnelSchedule:
 
     The whole gallery is scored at `dims[0]`; the best `shortlists[i]` of stage i are scored again
     at `dims[i + 1]`; the best `k` of the last stage are the answer. One dim and no shortlists is
-    exhaustive search at that dim.
+    exhaustive search at that dim. The last dim may stand twice, for a first stage that is coarse,
+    such as codes of 4 bits: the shortlist is scored again at the same width, exactly.
 
     Args:
-        dims: Increasing, one per stage.
+        dims: Increasing, one per stage; the last may be named twice.
         shortlists: Not increasing, one fewer than `dims`, none below `k`.
         k: Number of neighbours returned.
 
@@ -35,6 +36,8 @@ class FunnelSchedule:
     Examples:
         >>> FunnelSchedule(dims=(16, 2048), shortlists=(200,), k=10).madds(1_281_167)
         20908272
+        >>> FunnelSchedule((256, 256), (40,), 10).rescores
+        True
     """
 
     dims: tuple[int, ...]
@@ -43,7 +46,7 @@ class FunnelSchedule:
 
     def __post_init__(self) -> None:
         """Check that every stage narrows the one before it."""
-        object.__setattr__(self, "dims", check_dims(self.dims))
+        object.__setattr__(self, "dims", _check_dims(self.dims))
         try:
             sizes = (*map(as_int, self.shortlists), as_int(self.k))
         except TypeError:
@@ -57,6 +60,11 @@ class FunnelSchedule:
             )
         object.__setattr__(self, "shortlists", sizes[:-1])
         object.__setattr__(self, "k", sizes[-1])
+
+    @property
+    def rescores(self) -> bool:
+        """Whether the last dim stands twice."""
+        return len(set(self.dims)) < len(self.dims)
 
     @classmethod
     def adaptive_retrieval(cls, width: int = 2048, k: int = 10) -> FunnelSchedule:
@@ -150,3 +158,13 @@ class FunnelSchedule:
         rule = "A funnel names its dims, its shortlists and k."
         with manifest_errors(rule, funnel, "exported the model"):
             return cls(tuple(funnel["dims"]), tuple(funnel["shortlists"]), funnel["k"])
+
+
+def _check_dims(dims: Iterable[int]) -> tuple[int, ...]:
+    """Return the dims of stages as a tuple of ints, as `check_dims`; the last may stand twice."""
+    stages = tuple(dims) if isinstance(dims, Iterable) else dims
+    repeats = isinstance(stages, tuple) and len(stages) > 1 and stages[-1] == stages[-2]
+    if not repeats:
+        return check_dims(stages)
+    checked = check_dims(stages[:-1])
+    return (*checked, checked[-1])

@@ -107,6 +107,23 @@ def test_stages_that_do_not_narrow_are_refused(
         FunnelSchedule(dims, shortlists, k)
 
 
+def test_the_last_dim_may_stand_twice() -> None:
+    """A coarse first stage finds a shortlist, which is scored again at the same width."""
+    for dims in ((256, 256), (64, 256, 256), [np.int64(8), 8]):
+        schedule = FunnelSchedule(dims, (40,) * (len(dims) - 1), 10)  # type: ignore[arg-type]
+        assert schedule.rescores is True
+        assert schedule.dims == tuple(map(int, dims))
+        assert FunnelSchedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
+    assert PAPER.rescores is False
+    assert FunnelSchedule((256, 256), (40,), 10).madds(1000) == 256 * 1040
+
+
+@pytest.mark.parametrize("dims", [(16, 16, 64), (64, 64, 64), (0, 0), (16, 8, 8), ("8", "8")])
+def test_no_other_dim_may(dims: Any) -> None:
+    with pytest.raises(ValueError, match="dims must be strictly increasing positive integers"):
+        FunnelSchedule(dims, (40,) * (len(dims) - 1), 10)
+
+
 @pytest.mark.parametrize(
     ("dims", "remedy"),
     [

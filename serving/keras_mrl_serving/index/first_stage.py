@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from ..errors import DamagedIndexError, manifest_errors
 from ..funnel import FunnelSchedule
+from ..projection import Projection
 from .base import Ids, IndexFacts, Vectors, lowest_ids_first, rounding
+from .projected import check_components, projected_index, projected_parts
 from .refined import RefinedIndex, graph_codes, has_copies
 
 Progress = Callable[[int, int], object]  # rows done, all rows
@@ -41,8 +43,11 @@ class FirstStage:
         factory: What `faiss.index_factory` understands, over the prefixes of the first dim:
             "Flat", "HNSW32", "IVF1024,Flat", "IVF1024,PQ16x4fs", "HNSW32_SQ8", "RaBitQ"; or what
             `faiss.index_binary_factory` does, over their signs: "BFlat", "BHNSW32".
+            "Projected96,HNSW32_SQ8" looks at the first 96 coordinates of `projection`.
         settings: FAISS's settings while it searches: "efSearch=64" of a graph, "nprobe=8" of
             inverted lists; several with commas. Empty leaves FAISS's own, which are low.
+        projection: What a factory that begins with "Projected" looks at. It is needed to build,
+            and saved inside the FAISS index.
 
     Raises:
         ValueError: If the settings are not names with numbers, or search nothing.
@@ -54,6 +59,7 @@ class FirstStage:
 
     factory: str
     settings: str = ""
+    projection: Projection | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -195,13 +201,12 @@ class Shortlister:
         """
         faiss = import_faiss()
         rows, dim = prefixes.shape
-        kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
         vectors = _signs(prefixes) if spec.is_binary else prefixes
         with _build_errors(spec, prefixes, metric):
             if spec.is_binary:
                 index = faiss.index_binary_factory(dim, spec.factory)
             else:
-                index = faiss.index_factory(dim, spec.factory, kind)
+                index = _empty_index(faiss, dim, spec, metric)
                 lists = faiss.try_extract_index_ivf(index)
                 if lists is not None:
                     lists.cp.max_points_per_centroid = _ROWS_PER_CENTROID
@@ -464,6 +469,17 @@ def import_faiss() -> Any:
             f"Received: {error}. Install it: pip install 'keras-mrl[faiss]'."
         ) from error
     return faiss
+
+
+def _empty_index(faiss: Any, dim: int, spec: FirstStage, metric: str) -> Any:
+    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    parts = projected_parts(spec.factory)
+    if parts is None:
+        return faiss.index_factory(dim, spec.factory, kind)
+    number, factory = parts
+    components = check_components(spec.projection, spec.factory, dim, number)
+    inner = faiss.index_factory(number, factory, kind)
+    return projected_index(faiss, inner, components, is_scaled=metric == "cosine")
 
 
 @contextmanager

@@ -8,7 +8,8 @@ the best of many is lucky.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,13 +18,13 @@ import numpy.typing as npt
 from ..errors import TargetNotReachedError
 from ..funnel import FunnelSchedule
 from ..integers import as_int, check_dims
-from .base import Ids, Index, IndexFacts, Vectors, as_gallery, check_embeddings
-from .faiss import FaissIndex, closest, wider_dims
-from .first_stage import FirstStage, Shortlister, check_first_stage, lists_for
-from .plan import Choice, Measure, Plan, cheapest, front, recall_against, time_per_query
-
-Says = Callable[[str], object]  # called with a line about what is tried
-Timer = Callable[[Index, Vectors, int], float]  # (index, queries, batch) -> seconds per query
+from ..projection import Projection
+from .base import Ids, as_gallery, check_embeddings
+from .first_stage import FirstStage, check_first_stage, lists_for
+from .plan import Choice, Measure, Plan, cheapest, front, time_per_query
+from .projected import PROJECTED
+from .trials import Says, Timer
+from .trials import Trials as Trials
 
 LEAST_SAMPLE = 30  # queries, below which a standard error says little
 
@@ -42,15 +43,20 @@ def plan_funnel(
     batch: int = 1,
     says: Says | None = None,
     timer: Timer = time_per_query,
+    projection: Projection | None = None,
 ) -> Plan:
     """Return the cheapest funnel that reaches a target, by measurement.
 
-    Dims are ruled out whose exact prefixes do not reach it with a shortlist of 64 times `k`, or
+    A first stage may look at prefixes, and the shortlist is then compared at the last dim; or, in
+    codes of 4 bits, int8, bfloat16 or signs, at the last dim itself, or at its projection. Dims are
+    ruled out whose exact prefixes do not reach it with a shortlist of 64 times `k`, or
     only with one that makes a search read 8 times what another dim does. For the others, narrow
     ones first, every kind of first stage is built and set ever harder until it reaches the
     target, with a shortlist as short as may be; once a dim is 1.5 times slower than the best,
-    wider dims are not tried. Near the best, settings and shortlists between the doubled ones are
-    tried, and a stage in between. Cost is the median time per query, of rows in memory. A funnel
+    wider dims are not tried but the last. Near the best, other codes, projections, settings and
+    shortlists between the doubled ones are tried, and a stage in between. Cost is the median time
+    per query, of rows in memory: for single queries the processor time of their thread. The
+    fastest are timed once more, in laps one after the other. A funnel
     reaches the target if its quality less one standard error does; fresh queries may still find a
     little less.
 
@@ -68,11 +74,14 @@ def plan_funnel(
         own_rows: Which gallery row each query is, where the sample is of the gallery itself: these
             rows are left out of the gallery while it plans. None: queries are no rows.
         first_stages: Kinds to try; their first setting is doubled until it is enough. None tries
-            flat search, a graph of int8 and inverted lists, and a graph of float32 at the last.
+            flat search, graphs of int8, bfloat16 and float32, codes of 4 bits with and without
+            inverted lists, signs, and graphs and lists over projections.
         batch: How many queries come at once.
         says: Called with a line about each thing that is tried.
         timer: Returns the cost of an index, from the index, the sample and `batch`; for example
             another quantile than the median.
+        projection: What projected first stages look at, such as one that was learnt; the shortlist
+            is compared by the embeddings as they are. None: principal components of the gallery.
 
     Raises:
         TargetNotReachedError: If no funnel reaches it; it holds the front of those tried.
@@ -94,7 +103,9 @@ def plan_funnel(
     num_rows = len(gallery) - (0 if own is None else len(np.unique(own)))
     k, batch = _checked_numbers(target, batch, k, num_rows, len(sample))
     say = says or (lambda _: None)
-    trials = Trials(gallery, sample, widths[-1], k, metric, measure, own, batch, say, timer)
+    trials = Trials(
+        gallery, sample, widths[-1], k, metric, measure, own, batch, say, timer, projection
+    )
     return choose_funnel(trials, target, widths, first_stages)
 
 
@@ -136,167 +147,17 @@ def _checked_numbers(
     return checked_k, checked_batch
 
 
-_GROWTH = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # shortlists tried, times k
-_MIDDLES = (2, 4, 8)  # shortlists of a stage in between, times k
-_ROWS_AT_ONCE = 65_536
-
-
-class Trials:
-    """A gallery and a sample of queries that funnels are tried on.
-
-    Args:
-        gallery: `(rows, width)`, raw or scaled. Its prefixes of the last dim, and of those a third
-            stage is tried at, are held in memory.
-        queries: The sample `(queries, width)`.
-        dim: The last dim, at which an answer counts as exact.
-        k: Number of neighbours.
-        metric: "cosine", "dot" or "l2".
-        measure: From neighbours to a quality per query; None: recall against the exact answer.
-        own_rows: Which gallery row each query is: left out of the gallery, since a graph finds
-            its own nodes more easily than it finds the neighbours of others. None: queries are
-            no rows.
-        batch: How many queries come at once.
-        says: Called with a line about each thing that is tried.
-        timer: Returns the cost of an index.
-
-    Examples:
-        >>> rows = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
-        >>> trials = Trials(rows, rows[:20], 8, 5, "cosine", None, np.arange(20), 1, print)
-        exact neighbours of 20 queries at dim 8
-        >>> trials.shortest_shortlist(8, 0.9), trials.funnel(4, 20).shortlists
-        (5, (20,))
-    """
-
-    def __init__(
-        self,
-        gallery: npt.NDArray[np.generic],
-        queries: Vectors,
-        dim: int,
-        k: int,
-        metric: str,
-        measure: Measure | None,
-        own_rows: Ids | None,
-        batch: int,
-        says: Says,
-        timer: Timer = time_per_query,
-    ) -> None:
-        self._gallery = gallery
-        everything = np.arange(len(gallery))
-        self._rows = everything if own_rows is None else np.setdiff1d(everything, own_rows)
-        self._queries = queries
-        self._dim = dim
-        self._k = k
-        self._batch = batch
-        self._timer = timer
-        self._facts = IndexFacts(FunnelSchedule((dim,), (), k), metric)
-        self._prefixes_by_dim: dict[int, Vectors] = {}
-        self.refused: ValueError | None = None  # why FAISS could not make the last first stage
-        self.says = says
-        says(f"exact neighbours of {len(queries)} queries at dim {dim}")
-        truth = self._rows[self._exact(self._held_prefixes(dim), k)]
-        self._measure = measure or recall_against(truth)
-        self.exact_quality, self.exact_error = self._mean_and_error(truth)
-        if measure is None:
-            self.exact_error = 0.0  # its recall is 1 by definition, not an estimate
-
-    @property
-    def num_rows(self) -> int:
-        """Number of gallery rows that are searched."""
-        return len(self._rows)
-
-    def shortest_shortlist(self, dim: int, target: float) -> int | None:
-        """Return the shortest shortlist of exact prefixes that reaches the target; None: none.
-
-        Args:
-            dim: Dim of the prefixes.
-            target: The least quality less its standard error.
-        """
-        if dim == self._dim:
-            return self._k
-        self.says(f"what prefixes of dim {dim} can reach")
-        sizes = sorted({min(round(self._k * growth), self.num_rows) for growth in _GROWTH})
-        nearest = self._exact(self._prefixes(dim), sizes[-1])
-        for size in sizes:
-            best, _ = closest(
-                self._facts.prefix(self._queries, self._dim),
-                self._held_prefixes(self._dim),
-                np.ascontiguousarray(nearest[:, :size]),
-                self._k,
-                self._facts.metric,
-            )
-            quality, error = self._mean_and_error(self._rows[best])
-            if quality - error >= target:
-                self.says(f"  {quality:.4f} with a shortlist of {size}")
-                return size
-        self.says(f"  no more than {quality:.4f}, with a shortlist of {size}")
-        return None
-
-    def first(self, dim: int, spec: FirstStage) -> Shortlister | None:
-        """Build a first stage; None if FAISS cannot make it of this gallery (see `refused`)."""
-        self.says(f"building {spec.factory} over dim {dim}")
-        try:
-            prefixes = self._prefixes(dim)
-            return Shortlister.build(prefixes, spec, self._facts.metric, lambda _done, _rows: None)
-        except ValueError as error:
-            self.says(str(error))
-            self.refused = error
-            return None
-
-    def measured(self, first: Shortlister, spec: FirstStage, schedule: FunnelSchedule) -> Choice:
-        """Set a first stage, search by a schedule, and return how good and how fast it is."""
-        first.set(spec.settings)
-        facts = IndexFacts(schedule, self._facts.metric)
-        stages = {dim: self._held_prefixes(dim) for dim in wider_dims(schedule)}
-        index = FaissIndex(facts, self._rows, first, stages)
-        quality, error = self._mean_and_error(index.search(self._queries).ids)
-        if schedule.dims == (self._dim,) and spec.factory == _FLAT:
-            error = self.exact_error
-        seconds = self._timer(index, self._queries, self._batch)
-        choice = Choice(spec, schedule, quality, error, seconds)
-        self.says(choice.line())
-        return choice
-
-    def funnel(self, dim: int, shortlist: int) -> FunnelSchedule:
-        """Return the funnel from a dim to the last one."""
-        if dim == self._dim:
-            return FunnelSchedule((dim,), (), self._k)
-        return FunnelSchedule((dim, self._dim), (shortlist,), self._k)
-
-    def _mean_and_error(self, neighbors: Ids) -> tuple[float, float]:
-        values = self._measure(neighbors)
-        # No sample is certain: one neighbour more or less is the least error there is.
-        least = 1 / values.size / self._k
-        error = float(values.std(ddof=1) / np.sqrt(values.size))
-        return float(values.mean()), max(error, least)
-
-    def _exact(self, rows: Vectors, n: int) -> Ids:
-        """Return which of these rows are nearest to each query, compared at the rows' dim."""
-        queries = self._facts.prefix(self._queries, rows.shape[1])
-        return closest(queries, rows, None, n, self._facts.metric)[0]
-
-    def _held_prefixes(self, dim: int) -> Vectors:
-        if dim not in self._prefixes_by_dim:
-            self._prefixes_by_dim[dim] = self._prefixes(dim)
-        return self._prefixes_by_dim[dim]
-
-    def _prefixes(self, dim: int) -> Vectors:
-        prefixes = np.empty((self.num_rows, dim), np.float32)
-        for start in range(0, self.num_rows, _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            rows = check_embeddings(self._gallery[self._rows[part]], "gallery", self._dim)
-            prefixes[part] = self._facts.prefix(rows, dim)
-        return prefixes
-
-
 _SLACK = (1, 2, 4, 8, 16)  # shortlists of an approximate first stage, times what an exact needs
 _ENOUGH_SLACK = 4  # longer ones are tried only where none of these reached the target
 _DOUBLINGS = 10  # of a setting
 _PARTS = (5 / 8, 6 / 8, 7 / 8)  # of a setting or a shortlist that was doubled: less may be enough
 _GAIN = 0.001  # of quality that a doubled setting must bring, to be doubled again
+_MIDDLES = (2, 4, 8)  # shortlists of a stage in between, times k
 _TOO_MUCH = 8  # times the least that any dim's shortlists make a search read
 _FLAT = "Flat"
-_AT_THE_LAST_DIM = "HNSW32"  # where no later stage corrects what int8 loses
 _TOO_SLOW = 1.5  # times the best: dims wider than one so slow are not tried
+_TIMED_AGAIN = 4  # of the fastest funnels
+_PROJECTED_DIMS = 2  # of a projection that first stages are tried at
 _ROWS_PER_CENTROID = 39  # that FAISS wants at least
 
 
@@ -330,39 +191,109 @@ def choose_funnel(
             f"Received: target={target}; exact search at dim {dims[-1]} reaches "
             f"{trials.exact_quality:.4f}. Lower the target."
         )
-    specs = first_stages if first_stages is not None else _usual_first_stages(trials.num_rows)
-    for spec in specs:
+    for spec in first_stages or ():
         check_first_stage(spec)
     shortlists = {dim: trials.shortest_shortlist(dim, target) for dim in dims}
     choices: list[Choice] = []
+    is_too_slow = False
     for dim in dims:
+        if is_too_slow and (first_stages is not None or dim != dims[-1]):
+            continue
         best = cheapest(choices, target)
+        specs = _usual(dim, dims[-1], trials.num_rows) if first_stages is None else first_stages
         worth = [spec for spec in specs if _is_worth(dim, spec, shortlists, trials.num_rows)]
-        if first_stages is None and dim == dims[-1]:
-            worth.append(FirstStage.least(_AT_THE_LAST_DIM))
-        at_dim = list(_coarse_choices(trials, dim, target, shortlists[dim] or 0, worth))
+        at_dim: list[Choice] = []
+        for spec in worth:
+            at_dim += _coarse_choices(trials, dim, target, shortlists[dim] or 0, spec)
+            trials.keep(_fastest([*choices, *at_dim], target))
         choices += at_dim
         best_at_dim = cheapest(at_dim, target)
         if best and best_at_dim and best_at_dim.seconds > _TOO_SLOW * best.seconds:
-            break
+            is_too_slow = True
     if not choices and trials.refused is not None:
         raise trials.refused
     best = cheapest(choices, target)
+    if best is not None and first_stages is None:
+        choices += _other_codes(trials, best)
+        choices += _projected_choices(trials, choices, dims, target)
+        best = cheapest(choices, target)
     if best is not None:
         choices += _fine_choices(trials, best, dims, target)
-        best = cheapest(choices, target)
+        fastest = _fastest(choices, target)
+        trials.keep(fastest)
+        again = {
+            id(old): new for old, new in zip(fastest, trials.timed_again(fastest), strict=True)
+        }
+        choices = [again.get(id(choice), choice) for choice in choices]
+        best = cheapest([*again.values()], target)
     if best is None:
         raise _not_reached(target, front(choices))
     return Plan(best, target, front(choices))
 
 
-def _usual_first_stages(num_rows: int) -> list[FirstStage]:
+def _fastest(choices: Sequence[Choice], target: float) -> list[Choice]:
+    """Return the fastest few that reach the target, the fastest first."""
+    reaching = [choice for choice in choices if choice.quality_less_error >= target]
+    return sorted(reaching, key=lambda choice: choice.seconds)[:_TIMED_AGAIN]
+
+
+def _usual(dim: int, last_dim: int, num_rows: int) -> list[FirstStage]:
+    """Return the kinds that are tried at a dim where none are given."""
     factories = [_FLAT, "HNSW32_SQ8"]
+    if dim % 2 == 0:
+        factories += [f"PQ{dim // 2}x4fs", *_lists(f"PQ{dim // 2}x4fs", num_rows)]
+    else:
+        factories += _lists("Flat", num_rows)
+    if dim == last_dim:
+        factories += ["HNSW32"] + (["BFlat"] if dim % 8 == 0 else [])
+    return [FirstStage.least(factory) for factory in factories]
+
+
+def _lists(codes: str, num_rows: int) -> list[str]:
+    """Return inverted lists of such codes, if the gallery is large enough to learn them from."""
     lists = lists_for(num_rows)
     # A tenth to spare: the sample's own rows may be left out.
-    if num_rows >= 1.1 * _ROWS_PER_CENTROID * lists:
-        factories.append(f"IVF{lists},Flat")
-    return [FirstStage.least(factory) for factory in factories]
+    return [f"IVF{lists},{codes}"] if num_rows >= 1.1 * _ROWS_PER_CENTROID * lists else []
+
+
+def _other_codes(trials: Trials, best: Choice) -> Iterator[Choice]:
+    """Measure the best graph with its rows in bfloat16."""
+    if best.first_stage.factory != "HNSW32_SQ8":
+        return
+    dim, sizes = best.schedule.dims[0], best.schedule.shortlists
+    spec = replace(best.first_stage, factory="HNSW32_SQbf16")
+    first = trials.first(dim, spec)
+    if first is not None:
+        for settings in (*_between(spec), spec):
+            yield trials.measured(first, settings, trials.funnel(dim, sizes[0] if sizes else 0))
+
+
+def _projected_choices(
+    trials: Trials, choices: Sequence[Choice], dims: Sequence[int], target: float
+) -> Iterator[Choice]:
+    """Measure funnels whose first stage looks at a projection, from the narrowest that may do."""
+    best = cheapest(choices, target)
+    if best is None or len(dims) < 2:
+        return
+    last, tried = dims[-1], 0
+    for dim in dims[:-1]:
+        if dim > len(trials.projection.components) or tried == _PROJECTED_DIMS:
+            break
+        shortlist = trials.shortest_shortlist(dim, target, trials.projection)
+        if shortlist is None or shortlist > _TOO_MUCH * best.schedule.k:
+            continue
+        tried += 1
+        kinds = [f"{PROJECTED}{dim},HNSW32_SQbf16"]
+        if dim % 2 == 0:
+            codes = f"PQ{dim // 2}x4fs"
+            kinds += [f"{PROJECTED}{dim},{lists}" for lists in _lists(codes, trials.num_rows)]
+            kinds += [f"OPQ{dim // 2}_{dim},{lists}" for lists in _lists(codes, trials.num_rows)]
+        measured: list[Choice] = []
+        for factory in kinds:
+            spec = replace(FirstStage.least(factory), projection=trials.projection)
+            measured += _coarse_choices(trials, last, target, shortlist, spec)
+            trials.keep(_fastest([*choices, *measured], target))
+        yield from measured
 
 
 def _is_worth(
@@ -371,36 +302,48 @@ def _is_worth(
     """Return whether a first stage at a dim reads so little that it may be the cheapest."""
     last_dim = max(shortlists)
     numbers_read = {
-        d: shortlist * last_dim + (num_rows * d if spec.factory == _FLAT else 0)
+        d: shortlist * last_dim + num_rows * d * _share_read(spec.factory)
         for d, shortlist in shortlists.items()
         if shortlist is not None
     }
     return dim in numbers_read and numbers_read[dim] <= _TOO_MUCH * min(numbers_read.values())
 
 
+def _share_read(factory: str) -> float:
+    """Return the share of a float32 row that a search reads of every row of the gallery."""
+    if factory == _FLAT:
+        return 1
+    if re.fullmatch(r"PQ[0-9]+x4fs", factory):
+        return 1 / 16  # half a byte for two coordinates
+    return 1 / 32 if factory == "BFlat" else 0
+
+
+_EXACT = re.compile(r"(IVF[0-9]+(_HNSW[0-9]+)?,)?Flat|HNSW[0-9]*(,Flat)?")
+
+
 def _coarse_choices(
-    trials: Trials, dim: int, target: float, shortlist: int, specs: Sequence[FirstStage]
+    trials: Trials, dim: int, target: float, shortlist: int, spec: FirstStage
 ) -> Iterator[Choice]:
     """Measure funnels from one dim, doubling settings and shortlists until they are enough."""
-    for spec in specs:
-        first = trials.first(dim, spec)
-        if first is None:
-            continue
-        # A longer shortlist changes nothing for an exact first stage, nor where there is none.
-        is_exact_or_alone = spec.factory == _FLAT or not trials.funnel(dim, shortlist).shortlists
-        is_reached = False
-        for slack in (1,) if is_exact_or_alone else _SLACK:
-            if is_reached and slack > _ENOUGH_SLACK:
+    first = trials.first(dim, spec)
+    if first is None:
+        return
+    # A longer shortlist changes nothing for an exact first stage, nor for rows as they are.
+    is_alone = not trials.funnel(dim, shortlist).shortlists
+    is_exact = spec.factory == _FLAT or (is_alone and _EXACT.fullmatch(spec.factory) is not None)
+    is_reached = False
+    for slack in (1,) if is_exact else _SLACK:
+        if is_reached and slack > _ENOUGH_SLACK:
+            break
+        last_quality = -1.0
+        for harder in _doubled(spec):
+            choice = trials.measured(first, harder, trials.funnel(dim, shortlist * slack))
+            yield choice
+            reaches = choice.quality_less_error >= target
+            is_reached = is_reached or reaches
+            if reaches or choice.quality < last_quality + _GAIN:
                 break
-            last_quality = -1.0
-            for harder in _doubled(spec):
-                choice = trials.measured(first, harder, trials.funnel(dim, shortlist * slack))
-                yield choice
-                reaches = choice.quality_less_error >= target
-                is_reached = is_reached or reaches
-                if reaches or choice.quality < last_quality + _GAIN:
-                    break
-                last_quality = choice.quality
+            last_quality = choice.quality
 
 
 def _fine_choices(
@@ -432,7 +375,7 @@ def _fine_choices(
 
 def _with_middle_stage(schedule: FunnelSchedule, dims: Sequence[int]) -> list[FunnelSchedule]:
     """Return funnels of two stages with a third between them."""
-    if len(schedule.dims) != 2:
+    if len(schedule.dims) != 2 or schedule.rescores:
         return []
     (low, high), (size,), k = schedule.dims, schedule.shortlists, schedule.k
     return [

@@ -14,6 +14,7 @@ from keras_mrl_serving.index import FaissIndex, FirstStage, Plan, plan_funnel
 from keras_mrl_serving.index.first_stage import Shortlister, import_faiss
 from keras_mrl_serving.index.plan import Choice, Measure, front, precision_by_label, time_per_query
 from keras_mrl_serving.index.planner import Trials, choose_funnel
+from keras_mrl_serving.projection import Projection
 from keras_mrl_serving.results import Neighbors
 from tests.helpers.galleries import FLAT, METRICS, Array, Refuses, clusters, true_scores
 
@@ -295,6 +296,7 @@ class Scripted(Trials):
         super().__init__(GALLERY, QUERIES, max(needs), K, "cosine", None, None, 1, ignore)
         self.rows = num_rows
         self.needs = needs
+        self.projected: dict[int, int] = {}
         self.quality: Callable[[int, int], float] = lambda _dim, _effort: 0.5
         self.seconds: Callable[[int], float] = lambda _dim: 1.0
         self.error = 0.0
@@ -305,9 +307,11 @@ class Scripted(Trials):
     def num_rows(self) -> int:
         return self.rows
 
-    def shortest_shortlist(self, dim: int, target: float) -> int | None:
+    def shortest_shortlist(
+        self, dim: int, target: float, projection: Projection | None = None
+    ) -> int | None:
         self.targets.add(target)
-        return self.needs[dim]
+        return self.needs[dim] if projection is None else self.projected.get(dim)
 
     def first(self, dim: int, _spec: FirstStage) -> Shortlister:
         return Shortlister(import_faiss().IndexFlatL2(dim), FLAT)
@@ -477,17 +481,72 @@ def test_dims_that_read_far_more_than_another_are_left_out(
     [
         (400, []),
         (21_964, []),
-        (21_965, ["IVF512,Flat"]),  # 39 rows for each of 512 lists, and a tenth of them to spare
+        (21_965, ["IVF512,PQ{}x4fs"]),  # 39 rows for each of 512 lists, a tenth of them to spare
     ],
 )
-def test_lists_are_tried_where_the_gallery_can_teach_them(
+def test_the_kinds_that_are_tried_at_a_prefix_and_at_the_full_width(
     num_rows: int, inverted_lists: list[str]
 ) -> None:
-    trials = Scripted({32: K}, num_rows)
-    trials.quality = lambda _dim, _effort: 1.0
+    """Lists where the gallery can teach them; codes that lose something with rescoring."""
+    trials = Scripted({16: K, 32: K}, num_rows)
+    trials.quality = lambda _dim, _effort: 0.8
+    trials.plan(None)
+    by_dim: dict[int, dict[str, set[int]]] = {16: {}, 32: {}}
+    for factory, _, dims, _ in trials.tried:
+        by_dim[dims[0]].setdefault(factory, set()).add(len(dims))
+    both = ["Flat", "HNSW32_SQ8", "PQ{}x4fs", *inverted_lists]
+    assert list(by_dim[16]) == [factory.format(8) for factory in both]
+    assert list(by_dim[32]) == [*(factory.format(16) for factory in both), "HNSW32", "BFlat"]
+    assert {factory for factory, stages in by_dim[32].items() if 2 not in stages} == {
+        "Flat",
+        "HNSW32",
+    }
+
+
+def test_near_the_best_bfloat16_and_projections_are_tried() -> None:
+    trials = Scripted({8: None, 16: None, 32: K}, 21_965)
+    trials.projected = {8: 50, 16: 10}  # more than 8 times 5 at 8
+    trials.quality = lambda _dim, _effort: 0.95
+    trials.seconds = lambda _dim: 1.0 if trials.tried[-1][0] == "HNSW32_SQ8" else 2.0
     trials.plan(None)
     factories = list(dict.fromkeys(factory for factory, _, _, _ in trials.tried))
-    assert factories == ["Flat", "HNSW32_SQ8", *inverted_lists, "HNSW32"]
+    assert factories[-4:] == [
+        "HNSW32_SQbf16",
+        "Projected16,HNSW32_SQbf16",
+        "Projected16,IVF512,PQ8x4fs",
+        "OPQ8_16,IVF512,PQ8x4fs",
+    ]
+
+
+def test_the_fastest_are_timed_again_in_laps() -> None:
+    """Each lap times them one after the other; what counts is the median of its laps."""
+    times: list[tuple[str, float]] = []
+    rest = iter([1.0, 1.1, 1.2, 1.3, *[9.0] * 50])
+
+    def timer(index: Any, _queries: Array, _batch: int) -> float:
+        settings = index.first_stage.settings
+        lap = [setting for setting, _ in times].count(settings)
+        seconds = 0.5 if lap and settings == "nprobe=8" else next(rest, 9.0)
+        times.append((settings, seconds))
+        return seconds
+
+    kind = FirstStage("IVF8,Flat", "nprobe=2")
+    planned = plan(0.2, first_stages=[kind], dims=(32,), timer=timer)
+    laps = [settings for settings, _ in times][-10:]
+    assert len(set(laps[:2])) == 1 or laps[:2] * 5 == laps
+    assert planned.choice.seconds == np.median(
+        [s for settings, s in times if settings == planned.first_stage.settings][1:]
+    )
+
+
+@pytest.mark.parametrize(("batch", "clock"), [(1, "thread_time"), (5, "perf_counter")])
+def test_single_queries_are_timed_by_their_thread(
+    batch: int, clock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(f"keras_mrl_serving.index.plan.time.{clock}", lambda: float(next(ticks)))
+    index: Any = Clocked(lambda _: 0.0)
+    assert time_per_query(index, QUERIES, batch) == 1 / batch
 
 
 @metrics
@@ -632,7 +691,7 @@ def test_the_timer_is_given_the_index_the_sample_and_the_batch(batch: int) -> No
         np.testing.assert_array_equal(queries, QUERIES)
         assert size == batch
         schedules.append(index.schedule)
-        return float(len(schedules))  # the first is the fastest
+        return float(schedules.index(index.schedule) + 1)  # the first is the fastest
 
     planned = plan(0.5, batch=batch, first_stages=[FLAT], timer=timer)
     assert (planned.choice.seconds, planned.schedule) == (1.0, schedules[0])
