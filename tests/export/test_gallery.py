@@ -87,6 +87,17 @@ def test_every_search_is_that_of_the_numpy_index(schedule: str, metric: str) -> 
     assert set(searches) == {"search", *(f"search_{dim}" for dim in dims)}
 
 
+def test_a_schedule_that_names_a_dim_twice_is_refused_by_name(tmp_path: Path) -> None:
+    """A gallery in the graph is exact at every stage: there is nothing to score again."""
+    rows = drawn(0, 30, 8)
+    index = ExactIndex.build(rows, FunnelSchedule((8, 8), (20,), 3))
+    once = ExactIndex.build(rows, FunnelSchedule((8,), (), 3))
+    np.testing.assert_array_equal(index.search(rows).ids, once.search(rows).ids)
+    with pytest.raises(ValueError, match=r"so no dim stands twice\. Received: dims=\(8, 8\)\. "):
+        export_index(index, tmp_path / "gallery", name="gallery")
+    assert not (tmp_path / "gallery").exists() or not any((tmp_path / "gallery").iterdir())
+
+
 @pytest.mark.parametrize("seed", range(9))
 def test_every_cut_leaves_out_the_highest_of_equal_ids(seed: int) -> None:
     search = TiedSearch.drawn(seed, 3)

@@ -109,8 +109,9 @@ def test_stages_that_do_not_narrow_are_refused(
 
 def test_the_last_dim_may_stand_twice() -> None:
     """A coarse first stage finds a shortlist, which is scored again at the same width."""
-    for dims in ((256, 256), (64, 256, 256), [np.int64(8), 8]):
-        schedule = FunnelSchedule(dims, (40,) * (len(dims) - 1), 10)  # type: ignore[arg-type]
+    every: tuple[Any, ...] = ((256, 256), (64, 256, 256), [np.int64(8), 8])
+    for dims in every:
+        schedule = FunnelSchedule(dims, (40,) * (len(dims) - 1), 10)
         assert schedule.rescores is True
         assert schedule.dims == tuple(map(int, dims))
         assert FunnelSchedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
