@@ -31,7 +31,7 @@ from .base import (
     rounding,
 )
 from .first_stage import FirstStage, Progress, Shortlister, check_first_stage, import_faiss
-from .refined import unscaled
+from .refined import over_rows, unscaled
 from .storage import IndexWriter, SavedFiles, open_saved
 
 ENGINE = "faiss"
@@ -53,8 +53,8 @@ class FaissIndex(LocalIndex):
         facts: Schedule, metric and encoder.
         ids: Ids of the gallery rows, int64 `(rows,)`.
         first: The first stage.
-        stages: Rows by dim, float32 `(rows, dim)`, scaled as the metric asks: of all dims after
-            the first, or of the only dim.
+        stages: Rows by dim, float32 or float16 `(rows, dim)`, scaled as the metric asks: of all
+            dims after the first, or of the only dim; empty where the first stage holds its rows.
         plan: How the schedule was chosen, as JSON; None if it was given.
 
     Attributes:
@@ -85,10 +85,10 @@ class FaissIndex(LocalIndex):
         super().__init__(facts, ids)
         self.plan = plan
         self._first = first
-        self._stages = stages
+        self._stages = stages or {facts.width: first.rows}
         self._one_query = (1, facts.width)
         # None where one call cannot keep what is promised of equal rows.
-        self._refined = first.refined(facts.schedule, stages, facts.metric)
+        self._refined = first.refined(facts.schedule, self._stages, facts.metric)
 
     @classmethod
     def build(
@@ -104,6 +104,7 @@ class FaissIndex(LocalIndex):
         path: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         plan: Mapping[str, Any] | None = None,
+        half: bool = False,
     ) -> FaissIndex:
         """Return the index of a gallery.
 
@@ -121,6 +122,8 @@ class FaissIndex(LocalIndex):
             progress: Called with the rows done and all rows, as rows are copied and again as
                 they are added to the first stage.
             plan: How the schedule was chosen, saved with the index.
+            half: Keep the rows of the wider stages in float16: half of the disk and of the memory
+                that maps it, scores that differ in the fourth digit, and hardly another answer.
 
         Shapes:
             embeddings: `(rows, width)`. ids: `(rows,)`.
@@ -138,7 +141,9 @@ class FaissIndex(LocalIndex):
         report = progress or (lambda _done, _rows: None)
 
         def build_with(new_array: _NewArray) -> FaissIndex:
-            prefixes, stages = _prefixes_by_stage(gallery, facts, new_array, report)
+            dtype = np.dtype(np.float16 if half else np.float32)
+            dims = () if spec.holds_rows(facts.schedule) else wider_dims(facts.schedule)
+            prefixes, stages = _prefixes_by_stage(gallery, facts, dims, dtype, new_array, report)
             first = Shortlister.build(prefixes, spec, metric, report)
             return cls(facts, row_ids, first, stages, plan)
 
@@ -155,7 +160,8 @@ class FaissIndex(LocalIndex):
             OSError: If it cannot be written there.
         """
         with IndexWriter.at(path) as writer:
-            for dim, rows in self._stages.items():
+            held = self.first_stage.holds_rows(self.schedule)
+            for dim, rows in () if held else self._stages.items():
                 copy = writer.array(_stage_name(dim), rows.shape, rows.dtype)
                 for start in range(0, len(rows), _ROWS_AT_ONCE):
                     copy[start : start + _ROWS_AT_ONCE] = rows[start : start + _ROWS_AT_ONCE]
@@ -172,6 +178,7 @@ class FaissIndex(LocalIndex):
                 **self.facts.to_json(),
                 "first_stage": {"factory": spec.factory, "settings": spec.settings},
                 "plan": self.plan,
+                "row_dtype": next(iter(self._stages.values())).dtype.name,
             }
         )
 
@@ -197,11 +204,12 @@ class FaissIndex(LocalIndex):
         saved.check_engine(ENGINE)
         facts = IndexFacts.from_json(saved.card)
         ids = np.array(saved.array("ids", (None,), np.int64))
-        stages = {
-            dim: saved.array(_stage_name(dim), (len(ids), dim), np.float32)
-            for dim in wider_dims(facts.schedule)
-        }
         spec = FirstStage.from_json(saved.card.get("first_stage"))
+        dtype = np.float16 if saved.card.get("row_dtype") == "float16" else np.float32
+        stages = {
+            dim: saved.array(_stage_name(dim), (len(ids), dim), dtype)
+            for dim in (() if spec.holds_rows(facts.schedule) else wider_dims(facts.schedule))
+        }
         first = Shortlister.read(saved.file("first"), spec, len(ids), facts)
         return cls(facts, ids, first, stages, saved.card.get("plan"))
 
@@ -263,7 +271,10 @@ class FaissIndex(LocalIndex):
         is_exhaustive = size >= total or (
             among is not None and (total <= self.exhaustive_below or not self._first.can_choose)
         )
-        step = max(1, self.candidates_at_once // (total if is_exhaustive else size))
+        at_once = self.candidates_at_once
+        if next(iter(self._stages.values())).dtype == np.float16:
+            at_once //= self.width  # whose rows are made float32 to be compared
+        step = max(1, at_once // (total if is_exhaustive else size))
         answers = []
         for start in range(0, len(queries), step):
             chunk = queries[start : start + step]
@@ -364,6 +375,12 @@ def _compared(
     """Return up to `count` of the best rows of shortlists, each compared by itself."""
     stride = shortlists.shape[1]
     count = min(count, stride)
+    if rows.dtype == np.float16:
+        listed = shortlists.ravel()
+        rows = rows[np.maximum(listed, 0)].astype(np.float32)
+        places = np.where(listed < 0, -1, np.arange(len(listed))).reshape(shortlists.shape)
+        scores, best = _compared(faiss, queries, rows, places, count, metric)
+        return scores, np.where(best < 0, -1, listed[best])
     scores = np.empty((len(queries), count), np.float32)
     best = np.empty((len(queries), count), np.int64)
     by_idx = faiss.knn_L2sqr_by_idx if metric == "l2" else faiss.knn_inner_products_by_idx
@@ -379,13 +396,17 @@ def _closest_of_all(queries: Vectors, rows: Vectors, k: int, metric: str, ids: I
     kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
 
     def ask(some: slice, count: int) -> tuple[Vectors, Ids]:
-        scores, best = faiss.knn(queries[some], rows, min(count, len(rows)), metric=kind)
+        count = min(count, len(rows))
+        if rows.dtype == np.float16:
+            scores, best = over_rows(faiss, rows, metric).search(queries[some], count)
+        else:
+            scores, best = faiss.knn(queries[some], rows, count, metric=kind)
         return scores, best
 
     if k >= len(rows):
         return np.tile(np.arange(len(rows)), (len(queries), 1))
     scores, best = ask(slice(None), k + 1)
-    at_the_edge = rows[best[:, k - 1 :].ravel()]
+    at_the_edge = rows[best[:, k - 1 :].ravel()].astype(np.float32, copy=False)
     lengths = [np.sqrt(np.einsum("rd,rd->r", some, some).max()) for some in (queries, at_the_edge)]
     slack = rounding(metric.replace("cosine", "dot"), queries.shape[1], *lengths)
     return lowest_ids_first(scores, best, ids, slack, ask)
@@ -395,19 +416,21 @@ def _cut(queries: Vectors, dim: int) -> Vectors:
     return np.ascontiguousarray(queries[:, :dim])
 
 
-_NewArray = Callable[[str, tuple[int, ...], type[np.float32]], npt.NDArray[Any]]
+_NewArray = Callable[[str, tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
 
 
 def _prefixes_by_stage(
-    gallery: npt.NDArray[Any], facts: IndexFacts, new_array: _NewArray, progress: Progress
+    gallery: npt.NDArray[Any],
+    facts: IndexFacts,
+    dims: tuple[int, ...],
+    dtype: np.dtype[Any],
+    new_array: _NewArray,
+    progress: Progress,
 ) -> tuple[Vectors, dict[int, Vectors]]:
-    """Return the prefixes of the first stage, and those of the wider stages by dim."""
+    """Return the prefixes of the first stage, and by dim those of stages after it."""
     num_rows, first_dim = len(gallery), facts.schedule.dims[0]
     first = np.empty((num_rows, first_dim), np.float32)
-    stages = {
-        dim: new_array(_stage_name(dim), (num_rows, dim), np.float32)
-        for dim in wider_dims(facts.schedule)
-    }
+    stages = {dim: new_array(_stage_name(dim), (num_rows, dim), dtype) for dim in dims}
     for start in range(0, num_rows, _ROWS_AT_ONCE):
         part = slice(start, min(start + _ROWS_AT_ONCE, num_rows))
         rows = check_embeddings(gallery[part], "gallery", facts.width)

@@ -31,6 +31,7 @@ EFFORTS = ("efSearch", "nprobe")
 
 _SETTING = r"[A-Za-z_]+=[0-9]+(\.[0-9]+)?"
 _SETTINGS = re.compile(f"{_SETTING}(,{_SETTING})*")
+_HOLDS_ROWS = re.compile("Flat|HNSW[0-9]+(,Flat)?")
 _ROWS_ADDED_AT_ONCE = 50_000
 _ROWS_PER_CENTROID = 64  # that FAISS learns a centroid from; its own 256 take four times as long
 
@@ -111,6 +112,15 @@ class FirstStage:
             if not factory.isprintable():
                 raise ValueError("its factory does not print")
             return cls(factory, settings)
+
+    def holds_rows(self, schedule: FunnelSchedule) -> bool:
+        """Return whether it holds the rows of a schedule's only dim as they are, to be read there.
+
+        Examples:
+            >>> FirstStage("HNSW32").holds_rows(FunnelSchedule((64,), (), 10))
+            True
+        """
+        return len(schedule.dims) == 1 and _HOLDS_ROWS.fullmatch(self.factory) is not None
 
     @property
     def is_binary(self) -> bool:
@@ -326,6 +336,22 @@ class Shortlister:
         rows = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * self.dim)
         rows = rows.reshape(-1, self.dim)
         return float(np.sqrt(np.einsum("rd,rd->r", rows, rows).max()))
+
+    @property
+    def rows(self) -> Vectors:
+        """The rows of flat storage, a view: of a first stage that holds them as they are."""
+        faiss = import_faiss()
+        index = faiss.downcast_index(self.index)
+        storage = (
+            faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
+        )
+        if not isinstance(storage, faiss.IndexFlat):
+            raise ValueError(
+                "Rows are read from a first stage that holds them. "
+                f"Received: {self.spec.factory!r}. Give the rows of the last dim, too."
+            )
+        view = faiss.rev_swig_ptr(storage.get_xb(), storage.ntotal * self.dim)
+        return np.asarray(view.reshape(-1, self.dim))
 
     @cached_property
     def can_choose(self) -> bool:

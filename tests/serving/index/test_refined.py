@@ -10,6 +10,7 @@ import pytest
 
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import FaissIndex, FirstStage, open_index
+from keras_mrl_serving.index.base import IndexFacts
 from keras_mrl_serving.index.first_stage import Shortlister, import_faiss
 from keras_mrl_serving.index.refined import (
     RefinedIndex,
@@ -251,3 +252,65 @@ def test_queries_are_scaled_only_where_they_must_be() -> None:
         taken, factors = unscaled(queries, metric)
         assert taken is queries
         assert (factors == sign).all()
+
+
+@metrics
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8"])
+def test_rows_that_the_first_stage_holds_are_not_kept_twice(
+    factory: str, metric: str, tmp_path: Path
+) -> None:
+    spec = FirstStage.usual(factory)
+    index = FaissIndex.build(GALLERY, FUNNELS["one"], metric=metric, first_stage=spec)
+    index.save(tmp_path)
+    assert not list(tmp_path.glob("rows_*"))
+    again = open_index(tmp_path)
+    facts = again.facts
+    first = Shortlister.build(facts.prefix(GALLERY, 40), spec, metric, lambda _done, _rows: None)
+    twice = FaissIndex(facts, again.ids, first, {40: facts.prefix(GALLERY, 40)})
+    for queries in (QUERIES, QUERIES[:1]):
+        assert_same(again.search(queries), index.search(queries))
+        assert_same(index.search(queries), twice.search(queries))
+        few = np.arange(0, ROWS, 7)
+        assert_same(index.search(queries, among=few), twice.search(queries, among=few))
+
+
+def test_other_first_stages_hold_no_rows() -> None:
+    one = FUNNELS["one"]
+    for factory in ("HNSW8_SQ8", "IVF8,Flat", "PCA8,Flat", "BFlat", "SQ8"):
+        assert FirstStage(factory).holds_rows(one) is False
+    assert FirstStage("Flat").holds_rows(FUNNELS["two"]) is False
+    first = Shortlister.build(GALLERY, FirstStage("SQ8"), "dot", lambda _done, _rows: None)
+    with pytest.raises(ValueError, match=r"^Rows are read from a first stage that holds them\."):
+        FaissIndex(IndexFacts(one), np.arange(ROWS), first, {})
+
+
+@metrics
+@pytest.mark.parametrize("kind", [GRAPH, FirstStage("Flat"), FirstStage("BFlat")], ids=str)
+def test_rows_of_half_precision(kind: FirstStage, metric: str, tmp_path: Path) -> None:
+    """Half of the bytes; nearly all ids, and scores to the fourth digit."""
+    whole, half = (
+        FaissIndex.build(
+            GALLERY,
+            FUNNELS["three"],
+            metric=metric,
+            first_stage=kind,
+            path=tmp_path / str(h),
+            half=h,
+        )
+        for h in (False, True)
+    )
+    sizes = [
+        next((tmp_path / str(h)).glob("rows_40-*")).stat().st_size - 128 for h in (False, True)
+    ]
+    assert sizes == [4 * 40 * ROWS, 2 * 40 * ROWS]
+    expected, result = whole.search(QUERIES), half.search(QUERIES)
+    assert (result.ids == expected.ids).mean() > 0.97
+    scale = np.abs(expected.scores).max() if metric != "cosine" else 1
+    same = result.ids == expected.ids
+    assert np.abs(result.scores - expected.scores)[same].max() < 2e-3 * scale
+    for row in range(5):
+        assert_same(half.search(QUERIES[row : row + 1]), result[row : row + 1])
+    filtered = half.search(QUERIES, among=np.arange(0, ROWS, 3))
+    assert (filtered.ids % 3 == 0).all()
+    half.save(tmp_path / "copy")
+    assert_same(open_index(tmp_path / "copy").search(QUERIES), result)
