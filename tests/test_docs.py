@@ -56,7 +56,11 @@ def start(line):
     raise TimeoutError(line)
 
 def run_line(line):
-    subprocess.run([sys.executable, "-m", "keras_mrl_cli", *line.split()[1:]], check=True)
+    subprocess.run([sys.executable, "-m", "keras_mrl_cli", *shlex.split(line)[1:]], check=True)
+
+def node(text):
+    if shutil.which("node"):
+        subprocess.run(["node", "--input-type=module", "--eval", text], check=True)
 
 def curl(line):
     if shutil.which("curl"):
@@ -88,6 +92,9 @@ def test_the_code_runs_and_prints_what_it_says(document: str, tmp_path: Path) ->
     for language, text in blocks(document):
         if language == "python":
             program.append(SAID.sub(r"\1\2; print('# ' + '''\3''')", text))
+            continue
+        if language == "js":
+            program.append(f"node({text!r})")
             continue
         assert language == "sh"
         for line in text.strip().splitlines():
