@@ -4,12 +4,14 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from keras_mrl_cli.client import connect_and_describe
 from keras_mrl_cli.texts import load_texts
 from keras_mrl_serving import Client
 from keras_mrl_serving.server import DevServer
@@ -20,6 +22,7 @@ from tests.helpers.text_servers import classifier_of_texts, save_text_model, tex
 Ask = Callable[..., Ended]
 BIRDS = ["owls see at night", "jays bury acorns", "swifts sleep on the wing", "rails run"]
 QUESTION = "who can see at night"
+TLS_FLAGS = ("tls_ca", "tls_server_name", "tls_cert", "tls_key")
 PLAIN: dict[str, str] = {}
 
 
@@ -189,6 +192,14 @@ def test_texts_are_written_and_gone_on_with(
     assert ask("embed", "notes", *words)[:2] == (0, "40 rows of dim 64 are in E.npy.\n")
     expected = embedded(target, ["passage: " + text for text in texts])
     np.testing.assert_allclose(np.load("E.npy"), expected, atol=1e-6)
+
+
+def test_calls_of_texts_are_small_enough_to_be_answered_in_time(target: str) -> None:
+    unset = dict.fromkeys(("timeout", "max_batch_size", *TLS_FLAGS))
+    asked = {"target": target, "model": "notes", "files": ["a.txt"], "metadata": ()}
+    arguments = SimpleNamespace(**unset, **asked, no_proxy=False)
+    with connect_and_describe(arguments) as (client, _):
+        assert client.options.max_batch_size == 64
 
 
 # Classified.

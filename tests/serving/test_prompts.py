@@ -186,6 +186,15 @@ def test_a_new_version_with_other_prompts_is_asked_by_its_own() -> None:
         client.embed(BIRDS, 8, prompt="query")
 
 
+def test_a_prompt_that_a_new_version_has_is_asked_for() -> None:
+    server = TextServer(text_manifest(PLAIN))
+    client = Client(server)
+    client.embed(BIRDS, 8)
+    server.manifest, server.version = text_manifest(fingerprint="c0de"), 2
+    embedding = client.embed(BIRDS, 8, prompt="query")
+    np.testing.assert_array_equal(embedding, vectors_of(["query: " + t for t in BIRDS], 8))
+
+
 # Which texts are searched for.
 
 
@@ -208,6 +217,13 @@ def test_what_is_searched_for_has_the_prompt_of_queries(
     for neighbors in (one_call, two_calls):
         np.testing.assert_array_equal(neighbors.ids, expected.ids)
     assert set(server.texts) == {before + text for text in queries}
+
+
+def test_many_texts_are_searched_for_in_parts() -> None:
+    index = text_index(BIRDS, "passage: ")
+    client = Client(TextServer(text_manifest()), options=Options(max_batch_size=1))
+    whole = index.search(vectors_of(["query: " + text for text in BIRDS]))
+    np.testing.assert_array_equal(client.retrieve(BIRDS, index).ids, whole.ids)
 
 
 def test_a_model_without_prompts_searches_for_texts_as_they_are() -> None:
