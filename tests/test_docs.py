@@ -42,7 +42,7 @@ SAID = re.compile(r"^( *)(print\(.*\))  # (.+)$", re.MULTILINE)
 PRELUDE = """
 import atexit, shlex, shutil, socket, subprocess, sys, time
 
-def start(line):
+def start_server(line):
     server = subprocess.Popen([sys.executable, "-m", "keras_mrl_cli", *line.split()[1:]])
     atexit.register(server.wait)
     atexit.register(server.terminate)
@@ -106,7 +106,7 @@ def test_the_code_runs_and_prints_what_it_says(document: str, tmp_path: Path) ->
                 program.append(f"run_line({line!r})")
             else:
                 assert line.startswith("keras-mrl serve ")
-                program.append(f"start({line!r})")
+                program.append(f"start_server({line!r})")
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(program)],
         cwd=tmp_path,

@@ -74,6 +74,23 @@ def test_a_line_is_a_text(ask: Ask, target: str) -> None:
     same(out, embedded(target, ["passage: " + text for text in texts]))
 
 
+@pytest.mark.parametrize(
+    ("data", "texts"),
+    [
+        (b"a\r\nb\n", [b"a", b"b"]),
+        (b" a \n\nb", [b" a ", b"", b"b"]),
+        (b"\xef\xbb\xbfa\n\xef\xbb\xbf", [b"a", b"\xef\xbb\xbf"]),
+        (b"\xff\0\xe2\x80\xa8", [b"\xff\0\xe2\x80\xa8"]),
+        (b"\n", [b""]),
+        (b"", []),
+    ],
+)
+def test_a_text_is_all_of_its_line(data: bytes, texts: list[bytes], folder: Path) -> None:
+    (folder / "a.txt").write_bytes(data)
+    (rows,) = load_texts("a.txt", text_manifest(), None).values()
+    assert rows.tolist() == texts
+
+
 def test_words_and_standard_input_are_texts(
     ask: Ask, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
