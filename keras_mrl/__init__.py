@@ -50,3 +50,4 @@ from .models import sampler as sampler
 from .models import segment as segment
 from .models import split as split
 from .models import suggest_exits as suggest_exits
+from .text import TextEncoder as TextEncoder

@@ -22,6 +22,7 @@ from .evaluation.inputs import dims_of
 from .evaluation.neighbors import check_gallery, mean_average_precision_at_k, nearest_hits
 from .metrics import MatryoshkaMetric
 from .models.cut import as_model, check_one_vector, gallery_backbone, split
+from .text import are_texts, as_texts, preprocessor_of, tokenized
 
 
 class _Neighbors(_Writer):
@@ -43,6 +44,7 @@ class _Neighbors(_Writer):
         self.batch_size = batch_size
         self.output = output
         self._towers: Any = None  # of the gallery and of the queries
+        self._rows: Any = None  # of both, with tokens in the place of strings
         self._measured: tuple[int, ...] = ()
 
     def measures(self, hits: Any) -> dict[str, float]:
@@ -55,7 +57,7 @@ class _Neighbors(_Writer):
     def on_train_begin(self, logs: Any = None) -> None:
         """Forget the model of an earlier `fit`."""
         del logs
-        self._towers = None
+        self._towers = self._rows = None
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Embed both sides, search, and write the measures of every dim."""
@@ -66,8 +68,10 @@ class _Neighbors(_Writer):
             self._measured = dims_of(type(self).__name__, self.model, head, self.dims)
             other, tower = gallery_backbone(self.model, backbone), as_model(backbone)
             self._towers = (tower if other is backbone else as_model(other), tower)
-        (gallery_x, gallery_y), (query_x, query_y) = self._gallery, self.queries
-        gallery, queries = map(self._embed, self._towers, (gallery_x, query_x))
+            preprocessor = preprocessor_of(self.model)
+            self._rows = [tokenized(preprocessor, x) for x, _ in (self._gallery, self.queries)]
+        gallery_y, query_y = self._gallery[1], self.queries[1]
+        gallery, queries = map(self._embed, self._towers, self._rows)
         for dim in self._measured:
             hits = nearest_hits(gallery, gallery_y, queries, query_y, dim, self.k)
             for name, value in self.measures(hits).items():
@@ -217,6 +221,7 @@ def _check_pair(name: str, pair: Any) -> tuple[Any, Any]:
     received = f"a {type(pair).__name__}"
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
         x, y = pair
+        x = as_texts(x) if are_texts(x) else x
         check_unmasked(x)
         labels = as_labels(y)
         shapes = [tuple(np.shape(part)) for part in keras.tree.flatten(x)]

@@ -105,8 +105,14 @@ def is_allowed(room: str, file: Path, name: str) -> bool:
         )
         if lazy and top in LAZY_IN_TRAIN:
             return name not in set(imports(file, top_level=True))
-        # PyTorch computes in place, and TensorFlow's strategies count their replicas.
-        if (file.name, top) in {("_torch.py", "torch"), ("rowwise.py", "tensorflow")}:
+        # PyTorch computes in place, TensorFlow's strategies count their replicas, and keras-hub's
+        # tokenizers are graphs of TensorFlow.
+        if (file.name, top) in {
+            ("_torch.py", "torch"),
+            ("rowwise.py", "tensorflow"),
+            ("text.py", "tensorflow"),
+            ("text.py", "keras_hub"),
+        }:
             return name not in set(imports(file, top_level=True))
         return top in {"keras", "numpy"} or serving_needs(name) <= {"numpy"}
     if room == "keras_mrl_export":

@@ -23,6 +23,7 @@ DOCUMENTS = {
     "exits": ["docs/exits.md"],
     "cascade": ["docs/cascade.md"],
     "adapt": ["docs/adapt.md"],
+    "text": ["docs/text.md"],
     "guide": [
         f"docs/{page}.md"
         for page in (

@@ -25,6 +25,7 @@ PUBLIC = {
         "Perplexity",
         "SupervisedContrastiveLoss",
         "Teacher",
+        "TextEncoder",
         "Truncate",
         "causal_transformer",
         "cut",

@@ -28,6 +28,7 @@ from .._dims import check_dims
 from ..models.activation import activation_of, check_activation
 from ..models.cut import as_model, check_one_vector, gallery_backbone, split
 from ..models.outputs import one_output
+from ..text import preprocessor_of, tokenized
 from .inputs import dims_of
 from .multilabel import check_targets, check_zeros_and_ones, score_multilabel
 from .neighbors import (
@@ -71,7 +72,8 @@ def evaluate(
 
     Args:
         model: A model that ends in a `MatryoshkaHead`, or whose output is the embedding.
-        inputs: The rows to judge on, as `model.predict` takes them; or a `tf.data.Dataset`, a
+        inputs: The rows to judge on, as `model.predict` takes them, strings of a model with a
+            preprocessor; or a `tf.data.Dataset`, a
             `keras.utils.PyDataset` or a PyTorch `DataLoader` of batches `(x, y)`.
         labels: Their class ids, `(rows,)` or, as Keras's data sets give them, `(rows, 1)`; where a
             row may have several classes, 0 or 1 for each, `(rows, num_classes)`; of values, those.
@@ -101,6 +103,12 @@ def evaluate(
         >>> list(quality), list(quality[4])
         ([4, 16], ['top1', 'top5', 'ece', 'nn1', 'knn', 'p5', 'map5', 'recall5'])
     """
+    preprocessor = preprocessor_of(model)
+    inputs = tokenized(preprocessor, inputs, has_texts_as_labels=False)
+    if isinstance(gallery, (tuple, list)) and gallery:
+        gallery = (tokenized(preprocessor, gallery[0]), *gallery[1:])
+    else:
+        gallery = tokenized(preprocessor, gallery, has_texts_as_labels=False)
     model = one_output(model, output)
     backbone, head = split(model)
     check_one_vector(model, backbone)

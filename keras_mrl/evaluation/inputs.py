@@ -11,6 +11,7 @@ import numpy as np
 from .._arrays import Array, check_unmasked
 from .._dims import check_dims
 from ..models.cut import dims_of_loss
+from ..text import are_texts, as_texts, tokenized
 
 PART_ROWS = 8192  # embedded together, about
 
@@ -59,6 +60,8 @@ def check_inputs(name: str, inputs: Any) -> tuple[Any, int]:
         >>> check_inputs("corpus", {"left": np.zeros((5, 2)), "right": np.zeros(5)})[1]
         5
     """
+    if are_texts(inputs):
+        inputs = as_texts(inputs)
     check_unmasked(inputs)
     parts = keras.tree.flatten(inputs)
     shapes = [tuple(getattr(part, "shape", ())) for part in parts]
@@ -89,7 +92,12 @@ def rows_of(inputs: Any, rows: Any) -> Any:
 
 
 def embed_parts(
-    model: keras.Model, inputs: Any, rows: int, batch_size: int, progress: Callable[[], None]
+    model: keras.Model,
+    inputs: Any,
+    rows: int,
+    batch_size: int,
+    progress: Callable[[], None],
+    preprocessor: Any = None,
 ) -> Iterator[Array]:
     """Yield the embeddings of checked inputs, float32, a part at a time.
 
@@ -99,6 +107,7 @@ def embed_parts(
         rows: How many rows they hold.
         batch_size: Rows that the model sees at a time.
         progress: Called after every part.
+        preprocessor: From strings to the model's inputs, or None.
 
     Examples:
         >>> from keras_mrl.evaluation.inputs import embed_parts
@@ -108,7 +117,8 @@ def embed_parts(
         [(5, 2)]
     """
     for part in parts_of(rows, batch_size):
-        embeddings = model.predict(rows_of(inputs, part), batch_size=batch_size, verbose=0)
+        tokens = tokenized(preprocessor, rows_of(inputs, part))
+        embeddings = model.predict(tokens, batch_size=batch_size, verbose=0)
         yield np.asarray(keras.ops.convert_to_numpy(embeddings), np.float32)
         progress()
 

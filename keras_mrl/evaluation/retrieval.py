@@ -13,6 +13,7 @@ from .._arrays import Array, check_features
 from .._dims import check_dims
 from ..models.cut import as_model, check_one_vector, gallery_backbone, split
 from ..models.outputs import one_output
+from ..text import preprocessor_of, tokenized
 from .inputs import check_inputs, dims_of, embed_parts, parts_of, rows_of
 from .neighbors import BLOCK_ROWS, check_gallery, nearest_by_dim
 from .quality import Quality, progress_bar
@@ -135,8 +136,9 @@ def evaluate_retrieval(
 
     Args:
         model: A model that ends in a `MatryoshkaHead`, or whose output is the embedding.
-        queries: Inputs, as `model.predict` takes them.
-        corpus: Inputs: an array of rows, or a dict or tuple of such arrays.
+        queries: Inputs, as `model.predict` takes them; strings of a model with a preprocessor.
+        corpus: Inputs: an array of rows, or a dict or tuple of such arrays; or strings, a list of
+            them or an array.
         qrels: Query id to document id to grade, or to a set of relevant documents.
         query_ids: One integer or string per query; None means the numbers of the rows.
         corpus_ids: One integer or string per document; None means the numbers of the rows.
@@ -160,6 +162,7 @@ def evaluate_retrieval(
         >>> quality.by_measure()["mrr@5"]  # every query is a document itself
         {4: 1.0, 16: 1.0}
     """
+    preprocessor = preprocessor_of(model)
     model = one_output(model, output)
     backbone, head = split(model)
     check_one_vector(model, backbone)
@@ -172,13 +175,13 @@ def evaluate_retrieval(
     relevance = read_qrels(qrels, Ids("query_ids", query_ids, query_rows), documents, max(cuts))
     body = as_model(backbone)
     other = gallery_backbone(model, backbone)
-    judged = rows_of(queries, relevance.queries)
+    judged = tokenized(preprocessor, rows_of(queries, relevance.queries))
     features = body.predict(judged, batch_size=batch_size, verbose=verbose)
     features = check_features(features, ladder[-1])
     progress = progress_bar(len(parts_of(corpus_rows, batch_size)), "part", verbose)
     gallery = body if other is backbone else as_model(other)
     with tempfile.TemporaryFile() as file:
-        for part in embed_parts(gallery, corpus, corpus_rows, batch_size, progress):
+        for part in embed_parts(gallery, corpus, corpus_rows, batch_size, progress, preprocessor):
             file.write(check_features(part, ladder[-1]).tobytes())
             width = part.shape[1]
         file.flush()

@@ -15,6 +15,7 @@ from .._arrays import Array, as_labels, check_features
 from .._dims import blocks, check_dims
 from ..models.cut import as_model, check_one_vector, gallery_backbone, split
 from ..models.outputs import one_output
+from ..text import preprocessor_of, tokenized
 from .inputs import check_inputs, dims_of
 from .quality import Quality
 
@@ -147,6 +148,7 @@ def evaluate_similarity(
         >>> list(quality), list(quality[16])
         ([4, 16], ['spearman', 'pearson'])
     """
+    preprocessor = preprocessor_of(model)
     model = one_output(model, output)
     backbone, head = split(model)
     check_one_vector(model, backbone)
@@ -161,6 +163,8 @@ def evaluate_similarity(
         )
     body, other = as_model(backbone), gallery_backbone(model, backbone)
     gallery = body if other is backbone else as_model(other)
-    one = body.predict(first, batch_size=batch_size, verbose=verbose)
-    other_side = gallery.predict(second, batch_size=batch_size, verbose=verbose)
+    one = body.predict(tokenized(preprocessor, first), batch_size=batch_size, verbose=verbose)
+    other_side = gallery.predict(
+        tokenized(preprocessor, second), batch_size=batch_size, verbose=verbose
+    )
     return Quality(score_similarity(one, other_side, grades, ladder), output)

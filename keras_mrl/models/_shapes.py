@@ -16,12 +16,24 @@ from .._arrays import check_unmasked, is_dataset
 from .._modes import set_modes
 from ..layers import MatryoshkaHead
 from ..losses.targets import check_numbers
+from ..text import shared_preprocessor, takes_text
 
 
 class _NestedModel(keras.Model):
     """The base of both models, which `split` can take apart without importing their classes."""
 
     _modes: Mapping[str, str | None] = MappingProxyType({})  # of metrics per dim
+    _has_texts_as_labels = False  # whether what Keras calls labels may be texts to embed
+    _given_preprocessor: Any = None
+
+    @property
+    def preprocessor(self) -> Any:
+        """The layer that makes tokens of strings, before a step; None of a model without."""
+        return shared_preprocessor(self._given_preprocessor, self._text_parts())
+
+    def _text_parts(self) -> tuple[Any, ...]:
+        """Return the parts that may have a preprocessor of their own."""
+        raise NotImplementedError
 
     def parts(self, exit: str | None = None) -> tuple[Any, MatryoshkaHead | None]:
         """Return the part that makes features, and the nested head; None without one.
@@ -46,6 +58,26 @@ class _NestedModel(keras.Model):
     def output_shape(self) -> Any:
         """The shape of the output."""
         return self.compute_output_shape(self.input_shape)
+
+    @takes_text
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as `keras.Model.predict` does, of strings, too, if there is a preprocessor."""
+        return super().predict(*args, **kwargs)
+
+    @takes_text
+    def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as `keras.Model.predict_on_batch` does, of strings, too."""
+        return super().predict_on_batch(*args, **kwargs)
+
+    @takes_text
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `keras.Model.train_on_batch` does, on strings, too."""
+        return super().train_on_batch(*args, **kwargs)
+
+    @takes_text
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as `keras.Model.test_on_batch` does, on strings, too."""
+        return super().test_on_batch(*args, **kwargs)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does."""

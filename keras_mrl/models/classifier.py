@@ -19,6 +19,7 @@ from ..layers.head import warn_frozen, with_embedding_of
 from ..losses import MatryoshkaLoss
 from ..losses.matryoshka import check_form_of_batch, check_labels
 from ..metrics import MatryoshkaMetric
+from ..text import check_preprocessor, takes_text
 from ._compiled import NestedMetrics, nested_loss, nested_metrics
 from ._shapes import (
     as_shapes,
@@ -54,6 +55,9 @@ class MatryoshkaClassifier(_ModelWithExits):
             a Keras layer of your own from there to features, or a mapping of these; and before
             them, cheap Keras models from the inputs to features. Each exit has a head like `head`.
             `call` and `predict` answer with the last exit, `head`; `all_exits` with all.
+        preprocessor: A layer from strings to the backbone's inputs, such as one of keras-hub;
+            `fit`, `evaluate` and `predict` then take strings, too. None means that of the backbone,
+            if it is a `TextEncoder` or a task of keras-hub.
         **kwargs: Arguments of every Keras model (`name`, `dtype`).
 
     Shapes:
@@ -79,6 +83,7 @@ class MatryoshkaClassifier(_ModelWithExits):
         *,
         pooling: keras.layers.Layer | None = None,
         exits: Sequence[Any] | Mapping[str, Any] | None = None,
+        preprocessor: keras.layers.Layer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -91,6 +96,7 @@ class MatryoshkaClassifier(_ModelWithExits):
         self.backbone = backbone
         self.head = head
         self.pooling = check_pooling(pooling)
+        self._given_preprocessor = check_preprocessor(preprocessor)
         self._take_exits(exits)
         self.exit_heads: dict[str, MatryoshkaHead] = {}  # by the name of the exit
         self._exit_training: ExitTraining | None = None
@@ -102,6 +108,9 @@ class MatryoshkaClassifier(_ModelWithExits):
         # A subclass may build what its constructor has yet to make.
         if shape is not None and type(self).build is MatryoshkaClassifier.build:
             self.build(shape)
+
+    def _text_parts(self) -> tuple[Any, ...]:
+        return (self.backbone,)
 
     def parts(self, exit: str | None = None) -> tuple[keras.layers.Layer, MatryoshkaHead]:
         """Return the backbone, with the pooling after it if there is one, and the head.
@@ -306,6 +315,7 @@ class MatryoshkaClassifier(_ModelWithExits):
             sample_weight = None if sample_weight is None else sample_weight[:0]
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
+    @takes_text
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does, after a check of labels that are in memory."""
         _check_loss(self.loss)
@@ -315,6 +325,7 @@ class MatryoshkaClassifier(_ModelWithExits):
             self._check_data(*validation[:2])
         return super().fit(x, y, *args, **kwargs)
 
+    @takes_text
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as `keras.Model.evaluate` does, after a check of labels that are in memory."""
         x = self._check_data(x, y)
@@ -352,6 +363,7 @@ class MatryoshkaClassifier(_ModelWithExits):
             "backbone": keras.saving.serialize_keras_object(self.backbone),
             "head": keras.saving.serialize_keras_object(self.head),
             "pooling": keras.saving.serialize_keras_object(self.pooling),
+            "preprocessor": keras.saving.serialize_keras_object(self._given_preprocessor),
             "exits": plans_config(self._exit_plans) or None,
         }
 
@@ -363,7 +375,11 @@ class MatryoshkaClassifier(_ModelWithExits):
         head = keras.saving.deserialize_keras_object(head_config, custom_objects)
         pooling = keras.saving.deserialize_keras_object(config.get("pooling"), custom_objects)
         exits = plans_from_config(config.get("exits"), custom_objects) or None
+        preprocessor = keras.saving.deserialize_keras_object(
+            config.get("preprocessor"), custom_objects
+        )
         parts = {"backbone": backbone, "head": head, "pooling": pooling, "exits": exits}
+        parts["preprocessor"] = preprocessor
         return cls(**{**config, **parts})
 
 

@@ -10,6 +10,7 @@ import keras
 from .._dims import check_dims, check_width
 from ..layers import MatryoshkaHead
 from ..layers.truncate import unit_length
+from ..text import without_preprocessor
 from ._shapes import _NestedModel, inputs_like
 from .outputs import (
     check_output,
@@ -110,6 +111,7 @@ def split(
     if is_plain_nested(model):
         check_output(model, output, [])
         backbone, head = model.parts(exit)
+        backbone = without_preprocessor(backbone)
         return (gallery_backbone(model, backbone) if other_tower else backbone), head
     if exit is not None:
         raise ValueError(
@@ -117,6 +119,7 @@ def split(
             f"Received: exit={exit!r} for {type(model).__name__} {model.name!r}. Leave exit out."
         )
     if output is None and not holds_head(model):
+        model = without_preprocessor(model)
         return (gallery_backbone(model, model) if other_tower else model), None
     inputs, tensors = graph_of(model)
     name = check_output(model, output, list(tensors))
@@ -150,7 +153,7 @@ def gallery_backbone(model: keras.Model, backbone: keras.Model) -> keras.Model:
         _check_one_tower(model)
         return backbone
     other = model.gallery_part()
-    return backbone if other is None else other
+    return backbone if other is None else without_preprocessor(other)
 
 
 def _check_one_tower(model: keras.Model) -> None:

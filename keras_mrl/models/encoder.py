@@ -13,6 +13,7 @@ from ..losses.candidates import check_candidates, check_ids
 from ..losses.distillation import check_distillation
 from ..losses.similarity import check_temperature
 from ..losses.weights import _RowLoss
+from ..text import check_preprocessor, shared_preprocessor, takes_text
 from ._shapes import (
     as_shapes,
     check_pooling,
@@ -58,6 +59,9 @@ class MatryoshkaEncoder(_ModelWithExits):
         exits: Where rows may leave before the end of a functional `tower`: see
             `MatryoshkaClassifier`. Each exit gives an embedding of the tower's width. `predict`
             answers with the last exit, `all_exits` with all. One tower only.
+        preprocessor: A layer from strings to the tower's inputs, such as one of keras-hub; `fit`,
+            `evaluate` and `predict` then take strings, too. None means that of the tower, if it is
+            a `TextEncoder` or a task of keras-hub.
         **kwargs: Arguments of every Keras model (`name`, `dtype`).
 
     Shapes:
@@ -65,7 +69,8 @@ class MatryoshkaEncoder(_ModelWithExits):
 
     Raises:
         TypeError: If a tower is not a Keras model.
-        ValueError: If a tower does not end in `(batch, width)`, the two differ in width, the
+        ValueError: If a tower does not end in `(batch, width)`, the two differ in width or in how
+            they tokenize, the
             temperature starts below 0.01, or the model is compiled with any other loss than one on
             embeddings, or with an accuracy.
 
@@ -88,6 +93,7 @@ class MatryoshkaEncoder(_ModelWithExits):
         initial_temperature: float | None = None,
         exits: Any = None,
         pooling: keras.layers.Layer | None = None,
+        preprocessor: keras.layers.Layer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -100,6 +106,8 @@ class MatryoshkaEncoder(_ModelWithExits):
                 )
         self.tower = tower
         self.other_tower = None if other_tower is tower else other_tower
+        self._given_preprocessor = check_preprocessor(preprocessor)
+        shared_preprocessor(preprocessor, self._text_parts())
         self.pooling = check_pooling(pooling)
         self.initial_temperature = initial_temperature
         self._take_exits(exits)
@@ -126,6 +134,11 @@ class MatryoshkaEncoder(_ModelWithExits):
         # A subclass may build what its constructor has yet to make.
         if None not in shapes and type(self).build is MatryoshkaEncoder.build:
             self.build(shapes[0] if is_one else shapes)
+
+    _has_texts_as_labels = True  # pairs (anchors, positives)
+
+    def _text_parts(self) -> tuple[Any, ...]:
+        return (self.tower, self.other_tower)
 
     def parts(self, exit: str | None = None) -> tuple[keras.layers.Layer, None]:
         """Return the tower, with the pooling after it if there is one, and None: it has no head."""
@@ -247,6 +260,7 @@ class MatryoshkaEncoder(_ModelWithExits):
         """Keras's own, and one recall per exit and dim of the compiled loss."""
         return [*super().metrics, *(mean for own in self._recall.values() for mean in own.means)]
 
+    @takes_text
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does; raise for weights and ids that mean something else."""
         self._check_data(x, y, kwargs.get("sample_weight"))
@@ -254,6 +268,7 @@ class MatryoshkaEncoder(_ModelWithExits):
             check_ids("Labels", y, kinds="biuf")
         return super().fit(x, y, *args, **kwargs)
 
+    @takes_text
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as `keras.Model.evaluate` does; raise for weights and ids as `fit` does."""
         self._check_data(x, y, kwargs.get("sample_weight"))
@@ -374,6 +389,7 @@ class MatryoshkaEncoder(_ModelWithExits):
             "tower": keras.saving.serialize_keras_object(self.tower),
             "other_tower": keras.saving.serialize_keras_object(self.other_tower),
             "pooling": keras.saving.serialize_keras_object(self.pooling),
+            "preprocessor": keras.saving.serialize_keras_object(self._given_preprocessor),
             "initial_temperature": self.initial_temperature,
             **({"shared_layers": shared} if shared else {}),
             "exits": plans_config(self._exit_plans) or None,
@@ -384,7 +400,7 @@ class MatryoshkaEncoder(_ModelWithExits):
         """Make the model again."""
         parts = {
             name: keras.saving.deserialize_keras_object(config.get(name), custom_objects)
-            for name in ("tower", "other_tower", "pooling")
+            for name in ("tower", "other_tower", "pooling", "preprocessor")
         }
         config = {**config, **parts}
         shared = {name: parts["tower"].get_layer(name) for name in config.pop("shared_layers", ())}

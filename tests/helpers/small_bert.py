@@ -1,4 +1,6 @@
-"""A text backbone of keras-hub, small, on random weights."""
+"""A text backbone of keras-hub, small, on random weights, and its preprocessor."""
+
+from typing import Any
 
 import keras
 
@@ -16,3 +18,19 @@ def bert() -> keras.Model:
         max_sequence_length=6,
         name="net",
     )
+
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"pay the bill call mum at noon a b e".split(),
+]
+
+
+def preprocessor(sequence_length: int = 6, words: Any = WORDS) -> Any:
+    models = imported("keras_hub").models
+    tokenizer = models.BertTokenizer(vocabulary=words, lowercase=True)
+    return models.BertTextEmbedderPreprocessor(tokenizer, sequence_length=sequence_length)

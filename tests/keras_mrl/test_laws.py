@@ -15,6 +15,7 @@ from keras_mrl import (
     MatryoshkaHead,
     MatryoshkaLoss,
     MatryoshkaMetric,
+    TextEncoder,
     Truncate,
 )
 from keras_mrl.baselines import Slimmable, Switchable
@@ -215,6 +216,35 @@ def classifier_example(**arguments: Any) -> Example:
     )
 
 
+def text_encoder_example() -> Example:
+    def made() -> TextEncoder:
+        inputs = keras.Input((5,))
+        vectors = keras.layers.Dense(8, activation="tanh")(keras.layers.Reshape((5, 1))(inputs))
+        return TextEncoder(keras.Model(inputs, vectors), pooling="first")
+
+    def compiled_on_features(model: TextEncoder) -> keras.Model:
+        model.compile("sgd", "mse")
+        return model
+
+    return Example(
+        make=made,
+        model=compiled_on_features,
+        x=X,
+        y=FEATURES,
+        inputs=(X,),
+        wrong=(
+            Wrong(
+                make=lambda: TextEncoder(functional(), pooling="max"),
+                error=ValueError,
+                sentence=(
+                    "pooling must be one of 'mean', 'first', 'last'. Received: pooling='max'. "
+                    "A keras_hub.models.TextEmbedder keeps its own pooling: give it as the tower."
+                ),
+            ),
+        ),
+    )
+
+
 def with_half(layer: Slimmable | Switchable) -> keras.Model:
     """The layer at its full width, and at half of it."""
     inputs = keras.Input((5,))
@@ -283,6 +313,7 @@ EXAMPLES: dict[str, Example] = {
     "loss": loss_example(weights=(2.0, 1.0, 0.5)),
     "metric": metric_example(),
     "classifier": classifier_example(name="nested"),
+    "text-encoder": text_encoder_example(),
     "slimmable": slimmable_example(),
     "switchable": switchable_example(),
     **embeddings.EXAMPLES,
