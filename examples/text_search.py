@@ -163,7 +163,7 @@ def made_up(seed: int) -> Pairs:
     """Return questions for a thing of some kind and colour in a town, and what is offered there."""
     things = "bicycle table lamp guitar camera tent coat piano kettle mirror".split()
     colours = "red blue green black white yellow".split()
-    towns = "paris london rome madrid vienna prague oslo athens".split()
+    towns = "paris london rome madrid".split()
     asks = ("where is a {c} {t} in {p}", "i look for a {t} in {c} near {p}", "{p} {t} {c}")
     pairs = [
         (
