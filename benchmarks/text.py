@@ -177,8 +177,9 @@ def judge(
     """Return nDCG and recall by dim."""
     from keras_mrl.evaluation import score_retrieval
 
-    sides = [embed(model, texts) for texts in (queries, corpus)]
-    quality = score_retrieval(*sides, {i: {i} for i in range(len(queries))}, dims, k=K)
+    asked, searched = embed(model, queries), embed(model, corpus)
+    right: dict[Any, Any] = {row: {row} for row in range(len(queries))}
+    quality = score_retrieval(asked, searched, right, dims, k=K)
     return {
         str(dim): {name: round(own[f"{name}@{K}"], 4) for name in ("ndcg", "recall")}
         for dim, own in quality.items()

@@ -18,11 +18,12 @@ import numpy as np
 from ._arrays import as_labels, check_kinds, check_unmasked, is_dataset, labelled_batches
 from ._dims import check_dims, check_weights
 from ._modes import _Writer, mode_of_metric
+from ._tokens import are_texts, as_texts, tokenized
 from .evaluation.inputs import dims_of
 from .evaluation.neighbors import check_gallery, mean_average_precision_at_k, nearest_hits
 from .metrics import MatryoshkaMetric
 from .models.cut import as_model, check_one_vector, gallery_backbone, split
-from .text import are_texts, as_texts, preprocessor_of, tokenized
+from .text import preprocessor_of
 
 
 class _Neighbors(_Writer):

@@ -1,34 +1,22 @@
-"""Texts for models: keras-hub's backbones as one vector a text, and its preprocessors before them.
-
-A string is no tensor on JAX and PyTorch, so a model that has a preprocessor tokenizes before
-`fit`, `evaluate` and `predict` begin, outside the compiled step. Where tensorflow-text is installed
-the preprocessor runs as a TensorFlow graph on every backend, since that is what a served model
-does; else keras-hub's Python code runs. `docs/text.md` names the characters on which they differ.
-"""
+"""`TextEncoder`: keras-hub's text backbones as one vector a text, with their preprocessor."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import inspect
 import json
-import types
-import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
-from ._arrays import Array, is_dataset
+from ._tokens import are_texts as are_texts
+from ._tokens import as_texts as as_texts
+from ._tokens import tokenize as tokenize
+from ._tokens import tokenized
 
 _POOLINGS = ("mean", "first", "last")
 _FROM_KERAS_HUB = {"mean": "mean", "cls": "first", "last": "last"}
-_ROWS = 1024  # tokenized together
 _MASK = "padding_mask"
-_graphs: Any = weakref.WeakKeyDictionary()  # of preprocessors, by their configuration
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
@@ -244,7 +232,7 @@ def _strip_accents_as_trained(folder: Path, preprocessor: Any) -> None:
     `strip_accents` says otherwise.
     """
     file = folder / "tokenizer_config.json"
-    tokenizer = getattr(preprocessor, "tokenizer", None)
+    tokenizer: Any = getattr(preprocessor, "tokenizer", None)
     if not hasattr(tokenizer, "strip_accents") or not file.is_file():
         return
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -341,253 +329,3 @@ def _identity(preprocessor: Any) -> tuple[str, Any]:
     tokenizer = getattr(preprocessor, "tokenizer", None)
     vocabulary = getattr(tokenizer, "get_vocabulary", lambda: None)()
     return f"{type(preprocessor)}{json.dumps(settings, default=str)}", vocabulary
-
-
-def takes_text(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a method of a model (`fit`, `predict`, ...) take strings where the model tokenizes."""
-    signature = inspect.signature(getattr(keras.Model, method.__name__))
-
-    @functools.wraps(method)
-    def with_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        preprocessor = self.preprocessor
-        if preprocessor is None:
-            return method(self, *args, **kwargs)
-        given = dict(signature.bind(self, *args, **kwargs).arguments)
-        given.update(given.pop("kwargs", {}))
-        given.pop("self")
-        has_texts_as_labels = self._has_texts_as_labels
-        given["x"] = tokenized(preprocessor, given.get("x"), has_texts_as_labels)
-        validation = given.get("validation_data")
-        if has_texts_as_labels:
-            if given.get("y") is not None:
-                given["y"] = tokenized(preprocessor, given["y"])
-        if isinstance(validation, (tuple, list)) and not has_texts_as_labels:
-            given["validation_data"] = (tokenized(preprocessor, validation[0]), *validation[1:])
-        elif validation is not None:
-            given["validation_data"] = tokenized(preprocessor, validation, has_texts_as_labels)
-        return method(self, **given)
-
-    return with_tokens
-
-
-def tokenized(preprocessor: Any, data: Any, has_texts_as_labels: bool = True) -> Any:
-    """Return inputs with tokens in the place of strings; anything else as it is.
-
-    Texts in memory are tokenized at once; those of a data set batch by batch.
-
-    Args:
-        preprocessor: A layer from strings to a dict of tokens, or None.
-        data: An array or a list of strings; a tuple, list or dict of such, as pairs are; or a
-            data set of batches.
-        has_texts_as_labels: Whether the second part of a batch of a data set may be texts.
-
-    Raises:
-        ValueError: If an entry is no text, a text is not UTF-8, or a data set of strings is of a
-            kind that cannot be tokenized.
-
-    Examples:
-        >>> from keras_mrl.text import tokenized
-        >>> tokenized(None, ["as it is"])
-        ['as it is']
-    """
-    if preprocessor is None or data is None:
-        return data
-    if isinstance(data, (str, bytes)):
-        raise ValueError(
-            f"Texts come in a list or an array. Received: one {type(data).__name__}. Write [text]."
-        )
-    if are_texts(data):
-        return tokenize(preprocessor, data)
-    if is_dataset(data) or isinstance(data, types.GeneratorType):
-        return _tokenized_dataset(preprocessor, data, has_texts_as_labels)
-    if isinstance(data, dict):
-        return {name: tokenized(preprocessor, own) for name, own in data.items()}
-    if isinstance(data, (tuple, list)) and any(map(_holds_texts, data)):
-        return tuple(tokenized(preprocessor, own) for own in data)
-    return data
-
-
-def _holds_texts(part: Any) -> bool:
-    """Whether a part of a structure is texts, or has them within."""
-    if isinstance(part, dict):
-        return any(map(_holds_texts, part.values()))
-    if isinstance(part, (tuple, list)) and not are_texts(part):
-        return any(_holds_texts(own) for own in part if isinstance(own, (tuple, list, dict)))
-    return are_texts(part)
-
-
-def are_texts(data: Any) -> bool:
-    """Whether `data` is a list or an array of strings, by its first entry.
-
-    Examples:
-        >>> from keras_mrl.text import are_texts
-        >>> are_texts(["a", "b"]), are_texts(np.array([b"a"])), are_texts([1, 2])
-        (True, True, False)
-    """
-    if isinstance(data, (list, tuple)):
-        return bool(data) and isinstance(data[0], (str, bytes))
-    dtype = getattr(data, "dtype", None)
-    if dtype is None or not getattr(data, "shape", ()):
-        return False
-    if getattr(dtype, "kind", None) in ("U", "S", "T"):
-        return True
-    if getattr(dtype, "kind", None) == "O":
-        entries = np.asarray(data).ravel()
-        return bool(entries.size) and isinstance(entries[0], (str, bytes))
-    return "str" in str(getattr(dtype, "name", dtype))  # TensorFlow's and pandas's
-
-
-def tokenize(preprocessor: Any, texts: Any) -> dict[str, Array]:
-    """Return the tokens of texts, as the preprocessor cuts and pads them.
-
-    Args:
-        preprocessor: A layer from strings to a dict of tokens.
-        texts: Strings, or bytes of UTF-8, `(...)`.
-
-    Shapes:
-        Output: `(..., sequence_length)` each.
-
-    Raises:
-        ValueError: If an entry is no text, or a text is not UTF-8.
-    """
-    array = as_texts(texts)
-    flat = [_utf8(text, row) for row, text in enumerate(array.ravel().tolist())]
-    run = _graph_of(preprocessor)
-    parts = [run(flat[start : start + _ROWS]) for start in range(0, len(flat), _ROWS)]
-    tokens = keras.tree.map_structure(lambda *own: np.concatenate(own), *parts)
-    if array.ndim == 1:
-        return tokens
-    return keras.tree.map_structure(lambda own: own.reshape(*array.shape, *own.shape[1:]), tokens)
-
-
-def as_texts(texts: Any) -> Array:
-    """Return texts as an array of objects: NumPy's own strings lose a NUL at the end."""
-    if isinstance(texts, np.ndarray):
-        return texts.astype(object)
-    if isinstance(texts, (list, tuple)):
-        array = np.empty(len(texts), object)
-        array[:] = texts
-        return array
-    return np.asarray(texts, dtype=object)
-
-
-def _utf8(text: Any, row: int) -> bytes:
-    try:
-        if isinstance(text, str):
-            return text.encode()
-        if isinstance(text, bytes):
-            text.decode()
-            return text
-    except UnicodeError as error:
-        raise ValueError(
-            "Texts must be UTF-8. "
-            f"Received: in row {row}, {error}. Repair it where it was read, for example by "
-            "bytes.decode(errors='replace') or text.encode(errors='replace').decode()."
-        ) from error
-    raise ValueError(
-        "Texts must be strings. "
-        f"Received: a {type(text).__name__} in row {row}. Leave the row out, or write ''."
-    )
-
-
-def _graph_of(preprocessor: Any) -> Callable[[list[bytes]], Any]:
-    """Return a function from UTF-8 to arrays of tokens."""
-    if importlib.util.find_spec("tensorflow_text") is None:
-        return lambda texts: keras.tree.map_structure(
-            ops.convert_to_numpy, preprocessor([text.decode() for text in texts])
-        )
-    import tensorflow as tf
-
-    key = json.dumps(preprocessor.get_config(), default=str)
-    if _graphs.get(preprocessor, (None,))[0] != key:
-        own = weakref.proxy(preprocessor)  # a graph that held it would keep it in the dictionary
-        graph = tf.function(
-            lambda texts: own(texts), input_signature=[tf.TensorSpec([None], tf.string)]
-        )
-        _graphs[preprocessor] = (key, graph)
-    graph = _graphs[preprocessor][1]
-    return lambda texts: keras.tree.map_structure(
-        lambda own: own.numpy(), graph(tf.constant(texts, tf.string))
-    )
-
-
-def _tokenized_dataset(preprocessor: Any, data: Any, has_texts_as_labels: bool) -> Any:
-    """Return a data set of the same kind whose batches have tokens."""
-
-    def convert(batch: Any) -> Any:
-        if not isinstance(batch, (tuple, list)):
-            return tokenized(preprocessor, batch)
-        if has_texts_as_labels:
-            return tuple(tokenized(preprocessor, part) for part in batch)
-        return (tokenized(preprocessor, batch[0]), *batch[1:])
-
-    if isinstance(data, types.GeneratorType):
-        return _converted(convert, data)
-    if isinstance(data, keras.utils.PyDataset):
-        return _TokenizedDataset(data, convert) if _holds_texts(data[0]) else data
-    spec = getattr(data, "element_spec", None)
-    if spec is not None:
-        leaves = [str(getattr(own, "dtype", "")) for own in keras.tree.flatten(spec)]
-        if not any("string" in dtype for dtype in leaves):
-            return data
-        return data.map(lambda *parts: _traced(preprocessor, parts, has_texts_as_labels))
-    dataset, collate = getattr(data, "dataset", None), getattr(data, "collate_fn", None)
-    if callable(collate) and hasattr(dataset, "__getitem__"):
-        if _holds_texts(collate([dataset[0]])):
-            raise ValueError(
-                "A DataLoader of PyTorch must give tensors. "
-                "Received: one whose batches hold strings. Give the texts as lists, or a "
-                "keras.utils.PyDataset of them, or tokenize in its collate_fn."
-            )
-    return data
-
-
-def _converted(convert: Callable[[Any], Any], batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        yield convert(batch)
-
-
-def _traced(preprocessor: Any, parts: tuple[Any, ...], has_texts_as_labels: bool) -> Any:
-    """Return a batch of a `tf.data.Dataset` with tokens, as a graph."""
-    import tensorflow as tf
-
-    def tokens(own: Any) -> Any:
-        if own.dtype != tf.string:
-            return own
-        flat = preprocessor(tf.reshape(own, [-1]))
-        if own.shape.rank == 1:
-            return flat
-        return keras.tree.map_structure(
-            lambda part: tf.reshape(part, tf.concat([tf.shape(own), tf.shape(part)[1:]], 0)), flat
-        )
-
-    changed = len(parts) if has_texts_as_labels else 1
-    made = (*keras.tree.map_structure(tokens, parts[:changed]), *parts[changed:])
-    return made if len(made) > 1 else made[0]
-
-
-class _TokenizedDataset(keras.utils.PyDataset):
-    """A data set that tokenizes what another one gives."""
-
-    def __init__(self, inner: Any, convert: Callable[[Any], Any]) -> None:
-        super().__init__(workers=inner.workers, max_queue_size=inner.max_queue_size)
-        self._inner, self._convert = inner, convert
-
-    @property
-    def num_batches(self) -> Any:
-        """As of the other."""
-        return self._inner.num_batches
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._convert(self._inner[index])
-
-    def on_epoch_begin(self) -> None:
-        """As of the other."""
-        self._inner.on_epoch_begin()
-
-    def on_epoch_end(self) -> None:
-        """As of the other."""
-        self._inner.on_epoch_end()

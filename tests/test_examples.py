@@ -126,11 +126,6 @@ def test_texts_are_found_in_plain_text(tmp_path: Path) -> None:
     rows = [[float(cell) for cell in line.split()] for line in said[start + 1 : start + 4]]
     assert [row[0] for row in rows] == [8, 32, 64]
     assert all(row[2] > row[1] and row[4] > row[3] for row in rows)
-    answers = said[-12:]
-    assert [line.startswith("    'we sell this ") for line in answers] == [
-        False,
-        True,
-        True,
-        True,
-    ] * 3
+    are_answers = [line.startswith("    'we sell this ") for line in said[-12:]]
+    assert are_answers == [False, True, True, True] * 3
     assert sorted(file.name for file in tmp_path.iterdir()) == ["index", "texts"]

@@ -25,10 +25,11 @@ from .._arrays import (
     labelled_batches,
 )
 from .._dims import check_dims
+from .._tokens import tokenized
 from ..models.activation import activation_of, check_activation
 from ..models.cut import as_model, check_one_vector, gallery_backbone, split
 from ..models.outputs import one_output
-from ..text import preprocessor_of, tokenized
+from ..text import preprocessor_of
 from .inputs import dims_of
 from .multilabel import check_targets, check_zeros_and_ones, score_multilabel
 from .neighbors import (

@@ -10,8 +10,8 @@ import numpy as np
 
 from .._arrays import Array, check_unmasked
 from .._dims import check_dims
+from .._tokens import are_texts, as_texts, tokenized
 from ..models.cut import dims_of_loss
-from ..text import are_texts, as_texts, tokenized
 
 PART_ROWS = 8192  # embedded together, about
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from .._arrays import Array, check_features
 from .._dims import check_dims
+from .._tokens import tokenized
 from ..models.cut import as_model, check_one_vector, gallery_backbone, split
 from ..models.outputs import one_output
-from ..text import preprocessor_of, tokenized
+from ..text import preprocessor_of
 from .inputs import check_inputs, dims_of, embed_parts, parts_of, rows_of
 from .neighbors import BLOCK_ROWS, check_gallery, nearest_by_dim
 from .quality import Quality, progress_bar

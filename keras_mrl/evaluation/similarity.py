@@ -13,9 +13,10 @@ from keras_mrl_serving.inputs import as_float64
 
 from .._arrays import Array, as_labels, check_features
 from .._dims import blocks, check_dims
+from .._tokens import tokenized
 from ..models.cut import as_model, check_one_vector, gallery_backbone, split
 from ..models.outputs import one_output
-from ..text import preprocessor_of, tokenized
+from ..text import preprocessor_of
 from .inputs import check_inputs, dims_of
 from .quality import Quality
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from .._arrays import check_unmasked, is_dataset
 from .._modes import set_modes
+from .._tokens import takes_text
 from ..layers import MatryoshkaHead
 from ..losses.targets import check_numbers
-from ..text import shared_preprocessor, takes_text
+from ..text import shared_preprocessor
 
 
 class _NestedModel(keras.Model):

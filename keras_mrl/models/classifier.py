@@ -14,12 +14,13 @@ from typing import Any
 import keras
 from keras import ops
 
+from .._tokens import takes_text
 from ..layers import MatryoshkaHead
 from ..layers.head import warn_frozen, with_embedding_of
 from ..losses import MatryoshkaLoss
 from ..losses.matryoshka import check_form_of_batch, check_labels
 from ..metrics import MatryoshkaMetric
-from ..text import check_preprocessor, takes_text
+from ..text import check_preprocessor
 from ._compiled import NestedMetrics, nested_loss, nested_metrics
 from ._shapes import (
     as_shapes,

@@ -8,12 +8,13 @@ from typing import Any
 import keras
 from keras import ops
 
+from .._tokens import takes_text
 from ..losses import ContrastiveLoss, MatryoshkaEmbeddingLoss, SupervisedContrastiveLoss
 from ..losses.candidates import check_candidates, check_ids
 from ..losses.distillation import check_distillation
 from ..losses.similarity import check_temperature
 from ..losses.weights import _RowLoss
-from ..text import check_preprocessor, shared_preprocessor, takes_text
+from ..text import check_preprocessor, shared_preprocessor
 from ._shapes import (
     as_shapes,
     check_pooling,

@@ -216,12 +216,13 @@ def test_an_embedder_of_keras_hub_keeps_its_pooling_and_its_scale() -> None:
 @pytest.mark.parametrize("kind", ["tower", "argument", "embedder", "classifier"])
 def test_a_saved_model_tokenizes_as_before(kind: str, tmp_path: Path) -> None:
     models = imported("keras_hub").models
-    model: Any = {
+    kinds: dict[str, Callable[[], Any]] = {
         "tower": encoder,
         "argument": lambda: encoder(lambda: TextEncoder(bert()), preprocessor=preprocessor()),
         "embedder": lambda: encoder(lambda: models.BertTextEmbedder(bert(), preprocessor())),
         "classifier": classifier,
-    }[kind]()
+    }
+    model = kinds[kind]()
     expected = model.predict(ANCHORS, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -313,7 +314,7 @@ def two_tokenizers() -> MatryoshkaEncoder:
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no functional model": (
-        lambda: TextEncoder("all_minilm_l6_v2_en"),  # type: ignore[arg-type]
+        lambda: TextEncoder("all_minilm_l6_v2_en"),
         TypeError,
         "A TextEncoder is made of a text backbone, a functional Keras model. Received: "
         "'all_minilm_l6_v2_en'. Give for example "
@@ -335,7 +336,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "Received: Functional with inputs ['token_ids']. Use pooling='first'.",
     ),
     "no layer": (
-        lambda: MatryoshkaEncoder(TextEncoder(bert()), preprocessor=str.split),  # type: ignore[arg-type]
+        lambda: MatryoshkaEncoder(TextEncoder(bert()), preprocessor=str.split),
         TypeError,
         f"preprocessor must be a Keras layer from strings to the inputs of the model. Received: "
         f"preprocessor={str.split!r}. Give for example "
