@@ -117,15 +117,3 @@ def test_images_leave_a_backbone_early() -> None:
     saved = float(lines[-1].removeprefix("Saved ").partition("%")[0])
     assert saved == pytest.approx(100 - work[3], abs=0.11)
     assert lines[-1].endswith(f"accuracy {accuracies[3]}% instead of {accuracies[2]}%.")
-
-
-def test_texts_are_found_in_plain_text(tmp_path: Path) -> None:
-    pytest.importorskip("tensorflow_text")
-    said = run("examples/text_search.py", "--out", tmp_path, "--epochs", 2)
-    start = next(i for i, line in enumerate(said) if line.startswith("dims"))
-    rows = [[float(cell) for cell in line.split()] for line in said[start + 1 : start + 4]]
-    assert [row[0] for row in rows] == [8, 32, 64]
-    assert all(row[2] > row[1] and row[4] > row[3] for row in rows)
-    are_answers = [line.startswith("    'we sell this ") for line in said[-12:]]
-    assert are_answers == [False, True, True, True] * 3
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["index", "texts"]

@@ -25,7 +25,7 @@ class _NestedModel(keras.Model):
 
     _modes: Mapping[str, str | None] = MappingProxyType({})  # of metrics per dim
     _has_texts_as_labels = False  # whether what Keras calls labels may be texts to embed
-    _given_preprocessor: Any = None
+    _given_preprocessor: Any  # PyTorch would find a value here before that of the instance
 
     @property
     def preprocessor(self) -> Any:
