@@ -4,7 +4,7 @@
 
 Trains the same small residual net twice on CIFAR-100's 50,000 training images, with a head per
 dim (8 to 512) and with one head, and saves the features of both: 50,000 training images as the
-gallery, 10,000 test images as queries. `benchmarks/funnel.py --embeddings FOLDER` reads them.
+gallery, 10,000 test images as queries.
 
 `--data` holds `train*.zip` and `test.zip`, images in one folder per class
 (`<class>/<anything>.png`, .webp, ...). Where the network allows it, `keras.datasets.cifar100`

@@ -1,266 +1,406 @@
-"""The funnel against FAISS's own indexes over whole vectors, measured in one run.
+"""The planned funnel against FAISS's own indexes, on embeddings of real texts.
 
-    python benchmarks/funnel.py [--embeddings FOLDER] [--n 200000] [--d 1024]
+    python benchmarks/funnel.py --embeddings E.npy --splits splits.npz --name minilm --work FOLDER
+    python benchmarks/funnel.py --embeddings E.npy --splits splits.npz --name adapted --work FOLDER
+        --adaptor DIR
 
-First, where `--embeddings` names a folder of `benchmarks/cifar_embeddings.py`, on embeddings of
-real images. Then on synthetic vectors: 1,000 Gaussian centres and in-cluster noise of 0.7, both
-scaled per coordinate by i**-0.6, unit length. Such data flatter prefixes (the first coordinates
-carry most) and inverted lists (they are clusters) by construction.
+`--splits` is what `benchmarks/adapt.py --splits` writes: which rows train projections, plan, judge
+and are searched; no row is in two parts. The planner is asked for a recall@10 of 0.95 and of 0.98
+on the queries that plan; the rivals are set on the same queries, to the fastest setting whose
+recall less one standard error reaches it. What is shown was measured on the queries that judge.
 
-The funnels are those the planner chooses on a sample of queries, to find the exact neighbours and,
-with `--target-precision`, neighbours of the query's label; what is shown was measured on others.
-Every index answers the same queries, one at a time and 100 at once. A rival is built, timed and
-dropped before the next one, so that memory holds one of them. Right after every setting of it our
-fastest funnels are timed: how many times as fast they are is the median of those pairs, which other
-work on the machine slows alike. Single queries are timed by the processor time of their one thread,
-which is what a clock shows where nothing else runs; batches by the clock.
-What an index holds in memory is read in a process of its own: `anon` is memory of the process's
-own, `mapped` what it reads of files. FAISS has one thread for single queries and all cores for
-batches; so have its parts in ours. The graphs and lists of the rivals are set in steps of a third
-or so; a setting whose recall is below 0.9 is not timed. The last line is one JSON object.
+Single queries are timed by the processor time of their one thread. Right after each lap of a rival
+come laps of ours: how many times as fast ours are is the median of those pairs, which other work
+on the machine slows alike. 100 queries at once are timed by the processor time of the process.
+
+With `--adaptor` the gallery is projected by it, and rivals search the rows as they were: turning
+them changes no cosine. `--svs` names a folder with Intel's library, an anchor that nothing here
+depends on. Graphs are built once and kept in `--work`. The last line is one JSON object, also
+written to `--out`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import faiss
 import numpy as np
-from comparison import show, summary
-from galleries import Data, Vectors, principal, real, synthetic
+import numpy.typing as npt
 from memory import measured_memory
-from rivals import Ids, Rival, over_prefixes, rivals
+from rivals import FACTORIES, Ids, Rival, over_prefixes, rival_of, svs_rival
 
-from keras_mrl_serving import FaissIndex, FirstStage, open_index
-from keras_mrl_serving.index import plan_funnel
-from keras_mrl_serving.index.first_stage import lists_for
-from keras_mrl_serving.index.plan import precision_by_label
+from keras_mrl_serving import FaissIndex, FirstStage, Projection, open_index
+from keras_mrl_serving.index import Choice, Plan
+from keras_mrl_serving.index.base import IndexFacts
+from keras_mrl_serving.index.first_stage import Shortlister
+from keras_mrl_serving.index.planner import Trials, choose_funnel
+
+Vectors = npt.NDArray[np.float32]
 
 K = 10
-ROUNDS = 3
-LONGEST_S = 0.3  # of one index, one setting and one round
+LAPS = 7
+QUERIES_A_LAP = 200
 BATCH = 100
-LEAST_RECALL = 0.9
-KINDS = {
-    "flat": ("Flat", ""),
-    "graph": ("HNSW32_SQ8", "efSearch=16"),
-    "lists": ("IVF{lists},SQ8", "nprobe=1"),
-    "rabitq": ("IVF{lists},RaBitQ", "nprobe=1"),
-}
 
 
-class Goal(NamedTuple):
-    """What funnels are planned for: a recall, or a precision by label."""
+class KeptTrials(Trials):
+    """Trials that build every first stage once, whatever the target and the queries."""
 
-    name: str
-    target: float
-    is_precision: bool
+    kept: ClassVar[dict[tuple[int, str], Shortlister]] = {}
+
+    def first(self, dim: int, spec: FirstStage) -> Shortlister | None:
+        """Return a first stage, built now or before."""
+        key = (dim, spec.factory)
+        if key not in self.kept:
+            first = super().first(dim, spec)
+            if first is None:
+                return None
+            self.kept[key] = first
+        return self.kept[key]
+
+    def timed_again(self, choices: Sequence[Choice]) -> list[Choice]:
+        """As ever, with what was built before."""
+        self._firsts = dict(self.kept)
+        return super().timed_again(choices)
+
+
+@dataclass
+class Data:
+    """Unit vectors: a gallery, and disjoint queries that plan and that judge."""
+
+    gallery: Vectors
+    planning: Vectors
+    judging: Vectors
+
+
+@dataclass
+class Measured:
+    """What was measured of a setting of a rival.
+
+    Args:
+        setting: The setting.
+        recall: On the queries that judge.
+        seconds: Laps, per single query.
+        ratios: Of each lap: its seconds by those of our lap beside it.
+        many: Seconds per query of 100 at once.
+    """
+
+    setting: str
+    recall: float
+    seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    many: float = 0.0
 
 
 def main() -> None:
-    """Measure on real data, then on synthetic ones."""
+    """Plan, tune, measure, and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--embeddings", type=Path, help="folder of real embeddings (none)")
-    parser.add_argument(
-        "--n", type=int, default=200_000, help="synthetic rows, 0: none (%(default)s)"
-    )
-    parser.add_argument("--d", type=int, default=1024, help="their width (%(default)s)")
-    parser.add_argument(
-        "--target-recall", type=float, default=0.98, help="0: do not plan for one (%(default)s)"
-    )
-    parser.add_argument(
-        "--target-precision", type=float, default=0.0, help="0: do not plan by label (%(default)s)"
-    )
-    parser.add_argument("--kinds", default=",".join(KINDS), help="our first stages (%(default)s)")
-    parser.add_argument("--only", help="rivals besides exact and HNSW32, with commas (all)")
+    parser.add_argument("--embeddings", type=Path, required=True)
+    parser.add_argument("--splits", type=Path, required=True)
+    parser.add_argument("--name", required=True, help="of the set, in tables and files")
+    parser.add_argument("--adaptor", type=Path, help="folder of `keras-mrl adapt`")
+    parser.add_argument("--work", type=Path, required=True, help="folder of graphs that were built")
+    parser.add_argument("--svs", type=Path, help="folder with Intel's library")
+    parser.add_argument("--dims", default="64,96,128", help="besides the width")
+    parser.add_argument("--queries", type=int, default=1000, help="that plan")
+    parser.add_argument("--targets", default="0.95,0.98", help="of recall@10 (%(default)s)")
+    parser.add_argument("--kinds", help="first stages that the planner tries, with ; (its own)")
+    parser.add_argument("--only", help="rivals, with ; between them (all)")
+    parser.add_argument("--promise", type=int, default=0, help="splits of fresh queries")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    goals = [
-        Goal("funnel by label", arguments.target_precision, True),
-        Goal("funnel", arguments.target_recall, False),
-    ]
-    goals = [goal for goal in goals if goal.target]
-    only = None if arguments.only is None else {"exact", "HNSW32", *arguments.only.split(",")}
-    kinds = arguments.kinds.split(",")
-    found: dict[str, Any] = {}
-    if arguments.embeddings:
-        mrl, fixed = (real(arguments.embeddings, name) for name in ("mrl", "ff"))
-        print(f"\n# Real embeddings: {len(mrl.gallery):,} x {mrl.gallery.shape[1]}")
-        found["real"] = _compare(mrl, goals, kinds, only, principal(fixed))
-        del mrl, fixed
-    if arguments.n:
-        # No PCA funnel: the axes of these data are their principal ones already.
-        data = synthetic(arguments.n, arguments.d)
-        print(f"\n# Synthetic vectors: {arguments.n:,} x {arguments.d}")
-        found |= _compare(data, goals, kinds, only)
-    print(json.dumps(found))
-
-
-def _compare(
-    data: Data,
-    goals: list[Goal],
-    kinds: list[str],
-    only: set[str] | None,
-    turned: Data | None = None,
-) -> dict[str, Any]:
-    memory: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        by_goal = [_ours(data, goal, kinds, Path(folder)) for goal in goals]
-        leads = [ours[0] for ours in by_goal]  # the fastest, as the planner timed them
-        ours = list(chain(*by_goal))
-        _measure(ours, data, memory)
-        others = []
-        if turned is not None:
-            others = _ours(turned, goals[-1]._replace(name="PCA funnel"), kinds, Path(folder))
-            _measure(others, turned, memory)
-        for rival in [*ours, *others]:
-            if rival not in leads:
-                rival.drop()
-        truth = _exact(data)
-        for rival in chain(_plain(data, ours), rivals(data.gallery, Path(folder), _timed, only)):
-            _judge(rival, data, truth)
-            for _ in range(ROUNDS):
-                _time(rival, data, leads)
-            if rival.files != Path():
-                memory[rival.name] = measured_memory(rival.files, data.queries)
-            rival.drop()
-            others.append(rival)
-            print(f"  {rival.name}: built in {rival.build_s:.0f} s, measured", flush=True)
-        show([*ours, *others], leads, memory)
-        found = [summary(lead, others, memory) for lead in leads]
-        return found[0] | ({"by_recall": found[1]} if len(found) > 1 else {})
-
-
-def _measure(some: list[Rival], data: Data, memory: dict[str, dict[str, float]]) -> None:
-    truth = _exact(data)
-    for rival in some:
-        _judge(rival, data, truth)
-    for _ in range(ROUNDS):
-        for rival in some:
-            _time(rival, data)
-    memory |= {rival.name: measured_memory(rival.files, data.queries) for rival in some}
-
-
-def _ours(data: Data, goal: Goal, kinds: list[str], folder: Path) -> list[Rival]:
-    """Plan for each kind of first stage, and build what was chosen; the fastest comes first."""
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    plain, data = _read(arguments)
     width = data.gallery.shape[1]
-    dims = (*(2**power for power in range(4, 31) if 2**power < width), width)
-    name, measure = goal.name, None
-    if goal.is_precision:
-        measure = precision_by_label(data.gallery_labels, data.sample_labels)
-    chosen = []
-    for kind in kinds:  # one by one, so that the best of each is seen
-        factory, settings = KINDS[kind]
-        spec = FirstStage(factory.format(lists=lists_for(len(data.gallery))), settings)
-        began = time.perf_counter()
-        try:
-            plan = plan_funnel(
-                data.gallery,
-                data.sample,
-                goal.target,
-                dims=dims,
-                measure=measure,
-                first_stages=[spec],
-            )
-        except ValueError as error:
-            print(f"  {name}, {kind}: {error}")
-            continue
-        seconds = time.perf_counter() - began
-        print(f"  {name}, {spec.factory}: planned in {seconds:.0f} s")
+    dims = (*(dim for dim in map(int, arguments.dims.split(",")) if dim < width), width)
+    began = time.process_time()
+    kinds = None
+    if arguments.kinds is not None:
+        kinds = [FirstStage.least(factory) for factory in arguments.kinds.split(";")]
+    targets = [float(target) for target in arguments.targets.split(",")]
+    plans = _plans(data, dims, kinds, targets)
+    report: dict[str, Any] = {"name": arguments.name, "plan_cpu_s": time.process_time() - began}
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        leads = [_built(data, plan, Path(folder)) for plan in plans]
+        report |= _compare(arguments, plain, data, plans, leads)
+    if arguments.promise:
+        report["promise"] = _promise(data, plans, arguments.promise)
+    text = json.dumps(report)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(text)
+
+
+def _read(arguments: argparse.Namespace) -> tuple[Data, Data]:
+    """Return the rows as they were, and as we search them."""
+    part = np.load(arguments.splits)["part"]
+    rows = np.load(arguments.embeddings, mmap_mode="r")
+
+    def unit(chosen: npt.NDArray[np.bool_]) -> Vectors:
+        vectors = np.asarray(rows[chosen], np.float32)
+        return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+    plain = Data(unit(part >= 4), unit(part == 2)[: arguments.queries], unit(part == 3))
+    if arguments.adaptor is None:
+        return plain, plain
+    projection = Projection.load(arguments.adaptor)
+    turned = (plain.gallery, plain.planning, plain.judging)
+    return plain, Data(*(projection.transform(vectors) for vectors in turned))
+
+
+def _plans(
+    data: Data,
+    dims: Sequence[int],
+    kinds: Sequence[FirstStage] | None,
+    targets: Sequence[float],
+) -> list[Plan]:
+    def says(line: str) -> None:
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+    facts = (dims[-1], K, "cosine", None, None, 1, says)
+    trials = KeptTrials(data.gallery, data.planning, *facts)
+    plans = [choose_funnel(trials, target, dims, kinds) for target in targets]
+    for plan in plans:
         print(plan.table(), flush=True)
-        chosen.append((plan, seconds))
-    if not chosen:
-        raise SystemExit(f"No {name} reaches the target: nothing to compare.")
-    built = []
-    chosen.sort(key=lambda one: one[0].choice.seconds)
-    for number, (plan, planned_s) in enumerate(chosen):
-        path = folder / f"{name} {number}"
-        began = time.perf_counter()
-        FaissIndex.build(data.gallery, plan.schedule, first_stage=plan.first_stage, path=path)
-        seconds = time.perf_counter() - began
-        index = open_index(path)
-        stages = " -> ".join(map(str, plan.schedule.dims))
-        lists = ", ".join(map(str, plan.schedule.shortlists))
-        shown = f"{name} {plan.first_stage.factory} {stages} ({lists})"
-        setting, search = plan.first_stage.settings, _our_search(index)
-        rival = Rival(shown, (setting,), lambda _: None, search, path, seconds, plan, planned_s)
-        built.append(rival)
-    return built
+    return plans
 
 
-def _plain(data: Data, ours: list[Rival]) -> Iterator[Rival]:
-    """Build what FAISS's own parts make of our plans of two stages."""
-    for plan in [rival.plan for rival in ours if len(rival.plan.schedule.dims) == 2]:
-        yield over_prefixes(data.gallery, plan.schedule, plan.first_stage, _timed)
+def _built(data: Data, plan: Plan, folder: Path) -> Rival:
+    path = folder / f"ours-{plan.target}"
+    began = time.process_time()
+    FaissIndex.build(data.gallery, plan.schedule, first_stage=plan.first_stage, path=path)
+    seconds = time.process_time() - began
+    index = open_index(path, verify=False)
+    name = plan.choice.line().split(" us  ")[1]
 
-
-def _our_search(index: Any) -> Callable[[Vectors, int], Ids]:
     def search(queries: Vectors, k: int) -> Ids:
         ids: Ids = index.search(queries, k).ids
         return ids
 
-    return search
+    return Rival(f"ours: {name}", ("",), lambda _: None, search, path, seconds, plan)
 
 
-def _judge(rival: Rival, data: Data, truth: Ids) -> None:
+def _compare(
+    arguments: argparse.Namespace,
+    plain: Data,
+    data: Data,
+    plans: Sequence[Plan],
+    leads: Sequence[Rival],
+) -> dict[str, Any]:
+    planned_truth, truth = (_exact(plain, q) for q in (plain.planning, plain.judging))
+    targets = [plan.target for plan in plans]
+    report: dict[str, Any] = {"ours": [], "rivals": {}, "memory": {}}
+    for plan, lead in zip(plans, leads, strict=True):
+        recall = _recall(lead.search(data.judging, K), truth)
+        memory = measured_memory(lead.files, data.judging)
+        own = over_prefixes(lead.files, plan.schedule, plan.first_stage)
+        measured = Measured("", recall)
+        same = _same(lead, own, data)
+        for _ in range(2 * LAPS):
+            _lap(measured, own, data.judging, lead, data.judging)
+        point = {
+            "target": plan.target,
+            "funnel": lead.name,
+            "planned_us": 1e6 * plan.choice.seconds,
+            "recall": recall,
+            "us": 1e6 * statistics.median(s / r for s, r in _pairs(measured)),
+            "many_us": 1e6 * _many(lead, data.judging),
+            "over_faiss_own": statistics.median(measured.ratios),
+            "same_ids": same,
+            "faiss_own_many_us": 1e6 * _many(own, data.judging),
+            "build_cpu_s": lead.build_s,
+            **memory,
+        }
+        report["ours"].append(point)
+        print(json.dumps(point), flush=True)
+    for rival in _rivals(arguments, plain, plans):
+        points = _tuned(rival, plain, planned_truth, targets)
+        for target, setting in points.items():
+            rival.set_to(setting)
+            measured = Measured(setting, _recall(rival.search(plain.judging, K), truth))
+            lead = leads[targets.index(target)]
+            for _ in range(LAPS):
+                _lap(measured, rival, plain.judging, lead, data.judging)
+            measured.many = _many(rival, plain.judging)
+            found = report["rivals"].setdefault(rival.name, {})
+            found[str(target)] = {
+                "setting": setting,
+                "recall": measured.recall,
+                "us": 1e6 * statistics.median(measured.seconds),
+                "many_us": 1e6 * measured.many,
+                "ours_times_as_fast": statistics.median(measured.ratios),
+            }
+            print(rival.name, target, json.dumps(found[str(target)]), flush=True)
+        if rival.files != Path() and rival.files.is_file():
+            report["memory"][rival.name] = measured_memory(rival.files, plain.judging)
+        rival.let_go()
+    return report | _summary(report)
+
+
+def _rivals(arguments: argparse.Namespace, plain: Data, plans: Sequence[Plan]) -> Iterator[Rival]:
+    """Build the rivals, each when the one before it may be dropped."""
+    chosen = None if arguments.only is None else set(arguments.only.split(";"))
+    width = plain.gallery.shape[1]
+    cut = next((p.schedule.dims[0] for p in plans if p.schedule.dims[0] < width), 96)
+    # Turned rows have the same cosines, so both sets share what was built of the rows as they were.
+    shared = "minilm" if arguments.adaptor else arguments.name
+    for name, (factory, effort) in FACTORIES.items():
+        if chosen is None or name in chosen:
+            text = factory.format(lists=1024, half=width // 2, cut=cut, half_cut=cut // 2)
+            path = arguments.work / f"{shared}-{text.replace(',', '+')}.faiss"
+            try:
+                yield rival_of(name.format(cut=cut), text, effort, plain.gallery, path)
+            except RuntimeError as error:
+                print(f"  {name}: {str(error)[-120:]}", flush=True)
+    if arguments.svs is not None and (chosen is None or "SVS" in chosen):
+        yield svs_rival(arguments.svs, plain.gallery)
+
+
+def _tuned(rival: Rival, data: Data, truth: Ids, targets: Sequence[float]) -> dict[float, str]:
+    """Return the fastest setting that surely reaches each target, as a plan's must."""
+    best: dict[float, tuple[float, str]] = {}
     for setting in rival.settings:
         rival.set_to(setting)
-        found = rival.search(data.queries, K)
-        hits = data.gallery_labels[found] == data.query_labels[:, None]
-        recall = (found[:, :, None] == truth[:, None, :]).any(axis=1).mean()
-        rival.points[setting] = {"recall": float(recall), "precision": float(hits.mean())}
-
-
-def _time(rival: Rival, data: Data, beside: Sequence[Rival] = ()) -> None:
-    """Time every setting, and right after each the funnels it is compared with."""
-    for setting, point in rival.points.items():
-        if rival.plan is None and point["recall"] < LEAST_RECALL:
+        hits = _hits(rival.search(data.planning, K), truth)
+        surely = hits.mean() - hits.std(ddof=1) / np.sqrt(len(hits))
+        reached = [target for target in targets if surely >= target]
+        if not reached:
             continue
-        rival.set_to(setting)
-        for key, size in (("one", 1), ("many", BATCH)):
-            point.setdefault(f"{key}_runs", []).append(_qps(rival, data, size))
-            point[f"{key}_qps"] = statistics.median(point[f"{key}_runs"])
-        for lead in beside:
-            ratios = point.setdefault("ratios", {}).setdefault(lead.name, [])
-            ratios.append(_qps(lead, data, 1) / point["one_runs"][-1])
+        seconds = min(_seconds(rival, data.planning, start) for start in (0, 300))
+        for target in reached:
+            best[target] = min(best.get(target, (np.inf, "")), (seconds, setting))
+    return {target: setting for target, (_, setting) in best.items()}
 
 
-def _qps(rival: Rival, data: Data, size: int) -> float:
-    faiss.omp_set_num_threads(1 if size == 1 else os.cpu_count() or 1)
-    clock = time.thread_time if size == 1 else time.perf_counter
-    rival.search(data.queries[:size], K)
-    taken, rows = 0.0, 0
-    for start in range(0, len(data.queries), size):
-        some = data.queries[start : start + size]
-        began = clock()
-        rival.search(some, K)
-        taken += clock() - began
-        rows += len(some)
-        if taken > LONGEST_S:
-            break
-    return rows / taken
+def _lap(measured: Measured, rival: Rival, asked: Vectors, lead: Rival, turned: Vectors) -> None:
+    start = len(measured.seconds) * QUERIES_A_LAP % (len(asked) - QUERIES_A_LAP)
+    ours = _seconds(lead, turned, start)
+    seconds = _seconds(rival, asked, start)
+    ours = (ours + _seconds(lead, turned, start)) / 2
+    measured.seconds.append(seconds)
+    measured.ratios.append(seconds / ours)
 
 
-def _exact(data: Data) -> Ids:
-    return np.asarray(
-        faiss.knn(data.queries, data.gallery, K, metric=faiss.METRIC_INNER_PRODUCT)[1]
-    )
+def _pairs(measured: Measured) -> Iterator[tuple[float, float]]:
+    return zip(measured.seconds, measured.ratios, strict=True)
 
 
-def _timed(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def _seconds(rival: Rival, queries: Vectors, start: int) -> float:
+    faiss.omp_set_num_threads(1)
+    search: Callable[[Vectors, int], Ids] = rival.search
+    search(queries[:1], K)
+    began = time.thread_time()
+    for row in range(start, start + QUERIES_A_LAP):
+        search(queries[row : row + 1], K)
+    return (time.thread_time() - began) / QUERIES_A_LAP
+
+
+def _many(rival: Rival, queries: Vectors) -> float:
+    faiss.omp_set_num_threads(1)
+    laps = []
+    for start in range(0, 5 * BATCH, BATCH):
+        began = time.process_time()
+        rival.search(queries[start : start + BATCH], K)
+        laps.append((time.process_time() - began) / BATCH)
+    return statistics.median(laps)
+
+
+def _same(lead: Rival, own: Rival, data: Data) -> float:
+    """Return the share of single queries whose ids FAISS's own funnel returns as well."""
+    queries = data.judging[:500]
+    rows = [queries[row : row + 1] for row in range(len(queries))]
+    return float(np.mean([np.array_equal(lead.search(q, K), own.search(q, K)) for q in rows]))
+
+
+def _exact(data: Data, queries: Vectors) -> Ids:
+    found: Ids = faiss.knn(queries, data.gallery, K, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    return found
+
+
+def _hits(found: Ids, truth: Ids) -> npt.NDArray[np.float64]:
+    return np.asarray((found[:, :, None] == truth[:, None, :]).any(axis=1).mean(axis=1))
+
+
+def _recall(found: Ids, truth: Ids) -> float:
+    return float(_hits(found, truth).mean())
+
+
+def _promise(data: Data, plans: Sequence[Plan], splits: int) -> dict[str, Any]:
+    """Return in how many splits of fresh queries a plan keeps what it promised.
+
+    Each split draws half of all queries to plan on, and measures the plan on the others. The
+    planner chooses among the settings of the first stage that was planned.
+    """
+    queries = np.concatenate([data.planning, data.judging])
+    spec, dims = plans[0].first_stage, tuple(dict.fromkeys(plans[0].schedule.dims))
+    target, width = plans[0].target, data.gallery.shape[1]
+    recalls = []
+    for split in range(splits):
+        order = np.random.default_rng(split).permutation(len(queries))
+        mine, others = queries[order[:1000]], queries[order[1000:]]
+        facts = (width, K, "cosine", None, None, 1, lambda _: None)
+        trials = KeptTrials(data.gallery, mine, *facts)
+        found = choose_funnel(trials, target, dims, [replace(spec, settings=_least(spec))])
+        first = trials.kept[found.schedule.dims[0], found.first_stage.factory]
+        first.set(found.first_stage.settings)
+        facts_of = IndexFacts(found.schedule)
+        index = FaissIndex(facts_of, np.arange(len(data.gallery)), first, {width: data.gallery})
+        recalls.append(_recall(index.search(others).ids, _exact(data, others)))
+    within = 0.005  # a standard error of 1,000 queries that plan
+    return {
+        "splits": splits,
+        "kept": sum(recall >= target for recall in recalls),
+        "kept_within_0.005": sum(recall >= target - within for recall in recalls),
+        "least": min(recalls),
+    }
+
+
+def _least(spec: FirstStage) -> str:
+    return FirstStage.least(spec.factory).settings
+
+
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
+    """Return how many times as fast ours are as the best of each kind of rival."""
+    by_name = report["rivals"]
+
+    def least(target: float, wanted: Callable[[str], bool]) -> float | None:
+        ratios = [
+            points[str(target)]["ours_times_as_fast"]
+            for name, points in by_name.items()
+            if wanted(name) and str(target) in points
+        ]
+        return min(ratios, default=None)
+
+    found: dict[str, Any] = {
+        "over_faiss_own": min(point["over_faiss_own"] for point in report["ours"])
+    }
+    kinds: dict[str, Callable[[str], bool]] = {
+        "over_best_faiss": lambda name: name != "SVS",
+        "over_faiss_pca": lambda name: "PCA" in name or "OPQ" in name,
+        "over_hnsw": lambda name: name == "HNSW32",
+        "over_svs": lambda name: name == "SVS",
+    }
+    for kind, wanted in kinds.items():
+        for target in (0.95, 0.98):
+            found[f"{kind}_{round(100 * target)}"] = least(target, wanted)
+    hnsw = report["memory"].get("HNSW32")
+    if hnsw is not None:
+        ours = report["ours"][0]
+        found["ram_over_hnsw"] = ours["anon_mib"] / hnsw["anon_mib"]
+        both = [m["anon_mib"] + m["resident_mib"] for m in (ours, hnsw)]
+        found["resident_over_hnsw"] = both[0] / both[1]
+    return found
 
 
 if __name__ == "__main__":

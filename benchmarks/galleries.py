@@ -1,9 +1,8 @@
-"""What searches are measured on: embeddings of real images, and vectors drawn by the million."""
+"""Vectors that are drawn by the million."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,27 +41,6 @@ def synthetic(rows: int, width: int, centres: int = 1000) -> Data:
 
     gallery, asked, sample = draw(rows), draw(QUERIES), draw(QUERIES)
     return Data(*gallery, *asked, *sample)
-
-
-def real(folder: Path, name: str) -> Data:
-    """Read embeddings that `benchmarks/cifar_embeddings.py` wrote: of "mrl" or of "ff"."""
-    gallery, asked = (
-        _unit(np.load(folder / f"{name}_{part}.npy")) for part in ("gallery", "queries")
-    )
-    labels = [np.load(folder / f"{part}_labels.npy") for part in ("gallery", "queries")]
-    order = np.random.default_rng(0).permutation(len(asked))
-    first, others = order[:QUERIES], order[QUERIES : 2 * QUERIES]
-    return Data(
-        gallery, labels[0], asked[first], labels[1][first], asked[others], labels[1][others]
-    )
-
-
-def principal(data: Data) -> Data:
-    """Turn vectors so that the first coordinates carry the most: PCA without moving the origin."""
-    _, axes = np.linalg.eigh(data.gallery.T @ data.gallery)
-    turn = np.ascontiguousarray(axes[:, ::-1], np.float32)
-    gallery, queries, sample = (_unit(v @ turn) for v in (data.gallery, data.queries, data.sample))
-    return replace(data, gallery=gallery, queries=queries, sample=sample)
 
 
 def _unit(vectors: npt.NDArray[Any]) -> Vectors:

@@ -8,7 +8,9 @@ with the files out of the page cache, then warm. The last line is one JSON objec
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-from galleries import Vectors
+from rivals import Vectors
 
 from keras_mrl_serving import open_index
 
@@ -31,16 +33,20 @@ def main() -> None:
     path, queries = Path(sys.argv[1]), np.load(sys.argv[2])
     before = _memory()
     index = open_index(path, verify=False) if path.is_dir() else faiss.read_index(str(path))
-    laps = []
+    faiss.omp_set_num_threads(1)
+    laps: list[list[float]] = []
     for _ in range(2):
-        began = time.perf_counter()
+        laps.append([])
         for row in range(len(queries)):
+            began = time.perf_counter()
             index.search(queries[row : row + 1], K)
-        laps.append(1e3 * (time.perf_counter() - began) / len(queries))
-    anon, mapped = (b - a for a, b in zip(before, _memory(), strict=True))
-    print(
-        json.dumps({"anon_mib": anon, "mapped_mib": mapped, "cold_ms": laps[0], "warm_ms": laps[1]})
-    )
+            laps[-1].append(1e6 * (time.perf_counter() - began))
+    files = list(path.iterdir()) if path.is_dir() else []
+    found = {"anon_mib": _memory() - before, "resident_mib": sum(map(_resident, files))}
+    for name, lap in zip(("cold", "warm"), laps, strict=True):
+        for percent in (50, 99):
+            found[f"{name}_p{percent}_us"] = float(np.percentile(lap, percent))
+    print(json.dumps(found))
 
 
 def measured_memory(index: Path, queries: Vectors) -> dict[str, float]:
@@ -58,10 +64,25 @@ def measured_memory(index: Path, queries: Vectors) -> dict[str, float]:
     return measured
 
 
-def _memory() -> tuple[float, float]:
-    said = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    anon, mapped = (int(said[key].split()[0]) / 1024 for key in ("RssAnon", "RssFile"))
-    return anon, mapped
+def _memory() -> float:
+    """Return the MiB of memory that is of no file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)["RssAnon"].split()[0]) / 1024
+
+
+def _resident(path: Path) -> float:
+    """Return the MiB of a file that lie in memory, whichever process read them (mincore)."""
+    size = path.stat().st_size
+    pages = -(-size // mmap.PAGESIZE)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
+        array = np.frombuffer(mapped, np.uint8)
+        vector = (ctypes.c_ubyte * pages)()
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mincore(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(size), vector):
+            raise OSError(ctypes.get_errno(), "mincore")
+        resident = sum(page & 1 for page in vector)
+        del array
+    return resident * mmap.PAGESIZE / 2**20
 
 
 if __name__ == "__main__":

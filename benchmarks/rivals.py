@@ -1,20 +1,52 @@
-"""What the funnel is compared with: FAISS's own indexes over whole vectors."""
+"""What the funnel is compared with: FAISS's own indexes over whole vectors, and Intel's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
-from galleries import Vectors
 
-from keras_mrl_serving.index.first_stage import lists_for
+from keras_mrl_serving import FirstStage, FunnelSchedule
 
+Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+
+PER_LIST = 64  # rows a list is learned from, a quarter of FAISS's most, to build in minutes
+_GRAPH = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_LISTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_EFFORTS = {
+    "graph": tuple(f"efSearch={ef}" for ef in _GRAPH),
+    "lists": tuple(f"nprobe={n}" for n in _LISTS),
+    "refined graph": tuple(f"efSearch={ef},k_factor={k}" for k in (1.5, 2, 4, 8) for ef in _GRAPH),
+    "refined lists": tuple(f"nprobe={n},k_factor={k}" for k in (2, 4, 8, 16) for n in _LISTS),
+    "refined": tuple(f"k_factor={k}" for k in (2, 3, 4, 6, 8, 12, 16)),
+}
+FACTORIES: dict[str, tuple[str, str]] = {
+    "HNSW32": ("HNSW32", "graph"),
+    "HNSW32 SQ8, refined": ("HNSW32_SQ8", "refined graph"),
+    "IVF PQ fast scan, refined": ("IVF{lists},PQ{half}x4fs", "refined lists"),
+    "PQ fast scan, refined": ("PQ{half}x4fs", "refined"),
+    "IVF RaBitQ, refined": ("IVF{lists},RaBitQ", "refined lists"),
+    "IVF Panorama": ("IVF{lists},FlatPanorama8_64", "lists"),
+    "PCA{cut}, HNSW32, refined": ("PCA{cut},HNSW32", "refined graph"),
+    "PCA{cut}, HNSW32 SQ8, refined": ("PCA{cut},HNSW32_SQ8", "refined graph"),
+    "PCA{cut}, IVF PQ fast scan, refined": (
+        "PCA{cut},IVF{lists},PQ{half_cut}x4fs",
+        "refined lists",
+    ),
+    "PCA{cut}, IVF RaBitQ, refined": ("PCA{cut},IVF{lists},RaBitQ", "refined lists"),
+    "OPQ{cut}, IVF PQ fast scan, refined": (
+        "OPQ{half_cut}_{cut},IVF{lists},PQ{half_cut}x4fs",
+        "refined lists",
+    ),
+}
 
 
 @dataclass(eq=False)
@@ -27,10 +59,8 @@ class Rival:
         set_to: Sets one.
         search: Returns the ids of the `k` nearest to unit vectors `(batch, width)`.
         files: Where it lies on disk, for what opening it costs.
-        build_s: Seconds it took.
+        build_s: Processor seconds it took.
         plan: Of a funnel of ours.
-        planned_s: Seconds that took.
-        points: What was measured, by setting.
     """
 
     name: str
@@ -40,101 +70,108 @@ class Rival:
     files: Path
     build_s: float
     plan: Any = None
-    planned_s: float = 0.0
-    points: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def drop(self) -> None:
-        """Let go of the index and its file; what was measured stays."""
+    def let_go(self) -> None:
+        """Let go of the index; its files stay."""
         del self.search, self.set_to
-        if self.files.is_file():
-            self.files.unlink()
 
 
-FACTORIES: dict[str, tuple[str, int, str]] = {
-    "exact": ("Flat", faiss.METRIC_INNER_PRODUCT, "none"),
-    "HNSW32": ("HNSW32", faiss.METRIC_INNER_PRODUCT, "efSearch"),
-    "HNSW32 SQ8": ("HNSW32_SQ8", faiss.METRIC_INNER_PRODUCT, "efSearch"),
-    "HNSW32 SQ8, refined": ("HNSW32_SQ8,RFlat", faiss.METRIC_INNER_PRODUCT, "refined graph"),
-    "HNSW32 Panorama": ("HNSW32_FlatPanorama", faiss.METRIC_L2, "efSearch"),
-    "IVF": ("IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT, "nprobe"),
-    "IVF Panorama": ("IVF{lists},FlatPanorama8_64", faiss.METRIC_INNER_PRODUCT, "nprobe"),
-    "IVF RaBitQ, refined": ("IVF{lists},RaBitQ,RFlat", faiss.METRIC_INNER_PRODUCT, "refined lists"),
-    "IVF RaBitQ fast scan, refined": (
-        "IVF{lists},RaBitQfs,RFlat",
-        faiss.METRIC_INNER_PRODUCT,
-        "refined lists",
-    ),
-}
-PER_LIST = 64  # rows a list is learned from, a quarter of FAISS's most, to build in minutes
-_GRAPH = (12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 512, 1024)
-_LISTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_EFFORTS = {
-    "none": ("",),
-    "efSearch": tuple(f"efSearch={ef}" for ef in _GRAPH),
-    "nprobe": tuple(f"nprobe={n}" for n in _LISTS),
-    "refined graph": tuple(f"efSearch={ef},k_factor={k}" for ef in _GRAPH for k in (2, 4)),
-    "refined lists": tuple(f"nprobe={n},k_factor={k}" for n in _LISTS[2:] for k in (4, 16)),
-}
+def rival_of(name: str, factory: str, effort: str, gallery: Vectors, path: Path) -> Rival:
+    """Build an index of FAISS's, or read the one that was built before.
 
+    Raises:
+        RuntimeError: If FAISS cannot make it.
+    """
+    began = time.process_time()
+    if not path.exists():
+        faiss.omp_set_num_threads(1)
+        made = faiss.index_factory(gallery.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        lists = faiss.try_extract_index_ivf(made)
+        if lists is not None:
+            lists.cp.max_points_per_centroid = PER_LIST
+        made.train(gallery)
+        made.add(gallery)
+        faiss.write_index(made, str(path))
+    seconds = time.process_time() - began
+    base = faiss.read_index(str(path))
+    is_refined = "refined" in effort
+    index: Any
+    if is_refined:
+        rows = faiss.IndexFlatIP(gallery.shape[1])
+        rows.add(gallery)
+        index = faiss.IndexRefine(base, rows)
+    else:
+        rows, index = None, base
 
-def rivals(
-    gallery: Vectors,
-    folder: Path,
-    timed: Callable[[Callable[[], Any]], float],
-    only: set[str] | None = None,
-) -> Iterator[Rival]:
-    """Build FAISS's indexes over unit vectors, each when the one before it may be dropped."""
-    lists = lists_for(len(gallery))
-    for name, (factory, metric, effort) in FACTORIES.items():
-        if only is not None and name not in only:
-            continue
-        index = faiss.index_factory(gallery.shape[1], factory.format(lists=lists), metric)
-        sample = gallery[: min(len(gallery), PER_LIST * lists)]
-        seconds = timed(lambda index=index, sample=sample: index.train(sample))  # type: ignore[misc]
-        seconds += timed(lambda index=index: index.add(gallery))  # type: ignore[misc]
-        path = folder / f"{name.replace(' ', '_')}.faiss"
-        faiss.write_index(index, str(path))
-        efforts, setter, searcher = _EFFORTS[effort], _setter(index), _searcher(index)
-        del index  # the rival alone holds it
-        yield Rival(name, efforts, setter, searcher, path, seconds)
-        del setter, searcher
-
-
-def over_prefixes(
-    gallery: Vectors, schedule: Any, spec: Any, timed: Callable[[Callable[[], Any]], float]
-) -> Rival:
-    """Build a funnel of two stages out of FAISS's own parts, all of it in memory."""
-    width, dim = gallery.shape[1], schedule.dims[0]
-    first = faiss.index_factory(dim, spec.factory, faiss.METRIC_INNER_PRODUCT)
-    cut = faiss.IndexPreTransform(faiss.NormalizationTransform(dim), first)
-    remap = faiss.RemapDimensionsTransform(width, dim, False)  # type: ignore[arg-type]
-    cut.prepend_transform(remap)
-    index = faiss.IndexRefineFlat(cut)
-    seconds = timed(lambda: (index.train(gallery), index.add(gallery)))
-    index.k_factor = schedule.shortlists[0] / schedule.k
-    faiss.ParameterSpace().set_index_parameters(first, spec.settings)
-    name = f"FAISS's own funnel, {spec.factory} {dim} -> {width}"
+    def set_to(settings: str) -> None:
+        for setting in settings.split(","):
+            key, _, value = setting.partition("=")
+            if key == "k_factor":
+                index.k_factor = float(value)
+            else:
+                faiss.ParameterSpace().set_index_parameter(base, key, float(value))
 
     # FAISS frees what Python no longer holds.
-    def search(queries: Vectors, k: int, parts: Any = (cut, first, remap)) -> Ids:
+    def search(queries: Vectors, k: int, parts: Any = (base, rows)) -> Ids:
         del parts
         return np.asarray(index.search(queries, k)[1])
 
-    return Rival(name, (spec.settings,), lambda _: None, search, Path(), seconds)
+    return Rival(name, _EFFORTS[effort], set_to, search, path, seconds)
 
 
-def _setter(index: Any) -> Callable[[str], object]:
-    def set_to(settings: str) -> None:
-        for setting in filter(None, settings.split(",")):
-            name, _, value = setting.partition("=")
-            if name == "k_factor":
-                index.k_factor = float(value)
-            else:
-                base = index.base_index if isinstance(index, faiss.IndexRefine) else index
-                faiss.ParameterSpace().set_index_parameter(base, name, float(value))
+def over_prefixes(folder: Path, schedule: FunnelSchedule, spec: FirstStage) -> Rival:
+    """Return the same funnel out of FAISS's own parts, over the first stage that we saved."""
+    base: Any = faiss.read_index(str(next(folder.glob("first-*.faiss"))))
+    if spec.settings:
+        for setting in spec.settings.split(","):
+            key, _, value = setting.partition("=")
+            faiss.ParameterSpace().set_index_parameter(base, key, float(value))
+    width, dim = schedule.dims[-1], schedule.dims[0]
+    gallery = np.load(next(folder.glob(f"rows_{width}-*.npy")))
+    rows = faiss.IndexFlatIP(width)
+    rows.add(gallery)
+    parts: list[Any] = [base, rows]
+    cut = base
+    if dim < width:
+        remap = faiss.RemapDimensionsTransform(width, dim, False)  # type: ignore[arg-type]
+        normalize = faiss.NormalizationTransform(dim)
+        cut = faiss.IndexPreTransform(normalize, base)
+        cut.prepend_transform(remap)
+        parts += [remap, normalize, cut]
+    index: Any = faiss.IndexRefine(cut, rows) if schedule.shortlists else base
+    if schedule.shortlists:
+        index.k_factor = (schedule.shortlists[0] + 0.5) / schedule.k
 
-    return set_to
+    def search(queries: Vectors, k: int, parts: Any = parts) -> Ids:
+        del parts
+        return np.asarray(index.search(queries, k)[1])
+
+    return Rival("FAISS's own funnel", ("",), lambda _: None, search, Path(), 0.0)
 
 
-def _searcher(index: Any) -> Callable[[Vectors, int], Ids]:
-    return lambda queries, k: index.search(queries, k)[1]
+def svs_rival(folder: Path, gallery: Vectors) -> Rival:
+    """Build Intel's graph over 8-bit codes."""
+    sys.path.insert(0, str(folder))
+    import svs  # type: ignore[import-not-found]
+
+    began = time.process_time()
+    parameters = svs.VamanaBuildParameters(
+        graph_max_degree=64, window_size=128, alpha=0.95, prune_to=60
+    )
+    try:
+        loader = svs.LVQLoader(svs.VectorDataLoader(gallery), primary=8)
+        index = svs.Vamana.build(parameters, loader, svs.DistanceType.MIP, num_threads=1)
+        name = "SVS"
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        index = svs.Vamana.build(parameters, gallery, svs.DistanceType.MIP, num_threads=1)
+        name = "SVS"
+    seconds = time.process_time() - began
+
+    def set_to(setting: str) -> None:
+        index.search_window_size = int(setting.partition("=")[2])
+
+    def search(queries: Vectors, k: int) -> Ids:
+        return np.asarray(index.search(queries, k)[0], np.int64)
+
+    settings = tuple(f"window={size}" for size in (12, 16, 24, 32, 48, 64, 96, 128))
+    return Rival(name, settings, set_to, search, Path(), seconds)

@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py [--d 1024] [--sizes 50000,100000,200000,400000]
 
-Over galleries of growing size, drawn as in `benchmarks/funnel.py`: the shortlist that exact
+Over galleries of growing size, drawn as in `benchmarks/galleries.py`: the shortlist that exact
 prefixes of 64 dims need for a recall@10 of 0.95, which is the rank among them that 95 of 100 true
 neighbours do not exceed; bytes per row of the first stages, and the time of the fastest search by
 each that finds as many; what comparing one prefix takes; and how fast the disk reads rows that are

@@ -50,7 +50,7 @@ def plan_funnel(
     A first stage may look at prefixes, and the shortlist is then compared at the last dim; or, in
     codes of 4 bits, int8, bfloat16 or signs, at the last dim itself, or at its projection. Dims are
     ruled out whose exact prefixes do not reach it with a shortlist of 64 times `k`, or
-    only with one that makes a search read 8 times what another dim does. For the others, narrow
+    only with one that makes a search read 24 times what another dim does. For the others, narrow
     ones first, every kind of first stage is built and set ever harder until it reaches the
     target, with a shortlist as short as may be; once a dim is 1.5 times slower than the best,
     wider dims are not tried but the last. Near the best, other codes, projections, settings and
@@ -153,7 +153,7 @@ _DOUBLINGS = 10  # of a setting
 _PARTS = (5 / 8, 6 / 8, 7 / 8)  # of a setting or a shortlist that was doubled: less may be enough
 _GAIN = 0.001  # of quality that a doubled setting must bring, to be doubled again
 _MIDDLES = (2, 4, 8)  # shortlists of a stage in between, times k
-_TOO_MUCH = 8  # times the least that any dim's shortlists make a search read
+_TOO_MUCH = 24  # times the least that any dim's shortlists make a search read
 _FLAT = "Flat"
 _TOO_SLOW = 1.5  # times the best: dims wider than one so slow are not tried
 _TIMED_AGAIN = 4  # of the fastest funnels

@@ -459,19 +459,19 @@ def test_the_full_width_alone_may_be_the_cheapest() -> None:
 @pytest.mark.parametrize(
     ("needs", "kind", "tried"),
     [
-        ({8: 40, 16: 10, 32: 5}, IVF, [8, 16, 32]),
-        ({8: 41, 16: 10, 32: 5}, IVF, [16, 32]),  # more than 8 times 5 rows of the last dim
-        ({8: 41, 16: 10, 32: 5}, FLAT, [8, 16, 32]),  # which reads every prefix too
-        ({8: None, 16: 40, 32: 5}, IVF, [16, 32]),
-        ({8: None, 16: 41, 32: 5}, FLAT, [16, 32]),
-        ({2: 5, 16: 5, 32: 5}, FLAT, [2, 16]),  # 960, 6560 and 12960 numbers
+        ({8: 120, 16: 10, 32: 5}, IVF, [8, 16, 32]),
+        ({8: 121, 16: 10, 32: 5}, IVF, [16, 32]),  # more than 24 times 5 rows of the last dim
+        ({8: 121, 16: 10, 32: 5}, FLAT, [8, 16, 32]),  # which reads every prefix too
+        ({8: None, 16: 120, 32: 5}, IVF, [16, 32]),
+        ({8: None, 16: 121, 32: 5}, FLAT, [16, 32]),
+        ({1: 5, 16: 5, 32: 5}, FLAT, [1, 16]),  # 4160, 64160 and 128160 numbers
     ],
     ids=str,
 )
 def test_dims_that_read_far_more_than_another_are_left_out(
     needs: dict[int, int | None], kind: FirstStage, tried: list[int]
 ) -> None:
-    trials = Scripted(needs)
+    trials = Scripted(needs, 4000)
     assert trials.plan([kind]) is None
     assert trials.first_dims == tried
 
@@ -505,7 +505,7 @@ def test_the_kinds_that_are_tried_at_a_prefix_and_at_the_full_width(
 
 def test_near_the_best_bfloat16_and_projections_are_tried() -> None:
     trials = Scripted({8: None, 16: None, 32: K}, 21_965)
-    trials.projected = {8: 50, 16: 10}  # more than 8 times 5 at 8
+    trials.projected = {8: 121, 16: 10}  # more than 24 times 5 at 8
     trials.quality = lambda _dim, _effort: 0.95
     trials.seconds = lambda _dim: 1.0 if trials.tried[-1][0] == "HNSW32_SQ8" else 2.0
     trials.plan(None)
@@ -520,23 +520,28 @@ def test_near_the_best_bfloat16_and_projections_are_tried() -> None:
 
 def test_the_fastest_are_timed_again_in_laps() -> None:
     """Each lap times them one after the other; what counts is the median of its laps."""
-    times: list[tuple[str, float]] = []
-    rest = iter([1.0, 1.1, 1.2, 1.3, *[9.0] * 50])
+    timed: list[str] = []
+    seconds = iter([0.0, 0.0, *(1.0, 7.0), *(5.0, 8.0), *(2.0, 9.0), *(3.0, 6.0), *(9.0, 1.0)])
 
     def timer(index: Any, _queries: Array, _batch: int) -> float:
-        settings = index.first_stage.settings
-        lap = [setting for setting, _ in times].count(settings)
-        seconds = 0.5 if lap and settings == "nprobe=8" else next(rest, 9.0)
-        times.append((settings, seconds))
-        return seconds
+        timed.append(index.first_stage.settings)
+        return next(seconds)
 
-    kind = FirstStage("IVF8,Flat", "nprobe=2")
-    planned = plan(0.2, first_stages=[kind], dims=(32,), timer=timer)
-    laps = [settings for settings, _ in times][-10:]
-    assert len(set(laps[:2])) == 1 or laps[:2] * 5 == laps
-    assert planned.choice.seconds == np.median(
-        [s for settings, s in times if settings == planned.first_stage.settings][1:]
-    )
+    trials = Trials(GALLERY, QUERIES, 32, K, "cosine", None, None, 1, ignore, timer)
+    first = trials.first(32, IVF)
+    assert first is not None
+    both = [replace(IVF, settings=f"nprobe={effort}") for effort in (1, 2)]
+    choices = []
+    for spec in both:
+        first.set(spec.settings)
+        choices.append(trials.measured(first, spec, trials.funnel(32, K)))
+    again = trials.timed_again(choices)
+    assert [choice.seconds for choice in again] == [3.0, 7.0]
+    assert [replace(choice, seconds=0.0) for choice in again] == choices
+    assert len(timed) == 2 + 10
+    trials.keep([])
+    assert trials.timed_again(again) == again
+    assert len(timed) == 12
 
 
 @pytest.mark.parametrize(("batch", "clock"), [(1, "thread_time"), (5, "perf_counter")])

@@ -23,20 +23,17 @@ TWICE = FunnelSchedule((40, 40), (20,), 5)
 metrics = pytest.mark.parametrize("metric", METRICS)
 
 
-def shortlists(index: FaissIndex) -> Array:
-    return index.search(QUERIES).ids
-
-
 @metrics
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8_SQ8"])
 def test_the_first_stage_looks_at_projected_rows_and_the_last_at_rows_as_they_are(
     factory: str, metric: str, tmp_path: Path
 ) -> None:
     spec = FirstStage(f"Projected8,{factory}", projection=PROJECTION)
-    index = FaissIndex.build(GALLERY, TWICE, metric=metric, first_stage=spec)
+    short = FunnelSchedule((40, 40), (6,), 5)
+    index = FaissIndex.build(GALLERY, short, metric=metric, first_stage=spec)
     by_hand = FaissIndex.build(
         np.concatenate([PROJECTION.transform(GALLERY, 8), GALLERY], axis=1),
-        FunnelSchedule((8,), (), 20),
+        FunnelSchedule((8,), (), 6),
         metric=metric,
         first_stage=FirstStage(factory),
     )

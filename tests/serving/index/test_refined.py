@@ -20,7 +20,7 @@ from keras_mrl_serving.index.refined import (
     unscaled,
 )
 from keras_mrl_serving.results import Neighbors
-from tests.helpers.galleries import METRICS, Array, assert_same, clusters
+from tests.helpers.galleries import METRICS, Array, assert_same, assert_ties_by_id, clusters
 
 ROWS = 400
 GALLERY, QUERIES = clusters(0, ROWS, 40), clusters(1, 30, 40)
@@ -121,6 +121,45 @@ def test_it_steps_back_where_an_answer_has_a_copy(
     assert (counted.stepped_back > 0) == (num_copied > 0)
     if num_copied:
         assert together.ids[0, :3].tolist() == sorted(index.ids[[0, 300, 300 + num_copied]])
+
+
+@metrics
+def test_of_copies_at_the_edge_of_a_shortlist_the_lowest_id_passes(
+    metric: str, counted: Counted
+) -> None:
+    """The shortlist holds one of two copies, and the answer no two equal scores to tell by."""
+    rows, ids = np.concatenate([GALLERY[:50], GALLERY[:50]]), np.arange(100)[::-1]
+    for size in (1, 3):
+        funnel = FunnelSchedule((16, 40), (size,), 1)
+        kind = FirstStage("HNSW8", "efSearch=40")
+        index = FaissIndex.build(rows, funnel, ids, metric, first_stage=kind)
+        for row in range(30):
+            number = 99 - index.search(GALLERY[row : row + 1]).ids.item()
+            assert number >= 50  # the second copy, which has the lower id
+    assert counted.given == 0
+
+
+@metrics
+def test_equal_scores_are_put_in_order_of_id_where_any_row_may_have_a_copy(metric: str) -> None:
+    """Codes of 4 bits: the first stage cannot tell which rows are copies."""
+    rows = np.concatenate([GALLERY[:200], GALLERY[:200]])
+    funnel = FunnelSchedule((16, 40), (60,), 5)
+    ids = np.random.default_rng(3).permutation(ROWS)
+    kind = FirstStage("IVF8,PQ8x4fs", "nprobe=8")
+    index = FaissIndex.build(rows, funnel, ids, metric, first_stage=kind)
+    for row in range(30):
+        found = index.search(GALLERY[row : row + 1])
+        assert_same(found, index.search(GALLERY[: row + 1])[row:])
+        assert_ties_by_id(found)
+
+
+@metrics
+def test_one_row_too_few_is_seen(metric: str) -> None:
+    kind = FirstStage("IVF64,PQ8x4fs", "nprobe=1")
+    index = built(kind, FUNNELS["as long as the answer"], metric)
+    expected = in_stages(index, QUERIES)
+    for row in range(30):
+        assert_same(index.search(QUERIES[row : row + 1]), expected[row : row + 1])
 
 
 def test_of_equal_rows_the_lowest_id_is_returned_by_the_first_stage_that_is_usual() -> None:
