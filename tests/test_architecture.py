@@ -126,7 +126,7 @@ def is_allowed(room: str, file: Path, name: str) -> bool:
             return file.name == "_session.py" or "server" in file.parts
         if top in ("grpc_health", "h11"):
             return "server" in file.parts
-        if top in {"faiss", "qdrant_client"}:
+        if top in {"faiss", "qdrant_client", "qdrant_edge"}:
             return file.parent.name == "index"
         if top == "PIL":
             return file.name == "images.py"

@@ -48,6 +48,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 T = TypeVar("T")
 
 _IMAGE_BYTES = 2**31 - 1  # of a message that holds one
+_TEXT_BYTES = 2**31 - 1  # of a file of ids
 _CHANNELS = (1, 3, 4)
 _NO_NAMES = {"", "arr_0"}  # of the array of an .npy, and of the first that numpy.savez is given
 _WINDOW_BYTES = 2**24  # of a memory-mapped array that are checked at a time
@@ -275,6 +276,28 @@ def load_array(file: str) -> npt.NDArray[Any]:
     """
     with _reading(file):
         return read_array(file)
+
+
+def load_ids(file: str) -> npt.NDArray[Any]:
+    """Return the ids of an .npy file, or of a text file with one a line.
+
+    Raises:
+        RefusalError: If the file does not read, or is no text.
+    """
+    if Path(file).suffix.lower() == ".npy":
+        return load_array(file)
+    with _reading(file):
+        data = read_bytes(file, _TEXT_BYTES)
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise RefusalError(
+            "Ids are an .npy file, or text with one a line in UTF-8. "
+            f"Received: {file}, which is neither ({error.reason}). Write it as UTF-8."
+        ) from error
+    ids = np.empty(len(lines), object)
+    ids[:] = lines
+    return ids
 
 
 def load_embeddings(flag: str, file: str) -> npt.NDArray[Any]:

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from keras_mrl_serving import ExactIndex, FaissIndex, FirstStage, FunnelSchedule, Manifest
 from keras_mrl_serving.errors import KerasMrlError, TargetNotReachedError
-from keras_mrl_serving.index.base import IndexFacts, check_ids
+from keras_mrl_serving.index.base import IndexFacts
 from keras_mrl_serving.index.first_stage import import_faiss
+from keras_mrl_serving.index.ids import check_ids
 from keras_mrl_serving.index.plan import (
     Measure,
     Plan,
@@ -31,7 +32,7 @@ from keras_mrl_serving.prompts import check_gallery_prompt
 
 from .adapt import PROJECTED
 from .client import connect, in_flags
-from .files import load_array, load_embeddings, load_labels
+from .files import load_embeddings, load_ids, load_labels
 from .output import Progress, in_bytes, print_json, print_line, print_lines, print_note
 from .shared import DONE, MISUSED, RefusalError, refusing_index_errors
 
@@ -61,7 +62,7 @@ def build_index(arguments: SimpleNamespace, is_planned: bool, usual_sample: int)
             arguments.fingerprint = projection.fingerprint
             arguments.embeddings = os.path.join(arguments.adaptor, PROJECTED)
         gallery = load_embeddings("--embeddings", arguments.embeddings)
-        ids = None if arguments.ids is None else load_array(arguments.ids)
+        ids = None if arguments.ids is None else load_ids(arguments.ids)
         check_ids(ids, len(gallery))
         manifest = None if arguments.target is None else _encoder(arguments, gallery)
         if is_planned:

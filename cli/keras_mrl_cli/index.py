@@ -66,7 +66,11 @@ A folder that holds an index is replaced with --force, and stays whole until the
         "projected here, and so are those of `keras-mrl search --adaptor`",
     ),
     Option("--out", required=True, metavar="DIR", help="folder the index is built in"),
-    Option("--ids", metavar="I.npy", help="an integer >= 0 per row (its number)"),
+    Option(
+        "--ids",
+        metavar="IDS",
+        help="an .npy with an integer >= 0 per row, or text with one string a line (its number)",
+    ),
     Option(
         "--metric",
         type=click.Choice(["cosine", "dot", "l2"]),

@@ -86,8 +86,18 @@ Show = Callable[[str, int, "Neighbors"], None]  # a file, the number of its row,
     ),
     files_argument("with --target: "),
     Option("--query", metavar="Q.npy", help="embeddings to search by, a row each"),
-    Option("--k", type=int, metavar="K", help="neighbours of each query (as many as the funnel's)"),
-    Option("--among", metavar="IDS.npy", help="the only ids that may be returned, integers (all)"),
+    Option(
+        "--k",
+        type=int,
+        metavar="K",
+        help="neighbours of each query, up to the last shortlist (as many as the funnel's)",
+    ),
+    Option(
+        "--among",
+        metavar="IDS",
+        help="the only ids that may be returned: an .npy of integers, or text with one string a "
+        "line (all)",
+    ),
     Option(
         "--no-verify",
         is_flag=True,
@@ -116,9 +126,9 @@ def search(arguments: SimpleNamespace) -> int:
     if arguments.index is None:
         return _search_served(arguments)
     from keras_mrl_serving import Projection, open_index
-    from keras_mrl_serving.index.base import check_among
+    from keras_mrl_serving.index.ids import check_among
 
-    from .files import load_array
+    from .files import load_ids
 
     with refusing_index_errors():
         opened = open_index(arguments.index, verify=not arguments.no_verify)
@@ -126,7 +136,7 @@ def search(arguments: SimpleNamespace) -> int:
         index: Index = opened
         if arguments.adaptor is not None:
             index = Projection.load(arguments.adaptor).bind(opened)
-        among = None if arguments.among is None else check_among(load_array(arguments.among))
+        among = None if arguments.among is None else check_among(load_ids(arguments.among))
         files = arguments.files if arguments.query is None else [arguments.query]
         shown = min(k, arguments.k or _SHOWN)
         show = _print_json if arguments.json else _table(files, shown)
@@ -246,7 +256,7 @@ def _search_files(
     arguments: SimpleNamespace,
     index: Index,
     k: int,
-    among: npt.NDArray[np.int64] | None,
+    among: npt.NDArray[Any] | None,
     show: Show,
 ) -> int:
     from keras_mrl_serving import InvalidInputError, KerasMrlError

@@ -149,6 +149,12 @@ def check_exact(index: object) -> None:
             f"Received: {type(index).__name__}. "
             "Build one of the same embeddings: ExactIndex.build(gallery, schedule, ids)."
         )
+    if index.row_ids.names is not None:
+        raise ValueError(
+            "A gallery in the graph answers with int64 ids. "
+            "Received: an index whose ids are strings. "
+            "Build one that numbers its rows, and keep the strings beside it."
+        )
 
 
 def check_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:

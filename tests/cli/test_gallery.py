@@ -216,6 +216,16 @@ def test_first_stages_have_the_usual_settings_of_their_kind(
     assert index["first_stage"]["factory"] == (words[1] if words else "HNSW32")
 
 
+@pytest.mark.parametrize("engine", ["exact", "faiss"])
+def test_ids_are_the_lines_of_a_text(run: Call, engine: str) -> None:
+    names = [f"row {row}" for row in range(ROWS)]
+    Path("I.txt").write_text("\n".join(names))
+    shortlists = ("--dims", "4,16", "--shortlists", "50", "--engine", engine)
+    assert run(*BUILD, *shortlists, "--ids", "I.txt")[0] == 0
+    assert open_index("a.index").search(embeddings()[:4], k=1).ids[:, 0].tolist() == names[:4]
+    assert run("show", "a.index")[0] == 0
+
+
 def test_ids_are_the_rows_of_a_file(run: Call) -> None:
     ids = np.arange(ROWS)[::-1] * 3
     np.save("I.npy", ids)
@@ -396,7 +406,8 @@ def test_ids_labels_and_queries_that_do_not_fit(run: Call) -> None:
     sentence_by_words = {
         ("--ids", "twice.npy"): f"ids must differ from row to row. Received: {ROWS - 1} that "
         "repeat another. Give every row its own.",
-        ("--ids", "short.npy"): "ids must be one int64 >= 0 per gallery row. Received: int64 ids "
+        ("--ids", "short.npy"): "ids must be one int64 >= 0, or one string that is not empty, per "
+        "gallery row. Received: int64 ids "
         f"of shape (3,) for {ROWS} rows. Give one per row; an index built without any "
         "numbers its rows from 0.",
         (*precision, "short.npy"): "--labels must hold one label per row. Received: short.npy of "

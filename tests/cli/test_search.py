@@ -101,8 +101,33 @@ def test_only_some_ids_may_be_returned(run: Call) -> None:
     assert run(*by, "half.npy") == (
         1,
         "",
-        "keras-mrl: among must be int64 ids >= 0 in one dimension. Received: float64 of shape "
-        "(1,). Give the ids that may be returned, or leave it out for all.\n",
+        "keras-mrl: among must be int64 ids >= 0, or strings, in one dimension. "
+        "Received: float64 of shape (1,). "
+        "Give the ids that may be returned, or leave it out for all.\n",
+    )
+
+
+def test_rows_whose_ids_are_strings(run: Call) -> None:
+    names = ["red one", "gręen", "blue\x1b[0m", "yellow", "white"]
+    ExactIndex.build(COLOURS, FunnelSchedule((1, 3), (5,), 4), names).save("a.index")
+    np.save("Q.npy", np.array([[1, 0, 0], [0, 0, 3]]))
+    assert run("a.index", "--query", "Q.npy", "--k", "2")[1].splitlines()[1:] == [
+        "Q.npy       0  red one:1.0000 yellow:0.7071",
+        "Q.npy       1  blue\\x1b[0m:1.0000 white:0.5774",
+    ]
+    Path("some.txt").write_text("gręen\nnobody\nyellow\n", encoding="utf-8")
+    out = run("a.index", "--query", "Q.npy", "--json", "--among", "some.txt")[1]
+    assert lines(out)[0]["ids"] == ["yellow", "gręen"]
+    Path("some.txt").write_bytes(b"gr\xffen\n")
+    assert run("a.index", "--query", "Q.npy", "--among", "some.txt") == (
+        1,
+        "",
+        "keras-mrl: Ids are an .npy file, or text with one a line in UTF-8. "
+        "Received: some.txt, which is neither (invalid start byte). Write it as UTF-8.\n",
+    )
+    assert run("a.index", "--query", "Q.npy", "--among", "none.txt")[2] == (
+        "keras-mrl: Every file must be one that can be read. "
+        "Received: none.txt (No such file or directory). Correct the path.\n"
     )
 
 
@@ -121,10 +146,10 @@ def test_queries_and_k_that_do_not_fit(run: Call) -> None:
         "Look for failed rows where the embeddings were made.",
         ("gone.npy",): "Every file must be one that can be read. Received: gone.npy "
         "(No such file or directory). Correct the path.",
-        ("none.npy", "--k", "5"): "k must lie in 1..4, as many as the funnel returns. Received: "
-        "k=5. Search with a schedule whose k is larger.",
-        ("none.npy", "--k", "0"): "k must lie in 1..4, as many as the funnel returns. Received: "
-        "k=0. Search with a schedule whose k is larger.",
+        ("none.npy", "--k", "6"): "k must lie in 1..5, as many as the last shortlist holds. "
+        "Received: k=6. Open the index with a schedule whose shortlists are longer.",
+        ("none.npy", "--k", "0"): "k must lie in 1..5, as many as the last shortlist holds. "
+        "Received: k=0. Open the index with a schedule whose shortlists are longer.",
     }
     for arguments, sentence in sentence_by_words.items():
         assert run("a.index", "--query", *arguments) == (1, "", f"keras-mrl: {sentence}\n")

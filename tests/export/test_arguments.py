@@ -217,6 +217,11 @@ def test_a_gallery_of_another_type(tmp_path: Path) -> None:
     with pytest.raises(TypeError) as caught:
         export_index(index, tmp_path / "m")
     assert str(caught.value) == EXACT
+    named = ExactIndex.build(ROWS, FunnelSchedule((8,), (), 1), [f"{n}" for n in range(len(ROWS))])
+    with pytest.raises(ValueError, match=r"^A gallery in the graph answers with int64 ids\. "):
+        export_index(named, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"^A gallery in the graph answers with int64 ids\. "):
+        refusal(tmp_path / "m", TypeError, index=named)
     assert os.listdir(tmp_path) == []
 
 

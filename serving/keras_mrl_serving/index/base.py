@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,14 +18,16 @@ import numpy.typing as npt
 from ..embeddings import check_finite, inverse_length
 from ..errors import manifest_errors
 from ..funnel import FunnelSchedule
-from ..inputs import as_array, as_float32
+from ..inputs import as_float32
 from ..integers import as_int
 from ..results import Neighbors
+from .ids import Ids as Ids
+from .ids import RowIds, check_among, check_some_ids
 
 Vectors = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 
 METRICS = ("cosine", "dot", "l2")
+_NAMES = "strings"  # kind of the ids, where they are not int64
 
 
 class Index(Protocol):
@@ -61,9 +63,9 @@ class Index(Protocol):
 
         Args:
             queries: Embeddings `(batch, width)` or wider, raw or scaled.
-            k: Number of neighbours, at most the `k` of the funnel; None for as many.
-            among: The only ids that may be returned, int64 `(n,)`; ids that are not in the
-                gallery are passed over. None: all.
+            k: Number of neighbours, at most the last shortlist of the funnel; None for its `k`.
+            among: The only ids that may be returned, `(n,)`; ids that are not in the gallery are
+                passed over. None: all.
         """
 
 
@@ -80,20 +82,22 @@ class IndexFacts:
             manifest; a client refuses to search by embeddings of another model. None: no check.
         prompt: The prompt that stood before each text when the gallery was embedded, as text:
             one of the manifest's `prompts`. None without one.
+        has_names: Whether the ids of rows are strings.
 
     Raises:
         ValueError: If the metric is none of the three, or the prompt is no text.
 
     Examples:
         >>> facts = IndexFacts(FunnelSchedule((8, 64), (20,), 5))
-        >>> facts.check_k(None), facts.check_k(2)
-        (5, 2)
+        >>> facts.check_k(None), facts.check_k(20)
+        (5, 20)
     """
 
     schedule: FunnelSchedule
     metric: str = "cosine"
     encoder_fingerprint: str | None = None
     prompt: str | None = None
+    has_names: bool = False
 
     def __post_init__(self) -> None:
         """Check the metric and the prompt."""
@@ -117,7 +121,7 @@ class IndexFacts:
         """Return the number of neighbours to find; the funnel's for None.
 
         Raises:
-            ValueError: If the funnel does not return so many.
+            ValueError: If it is more than the last shortlist holds.
         """
         if k is None:
             return self.schedule.k
@@ -125,12 +129,15 @@ class IndexFacts:
             number = as_int(k)
         except TypeError:
             number = 0
-        if not 1 <= number <= self.schedule.k:
-            raise ValueError(
-                f"k must lie in 1..{self.schedule.k}, as many as the funnel returns. "
-                f"Received: k={k!r}. Search with a schedule whose k is larger."
-            )
-        return number
+        most = self.schedule.shortlists[-1] if self.schedule.shortlists else None
+        if number >= 1 and (most is None or number <= most):
+            return number
+        if most is None:
+            raise ValueError(f"k must be an integer from 1 up. Received: k={k!r}. Give 10.")
+        raise ValueError(
+            f"k must lie in 1..{most}, as many as the last shortlist holds. "
+            f"Received: k={k!r}. Open the index with a schedule whose shortlists are longer."
+        )
 
     def check_rows(self, rows: int) -> None:
         """Raise `ValueError` if a gallery has fewer rows than the funnel returns."""
@@ -154,13 +161,14 @@ class IndexFacts:
         return prefixes * inverse_length(np.einsum("rd,rd->r", prefixes, prefixes))[:, None]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the facts as they are saved with an index; a prompt only where there is one."""
-        return {
+        """Return the facts as they are saved; a prompt, and strings as ids, only where they are."""
+        saved = {
             "schedule": self.schedule.to_json(),
             "metric": self.metric,
             "encoder_fingerprint": self.encoder_fingerprint,
             **({} if self.prompt is None else {"prompt": self.prompt}),
         }
+        return {**saved, "ids": _NAMES} if self.has_names else saved
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> IndexFacts:
@@ -172,7 +180,11 @@ class IndexFacts:
         rule = "An index names its schedule, its metric and its encoder."
         with manifest_errors(rule, saved, "wrote it"):
             schedule = FunnelSchedule.from_json(saved["schedule"])
-            return cls(schedule, saved["metric"], saved["encoder_fingerprint"], saved.get("prompt"))
+            if saved.get("ids") not in (None, _NAMES):
+                raise ValueError(f"ids of a kind {saved['ids']!r:.80}")
+            has_names = saved.get("ids") == _NAMES
+            texts = saved["metric"], saved["encoder_fingerprint"], saved.get("prompt")
+            return cls(schedule, *texts, has_names)
 
 
 class IndexBase:
@@ -218,7 +230,11 @@ class LocalIndex(IndexBase, ABC):
 
     Args:
         facts: Schedule, metric and encoder.
-        ids: Ids of the gallery rows, int64 `(rows,)`, all different.
+        ids: Ids of the gallery rows, int64 or strings.
+
+    Attributes:
+        ids: What the engine calls the rows, int64 `(rows,)`: their ids, or where those are strings
+            their places in the order of all.
 
     Examples:
         >>> from keras_mrl_serving.index import ExactIndex
@@ -226,10 +242,11 @@ class LocalIndex(IndexBase, ABC):
         True
     """
 
-    def __init__(self, facts: IndexFacts, ids: Ids) -> None:
+    def __init__(self, facts: IndexFacts, ids: RowIds | Ids) -> None:
         self.facts = facts
-        self.ids = ids
-        self._rows_by_id: Ids | None = None  # sorted when the first filter comes
+        self.row_ids = ids if isinstance(ids, RowIds) else RowIds(ids)
+        self.ids = self.row_ids.numbers
+        self._rows_by_id: Ids | None = None  # sorted when ids are looked up for the first time
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -247,33 +264,93 @@ class LocalIndex(IndexBase, ABC):
 
         Args:
             queries: Embeddings `(batch, width)` or wider, raw or scaled.
-            k: Number of neighbours, at most the `k` of the funnel; None for as many.
-            among: The only ids that may be returned, int64 `(n,)`; ids that are not in the
-                gallery are passed over, and fewer than `k` give fewer columns. None: all.
+            k: Number of neighbours, at most the last shortlist of the funnel; None for its `k`.
+            among: The only ids that may be returned, `(n,)`; ids that are not in the gallery are
+                passed over, and fewer than `k` give fewer columns. None: all.
 
         Raises:
             ValueError: If queries, k or ids do not fit, or a value is not finite.
         """
         vectors = check_embeddings(queries, "queries", self.facts.width)
         k = self.facts.check_k(k)
-        rows = None if among is None else self._rows_of(check_among(among))
+        rows = None if among is None else self._rows_among(check_among(among))
         k = min(k, len(self.ids) if rows is None else len(rows))
         if not len(vectors) or not k:
             shape = (len(vectors), k)
-            return Neighbors(np.empty(shape, np.int64), np.empty(shape, np.float32))
-        return self._nearest(vectors, k, rows)
+            neighbors = Neighbors(np.empty(shape, np.int64), np.empty(shape, np.float32))
+        else:
+            neighbors = self._nearest(vectors, k, rows)
+        if self.row_ids.names is None:
+            return neighbors
+        return Neighbors(self.row_ids.given(neighbors.ids), neighbors.scores)
+
+    def reconstruct(self, ids: npt.ArrayLike) -> Vectors:
+        """Return the embeddings of gallery rows, as the index holds them.
+
+        Args:
+            ids: Of the rows, `(n,)`.
+
+        Returns:
+            float32 `(n, width)`. A `FaissIndex` that compares by cosine holds rows of unit length.
+
+        Raises:
+            ValueError: If no row has such an id.
+
+        Examples:
+            >>> from keras_mrl_serving.index import ExactIndex
+            >>> index = ExactIndex.build([[3, 4], [0, 2]], FunnelSchedule((2,), (), 1), ["a", "b"])
+            >>> index.reconstruct(["b"]).tolist()
+            [[0.0, 2.0]]
+        """
+        rule, remedy = "ids must be those of gallery rows, in one dimension.", "Give ids of rows."
+        given = check_some_ids(ids, "ids", rule, remedy)
+        rows = self._rows_of(self.row_ids.numbers_of(given))
+        if (rows < 0).any():
+            missing = given[rows < 0]
+            raise ValueError(
+                f"{rule} Received: {len(missing)} that no row has, such as "
+                f"{missing.tolist()[0]!r:.80}. {remedy}"
+            )
+        return self._vectors(rows)
 
     @abstractmethod
     def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
         """Return the `k` nearest of the gallery, or of these of its rows (at least `k`)."""
 
-    def _rows_of(self, ids: Ids) -> Ids:
-        """Return the gallery rows that have these sorted ids, in the gallery's order."""
+    @abstractmethod
+    def _vectors(self, rows: Ids) -> Vectors:
+        """Return the embeddings of rows at the last dim."""
+
+    def _rows_among(self, ids: npt.NDArray[Any]) -> Ids:
+        """Return the gallery rows that have these ids, in the gallery's order."""
+        rows = self._rows_of(self.row_ids.numbers_of(ids))
+        return np.sort(rows[rows >= 0])
+
+    def _rows_of(self, numbers: Ids) -> Ids:
+        """Return the row of each of these ids, as the engine knows them; -1 where none has it."""
         if self._rows_by_id is None:
             self._rows_by_id = np.argsort(self.ids)
-        places = np.searchsorted(self.ids, ids, sorter=self._rows_by_id)
+        places = np.searchsorted(self.ids, numbers, sorter=self._rows_by_id)
         rows = self._rows_by_id[np.minimum(places, len(self) - 1)]
-        return np.sort(rows[self.ids[rows] == ids])
+        return np.where(self.ids[rows] == numbers, rows, -1)
+
+
+def other_schedule(facts: IndexFacts, schedule: FunnelSchedule | None, rows: int) -> IndexFacts:
+    """Return the facts of an index that is opened with another schedule; None leaves its own.
+
+    Raises:
+        ValueError: If the gallery has fewer rows than the schedule returns.
+
+    Examples:
+        >>> facts = IndexFacts(FunnelSchedule((8, 64), (20,), 5))
+        >>> other_schedule(facts, FunnelSchedule((64,), (), 7), rows=9).schedule.k
+        7
+    """
+    if schedule is None:
+        return facts
+    facts = replace(facts, schedule=schedule)
+    facts.check_rows(rows)
+    return facts
 
 
 def check_embeddings(values: npt.ArrayLike, name: str, width: int) -> Vectors:
@@ -313,62 +390,6 @@ def as_gallery(embeddings: npt.ArrayLike, width: int) -> npt.NDArray[Any]:
         if embeddings.dtype.kind in "fiu" and embeddings.shape[1] >= width:
             return embeddings
     return check_embeddings(embeddings, "gallery", width)
-
-
-def check_ids(ids: npt.ArrayLike | None, rows: int) -> Ids:
-    """Return one id per gallery row; None numbers the rows from 0.
-
-    Raises:
-        ValueError: If they are not one int64 >= 0 per row, or two are the same.
-
-    Examples:
-        >>> check_ids(None, 3).tolist()
-        [0, 1, 2]
-    """
-    if ids is None:
-        return np.arange(rows, dtype=np.int64)
-    checked = as_array("ids", ids)
-    if checked.shape != (rows,) or not _are_ids(checked):
-        raise ValueError(
-            "ids must be one int64 >= 0 per gallery row. "
-            f"Received: {checked.dtype} ids of shape {checked.shape} for {rows} rows. "
-            "Give one per row; an index built without any numbers its rows from 0."
-        )
-    repeated = rows - len(np.unique(checked))
-    if repeated:
-        raise ValueError(
-            "ids must differ from row to row. "
-            f"Received: {repeated} that repeat another. Give every row its own."
-        )
-    return checked.astype(np.int64)
-
-
-def check_among(among: npt.ArrayLike) -> Ids:
-    """Return the ids of a filter, sorted, each once.
-
-    Raises:
-        ValueError: If they are not int64 >= 0 in one dimension.
-
-    Examples:
-        >>> check_among([7, 2, 7]).tolist()
-        [2, 7]
-    """
-    checked = as_array("among", among)
-    if checked.ndim != 1 or not (_are_ids(checked) or not checked.size):
-        raise ValueError(
-            "among must be int64 ids >= 0 in one dimension. "
-            f"Received: {checked.dtype} of shape {checked.shape}. "
-            "Give the ids that may be returned, or leave it out for all."
-        )
-    return np.unique(checked.astype(np.int64))
-
-
-def _are_ids(values: npt.NDArray[Any]) -> bool:
-    return bool(
-        values.dtype.kind in "iu"
-        and not (values < 0).any()
-        and not (values > np.iinfo(np.int64).max).any()
-    )
 
 
 def best_first(ids: Ids, scores: Vectors) -> npt.NDArray[np.int64]:

@@ -24,10 +24,11 @@ from .base import (
     Vectors,
     best_first,
     check_embeddings,
-    check_ids,
+    other_schedule,
     rounding,
 )
-from .storage import IndexWriter, SavedFiles, open_saved
+from .ids import RowIds, check_ids
+from .storage import IndexWriter, SavedFiles, open_saved, read_ids, write_ids
 
 ENGINE = "exact"
 
@@ -37,7 +38,7 @@ class ExactIndex(LocalIndex):
 
     Args:
         facts: Schedule, metric and encoder.
-        ids: Ids of the gallery rows, int64 `(rows,)`.
+        ids: Ids of the gallery rows, int64 or strings.
         blocks: The columns each stage adds, float32 `(rows, columns)`.
         squares: Squared lengths of the prefix of each stage, float32 `(stages, rows)`.
 
@@ -57,7 +58,7 @@ class ExactIndex(LocalIndex):
     numbers_at_once = 1 << 24  # 64 MiB of float32
 
     def __init__(
-        self, facts: IndexFacts, ids: Ids, blocks: Sequence[Vectors], squares: Vectors
+        self, facts: IndexFacts, ids: RowIds | Ids, blocks: Sequence[Vectors], squares: Vectors
     ) -> None:
         super().__init__(facts, ids)
         self.blocks = blocks
@@ -80,7 +81,7 @@ class ExactIndex(LocalIndex):
         Args:
             embeddings: The gallery, raw or scaled; copied.
             schedule: The funnel; its last dim must not exceed the width.
-            ids: One int64 >= 0 per row, all different; None numbers the rows from 0.
+            ids: One int64 >= 0 or one string per row, all different; None numbers the rows from 0.
             metric: How embeddings are compared: "cosine", "dot" or "l2"; see `IndexFacts`.
             encoder_fingerprint: Fingerprint of the model that embedded the gallery, from its
                 manifest; a client then refuses to search by embeddings of another model.
@@ -93,13 +94,17 @@ class ExactIndex(LocalIndex):
             ValueError: If shapes do not fit, a value is not finite, ids repeat, or the gallery
                 has fewer rows than the funnel returns.
         """
-        facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt)
-        gallery = check_embeddings(embeddings, "gallery", facts.width)
-        row_ids = check_ids(ids, len(gallery))
+        gallery = check_embeddings(embeddings, "gallery", schedule.dims[-1])
+        row_ids = RowIds.of(check_ids(ids, len(gallery)))
+        facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt, row_ids.names is not None)
         facts.check_rows(len(gallery))
-        blocks = _column_blocks(gallery, schedule.dims)
+        return cls._of_rows(facts, row_ids, gallery)
+
+    @classmethod
+    def _of_rows(cls, facts: IndexFacts, ids: RowIds, gallery: Vectors) -> ExactIndex:
+        blocks = _column_blocks(gallery, facts.schedule.dims)
         squares = np.cumsum([np.square(block).sum(axis=1) for block in blocks], axis=0)
-        return cls(facts, row_ids, blocks, squares.astype(np.float32))
+        return cls(facts, ids, blocks, squares.astype(np.float32))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to a folder; an index that is there stays whole until this one is.
@@ -107,41 +112,58 @@ class ExactIndex(LocalIndex):
         Raises:
             OSError: If it cannot be written there.
         """
-        arrays: dict[str, npt.NDArray[Any]] = {"ids": self.ids, "squares": self.squares}
+        arrays: dict[str, npt.NDArray[Any]] = {"squares": self.squares}
         arrays |= {_block_name(stage): block for stage, block in enumerate(self.blocks)}
         with IndexWriter.at(path) as writer:
             for name, array in arrays.items():
                 writer.array(name, array.shape, array.dtype)[:] = array
+            write_ids(writer, self.row_ids)
             writer.commit({"engine": ENGINE, **self.facts.to_json()})
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> ExactIndex:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        schedule: FunnelSchedule | None = None,
+        *,
+        verify: bool = True,
+    ) -> ExactIndex:
         """Return the index in a folder, memory-mapped.
 
         Args:
             path: The folder.
+            schedule: Another funnel than it was built with, over any dims up to its width. With
+                other dims the rows are copied to memory.
             verify: Compare every byte with the digests written beside it.
 
         Raises:
+            ValueError: If the gallery is narrower than the schedule, or has too few rows for it.
             FileNotFoundError: If no index is there.
             DamagedIndexError: If it is not as it was written.
             ManifestError: If another engine wrote it.
         """
-        return open_saved(path, cls.from_saved, verify=verify)
+        return open_saved(path, lambda saved: cls.from_saved(saved, schedule), verify=verify)
 
     @classmethod
-    def from_saved(cls, saved: SavedFiles) -> ExactIndex:
-        """Return the index of files that were checked."""
+    def from_saved(cls, saved: SavedFiles, schedule: FunnelSchedule | None = None) -> ExactIndex:
+        """Return the index of files that were checked; see `open`."""
         saved.check_engine(ENGINE)
         facts = IndexFacts.from_json(saved.card)
-        ids = np.array(saved.array("ids", (None,), np.int64))
+        ids = read_ids(saved, facts)
         widths = np.diff(facts.schedule.dims, prepend=0).tolist()
         blocks = [
             saved.array(_block_name(stage), (len(ids), width), np.float32)
             for stage, width in enumerate(widths)
         ]
         squares = saved.array("squares", (len(widths), len(ids)), np.float32)
-        return cls(facts, ids, blocks, np.array(squares))
+        opened = other_schedule(facts, schedule, len(ids))
+        if opened.schedule.dims == facts.schedule.dims:
+            return cls(opened, ids, blocks, np.array(squares))
+        gallery = check_embeddings(np.concatenate(blocks, axis=1), "gallery", opened.width)
+        return cls._of_rows(opened, ids, gallery)
+
+    def _vectors(self, rows: Ids) -> Vectors:
+        return np.concatenate([block[rows] for block in self.blocks], axis=1)
 
     def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
         step = max(1, self.numbers_at_once // self._numbers_per_query(k, rows))

@@ -26,13 +26,14 @@ from .base import (
     as_gallery,
     best_first,
     check_embeddings,
-    check_ids,
     lowest_ids_first,
+    other_schedule,
     rounding,
 )
 from .first_stage import FirstStage, Progress, Shortlister, check_first_stage, import_faiss
+from .ids import RowIds, check_ids
 from .refined import over_rows, unscaled
-from .storage import IndexWriter, SavedFiles, open_saved
+from .storage import IndexWriter, SavedFiles, open_saved, read_ids, write_ids
 
 ENGINE = "faiss"
 DEFAULT = FirstStage.usual("HNSW32")
@@ -51,7 +52,7 @@ class FaissIndex(LocalIndex):
 
     Args:
         facts: Schedule, metric and encoder.
-        ids: Ids of the gallery rows, int64 `(rows,)`.
+        ids: Ids of the gallery rows, int64 or strings.
         first: The first stage.
         stages: Rows by dim, float32 or float16 `(rows, dim)`, scaled as the metric asks: of all
             dims after the first, or of the only dim; empty where the first stage holds its rows.
@@ -77,7 +78,7 @@ class FaissIndex(LocalIndex):
     def __init__(
         self,
         facts: IndexFacts,
-        ids: Ids,
+        ids: RowIds | Ids,
         first: Shortlister,
         stages: Mapping[int, Vectors],
         plan: Mapping[str, Any] | None = None,
@@ -87,6 +88,7 @@ class FaissIndex(LocalIndex):
         self._first = first
         self._stages = stages or {facts.width: first.rows}
         self._one_query = (1, facts.width)
+        self._most = (facts.schedule.k, *facts.schedule.shortlists)[-1]  # neighbours of a query
         # None where one call cannot keep what is promised of equal rows.
         self._refined = first.refined(facts.schedule, self._stages, facts.metric)
 
@@ -111,7 +113,7 @@ class FaissIndex(LocalIndex):
         Args:
             embeddings: The gallery, raw or scaled; an array, which may be memory-mapped.
             schedule: The funnel; its last dim must not exceed the width.
-            ids: One int64 >= 0 per row, all different; None numbers the rows from 0.
+            ids: One int64 >= 0 or one string per row, all different; None numbers the rows from 0.
             metric: How embeddings are compared: "cosine", "dot" or "l2"; see `IndexFacts`.
             encoder_fingerprint: Fingerprint of the model that embedded the gallery, from its
                 manifest; a client then refuses to search by embeddings of another model.
@@ -133,16 +135,16 @@ class FaissIndex(LocalIndex):
                 fewer rows than the funnel returns, or FAISS cannot make the first stage.
             ImportError: If FAISS is not installed.
         """
-        facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt)
-        gallery = as_gallery(embeddings, facts.width)
-        row_ids = check_ids(ids, len(gallery))
+        gallery = as_gallery(embeddings, schedule.dims[-1])
+        row_ids = RowIds.of(check_ids(ids, len(gallery)))
+        facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt, row_ids.names is not None)
         facts.check_rows(len(gallery))
         spec = check_first_stage(first_stage or DEFAULT)
         report = progress or (lambda _done, _rows: None)
 
         def build_with(new_array: _NewArray) -> FaissIndex:
             dtype = np.dtype(np.float16 if half else np.float32)
-            dims = () if spec.holds_rows(facts.schedule) else wider_dims(facts.schedule)
+            dims = () if spec.holds_rows(built.schedule) else wider_dims(facts.schedule)
             prefixes, stages = _prefixes_by_stage(gallery, facts, dims, dtype, new_array, report)
             first = Shortlister.build(prefixes, spec, metric, report)
             return cls(facts, row_ids, first, stages, plan)
@@ -169,7 +171,7 @@ class FaissIndex(LocalIndex):
 
     def _commit(self, writer: IndexWriter) -> None:
         """Write what is not a wider stage, and commit."""
-        writer.array("ids", self.ids.shape, np.int64)[:] = self.ids
+        write_ids(writer, self.row_ids)
         self._first.write(writer.path_for("first", "faiss"))
         spec = self._first.spec
         writer.commit(
@@ -183,32 +185,44 @@ class FaissIndex(LocalIndex):
         )
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> FaissIndex:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        schedule: FunnelSchedule | None = None,
+        *,
+        verify: bool = True,
+    ) -> FaissIndex:
         """Return the index in a folder: the first stage in memory, the others mapped.
 
         Args:
             path: The folder.
+            schedule: Another funnel than it was built with: other shortlists, another `k`, or fewer
+                of its wider dims. The first stage stays.
             verify: Compare every byte with the digests written beside it, which reads it once.
 
         Raises:
             FileNotFoundError: If no index is there.
             DamagedIndexError: If it is not as it was written.
             ManifestError: If another engine wrote it.
+            ValueError: If the schedule begins with another dim, has dims that were not built, or
+                returns more rows than there are.
             ImportError: If FAISS is not installed.
         """
-        return open_saved(path, cls.from_saved, verify=verify)
+        return open_saved(path, lambda saved: cls.from_saved(saved, schedule), verify=verify)
 
     @classmethod
-    def from_saved(cls, saved: SavedFiles) -> FaissIndex:
-        """Return the index of files that were checked."""
+    def from_saved(cls, saved: SavedFiles, schedule: FunnelSchedule | None = None) -> FaissIndex:
+        """Return the index of files that were checked; see `open`."""
         saved.check_engine(ENGINE)
-        facts = IndexFacts.from_json(saved.card)
-        ids = np.array(saved.array("ids", (None,), np.int64))
+        built = IndexFacts.from_json(saved.card)
+        ids = read_ids(saved, built)
+        facts = other_schedule(built, schedule, len(ids))
+        _check_built(facts.schedule, built.schedule)
         spec = FirstStage.from_json(saved.card.get("first_stage"))
         dtype = np.float16 if saved.card.get("row_dtype") == "float16" else np.float32
         stages = {
             dim: saved.array(_stage_name(dim), (len(ids), dim), dtype)
-            for dim in (() if spec.holds_rows(facts.schedule) else wider_dims(facts.schedule))
+            for dim in (() if spec.holds_rows(built.schedule) else wider_dims(facts.schedule))
         }
         first = Shortlister.read(saved.file("first"), spec, len(ids), facts)
         return cls(facts, ids, first, stages, saved.card.get("plan"))
@@ -227,28 +241,31 @@ class FaissIndex(LocalIndex):
 
         Args:
             queries: Embeddings `(batch, width)` or wider, raw or scaled.
-            k: Number of neighbours, at most the `k` of the funnel; None for as many.
-            among: The only ids that may be returned, int64 `(n,)`; ids that are not in the
-                gallery are passed over, and fewer than `k` give fewer columns. None: all.
+            k: Number of neighbours, at most the last shortlist of the funnel; None for its `k`.
+            among: The only ids that may be returned, `(n,)`; ids that are not in the gallery are
+                passed over, and fewer than `k` give fewer columns. None: all.
 
         Raises:
             ValueError: If queries, k or ids do not fit, or a value is not finite.
         """
         # Every line here is paid by every query, and the caches are cold after the one before it.
         if among is None and type(queries) is np.ndarray and queries.shape == self._one_query:
-            refined, most = self._refined, self.facts.schedule.k
-            number = most if k is None else k
-            if refined is not None and type(number) is int and 0 < number <= most:
+            refined, number = self._refined, self.facts.schedule.k if k is None else k
+            if refined is not None and type(number) is int and 0 < number <= self._most:
                 found = refined.search_one(queries, number)
                 if found is not None:
                     rows, scores = found
-                    return Neighbors(rows if self._are_row_numbers else self.ids[rows], scores)
+                    ids = rows if self._are_row_numbers else self.ids[rows]
+                    return Neighbors(self.row_ids.given(ids), scores)
         return super().search(queries, k, among)
 
     @cached_property
     def _are_row_numbers(self) -> bool:
         """Whether the ids are the numbers of the rows."""
         return bool((self.ids == np.arange(len(self.ids))).all())
+
+    def _vectors(self, rows: Ids) -> Vectors:
+        return np.array(self._stages[self.width][rows], np.float32)
 
     def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
         if len(queries) > 1:
@@ -449,6 +466,15 @@ def wider_dims(schedule: FunnelSchedule) -> tuple[int, ...]:
         ((64,), (8,))
     """
     return schedule.dims[1:] or schedule.dims
+
+
+def _check_built(schedule: FunnelSchedule, built: FunnelSchedule) -> None:
+    """Raise `ValueError` where a funnel needs a stage that was not built."""
+    if schedule.dims[0] != built.dims[0] or not set(wider_dims(schedule)) <= set(wider_dims(built)):
+        raise ValueError(
+            "A schedule must begin with the dim of the first stage, and go on with wider dims that "
+            f"were built: {built.dims}. Received: dims={schedule.dims}. Build another index for it."
+        )
 
 
 def _stage_name(dim: int) -> str:

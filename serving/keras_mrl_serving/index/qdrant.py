@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -11,19 +13,44 @@ import numpy.typing as npt
 
 from ..funnel import FunnelSchedule
 from ..results import Neighbors
-from .base import Ids, IndexBase, IndexFacts, Vectors, check_among, check_embeddings, check_ids
-from .qdrant_collection import Collection, StageQuery, as_neighbors
+from .base import Ids, IndexBase, IndexFacts, Vectors, check_embeddings
+from .ids import check_among, check_ids, check_some_ids, is_text
+from .points import NAME_KEY, Payload, PointCollection, PointId, StageQuery, as_neighbors, as_point
+from .qdrant_collection import Collection
+from .qdrant_folder import FolderCollection
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
-    from qdrant_client.models import ScoredPoint, SearchParams
+
+    Place = QdrantClient | str | os.PathLike[str]
 
 Progress = Callable[[int, int], object]  # rows done, all rows
-Rows = TypeVar("Rows", Ids, Vectors)
+Rows = TypeVar("Rows", Ids, npt.NDArray[Any])
+
+
+@dataclass(frozen=True)
+class QdrantFilter:
+    """The rows that a search may return; made by `QdrantIndex.prepare_filter`.
+
+    Args:
+        only: The engine's filter.
+        num_ids: How many ids it lists; None where it is by payload.
+
+    Examples:
+        >>> QdrantFilter(only=None).num_ids
+    """
+
+    only: Any
+    num_ids: int | None = None
 
 
 class QdrantIndex(IndexBase):
     """A gallery in a Qdrant collection, and its funnel as one nested query per query.
+
+    Qdrant is a server behind a client, or in this process: given a folder, its own engine
+    (qdrant-edge-py) opens the gallery there. A client of ":memory:" or of a path is an imitation in
+    Python for tests of a few hundred rows. Options, search parameters and filters are passed on as
+    they are, objects of `qdrant_client.models` or of `qdrant_edge`.
 
     Every stage is a named vector ("64"), so the engine's own options set the precision of each.
     The first stage is as exact as its index (on a server: HNSW), Qdrant decides which of equal
@@ -32,7 +59,8 @@ class QdrantIndex(IndexBase):
     the whole search exact, whatever `params` say. Made by `build` or `open`.
 
     Args:
-        client: A `qdrant_client.QdrantClient`: of a server, a path or ":memory:".
+        client: A `qdrant_client.QdrantClient`; or a folder, in which Qdrant's engine opens the
+            gallery in this process.
         collection: Name of the collection.
         facts: Schedule, metric and encoder.
         dims: Dims that are stored; those of the schedule must be among them.
@@ -61,11 +89,11 @@ class QdrantIndex(IndexBase):
 
     def __init__(
         self,
-        client: QdrantClient,
+        client: Place,
         collection: str,
         facts: IndexFacts,
         dims: tuple[int, ...],
-        params: Mapping[int, SearchParams] | None = None,
+        params: Mapping[int, Any] | None = None,
     ) -> None:
         _check_dims("params", params, dims)
         if not set(facts.schedule.dims) <= set(dims):
@@ -74,7 +102,7 @@ class QdrantIndex(IndexBase):
                 f"Received: dims={facts.schedule.dims}. "
                 "Leave the others out, or build another collection."
             )
-        self._collection = Collection(client, collection)
+        self._collection = _collection_at(client, collection)
         self.facts = facts
         self.dims = dims
         self.params = params
@@ -82,7 +110,7 @@ class QdrantIndex(IndexBase):
     @classmethod
     def build(
         cls,
-        client: QdrantClient,
+        client: Place,
         collection: str,
         embeddings: npt.ArrayLike,
         schedule: FunnelSchedule,
@@ -91,8 +119,9 @@ class QdrantIndex(IndexBase):
         encoder_fingerprint: str | None = None,
         prompt: str | None = None,
         *,
+        payloads: Sequence[Payload] | None = None,
         progress: Progress | None = None,
-        params: Mapping[int, SearchParams] | None = None,
+        params: Mapping[int, Any] | None = None,
         vectors: Mapping[int, Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> QdrantIndex:
@@ -102,21 +131,25 @@ class QdrantIndex(IndexBase):
         the collection was made with.
 
         Args:
-            client: A `qdrant_client.QdrantClient`: of a server, a path or ":memory:".
+            client: A `qdrant_client.QdrantClient`, or a folder: see the class.
             collection: Name of a new collection, or of one that a `build` left unfinished.
             embeddings: The gallery, raw or scaled.
             schedule: The funnel; its last dim must not exceed the width.
-            ids: One int64 >= 0 per row, all different; None numbers the rows from 0.
+            ids: One int64 >= 0 or one string per row, all different; None numbers the rows from 0.
+                Qdrant gets the UUID5 of a string (in `uuid.NAMESPACE_OID`), and the string as
+                "keras_mrl_id" of the payload.
             metric: How embeddings are compared: "cosine", "dot" or "l2"; see `IndexFacts`.
             encoder_fingerprint: Fingerprint of the model that embedded the gallery, from its
                 manifest; a client then refuses to search by embeddings of another model.
             prompt: The prompt that stood before each text of the gallery, as text; None: none.
+            payloads: A JSON object per row, to filter by and to read back; None for none.
             progress: Called with the rows done and all rows, after every upload.
             params: As for the class.
             vectors: Options of `VectorParams` by dim, e.g. `{64: {"quantization_config": ...},
                 512: {"on_disk": True}}`. Dims after the first get no HNSW graph unless one says so:
                 the funnel reads their shortlists alone.
-            **options: Options of `create_collection`: `shard_number`, `quantization_config`, ...
+            **options: Options of `create_collection` (`shard_number`, `quantization_config`), or of
+                `EdgeConfig` in a folder.
 
         Shapes:
             embeddings: `(rows, width)`. ids: `(rows,)`.
@@ -128,32 +161,34 @@ class QdrantIndex(IndexBase):
             KerasMrlError: If Qdrant fails.
             ImportError: If qdrant-client is not installed.
         """
-        facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt)
-        gallery = check_embeddings(embeddings, "gallery", facts.width)
+        gallery = check_embeddings(embeddings, "gallery", schedule.dims[-1])
         row_ids = check_ids(ids, len(gallery))
+        facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt, is_text(row_ids))
+        checked = _checked_payloads(payloads, row_ids)
         facts.check_rows(len(gallery))
         _check_dims("vectors", vectors, schedule.dims)
         index = cls(client, collection, facts, schedule.dims, params)
         missing = np.arange(len(row_ids))
         if index._collection.exists():
-            missing = index._collection.missing(facts, row_ids)
+            missing = index._collection.missing(facts, _points(row_ids))
         else:
             index._collection.create(facts, vectors or {}, options)
-        index._upload(gallery, row_ids, missing, progress)
+        index._upload(gallery, row_ids, checked, missing, progress)
+        index.optimize()
         return index
 
     @classmethod
     def open(
         cls,
-        client: QdrantClient,
+        client: Place,
         collection: str,
         schedule: FunnelSchedule | None = None,
-        params: Mapping[int, SearchParams] | None = None,
+        params: Mapping[int, Any] | None = None,
     ) -> QdrantIndex:
         """Return the index that `build` left in a collection.
 
         Args:
-            client: A `qdrant_client.QdrantClient`: of a server, a path or ":memory:".
+            client: A `qdrant_client.QdrantClient`, or a folder: see the class.
             collection: Name of the collection.
             schedule: Another funnel over dims that are stored; None for the one it was built
                 with. A first stage that was a later one when it was built has no graph, so that
@@ -165,7 +200,7 @@ class QdrantIndex(IndexBase):
             ManifestError: If there is no collection, or something else made it.
             KerasMrlError: If Qdrant fails.
         """
-        facts = Collection(client, collection).facts()
+        facts = _collection_at(client, collection).facts()
         dims = facts.schedule.dims
         if schedule is not None:
             facts = replace(facts, schedule=schedule)
@@ -175,59 +210,182 @@ class QdrantIndex(IndexBase):
         return self._collection.count(exact=True)
 
     def add(
-        self, embeddings: npt.ArrayLike, ids: npt.ArrayLike, progress: Progress | None = None
+        self,
+        embeddings: npt.ArrayLike,
+        ids: npt.ArrayLike,
+        progress: Progress | None = None,
+        payloads: Sequence[Payload] | None = None,
     ) -> None:
-        """Add rows; those whose ids are there replace them.
+        """Add rows; those whose ids are there replace them, with their payloads.
+
+        In a folder the rows are safe on the disk once this returns. They are compared one by one
+        until `optimize` builds their graph.
 
         Args:
             embeddings: Rows `(rows, width)` of all stored dims, raw or scaled.
-            ids: One int64 >= 0 per row, all different.
+            ids: One int64 >= 0 or one string per row, all different.
             progress: Called with the rows done and all rows, after every upload.
+            payloads: A JSON object per row; None for none.
 
         Raises:
-            ValueError: If shapes do not fit, a value is not finite, or ids repeat; nothing is
-                added then.
+            ValueError: If shapes do not fit, a value is not finite, ids repeat or are of another
+                kind than the gallery's; nothing is added then.
             KerasMrlError: If Qdrant fails.
         """
         gallery = check_embeddings(embeddings, "gallery", self.dims[-1])
-        row_ids = check_ids(np.asarray(ids), len(gallery))  # an array, for None would number rows
-        self._upload(gallery, row_ids, np.arange(len(row_ids)), progress)
+        given: Any = ids if isinstance(ids, list | tuple) else np.asarray(ids)
+        row_ids = check_ids(given, len(gallery))  # None would number rows
+        self._check_kind(row_ids)
+        checked = _checked_payloads(payloads, row_ids)
+        self._upload(gallery, row_ids, checked, np.arange(len(row_ids)), progress)
 
     def remove(self, ids: npt.ArrayLike) -> None:
         """Remove rows; ids that are not there are passed over.
 
         Args:
-            ids: int64 `(n,)`.
+            ids: `(n,)`.
 
         Raises:
-            ValueError: If they are not int64 >= 0; nothing is removed then.
+            ValueError: If they are no ids of the gallery's kind; nothing is removed then.
             KerasMrlError: If Qdrant fails.
         """
-        try:
-            row_ids = check_among(ids)
-        except ValueError:
-            received = np.asarray(ids)
+        row_ids = check_some_ids(
+            ids if isinstance(ids, list | tuple) else np.asarray(ids),
+            "ids",
+            "ids to remove must be int64 >= 0, or strings, in one dimension.",
+            "Give those of the rows.",
+        )
+        self._check_kind(row_ids)
+        for batch in _batches(np.unique(row_ids), self.rows_per_upload):
+            self._collection.delete(_points(batch))
+        self._collection.flush()
+
+    def optimize(self) -> None:
+        """Build the graph of rows that were added since it was built.
+
+        A server does so by itself, and nothing happens here. In a folder the engine holds up
+        everything else in this process until it is done (seconds for 10,000 rows).
+
+        Raises:
+            KerasMrlError: If Qdrant fails.
+        """
+        self._collection.optimize()
+        self._collection.flush()
+
+    def close(self) -> None:
+        """Let go of a gallery in a folder, for all indexes of it; a client is left open."""
+        self._collection.close()
+
+    def payloads(self, ids: npt.ArrayLike) -> list[dict[str, Any] | None]:
+        """Return the payloads of rows; None for ids that are not there.
+
+        Args:
+            ids: `(n,)`, such as one row of `Neighbors.ids`.
+
+        Raises:
+            KerasMrlError: If Qdrant fails.
+        """
+        return [None if record is None else _payload_of(record) for record in self._records(ids)]
+
+    def reconstruct(self, ids: npt.ArrayLike) -> Vectors:
+        """Return the embeddings of rows, as Qdrant holds them at the last dim.
+
+        Args:
+            ids: `(n,)`.
+
+        Returns:
+            float32 `(n, width)`; of unit length where they are compared by cosine.
+
+        Raises:
+            ValueError: If no row has such an id.
+            KerasMrlError: If Qdrant fails.
+        """
+        records = self._records(ids, self.width)
+        if None in records:
             raise ValueError(
-                "ids to remove must be int64 >= 0 in one dimension. "
-                f"Received: {received.dtype} of shape {received.shape}. Give those of the rows."
-            ) from None
-        for batch in _batches(row_ids, self.rows_per_upload):
-            self._collection.delete(batch)
+                "ids must be those of gallery rows, in one dimension. Received: "
+                f"{records.count(None)} that no row has. Give ids of rows."
+            )
+        vectors = [record.vector[str(self.width)] for record in records]
+        return np.array(vectors, np.float32).reshape(-1, self.width)
+
+    def _records(self, ids: npt.ArrayLike, dim: int | None = None) -> list[Any]:
+        rule = "ids must be those of gallery rows, in one dimension."
+        given = check_some_ids(ids, "ids", rule, "Give ids of rows.")
+        self._check_kind(given)
+        by_point: dict[PointId, Any] = {}
+        for batch in _batches(given, self.rows_per_upload):
+            records = self._collection.records(_points(batch), payload=dim is None, dim=dim)
+            by_point |= {as_point(record.id): record for record in records}
+        return [by_point.get(point) for point in _points(given)]
+
+    def create_payload_index(self, field: str, kind: Any) -> None:
+        """Index a field of the payloads, so that filters by it are fast.
+
+        Args:
+            field: Name of the field.
+            kind: The engine's kind: `models.PayloadSchemaType.KEYWORD` of a client,
+                `qdrant_edge.PayloadSchemaType.Keyword` in a folder.
+
+        Raises:
+            KerasMrlError: If Qdrant fails.
+        """
+        self._collection.create_payload_index(field, kind)
+
+    def prepare_filter(self, only: Any) -> QdrantFilter:
+        """Return a filter for any number of searches.
+
+        Args:
+            only: Ids `(n,)`, or a filter by payload: `qdrant_client.models.Filter` of a client,
+                `qdrant_edge.Filter` in a folder.
+
+        Raises:
+            ValueError: If ids are none of the gallery's kind. Rows have no order here, so that
+                there is no mask of them.
+
+        Examples:
+            >>> from qdrant_client import QdrantClient, models
+            >>> index = QdrantIndex.build(QdrantClient(":memory:"), "pets", np.eye(4),
+            ...     FunnelSchedule((4,), (), 1), payloads=[{"kind": kind} for kind in "abab"])
+            >>> match = models.FieldCondition(key="kind", match=models.MatchValue(value="b"))
+            >>> only_b = index.prepare_filter(models.Filter(must=[match]))
+            >>> index.search(np.eye(4)[1:2], filter=only_b).ids.tolist()
+            [[1]]
+        """
+        if not isinstance(only, list | tuple | np.ndarray | range):
+            return QdrantFilter(only)
+        ids = check_among(only)
+        self._check_kind(ids)
+        return QdrantFilter(self._collection.only_ids(_points(ids)), len(ids))
+
+    def _check_kind(self, ids: npt.NDArray[Any]) -> None:
+        if ids.size and is_text(ids) != self.facts.has_names:
+            kinds = ["strings", "int64"]
+            received, expected = kinds if is_text(ids) else kinds[::-1]
+            raise ValueError(
+                "Ids must be of the kind that the index was built with. "
+                f"Received: {received} for an index whose ids are {expected}. Give {expected}."
+            )
 
     def search(
-        self, queries: npt.ArrayLike, k: int | None = None, among: npt.ArrayLike | None = None
+        self,
+        queries: npt.ArrayLike,
+        k: int | None = None,
+        among: npt.ArrayLike | None = None,
+        filter: Any = None,
     ) -> Neighbors:
         """Return the nearest gallery rows of each query, best first, ties among them by id.
 
         Args:
             queries: Embeddings `(batch, width)` or wider, raw or scaled.
-            k: Number of neighbours, at most the `k` of the funnel; None for as many.
-            among: The only ids that may be returned, int64 `(n,)`; ids that are not in the
-                gallery are passed over, and fewer than `k` give fewer columns. None: all.
+            k: Number of neighbours, at most the last shortlist of the funnel; None for its `k`.
+            among: The only ids that may be returned, `(n,)`; ids that are not in the gallery are
+                passed over, and fewer than `k` give fewer columns. None: all.
+            filter: What `prepare_filter` takes or returned; or a list, one per query.
 
         Returns:
-            Where an approximate first stage found fewer for some query, its last ids are -1 and
-            their scores -inf.
+            Where an approximate first stage found fewer for some query, its last ids are -1, or
+            empty strings, and their scores -inf.
 
         Raises:
             ValueError: If queries, k or ids do not fit, or a value is not finite.
@@ -235,21 +393,47 @@ class QdrantIndex(IndexBase):
         """
         vectors = check_embeddings(queries, "queries", self.width)
         k = self.facts.check_k(k)
-        ids = None if among is None else check_among(among)
-        num_ids = 0 if ids is None else len(ids)
+        filters = self._filters(len(vectors), among, filter)
+        distinct = {id(some): some for some in filters}.values()
+        most_ids = max((some.num_ids or 0 for some in distinct), default=0)
         limits = (*self.schedule.shortlists, k)
         # To count exactly is to read every id, and an engine that moves rows counts some twice.
         rows = self._collection.count(exact=False)
-        is_whole = 2 * limits[0] >= (rows if ids is None else min(rows, num_ids))
-        numbers_per_query = sum(self.schedule.dims) + num_ids
-        fitting = self.numbers_per_request // numbers_per_query
-        answers: list[list[ScoredPoint]] = []
-        for batch in _batches(vectors, max(1, min(self.queries_per_request, fitting))):
-            answers += self._collection.search(self._stages(batch, limits, is_whole), ids)
+        by_ids = all(some.num_ids is not None for some in distinct)
+        is_whole = 2 * limits[0] >= (min(rows, most_ids) if by_ids and filters else rows)
+        numbers_per_query = sum(self.schedule.dims) + most_ids
+        fitting = max(
+            1, min(self.queries_per_request, self.numbers_per_request // numbers_per_query)
+        )
+        answers: list[list[Any]] = []
+        for start in range(0, len(vectors), fitting):
+            batch = slice(start, start + fitting)
+            only = [some.only for some in filters[batch]]
+            stages = self._stages(vectors[batch], limits, is_whole)
+            answers += self._collection.search(stages, only, names=self.facts.has_names)
         most = max(map(len, answers), default=0)
         if most < k:
-            k = max(most, min(k, self._collection.count(ids, exact=True)))
-        return as_neighbors(answers, k, self.metric)
+            counts = [self._collection.count(some.only, exact=True) for some in distinct]
+            k = max(most, min(k, max(counts, default=0)))
+        return as_neighbors(answers, k, self.metric, names=self.facts.has_names)
+
+    def _filters(self, num_queries: int, among: Any, filter: Any) -> list[QdrantFilter]:
+        """Return the filter of each query."""
+        if among is not None and filter is not None:
+            raise ValueError(
+                "A search is filtered in one way. Received: among and filter. Give one of them."
+            )
+        if among is not None:
+            return [self.prepare_filter(check_among(among))] * max(1, num_queries)
+        if not isinstance(filter, list | tuple):
+            one = filter if isinstance(filter, QdrantFilter) else QdrantFilter(filter)
+            return [one] * max(1, num_queries)
+        if len(filter) != num_queries:
+            raise ValueError(
+                "A list of filters has one per query. "
+                f"Received: {len(filter)} filters for {num_queries} queries. Give one for all."
+            )
+        return [some if isinstance(some, QdrantFilter) else QdrantFilter(some) for some in filter]
 
     def _stages(
         self, queries: Vectors, limits: tuple[int, ...], is_whole: bool
@@ -267,16 +451,60 @@ class QdrantIndex(IndexBase):
         ]
 
     def _upload(
-        self, gallery: Vectors, ids: Ids, rows: npt.NDArray[np.int64], progress: Progress | None
+        self,
+        gallery: Vectors,
+        ids: npt.NDArray[Any],
+        payloads: Sequence[Payload] | None,
+        rows: npt.NDArray[np.int64],
+        progress: Progress | None,
     ) -> None:
         done = len(ids) - len(rows)
         fitting = self.numbers_per_request // sum(self.dims)
         for batch in _batches(rows, max(1, min(self.rows_per_upload, fitting))):
             prefixes = {dim: self.facts.prefix(gallery[batch], dim) for dim in self.dims}
-            self._collection.upsert(ids[batch], prefixes)
+            some = None if payloads is None else [payloads[row] for row in batch.tolist()]
+            self._collection.upsert(_points(ids[batch]), prefixes, some)
             done += len(batch)
             if progress is not None:
                 progress(done, len(ids))
+        if len(rows):
+            self._collection.flush()
+
+
+def _collection_at(client: Place, name: str) -> PointCollection:
+    if isinstance(client, str | os.PathLike):
+        return FolderCollection(client, name)
+    return Collection(client, name)
+
+
+def _payload_of(record: Any) -> dict[str, Any]:
+    return {key: value for key, value in (record.payload or {}).items() if key != NAME_KEY}
+
+
+def _points(ids: npt.NDArray[Any]) -> list[PointId]:
+    """Return the point ids of rows: their ids, or the UUID5 of their strings."""
+    if not is_text(ids):
+        return list(ids.tolist())
+    return [str(uuid.uuid5(uuid.NAMESPACE_OID, name)) for name in ids.tolist()]
+
+
+def _checked_payloads(
+    payloads: Sequence[Payload] | None, ids: npt.NDArray[Any]
+) -> Sequence[Payload] | None:
+    """Return the payloads to write: those given, and the strings that are ids."""
+    if payloads is not None:
+        rule = f"payloads must be one JSON object per row, without {NAME_KEY!r}."
+        remedy = "Give dicts, one per row, or none."
+        if len(payloads) != len(ids):
+            raise ValueError(f"{rule} Received: {len(payloads)} for {len(ids)} rows. {remedy}")
+        for payload in payloads:
+            if not isinstance(payload, Mapping) or NAME_KEY in payload:
+                raise ValueError(f"{rule} Received: {payload!r:.80}. {remedy}")
+    if not is_text(ids):
+        return payloads
+    names = ids.tolist()
+    given: Sequence[Payload] = [{}] * len(names) if payloads is None else payloads
+    return [{**some, NAME_KEY: name} for some, name in zip(given, names, strict=True)]
 
 
 def _batches(values: Rows, step: int) -> Iterator[Rows]:

@@ -44,6 +44,8 @@ from ..untrusted import (
     read_bytes,
 )
 from ..version import __version__
+from .base import IndexFacts
+from .ids import RowIds, SortedNames
 
 try:
     import fcntl
@@ -371,6 +373,59 @@ class IndexWriter:
             self.folder.rmdir()
         if self._lock is not None:
             os.close(self._lock)
+
+
+# The ids of the rows.
+
+
+def write_ids(writer: IndexWriter, ids: RowIds) -> None:
+    """Write the ids of an index's rows.
+
+    Strings are two more files: their UTF-8, sorted, and where each ends.
+
+    Examples:
+        >>> import tempfile
+        >>> with IndexWriter(tempfile.mkdtemp()) as writer:
+        ...     write_ids(writer, RowIds.of(["wren", "ant"]))
+        ...     sorted(writer._paths)
+        ['id_bytes', 'id_ends', 'ids']
+    """
+    arrays: dict[str, npt.NDArray[Any]] = {"ids": ids.numbers}
+    if ids.names is not None:
+        arrays |= {"id_bytes": ids.names.data, "id_ends": ids.names.ends}
+    for name, array in arrays.items():
+        writer.array(name, array.shape, array.dtype)[:] = array
+
+
+def read_ids(saved: SavedFiles, facts: IndexFacts) -> RowIds:
+    """Return the ids of a saved index's rows; strings stay memory-mapped.
+
+    Raises:
+        DamagedIndexError: If they are no ids.
+
+    Examples:
+        >>> import tempfile
+        >>> from keras_mrl_serving import ExactIndex, FunnelSchedule
+        >>> folder = tempfile.mkdtemp()
+        >>> ExactIndex.build(np.eye(2), FunnelSchedule((2,), (), 1), ["wren", "ant"]).save(folder)
+        >>> saved = read(folder)
+        >>> list(read_ids(saved, IndexFacts.from_json(saved.card)).names)
+        ['ant', 'wren']
+    """
+    numbers = np.array(saved.array("ids", (None,), np.int64))
+    if not facts.has_names:
+        return RowIds(numbers)
+    names = SortedNames(
+        saved.array("id_bytes", (None,), np.uint8),
+        saved.array("id_ends", (len(numbers),), np.int64),
+    )
+    try:
+        names.check()
+        if not np.array_equal(np.sort(numbers), np.arange(len(numbers))):
+            raise ValueError("rows that share a string")
+    except ValueError as error:
+        raise _damaged(saved.folder, f"ids that are no strings ({error})") from error
+    return RowIds(numbers, names)
 
 
 def _lock(folder: Path) -> int | None:

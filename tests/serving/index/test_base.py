@@ -277,19 +277,20 @@ NO_ROWS = (
     "Received: {} rows for k=3. Lower k, or add rows."
 )
 NO_IDS = (
-    "ids must be one int64 >= 0 per gallery row. Received: {} for 9 rows. "
+    "ids must be one int64 >= 0, or one string that is not empty, per gallery row. "
+    "Received: {} for 9 rows. "
     "Give one per row; an index built without any numbers its rows from 0."
 )
 REPEATED_IDS = (
     "ids must differ from row to row. Received: {} that repeat another. Give every row its own."
 )
 NO_AMONG = (
-    "among must be int64 ids >= 0 in one dimension. Received: {}. "
+    "among must be int64 ids >= 0, or strings, in one dimension. Received: {}. "
     "Give the ids that may be returned, or leave it out for all."
 )
 NO_K = (
-    "k must lie in 1..3, as many as the funnel returns. Received: k={!r}. "
-    "Search with a schedule whose k is larger."
+    "k must lie in 1..4, as many as the last shortlist holds. Received: k={!r}. "
+    "Open the index with a schedule whose shortlists are longer."
 )
 
 
@@ -348,13 +349,17 @@ BUILDS: list[tuple[dict[str, Any], str]] = [
         MASKED.format("The gallery"),
     ),
     ({"embeddings": np.full((9, 4), 1e300)}, TOO_LARGE.format("gallery", "(9, 4)")),
-    ({"ids": list("abcdefghi")}, NO_IDS.format("<U1 ids of shape (9,)")),
+    ({"ids": ["a", "b", "c", 3, 4, 5, 6, 7, 8]}, NO_IDS.format("int and str ids of shape (9,)")),
+    ({"ids": ["", *"abcdefgh"]}, NO_IDS.format("str ids of shape (9,)")),
+    ({"ids": ["\ud800", *"abcdefgh"]}, NO_IDS.format("str ids of shape (9,)")),
+    ({"ids": [b"a"] * 9}, NO_IDS.format("|S1 ids of shape (9,)")),
+    ({"ids": list("abcdefghh")}, REPEATED_IDS.format(1)),
 ]
 SEARCHES: list[tuple[dict[str, Any], str]] = [
     *(({"queries": values}, NO_FINITE.format("queries")) for values in BAD),
     *(({"queries": values}, NO_WIDTH.format("queries", np.shape(values))) for values in NARROW),
     *(({"queries": values}, NO_REALS.format("queries", name)) for values, name in UNREAL),
-    *(({"k": k}, NO_K.format(k)) for k in (0, -1, 4, 1.0, "1", np.float32(2), True, [1])),
+    *(({"k": k}, NO_K.format(k)) for k in (0, -1, 5, 1.0, "1", np.float32(2), True, [1])),
     ({"among": [-1]}, NO_AMONG.format("int64 of shape (1,)")),
     ({"among": [1.0]}, NO_AMONG.format("float64 of shape (1,)")),
     ({"among": [[1]]}, NO_AMONG.format("int64 of shape (1, 1)")),
@@ -366,7 +371,12 @@ SEARCHES: list[tuple[dict[str, Any], str]] = [
     ({"queries": [[1e300] * 4]}, TOO_LARGE.format("queries", "(1, 4)")),
     ({"queries": np.array([[None] * 4])}, NO_REALS.format("queries", "object of shape (1, 4)")),
     ({"among": [True]}, NO_AMONG.format("bool of shape (1,)")),
-    ({"among": ["a"]}, NO_AMONG.format("<U1 of shape (1,)")),
+    (
+        {"among": ["a"]},
+        "Ids must be of the kind that the index was built with. "
+        "Received: strings for an index whose ids are int64. Give int64.",
+    ),
+    ({"among": ["a", 1]}, NO_AMONG.format("int and str of shape (2,)")),
     ({"among": np.array([2**63], np.uint64)}, NO_AMONG.format("uint64 of shape (1,)")),
 ]
 

@@ -1,9 +1,11 @@
 """`QdrantIndex` beside a search in float64 and beside `ExactIndex`.
 
-In this process, and on the server at KERAS_MRL_QDRANT_URL if that is set.
+By the imitation of qdrant-client, by Qdrant's own engine over a folder, and on the server at
+KERAS_MRL_QDRANT_URL if that is set.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -44,21 +46,33 @@ def client(request: pytest.FixtureRequest) -> Iterator[QdrantClient]:
     made.close()
 
 
-def build(client: QdrantClient, name: str) -> QdrantIndex:
-    return QdrantIndex.build(client, name, GALLERY, SCHEDULE)
+@pytest.fixture(scope="module", params=["folder", "local", "server"][: 3 if SERVER else 2])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a gallery is built in: a client, or a folder with the real engine."""
+    if request.param == "folder":
+        return tmp_path_factory.mktemp("galleries")
+    return QdrantClient(url=SERVER) if request.param == "server" else QdrantClient(":memory:")
+
+
+def build(engine: Any, name: str) -> QdrantIndex:
+    return QdrantIndex.build(engine, name, GALLERY, SCHEDULE)
 
 
 @contextmanager
-def place(client: QdrantClient) -> Iterator[str]:
+def place(engine: Any) -> Iterator[str]:
     """The name of a collection that is gone afterwards."""
     name = f"test-{uuid.uuid4()}"
     yield name
-    client.delete_collection(name)
+    if isinstance(engine, Path):
+        shutil.rmtree(engine / name, ignore_errors=True)
+    else:
+        engine.delete_collection(name)
 
 
 @pytest.fixture
-def name(client: QdrantClient) -> Iterator[str]:
-    with place(client) as name:
+def name(request: pytest.FixtureRequest) -> Iterator[str]:
+    of = "engine" if "engine" in request.fixturenames else "client"
+    with place(request.getfixturevalue(of)) as name:
         yield name
 
 
@@ -69,7 +83,7 @@ class Search(NamedTuple):
     ids: Array
     metric: str
 
-    def build(self, client: QdrantClient, name: str) -> QdrantIndex:
+    def build(self, client: Any, name: str) -> QdrantIndex:
         return QdrantIndex.build(
             client, name, self.gallery, self.schedule, self.ids, metric=self.metric
         )
@@ -249,53 +263,54 @@ def test_fewer_neighbours_are_the_first_of_more(
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_equal_scores_come_in_order_of_id(client: QdrantClient, name: str, metric: str) -> None:
+def test_equal_scores_come_in_order_of_id(engine: Any, name: str, metric: str) -> None:
     gallery = np.array([[-1, 0], [1, 0], [0, 1], [1, 0], [1, 0], [-1, 0], [1, 0]])
     ids = [60, 31, 2**63 - 1, 12, 44, 3, 25]
     schedule = FunnelSchedule((1, 2), (7,), 7)
-    index = QdrantIndex.build(client, name, gallery, schedule, ids, metric)
+    index = QdrantIndex.build(engine, name, gallery, schedule, ids, metric)
     result = index.search([[1, 0], [1, 0]])
     assert result.ids.tolist() == [[12, 25, 31, 44, 2**63 - 1, 3, 60]] * 2
     east, north, west = (0, -2, -4) if metric == "l2" else (1, 0, -1)
-    assert result.scores.tolist() == [[east] * 4 + [north] + [west] * 2] * 2
+    expected = [[east] * 4 + [north] + [west] * 2] * 2
+    np.testing.assert_allclose(result.scores, expected, rtol=0, atol=3e-7)
     assert index.search([[1, 0]], among=[60, 3, 44, 12, 7]).ids.tolist() == [[12, 44, 3, 60]]
 
 
-def test_a_zero_vector_is_equally_near_to_all(client: QdrantClient, name: str) -> None:
+def test_a_zero_vector_is_equally_near_to_all(engine: Any, name: str) -> None:
     gallery = np.array([[-1, 0], [0, 0], [1, 0], [0, 1]])
-    index = QdrantIndex.build(client, name, gallery, FunnelSchedule((1, 2), (4,), 4), [3, 2, 1, 0])
+    index = QdrantIndex.build(engine, name, gallery, FunnelSchedule((1, 2), (4,), 4), [3, 2, 1, 0])
     result = index.search([[0, 0], [1, 0]])
     assert result.ids.tolist() == [[0, 1, 2, 3], [1, 0, 2, 3]]
     assert result.scores.tolist() == [[0, 0, 0, 0], [1, 0, 0, -1]]
 
 
 @pytest.mark.parametrize("length", [1e-3, 1e-5, 1e-6, 1e-7, 1e-9, 1e-15])
-def test_tiny_vectors_score_as_in_the_exact_index(
-    client: QdrantClient, name: str, length: float
-) -> None:
+def test_tiny_vectors_score_as_in_the_exact_index(engine: Any, name: str, length: float) -> None:
     case = search()._replace(schedule=FunnelSchedule((4, 16), (30,), 30))
     tiny = case.gallery / np.linalg.norm(case.gallery, axis=1, keepdims=True) * np.float32(length)
     case = case._replace(gallery=tiny)
-    result = case.build(client, name).search(case.queries)
+    result = case.build(engine, name).search(case.queries)
     np.testing.assert_allclose(
         result.scores, case.exact().search(case.queries).scores, rtol=0, atol=3e-6
     )
 
 
-def test_what_a_search_may_leave_out(client: QdrantClient, name: str) -> None:
+def test_what_a_search_may_leave_out(engine: Any, name: str) -> None:
     case = search()
-    index = case.build(client, name)
+    index = case.build(engine, name)
     empty = index.search(np.zeros((0, 16)))
     assert (empty.ids.shape, empty.scores.shape) == ((0, 3), (0, 3))
     for among in ([], [999]):
         assert index.search(case.queries, among=among).ids.shape == (20, 0)
         assert index.search(np.zeros((0, 16)), among=among).ids.shape == (0, 0)
-    wider = np.column_stack([case.queries, np.full((20, 2), 9.0)])
-    assert list(index.search(wider)) == list(index.search(case.queries))
+    # Where no rows are equal: the real engine lists any of them, not the same each time.
+    plain = QdrantIndex.build(engine, f"{name}-plain", GALLERY, SCHEDULE)
+    wider = np.column_stack([GALLERY, np.full((6, 2), 9.0)])
+    assert list(plain.search(wider)) == list(plain.search(GALLERY))
 
 
-def test_an_index_tells_what_it_is(client: QdrantClient, name: str) -> None:
-    index: Index = QdrantIndex.build(client, name, GALLERY, SCHEDULE, None, "dot", "5e1f")
+def test_an_index_tells_what_it_is(engine: Any, name: str) -> None:
+    index: Index = QdrantIndex.build(engine, name, GALLERY, SCHEDULE, None, "dot", "5e1f")
     assert (len(index), index.width, index.schedule) == (6, 4, SCHEDULE)
     assert (index.metric, index.encoder_fingerprint) == ("dot", "5e1f")
 
@@ -464,9 +479,9 @@ def test_the_engines_options_pass_through(remote: Any) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_rows_are_added_replaced_and_removed(client: QdrantClient, name: str, metric: str) -> None:
+def test_rows_are_added_replaced_and_removed(engine: Any, name: str, metric: str) -> None:
     case = search(metric)._replace(schedule=FunnelSchedule((4, 16), (99,), 5))
-    index = case._replace(gallery=case.gallery[:20], ids=case.ids[:20]).build(client, name)
+    index = case._replace(gallery=case.gallery[:20], ids=case.ids[:20]).build(engine, name)
     seen: list[tuple[int, int]] = []
     index.add(case.gallery[20:] + 1, case.ids[20:], lambda done, rows: seen.append((done, rows)))
     assert (len(index), seen) == (30, [(10, 10)])
@@ -521,14 +536,14 @@ def test_a_build_that_was_interrupted_uploads_what_is_missing(
 
 
 def test_rows_that_are_there_are_looked_up_in_parts(
-    client: QdrantClient, name: str, monkeypatch: pytest.MonkeyPatch
+    engine: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = search()
-    index = case.build(client, name)
+    index = case.build(engine, name)
     monkeypatch.setattr(Collection, "ids_per_lookup", 7)
     index.remove(case.ids[[5, 6, 7, 29]])
     seen: list[int] = []
-    arguments: tuple[Any, ...] = (client, name, case.gallery, case.schedule, case.ids)
+    arguments: tuple[Any, ...] = (engine, name, case.gallery, case.schedule, case.ids)
     QdrantIndex.build(*arguments, progress=lambda done, _: seen.append(done))
     assert (seen, len(index)) == ([30], 30)
 
@@ -559,16 +574,16 @@ def test_a_fresh_client_opens_what_another_built(tmp_path: Path, metric: str) ->
     second.close()
 
 
-def test_an_index_is_opened_with_another_schedule(client: QdrantClient, name: str) -> None:
+def test_an_index_is_opened_with_another_schedule(engine: Any, name: str) -> None:
     case = search()
-    case.build(client, name)
+    case.build(engine, name)
     for schedule in (FunnelSchedule((8,), (), 5), FunnelSchedule((4, 8), (9,), 2)):
-        index = QdrantIndex.open(client, name, schedule)
+        index = QdrantIndex.open(engine, name, schedule)
         other = case._replace(schedule=schedule)
         assert (index.width, index.schedule) == (8, schedule)
         other.assert_searched_by(index)
     index.add(case.gallery, case.ids)  # all stored dims, not those of the schedule alone
-    case.assert_searched_by(QdrantIndex.open(client, name))
+    case.assert_searched_by(QdrantIndex.open(engine, name))
 
 
 # What is refused, and in which words.
@@ -607,20 +622,23 @@ REFUSED_BUILDS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changed", "text"), REFUSED_BUILDS)
 def test_a_gallery_that_is_refused_makes_no_collection(
-    changed: dict[str, Any], text: str, client: QdrantClient, name: str, refuses: Refuses
+    changed: dict[str, Any], text: str, engine: Any, name: str, refuses: Refuses
 ) -> None:
     arguments = {"embeddings": GALLERY, "schedule": SCHEDULE, **changed}
     with refuses(ValueError, text):
-        QdrantIndex.build(client, name, **arguments)
-    assert not client.collection_exists(name)
+        QdrantIndex.build(engine, name, **arguments)
+    with pytest.raises(errors.ManifestError):
+        QdrantIndex.open(engine, name)
 
 
 NO_IDS = (
-    "ids must be one int64 >= 0 per gallery row. Received: {} for 6 rows. "
+    "ids must be one int64 >= 0, or one string that is not empty, per gallery row. "
+    "Received: {} for 6 rows. "
     "Give one per row; an index built without any numbers its rows from 0."
 )
 NO_REMOVAL = (
-    "ids to remove must be int64 >= 0 in one dimension. Received: {}. Give those of the rows."
+    "ids to remove must be int64 >= 0, or strings, in one dimension. "
+    "Received: {}. Give those of the rows."
 )
 HIGHER = GALLERY + 1
 REFUSED_CALLS: list[tuple[Callable[[QdrantIndex], object], str]] = [
@@ -661,9 +679,9 @@ REFUSED_CALLS: list[tuple[Callable[[QdrantIndex], object], str]] = [
         NO_REMOVAL.format("uint64 of shape (2,)"),
     ),
     (
-        lambda index: index.search(GALLERY, 3),
-        "k must lie in 1..2, as many as the funnel returns. "
-        "Received: k=3. Search with a schedule whose k is larger.",
+        lambda index: index.search(GALLERY, 4),
+        "k must lie in 1..3, as many as the last shortlist holds. "
+        "Received: k=4. Open the index with a schedule whose shortlists are longer.",
     ),
     (
         lambda index: index.search(GALLERY[:, :3]),
@@ -672,16 +690,15 @@ REFUSED_CALLS: list[tuple[Callable[[QdrantIndex], object], str]] = [
     ),
     (
         lambda index: index.search(GALLERY, among=[-1]),
-        "among must be int64 ids >= 0 in one dimension. Received: int64 of shape (1,). "
+        "among must be int64 ids >= 0, or strings, in one dimension. "
+        "Received: int64 of shape (1,). "
         "Give the ids that may be returned, or leave it out for all.",
     ),
 ]
 
 
-def test_calls_that_are_refused_change_nothing(
-    client: QdrantClient, name: str, refuses: Refuses
-) -> None:
-    index = build(client, name)
+def test_calls_that_are_refused_change_nothing(engine: Any, name: str, refuses: Refuses) -> None:
+    index = build(engine, name)
     before = list(index.search(GALLERY))
     for call, text in REFUSED_CALLS:
         with refuses(ValueError, text):
@@ -689,16 +706,14 @@ def test_calls_that_are_refused_change_nothing(
     assert (len(index), list(index.search(GALLERY))) == (6, before)
 
 
-def test_a_schedule_must_be_of_stored_dims(
-    client: QdrantClient, name: str, refuses: Refuses
-) -> None:
-    build(client, name)
+def test_a_schedule_must_be_of_stored_dims(engine: Any, name: str, refuses: Refuses) -> None:
+    build(engine, name)
     with refuses(
         ValueError,
         "A schedule's dims must be among those stored: (2, 4). "
         "Received: dims=(3, 4). Leave the others out, or build another collection.",
     ):
-        QdrantIndex.open(client, name, FunnelSchedule((3, 4), (3,), 2))
+        QdrantIndex.open(engine, name, FunnelSchedule((3, 4), (3,), 2))
 
 
 @pytest.mark.parametrize(
@@ -711,30 +726,28 @@ def test_a_schedule_must_be_of_stored_dims(
     ],
 )
 def test_a_build_does_not_go_on_with_another_gallery(
-    changed: dict[str, Any], received: str, client: QdrantClient, name: str, refuses: Refuses
+    changed: dict[str, Any], received: str, engine: Any, name: str, refuses: Refuses
 ) -> None:
-    QdrantIndex.build(client, name, GALLERY, SCHEDULE)
+    QdrantIndex.build(engine, name, GALLERY, SCHEDULE)
     text = (
         "A build goes on where one with the same dims, metric and encoder stopped. "
         f"Received: {received} for collection '{name}' of dims=(2, 4), metric='cosine', {{}}None. "
         "Give another name, or delete the collection."
     )
     with refuses(ValueError, text.replace("{}", "encoder_fingerprint=")):
-        QdrantIndex.build(client, name, GALLERY, **{"schedule": SCHEDULE, **changed})
-    assert QdrantIndex.open(client, name).metric == "cosine"
+        QdrantIndex.build(engine, name, GALLERY, **{"schedule": SCHEDULE, **changed})
+    assert QdrantIndex.open(engine, name).metric == "cosine"
 
 
-def test_a_build_does_not_go_on_with_other_rows(
-    client: QdrantClient, name: str, refuses: Refuses
-) -> None:
-    QdrantIndex.build(client, name, GALLERY, SCHEDULE)
+def test_a_build_does_not_go_on_with_other_rows(engine: Any, name: str, refuses: Refuses) -> None:
+    QdrantIndex.build(engine, name, GALLERY, SCHEDULE)
     with refuses(
         ValueError,
         f"A build goes on over its own rows alone. Received: collection '{name}' with 2 rows whose "
         "ids are not among those given. Give them all, or open the collection and add to it.",
     ):
-        QdrantIndex.build(client, name, GALLERY, SCHEDULE, np.arange(2, 8))
-    assert len(QdrantIndex.open(client, name)) == 6
+        QdrantIndex.build(engine, name, GALLERY, SCHEDULE, np.arange(2, 8))
+    assert len(QdrantIndex.open(engine, name)) == 6
 
 
 def test_a_collection_must_be_one_of_ours(
@@ -768,12 +781,12 @@ def test_a_server_that_keeps_no_metadata_is_found_out_at_once(
         QdrantIndex.build(remote, "pets", GALLERY, SCHEDULE)
 
 
-def test_what_a_callers_progress_raises_stays_as_it_is(client: QdrantClient, name: str) -> None:
+def test_what_a_callers_progress_raises_stays_as_it_is(engine: Any, name: str) -> None:
     def stops(*_: int) -> None:
         raise ValueError("enough")
 
     with pytest.raises(ValueError, match=r"^enough$"):
-        QdrantIndex.build(client, name, GALLERY, SCHEDULE, progress=stops)
+        QdrantIndex.build(engine, name, GALLERY, SCHEDULE, progress=stops)
 
 
 def test_qdrant_is_imported_when_it_is_used() -> None:
