@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -128,13 +128,14 @@ class AsyncClient(BaseClient[AsyncTransport]):
         *,
         k: int | None = None,
         among: npt.ArrayLike | None = None,
+        filter: Any = None,
         prompt: Prompt = ...,
     ) -> Neighbors:
         """Return the nearest gallery rows of inputs; a local index searches in a thread."""
         ask = self._conversation.ask
         flows.check_index(index, AsyncClient)
         if index is None or isinstance(index, AsyncClient):
-            flows.check_served_search(k, among)
+            flows.check_served_search(k, among, filter)
         if index is None:
             return await self._run(ask(questions.retrieve(inputs, prompt)))
         gallery = await index.describe() if isinstance(index, AsyncClient) else index
@@ -143,7 +144,7 @@ class AsyncClient(BaseClient[AsyncTransport]):
         flows.check_gallery(gallery, embedded.fingerprint, embedded.prompts)
         if isinstance(index, AsyncClient):
             return await index.search(embedded.embeddings, encoder=embedded.fingerprint)
-        return await asyncio.to_thread(index.search, embedded.embeddings, k, among)
+        return await asyncio.to_thread(index.search, embedded.embeddings, k, among, filter)
 
     async def predict(
         self,

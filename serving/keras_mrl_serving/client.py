@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from copy import copy
 from dataclasses import replace
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -246,6 +246,7 @@ class Client(BaseClient[Transport]):
         *,
         k: int | None = None,
         among: npt.ArrayLike | None = None,
+        filter: Any = None,
         prompt: Prompt = ...,
     ) -> Neighbors:
         """Return the nearest gallery rows of inputs.
@@ -257,6 +258,7 @@ class Client(BaseClient[Transport]):
                 built with another encoder refuses them.
             k: How many neighbours an index in this process returns; None for all of its funnel.
             among: The only ids that an index in this process may return.
+            filter: The same, prepared once by the index's `prepare_filter`.
             prompt: As for `embed`. Left out, it is the prompt called "query" where the model has
                 one; None leaves the texts as they are. An index whose gallery was embedded with a
                 prompt that the model lacks, or without the model's prompt for galleries
@@ -265,7 +267,7 @@ class Client(BaseClient[Transport]):
         ask = self._conversation.ask
         flows.check_index(index, Client)
         if index is None or isinstance(index, Client):
-            flows.check_served_search(k, among)
+            flows.check_served_search(k, among, filter)
         if index is None:
             return self._run(ask(questions.retrieve(inputs, prompt)))
         gallery = index.describe() if isinstance(index, Client) else index
@@ -274,7 +276,7 @@ class Client(BaseClient[Transport]):
         flows.check_gallery(gallery, embedded.fingerprint, embedded.prompts)
         if isinstance(index, Client):
             return index.search(embedded.embeddings, encoder=embedded.fingerprint)
-        return index.search(embedded.embeddings, k, among)
+        return index.search(embedded.embeddings, k, among, filter)
 
     def predict(
         self,

@@ -262,16 +262,17 @@ def retrieve(manifest: Manifest, inputs: Inputs) -> Flow[Neighbors]:
     return Neighbors(answer["ids"], answer["scores"])
 
 
-def check_served_search(k: int | None, among: npt.ArrayLike | None) -> None:
+def check_served_search(k: int | None, among: npt.ArrayLike | None, filter: object = None) -> None:
     """Raise `ValueError` if a served index is given arguments that only a local index takes.
 
     Examples:
         >>> check_served_search(k=None, among=None)
     """
-    if not (k is None and among is None):
+    if not (k is None and among is None and filter is None):
         raise ValueError(
-            "k and among are for an index in this process. "
-            f"Received: k={k}, among={'None' if among is None else 'ids'} for a served one. Cut "
+            "k, among and filter are for an index in this process. "
+            f"Received: k={k}, among={'None' if among is None else 'ids'}, "
+            f"filter={'None' if filter is None else 'rows'} for a served one. Cut "
             "its answer, or open the index here: open_index(path)."
         )
 

@@ -369,7 +369,11 @@ class ProjectedIndex:
         return len(self.index)
 
     def search(
-        self, queries: npt.ArrayLike, k: int | None = None, among: npt.ArrayLike | None = None
+        self,
+        queries: npt.ArrayLike,
+        k: int | None = None,
+        among: npt.ArrayLike | None = None,
+        filter: Any = None,
     ) -> Neighbors:
         """Return the nearest gallery rows of each query, as `Index.search`.
 
@@ -377,8 +381,14 @@ class ProjectedIndex:
             queries: Embeddings `(batch, width)`, not projected.
             k: Number of neighbours; None for as many as the funnel returns.
             among: The only ids that may be returned; None: all.
+            filter: What `prepare_filter` returned; None: all.
         """
-        return self.index.search(self.projection.transform(queries, self.index.width), k, among)
+        projected = self.projection.transform(queries, self.index.width)
+        return self.index.search(projected, k, among, filter)
+
+    def prepare_filter(self, only: Any) -> Any:
+        """Return a filter for any number of searches, as `prepare_filter` of the index."""
+        return self.index.prepare_filter(only)
 
 
 def principal_directions(

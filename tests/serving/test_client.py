@@ -475,7 +475,8 @@ def test_a_served_index_takes_neither_k_nor_a_filter(
 ) -> None:
     num_calls = len(encoder_server.calls)
     text = (
-        "k and among are for an index in this process. Received: k={}, among={} for a served one. "
+        "k, among and filter are for an index in this process. "
+        "Received: k={}, among={}, filter=None for a served one. "
         "Cut its answer, or open the index here: open_index(path)."
     )
     with refuses(ValueError, text.format(2, None)):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..funnel import FunnelSchedule
 from ..inputs import as_float32
 from ..integers import as_int
 from ..results import Neighbors
+from .filters import Filter, as_filters
 from .ids import Ids as Ids
 from .ids import RowIds, check_among, check_some_ids
 
@@ -57,7 +59,11 @@ class Index(Protocol):
         """Return the number of gallery rows."""
 
     def search(
-        self, queries: npt.ArrayLike, k: int | None = None, among: npt.ArrayLike | None = None
+        self,
+        queries: npt.ArrayLike,
+        k: int | None = None,
+        among: npt.ArrayLike | None = None,
+        filter: Any = None,
     ) -> Neighbors:
         """Return the nearest gallery rows of each query.
 
@@ -66,7 +72,11 @@ class Index(Protocol):
             k: Number of neighbours, at most the last shortlist of the funnel; None for its `k`.
             among: The only ids that may be returned, `(n,)`; ids that are not in the gallery are
                 passed over. None: all.
+            filter: What `prepare_filter` returned, or a list with one per query; None: all rows.
         """
+
+    def prepare_filter(self, only: Any) -> Any:
+        """Return a filter for any number of searches: of ids, or what else the index takes."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +268,11 @@ class LocalIndex(IndexBase, ABC):
         )
 
     def search(
-        self, queries: npt.ArrayLike, k: int | None = None, among: npt.ArrayLike | None = None
+        self,
+        queries: npt.ArrayLike,
+        k: int | None = None,
+        among: npt.ArrayLike | None = None,
+        filter: Filter | Sequence[Filter] | None = None,
     ) -> Neighbors:
         """Return the nearest gallery rows of each query, best first, ties in order of id.
 
@@ -267,22 +281,78 @@ class LocalIndex(IndexBase, ABC):
             k: Number of neighbours, at most the last shortlist of the funnel; None for its `k`.
             among: The only ids that may be returned, `(n,)`; ids that are not in the gallery are
                 passed over, and fewer than `k` give fewer columns. None: all.
+            filter: The same, prepared once by `prepare_filter`; or a list, one per query, where
+                rows that have fewer than others end in -1 (or empty strings) with scores of -inf.
 
         Raises:
-            ValueError: If queries, k or ids do not fit, or a value is not finite.
+            ValueError: If queries, k, ids or filters do not fit, or a value is not finite.
         """
         vectors = check_embeddings(queries, "queries", self.facts.width)
         k = self.facts.check_k(k)
-        rows = None if among is None else self._rows_among(check_among(among))
-        k = min(k, len(self.ids) if rows is None else len(rows))
-        if not len(vectors) or not k:
-            shape = (len(vectors), k)
-            neighbors = Neighbors(np.empty(shape, np.int64), np.empty(shape, np.float32))
+        if among is not None and filter is not None:
+            raise ValueError(
+                "A search is filtered in one way. Received: among and filter. Give one of them."
+            )
+        filters = as_filters(self, filter, len(vectors))
+        if among is not None:
+            filters = Filter(self, self._rows_among(among))
+        if filters is None or isinstance(filters, Filter):
+            neighbors = self._filtered(vectors, k, filters)
         else:
-            neighbors = self._nearest(vectors, k, rows)
+            neighbors = self._filtered_one_by_one(vectors, k, filters)
         if self.row_ids.names is None:
             return neighbors
         return Neighbors(self.row_ids.given(neighbors.ids), neighbors.scores)
+
+    def prepare_filter(self, only: npt.ArrayLike) -> Filter:
+        """Return a filter for any number of searches of this index.
+
+        Args:
+            only: The ids that may be returned, `(n,)`, those that are not in the gallery passed
+                over; or a mask of the rows as they were built, bool `(rows,)`.
+
+        Raises:
+            ValueError: If it is neither.
+
+        Examples:
+            >>> from keras_mrl_serving.index import ExactIndex
+            >>> index = ExactIndex.build(np.eye(3), FunnelSchedule((3,), (), 1), ["a", "b", "c"])
+            >>> only = index.prepare_filter(np.array([False, True, True]))
+            >>> index.search(np.eye(3)[2:], filter=only).ids.tolist()
+            [['c']]
+        """
+        mask = np.asarray(only) if not isinstance(only, list | tuple) else None
+        if mask is None or mask.dtype != bool:
+            return Filter(self, self._rows_among(only))
+        if mask.shape != (len(self),):
+            raise ValueError(
+                "A mask has one bool per gallery row. "
+                f"Received: shape {mask.shape} for {len(self)} rows. Give ids instead."
+            )
+        return Filter(self, np.flatnonzero(mask))
+
+    def _filtered(self, queries: Vectors, k: int, only: Filter | None) -> Neighbors:
+        k = min(k, len(self.ids) if only is None else len(only))
+        if not len(queries) or not k:
+            shape = (len(queries), k)
+            return Neighbors(np.empty(shape, np.int64), np.empty(shape, np.float32))
+        return self._nearest(queries, k, only)
+
+    def _filtered_one_by_one(
+        self, queries: Vectors, k: int, filters: Sequence[Filter]
+    ) -> Neighbors:
+        """Search each query by its own filter; queries of one filter together."""
+        k = min(k, max(map(len, filters), default=k))
+        shape = (len(queries), k)
+        ids, scores = np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
+        rows_by_filter: dict[int, list[int]] = {}
+        for row, only in enumerate(filters):
+            rows_by_filter.setdefault(id(only), []).append(row)
+        for rows in rows_by_filter.values():
+            some = self._filtered(queries[rows], k, filters[rows[0]])
+            ids[rows, : some.ids.shape[1]] = some.ids
+            scores[rows, : some.ids.shape[1]] = some.scores
+        return Neighbors(ids, scores)
 
     def reconstruct(self, ids: npt.ArrayLike) -> Vectors:
         """Return the embeddings of gallery rows, as the index holds them.
@@ -314,20 +384,29 @@ class LocalIndex(IndexBase, ABC):
         return self._vectors(rows)
 
     @abstractmethod
-    def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
-        """Return the `k` nearest of the gallery, or of these of its rows (at least `k`)."""
+    def _nearest(self, queries: Vectors, k: int, only: Filter | None) -> Neighbors:
+        """Return the `k` nearest of the gallery, or of a filter's rows (at least `k`)."""
 
     @abstractmethod
     def _vectors(self, rows: Ids) -> Vectors:
         """Return the embeddings of rows at the last dim."""
 
-    def _rows_among(self, ids: npt.NDArray[Any]) -> Ids:
+    def _rows_among(self, ids: npt.ArrayLike) -> Ids:
         """Return the gallery rows that have these ids, in the gallery's order."""
-        rows = self._rows_of(self.row_ids.numbers_of(ids))
-        return np.sort(rows[rows >= 0])
+        rows = self._rows_of(self.row_ids.numbers_of(check_among(ids)))
+        mask = np.zeros(len(self) + 1, bool)
+        mask[rows] = True  # -1 is behind the last
+        return np.flatnonzero(mask[:-1])
+
+    @cached_property
+    def _are_row_numbers(self) -> bool:
+        """Whether the ids are the numbers of the rows."""
+        return bool((self.ids == np.arange(len(self.ids))).all())
 
     def _rows_of(self, numbers: Ids) -> Ids:
         """Return the row of each of these ids, as the engine knows them; -1 where none has it."""
+        if self._are_row_numbers:
+            return np.where((numbers >= 0) & (numbers < len(self)), numbers, -1)
         if self._rows_by_id is None:
             self._rows_by_id = np.argsort(self.ids)
         places = np.searchsorted(self.ids, numbers, sorter=self._rows_by_id)

@@ -27,10 +27,12 @@ from .base import (
     other_schedule,
     rounding,
 )
+from .filters import Filter
 from .ids import RowIds, check_ids
 from .storage import IndexWriter, SavedFiles, open_saved, read_ids, write_ids
 
 ENGINE = "exact"
+_GATHERED = 0.3  # share of the rows up to which those of a filter are copied to be multiplied
 
 
 class ExactIndex(LocalIndex):
@@ -165,7 +167,8 @@ class ExactIndex(LocalIndex):
     def _vectors(self, rows: Ids) -> Vectors:
         return np.concatenate([block[rows] for block in self.blocks], axis=1)
 
-    def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
+    def _nearest(self, queries: Vectors, k: int, only: Filter | None) -> Neighbors:
+        rows = None if only is None else only.rows
         step = max(1, self.numbers_at_once // self._numbers_per_query(k, rows))
         chunks = [queries[start : start + step] for start in range(0, len(queries), step)]
         answers = [self._search_chunk(chunk, k, rows) for chunk in chunks]
@@ -177,13 +180,18 @@ class ExactIndex(LocalIndex):
         sizes = (k, *(min(size, num_rows) for size in self.schedule.shortlists))
         widths = (block.shape[1] for block in self.blocks)
         gathered = (size * width for size, width in zip(sizes, widths, strict=True))
+        num_rows = len(self) if num_rows > _GATHERED * len(self) else num_rows
         return max(num_rows, k * self.width, *gathered)
 
     def _search_chunk(self, queries: Vectors, k: int, among: Ids | None) -> tuple[Ids, Vectors]:
         query_blocks = _column_blocks(queries, self.schedule.dims)
         # All queries share one list of rows until the first stage has chosen a shortlist for each.
         rows: Ids | slice = slice(None) if among is None else among
-        dots = query_blocks[0] @ self.blocks[0][rows].T
+        if among is not None and len(among) > _GATHERED * len(self):
+            # A product with all rows is less than a copy of most of them.
+            dots = (query_blocks[0] @ self.blocks[0].T)[:, among]
+        else:
+            dots = query_blocks[0] @ self.blocks[0][rows].T
         for stage, size in enumerate((*self.schedule.shortlists, k)):
             if stage:
                 dots = dots + np.einsum("qsd,qd->qs", self.blocks[stage][rows], query_blocks[stage])

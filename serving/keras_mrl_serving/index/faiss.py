@@ -9,8 +9,7 @@ have none. Queries are scaled once, at full width: their length changes no order
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from .base import (
     other_schedule,
     rounding,
 )
+from .filters import Filter
 from .first_stage import FirstStage, Progress, Shortlister, check_first_stage, import_faiss
 from .ids import RowIds, check_ids
 from .refined import over_rows, unscaled
@@ -233,7 +233,11 @@ class FaissIndex(LocalIndex):
         return self._first.spec
 
     def search(
-        self, queries: npt.ArrayLike, k: int | None = None, among: npt.ArrayLike | None = None
+        self,
+        queries: npt.ArrayLike,
+        k: int | None = None,
+        among: npt.ArrayLike | None = None,
+        filter: Filter | Sequence[Filter] | None = None,
     ) -> Neighbors:
         """Return the nearest gallery rows of each query, best first, ties in order of id.
 
@@ -244,50 +248,66 @@ class FaissIndex(LocalIndex):
             k: Number of neighbours, at most the last shortlist of the funnel; None for its `k`.
             among: The only ids that may be returned, `(n,)`; ids that are not in the gallery are
                 passed over, and fewer than `k` give fewer columns. None: all.
+            filter: The same, prepared once by `prepare_filter`; or a list, one per query.
 
         Raises:
-            ValueError: If queries, k or ids do not fit, or a value is not finite.
+            ValueError: If queries, k, filters or ids do not fit, or a value is not finite.
         """
         # Every line here is paid by every query, and the caches are cold after the one before it.
         if among is None and type(queries) is np.ndarray and queries.shape == self._one_query:
             refined, number = self._refined, self.facts.schedule.k if k is None else k
             if refined is not None and type(number) is int and 0 < number <= self._most:
-                found = refined.search_one(queries, number)
+                found = None
+                if filter is None:
+                    found = refined.search_one(queries, number)
+                elif type(filter) is Filter and number <= len(filter):
+                    filter.check(self)
+                    walked = self._walked(filter)
+                    if walked is not None:
+                        found = refined.search_one(queries, number, filter, walked)
                 if found is not None:
                     rows, scores = found
                     ids = rows if self._are_row_numbers else self.ids[rows]
                     return Neighbors(self.row_ids.given(ids), scores)
-        return super().search(queries, k, among)
+        return super().search(queries, k, among, filter)
 
-    @cached_property
-    def _are_row_numbers(self) -> bool:
-        """Whether the ids are the numbers of the rows."""
-        return bool((self.ids == np.arange(len(self.ids))).all())
+    def _walked(self, only: Filter) -> Any:
+        """Return the parameters by which one call answers within a filter; None if none does."""
+        if "walked" not in only.prepared:
+            size = (*self.schedule.shortlists, self._most)[0]
+            is_walked = (
+                self._refined is not None
+                and len(only) > max(self.exhaustive_below, size)
+                and self._first.can_choose
+                and not self._first.is_scanned(only, size)
+            )
+            only.prepared["walked"] = self._first.selecting(only, size) if is_walked else None
+        return only.prepared["walked"]
 
     def _vectors(self, rows: Ids) -> Vectors:
         return np.array(self._stages[self.width][rows], np.float32)
 
-    def _nearest(self, queries: Vectors, k: int, rows: Ids | None) -> Neighbors:
+    def _nearest(self, queries: Vectors, k: int, only: Filter | None) -> Neighbors:
         if len(queries) > 1:
-            return self._search_funnel(queries, k, rows)
+            return self._search_funnel(queries, k, only)
         # FAISS's threads would wait for each other longer than one query takes.
         faiss = import_faiss()
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)
         try:
-            return self._search_funnel(queries, k, rows)
+            return self._search_funnel(queries, k, only)
         finally:
             faiss.omp_set_num_threads(threads)
 
-    def _search_funnel(self, queries: Vectors, k: int, among: Ids | None) -> Neighbors:
+    def _search_funnel(self, queries: Vectors, k: int, only: Filter | None) -> Neighbors:
+        among = None if only is None else only.rows
+        walked = None if only is None else self._walked(only)
         queries = np.ascontiguousarray(queries[:, : self.width])
         queries, factors = unscaled(queries, self.metric)
         schedule = self.schedule
         size = schedule.shortlists[0] if schedule.shortlists else k
         total = len(self.ids) if among is None else len(among)
-        is_exhaustive = size >= total or (
-            among is not None and (total <= self.exhaustive_below or not self._first.can_choose)
-        )
+        is_exhaustive = size >= total or (only is not None and total <= self.exhaustive_below)
         at_once = self.candidates_at_once
         if next(iter(self._stages.values())).dtype == np.float16:
             at_once //= self.width  # whose rows are made float32 to be compared
@@ -298,13 +318,18 @@ class FaissIndex(LocalIndex):
             if is_exhaustive:
                 shortlists = None if among is None else np.tile(among, (len(chunk), 1))
                 answers.append(self._rerank(chunk, k, shortlists, among))
-            elif among is None and self._refined is not None:
-                rows, scores, is_open = self._refined.search(chunk, k)
+            elif self._refined is not None and (only is None or walked is not None):
+                rows, scores, is_open = self._refined.search(chunk, k, walked)
                 if is_open.any():
-                    rows[is_open], scores[is_open] = self._in_stages(chunk[is_open], k, size, among)
+                    rows[is_open], scores[is_open] = self._in_stages(chunk[is_open], k, size, only)
+                answers.append((rows, scores))
+            elif self._refined is not None and only is not None and not self._first.can_choose:
+                rows, scores, is_open = self._refined.search_sifted(chunk, k, only)
+                if is_open.any():
+                    rows[is_open], scores[is_open] = self._in_stages(chunk[is_open], k, size, only)
                 answers.append((rows, scores))
             else:
-                answers.append(self._in_stages(chunk, k, size, among))
+                answers.append(self._in_stages(chunk, k, size, only))
         rows, scores = (
             answers[0] if len(answers) == 1 else map(np.concatenate, zip(*answers, strict=True))
         )
@@ -317,11 +342,12 @@ class FaissIndex(LocalIndex):
         return Neighbors(ids, scores)
 
     def _in_stages(
-        self, queries: Vectors, k: int, size: int, among: Ids | None
+        self, queries: Vectors, k: int, size: int, only: Filter | None
     ) -> tuple[Ids, Vectors]:
         """Search stage by stage, to look at the edges between them."""
         prefixes = _cut(queries, self.schedule.dims[0])
-        return self._rerank(queries, k, self._first.search(prefixes, size, among, self.ids), among)
+        shortlists = self._first.search(prefixes, size, only, self.ids)
+        return self._rerank(queries, k, shortlists, None if only is None else only.rows)
 
     def _rerank(
         self, queries: Vectors, k: int, shortlists: Ids | None, among: Ids | None

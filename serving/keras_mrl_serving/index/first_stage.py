@@ -6,6 +6,7 @@ over their signs, one bit per coordinate.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -22,6 +23,7 @@ from ..errors import DamagedIndexError, manifest_errors
 from ..funnel import FunnelSchedule
 from ..projection import Projection
 from .base import Ids, IndexFacts, Vectors, lowest_ids_first, rounding
+from .filters import Filter
 from .projected import check_components, projected_index, projected_parts
 from .refined import RefinedIndex, graph_codes, has_copies
 
@@ -33,6 +35,7 @@ _SETTING = r"[A-Za-z_]+=[0-9]+(\.[0-9]+)?"
 _SETTINGS = re.compile(f"{_SETTING}(,{_SETTING})*")
 _HOLDS_ROWS = re.compile("Flat|HNSW[0-9]+(,Flat)?")
 _ROWS_ADDED_AT_ONCE = 50_000
+_NEIGHBORS_SEEN = 32  # comparisons of a graph for each row that it keeps while it searches
 _ROWS_PER_CENTROID = 64  # that FAISS learns a centroid from; its own 256 take four times as long
 
 
@@ -249,7 +252,7 @@ class Shortlister:
             ) from error
 
     def search(
-        self, prefixes: Vectors, size: int, among: Ids | None = None, ids: Ids | None = None
+        self, prefixes: Vectors, size: int, only: Filter | None = None, ids: Ids | None = None
     ) -> Ids:
         """Return the `size` gallery rows that look nearest to each prefix, in no promised order.
 
@@ -259,16 +262,16 @@ class Shortlister:
         Args:
             prefixes: `(batch, dim)`, as the metric compares them.
             size: Number of rows on each shortlist; fewer than there are.
-            among: The only rows that may be returned, of an index that `can_choose`.
+            only: The only rows that may be returned.
             ids: Ids of all rows; None takes the row numbers.
 
         Shapes:
             Returns int64 `(batch, size)`, -1 where fewer were found.
         """
         faiss = import_faiss()
-        parameters = None
-        if among is not None:
-            parameters = _selecting(faiss, self.index, faiss.IDSelectorBatch(among))
+        if only is not None and not self.can_choose:
+            return self._sifted(faiss, prefixes, size, only)
+        parameters = None if only is None else self.selecting(only, size)
         if self.spec.is_binary:
             shortlists: Ids = self.index.search(_signs(prefixes), size, params=parameters)[1]
             return shortlists
@@ -276,15 +279,91 @@ class Shortlister:
             return self._ask(faiss, prefixes, size, parameters)[1]
 
         def ask(some: slice, count: int) -> tuple[Vectors, Ids]:
-            return self._ask(faiss, prefixes[some], min(count, self.index.ntotal), parameters)
+            most = min(count, self.index.ntotal)
+            return self._ask(faiss, prefixes[some], most, parameters, index)
 
-        scores, rows = self._ask(faiss, prefixes, size + 1, parameters)
+        index = self.index
+        if only is not None and self.is_scanned(only, size):
+            prefixes, index = self._projected(faiss, prefixes), self._inner(faiss).storage
+            parameters = only.prepared["scan"]
+        scores, rows = self._ask(faiss, prefixes, size + 1, parameters, index)
         slack = 0.0
         if len(prefixes) > 1 and self._longest:  # by a matrix product
             lengths = np.sqrt(np.einsum("qd,qd->q", prefixes, prefixes))
             metric = "l2" if self.index.metric_type == faiss.METRIC_L2 else "dot"
             slack = float(rounding(metric, self.dim, lengths.max(), self._longest))
         return lowest_ids_first(scores, rows, ids, slack, ask)
+
+    def selecting(self, only: Filter, size: int) -> Any:
+        """Return FAISS's parameters that leave the other rows out, made once for a filter.
+
+        A graph walks over the rows that it leaves out: to see as many of those that count, it
+        looks harder by as much as they are fewer.
+
+        Args:
+            only: The rows that may be returned, of an index that `can_choose`.
+            size: Number of rows on each shortlist.
+        """
+        parameters = only.prepared.get(("select", size))
+        if parameters is None:
+            faiss = import_faiss()
+            if "selector" not in only.prepared:
+                bits = np.packbits(only.mask, bitorder="little")
+                only.prepared.setdefault("selector", faiss.IDSelectorBitmap(bits))
+            selector = only.prepared["selector"]
+            only.prepared.setdefault("scan", faiss.SearchParameters(sel=selector))
+            parameters = _selecting(faiss, self.index, selector, size, only.share)
+            only.prepared[("select", size)] = parameters
+        return parameters
+
+    def is_scanned(self, only: Filter, size: int) -> bool:
+        """Return whether all rows of a filter are compared in turn, rather than a graph walked."""
+        faiss = import_faiss()
+        index = None if self.spec.is_binary else self._inner(faiss)
+        if not isinstance(index, faiss.IndexHNSW):
+            return False
+        # In comparisons: one in turn is a quarter of one that a graph leads to, and to find that a
+        # row does not count a sixteenth.
+        walk = max(index.hnsw.efSearch, size) * _NEIGHBORS_SEEN / only.share
+        return len(only) / 4 + only.num_rows / 16 < walk
+
+    def _inner(self, faiss: Any) -> Any:
+        """Return the FAISS index behind the transforms of its vectors."""
+        index = faiss.downcast_index(self.index)
+        while isinstance(index, faiss.IndexPreTransform):
+            index = faiss.downcast_index(index.index)
+        return index
+
+    def _projected(self, faiss: Any, prefixes: Vectors) -> Vectors:
+        """Return vectors as the index behind the transforms takes them."""
+        index = faiss.downcast_index(self.index)
+        while isinstance(index, faiss.IndexPreTransform):
+            for number in range(index.chain.size()):
+                prefixes = faiss.downcast_VectorTransform(index.chain.at(number)).apply(prefixes)
+            index = faiss.downcast_index(index.index)
+        return np.ascontiguousarray(prefixes)
+
+    def _sifted(self, faiss: Any, prefixes: Vectors, size: int, only: Filter) -> Ids:
+        """Ask a kind of index that cannot leave rows out for more, and sift them."""
+        rows = np.full((len(prefixes), size), -1, np.int64)
+        is_open, count = np.ones(len(prefixes), bool), int(1.5 * size / only.share) + 32
+        while is_open.any():
+            count = min(count, self.index.ntotal)
+            some = np.ascontiguousarray(prefixes[is_open])
+            if self.spec.is_binary:
+                seen = self.index.search(_signs(some), count)[1]
+            else:
+                seen = self._ask(faiss, some, count, None)[1]
+            passes = only.mask[seen] & (seen >= 0)
+            best = np.argsort(~passes, axis=1, kind="stable")[:, :size]
+            rows[is_open] = np.where(
+                np.take_along_axis(passes, best, 1), np.take_along_axis(seen, best, 1), -1
+            )
+            if count == self.index.ntotal:
+                break
+            is_open[is_open] = passes.sum(axis=1) < size
+            count *= 4
+        return rows
 
     def refined(
         self, schedule: FunnelSchedule, stages: Mapping[int, Vectors], metric: str
@@ -317,13 +396,14 @@ class Shortlister:
         return None if copied is None or not copied.any() else copied
 
     def _ask(
-        self, faiss: Any, prefixes: Vectors, count: int, parameters: Any
+        self, faiss: Any, prefixes: Vectors, count: int, parameters: Any, index: Any = None
     ) -> tuple[Vectors, Ids]:
         # Not by FAISS's Python wrapper, whose checks of one query take half as long as reranking.
         rows = np.empty((len(prefixes), count), np.int64)
         scores = np.empty((len(prefixes), count), np.float32)
         x, values, row_numbers = map(faiss.swig_ptr, (prefixes, scores, rows))
-        self.index.search_c(len(prefixes), x, count, values, row_numbers, parameters)
+        searched = self.index if index is None else index
+        searched.search_c(len(prefixes), x, count, values, row_numbers, parameters)
         return scores, rows
 
     @cached_property
@@ -361,7 +441,7 @@ class Shortlister:
         vectors = _signs(query) if self.spec.is_binary else query
         try:
             selector = faiss.IDSelectorBatch(np.zeros(1, np.int64))
-            self.index.search(vectors, 1, params=_selecting(faiss, self.index, selector))
+            self.index.search(vectors, 1, params=_selecting(faiss, self.index, selector, 1, 1.0))
         except (RuntimeError, TypeError, AssertionError):
             return False
         return True
@@ -522,14 +602,15 @@ def _build_errors(spec: FirstStage, prefixes: Vectors, metric: str) -> Iterator[
         ) from error
 
 
-def _selecting(faiss: Any, index: Any, selector: Any) -> Any:
+def _selecting(faiss: Any, index: Any, selector: Any, size: int, share: float) -> Any:
     """Return search parameters that select rows and otherwise repeat the index's settings."""
     kind = faiss.downcast_index(index) if isinstance(index, faiss.Index) else index
     if isinstance(kind, faiss.IndexPreTransform):
-        inner = _selecting(faiss, kind.index, selector)
+        inner = _selecting(faiss, kind.index, selector, size, share)
         return faiss.SearchParametersPreTransform(index_params=inner)
     if isinstance(kind, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(sel=selector, efSearch=kind.hnsw.efSearch)
+        effort = math.ceil(max(kind.hnsw.efSearch, size) / share)
+        return faiss.SearchParametersHNSW(sel=selector, efSearch=effort)
     if isinstance(kind, faiss.IndexIVF):
         return faiss.SearchParametersIVF(sel=selector, nprobe=kind.nprobe)
     return faiss.SearchParameters(sel=selector)

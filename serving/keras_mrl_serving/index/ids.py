@@ -196,18 +196,18 @@ def check_ids(ids: npt.ArrayLike | None, rows: int) -> npt.NDArray[Any]:
 
 
 def check_among(among: npt.ArrayLike) -> npt.NDArray[Any]:
-    """Return the ids of a filter, sorted, each once.
+    """Return the ids of a filter.
 
     Raises:
         ValueError: If they are not int64 >= 0, or strings, in one dimension.
 
     Examples:
         >>> check_among([7, 2, 7]).tolist()
-        [2, 7]
+        [7, 2, 7]
     """
     rule = "among must be int64 ids >= 0, or strings, in one dimension."
     remedy = "Give the ids that may be returned, or leave it out for all."
-    return np.unique(check_some_ids(among, "among", rule, remedy))
+    return check_some_ids(among, "among", rule, remedy)
 
 
 def check_some_ids(ids: npt.ArrayLike, name: str, rule: str, remedy: str) -> npt.NDArray[Any]:

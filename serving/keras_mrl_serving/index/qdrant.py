@@ -354,7 +354,7 @@ class QdrantIndex(IndexBase):
         """
         if not isinstance(only, list | tuple | np.ndarray | range):
             return QdrantFilter(only)
-        ids = check_among(only)
+        ids = np.unique(check_among(only))
         self._check_kind(ids)
         return QdrantFilter(self._collection.only_ids(_points(ids)), len(ids))
 
@@ -424,7 +424,7 @@ class QdrantIndex(IndexBase):
                 "A search is filtered in one way. Received: among and filter. Give one of them."
             )
         if among is not None:
-            return [self.prepare_filter(check_among(among))] * max(1, num_queries)
+            return [self.prepare_filter(np.unique(check_among(among)))] * max(1, num_queries)
         if not isinstance(filter, list | tuple):
             one = filter if isinstance(filter, QdrantFilter) else QdrantFilter(filter)
             return [one] * max(1, num_queries)

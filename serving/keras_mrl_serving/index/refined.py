@@ -23,6 +23,7 @@ import numpy.typing as npt
 from ..embeddings import inverse_length
 from ..funnel import FunnelSchedule
 from .base import Ids, Vectors
+from .filters import Filter
 
 Rows = npt.NDArray[Any]  # float32 or float16 `(rows, dim)`
 
@@ -107,7 +108,9 @@ class RefinedIndex:
         self._spaces = _Spaces()
         self._metric, self._sign = metric, -1 if metric == "l2" else 1
 
-    def search_one(self, query: npt.NDArray[Any], k: int) -> tuple[Ids, Vectors] | None:
+    def search_one(
+        self, query: npt.NDArray[Any], k: int, only: Filter | None = None, inner: Any = None
+    ) -> tuple[Ids, Vectors] | None:
         """Return the rows nearest to a query, and their scores.
 
         None where equal rows may have decided, where the first stage found too few, and for a query
@@ -115,7 +118,9 @@ class RefinedIndex:
 
         Args:
             query: `(1, width)`.
-            k: Number of neighbours, at most the funnel's.
+            k: Number of neighbours, at most the last shortlist.
+            only: The only rows that may be returned.
+            inner: FAISS's parameters by which the first stage leaves the others out.
 
         Shapes:
             Returns int64 and float32 `(1, k)`.
@@ -129,7 +134,13 @@ class RefinedIndex:
         spaces = self._spaces.by_k
         space = spaces.get(k) or spaces.setdefault(k, self._space(k))
         space.query[:] = query
-        self._search(*space.arguments)
+        if only is None:
+            self._search(*space.arguments)
+        else:
+            parameters = only.prepared.get(k)
+            if parameters is None:
+                parameters = only.prepared.setdefault(k, self._parameters(k, inner)[1])
+            self._search(*space.arguments[:-1], parameters)
         # By Python's numbers: of so few they take a fraction of the time that NumPy does.
         if len(set(*space.scores.tolist())) < space.number or space.rows.item(-1) < 0:
             return None
@@ -138,25 +149,50 @@ class RefinedIndex:
         factor = 1 / math.sqrt(square) if self._metric == "cosine" else self._sign
         return space.best_rows.copy(), space.best_scores * factor
 
-    def search(self, queries: Vectors, k: int) -> tuple[Ids, Vectors, npt.NDArray[np.bool_]]:
+    def search(
+        self, queries: Vectors, k: int, inner: Any = None
+    ) -> tuple[Ids, Vectors, npt.NDArray[np.bool_]]:
         """Return the rows nearest to each query, their scores, and which answers do not count.
 
         Args:
             queries: `(batch, width)`, contiguous.
             k: Number of neighbours.
+            inner: FAISS's parameters for the first stage; None for its own.
 
         Shapes:
             Returns int64, float32 `(batch, k)` and bool `(batch,)`.
         """
-        count, parameters = self._parameters(k)
-        scores = np.empty((len(queries), count), np.float32)
-        rows = np.empty((len(queries), count), np.int64)
-        x, values, numbers = map(self._faiss.swig_ptr, (queries, scores, rows))
-        self._search(len(queries), x, count, values, numbers, parameters)
+        scores, rows = self._asked(queries, *self._parameters(k, inner))
         is_open = (scores[:, 1:] == scores[:, :-1]).any(axis=1) | (rows[:, -1] < 0)
         if self._copied is not None:
             is_open |= self._copied[rows].any(axis=1)
         return rows[:, :k], scores[:, :k], is_open
+
+    def search_sifted(
+        self, queries: Vectors, k: int, only: Filter
+    ) -> tuple[Ids, Vectors, npt.NDArray[np.bool_]]:
+        """Search as `search`, by longer shortlists, for more rows, and leave out a filter's others.
+
+        For first stages that cannot leave rows out themselves.
+        """
+        prepared = only.prepared.get(("sifted", k))
+        if prepared is None:
+            sizes = [min(int(size / only.share) + 1, only.num_rows) for size in self._sizes or (k,)]
+            wanted = min(int(1.5 * k / only.share) + 8, sizes[-1])
+            prepared = wanted, self._parameters(wanted, sizes=tuple(sizes))
+            only.prepared[("sifted", k)] = prepared
+        scores, rows = self._asked(queries, *prepared[1])
+        passes = only.mask[rows] & (rows >= 0)
+        is_open = (passes.sum(axis=1) < k) | (scores[:, 1:] == scores[:, :-1]).any(axis=1)
+        best = np.argsort(~passes, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(rows, best, 1), np.take_along_axis(scores, best, 1), is_open
+
+    def _asked(self, queries: Vectors, count: int, parameters: Any) -> tuple[Vectors, Ids]:
+        scores = np.empty((len(queries), count), np.float32)
+        rows = np.empty((len(queries), count), np.int64)
+        x, values, numbers = map(self._faiss.swig_ptr, (queries, scores, rows))
+        self._search(len(queries), x, count, values, numbers, parameters)
+        return scores, rows
 
     def _space(self, k: int) -> _Space:
         count, parameters = self._parameters(k)
@@ -166,11 +202,13 @@ class RefinedIndex:
         arguments = (1, x, count, values, numbers, parameters)
         return _Space(query, scores, rows, scores[:, :k], rows[:, :k], arguments, count)
 
-    def _parameters(self, k: int) -> tuple[int, Any]:
+    def _parameters(
+        self, k: int, inner: Any = None, sizes: tuple[int, ...] = ()
+    ) -> tuple[int, Any]:
         """Return for how many neighbours FAISS is asked, and how long its shortlists are."""
-        sizes = self._sizes or (k,)
+        sizes = sizes or self._sizes or (k,)
         count = min(k + 1, sizes[-1])  # one more shows whether the edge runs through equal scores
-        parameters = None
+        parameters = inner
         for is_cut, size, next_size in zip(self._is_cut, sizes, (*sizes[1:], count), strict=True):
             if parameters is not None and is_cut:
                 parameters = self._faiss.SearchParametersPreTransform(index_params=parameters)
