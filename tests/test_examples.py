@@ -117,3 +117,18 @@ def test_images_leave_a_backbone_early() -> None:
     saved = float(lines[-1].removeprefix("Saved ").partition("%")[0])
     assert saved == pytest.approx(100 - work[3], abs=0.11)
     assert lines[-1].endswith(f"accuracy {accuracies[3]}% instead of {accuracies[2]}%.")
+
+
+def test_a_service_searches_by_filters_in_eight_threads() -> None:
+    said = run("examples/search_service.py", "--rows", 1500, "--queries", 40)
+    assert said[0].startswith("40 queries by 8 threads in ")
+    assert said[1] == "every answer is of the user's shop: True"
+    assert said[2].startswith("nearest to the first: product ")
+    assert said[-1].startswith("gained: a query by a filter prepared once takes ")
+
+
+def test_a_gallery_of_qdrant_changes(tmp_path: Path) -> None:
+    said = run("examples/qdrant_gallery.py", "--rows", 800, "--folder", tmp_path)
+    assert said[0] == "710 rows, after 375 came and some went"
+    assert said[1] == "colours of answers that must be red: ['red']"
+    assert float(said[2].partition("recall@10 ")[2][:5]) > 0.9
