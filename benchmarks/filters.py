@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,13 @@ def measured(
         prepared[str(share)], filters[str(share)] = min(
             (cpu_seconds(prepare) for _ in range(3)), key=lambda pair: pair[0]
         )
-    searches = {None: None, **filters}
-    seconds = dict.fromkeys(searches, np.inf)
-    batch = np.inf
+    searches: dict[Any, Any] = {None: None, **filters}
+    seconds: dict[Any, float] = dict.fromkeys(searches, float("inf"))
+    batch = float("inf")
     found: dict[Any, Any] = {}
     for _ in range(3):
         for name, only in searches.items():
-            spent, found[name] = cpu_seconds(lambda only=only: one_by_one(index, queries, only))
+            spent, found[name] = cpu_seconds(partial(one_by_one, index, queries, only))
             seconds[name] = min(seconds[name], spent / len(queries))
         batch = min(batch, cpu_seconds(lambda: index.search(queries[:100]))[0])
     return {

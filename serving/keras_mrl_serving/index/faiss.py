@@ -144,7 +144,7 @@ class FaissIndex(LocalIndex):
 
         def build_with(new_array: _NewArray) -> FaissIndex:
             dtype = np.dtype(np.float16 if half else np.float32)
-            dims = () if spec.holds_rows(built.schedule) else wider_dims(facts.schedule)
+            dims = () if spec.holds_rows(facts.schedule) else wider_dims(facts.schedule)
             prefixes, stages = _prefixes_by_stage(gallery, facts, dims, dtype, new_array, report)
             first = Shortlister.build(prefixes, spec, metric, report)
             return cls(facts, row_ids, first, stages, plan)

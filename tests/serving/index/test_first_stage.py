@@ -11,6 +11,7 @@ from keras_mrl_serving.errors import DamagedIndexError
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import FirstStage
 from keras_mrl_serving.index.base import IndexFacts
+from keras_mrl_serving.index.filters import Filter
 from keras_mrl_serving.index.first_stage import (
     Shortlister,
     check_first_stage,
@@ -163,7 +164,7 @@ def test_whether_it_can_select_rows_is_tried_once(
     assert searches == []
     for _ in range(3):
         assert first.can_choose is True
-        first.search(PREFIXES[:3], 5, np.arange(100))
+        first.search(PREFIXES[:3], 5, Filter(PREFIXES, np.arange(100)))
     assert searches == [1]
 
 
