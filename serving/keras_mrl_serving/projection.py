@@ -333,7 +333,7 @@ class ProjectedIndex:
 
     Examples:
         >>> [name for name in dir(ProjectedIndex) if not name.startswith("_")]
-        ['encoder_fingerprint', 'metric', 'prompt', 'schedule', 'search', 'width']
+        ['encoder_fingerprint', 'metric', 'prepare_filter', 'prompt', 'schedule', 'search', 'width']
     """
 
     def __init__(self, projection: Projection, index: Index) -> None:

@@ -319,7 +319,9 @@ class Shortlister:
     def is_scanned(self, only: Filter, size: int) -> bool:
         """Return whether all rows of a filter are compared in turn, rather than a graph walked."""
         faiss = import_faiss()
-        index = None if self.spec.is_binary else self._inner(faiss)
+        if self.spec.is_binary or "HNSW" not in self.spec.factory:
+            return False
+        index = self._inner(faiss)
         if not isinstance(index, faiss.IndexHNSW):
             return False
         # In comparisons: one in turn is a quarter of one that a graph leads to, and to find that a

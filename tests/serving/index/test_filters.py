@@ -85,7 +85,6 @@ def test_a_search_does_not_make_a_filter_again(
 ) -> None:
     only = index.prepare_filter(np.arange(3000))
     index.search(QUERIES[:1], filter=only)
-    monkeypatch.setattr(type(index), "_rows_among", None)
     monkeypatch.setattr(faiss, "IDSelectorBitmap", None)
     index.search(QUERIES[:1], filter=only)
 
