@@ -12,7 +12,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # TensorFlow's own greetings (CPU features, oneDNN) drown what the tests and the demo say.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test check lint types docs proto soak clean
+.PHONY: help demo test check lint types docs proto release soak clean
 .DEFAULT_GOAL := help
 
 help: ## what each command does
@@ -63,6 +63,13 @@ proto: | $(BIN)/python ## generate the wire messages anew from _wire.proto
 	test -x $(VENV)/proto/bin/python || $(PYTHON) -m venv $(VENV)/proto
 	$(VENV)/proto/bin/python -m pip install --quiet 'grpcio-tools==1.75.1' 'setuptools<81'
 	cd serving && ../$(VENV)/proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. keras_mrl_serving/_wire.proto
+
+# twine stands in an environment of its own: it needs much that nothing here does.
+release: $(VENV)/.dev ## wheel and sdist in dist/, checked as a registry would
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	test -x $(VENV)/release/bin/twine || { $(PYTHON) -m venv $(VENV)/release && $(VENV)/release/bin/python -m pip install --quiet 'twine==7.0.0'; }
+	$(VENV)/release/bin/twine check --strict dist/*
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist site *.egg-info

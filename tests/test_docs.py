@@ -22,6 +22,7 @@ DOCUMENTS = {
     "compare": ["docs/compare.md"],
     "exits": ["docs/exits.md"],
     "cascade": ["docs/cascade.md"],
+    "watch": ["docs/watch.md"],
     "adapt": ["docs/adapt.md"],
     "text": ["docs/text.md"],
     "guide": [

@@ -34,6 +34,7 @@ FILES = (
     "models.config",
     "batching.config",
     "monitoring.config",
+    "grafana.json",
 )
 _MOST_ROWS = 1024
 _CONNECTION_AGE_S = 60

@@ -10,6 +10,7 @@ from .neighbors import precision_at_k as precision_at_k
 from .plots import plot_accuracy as plot_accuracy
 from .plots import plot_by_cost as plot_by_cost
 from .plots import plot_by_dim as plot_by_dim
+from .plots import plot_cascade as plot_cascade
 from .plots import plot_retrieval as plot_retrieval
 from .probe import LinearProbe as LinearProbe
 from .probe import linear_probe as linear_probe

@@ -187,6 +187,69 @@ def plot_by_cost(
     _save(figure, axes, path)
 
 
+def plot_cascade(
+    fixed: Mapping[str, Mapping[int, tuple[float, float]]],
+    adaptive: tuple[float, float],
+    fractions: Mapping[str, float],
+    path: str | Path,
+    title: str = "Adaptive classification",
+) -> None:
+    """Draw accuracy over cost for every fixed choice and a cascade, and where its rows stop.
+
+    Args:
+        fixed: Exit to dim to multiply-adds of a row and accuracy (a fraction): what it costs to ask
+            every row at that exit and dim. An exit without dims is not drawn but uses up its
+            colour.
+        adaptive: Mean multiply-adds of a row under the cascade, and its accuracy.
+        fractions: The share of the rows that stop at each stage, by its name, first to last.
+        path: File to write; its suffix chooses the format (.png, .svg).
+        title: Of the figure.
+
+    Raises:
+        ValueError: If no exit has a dim.
+
+    Examples:
+        >>> plot_cascade(
+        ...     {"early": {8: (1e4, 0.7), 64: (1.1e4, 0.8)}, "last": {64: (1e6, 0.95)}},
+        ...     (3e5, 0.948),
+        ...     {"early, 64 dims": 0.7, "last, 64 dims": 0.3},
+        ...     "cascade.png",
+        ... )
+    """
+    _check_lines(fixed)
+    figure, axes, bars = _figure(
+        title, "multiply-adds per row (log scale)", "top-1 accuracy, %", columns=2
+    )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda cost, _: _short(cost))
+    for exit_, by_dim, style in _styled(fixed):
+        costs, accuracy = zip(*(by_dim[dim] for dim in sorted(by_dim)), strict=True)
+        percent = [100 * own for own in accuracy]
+        label = f"every row at {exit_}"
+        axes.plot(costs, percent, linestyle="", markersize=5, label=label, **style)
+        # The dims of an exit cost nearly the same: the best is written, and the others are below.
+        best = max(by_dim, key=lambda dim: (by_dim[dim][1], -dim))
+        cost, height = by_dim[best]
+        axes.annotate(
+            f"dim {best}",
+            (cost, 100 * height),
+            textcoords="offset points",
+            xytext=(0, 7),
+            ha="center",
+            color=_GREY,
+        )
+    axes.margins(x=0.12, y=0.12)
+    _add_stars(axes, {"adaptive": adaptive}, 100)
+    names = list(fractions)
+    drawn = bars.barh(names, [100 * fractions[name] for name in names], color=_ORANGE)
+    bars.bar_label(drawn, [f"{100 * fractions[name]:.0f}%" for name in names], padding=3)
+    bars.invert_yaxis()
+    bars.set_xlim(0, 100)
+    bars.set_xlabel("rows that stop there, %")
+    bars.set_title("Where the rows stop")
+    _save(figure, axes, path)
+
+
 def _styled(lines: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, str]]]:
     """Name, values by dim, colour and marker of every line that is drawn."""
     styles = zip(cycle(_COLOURS), cycle(_MARKERS), strict=False)
@@ -220,16 +283,17 @@ def _short(count: float) -> str:
     return f"{count:.1f}{unit}" if unit and count < 10 else f"{count:.0f}{unit}"
 
 
-def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+def _figure(title: str, x: str, y: str, columns: int = 1) -> tuple[Any, ...]:
+    """Return a figure and its axes from left to right; the first have the title and the labels."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(3.2 + 3.2 * columns, 4.0), layout="constrained")
+    axes, *others = figure.subplots(1, columns, squeeze=False, width_ratios=(2, 1)[:columns])[0]
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(color="#d0d7de", linewidth=0.6)
-    return figure, axes
+    return figure, axes, *others
 
 
 def _save(figure: Any, axes: Any, path: str | Path) -> None:

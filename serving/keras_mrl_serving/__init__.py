@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from .index import QdrantIndex as QdrantIndex
     from .index import open_index as open_index
     from .index import plan_funnel as plan_funnel
+    from .observer import OpenTelemetryMetrics as OpenTelemetryMetrics
     from .options import Options as Options
     from .options import Tls as Tls
     from .projection import ProjectedIndex as ProjectedIndex
@@ -102,6 +103,7 @@ _NAMES = {
     "funnel": "FunnelSchedule",
     "images": "read_image served_image",
     "index": "ExactIndex FaissIndex FirstStage Plan QdrantIndex open_index plan_funnel",
+    "observer": "OpenTelemetryMetrics",
     "options": "Options Tls",
     "projection": "ProjectedIndex Projection",
     "results": "Classification ClassifiedRow Neighbors Partial",

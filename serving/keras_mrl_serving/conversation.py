@@ -53,7 +53,7 @@ from .flows import Flow
 from .knowledge import Identity, Knowledge
 from .options import Options
 from .questions import Question, same_interface
-from .results import Partial, join
+from .results import Classification, Partial, join
 
 T = TypeVar("T")
 Progress = Callable[[int, int], object]  # rows answered, rows in all
@@ -275,11 +275,16 @@ class Conversation:
             facts = yield from self._current_facts(identity, facts, question, deadline)
             if facts is not facts_before and identity is not None:
                 identity = Identity(identity.version, facts.model_id)
-        if len(parts) == 1:
+        if len(parts) > 1:
+            answer = yield from self._ask_rest(facts, question, parts, first, identity, progress)
+        else:
+            answer = first
             if progress:
                 progress(_count_rows(parts[0]), _count_rows(parts[0]))
-            return first
-        return (yield from self._ask_rest(facts, question, parts, first, identity, progress))
+        if self._options.observer is not None and isinstance(facts, Manifest):
+            if question.is_adaptive and isinstance(answer, Classification):
+                self._options.observer.classified(self._model, facts, answer)
+        return answer
 
     def _current_facts(
         self, identity: Identity | None, facts: Any, question: Question[Any, T], deadline: float
@@ -406,11 +411,21 @@ class Conversation:
 
     def _send_once(self, request: Any, version: int | None, deadline: float) -> Talk[Reply[Any]]:
         envelope = self._envelope(request, version, deadline)
-        reply = yield envelope
+        start = self._clock()
+        try:
+            reply = yield envelope
+        except KerasMrlError as error:
+            self._called(envelope, start, error)
+            raise
+        self._called(envelope, start)
         if self._clock() > deadline:
             received = "an answer that was decoded too late"
             raise call_error(DeadlineError, envelope, self._target, received)
         return reply
+
+    def _called(self, envelope: Envelope, start: float, error: KerasMrlError | None = None) -> None:
+        if self._options.observer is not None:
+            self._options.observer.called(envelope, self._clock() - start, error)
 
     def _manifest_of(self, identity: Identity | None, deadline: float) -> Talk[Manifest]:
         """Return the manifest of a model, as remembered or read anew; None is the newest."""

@@ -18,6 +18,8 @@ from .integers import as_int, is_positive_integer
 if TYPE_CHECKING:
     import grpc
 
+    from .observer import Observer
+
 LARGEST_ANSWER_BYTES = 2**28  # unless the options say otherwise
 _LARGEST_COUNT = 2**31 - 1  # gRPC's limit for its settings
 _MOST_ATTEMPTS = 5
@@ -159,6 +161,8 @@ class Options:
             `grpc.http2.min_ping_interval_without_data_ms=10000` (here for every 10 s).
         interceptors: The user's own gRPC interceptors, such as those of OpenTelemetry: of
             `grpc` for a `Client`, of `grpc.aio` for an `AsyncClient`.
+        observer: Is told of every call and of every adaptive answer, in the thread of the call:
+            `OpenTelemetryMetrics()`, or an `observer.Observer` of your own.
 
     Raises:
         ValueError: If a setting is one under which no call could succeed.
@@ -183,6 +187,7 @@ class Options:
     compress: bool = False
     keepalive_s: float | None = None
     interceptors: tuple[grpc.UnaryUnaryClientInterceptor | grpc.aio.ClientInterceptor, ...] = ()
+    observer: Observer | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings under which no call could succeed."""

@@ -49,6 +49,7 @@ class Question(Generic[K, T]):
         other: Returns the inputs of the other tower, by the facts; None of a model of one.
         prompt: Returns what is put before each text, by the facts; None of a model that does not
             make tokens of texts.
+        is_adaptive: Whether the model's own cascade decides, whose holdout is in its manifest.
 
     Examples:
         >>> embed(np.zeros((3, 4)), dim=2).needs
@@ -64,6 +65,7 @@ class Question(Generic[K, T]):
     columns: Callable[[int], Mapping[str, npt.NDArray[Any]]] = lambda _: {}
     other: Callable[[K], Mapping[str, Mapping[str, Any]] | None] = lambda _: None
     prompt: Callable[[K], str | None] = lambda _: None
+    is_adaptive: bool = False
 
     def parts(self, facts: K, options: Options) -> list[Inputs]:
         """Return the rows in parts, at least one, each within the limits of one call.
@@ -216,7 +218,7 @@ def classify_adaptive(
                 _FLOAT_BYTES * m.width, _FLOAT_BYTES * (m.num_classes or 0) + _classes_bytes(m)
             ),
         )
-    return replace(question, columns=columns)
+    return replace(question, columns=columns, is_adaptive=policy is None)
 
 
 def search(

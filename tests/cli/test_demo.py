@@ -5,7 +5,6 @@ import os
 import subprocess
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,16 @@ import pytest
 from matplotlib.image import imread
 from sklearn.datasets import load_digits
 
-from keras_mrl_cli.demo import load_parts, with_shifts
+from keras_mrl_cli.digits import NOISE, calibrate, load_parts, train, views
+from keras_mrl_serving import stage_logits
 from tests.helpers.cli import KERAS_MRL, Call
 from tests.helpers.laws import on_backends
 
 BACKEND = keras.backend.backend()
 DIMS = (2, 4, 8, 16, 32, 64)
+EXITS = ("glance", "block1", "last")
 POINT = 0.01
+SOAK = bool(os.environ.get("KERAS_MRL_SOAK"))
 Array = npt.NDArray[Any]
 
 
@@ -75,17 +77,55 @@ def average_precision(hits: Array) -> float:
     return total / 10
 
 
+def name_of(exit_: str, dim: int) -> str:
+    return str(dim) if exit_ == "last" else f"{exit_}_{dim}"
+
+
+# Multiply-adds by hand: what is before each exit, and its branch to 64 features.
+BEFORE = {"glance": 0, "block1": 64 * 9 * 32}
+BEFORE["last"] = BEFORE["block1"] + 16 * 9 * 32 * 64 + 16 * 9 * 64 * 64
+BRANCH = {"glance": 64 * 64 + 64 * 64, "block1": 64 * 32 * 64, "last": 16 * 64 * 64}
+
+
+def costs_of(stages: list[tuple[str, int]]) -> list[int]:
+    """What a row costs that stops at each stage: all that is before it, and all stages asked."""
+    costs = []
+    for number, (exit_, _) in enumerate(stages, start=1):
+        asked = stages[:number]
+        branches = sum(BRANCH[name] for name in {name for name, _ in asked})
+        costs.append(BEFORE[exit_] + branches + sum(10 * dim for _, dim in asked))
+    return costs
+
+
 def counted(answers: dict[str, Array]) -> dict[str, Any]:
     """Every number of the report, from the server's answers alone."""
     truth, gallery = answers["test_labels"], answers["gallery_labels"]
     rows, width = len(gallery), DIMS[-1]
-    accuracy = [float(np.mean(column == truth)) for column in answers["class_ids_by_dim"].T]
+    fixed = {
+        name_of(exit_, dim): {
+            "accuracy": float(np.mean(answers["fixed_class_ids"][:, i, j] == truth)),
+            "cost": float(costs_of([(exit_, dim)])[0]),
+            "milliseconds": float(answers["fixed_milliseconds"][i, j]),
+        }
+        for i, exit_ in enumerate(EXITS)
+        for j, dim in enumerate(DIMS)
+    }
+    accuracy = [fixed[str(dim)]["accuracy"] for dim in DIMS]
     holdout = [
         float(np.mean(answers["holdout_logits"][:, index].argmax(-1) == answers["holdout_labels"]))
         for index in range(len(DIMS))
     ]
-    fixed = holdout.index(max(holdout))
+    best = holdout.index(max(holdout))
     stopped = answers["adaptive_dims"].tolist()
+    stages = list(zip(answers["stage_exits"].tolist(), answers["stage_dims"].tolist(), strict=True))
+    decided = list(zip(answers["adaptive_exits"].tolist(), stopped, strict=True))
+    cost_of = dict(zip(stages, costs_of(stages), strict=True))
+    dims_of = {stage: sum(d for _, d in stages[: stages.index(stage) + 1]) for stage in stages}
+    adaptive = float(np.mean(answers["adaptive_class_ids"] == truth))
+    adaptive_cost = sum(cost_of[stage] for stage in decided) / len(decided)
+    enough = min(adaptive, accuracy[-1] - 0.5 * POINT) - 1e-12
+    rival = min((own["cost"], name) for name, own in fixed.items() if own["accuracy"] >= enough)[1]
+    adaptive_ms = float(answers["adaptive_milliseconds"])
     hits = [
         gallery[answers["neighbors_by_dim"][:, index]] == truth[:, None]
         for index in range(len(DIMS))
@@ -96,15 +136,23 @@ def counted(answers: dict[str, Array]) -> dict[str, Any]:
     funnel = gallery[answers["funnel_neighbors"]] == truth[:, None]
     shortlist = int(answers["funnel_shortlist"])
     first, last = answers["funnel_dims"].tolist()
-    stages = answers["stage_dims"].tolist()  # the cascade need not begin at the first dim
     return {
         "accuracy_by_dim": by_dim(accuracy),
         "full_accuracy": accuracy[-1],
-        "best_fixed_dim": DIMS[fixed],
-        "best_fixed_accuracy": accuracy[fixed],
-        "adaptive_accuracy": float(np.mean(answers["adaptive_class_ids"] == truth)),
+        "best_fixed_dim": DIMS[best],
+        "best_fixed_accuracy": accuracy[best],
+        "fixed_dims": fixed,
+        "cheapest_fixed": rival,
+        "adaptive_accuracy": adaptive,
+        "adaptive_cost": adaptive_cost,
+        "adaptive_milliseconds": adaptive_ms,
+        "cost_share": adaptive_cost / fixed[rival]["cost"],
+        "time_share": adaptive_ms / fixed[rival]["milliseconds"],
+        "exit_fractions": {
+            name_of(*stage): decided.count(stage) / len(decided) for stage in stages
+        },
         "expected_dim": sum(stopped) / len(stopped),
-        "cumulative_dim": sum(sum(d for d in stages if d <= dim) for dim in stopped) / len(stopped),
+        "cumulative_dim": sum(dims_of[stage] for stage in decided) / len(stopped),
         "stopped_by_dim": by_dim([stopped.count(dim) for dim in DIMS]),
         "p10_by_dim": by_dim([float(hits_of_dim.mean()) for hits_of_dim in hits]),
         "map10_by_dim": by_dim(map10),
@@ -119,7 +167,7 @@ def counted(answers: dict[str, Array]) -> dict[str, Any]:
         "test_size": len(truth),
         "backend": BACKEND,
         "seed": 0,
-        "epochs": 10,
+        "epochs": 7,
     }
 
 
@@ -150,11 +198,13 @@ def test_the_answers_are_to_the_right_questions(demo: Run) -> None:
     training, holdout, test = load_parts(seed=0)
     answers = demo.answers
     np.testing.assert_array_equal(answers["dims"], DIMS)
-    np.testing.assert_array_equal(answers["test_labels"], test.labels)
+    np.testing.assert_array_equal(answers["exits"], EXITS)
+    np.testing.assert_array_equal(answers["test_labels"], np.tile(test.labels, 2))
     np.testing.assert_array_equal(answers["holdout_labels"], holdout.labels)
     np.testing.assert_array_equal(answers["gallery_labels"], training.labels)
-    assert answers["class_ids_by_dim"].shape == (len(test.labels), len(DIMS))
-    assert answers["neighbors_by_dim"].shape == (len(test.labels), len(DIMS), 10)
+    queries = 2 * len(test.labels)
+    assert answers["fixed_class_ids"].shape == (queries, len(EXITS), len(DIMS))
+    assert answers["neighbors_by_dim"].shape == (queries, len(DIMS), 10)
     for name in ("neighbors_by_dim", "funnel_neighbors"):
         ids = np.sort(answers[name], axis=-1)
         assert ids.min() >= 0
@@ -165,6 +215,9 @@ def test_the_answers_are_to_the_right_questions(demo: Run) -> None:
 def test_the_parts_share_no_image() -> None:
     parts = load_parts(seed=0)
     digits = load_digits()
+    other = load_parts(seed=1)  # draws training and holdout anew, and leaves the test as it is
+    assert (other[0].images[:9] != parts[0].images[:9]).any()
+    np.testing.assert_array_equal(other[2].images, parts[2].images)
     pixels = np.concatenate([part.images.reshape(-1, 64) * 16 for part in parts])
     labels = np.concatenate([part.labels for part in parts])
     rows = np.column_stack([pixels, labels])
@@ -174,39 +227,74 @@ def test_the_parts_share_no_image() -> None:
         rows[np.lexsort(rows.T)], whole[np.lexsort(whole.T)].astype(np.float32)
     )
     assert len({row.tobytes() for row in rows}) == len(rows) == sum(len(p.labels) for p in parts)
-    assert [len(part.labels) for part in parts] == [898, 449, 450]
+    assert [len(part.labels) for part in parts] == [449, 898, 450]
 
 
-def test_images_moved_by_a_pixel() -> None:
+def test_views_are_moved_by_at_most_a_pixel_and_noisy() -> None:
     part = load_parts(seed=0)[0]
-    moved = with_shifts(part)
-    rows = len(part.labels)
-    images = moved.images.reshape(5, rows, 8, 8)
-    np.testing.assert_array_equal(images[0], part.images[..., 0])
-    for index, (axis, by) in enumerate(((0, -1), (0, 1), (1, -1), (1, 1)), start=1):
-        rolled = np.roll(images[0], by, axis=axis + 1)
-        edge = [slice(None)] * 3
-        edge[axis + 1] = slice(-1, None) if by < 0 else slice(0, 1)
-        rolled[tuple(edge)] = 0
-        np.testing.assert_array_equal(images[index], rolled)
-    np.testing.assert_array_equal(moved.labels.reshape(5, rows), np.stack([part.labels] * 5))
+    seen = views(part, copies=3, seed=0)
+    again = views(part, copies=3, seed=0)
+    np.testing.assert_array_equal(seen.images, again.images)
+    np.testing.assert_array_equal(seen.labels, np.tile(part.labels, 3))
+    wide = np.pad(part.images[..., 0], ((0, 0), (1, 1), (1, 1)))
+    moves = [(down, across) for down in range(3) for across in range(3)]
+    moved = np.stack([wide[:, down : down + 8, across : across + 8] for down, across in moves])
+    noise = seen.images[..., 0] - np.tile(moved, (1, 3, 1, 1))  # (moves, rows, 8, 8)
+    strength = noise.std(axis=(2, 3)).min(axis=0)  # by the move that was made
+    assert len(set(noise.std(axis=(2, 3)).argmin(axis=0))) == len(moves)
+    assert strength.min() < 0.05 * NOISE
+    assert 0.9 * NOISE < strength.max() < 1.3 * NOISE
 
 
 @pytest.mark.backend
-def test_dims_differ_and_small_ones_pay_with_accuracy(demo: Run) -> None:
-    accuracy = list(demo.report["accuracy_by_dim"].values())
-    assert len(set(accuracy)) > 2
-    assert accuracy[0] < accuracy[-1] - 1 * POINT
-    assert accuracy[-1] > 0.97
-    columns = demo.answers["class_ids_by_dim"].T
-    assert all((a != b).any() for a, b in pairwise(columns[:3]))
+def test_exits_and_dims_differ_and_small_ones_pay_with_accuracy(demo: Run) -> None:
+    accuracy = {name: own["accuracy"] for name, own in demo.report["fixed_dims"].items()}
+    assert len(accuracy) == len(EXITS) * len(DIMS)
+    assert accuracy["glance_2"] < accuracy["glance_64"] < accuracy["block1_64"] < accuracy["64"]
+    assert accuracy["2"] < accuracy["8"] - 5 * POINT
+    assert accuracy["64"] > 0.92
 
 
 @pytest.mark.backend
-def test_adaptive_classification_keeps_the_accuracy_at_half_the_dims(demo: Run) -> None:
+def test_adaptive_classification_keeps_the_accuracy_and_saves_work(demo: Run) -> None:
+    # One seed; the mean of ten is held to half a point, below.
     report = demo.report
-    assert report["adaptive_accuracy"] >= report["full_accuracy"] - 0.5 * POINT
-    assert report["expected_dim"] <= 0.5 * DIMS[-1]
+    assert report["adaptive_accuracy"] >= report["full_accuracy"] - 1.5 * POINT
+    assert report["cost_share"] <= 0.7
+    assert max(report["exit_fractions"].values()) <= 0.8
+    text = demo.stdout.replace("\n", " ")
+    assert f"adaptive costs {report['cost_share']:.2f} of its multiply-adds" in text
+    for own in report["fixed_dims"].values():
+        assert f"{100 * own['accuracy']:.2f}%  {own['cost']:>9,.0f}" in demo.stdout
+
+
+@pytest.mark.soak
+@pytest.mark.backend
+@pytest.mark.skipif(not SOAK, reason="ten trainings; `make soak` runs them")
+def test_ten_seeds_keep_the_accuracy_at_seven_tenths_of_the_cost() -> None:
+    gaps, shares = [], []
+    for seed in range(10):
+        training, holdout, test = load_parts(seed)
+        judged, asked = views(holdout, 1, seed + 1), views(test, 2, seed + 2)
+        model = train(views(training, 8, seed), 7, seed, "digits")
+        exits = model.all_exits()
+        policy, costs = calibrate(model, exits.predict(judged.images, verbose=0), judged)
+        stages = stage_logits(exits.predict(asked.images, verbose=0), DIMS)
+        report = policy.evaluate(stages, asked.labels)
+        assert max(report.exit_fractions) <= 0.8
+        enough = min(report.accuracy, report.full_accuracy - 0.5 * POINT) - 1e-12
+        rival = min(
+            costs.of([stage])[0]
+            for stage, own in stages.items()
+            if (own.argmax(axis=-1) == asked.labels).mean() >= enough
+        )
+        gaps.append(report.full_accuracy - report.accuracy)
+        shares.append(float(np.dot(report.exit_fractions, costs.of(policy.keys))) / rival)
+        print(f"seed {seed}: {gaps[-1]:+.4f} of the accuracy lost, {shares[-1]:.3f} of the cost")
+    print(f"mean {np.mean(gaps):+.4f} and {np.mean(shares):.3f}")
+    print(f"worst {np.max(gaps):+.4f} and {np.max(shares):.3f}")
+    assert np.mean(gaps) <= 0.5 * POINT
+    assert np.mean(shares) <= 0.7
 
 
 @pytest.mark.backend
@@ -223,10 +311,12 @@ def test_the_report_is_also_a_file(demo: Run) -> None:
 
 
 @pytest.mark.backend
-@pytest.mark.parametrize("name", ["accuracy.png", "retrieval.png"])
-def test_the_plots_are_pictures(demo: Run, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape"), [("accuracy.png", (663, 1440, 3)), ("retrieval.png", (631, 960, 3))]
+)
+def test_the_plots_are_pictures(demo: Run, name: str, shape: tuple[int, ...]) -> None:
     pixels = imread(demo.out / name)[..., :3]
-    assert pixels.shape == (631, 960, 3)  # 4 inches, and a row of legend
+    assert pixels.shape == shape  # 4 inches, and the rows of the legend
     assert 0.01 < (pixels != 1).any(axis=-1).mean() < 0.3  # lines on white, neither empty nor full
 
 
@@ -278,7 +368,7 @@ def test_a_second_run_publishes_a_second_version(demo: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--epochs", "0"], "--epochs must be at least 1. Received: 0. Try 10."),
+        (["--epochs", "0"], "--epochs must be at least 1. Received: 0. Try 7."),
         (["--seed=-1"], "--seed must lie in 0..4294967295. Received: -1. Leave it out for 0."),
         (
             ["--seed", "4294967296"],

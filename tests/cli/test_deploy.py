@@ -97,6 +97,28 @@ def test_the_monitoring_is_a_monitoring_config(deployed: Path) -> None:
     assert parsed.prometheus_config.path == "/monitoring/prometheus/metrics"
 
 
+def test_the_dashboard_asks_for_metrics_that_there_are(deployed: Path) -> None:
+    board = json.loads((deployed / "grafana.json").read_text())
+    assert board["title"] == "keras-mrl: tiny_One"
+    variables = {variable["name"]: variable for variable in board["templating"]["list"]}
+    assert variables["model"]["query"] == "tiny_One"
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked = {
+        own for query in queries for own in re.findall(r"keras_mrl\w+|:tensorflow:[\w:]+", query)
+    }
+    # As Prometheus spells OpenTelemetry's names, with the unit and `_total` of a counter.
+    documented = re.findall(
+        r"`(keras_mrl_\w+|:tensorflow:[\w:]+)`", (ROOT / "docs/watch.md").read_text()
+    )
+    assert {re.sub("_(bucket|count)$", "", name) for name in asked} == {
+        re.sub("_(bucket|count)$", "", name) for name in documented
+    }
+    cells = [panel["gridPos"] for panel in board["panels"]]
+    assert len({(cell["x"], cell["y"]) for cell in cells}) == len(cells)
+    labels = {label for query in queries for label in re.findall(r"\$(\w+)", query)}
+    assert labels == {"model", "__rate_interval"}
+
+
 def test_compose_and_kubernetes_start_the_same_server(deployed: Path, exported: Exported) -> None:
     compose = yaml.safe_load((deployed / "docker-compose.yml").read_text())
     (service,) = compose["services"].values()
