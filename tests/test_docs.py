@@ -24,6 +24,7 @@ DOCUMENTS = {
     "cascade": ["docs/cascade.md"],
     "watch": ["docs/watch.md"],
     "adapt": ["docs/adapt.md"],
+    "coming from": ["docs/coming_from.md"],
     "text": ["docs/text.md"],
     "guide": [
         f"docs/{page}.md"
