@@ -16,7 +16,7 @@ ROOMS = {
     "keras_mrl_serving": ROOT / "serving" / "keras_mrl_serving",
     "keras_mrl_cli": ROOT / "cli" / "keras_mrl_cli",
 }
-TENSORFLOW = {"tensorflow", "tensorflow_serving"}
+TENSORFLOW = {"tensorflow", "tensorflow_serving", "tensorflow_text"}
 LAZY_IN_TRAIN = {"sklearn", "matplotlib", "faiss", "tensorboard", "PIL"}
 
 

@@ -112,7 +112,11 @@ def check_kinds(
 
 
 def check_other_tower(
-    model: Any, has_other_tower: bool, other_sample: Any, other_decoder: Any
+    model: Any,
+    has_other_tower: bool,
+    other_sample: Any,
+    other_decoder: Any,
+    other_preprocessor: Any = None,
 ) -> None:
     """Raise unless the rows of the other tower are there where the model has one, and only there.
 
@@ -132,10 +136,15 @@ def check_other_tower(
             f"Received: no other_sample {received}. "
             "Give a few rows of the other tower: other_sample=items[:8]."
         )
-    if not has_other_tower and not (other_sample is None and other_decoder is None):
-        name = "other_decoder" if other_sample is None else "other_sample"
+    others = {
+        "other_sample": other_sample,
+        "other_decoder": other_decoder,
+        "other_preprocessor": other_preprocessor,
+    }
+    name = next((name for name, own in others.items() if own is not None), None)
+    if not has_other_tower and name is not None:
         raise ValueError(
-            "other_sample and other_decoder are of the other tower of a model of two. "
+            f"{name} is of the other tower of a model of two. "
             f"Received: {name} {received}, which has one. Leave it out, or export a "
             "MatryoshkaEncoder(tower, other_tower)."
         )

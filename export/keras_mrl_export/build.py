@@ -9,7 +9,7 @@ import gc
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,20 @@ import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
-from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from keras_mrl import split
 from keras_mrl.models.cut import gallery_backbone
 from keras_mrl_serving import contract, flows
-from keras_mrl_serving._session import SavedModelSession
+from keras_mrl_serving._session import SavedModelSession, operations_of
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.index import ExactIndex
+from keras_mrl_serving.text_operations import TEXT_OPERATIONS
 from keras_mrl_serving.version import __version__
 
 from .decoder import ImageDecoder
 from .gallery import IndexGraph, forget
 from .graph import trace, trace_describe, with_model_id
-from .job import ExportError, Job, TowerJob
+from .job import ExportError, Job, TextJob, TowerJob
 from .model_file import load, with_scopes
 from .parity import (
     MAX_QUERIES,
@@ -43,8 +43,9 @@ from .parity import (
 )
 from .publish import Staged
 from .sample import declared_inputs
-from .signatures import ServedModel, Towers
+from .signatures import ServedModel, Texts, Towers
 from .speed import slower_than
+from .text import TEXT_INPUT, TextGraph, check_tokens, served_graph
 from .warmup import write_warmup
 
 PARITY_FILE = "assets.extra/keras_mrl_parity.json"
@@ -69,10 +70,11 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> lis
     backbone, head = split(model)
     other = gallery_backbone(model, backbone)
     towers = (backbone, None if other is backbone else other)
-    manifest = _manifest(model, saved, towers, head, job)
+    texts = _text_graph(job), _text_graph(job.other_tower)
+    manifest = _manifest(model, saved, towers, texts, head, job)
     try:
         with_exits = model if job.exits else None
-        served = ServedModel(towers, head, manifest, job, staged.scratch, with_exits)
+        served = ServedModel(towers, head, manifest, job, staged.scratch, with_exits, texts)
         _save_model(served, staged.folder)
     except (ExportError, OSError):
         raise
@@ -172,7 +174,9 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     file.write_text(manifest.to_json() + "\n")
 
 
-def _manifest(model: keras.Model, saved: Path, towers: Towers, head: Any, job: Job) -> Manifest:
+def _manifest(
+    model: keras.Model, saved: Path, towers: Towers, texts: Texts, head: Any, job: Job
+) -> Manifest:
     index, inputs = job.index, _input_specs(towers[0], job)
     other_tower = None
     if job.other_tower is not None:
@@ -181,7 +185,17 @@ def _manifest(model: keras.Model, saved: Path, towers: Towers, head: Any, job: J
             "inputs": _input_specs(towers[1], job.other_tower),
             "decoder": None if decoder is None else decoder.to_json(),
         }
-    fingerprint = fingerprint_of(model, saved, inputs, job.decoder, job.normalize, other_tower)
+        if job.other_tower.text is not None:
+            other_tower["preprocessor"] = _preprocessor(texts[1], job.other_tower.text)
+    fingerprint = fingerprint_of(
+        model,
+        saved,
+        inputs,
+        job.decoder,
+        job.normalize,
+        other_tower,
+        [tower.text for tower in (job, job.other_tower) if tower is not None],
+    )
     if index is not None:
         flows.check_encoder(index.encoder_fingerprint, fingerprint)
     num_outputs = None if head is None else head.num_classes
@@ -210,6 +224,7 @@ def _manifest(model: keras.Model, saved: Path, towers: Towers, head: Any, job: J
         exits=tuple(own.to_json() for own in job.exits) or None,
         exit_cascade=_with_costs(cascade, job) if cascade and "exit_stages" in cascade else None,
         decoder=None if job.decoder is None else job.decoder.to_json(),
+        preprocessor=_preprocessor(texts[0], job.text),
         other_tower=other_tower,
         quality=job.quality,
         encoder_fingerprint=None if index is None else fingerprint,
@@ -226,6 +241,28 @@ def _manifest(model: keras.Model, saved: Path, towers: Towers, head: Any, job: J
     )
 
 
+def _text_graph(job: Job | TowerJob | None) -> TextGraph | None:
+    """Return what makes tokens of a tower's texts; None of one that takes none.
+
+    Raises:
+        ExportError: If it gives other tokens for the sample than the trained model was given.
+    """
+    if job is None or job.text is None:
+        return None
+    graph = served_graph(job.text)
+    check_tokens(graph, job.text, job.sample[TEXT_INPUT])
+    return graph
+
+
+def _preprocessor(graph: TextGraph | None, text: TextJob | None) -> dict[str, Any] | None:
+    """Return what a manifest says of the tokens that its graph makes; None if it makes none."""
+    if graph is None or text is None:
+        return None
+    operations = graph.operations()
+    version = ".".join(tf.__version__.split(".")[:2]) if operations else None
+    return {**text.to_json(), "operations": operations, "tensorflow_text": version}
+
+
 def _with_costs(cascade: Mapping[str, Any], job: Job) -> dict[str, Any]:
     """Return a cascade over exits with what a row costs that leaves at each stage."""
     costs = job.relative_costs or ()
@@ -237,7 +274,7 @@ def _with_costs(cascade: Mapping[str, Any], job: Job) -> dict[str, Any]:
 
 def _input_specs(backbone: keras.Model, job: Job | TowerJob) -> dict[str, dict[str, Any]]:
     """Return dtype and shape of every input: those the model declares, or else the sample's."""
-    if job.decoder is not None:
+    if job.decoder is not None or job.text is not None:
         return {name: {"dtype": "string", "shape": [None]} for name in job.sample}
     declared = declared_inputs(backbone)
     if len(declared) == 1:
@@ -267,6 +304,7 @@ def fingerprint_of(
     decoder: ImageDecoder | None,
     normalize: bool,
     other_tower: Mapping[str, Any] | None = None,
+    texts: Sequence[TextJob | None] = (),
 ) -> str:
     """Return the SHA-256 of all that makes an embedding out of an input.
 
@@ -282,6 +320,7 @@ def fingerprint_of(
         decoder: Decodes images in the served graph.
         normalize: Whether embeddings are scaled to unit length.
         other_tower: Inputs and decoder of the other tower, as the manifest has them.
+        texts: What makes tokens of texts in the served graph, by tower.
     """
     digest = hashlib.sha256(model.to_json(sort_keys=True).encode())
     served: dict[str, Any] = {
@@ -292,6 +331,8 @@ def fingerprint_of(
     if other_tower is not None:
         decoded = other_tower["decoder"]
         served["other_tower"] = {"decoder": decoded, "dtypes": _dtypes(other_tower["inputs"])}
+    if any(texts):
+        served["texts"] = [None if text is None else text.identity() for text in texts]
     digest.update(json.dumps(served, sort_keys=True).encode())
     values = [keras.ops.convert_to_numpy(variable) for variable in model.variables]
     for value in (*values, *_values_besides_weights(model)):
@@ -356,24 +397,22 @@ _INTERNAL = ("_", "Xla")
 
 
 def check_operations(folder: Path) -> None:
-    """Raise `ExportError` if the SavedModel in `folder` needs more than TensorFlow to run.
+    """Raise `ExportError` if the SavedModel in `folder` needs more than a stock server has.
 
     Such a model would run here, where the package that brings the operation is imported, and load
     in no server.
     """
-    graphs = SavedModel.FromString((folder / "saved_model.pb").read_bytes()).meta_graphs
-    operations = {op.name for graph in graphs for op in graph.meta_info_def.stripped_op_list.op}
-    foreign = sorted(name for name in operations if not _is_tensorflows(name))
+    foreign = sorted(name for name in operations_of(folder) if not _is_served(name))
     if foreign:
         raise ExportError(
-            "A served graph may hold only operations of TensorFlow itself. "
+            "A served graph may hold only operations that TensorFlow Serving has: those of "
+            "TensorFlow and of tensorflow-text. "
             f"Received: a model that needs {', '.join(foreign)}. Do this before the model, in the "
-            "client, or by layers of Keras: TextVectorization for a tokenizer of tensorflow-text, "
-            "keras.ops for tf.py_function."
+            "client, or by layers of Keras: keras.ops for tf.py_function."
         )
 
 
-def _is_tensorflows(name: str) -> bool:
+def _is_served(name: str) -> bool:
     if name in _OF_PYTHON:
         return False
-    return hasattr(tf.raw_ops, name) or name.startswith(_INTERNAL)
+    return name in TEXT_OPERATIONS or hasattr(tf.raw_ops, name) or name.startswith(_INTERNAL)

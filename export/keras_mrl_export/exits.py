@@ -257,9 +257,9 @@ def _made_rows(sample: Sample) -> Iterator[Any]:
 
 
 def _is_decoded(sample: Sample) -> bool:
-    """Whether clients send something else than the model takes: images."""
+    """Whether clients send something else than the model takes: images or texts."""
     rows = sample.rows.values() if isinstance(sample.rows, Mapping) else [sample.rows]
-    return any(
+    return sample.text is not None or any(
         own.dtype != served.dtype or own.shape != served.shape
         for own, served in zip(rows, sample.served.values(), strict=True)
     )

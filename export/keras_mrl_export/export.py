@@ -12,6 +12,7 @@ from keras_mrl import split
 from keras_mrl.models.costs import Costs
 from keras_mrl.models.cut import dims_of_loss, gallery_backbone
 from keras_mrl.models.outputs import one_output
+from keras_mrl.text import are_texts, pooling_of, preprocessor_of
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import CLASSIFY_ADAPTIVE
 from keras_mrl_serving.index import ExactIndex
@@ -47,7 +48,8 @@ from .job import Job, TowerJob, draw_model_id, terms_of
 from .model_file import in_float32
 from .process import build_on_tensorflow
 from .publish import check_version, publishing
-from .sample import Sample, outputs_of, read_sample
+from .sample import Sample, outputs_of, read_sample, read_text_sample, takes_tokens
+from .text import check_preprocessor
 
 
 def export_saved_model(
@@ -70,6 +72,9 @@ def export_saved_model(
     decoder: ImageDecoder | None = None,
     other_sample: Any = None,
     other_decoder: ImageDecoder | None = None,
+    preprocessor: Any = None,
+    other_preprocessor: Any = None,
+    prompts: Mapping[str, str] | None = None,
     warmup_batch_sizes: Sequence[int] = (1,),
     identity: bool = True,
     output: str | None = None,
@@ -119,6 +124,13 @@ def export_saved_model(
             `sample` is then a list of such bytes.
         other_sample: Of a model of two towers, a few rows of the other one, as `sample`.
         other_decoder: As `decoder`, for the other tower.
+        preprocessor: A preprocessor of keras-hub, or a tokenizer of it with a `sequence_length`:
+            the one the model was trained with. The served input is then `text`, strings that the
+            graph makes tokens of, and `sample` is a list of texts. None means the model's own
+            where `sample` is of texts. It needs tensorflow-text.
+        other_preprocessor: As `preprocessor`, for the other tower.
+        prompts: Of a version that takes texts, name to what a client puts before a text:
+            `{"query": "query: ", "passage": "passage: "}`.
         warmup_batch_sizes: A server runs every signature at these batch sizes before the version
             answers. None of them may exceed the server's `max_batch_size`, or the version does not
             load; () writes no records.
@@ -137,6 +149,7 @@ def export_saved_model(
 
     Raises:
         TypeError: If an argument is of the wrong type.
+        ImportError: If tensorflow-text is missing, which a preprocessor needs.
         ValueError: If an argument does not fit the model, no written signature uses the policy, or
             nothing says what the one output of a head is.
         FileExistsError: If `version` exists.
@@ -144,6 +157,9 @@ def export_saved_model(
         ExportError: If the model cannot be rebuilt on TensorFlow, or a signature differs from it.
     """
     folder = check_base_path(base_path)
+    if preprocessor is None and are_texts(sample):
+        preprocessor = preprocessor_of(model)
+    pooling = pooling_of(model)
     model = one_output(model, output)
     name = check_name(name, model.name)
     check_version(folder, version)
@@ -153,11 +169,19 @@ def export_saved_model(
     batch_sizes = check_batch_sizes(warmup_batch_sizes)
     backbone, _ = split(model)
     has_other_tower = gallery_backbone(model, backbone) is not backbone
-    check_other_tower(model, has_other_tower, other_sample, other_decoder)
-    read = read_sample(backbone, sample, decoder)
+    check_other_tower(model, has_other_tower, other_sample, other_decoder, other_preprocessor)
+    check_preprocessor(preprocessor, prompts, decoder)
+    check_preprocessor(other_preprocessor, None, other_decoder, "other_preprocessor")
+    if preprocessor is None:
+        read = read_sample(backbone, sample, decoder)
+    else:
+        read = read_text_sample(backbone, sample, preprocessor, prompts or {}, pooling)
     other_read = None
     if has_other_tower:
-        other_read = _read_other(gallery_backbone(model, backbone), other_sample, other_decoder)
+        tower = gallery_backbone(model, backbone)
+        if other_preprocessor is None and takes_tokens(tower) and are_texts(other_sample):
+            other_preprocessor = preprocessor_of(tower) or preprocessor
+        other_read = _read_other(tower, other_sample, other_decoder, other_preprocessor)
     activation = choose_activation(model, split(model)[1], activation, policy)
     if dims is None and split(model)[1] is None:
         dims = dims_of_loss(model)
@@ -197,6 +221,7 @@ def export_saved_model(
             sample=other_read.served,
             features=other_features[:, : served[-1]],
             decoder=other_decoder,
+            text=other_read.text,
         )
     job = Job(
         base_path=folder.absolute(),
@@ -219,6 +244,7 @@ def export_saved_model(
         terms=None if activation in (None, "softmax") else terms_of(head, features, served),
         index=index,
         decoder=decoder,
+        text=read.text,
         other_tower=other_tower,
         warmup_batch_sizes=batch_sizes,
         model_id=draw_model_id() if identity else None,
@@ -232,8 +258,12 @@ def export_saved_model(
     return build_on_tensorflow(model, job)
 
 
-def _read_other(tower: keras.Model, sample: Any, decoder: ImageDecoder | None) -> Sample:
+def _read_other(
+    tower: keras.Model, sample: Any, decoder: ImageDecoder | None, preprocessor: Any
+) -> Sample:
     try:
+        if preprocessor is not None:
+            return read_text_sample(tower, sample, preprocessor, {}, pooling_of(tower))
         return read_sample(tower, sample, decoder)
     except ValueError as error:
         raise ValueError(f"Of the other tower: {error}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +43,63 @@ def terms_of(head: Any, features: Any, dims: Sequence[int]) -> npt.NDArray[np.fl
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class TextJob:
+    """A preprocessor of keras-hub, as it travels to the process that writes.
+
+    Args:
+        config: It in Keras's JSON, without the vocabulary.
+        assets: The files of its vocabulary, by name.
+        objects: The user's own classes in it.
+        tokens: The model's inputs that it gives for the sample, by name.
+        tokenizer: "wordpiece", "bytepair" or "sentencepiece".
+        vocabulary_size: Tokens in its vocabulary.
+        sequence_length: Tokens of a text, the padding included.
+        lowercase: Whether upper and lower case are the same to it; None where it does not say.
+        pooling: How the model makes one vector of those of its tokens; None if unknown.
+        prompts: Name to the text that clients put before a text.
+    """
+
+    config: str
+    assets: Mapping[str, bytes]
+    objects: Mapping[str, Any]
+    tokens: Mapping[str, npt.NDArray[Any]]
+    tokenizer: str
+    vocabulary_size: int
+    sequence_length: int
+    lowercase: bool | None
+    pooling: str | None
+    prompts: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a manifest says of it, but by which operations it runs."""
+        return {
+            "kind": "text",
+            "tokenizer": self.tokenizer,
+            "vocabulary_size": self.vocabulary_size,
+            "sequence_length": self.sequence_length,
+            "lowercase": self.lowercase,
+            "pooling": self.pooling,
+            "prompts": dict(self.prompts),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return all by which it makes tokens, as JSON: a fingerprint is of this."""
+        assets = {name: hashlib.sha256(data).hexdigest() for name, data in self.assets.items()}
+        return {
+            **self.to_json(),
+            "config": _without_names(json.loads(self.config)),
+            "assets": dict(sorted(assets.items())),
+        }
+
+
+def _without_names(config: Any) -> Any:
+    """Return a configuration without the names of layers, which Keras counts up."""
+    if isinstance(config, Mapping):
+        return {key: _without_names(own) for key, own in config.items() if key != "name"}
+    return [*map(_without_names, config)] if isinstance(config, list) else config
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TowerJob:
     """What is exported of the other tower of a model, besides the tower itself.
 
@@ -49,12 +108,14 @@ class TowerJob:
         sample: The caller's sample by served name; with a decoder, encoded images.
         features: Features that the trained tower gives for the sample, `(rows, width)`.
         decoder: Decodes images inside the served graph.
+        text: Makes tokens of texts inside the served graph.
     """
 
     input_names: Mapping[str, str]
     sample: Mapping[str, npt.NDArray[Any]]
     features: npt.NDArray[np.float32]
     decoder: ImageDecoder | None
+    text: TextJob | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,6 +194,7 @@ class Job:
             of, in the shape of `logits`.
         index: A gallery of the model's embeddings, exported with it.
         decoder: Decodes images inside the served graph.
+        text: Makes tokens of texts inside the served graph.
         other_tower: The tower of galleries, where queries have one of their own; None of one tower.
         exits: The exits of the model, shallow to deep, the last included; empty without any.
         exit_signatures: The exit and the dim of those of `signatures` that are of an exit before
@@ -172,6 +234,7 @@ class Job:
     exit_signatures: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     relative_costs: tuple[float, ...] | None = None
     deep_row: DeepRow | None = None
+    text: TextJob | None = None
 
     def temperature(self, dim: int, exit: str | None = None) -> float:
         """Return the divisor of the logits of `dim`: of its stage, or 1 if the policy has none."""

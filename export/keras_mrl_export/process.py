@@ -53,6 +53,8 @@ def build_on_tensorflow(model: keras.Model, job: Job) -> Path:
         folder = Path(scratch)
         save(model, folder / _MODEL)
         objects = user_objects(model)
+        for text in (job.text, job.other_tower and job.other_tower.text):
+            objects |= text.objects if text else {}
         if keras.backend.backend() == "tensorflow":
             from .build import build
 

@@ -15,8 +15,11 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from keras_mrl.text import are_texts, as_texts
+
 from .decoder import ImageDecoder
-from .job import ExportError
+from .job import ExportError, TextJob
+from .text import TEXT_INPUT, read_texts
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -35,12 +38,14 @@ class Sample:
     Args:
         rows: As the Keras model takes it: one array, or arrays by input name.
         names: Served name of every input, by the caller's key; "" is the key of a bare array.
-        served: As clients send it, by served name: the arrays, or the bytes of images.
+        served: As clients send it, by served name: the arrays, the bytes of images, or texts.
+        text: Makes the rows of those texts; None where there are none.
     """
 
     rows: Any
     names: dict[str, str]
     served: Arrays
+    text: TextJob | None = None
 
 
 def read_sample(backbone: keras.Model, sample: Any, decoder: ImageDecoder | None) -> Sample:
@@ -70,6 +75,48 @@ def read_sample(backbone: keras.Model, sample: Any, decoder: ImageDecoder | None
             )
         images = list(sample) if isinstance(sample, Iterable) else [sample]
         arrays = {"": decoder.pixels(images)}
+    return _checked(backbone, arrays, None if decoder is None else images)
+
+
+def read_text_sample(
+    backbone: keras.Model,
+    sample: Any,
+    preprocessor: Any,
+    prompts: Mapping[str, str],
+    pooling: str | None,
+) -> Sample:
+    """Return the sample of an export of texts, or raise unless the model takes their tokens.
+
+    Args:
+        backbone: The model that takes the tokens.
+        sample: A list or a column of texts, `str` or `bytes`.
+        preprocessor: A preprocessor of keras-hub that makes the tokens.
+        prompts: Name to the text that clients put before a text.
+        pooling: How the model makes one vector of those of its tokens.
+
+    Raises:
+        ImportError: If tensorflow-text is missing.
+        ValueError: If `sample` holds no texts in UTF-8, or the model takes other inputs.
+    """
+    if not are_texts(sample):
+        raise ValueError(
+            "A sample for a model with a preprocessor is a list of texts, str or bytes. "
+            f"Received: a {type(sample).__name__}. "
+            "Give a few real ones: ['a first text', 'a second one']; or for token ids export "
+            "without a preprocessor."
+        )
+    texts = as_texts(sample).reshape(-1)
+    names = list(declared_inputs(backbone))
+    text = read_texts(preprocessor, texts, names, prompts, pooling)
+    tokens = {"": text.tokens[names[0]]} if len(names) == 1 else dict(text.tokens)
+    served = np.empty(len(texts), dtype=object)
+    served[:] = [own.encode() if isinstance(own, str) else own for own in texts]
+    rows = _checked(backbone, tokens, None).rows
+    return Sample(rows, {"": TEXT_INPUT}, {TEXT_INPUT: served}, text)
+
+
+def _checked(backbone: keras.Model, arrays: Arrays, images: list[Any] | None) -> Sample:
+    """Return a sample of some arrays, decoded from `images` where there are any."""
     names = _served_names(backbone, arrays)
     arrays = _with_texts_as_declared(backbone, arrays)
     _check_rows(arrays)
@@ -77,7 +124,7 @@ def read_sample(backbone: keras.Model, sample: Any, decoder: ImageDecoder | None
     # Keras warns of a dict where the model declares one tensor.
     bare = "" in arrays or isinstance(input_structure(backbone), keras.KerasTensor)
     rows = next(iter(arrays.values())) if bare else arrays
-    if decoder is None:
+    if images is None:
         return Sample(rows, names, {names[key]: array for key, array in arrays.items()})
     files = np.empty(len(images), dtype=object)
     files[:] = images
@@ -217,6 +264,11 @@ def declared_inputs(backbone: keras.Model) -> dict[str, Any]:
     if isinstance(inputs, Mapping):
         return {key: inputs[key] for key in sorted(inputs)}
     return {tensor.name: tensor for tensor in keras.tree.flatten(inputs)}
+
+
+def takes_tokens(backbone: keras.Model) -> bool:
+    """Whether a model takes numbers, and not texts themselves as TextVectorization does."""
+    return all(tensor.dtype != "string" for tensor in declared_inputs(backbone).values())
 
 
 def input_structure(backbone: keras.Model) -> Any:

@@ -23,9 +23,11 @@ from .gallery import IndexGraph
 from .graph import Tensors, Traceable, first_rows, lengths, trace, trace_describe, with_model_id
 from .job import Job
 from .likeliest import Likeliest
+from .text import TextGraph
 from .tower import ServedTower
 
 Towers = tuple[keras.Model, keras.Model | None]  # of queries, and the other one if there is one
+Texts = tuple[TextGraph | None, TextGraph | None]
 
 
 class ServedModel:
@@ -38,6 +40,7 @@ class ServedModel:
         job: Labels, policy, gallery, decoder, and which signatures.
         scratch: Folder for the class names, until the SavedModel holds a copy as an asset.
         with_exits: The model that has the exits; None without any.
+        texts: What makes tokens of texts, by tower; None of one that takes no texts.
     """
 
     def __init__(
@@ -48,14 +51,18 @@ class ServedModel:
         job: Job,
         scratch: Path,
         with_exits: Any = None,
+        texts: Texts = (None, None),
     ) -> None:
         backbone, other = towers
-        self._tower = ServedTower(backbone, manifest.inputs, job, manifest.width)
+        self._text, other_text = texts
+        self._tower = ServedTower(backbone, manifest.inputs, job, manifest.width, self._text)
         self._other_tower = None
         is_asked = {*map(contract.embed_other, manifest.dims)} & {*job.signatures}
         if job.other_tower is not None and is_asked:
             inputs = manifest.tower(other_tower=True).inputs
-            self._other_tower = ServedTower(other, inputs, job.other_tower, manifest.width)
+            self._other_tower = ServedTower(
+                other, inputs, job.other_tower, manifest.width, other_text
+            )
         self._head = head
         self._with_exits = with_exits
         self._exits = self._asked_exits(manifest, job)
@@ -74,7 +81,8 @@ class ServedModel:
         for name in manifest.exit_names[:-1]:
             if name in asked:
                 backbone, head = self._with_exits.parts(name)
-                exits[name] = ServedTower(backbone, manifest.inputs, job, manifest.width), head
+                tower = ServedTower(backbone, manifest.inputs, job, manifest.width, self._text)
+                exits[name] = tower, head
         return exits
 
     def resources(self) -> tf.Module:

@@ -11,16 +11,18 @@ import tensorflow as tf
 from .graph import Tensors, first_rows
 from .job import Job, TowerJob
 from .sample import declared_inputs, input_structure
+from .text import TextGraph
 
 
 class ServedTower:
-    """A backbone as a TensorFlow function of served inputs, decoded where they are images.
+    """A backbone as a TensorFlow function of served inputs, which may be images or texts.
 
     Args:
         backbone: Inputs to features, on the TensorFlow backend.
         inputs: The inputs as a manifest names them.
-        job: Input names and decoder.
+        job: Input names, and what makes the model's inputs of images or texts.
         width: How many of the features are served.
+        text: Makes the backbone's inputs of texts; None where clients send something else.
     """
 
     def __init__(
@@ -29,20 +31,24 @@ class ServedTower:
         inputs: Mapping[str, Mapping[str, Any]],
         job: Job | TowerJob,
         width: int,
+        text: TextGraph | None = None,
     ) -> None:
         self.specs = {
             name: tf.TensorSpec(spec["shape"], spec["dtype"], name) for name, spec in inputs.items()
         }
         self.backbone = backbone
         self.features = tf.function(self._call_backbone)
+        self._text = text
         self._job = job
         self._width = width
 
     def tables(self) -> list[Any]:
         """Return the lookup tables of its layers (the vocabulary of a TextVectorization)."""
+        layers = [self.backbone, *([] if self._text is None else [self._text.preprocessor])]
         return [
             part
-            for part in tf.train.TrackableView(self.backbone).descendants()
+            for layer in layers
+            for part in tf.train.TrackableView(layer).descendants()
             if isinstance(part, tf.saved_model.experimental.TrackableResource)
         ]
 
@@ -52,7 +58,20 @@ class ServedTower:
         rows = tf.shape(next(iter(inputs.values())))[0]
         if decoder is not None:
             inputs = {name: decoder.decode(images) for name, images in inputs.items()}
-        return self._as_declared(_at_least_one_row(inputs, rows)), rows
+        inputs = _at_least_one_row(inputs, rows)
+        if self._text is not None:
+            [texts] = inputs.values()
+            inputs = self._tokens(self._text.traced(texts))
+        return self._as_declared(inputs), rows
+
+    def _tokens(self, tokens: Tensors) -> Tensors:
+        """Return the inputs that the backbone declares, in its types."""
+        declared = declared_inputs(self.backbone)
+        if not declared:
+            return tokens
+        if len(declared) == 1 and len(tokens) == 1:
+            tokens = dict(zip(declared, tokens.values(), strict=True))
+        return {name: tf.cast(tokens[name], tensor.dtype) for name, tensor in declared.items()}
 
     def _call_backbone(self, **inputs: Any) -> Any:
         tensors, rows = self.read(inputs)

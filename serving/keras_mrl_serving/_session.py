@@ -13,6 +13,10 @@ from typing import Any, Self
 
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+from .text_operations import TEXT_OPERATIONS
 
 try:
     from tensorflow.python.client import pywrap_tf_session as _c_api
@@ -71,6 +75,7 @@ class SavedModelSession:
     Raises:
         OSError: no readable SavedModel at `path`.
         RuntimeError: it has no graph tagged `serve`.
+        ImportError: it makes tokens of texts by operations of tensorflow-text, which is missing.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class SavedModelSession:
         self._runs_as_tf_serving = as_tf_serving
         self._session = tf.compat.v1.Session(graph=tf.Graph())
         try:
+            _register_operations(fspath(path))
             load = _load_as_tf_serving if as_tf_serving else _load_publicly
             with self._session.graph.as_default():
                 meta_graph = load(self._session, fspath(path))
@@ -231,6 +237,47 @@ class SavedModelSession:
         output.oper = self._session.graph.get_operation_by_name(op)._c_op
         output.index = int(index or 0)
         return output
+
+
+def register_text_operations() -> None:
+    """Makes the operations of tensorflow-text known to TensorFlow, which its import does.
+
+    Raises:
+        ImportError: it is not installed, or is of another TensorFlow than the one here.
+    """
+    try:
+        import tensorflow_text  # noqa: F401
+    except (ImportError, tf.errors.OpError) as error:  # OpError: its library does not load
+        minor = ".".join(tf.__version__.split(".")[:2])
+        raise ImportError(
+            "A graph that makes tokens of texts runs where tensorflow-text is installed, of the "
+            f"version of TensorFlow. Received: {error} beside TensorFlow {tf.__version__}. "
+            f"Install it: pip install 'keras-mrl[text]' 'tensorflow-text=={minor}.*'."
+        ) from error
+
+
+def _register_operations(path: str) -> None:
+    """Imports tensorflow-text if the graph at `path` has operations of it.
+
+    A stock TensorFlow Serving has them, but TensorFlow's own package does not.
+    """
+    if TEXT_OPERATIONS.keys() & operations_of(path):
+        register_text_operations()
+
+
+def operations_of(path: str | PathLike[str]) -> set[str]:
+    """The names of the operations that a SavedModel needs; none where it cannot be read.
+
+    Args:
+        path: folder of the SavedModel.
+    """
+    file = os.path.join(path, tf.saved_model.SAVED_MODEL_FILENAME_PB)
+    try:
+        with open(file, "rb") as opened:
+            graphs = SavedModel.FromString(opened.read()).meta_graphs
+    except (OSError, DecodeError):
+        return set()
+    return {op.name for graph in graphs for op in graph.meta_info_def.stripped_op_list.op}
 
 
 def _load_as_tf_serving(session: Any, path: str) -> Any:

@@ -12,7 +12,7 @@ from .batch_scheduler import BatchScheduler
 from .batching import BatchingSession
 from .batching_config import batching_options
 from .run import ServingSession
-from .status import StatusError, from_number
+from .status import StatusError, failed_precondition, from_number
 from .warmup import warm_up
 
 
@@ -73,6 +73,8 @@ def _open(path: str) -> SavedModelSession:
     except tf.errors.OpError as error:
         message = error.message.removeprefix("Graph execution error:\n\n")  # Python's own
         raise from_number(error.error_code, message) from error
+    except ImportError as error:  # of tensorflow-text, which TensorFlow Serving has built in
+        raise failed_precondition(str(error)) from error
     except (OSError, RuntimeError) as error:  # Python's loader words these differently from C++
         raise _in_the_words_of_cpp(error, path) from error
     except Exception as error:  # a damaged model may raise anything

@@ -1,0 +1,374 @@
+"""Tokenizers of keras-hub in the served graph: texts in, the answers of the model out."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, MatryoshkaHead
+from keras_mrl_export import ExportError, ImageDecoder, export_saved_model
+from keras_mrl_serving import truncate
+from keras_mrl_serving._session import SavedModelSession, operations_of
+from keras_mrl_serving.funnel import FunnelSchedule
+from keras_mrl_serving.index import ExactIndex
+from keras_mrl_serving.text_operations import TEXT_OPERATIONS
+from tests.helpers import text_models as texts
+from tests.helpers.export_models import (
+    NAMES,
+    Array,
+    assert_equal_rows,
+    halving_policy,
+    outputs,
+    read_manifest,
+    warmup_records,
+)
+from tests.helpers.text_models import KINDS, LENGTH, TEXTS, column
+
+DIMS = (4, 8)
+# Texts of every kind that a client may send, in UTF-8.
+ODD = (
+    "",
+    " \t\n ",
+    "x" * 10_000,
+    "a cat " * 2_000,
+    "a\0cat and \0",
+    "\N{GRINNING FACE} cat \N{PARTY POPPER}",
+    "\u05e9\u05dc\u05d5\u05dd cat",
+    "\ufeffcat",
+    "\ufb01ne \uff23\uff21\uff34",
+    "cafe\u0301 caf\u00e9",
+)
+
+
+def tokens(preprocessor: Any, rows: Any) -> dict[str, Array]:
+    """What a preprocessor gives for some texts as `tf.data` has it, outside of any export."""
+    dataset = tf.data.Dataset.from_tensor_slices(list(rows)).batch(len(rows)).map(preprocessor)
+    return {name: own.numpy() for name, own in next(iter(dataset)).items()}
+
+
+def features(model: keras.Model, preprocessor: Any, rows: Any) -> Array:
+    own = tokens(preprocessor, rows)
+    return outputs(model, {name: own[name] for name in model.input})
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_served_as_the_model_embeds_their_tokens(kind: str, tmp_path: Path) -> None:
+    model, preprocessor = texts.encoder(kind), texts.preprocessor(kind)
+    path = export_saved_model(
+        model,
+        tmp_path,
+        list(TEXTS),
+        preprocessor=preprocessor,
+        dims=DIMS,
+        signatures=["embed_8"],
+        prompts={"query": "the "},
+        warmup_batch_sizes=(1, 3),
+    )
+    manifest = read_manifest(path)
+    assert manifest.inputs == {"text": {"dtype": "string", "shape": [None]}}
+    own: Any = manifest.preprocessor
+    operations = own.pop("operations")
+    assert own == {
+        "kind": "text",
+        "tokenizer": kind,
+        "vocabulary_size": preprocessor.tokenizer.vocabulary_size(),
+        "sequence_length": LENGTH,
+        "lowercase": True if kind == "wordpiece" else None,
+        "pooling": None,
+        "prompts": {"query": "the "},
+        "tensorflow_text": ".".join(tf.__version__.split(".")[:2]),
+    }
+    assert "TFText>RoundRobinTrim" in operations
+    assert {*operations} <= {*TEXT_OPERATIONS}
+    rows = [*ODD, *TEXTS]
+    expected = truncate(features(model, preprocessor, rows), 8)
+    with SavedModelSession(path) as session:
+        served = session.run("embed_8", {"text": column(rows)})["embedding"]
+        assert_equal_rows(served, expected)
+        one_by_one = [
+            session.run("embed_8", {"text": column([row])})["embedding"][0] for row in rows[-3:]
+        ]
+        assert_equal_rows(np.stack(one_by_one), expected[-3:])
+        assert session.run("embed_8", {"text": column([])})["embedding"].shape == (0, 8)
+    for name, inputs in warmup_records(path):
+        if name != "describe":
+            assert inputs["text"].tolist() == column(TEXTS)[: len(inputs["text"])].tolist()
+
+
+def test_bytes_that_are_no_utf8_are_read_as_replacement_characters(tmp_path: Path) -> None:
+    """A client's own mistake fails no other's text in a batch."""
+    path = export(tmp_path)
+    with SavedModelSession(path) as session:
+        served, expected = (
+            session.run("embed_8", {"text": column(["a cat", text])})["embedding"]
+            for text in (b"caf\xc3 \xff", "caf\ufffd \ufffd")
+        )
+    np.testing.assert_array_equal(served, expected)
+
+
+def export(folder: Path, model: Any = None, preprocessor: Any = None, **arguments: Any) -> Path:
+    arguments = {"signatures": ["embed_8"], "dims": DIMS, **arguments}
+    return export_saved_model(
+        texts.encoder("wordpiece") if model is None else model,
+        folder,
+        list(TEXTS),
+        preprocessor=texts.wordpiece() if preprocessor is None else preprocessor,
+        **arguments,
+    )
+
+
+def test_a_byte_pair_tokenizer_keeps_no_word_of_a_client(tmp_path: Path) -> None:
+    """The cache of keras-hub would grow by every new word that a server is asked."""
+    path = export(tmp_path, texts.encoder("bytepair"), texts.bytepair())
+    operations = operations_of(path)
+    assert not {name for name in operations if "MutableHashTable" in name or "Insert" in name}
+
+
+def test_a_classifier_of_texts_has_every_signature(tmp_path: Path) -> None:
+    """A cascade, class names and a gallery: in one call from texts to neighbours."""
+    backbone, preprocessor = texts.encoder("wordpiece"), texts.wordpiece()
+    model = MatryoshkaClassifier(backbone, MatryoshkaHead(len(NAMES), DIMS))
+    rows = [*TEXTS, "a dog", "the mat", "on", "ran ran"]
+    taken = tokens(preprocessor, rows)
+    gallery, logits = outputs(backbone, taken), outputs(model, taken)
+    path = export(
+        tmp_path,
+        model,
+        preprocessor,
+        policy=halving_policy(logits),
+        labels=NAMES,
+        index=ExactIndex.build(gallery, FunnelSchedule(DIMS, (6,), 2)),
+        activation="softmax",
+        signatures=None,
+    )
+    with SavedModelSession(path) as session:
+        found = session.run("retrieve", {"text": column(rows)})["ids"]
+        stored = session.run("search", {"embedding": gallery})["ids"]
+        np.testing.assert_array_equal(found, stored)
+        answer = session.run("classify_adaptive", {"text": column(rows)})
+        assert len(answer["labels"]) == len(rows)
+        assert {*answer["dim"].tolist()} <= {*DIMS}
+
+
+def test_two_towers_may_take_texts(tmp_path: Path) -> None:
+    queries, passages = texts.encoder("wordpiece"), texts.encoder("wordpiece")
+    long = texts.wordpiece(6)
+    model = MatryoshkaEncoder(queries, passages)
+    arguments: dict[str, Any] = {"signatures": None, "dims": (8,), "identity": False}
+    path = export(tmp_path, model, other_sample=list(TEXTS), other_preprocessor=long, **arguments)
+    manifest = read_manifest(path)
+    other: Any = manifest.other_tower
+    assert other["inputs"] == manifest.inputs
+    assert other["preprocessor"]["sequence_length"] == 6
+    expected = truncate(features(passages, long, TEXTS), 8)
+    with SavedModelSession(path) as session:
+        served = session.run("embed_other_8", {"text": column(TEXTS)})["embedding"]
+    assert_equal_rows(served, expected)
+
+
+def test_a_fingerprint_is_of_all_by_which_tokens_are_made(tmp_path: Path) -> None:
+    model = texts.encoder("wordpiece")
+
+    def fingerprint(preprocessor: Any, **arguments: Any) -> str:
+        return read_manifest(export(tmp_path, model, preprocessor, **arguments)).fingerprint
+
+    other_word = texts.wordpiece()
+    other_word.tokenizer.set_vocabulary(
+        [word.replace("mat", "tom") for word in other_word.tokenizer.vocabulary]
+    )
+    prints = [
+        fingerprint(texts.wordpiece()),
+        fingerprint(texts.wordpiece(10)),
+        fingerprint(texts.wordpiece(strip_accents=True)),
+        fingerprint(other_word),
+        fingerprint(texts.wordpiece(), prompts={"query": "the "}),
+    ]
+    assert len({*prints}) == len(prints)
+    assert fingerprint(texts.wordpiece()) == prints[0]
+
+
+# What is refused
+
+
+def refusal(kind: type[Exception], folder: Path, **arguments: Any) -> str:
+    given = {"sample": list(TEXTS), "preprocessor": texts.wordpiece(), **arguments}
+    with pytest.raises(kind) as caught:
+        export_saved_model(texts.encoder("wordpiece"), folder, dims=DIMS, **given)
+    assert [*folder.iterdir()] == []
+    return str(caught.value)
+
+
+GIVE = "Give for example preprocessor=keras_hub.models.BertTextEmbedderPreprocessor(tokenizer)."
+MUST = (
+    "preprocessor must be a preprocessor of keras-hub, or a tokenizer of it with a "
+    "sequence_length: WordPiece, byte-pair or SentencePiece. Received: "
+)
+
+
+def without_length() -> Any:
+    return texts.wordpiece().tokenizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "sentence"),
+    [
+        ({"preprocessor": str.split}, TypeError, f"{MUST}method_descriptor. {GIVE}"),
+        (
+            {"preprocessor": without_length},
+            TypeError,
+            f"{MUST}BertTokenizer, which gives as many tokens as a text has. {GIVE}",
+        ),
+        (
+            {"preprocessor": None, "prompts": {"query": "q: "}},
+            ValueError,
+            "prompts stand before texts, which a preprocessor makes tokens of. Received: "
+            "prompts={'query': 'q: '} for a version that takes no texts. Give the preprocessor "
+            "too, and a few texts as sample; or leave prompts out.",
+        ),
+        (
+            {"prompts": ["query: "]},
+            TypeError,
+            "prompts must be texts by name. Received: prompts=['query: ']. Give for example "
+            "{'query': 'query: ', 'passage': 'passage: '}, or leave it out.",
+        ),
+        (
+            {"decoder": ImageDecoder(height=2, width=2)},
+            ValueError,
+            "A version takes texts or images. Received: a preprocessor and a decoder. Leave one "
+            "of them out.",
+        ),
+        (
+            {"sample": np.zeros((2, LENGTH), "int32")},
+            ValueError,
+            "A sample for a model with a preprocessor is a list of texts, str or bytes. Received: "
+            "a ndarray. Give a few real ones: ['a first text', 'a second one']; or for token ids "
+            "export without a preprocessor.",
+        ),
+        (
+            {"sample": ["a", 5]},
+            ValueError,
+            "Texts must be strings. Received: a int in row 1. Leave the row out, or write ''.",
+        ),
+        (
+            {"sample": ["a", "b \ud800"]},
+            ValueError,
+            "Texts must be UTF-8. Received: in row 1, 'utf-8' codec can't encode character "
+            "'\\ud800' in position 2: surrogates not allowed. Repair it where it was read, for "
+            "example by bytes.decode(errors='replace') or text.encode(errors='replace').decode().",
+        ),
+        (
+            {"preprocessor": texts.bytepair},
+            ValueError,
+            "A preprocessor must give every input of the model. Received: a "
+            "RobertaTextClassifierPreprocessor, which gives padding_mask, token_ids, for a model "
+            "with padding_mask, segment_ids, token_ids. Give the preprocessor that the model was "
+            "trained with.",
+        ),
+        (
+            {"other_preprocessor": texts.wordpiece},
+            ValueError,
+            "other_preprocessor is of the other tower of a model of two. Received: "
+            "other_preprocessor for Functional 'of_wordpiece', which has one. Leave it out, or "
+            "export a MatryoshkaEncoder(tower, other_tower).",
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    arguments: dict[str, Any], kind: type[Exception], sentence: str, tmp_path: Path
+) -> None:
+    makers = (without_length, texts.bytepair, texts.wordpiece)
+    given = {name: own() if own in makers else own for name, own in arguments.items()}
+    assert refusal(kind, tmp_path, **given) == sentence
+
+
+def test_a_preprocessor_that_gives_labels_is_refused(tmp_path: Path) -> None:
+    own = texts.hub().models.BertMaskedLMPreprocessor(
+        texts.wordpiece().tokenizer, sequence_length=LENGTH
+    )
+    assert refusal(ValueError, tmp_path, preprocessor=own) == (
+        "A preprocessor must give the inputs of a model alone. Received: a "
+        "BertMaskedLMPreprocessor, which also gives labels, as for training. Give the one for "
+        "embeddings or classes, or its tokenizer with a sequence_length."
+    )
+
+
+def test_a_tokenizer_that_does_not_travel_whole_is_refused(tmp_path: Path) -> None:
+    """keras-hub leaves this setting out of the configuration."""
+    own = texts.wordpiece(split_on_cjk=False)
+    sample = ["a cat", "cat\u4e2dcat"]
+    sentence = refusal(ExportError, tmp_path, preprocessor=own, sample=sample)
+    assert re.fullmatch(
+        r"The served tokenizer must give the tokens of the trained model's\. Received: other "
+        r"token_ids for 1 of 2 texts, first b'cat.*': \[.*\] for \[.*\]\. Look for settings of the "
+        r"tokenizer that its get_config\(\) leaves out\.",
+        sentence,
+    )
+
+
+# Where tensorflow-text is missing
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("texts"))
+
+
+def without_tensorflow_text(code: str) -> str:
+    """What a process prints that has TensorFlow alone."""
+    script = f"import sys\nsys.modules['tensorflow_text'] = None\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+MISSING = (
+    r"A graph that makes tokens of texts runs where tensorflow-text is installed, of the version "
+    r"of TensorFlow\. Received: import of tensorflow_text halted; None in sys\.modules "
+    r"beside TensorFlow 2\.\d+\.\d+\. Install it: pip install 'keras-mrl\[text\]' "
+    r"'tensorflow-text==2\.\d+\.\*'\."
+)
+
+
+def test_a_server_without_tensorflow_text_says_what_it_lacks(version: Path) -> None:
+    said = without_tensorflow_text(
+        f"""
+from keras_mrl_serving.server.loading import LoadOptions, load
+from keras_mrl_serving.server.status import StatusError
+try:
+    load({str(version)!r}, LoadOptions())
+except StatusError as error:
+    print(error.code.name, error.message)
+"""
+    )
+    assert re.fullmatch(f"FAILED_PRECONDITION {MISSING}", said)
+
+
+def test_a_server_imports_tensorflow_text_where_a_graph_needs_it(version: Path) -> None:
+    script = f"""
+import sys
+import numpy as np
+from keras_mrl_serving._session import SavedModelSession
+assert "tensorflow_text" not in sys.modules
+with SavedModelSession({str(version)!r}) as session:
+    text = np.array([b"a cat"], dtype=object)
+    print(session.run("embed_8", {{"text": text}})["embedding"].shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "(1, 8)"
+
+
+def test_an_export_without_tensorflow_text_says_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow_text", None)
+    assert re.fullmatch(MISSING, refusal(ImportError, tmp_path))
