@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from keras_mrl.text import are_texts, pooling_of, preprocessor_of
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.contract import CLASSIFY_ADAPTIVE
 from keras_mrl_serving.index import ExactIndex
+from keras_mrl_serving.prompts import check_gallery_prompt
 
 from .arguments import (
     check_base_path,
@@ -44,11 +46,18 @@ from .exits import (
     read_exits,
     relative_costs,
 )
-from .job import Job, TowerJob, draw_model_id, terms_of
+from .job import Job, TextJob, TowerJob, draw_model_id, terms_of
 from .model_file import in_float32
 from .process import build_on_tensorflow
 from .publish import check_version, publishing
-from .sample import Sample, outputs_of, read_sample, read_text_sample, takes_tokens
+from .sample import (
+    Sample,
+    is_alike_without_padding,
+    outputs_of,
+    read_sample,
+    read_text_sample,
+    takes_tokens,
+)
 from .text import check_preprocessor
 
 
@@ -153,7 +162,8 @@ def export_saved_model(
         ValueError: If an argument does not fit the model, no written signature uses the policy, or
             nothing says what the one output of a head is.
         FileExistsError: If `version` exists.
-        EncoderMismatchError: If `index` was built with embeddings of another model.
+        EncoderMismatchError: If `index` was built with embeddings of another model, or with a
+            prompt that is none of `prompts`.
         ExportError: If the model cannot be rebuilt on TensorFlow, or a signature differs from it.
     """
     folder = check_base_path(base_path)
@@ -181,7 +191,9 @@ def export_saved_model(
         tower = gallery_backbone(model, backbone)
         if other_preprocessor is None and takes_tokens(tower) and are_texts(other_sample):
             other_preprocessor = preprocessor_of(tower) or preprocessor
-        other_read = _read_other(tower, other_sample, other_decoder, other_preprocessor)
+        other_read = _read_other(
+            tower, other_sample, other_decoder, other_preprocessor, prompts or {}
+        )
     activation = choose_activation(model, split(model)[1], activation, policy)
     if dims is None and split(model)[1] is None:
         dims = dims_of_loss(model)
@@ -208,6 +220,7 @@ def export_saved_model(
     top_k = choose_top_k(top_k, num_classes, activation)
     if index is not None:
         check_index(index, served, normalize)
+        check_gallery_prompt(index.prompt, prompts or {})
     chosen = choose_signatures(
         signatures, served, activation, policy, index, has_other_tower, exits
     )
@@ -216,12 +229,13 @@ def export_saved_model(
     other_tower = None
     if other_read is not None:
         other_features = outputs_of(gallery_backbone(model, backbone), other_read.rows)
+        other_text = _cut(gallery_backbone(model, backbone), other_read, other_features)
         other_tower = TowerJob(
             input_names=other_read.names,
             sample=other_read.served,
             features=other_features[:, : served[-1]],
             decoder=other_decoder,
-            text=other_read.text,
+            text=other_text,
         )
     job = Job(
         base_path=folder.absolute(),
@@ -244,7 +258,7 @@ def export_saved_model(
         terms=None if activation in (None, "softmax") else terms_of(head, features, served),
         index=index,
         decoder=decoder,
-        text=read.text,
+        text=_cut(backbone, read, features),
         other_tower=other_tower,
         warmup_batch_sizes=batch_sizes,
         model_id=draw_model_id() if identity else None,
@@ -258,12 +272,24 @@ def export_saved_model(
     return build_on_tensorflow(model, job)
 
 
+def _cut(backbone: keras.Model, read: Sample, features: Any) -> TextJob | None:
+    """Return what makes tokens of texts, which cuts padding that changes no answer."""
+    if read.text is None:
+        return None
+    alike = is_alike_without_padding(backbone, read.text, features)
+    return replace(read.text, cuts_padding=alike)
+
+
 def _read_other(
-    tower: keras.Model, sample: Any, decoder: ImageDecoder | None, preprocessor: Any
+    tower: keras.Model,
+    sample: Any,
+    decoder: ImageDecoder | None,
+    preprocessor: Any,
+    prompts: Mapping[str, str],
 ) -> Sample:
     try:
         if preprocessor is not None:
-            return read_text_sample(tower, sample, preprocessor, {}, pooling_of(tower))
+            return read_text_sample(tower, sample, preprocessor, prompts, pooling_of(tower))
         return read_sample(tower, sample, decoder)
     except ValueError as error:
         raise ValueError(f"Of the other tower: {error}") from error

@@ -57,6 +57,7 @@ class TextJob:
         lowercase: Whether upper and lower case are the same to it; None where it does not say.
         pooling: How the model makes one vector of those of its tokens; None if unknown.
         prompts: Name to the text that clients put before a text.
+        cuts_padding: Whether the graph cuts what is padding in all texts of a batch.
     """
 
     config: str
@@ -69,6 +70,7 @@ class TextJob:
     lowercase: bool | None
     pooling: str | None
     prompts: Mapping[str, str]
+    cuts_padding: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return what a manifest says of it, but by which operations it runs."""

@@ -19,7 +19,7 @@ from keras_mrl.text import are_texts, as_texts
 
 from .decoder import ImageDecoder
 from .job import ExportError, TextJob
-from .text import TEXT_INPUT, read_texts
+from .text import PADDING_MASK, TEXT_INPUT, read_texts
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -344,3 +344,40 @@ def _shapes(rows: Any) -> str:
 def _on_one_line(error: Exception) -> str:
     text = " ".join(_COLOURS.sub("", str(error)).split())
     return text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + " ..."
+
+
+_TOLERANCE = 1e-5  # of a row's largest magnitude, as `parity` has it
+
+
+def is_alike_without_padding(backbone: keras.Model, text: TextJob, features: Array) -> bool:
+    """Whether a model gives a text the same features when its padding is cut off.
+
+    So it is where attention and pooling look at the padding mask. The graph then cuts what is
+    padding in all texts of a batch: a short text takes a share of the time.
+
+    Args:
+        backbone: The model.
+        text: Its tokens of the sample; the text that has the most padding is tried.
+        features: What the model gives for those, `(rows, width)`.
+    """
+    mask = text.tokens.get(PADDING_MASK)
+    if mask is None or any(None not in own.shape[1:] for own in keras.tree.flatten(backbone.input)):
+        return False
+    lengths = _lengths(mask)
+    row = int(np.argmin(lengths))
+    length = max(int(lengths[row]), 1)
+    if length == mask.shape[1]:
+        return False
+    try:
+        cut = outputs_of(
+            backbone, {name: own[row : row + 1, :length] for name, own in text.tokens.items()}
+        )
+    except (ValueError, ExportError):  # a model of texts of one length
+        return False
+    return bool(np.abs(cut - features[row]).max() <= _TOLERANCE * np.abs(features[row]).max())
+
+
+def _lengths(mask: Array) -> Array:
+    """Return the number of columns up to the last one of each row that is no padding."""
+    columns = np.arange(1, mask.shape[1] + 1)
+    return np.where(mask.astype(bool), columns, 0).max(axis=1)

@@ -27,6 +27,7 @@ Array = npt.NDArray[Any]
 
 TEXT_INPUT = "text"  # served name of the one input
 TOKENS = "token_ids"  # name of the tokens of a tokenizer alone
+PADDING_MASK = "padding_mask"  # name that keras-hub gives it, where it is an input
 # The classes of keras-hub that a tokenizer may be of, and what a manifest calls them.
 _KINDS = {
     "WordPieceTokenizer": "wordpiece",
@@ -132,8 +133,8 @@ def read_texts(
     if missing:
         raise ValueError(
             "A preprocessor must give every input of the model. "
-            f"Received: a {type(preprocessor).__name__}, which gives {', '.join(tokens)}, for a "
-            f"model with {', '.join(expected)}. Give the preprocessor that the model was trained "
+            f"Received: a {type(preprocessor).__name__}, which gives {', '.join(sorted(tokens))}, "
+            f"for a model with {', '.join(expected)}. Give the preprocessor that the model was trained "
             "with."
         )
     with tempfile.TemporaryDirectory(prefix="keras-mrl-text-") as folder:
@@ -240,7 +241,7 @@ def check_tokens(graph: TextGraph, job: TextJob, texts: Array) -> None:
     served = graph.eager(list(texts))
     if len(served) == 1 and len(job.tokens) == 1:
         served = dict(zip(job.tokens, served.values(), strict=True))
-    for name, expected in job.tokens.items():
+    for name, expected in sorted(job.tokens.items(), key=lambda item: item[0] != TOKENS):
         differing = np.flatnonzero((served[name] != expected).any(axis=-1))
         if len(differing):
             row = int(differing[0])

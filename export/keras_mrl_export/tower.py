@@ -11,7 +11,7 @@ import tensorflow as tf
 from .graph import Tensors, first_rows
 from .job import Job, TowerJob
 from .sample import declared_inputs, input_structure
-from .text import TextGraph
+from .text import PADDING_MASK, TextGraph
 
 
 class ServedTower:
@@ -69,6 +69,8 @@ class ServedTower:
         declared = declared_inputs(self.backbone)
         if not declared:
             return tokens
+        if self._job.text is not None and self._job.text.cuts_padding:
+            tokens = _without_padding(tokens)
         if len(declared) == 1 and len(tokens) == 1:
             tokens = dict(zip(declared, tokens.values(), strict=True))
         return {name: tf.cast(tokens[name], tensor.dtype) for name, tensor in declared.items()}
@@ -86,6 +88,14 @@ class ServedTower:
         is_single = len(declared) == 1
         tensors = list(inputs.values()) if is_single else [inputs[name] for name in declared]
         return keras.tree.pack_sequence_as(input_structure(self.backbone), tensors)
+
+
+def _without_padding(tokens: Tensors) -> Tensors:
+    """Return tokens without the last columns that are padding in every row."""
+    mask = tf.cast(tokens[PADDING_MASK], tf.int32)
+    columns = tf.range(1, tf.shape(mask)[1] + 1)
+    length = tf.maximum(tf.reduce_max(mask * columns), 1)
+    return {name: own[:, :length] for name, own in tokens.items()}
 
 
 def _at_least_one_row(inputs: Tensors, rows: Any) -> Tensors:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from inspect import isfunction as is_function
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import tensorflow as tf
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, MatryoshkaHead
 from keras_mrl_export import ExportError, ImageDecoder, export_saved_model
+from keras_mrl_export.build import fingerprint_of
+from keras_mrl_export.text import read_texts
 from keras_mrl_serving import truncate
 from keras_mrl_serving._session import SavedModelSession, operations_of
+from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.text_operations import TEXT_OPERATIONS
@@ -23,7 +27,6 @@ from tests.helpers.export_models import (
     NAMES,
     Array,
     assert_equal_rows,
-    halving_policy,
     outputs,
     read_manifest,
     warmup_records,
@@ -87,6 +90,8 @@ def test_texts_are_served_as_the_model_embeds_their_tokens(kind: str, tmp_path: 
     }
     assert "TFText>RoundRobinTrim" in operations
     assert {*operations} <= {*TEXT_OPERATIONS}
+    # The cache of keras-hub would grow by every new word that a server is asked.
+    assert not [name for name in operations_of(path) if "Mutable" in name or "Insert" in name]
     rows = [*ODD, *TEXTS]
     expected = truncate(features(model, preprocessor, rows), 8)
     with SavedModelSession(path) as session:
@@ -124,25 +129,20 @@ def export(folder: Path, model: Any = None, preprocessor: Any = None, **argument
     )
 
 
-def test_a_byte_pair_tokenizer_keeps_no_word_of_a_client(tmp_path: Path) -> None:
-    """The cache of keras-hub would grow by every new word that a server is asked."""
-    path = export(tmp_path, texts.encoder("bytepair"), texts.bytepair())
-    operations = operations_of(path)
-    assert not {name for name in operations if "MutableHashTable" in name or "Insert" in name}
-
-
 def test_a_classifier_of_texts_has_every_signature(tmp_path: Path) -> None:
     """A cascade, class names and a gallery: in one call from texts to neighbours."""
     backbone, preprocessor = texts.encoder("wordpiece"), texts.wordpiece()
     model = MatryoshkaClassifier(backbone, MatryoshkaHead(len(NAMES), DIMS))
     rows = [*TEXTS, "a dog", "the mat", "on", "ran ran"]
     taken = tokens(preprocessor, rows)
-    gallery, logits = outputs(backbone, taken), outputs(model, taken)
+    gallery = outputs(backbone, taken)
+    labels = np.arange(len(rows)) % len(NAMES)
+    policy = CascadePolicy.learn(outputs(model, taken), labels, DIMS)
     path = export(
         tmp_path,
         model,
         preprocessor,
-        policy=halving_policy(logits),
+        policy=policy,
         labels=NAMES,
         index=ExactIndex.build(gallery, FunnelSchedule(DIMS, (6,), 2)),
         activation="softmax",
@@ -175,9 +175,12 @@ def test_two_towers_may_take_texts(tmp_path: Path) -> None:
 
 def test_a_fingerprint_is_of_all_by_which_tokens_are_made(tmp_path: Path) -> None:
     model = texts.encoder("wordpiece")
+    file = tmp_path / "model.keras"
+    model.save(file)
 
-    def fingerprint(preprocessor: Any, **arguments: Any) -> str:
-        return read_manifest(export(tmp_path, model, preprocessor, **arguments)).fingerprint
+    def fingerprint(own: Any, pooling: str = "mean", **prompts: str) -> str:
+        text = read_texts(own, column(TEXTS), model.input, prompts, pooling)
+        return fingerprint_of(model, file, {}, None, True, None, [text])
 
     other_word = texts.wordpiece()
     other_word.tokenizer.set_vocabulary(
@@ -188,7 +191,8 @@ def test_a_fingerprint_is_of_all_by_which_tokens_are_made(tmp_path: Path) -> Non
         fingerprint(texts.wordpiece(10)),
         fingerprint(texts.wordpiece(strip_accents=True)),
         fingerprint(other_word),
-        fingerprint(texts.wordpiece(), prompts={"query": "the "}),
+        fingerprint(texts.wordpiece(), query="the "),
+        fingerprint(texts.wordpiece(), pooling="first"),
     ]
     assert len({*prints}) == len(prints)
     assert fingerprint(texts.wordpiece()) == prints[0]
@@ -283,8 +287,7 @@ def without_length() -> Any:
 def test_what_cannot_be_served_is_refused(
     arguments: dict[str, Any], kind: type[Exception], sentence: str, tmp_path: Path
 ) -> None:
-    makers = (without_length, texts.bytepair, texts.wordpiece)
-    given = {name: own() if own in makers else own for name, own in arguments.items()}
+    given = {name: own() if is_function(own) else own for name, own in arguments.items()}
     assert refusal(kind, tmp_path, **given) == sentence
 
 
