@@ -21,6 +21,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +131,8 @@ def compare_tokens(encoder: Any, original: Original, texts: Sequence[str]) -> di
     for row in differing[:_QUOTED]:
         [own] = tokenize(encoder.preprocessor, [texts[row]])["token_ids"]
         ids = own[: len(expected[row]) + 3].tolist()
-        first = next(
-            (
-                i
-                for i, pair in enumerate(zip(ids, expected[row], strict=False))
-                if pair[0] != pair[1]
-            ),
-            0,
-        )
+        pairs = enumerate(zip(ids, expected[row], strict=False))
+        first = next((place for place, pair in pairs if pair[0] != pair[1]), 0)
         shown[texts[row][:40]] = [
             [show(i) for i in some[first : first + 5]] for some in (ids, expected[row])
         ]
@@ -180,28 +175,22 @@ def measure_times(
     from keras_mrl.text import tokenize
 
     times: dict[str, Any] = {}
+    name = f"embed_{encoder.output_shape[-1]}"
     for size in (1, _AT_ONCE):
         some = list(texts[:size])
         column = np.array([text.encode() for text in some], dtype=object)
-        padded = tokenize(encoder.preprocessor, some)
+        own = tokenize(encoder.preprocessor, some)
+        padded = {key: rows.astype(np.int32) for key, rows in own.items()}
         longest = max(map(len, original.ids(some)))
-        cut = {name: own[:, :longest] for name, own in padded.items()}
-        name = f"embed_{encoder.output_shape[-1]}"
-        times[str(size)] = {
-            "tokenizers, in a client": milliseconds(lambda some=some: original.ids(some)),
-            "tokenizer of the graph": milliseconds(
-                lambda some=some: tokenize(encoder.preprocessor, some)
-            ),
-            "texts to embeddings": milliseconds(
-                lambda column=column: session.run(name, {"text": column})
-            ),
-            "tokens to embeddings, padded": milliseconds(
-                lambda padded=padded: tokens.run(name, padded), 5
-            ),
-            "tokens to embeddings, cut by the client": milliseconds(
-                lambda cut=cut: tokens.run(name, cut)
-            ),
+        cut = {key: rows[:, :longest] for key, rows in padded.items()}
+        work: dict[str, Callable[[], Any]] = {
+            "tokenizers, in a client": partial(original.ids, some),
+            "tokenizer of the graph": partial(tokenize, encoder.preprocessor, some),
+            "texts to embeddings": partial(session.run, name, {"text": column}),
+            "tokens to embeddings, padded": partial(tokens.run, name, padded),
+            "tokens to embeddings, cut by the client": partial(tokens.run, name, cut),
         }
+        times[str(size)] = {what: milliseconds(own) for what, own in work.items()}
     return {"length": length, "milliseconds": times}
 
 
@@ -220,6 +209,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from keras_mrl import TextEncoder
+    from keras_mrl.text import tokenize
     from keras_mrl_export import export_saved_model
     from keras_mrl_serving._session import SavedModelSession
 
@@ -235,8 +225,6 @@ def main() -> None:
         options: dict[str, Any] = {"dims": (width,), "identity": False}
         options["signatures"] = [f"embed_{width}"]
         version = export_saved_model(encoder, Path(folder) / "texts", texts[:8], **options)
-        from keras_mrl.text import tokenize
-
         sample = tokenize(encoder.preprocessor, texts[:8])
         without = export_saved_model(encoder, Path(folder) / "tokens", sample, **options)
         with SavedModelSession(version) as session, SavedModelSession(without) as tokens:

@@ -134,8 +134,8 @@ def read_texts(
         raise ValueError(
             "A preprocessor must give every input of the model. "
             f"Received: a {type(preprocessor).__name__}, which gives {', '.join(sorted(tokens))}, "
-            f"for a model with {', '.join(expected)}. Give the preprocessor that the model was trained "
-            "with."
+            f"for a model with {', '.join(expected)}. Give the preprocessor that the model was "
+            "trained with."
         )
     with tempfile.TemporaryDirectory(prefix="keras-mrl-text-") as folder:
         tokenizer.save_assets(folder)

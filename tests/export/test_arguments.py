@@ -449,7 +449,7 @@ def test_a_policy_that_no_signature_uses_is_refused() -> None:
 def test_one_tower_has_no_rows_of_another(tmp_path: Path, name: str) -> None:
     given = {"other_sample": X, "other_decoder": ImageDecoder(height=4, width=4)}
     text = (
-        "other_sample and other_decoder are of the other tower of a model of two. "
+        f"{name} is of the other tower of a model of two. "
         f"Received: {name} for Functional 'small', which has one. Leave it out, or export a "
         "MatryoshkaEncoder(tower, other_tower)."
     )

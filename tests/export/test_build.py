@@ -2,7 +2,6 @@
 
 import re
 import resource
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from keras_mrl import MatryoshkaEncoder
 from keras_mrl_export import ExportError, ImageDecoder, export_saved_model
 from keras_mrl_export.build import fingerprint_of, fingerprint_of_index
 from keras_mrl_export.model_file import load, save
+from keras_mrl_serving._session import operations_of
 from keras_mrl_serving.index import ExactIndex
+from keras_mrl_serving.text_operations import TEXT_OPERATIONS
 from tests.helpers.export_galleries import GALLERY, IDS, SCHEDULES, index_of
 from tests.helpers.export_images import DECODER, EXACT, encoded, model_of_images
 from tests.helpers.export_models import X, dense, read_manifest
@@ -159,29 +160,38 @@ def refused_operations(model: keras.Model, base_path: Path, sample: Any) -> list
         export_saved_model(model, base_path, sample)
     assert list(base_path.iterdir()) == []
     match = re.fullmatch(
-        r"A served graph may hold only operations of TensorFlow itself\. "
-        r"Received: a model that needs (.*)\. Do this before the model, in the client, or by "
-        r"layers of Keras: TextVectorization for a tokenizer of tensorflow-text, keras\.ops for "
-        r"tf\.py_function\.",
+        r"A served graph may hold only operations that TensorFlow Serving has: those of "
+        r"TensorFlow and of tensorflow-text\. Received: a model that needs (.*)\. Do this before "
+        r"the model, in the client, or by layers of Keras: keras\.ops for tf\.py_function\.",
         str(caught.value),
     )
     assert match
     return match[1].split(", ")
 
 
-def test_a_tokenizer_that_no_server_has_is_refused(tmp_path: Path) -> None:
-    """It runs in this process, where tensorflow-text is imported."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tokenizers = pytest.importorskip("keras_hub").tokenizers
-    words = tokenizers.WordPieceTokenizer(
-        vocabulary=["[PAD]", "[UNK]", "a", "cat", "##s"], sequence_length=4
-    )
+class Bits(keras.layers.Layer):
+    """The bits of the first letters of a text, by an operation of tensorflow-text."""
+
+    def call(self, texts: Any) -> Any:
+        import tensorflow_text
+
+        return tensorflow_text.utf8_binarize(texts, word_length=4, bits_per_char=2)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return (*input_shape, 8)
+
+    def compute_output_spec(self, texts: Any) -> Any:
+        return keras.KerasTensor(self.compute_output_shape(texts.shape))
+
+
+def test_an_operation_of_tensorflow_text_is_served(tmp_path: Path) -> None:
+    """TensorFlow Serving has it built in."""
+    pytest.importorskip("tensorflow_text")
     inputs = keras.Input((), dtype="string", name="text")
-    vectors = keras.layers.Embedding(5, 4)(words(inputs))
-    model = keras.Model(inputs, keras.layers.Flatten()(vectors))
-    needed = refused_operations(model, tmp_path, np.array(["a cat", "cats"], dtype=object))
-    assert "WordpieceTokenizeWithOffsets" in "".join(needed)
+    model = keras.Model(inputs, Bits()(inputs))
+    sample = np.array(["a", "b"], dtype=object)
+    path = export_saved_model(model, tmp_path, sample, dims=(8,), signatures=["embed"])
+    assert {"TFText>Utf8Binarize"} == operations_of(path) & {*TEXT_OPERATIONS}
 
 
 class Python(keras.layers.Layer):
