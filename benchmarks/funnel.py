@@ -41,8 +41,8 @@ from rivals import FACTORIES, Ids, Rival, over_prefixes, rival_of, svs_rival
 from keras_mrl_serving import FaissIndex, FirstStage, Projection, open_index
 from keras_mrl_serving.index import Choice, Plan
 from keras_mrl_serving.index.base import IndexFacts
-from keras_mrl_serving.index.first_stage import Shortlister
 from keras_mrl_serving.index.planner import Trials, choose_funnel
+from keras_mrl_serving.index.shortlister import Shortlister
 
 Vectors = npt.NDArray[np.float32]
 
@@ -188,7 +188,7 @@ def _built(data: Data, plan: Plan, folder: Path) -> Rival:
         ids: Ids = index.search(queries, k).ids
         return ids
 
-    return Rival(f"ours: {name}", ("",), lambda _: None, search, path, seconds, plan)
+    return Rival(f"ours: {name}", (("",),), lambda _: None, search, path, seconds, plan)
 
 
 def _compare(
@@ -257,10 +257,11 @@ def _rivals(arguments: argparse.Namespace, plain: Data, plans: Sequence[Plan]) -
     shared = "minilm" if arguments.adaptor else arguments.name
     for name, (factory, effort) in FACTORIES.items():
         if chosen is None or name in chosen:
-            text = factory.format(lists=1024, half=width // 2, cut=cut, half_cut=cut // 2)
+            sizes = {"lists": 1024, "width": width, "half": width // 2}
+            text = factory.format(**sizes, cut=cut, half_cut=cut // 2)
             path = arguments.work / f"{shared}-{text.replace(',', '+')}.faiss"
             try:
-                yield rival_of(name.format(cut=cut), text, effort, plain.gallery, path)
+                yield rival_of(name.format(cut=cut, width=width), text, effort, plain.gallery, path)
             except RuntimeError as error:
                 print(f"  {name}: {str(error)[-120:]}", flush=True)
     if arguments.svs is not None and (chosen is None or "SVS" in chosen):
@@ -270,16 +271,18 @@ def _rivals(arguments: argparse.Namespace, plain: Data, plans: Sequence[Plan]) -
 def _tuned(rival: Rival, data: Data, truth: Ids, targets: Sequence[float]) -> dict[float, str]:
     """Return the fastest setting that surely reaches each target, as a plan's must."""
     best: dict[float, tuple[float, str]] = {}
-    for setting in rival.settings:
-        rival.set_to(setting)
-        hits = _hits(rival.search(data.planning, K), truth)
-        surely = hits.mean() - hits.std(ddof=1) / np.sqrt(len(hits))
-        reached = [target for target in targets if surely >= target]
-        if not reached:
-            continue
-        seconds = min(_seconds(rival, data.planning, start) for start in (0, 300))
-        for target in reached:
-            best[target] = min(best.get(target, (np.inf, "")), (seconds, setting))
+    for group in rival.settings:
+        for setting in group:
+            rival.set_to(setting)
+            hits = _hits(rival.search(data.planning, K), truth)
+            surely = hits.mean() - hits.std(ddof=1) / np.sqrt(len(hits))
+            reached = [target for target in targets if surely >= target]
+            if reached:
+                seconds = min(_seconds(rival, data.planning, start) for start in (0, 300))
+            for target in reached:
+                best[target] = min(best.get(target, (np.inf, "")), (seconds, setting))
+            if len(reached) == len(targets):
+                break
     return {target: setting for target, (_, setting) in best.items()}
 
 

@@ -29,9 +29,10 @@ from galleries import synthetic
 
 from keras_mrl_serving import FirstStage, FunnelSchedule
 from keras_mrl_serving.index.base import IndexFacts
-from keras_mrl_serving.index.first_stage import Shortlister, lists_for
+from keras_mrl_serving.index.first_stage import lists_for
 from keras_mrl_serving.index.plan import Choice
 from keras_mrl_serving.index.planner import Trials
+from keras_mrl_serving.index.shortlister import Shortlister
 
 DIM, K, RECALL = 64, 10, 0.95
 ID_BYTES = 8  # of an id in memory

@@ -30,9 +30,10 @@ from .base import (
     rounding,
 )
 from .filters import Filter
-from .first_stage import FirstStage, Progress, Shortlister, check_first_stage, import_faiss
+from .first_stage import FirstStage, check_first_stage, import_faiss
 from .ids import RowIds, check_ids
 from .refined import over_rows, unscaled
+from .shortlister import Progress, Shortlister
 from .storage import IndexWriter, SavedFiles, open_saved, read_ids, write_ids
 
 ENGINE = "faiss"

@@ -18,8 +18,9 @@ from ..funnel import FunnelSchedule
 from ..projection import Projection, principal_directions
 from .base import Ids, Index, IndexFacts, Vectors, check_embeddings
 from .faiss import FaissIndex, closest, wider_dims
-from .first_stage import FirstStage, Shortlister
+from .first_stage import FirstStage
 from .plan import Choice, Measure, recall_against, time_per_query
+from .shortlister import Shortlister
 
 Says = Callable[[str], object]  # called with a line about what is tried
 Timer = Callable[[Index, Vectors, int], float]  # (index, queries, batch) -> seconds per query

@@ -18,7 +18,7 @@ from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage
 from keras_mrl_serving.index.base import IndexFacts
 from keras_mrl_serving.index.faiss import wider_dims
 from keras_mrl_serving.index.filters import Filter
-from keras_mrl_serving.index.first_stage import Shortlister
+from keras_mrl_serving.index.shortlister import Shortlister
 from keras_mrl_serving.results import Neighbors
 from tests.helpers.galleries import (
     FLAT,

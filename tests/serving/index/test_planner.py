@@ -11,9 +11,10 @@ import pytest
 from keras_mrl_serving.errors import TargetNotReachedError
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import FaissIndex, FirstStage, Plan, plan_funnel
-from keras_mrl_serving.index.first_stage import Shortlister, import_faiss
+from keras_mrl_serving.index.first_stage import import_faiss
 from keras_mrl_serving.index.plan import Choice, Measure, front, precision_by_label, time_per_query
 from keras_mrl_serving.index.planner import Trials, choose_funnel
+from keras_mrl_serving.index.shortlister import Shortlister
 from keras_mrl_serving.projection import Projection
 from keras_mrl_serving.results import Neighbors
 from tests.helpers.galleries import FLAT, METRICS, Array, Refuses, clusters, true_scores

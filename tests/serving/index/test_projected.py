@@ -7,7 +7,7 @@ import pytest
 
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import FaissIndex, FirstStage, open_index, plan_funnel
-from keras_mrl_serving.index.first_stage import Shortlister
+from keras_mrl_serving.index.shortlister import Shortlister
 from keras_mrl_serving.projection import Projection, principal_directions
 from tests.helpers.galleries import METRICS, Array, Refuses, assert_same, clusters
 
