@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -38,7 +39,7 @@ import numpy.typing as npt
 from memory import measured_memory
 from rivals import FACTORIES, Ids, Rival, over_prefixes, rival_of, svs_rival
 
-from keras_mrl_serving import FaissIndex, FirstStage, Projection, open_index
+from keras_mrl_serving import FaissIndex, FirstStage, FunnelSchedule, Projection, open_index
 from keras_mrl_serving.index import Choice, Plan
 from keras_mrl_serving.index.base import IndexFacts
 from keras_mrl_serving.index.planner import Trials, choose_funnel
@@ -53,18 +54,25 @@ BATCH = 100
 
 
 class KeptTrials(Trials):
-    """Trials that build every first stage once, whatever the target and the queries."""
+    """Trials that build every first stage once, whatever the target, the queries and the run."""
 
     kept: ClassVar[dict[tuple[int, str], Shortlister]] = {}
+    files: ClassVar[str] = ""  # what the names of their files begin with
 
     def first(self, dim: int, spec: FirstStage) -> Shortlister | None:
         """Return a first stage, built now or before."""
         key = (dim, spec.factory)
         if key not in self.kept:
-            first = super().first(dim, spec)
-            if first is None:
-                return None
-            self.kept[key] = first
+            path = Path(f"{self.files}-{dim}-{spec.factory.replace(',', '+')}.faiss")
+            if path.exists():
+                facts = IndexFacts(FunnelSchedule((dim,), (), K))
+                self.kept[key] = Shortlister.read(path, spec, self.num_rows, facts)
+            else:
+                first = super().first(dim, spec)
+                if first is None:
+                    return None
+                first.write(path)
+                self.kept[key] = first
         return self.kept[key]
 
     def timed_again(self, choices: Sequence[Choice]) -> list[Choice]:
@@ -129,6 +137,7 @@ def main() -> None:
     if arguments.kinds is not None:
         kinds = [FirstStage.least(factory) for factory in arguments.kinds.split(";")]
     targets = [float(target) for target in arguments.targets.split(",")]
+    KeptTrials.files = str(arguments.work / f"{arguments.name}-first")
     plans = _plans(data, dims, kinds, targets)
     report: dict[str, Any] = {"name": arguments.name, "plan_cpu_s": time.process_time() - began}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
@@ -252,20 +261,28 @@ def _rivals(arguments: argparse.Namespace, plain: Data, plans: Sequence[Plan]) -
     """Build the rivals, each when the one before it may be dropped."""
     chosen = None if arguments.only is None else set(arguments.only.split(";"))
     width = plain.gallery.shape[1]
-    cut = next((p.schedule.dims[0] for p in plans if p.schedule.dims[0] < width), 96)
+    cuts = sorted({_first_width(plan) for plan in plans} - {width}) or [96]
     # Turned rows have the same cosines, so both sets share what was built of the rows as they were.
     shared = "minilm" if arguments.adaptor else arguments.name
     for name, (factory, effort) in FACTORIES.items():
         if chosen is None or name in chosen:
             sizes = {"lists": 1024, "width": width, "half": width // 2}
-            text = factory.format(**sizes, cut=cut, half_cut=cut // 2)
-            path = arguments.work / f"{shared}-{text.replace(',', '+')}.faiss"
-            try:
-                yield rival_of(name.format(cut=cut, width=width), text, effort, plain.gallery, path)
-            except RuntimeError as error:
-                print(f"  {name}: {str(error)[-120:]}", flush=True)
+            for cut in cuts if "{cut}" in name else cuts[:1]:
+                text = factory.format(**sizes, cut=cut, half_cut=cut // 2)
+                path = arguments.work / f"{shared}-{text.replace(',', '+')}.faiss"
+                label = name.format(cut=cut, width=width)
+                try:
+                    yield rival_of(label, text, effort, plain.gallery, path)
+                except RuntimeError as error:
+                    print(f"  {label}: {str(error)[-120:]}", flush=True)
     if arguments.svs is not None and (chosen is None or "SVS" in chosen):
         yield svs_rival(arguments.svs, plain.gallery)
+
+
+def _first_width(plan: Plan) -> int:
+    """Return how many coordinates a first stage looks at, of the rows or of a projection."""
+    projected = re.match(r"(?:Projected|OPQ[0-9]+_)([0-9]+),", plan.first_stage.factory)
+    return plan.schedule.dims[0] if projected is None else int(projected[1])
 
 
 def _tuned(rival: Rival, data: Data, truth: Ids, targets: Sequence[float]) -> dict[float, str]:
@@ -342,8 +359,8 @@ def _recall(found: Ids, truth: Ids) -> float:
 def _promise(data: Data, plans: Sequence[Plan], splits: int) -> dict[str, Any]:
     """Return in how many splits of fresh queries a plan keeps what it promised.
 
-    Each split draws half of all queries to plan on, and measures the plan on the others. The
-    planner chooses among the settings of the first stage that was planned.
+    Each split draws 1,000 queries to plan on, and measures the plan on the others. The planner
+    chooses among the settings and shortlists of the first stage that was planned.
     """
     queries = np.concatenate([data.planning, data.judging])
     spec, dims = plans[0].first_stage, tuple(dict.fromkeys(plans[0].schedule.dims))

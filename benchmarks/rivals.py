@@ -42,6 +42,9 @@ FACTORIES: dict[str, tuple[str, str]] = {
     "PCA{width}, HNSW32 Panorama": ("PCA{width},HNSW32_FlatPanorama8", "graph"),
     "PCA{cut}, HNSW32, refined": ("PCA{cut},HNSW32", "refined graph"),
     "PCA{cut}, HNSW32 SQ8, refined": ("PCA{cut},HNSW32_SQ8", "refined graph"),
+    "PCA{cut}, PQ fast scan, refined": ("PCA{cut},PQ{half_cut}x4fs", "refined"),
+    "OPQ{cut}, PQ fast scan, refined": ("OPQ{half_cut}_{cut},PQ{half_cut}x4fs", "refined"),
+    "PCA{cut}, IVF Panorama, refined": ("PCA{cut},IVF{lists},FlatPanorama8_64", "refined lists"),
     "PCA{cut}, IVF PQ fast scan, refined": (
         "PCA{cut},IVF{lists},PQ{half_cut}x4fs",
         "refined lists",
@@ -134,21 +137,19 @@ def over_prefixes(folder: Path, schedule: FunnelSchedule, spec: FirstStage) -> R
         for setting in spec.settings.split(","):
             key, _, value = setting.partition("=")
             faiss.ParameterSpace().set_index_parameter(base, key, float(value))
-    width, dim = schedule.dims[-1], schedule.dims[0]
-    gallery = np.load(next(folder.glob(f"rows_{width}-*.npy")))
-    rows = faiss.IndexFlatIP(width)
-    rows.add(gallery)
-    parts: list[Any] = [base, rows]
-    cut = base
-    if dim < width:
-        remap = faiss.RemapDimensionsTransform(width, dim, False)  # type: ignore[arg-type]
-        normalize = faiss.NormalizationTransform(dim)
-        cut = faiss.IndexPreTransform(normalize, base)
-        cut.prepend_transform(remap)
-        parts += [remap, normalize, cut]
-    index: Any = faiss.IndexRefine(cut, rows) if schedule.shortlists else base
-    if schedule.shortlists:
-        index.k_factor = (schedule.shortlists[0] + 0.5) / schedule.k
+    index, parts, dim = base, [base], schedule.dims[0]
+    sizes = (*schedule.shortlists, schedule.k)
+    for wider, size, next_size in zip(schedule.dims[1:], sizes, sizes[1:], strict=False):
+        if wider != dim:
+            remap = faiss.RemapDimensionsTransform(wider, dim, False)  # type: ignore[arg-type]
+            index = faiss.IndexPreTransform(remap, index)
+            parts += [remap, index]
+        rows = faiss.IndexFlatIP(wider)
+        rows.add(np.load(next(folder.glob(f"rows_{wider}-*.npy"))))
+        index = faiss.IndexRefine(index, rows)
+        index.k_factor = (size + 0.5) / next_size
+        parts += [rows, index]
+        dim = wider
 
     def search(queries: Vectors, k: int, parts: Any = parts) -> Ids:
         del parts

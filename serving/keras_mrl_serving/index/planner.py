@@ -52,9 +52,10 @@ def plan_funnel(
     ruled out whose exact prefixes do not reach it with a shortlist of 64 times `k`, or
     only with one that makes a search read 24 times what another dim does. For the others, narrow
     ones first, every kind of first stage is built and set ever harder until it reaches the
-    target, with a shortlist as short as may be; once a dim is 1.5 times slower than the best,
-    wider dims are not tried but the last. Near the best, other codes, projections, settings and
-    shortlists between the doubled ones are tried, and a stage in between. Cost is the median time
+    target or takes twice as long as the best, with a shortlist as short as may be; once a dim is
+    1.5 times slower than the best, wider dims are not tried but the last. Then come other codes and
+    projections, and for the fastest first stages settings and shortlists between the doubled ones,
+    and a stage in between. Cost is the median time
     per query, of rows in memory: for single queries the processor time of their thread. The
     fastest are timed once more, in laps one after the other. A funnel
     reaches the target if its quality less one standard error does; fresh queries may still find a
@@ -156,7 +157,8 @@ _MIDDLES = (2, 4, 8)  # shortlists of a stage in between, times k
 _TOO_MUCH = 24  # times the least that any dim's shortlists make a search read
 _FLAT = "Flat"
 _TOO_SLOW = 1.5  # times the best: dims wider than one so slow are not tried
-_TIMED_AGAIN = 4  # of the fastest funnels
+_TWICE = 2  # times the best: a first stage so slow is set no harder
+_TIMED_AGAIN = 4  # of the fastest funnels, and of the fastest first stages those that are kept
 _PROJECTED_DIMS = 2  # of a projection that first stages are tried at
 _ROWS_PER_CENTROID = 39  # that FAISS wants at least
 
@@ -204,8 +206,9 @@ def choose_funnel(
         worth = [spec for spec in specs if _is_worth(dim, spec, shortlists, trials.num_rows)]
         at_dim: list[Choice] = []
         for spec in worth:
-            at_dim += _coarse_choices(trials, dim, target, shortlists[dim] or 0, spec)
-            trials.keep(_fastest([*choices, *at_dim], target))
+            fastest = cheapest([*choices, *at_dim], target)
+            at_dim += _coarse_choices(trials, dim, target, shortlists[dim] or 0, spec, fastest)
+            trials.keep(_fastest_of_each([*choices, *at_dim], target))
         choices += at_dim
         best_at_dim = cheapest(at_dim, target)
         if best and best_at_dim and best_at_dim.seconds > _TOO_SLOW * best.seconds:
@@ -214,11 +217,11 @@ def choose_funnel(
         raise trials.refused
     best = cheapest(choices, target)
     if best is not None and first_stages is None:
-        choices += _other_codes(trials, best)
+        choices += _other_codes(trials, _fastest_of_each(choices, target))
         choices += _projected_choices(trials, choices, dims, target)
-        best = cheapest(choices, target)
+    for coarse in _fastest_of_each(choices, target):
+        choices += _fine_choices(trials, coarse, dims, target)
     if best is not None:
-        choices += _fine_choices(trials, best, dims, target)
         fastest = _fastest(choices, target)
         trials.keep(fastest)
         again = {
@@ -235,6 +238,23 @@ def _fastest(choices: Sequence[Choice], target: float) -> list[Choice]:
     """Return the fastest few that reach the target, the fastest first."""
     reaching = [choice for choice in choices if choice.quality_less_error >= target]
     return sorted(reaching, key=lambda choice: choice.seconds)[:_TIMED_AGAIN]
+
+
+def _fastest_of_each(choices: Sequence[Choice], target: float) -> list[Choice]:
+    """Return the fastest funnel of each first stage that may win, the fastest first.
+
+    Settings were doubled: what is 1.5 times slower than the best may be faster between two of them.
+    """
+    best = cheapest(choices, target)
+    if best is None:
+        return []
+    reaching = [choice for choice in choices if choice.quality_less_error >= target]
+    by_first: dict[tuple[int, str], Choice] = {}
+    for choice in sorted(reaching, key=lambda choice: choice.seconds):
+        if choice.seconds <= _TOO_SLOW * best.seconds:
+            key = (choice.schedule.dims[0], choice.first_stage.factory)
+            by_first.setdefault(key, choice)
+    return list(by_first.values())[:_TIMED_AGAIN]
 
 
 def _usual(dim: int, last_dim: int, num_rows: int) -> list[FirstStage]:
@@ -256,10 +276,12 @@ def _lists(codes: str, num_rows: int) -> list[str]:
     return [f"IVF{lists},{codes}"] if num_rows >= 1.1 * _ROWS_PER_CENTROID * lists else []
 
 
-def _other_codes(trials: Trials, best: Choice) -> Iterator[Choice]:
-    """Measure the best graph with its rows in bfloat16."""
-    if best.first_stage.factory != "HNSW32_SQ8":
+def _other_codes(trials: Trials, fastest: Sequence[Choice]) -> Iterator[Choice]:
+    """Measure the fastest graph of int8 with its rows in bfloat16."""
+    graphs = [choice for choice in fastest if choice.first_stage.factory == "HNSW32_SQ8"]
+    if not graphs:
         return
+    best = graphs[0]
     dim, sizes = best.schedule.dims[0], best.schedule.shortlists
     spec = replace(best.first_stage, factory="HNSW32_SQbf16")
     first = trials.first(dim, spec)
@@ -283,17 +305,23 @@ def _projected_choices(
         if shortlist is None or shortlist > _TOO_MUCH * best.schedule.k:
             continue
         tried += 1
-        kinds = [f"{PROJECTED}{dim},HNSW32_SQbf16"]
-        if dim % 2 == 0:
-            codes = f"PQ{dim // 2}x4fs"
-            kinds += [f"{PROJECTED}{dim},{lists}" for lists in _lists(codes, trials.num_rows)]
-            kinds += [f"OPQ{dim // 2}_{dim},{lists}" for lists in _lists(codes, trials.num_rows)]
+        codes = f"PQ{dim // 2}x4fs"
+        coded = [codes, *_lists(codes, trials.num_rows)] if dim % 2 == 0 else []
+        kinds = [f"{PROJECTED}{dim},{kind}" for kind in ("HNSW32_SQbf16", *coded)]
         measured: list[Choice] = []
-        for factory in kinds:
-            spec = replace(FirstStage.least(factory), projection=trials.projection)
-            measured += _coarse_choices(trials, last, target, shortlist, spec)
-            trials.keep(_fastest([*choices, *measured], target))
+        while kinds:
+            spec = replace(FirstStage.least(kinds.pop(0)), projection=trials.projection)
+            fastest = cheapest([*choices, *measured], target)
+            measured += _coarse_choices(trials, last, target, shortlist, spec, fastest)
+            trials.keep(_fastest_of_each([*choices, *measured], target))
+            if not kinds and coded:  # OPQ learns long: for the codes that were faster
+                found = [c for c in measured if c.first_stage.factory.endswith("x4fs")]
+                faster = cheapest(found, target)
+                if faster is not None:
+                    kinds = [faster.first_stage.factory.replace(PROJECTED, f"OPQ{dim // 2}_")]
+                coded = []
         yield from measured
+        choices = [*choices, *measured]
 
 
 def _is_worth(
@@ -322,26 +350,35 @@ _EXACT = re.compile(r"(IVF[0-9]+(_HNSW[0-9]+)?,)?Flat|HNSW[0-9]*(,Flat)?")
 
 
 def _coarse_choices(
-    trials: Trials, dim: int, target: float, shortlist: int, spec: FirstStage
+    trials: Trials,
+    dim: int,
+    target: float,
+    shortlist: int,
+    spec: FirstStage,
+    best: Choice | None,
 ) -> Iterator[Choice]:
-    """Measure funnels from one dim, doubling settings and shortlists until they are enough."""
+    """Measure funnels from one dim, doubling settings and shortlists until they are enough.
+
+    Or until they take twice as long as the best.
+    """
     first = trials.first(dim, spec)
     if first is None:
         return
     # A longer shortlist changes nothing for an exact first stage, nor for rows as they are.
     is_alone = not trials.funnel(dim, shortlist).shortlists
     is_exact = spec.factory == _FLAT or (is_alone and _EXACT.fullmatch(spec.factory) is not None)
-    is_reached = False
+    is_enough = False
     for slack in (1,) if is_exact else _SLACK:
-        if is_reached and slack > _ENOUGH_SLACK:
+        if is_enough and slack > _ENOUGH_SLACK:
             break
         last_quality = -1.0
         for harder in _doubled(spec):
             choice = trials.measured(first, harder, trials.funnel(dim, shortlist * slack))
             yield choice
             reaches = choice.quality_less_error >= target
-            is_reached = is_reached or reaches
-            if reaches or choice.quality < last_quality + _GAIN:
+            is_slow = best is not None and choice.seconds > _TWICE * best.seconds
+            is_enough = is_enough or reaches or is_slow
+            if reaches or is_slow or choice.quality < last_quality + _GAIN:
                 break
             last_quality = choice.quality
 

@@ -504,19 +504,63 @@ def test_the_kinds_that_are_tried_at_a_prefix_and_at_the_full_width(
     }
 
 
-def test_near_the_best_bfloat16_and_projections_are_tried() -> None:
+@pytest.mark.parametrize("codes", ["PQ8x4fs", "IVF512,PQ8x4fs"])
+def test_near_the_best_bfloat16_and_projections_are_tried(codes: str) -> None:
+    """And OPQ, for those codes that were faster behind principal components."""
     trials = Scripted({8: None, 16: None, 32: K}, 21_965)
     trials.projected = {8: 121, 16: 10}  # more than 24 times 5 at 8
     trials.quality = lambda _dim, _effort: 0.95
-    trials.seconds = lambda _dim: 1.0 if trials.tried[-1][0] == "HNSW32_SQ8" else 2.0
+    fast = {"HNSW32_SQ8": 1.0, f"Projected16,{codes}": 1.9}
+    trials.seconds = lambda _dim: fast.get(trials.tried[-1][0], 1.95)
     trials.plan(None)
     factories = list(dict.fromkeys(factory for factory, _, _, _ in trials.tried))
-    assert factories[-4:] == [
+    assert factories[-5:] == [
         "HNSW32_SQbf16",
         "Projected16,HNSW32_SQbf16",
+        "Projected16,PQ8x4fs",
         "Projected16,IVF512,PQ8x4fs",
-        "OPQ8_16,IVF512,PQ8x4fs",
+        f"OPQ8_16,{codes}",
     ]
+
+
+@pytest.mark.parametrize(("graph", "is_tried"), [(1.4, True), (1.6, False)])
+def test_bfloat16_is_tried_of_a_graph_that_may_win(graph: float, *, is_tried: bool) -> None:
+    """Though codes of 4 bits are faster."""
+    trials = Scripted({32: K})
+    trials.quality = lambda _dim, _effort: 0.95
+    fast = {"HNSW32_SQ8": graph, "PQ16x4fs": 1.0}
+    trials.seconds = lambda _dim: fast.get(trials.tried[-1][0], 3.0)
+    trials.plan(None)
+    assert ("HNSW32_SQbf16" in {factory for factory, _, _, _ in trials.tried}) == is_tried
+
+
+@pytest.mark.parametrize(("seconds", "efforts"), [(2.01, [1]), (2.0, [1, 2, 4, 8])])
+def test_what_takes_twice_as_long_as_the_best_is_set_no_harder(
+    seconds: float, efforts: list[int]
+) -> None:
+    """Nor is it given shortlists of more than four times the need."""
+    trials = Scripted({8: 20, 32: K})
+    trials.quality = lambda _dim, effort: 0.95 if effort == 0 else 0.01 * min(effort, 4)
+    trials.seconds = lambda _dim: 1.0 if trials.tried[-1][0] == "Flat" else seconds
+    trials.plan([FLAT, IVF])
+    at_prefixes = [tried for tried in trials.tried if tried[0] != "Flat" and len(tried[2]) == 2]
+    settings = list(dict.fromkeys(settings for _, settings, _, _ in at_prefixes))
+    assert settings == [f"nprobe={effort}" for effort in efforts]
+    slacks = {shortlists[0] // 20 for _, _, _, shortlists in at_prefixes}
+    assert slacks == ({1, 2, 4} if seconds > 2 else {1, 2, 4, 8, 16})
+
+
+@pytest.mark.parametrize(("seconds", "is_refined"), [(1.45, True), (1.55, False)])
+def test_settings_between_are_tried_of_each_first_stage_that_may_win(
+    seconds: float, *, is_refined: bool
+) -> None:
+    """The best of doubled settings may lose to another between its two last."""
+    trials = Scripted({32: K})
+    trials.quality = lambda _dim, effort: 0.95 if effort in (0, 12, 14, 16) else 0.02 * effort
+    trials.seconds = lambda _dim: {"": 1.0, "nprobe=12": 0.9}.get(trials.tried[-1][1], seconds)
+    planned = trials.plan([FLAT, IVF])
+    assert planned is not None
+    assert planned.first_stage.settings == ("nprobe=12" if is_refined else "")
 
 
 def test_the_fastest_are_timed_again_in_laps() -> None:
