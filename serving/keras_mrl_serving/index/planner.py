@@ -206,8 +206,8 @@ def choose_funnel(
         worth = [spec for spec in specs if _is_worth(dim, spec, shortlists, trials.num_rows)]
         at_dim: list[Choice] = []
         for spec in worth:
-            fastest = cheapest([*choices, *at_dim], target)
-            at_dim += _coarse_choices(trials, dim, target, shortlists[dim] or 0, spec, fastest)
+            so_far = cheapest([*choices, *at_dim], target)
+            at_dim += _coarse_choices(trials, dim, target, shortlists[dim] or 0, spec, so_far)
             trials.keep(_fastest_of_each([*choices, *at_dim], target))
         choices += at_dim
         best_at_dim = cheapest(at_dim, target)
@@ -311,8 +311,8 @@ def _projected_choices(
         measured: list[Choice] = []
         while kinds:
             spec = replace(FirstStage.least(kinds.pop(0)), projection=trials.projection)
-            fastest = cheapest([*choices, *measured], target)
-            measured += _coarse_choices(trials, last, target, shortlist, spec, fastest)
+            so_far = cheapest([*choices, *measured], target)
+            measured += _coarse_choices(trials, last, target, shortlist, spec, so_far)
             trials.keep(_fastest_of_each([*choices, *measured], target))
             if not kinds and coded:  # OPQ learns long: for the codes that were faster
                 found = [c for c in measured if c.first_stage.factory.endswith("x4fs")]
