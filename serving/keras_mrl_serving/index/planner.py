@@ -206,7 +206,7 @@ def choose_funnel(
         worth = [spec for spec in specs if _is_worth(dim, spec, shortlists, trials.num_rows)]
         at_dim: list[Choice] = []
         for spec in worth:
-            so_far = cheapest([*choices, *at_dim], target)
+            so_far = [*choices, *at_dim]
             at_dim += _coarse_choices(trials, dim, target, shortlists[dim] or 0, spec, so_far)
             trials.keep(_fastest_of_each([*choices, *at_dim], target))
         choices += at_dim
@@ -311,7 +311,7 @@ def _projected_choices(
         measured: list[Choice] = []
         while kinds:
             spec = replace(FirstStage.least(kinds.pop(0)), projection=trials.projection)
-            so_far = cheapest([*choices, *measured], target)
+            so_far = [*choices, *measured]
             measured += _coarse_choices(trials, last, target, shortlist, spec, so_far)
             trials.keep(_fastest_of_each([*choices, *measured], target))
             if not kinds and coded:  # OPQ learns long: for the codes that were faster
@@ -355,11 +355,12 @@ def _coarse_choices(
     target: float,
     shortlist: int,
     spec: FirstStage,
-    best: Choice | None,
+    so_far: Sequence[Choice],
 ) -> Iterator[Choice]:
     """Measure funnels from one dim, doubling settings and shortlists until they are enough.
 
-    Or until they take twice as long as the best.
+    Or until they take twice as long as the best so far. Lists are not tried at shortlists at which
+    their codes without lists, which look at every row, found too little.
     """
     first = trials.first(dim, spec)
     if first is None:
@@ -367,13 +368,19 @@ def _coarse_choices(
     # A longer shortlist changes nothing for an exact first stage, nor for rows as they are.
     is_alone = not trials.funnel(dim, shortlist).shortlists
     is_exact = spec.factory == _FLAT or (is_alone and _EXACT.fullmatch(spec.factory) is not None)
-    is_enough = False
+    best, is_enough = cheapest(so_far, target), False
+    unlisted = re.sub("IVF[0-9]+,", "", spec.factory)
+    others = [choice for choice in so_far if choice.first_stage.factory == unlisted]
+    lacking = {choice.schedule for choice in others if choice.quality < target}
     for slack in (1,) if is_exact else _SLACK:
         if is_enough and slack > _ENOUGH_SLACK:
             break
+        schedule = trials.funnel(dim, shortlist * slack)
+        if schedule in lacking:
+            continue
         last_quality = -1.0
         for harder in _doubled(spec):
-            choice = trials.measured(first, harder, trials.funnel(dim, shortlist * slack))
+            choice = trials.measured(first, harder, schedule)
             yield choice
             reaches = choice.quality_less_error >= target
             is_slow = best is not None and choice.seconds > _TWICE * best.seconds

@@ -41,6 +41,7 @@ class _Space(NamedTuple):
     rows: Ids
     best_scores: Vectors
     best_rows: Ids
+    factor: Vectors  # `()`, which NumPy multiplies by in half the time of a Python number
     arguments: tuple[Any, ...]
     number: int
 
@@ -106,7 +107,7 @@ class RefinedIndex:
             dim = wider
         self._search = self._index.search_c
         self._spaces = _Spaces()
-        self._metric, self._sign = metric, -1 if metric == "l2" else 1
+        self._is_cosine, self._sign = metric == "cosine", -1 if metric == "l2" else 1
 
     def search_one(
         self, query: npt.NDArray[Any], k: int, only: Filter | None = None, inner: Any = None
@@ -146,8 +147,9 @@ class RefinedIndex:
             return None
         if self._copied is not None and self._copied[space.rows].any():
             return None
-        factor = 1 / math.sqrt(square) if self._metric == "cosine" else self._sign
-        return space.best_rows.copy(), space.best_scores * factor
+        if self._is_cosine:
+            space.factor.fill(1 / math.sqrt(square))
+        return space.best_rows.copy(), space.best_scores * space.factor
 
     def search(
         self, queries: Vectors, k: int, inner: Any = None
@@ -200,7 +202,8 @@ class RefinedIndex:
         scores, rows = np.empty((1, count), np.float32), np.empty((1, count), np.int64)
         x, values, numbers = map(self._faiss.swig_ptr, (query, scores, rows))
         arguments = (1, x, count, values, numbers, parameters)
-        return _Space(query, scores, rows, scores[:, :k], rows[:, :k], arguments, count)
+        factor = np.full((), self._sign, np.float32)
+        return _Space(query, scores, rows, scores[:, :k], rows[:, :k], factor, arguments, count)
 
     def _parameters(
         self, k: int, inner: Any = None, sizes: tuple[int, ...] = ()

@@ -340,17 +340,17 @@ class Scripted(Trials):
 def test_every_funnel_that_is_tried_by_hand() -> None:
     """None reaches: longer shortlists, but of no exact stage, nor of the full width alone."""
     trials = Scripted({8: 20, 16: None, 32: K})
-    assert trials.plan([FLAT, IVF]) is None
+    assert trials.plan([IVF, FLAT]) is None
     assert trials.tried == [
-        ("Flat", "", (8, 32), (20,)),
         *(
             ("IVF8,Flat", f"nprobe={effort}", (8, 32), (shortlist,))
             for shortlist in (20, 40, 80, 160, 320)
             for effort in (1, 2)
         ),
-        ("Flat", "", (32,), ()),
+        ("Flat", "", (8, 32), (20,)),
         ("IVF8,Flat", "nprobe=1", (32,), ()),
         ("IVF8,Flat", "nprobe=2", (32,), ()),
+        ("Flat", "", (32,), ()),
     ]
     assert trials.targets == {0.9}
 
@@ -490,7 +490,8 @@ def test_the_kinds_that_are_tried_at_a_prefix_and_at_the_full_width(
 ) -> None:
     """Lists where the gallery can teach them; codes that lose something with rescoring."""
     trials = Scripted({16: K, 32: K}, num_rows)
-    trials.quality = lambda _dim, _effort: 0.8
+    trials.quality = lambda _dim, _effort: 0.95
+    trials.error = 0.1
     trials.plan(None)
     by_dim: dict[int, dict[str, set[int]]] = {16: {}, 32: {}}
     for factory, _, dims, _ in trials.tried:
@@ -548,6 +549,16 @@ def test_what_takes_twice_as_long_as_the_best_is_set_no_harder(
     assert settings == [f"nprobe={effort}" for effort in efforts]
     slacks = {shortlists[0] // 20 for _, _, _, shortlists in at_prefixes}
     assert slacks == ({1, 2, 4} if seconds > 2 else {1, 2, 4, 8, 16})
+
+
+@pytest.mark.parametrize("kind", ["Flat", "PQ16x4fs"])
+def test_lists_are_not_tried_where_their_codes_without_lists_find_too_little(kind: str) -> None:
+    trials = Scripted({8: 20, 32: K})
+    trials.quality = lambda _dim, _effort: 0.95 if trials.tried[-1][3] == (40,) else 0.85
+    trials.plan([FirstStage("PQ16x4fs"), FirstStage(f"IVF8,{kind}", "nprobe=1")])
+    sizes = {sizes for factory, _, dims, sizes in trials.tried if factory[:3] == "IVF" and dims[1:]}
+    assert ((20,) in sizes) == (kind == "Flat")
+    assert (40,) in sizes
 
 
 @pytest.mark.parametrize(("seconds", "is_refined"), [(1.45, True), (1.55, False)])
