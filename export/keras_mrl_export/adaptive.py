@@ -4,6 +4,9 @@ A stage that passes a row on needs only its confidence; classes are picked in th
 it. Over exits, the rows still unsure are taken out of every tensor that crosses a cut, and the next
 segment of the backbone runs for these alone. It stands under a condition: convolutions of no rows
 fail in TensorFlow with oneDNN, and a segment that no row needs should cost nothing.
+
+A condition hands on every variable of its branches by two operations each. So conditions stand one
+after the other: within each other, they would hand on what is behind them, too.
 """
 
 from __future__ import annotations
@@ -61,8 +64,8 @@ def classify_adaptively(
         The outputs of `classification`, and `dim` int32 `(batch,)`, in the order of the rows.
     """
     stages = range(len(policy.stages))
-    outputs, _ = _ask(features, policy, stages, logits_at, classification)
-    return _in_order(_joined(outputs))
+    left, _ = _ask(features, policy, stages, logits_at, classification)
+    return _with_dims(_in_order(left), policy)
 
 
 def classify_through_exits(
@@ -76,7 +79,7 @@ def classify_through_exits(
 
     Args:
         state: What the first segment reads, with one row per row of the batch.
-        rows: How many rows the batch has.
+        rows: How many rows the batch has, at least one.
         policy: The stages.
         exits: The exits that the policy asks, shallow to deep.
         classification: Makes the outputs for some rows of a stage.
@@ -85,28 +88,83 @@ def classify_through_exits(
         As `classify_adaptively`, and `exit` int32 `(batch,)`: the position of the exit.
     """
     by_exit = groupby(range(len(policy.stages)), lambda index: policy.stages[index].exit)
-    stages = [list(own) for _, own in by_exit]
+    asked = [list(own) for _, own in by_exit]
+    row = tf.range(rows)
+    parts: list[Tensors] = []
+    for own, stages in zip(exits, asked, strict=True):
+        step = _step(own, stages, policy, classification)
+        run = _where_rows_are(step) if parts else step
+        left, state, row = run(state, row)
+        parts.append(left)
+    outputs = _in_order(_joined(parts))
+    positions = [own.position for own, stages in zip(exits, asked, strict=True) for _ in stages]
+    outputs["exit"] = tf.gather(tf.constant(positions, tf.int32), outputs["stage"])
+    return _with_dims(outputs, policy)
 
-    def run(state: Mapping[str, Any], row: Any, step: int) -> Tensors:
-        own = exits[step]
-        features, next_state = own.segment(state)
-        outputs, unsure = _ask(features, policy, stages[step], own.logits_at, classification)
-        left = _joined(outputs)
-        left["exit"] = tf.fill(tf.shape(left["row"]), own.position)
+
+def _step(
+    exit: ExitGraph,
+    stages: Sequence[int],
+    policy: CascadePolicy,
+    classification: Classification,
+) -> Any:
+    """Return a function that asks an exit: the rows that leave, and the state of those that do not.
+
+    It takes a state and the row of the batch that each of its rows is, and returns the outputs of
+    `_ask`, with rows of the batch, and both of the rows that go on.
+    """
+
+    @tf.function(autograph=False)
+    def step(state: Mapping[str, Any], row: Any) -> tuple[Tensors, Tensors, Any]:
+        given = {name: _of_known_shape(own) for name, own in state.items()}
+        features, next_state = exit.segment(given)
+        left, unsure = _ask(features, policy, stages, exit.logits_at, classification)
         left["row"] = tf.gather(row, left["row"])
-        if step + 1 == len(exits):
-            return left
 
-        def go_on() -> Tensors:
-            kept = {name: tf.gather(tensor, unsure) for name, tensor in next_state.items()}
-            return run(kept, tf.gather(row, unsure), step + 1)
+        def some() -> Tensors:
+            return {name: tf.gather(tensor, unsure) for name, tensor in next_state.items()}
 
-        def stop() -> Tensors:
-            return {name: tensor[:0] for name, tensor in left.items()}
+        # A state can be large: where all rows go on, it is not copied.
+        go_on = next_state
+        if next_state:
+            are_all = tf.equal(tf.size(unsure), tf.size(row))
+            go_on = tf.cond(are_all, lambda: dict(next_state), some)
+        return left, go_on, tf.gather(row, unsure)
 
-        return _joined([left, tf.cond(tf.size(unsure) > 0, go_on, stop)])
+    return step
 
-    return _in_order(run(state, tf.range(rows), 0))
+
+def _where_rows_are(step: Any) -> Callable[[Mapping[str, Any], Any], tuple[Tensors, Tensors, Any]]:
+    """Return a step that does nothing where it is given no rows."""
+
+    def run(state: Mapping[str, Any], row: Any) -> tuple[Tensors, Tensors, Any]:
+        made = step.get_concrete_function(state, row).structured_outputs
+
+        def no_rows() -> Any:
+            return tf.nest.map_structure(_no_rows, made)
+
+        answer: tuple[Tensors, Tensors, Any] = tf.cond(
+            tf.size(row) > 0, lambda: step(state, row), no_rows
+        )
+        return answer
+
+    return run
+
+
+def _of_known_shape(tensor: Any) -> Any:
+    """Return a tensor of at least one row whose shape LiteRT's converter knows, too.
+
+    Behind a condition it knows none, and a convolution needs it. TensorFlow copies nothing here.
+    """
+    sizes = tensor.shape[1:].as_list()
+    if None in sizes:
+        now = tf.shape(tensor)
+        sizes = [now[1 + axis] if size is None else size for axis, size in enumerate(sizes)]
+    return tf.reshape(tensor, [-1, *sizes])
+
+
+def _no_rows(spec: Any) -> Any:
+    return tf.zeros([0, *(size or 0 for size in spec.shape[1:])], spec.dtype)
 
 
 def _ask(
@@ -115,19 +173,19 @@ def _ask(
     stages: Sequence[int],
     logits_at: LogitsAt,
     classification: Classification,
-) -> tuple[list[Tensors], Any]:
+) -> tuple[Tensors, Any]:
     """Ask some stages of a policy about the rows of `features`.
 
     Returns:
-        The outputs of the rows that leave, for each stage, with `dim` and `row`, the row of
-        `features`; and the rows that do not leave.
+        The outputs of the rows that leave, with `stage` and `row`, the row of `features`; and the
+        rows that do not leave.
     """
     unsure = tf.range(tf.shape(features)[0])
-    outputs_by_stage: list[Tensors] = []
+    parts: list[Tensors] = []
     for index in stages:
         stage = policy.stages[index]
         prefix = features[:, : stage.dim]
-        if outputs_by_stage:
+        if parts:
             prefix = tf.gather(prefix, unsure)
         likeliest = Likeliest.of_logits(
             logits_at(prefix, stage.dim), constants.temperature(policy, stage.key)
@@ -139,13 +197,15 @@ def _ask(
             is_sure = confidence > constants.threshold(policy, index)
         leaving = tf.boolean_mask(unsure, is_sure)
         outputs = classification(likeliest, tf.cast(tf.where(is_sure)[:, 0], tf.int32))
-        dims = tf.fill(tf.shape(leaving), stage.dim)
-        outputs_by_stage.append({**outputs, "dim": dims, "row": leaving})
+        stage_of = tf.fill(tf.shape(leaving), index)
+        parts.append({**outputs, "stage": stage_of, "row": leaving})
         unsure = tf.boolean_mask(unsure, ~is_sure)
-    return outputs_by_stage, unsure
+    return _joined(parts), unsure
 
 
 def _joined(parts: Sequence[Tensors]) -> Tensors:
+    if len(parts) == 1:
+        return parts[0]
     return {name: tf.concat([part[name] for part in parts], 0) for name in parts[0]}
 
 
@@ -157,3 +217,9 @@ def _in_order(columns: Tensors) -> Tensors:
     row = columns.pop("row")
     order = tf.scatter_nd(row[:, None], tf.range(tf.size(row)), tf.shape(row))
     return {name: tf.gather(column, order) for name, column in columns.items()}
+
+
+def _with_dims(outputs: Tensors, policy: CascadePolicy) -> Tensors:
+    """Return outputs with the `dim` of each row in place of its `stage`."""
+    stage = outputs.pop("stage")
+    return {**outputs, "dim": tf.gather(tf.constant(policy.dims, tf.int32), stage)}
