@@ -18,6 +18,7 @@ from keras_mrl_serving.version import __version__ as __version__
 from . import baselines as baselines
 from ._dims import log_spaced_dims as log_spaced_dims
 from .adapt import MatryoshkaAdaptor as MatryoshkaAdaptor
+from .align import align_exits as align_exits
 from .callbacks import AcrossDims as AcrossDims
 from .callbacks import CorpusRecall as CorpusRecall
 from .callbacks import NeighborMetrics as NeighborMetrics

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .cascade.stages import stage_logits as stage_logits
     from .client import Client as Client
     from .contract import Manifest as Manifest
+    from .early import EarlyNeighbors as EarlyNeighbors
+    from .early import EarlyRetrieval as EarlyRetrieval
     from .embeddings import truncate as truncate
     from .errors import AccessDeniedError as AccessDeniedError
     from .errors import DamagedIndexError as DamagedIndexError
@@ -91,6 +93,7 @@ _NAMES = {
     "cascade.stages": "Stage stage_logits",
     "client": "Client",
     "contract": "Manifest",
+    "early": "EarlyNeighbors EarlyRetrieval",
     "embeddings": "truncate",
     "errors": (
         "AccessDeniedError DamagedIndexError DeadlineError EncoderMismatchError "
