@@ -47,6 +47,7 @@ from exits_judge import (
     aims,
     alone,
     judged,
+    kept_promises,
     padded_lengths,
     policies,
     summary,
@@ -161,6 +162,11 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true", help="choose on val, and stop")
     parser.add_argument("--epochs", type=int, default=20, help="of --choose (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument(
+        "--splits",
+        type=int,
+        help="only certify on so many splits of val and test, and count promises kept",
+    )
     parser.add_argument("--laps", type=int, default=7, help="of serving; 0: none (%(default)s)")
     parser.add_argument("--rows-per-lap", type=int, default=256, help="(%(default)s)")
     arguments = parser.parse_args()
@@ -177,6 +183,9 @@ def main() -> None:
     chosen = json.loads(arguments.configuration.read_text())
     lists = {name: tuple(own) for name, own in chosen.items() if isinstance(own, list)}
     configuration = Configuration(**chosen | lists)
+    if arguments.splits:
+        print(json.dumps(promises(run, configuration, arguments.seeds, arguments.splits)))
+        return
     results = judge(run, configuration, arguments.seeds)
     (arguments.out / "exits.json").write_text(f"{json.dumps(results, indent=1)}\n")
     draw(results, arguments.out / "exits.svg")
@@ -202,6 +211,20 @@ def judge(run: Run, configuration: Configuration, seeds: int) -> dict[str, Any]:
         "summary": summary(by_seed),
         "by_seed": by_seed,
     }
+
+
+def promises(run: Run, configuration: Configuration, seeds: int, splits: int) -> dict[str, Any]:
+    """Return how often certified cascades of the nets of all seeds keep their promises."""
+    work = Work(run.net(run.layers, configuration.epochs, 0).served)
+    by_seed = []
+    for seed in range(seeds):
+        net = run.net(configuration.exits, configuration.epochs, seed)
+        parts = [run.part(net, name) for name in ("val", "test")]
+        by_seed.append(kept_promises(parts, configuration, work, splits))
+        print(json.dumps(by_seed[-1]), flush=True)
+    facts = {"splits": by_seed}
+    (run.out / "promises.json").write_text(f"{json.dumps(facts, indent=1)}\n")
+    return facts
 
 
 def serve(run: Run, configuration: Configuration, laps: int, rows_per_lap: int) -> dict[str, Any]:

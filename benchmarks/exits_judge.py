@@ -323,6 +323,60 @@ class Judge:
         }
 
 
+def kept_promises(
+    parts: Sequence[Part], configuration: Configuration, work: Work, splits: int
+) -> dict[str, Any]:
+    """Return how often certified cascades keep their promises on rows that certified nothing.
+
+    `val` and `test` are put together and split anew, by the numbers of rows that they have.
+
+    Args:
+        parts: `val` and `test`, as one net answers them.
+        configuration: Exits and promise.
+        work: What rows cost.
+        splits: How many.
+
+    Returns:
+        By kind of promise, the measured risk and the work of each split, and in how many the risk
+        is within the promise.
+    """
+    labels, lengths = (
+        np.concatenate([getattr(own, name) for own in parts]) for name in ("labels", "lengths")
+    )
+    keys = stages_of(configuration.exits)
+    stages = {key: np.concatenate([own.stages[key] for own in parts]) for key in keys}
+    both, size = Part(stages, labels, lengths), len(parts[0].labels)
+    facts: dict[str, Any] = {}
+    for risk in ("harm", "accuracy_drop"):
+        risks, spent = [], []
+        for split in range(splits):
+            order = np.random.default_rng(split).permutation(len(labels))
+            held, other = both.rows(order[:size]), both.rows(order[size:])
+            policy = certify_cascade(
+                held.stages,
+                held.labels,
+                risk=risk,
+                alpha=configuration.alpha,
+                delta=configuration.delta,
+                costs=partial(work.of, length=float(held.lengths.mean())),
+                seed=split,
+            )
+            own = judged(policy, other, work)
+            whole = judged(alone(None), other, work).is_right[0]
+            is_right = own.is_right[0]
+            lost = whole & ~is_right if risk == "harm" else whole.astype(int) - is_right
+            risks.append(float(lost.mean()))
+            spent.append(float(own.costs.mean()))
+        facts[risk] = {
+            "within": int(np.sum(np.array(risks) <= configuration.alpha)),
+            "splits": splits,
+            "mean_risk": round(float(np.mean(risks)), 5),
+            "largest_risk": round(max(risks), 5),
+            "relative_flops": round(float(np.mean(spent)), 4),
+        }
+    return facts
+
+
 def alone(exit_: str | None) -> CascadePolicy:
     """Return the policy that asks one exit."""
     return CascadePolicy((Stage(WIDTH, None, exit=exit_),), "margin")

@@ -102,19 +102,27 @@ def publish_policy(
 
 @contextmanager
 def _refusing_damaged(source: Path) -> Iterator[None]:
-    """Raise `ExportError` for what TensorFlow says of files that are not whole."""
+    """Raise `ExportError` for what is said of files that are not whole, or cannot be written."""
     import tensorflow as tf  # which other backends need only for this
     from google.protobuf.message import DecodeError
 
     try:
         yield
-    except (DecodeError, tf.errors.OpError) as error:
-        text = getattr(error, "message", None) or str(error)
-        raise ExportError(
-            "A policy is published for a version that is whole, with room for another beside it. "
-            f"Received: {source}, of which TensorFlow says: {text.strip()[:500]} Nothing was "
-            "published. Copy the version again, export the model again, or make room on the disk."
-        ) from error
+    except FileExistsError as error:
+        if error.errno is None:  # our own: the number is taken
+            raise
+        raise _not_whole(source, str(error)) from error
+    except (DecodeError, tf.errors.OpError, OSError) as error:
+        raise _not_whole(source, getattr(error, "message", None) or str(error)) from error
+
+
+def _not_whole(source: Path, text: str) -> ExportError:
+    said = f"of which TensorFlow or the file system says: {text.strip()[:500].rstrip('.')}."
+    return ExportError(
+        "A policy is published for a version that is whole, with room for another beside it. "
+        f"Received: {source}, {said} Nothing was published. "
+        "Copy the version again, export the model again, or make room on the disk."
+    )
 
 
 def _manifest_of(source: Path) -> Manifest:

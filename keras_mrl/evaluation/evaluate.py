@@ -58,6 +58,7 @@ def evaluate(
     verbose: int = 1,
     activation: str | None = None,
     output: str | None = None,
+    exit: str | None = None,
 ) -> Quality:
     """Return what every dim of a model is worth on labelled rows, from one pass of each.
 
@@ -89,6 +90,8 @@ def evaluate(
         activation: What the head's outputs are, as `export_saved_model` takes it; None takes it
             from the loss, and without one a row has one class.
         output: Which output is judged, of a model with several.
+        exit: Which exit is judged, of a model with exits; None for the last. Its neighbours are
+            looked for among what it makes of the gallery itself.
 
     Raises:
         ValueError: If inputs and labels do not fit, labels of the two sides are of different
@@ -111,7 +114,7 @@ def evaluate(
     else:
         gallery = tokenized(preprocessor, gallery, has_texts_as_labels=False)
     model = one_output(model, output)
-    backbone, head = split(model)
+    backbone, head = split(model, exit=exit)
     check_one_vector(model, backbone)
     dims = dims_of("evaluate", model, head, dims) if head is None else dims
     if head is None and gallery is None:

@@ -162,6 +162,8 @@ class MatryoshkaClassifier(_ModelWithExits):
         del mask  # Keras keeps masks on the tensors
         if training and not self._has_trainable_features():
             warn_frozen(self)
+        if self._exits is not None:
+            inputs = self._exits.checked(inputs)
         if self._steps and self._exits is not None and self._exit_training is not None:
             features = self._exits.features(inputs, training=training)
             return self._exit_training.outputs(features, training)

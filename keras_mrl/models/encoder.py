@@ -188,6 +188,9 @@ class MatryoshkaEncoder(_ModelWithExits):
         Within a step of a model with exits, the same of every exit by name.
         """
         sides = sides_of(inputs)
+        if self._exits is not None:
+            for side in [inputs] if sides is None else sides:
+                self._exits.checked(side)
         within_step = self._steps and self._exits is not None
         if within_step:
             features = self._exits_or_raise().features

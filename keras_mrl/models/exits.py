@@ -194,6 +194,25 @@ class Exits:
             )
         return name
 
+    def checked(self, inputs: Any) -> Any:
+        """Return inputs of the model.
+
+        Raises:
+            ValueError: If they are a dict with a key that names no input: Keras would give the
+                arrays to the inputs in the order of the keys.
+        """
+        names = [own.name for own in keras.tree.flatten(self.features.input)]
+        if isinstance(self.features.input, Mapping):
+            names = [*self.features.input]
+        unknown = [key for key in inputs if key not in names] if isinstance(inputs, Mapping) else []
+        if unknown:
+            raise ValueError(
+                "A dict of inputs has the keys that a model with exits names its inputs by. "
+                f"Received: {', '.join(map(repr, unknown))} beside inputs named "
+                f"{', '.join(map(repr, names))}. Leave such keys out."
+            )
+        return inputs
+
     def backbone(self, name: str) -> keras.Model:
         """Return the part of the backbone before an exit, with its branch: inputs to features."""
         return keras.Model(

@@ -193,6 +193,9 @@ def segments_of(inputs: Any, stages: Sequence[Sequence[Any]], names: Sequence[st
         keeps = tuple(later)
         segments.append(Segment(tuple(reads), results, keeps, tuple(nodes), tensors))
         later = reads | {n: None for n in later if id(tensors[n]) not in made}
+    crossing = dict.fromkeys(name for part in segments for name in part.keeps)
+    nodes = [node for nodes in nodes_by_stage for node in nodes]
+    _check_same_rows(inputs, {name: tensors[name] for name in crossing}, nodes)
     return Segments(inputs, tuple(reversed(segments)))
 
 
@@ -204,6 +207,39 @@ def _check_rows(name: str, tensor: Any, stage: str) -> None:
             f"Received: a tensor of shape {tuple(tensor.shape)} from {name!r}, which crosses the "
             f"cut at {stage!r}. Cut before {name!r}, or leave the batch size of the inputs open."
         )
+
+
+_BATCH, _OTHER = 3, 16  # sizes to try shapes with
+
+
+def _check_same_rows(inputs: Any, crossing: Mapping[str, Any], nodes: Sequence[Any]) -> None:
+    """Raise if a tensor that crosses a cut has other rows than the inputs, as far as shapes tell.
+
+    Layers of Keras keep the rows. An operation such as `ops.reshape(x, (-1, 8))` need not, and the
+    shape it gives, with None rows, does not say so: that of a batch of three does.
+    """
+    sources = {id(own) for own in keras.tree.flatten(inputs)}
+    made = {name: tensor for name, tensor in crossing.items() if id(tensor) not in sources}
+    if not made or all(isinstance(node.operation, keras.Layer) for node in nodes):
+        return
+    function = keras.Function(inputs, made)
+    for other in (None, _OTHER):
+
+        def sized(tensor: Any, other: int | None = other) -> Any:
+            sizes = [other if size is None else size for size in tensor.shape[1:]]
+            return keras.KerasTensor((_BATCH, *sizes), tensor.dtype)
+
+        try:
+            shapes = function.compute_output_spec(keras.tree.map_structure(sized, inputs))
+        except Exception:  # a layer that takes no such size: the export compares rows
+            continue
+        for name, own in shapes.items():
+            if own.shape[0] not in (None, _BATCH):
+                raise ValueError(
+                    "What crosses a cut must have one row per input row. "
+                    f"Received: {name!r}, which makes {own.shape[0]} rows of {_BATCH}. "
+                    "Cut before it, or keep the rows: keras.layers.Reshape leaves their axis alone."
+                )
 
 
 def nodes_before(tensors: Iterable[Any], sources: Sequence[Any], done: set[int]) -> Iterator[Any]:

@@ -21,6 +21,8 @@ from .flows import Flow, ask, check_finite_rows, check_lengths
 from .inputs import Inputs, check_inputs
 from .results import NOT_AUDITED, Classification
 
+_LARGEST_COST = 1e6  # of a row, in rows that go straight to the last stage
+
 Bools = npt.NDArray[np.bool]
 
 
@@ -68,6 +70,7 @@ def classify_adaptive(
         'classify_adaptive'
     """
     manifest.check_cascade()
+    _check_stages(manifest)
     arrays = check_inputs(manifest.inputs, inputs)
     outputs = {**_class_outputs(manifest), "dim": Output("int32")}
     if manifest.exit_cascade is not None:
@@ -85,13 +88,32 @@ def classify_adaptive(
     return _classification(answer | _at_stages(manifest, stage_of))
 
 
+def _check_stages(manifest: Manifest) -> None:
+    """Raise `ManifestError` unless a model's cascade is one, with costs that can be.
+
+    A model whose cascade a client does not understand is still embedded by it.
+    """
+    cascade = manifest.adaptive_cascade or {}
+    CascadePolicy.from_json(cascade)
+    costs = [stage["relative_cost"] for stage in _entries(manifest) if "relative_cost" in stage]
+    for cost in costs:
+        is_number = isinstance(cost, int | float) and not isinstance(cost, bool)
+        if not is_number or not 0 <= cost <= _LARGEST_COST:
+            raise ManifestError(
+                "What a row costs is a share of the last stage's cost, a number of at least 0. "
+                f"Received: relative_cost={cost!r} in the manifest of {manifest.name!r}. "
+                "Export the model again with keras_mrl_export.export_saved_model."
+            )
+
+
+def _entries(manifest: Manifest) -> Any:
+    cascade = manifest.adaptive_cascade or {}
+    return cascade.get("exit_stages", cascade.get("stages", []))
+
+
 def _stages(manifest: Manifest) -> list[tuple[str, int, float | None]]:
     """Return exit, dim and relative cost of each stage of a model's cascade."""
-    cascade = manifest.adaptive_cascade or {}
-    named = [
-        (stage.get("exit") or contract.LAST_EXIT, stage)
-        for stage in cascade.get("exit_stages", cascade.get("stages", []))
-    ]
+    named = [(stage.get("exit") or contract.LAST_EXIT, stage) for stage in _entries(manifest)]
     return [
         (exit, stage["dim"], stage.get("relative_cost", exit_share(manifest, exit)))
         for exit, stage in named

@@ -1,5 +1,7 @@
 """The likeliest classes are those of `top_k`, at any number of classes."""
 
+import math
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -71,3 +73,15 @@ def test_as_many_as_there_are_runs() -> None:
     logits = RNG.normal(size=(2, 4096)).astype(np.float32)
     _, ids = Likeliest.of_logits(tf.constant(logits), 1.0).best(tf.range(2), 64)
     np.testing.assert_array_equal(ids, tf.math.top_k(logits, 64).indices)
+
+
+@pytest.mark.parametrize("classes", [150, 5000])
+def test_entropies_of_graph_and_numpy_are_as_near_as_float32_is(classes: int) -> None:
+    """So rows of one entropy, to a few units in the last place, may leave at different stages."""
+    logits = np.random.default_rng(0).normal(size=(200, classes)).astype(np.float32)
+    shares = np.exp(logits.astype(np.float64) / 1.25)
+    shares /= shares.sum(axis=-1, keepdims=True)
+    exact = (shares * np.log(shares)).sum(axis=-1)
+    graph = Likeliest.of_logits(tf.constant(logits), tf.constant(1.25)).confidence("entropy")
+    for made in (graph.numpy(), confidence_of("entropy", logits, 1.25)):
+        np.testing.assert_allclose(made, exact, atol=4 * np.spacing(np.float32(math.log(classes))))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -241,6 +242,9 @@ def test_linked_folders_and_files_of_a_version_are_taken_along(
     assert not any(file.is_symlink() for file in path.rglob("*"))
 
 
+WHOLE = "A policy is published for a version that is whole, with room for another beside it. "
+
+
 @pytest.mark.parametrize(
     "file",
     [
@@ -257,12 +261,27 @@ def test_a_version_that_is_not_whole_is_refused(
     (source / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(ExportError) as caught:
         publish_policy(source, untied.policy)
-    rule = "A policy is published for a version that is whole, with room for another beside it. "
-    assert str(caught.value).startswith(f"{rule}Received: {source}, of which TensorFlow says: ")
+    received = f"Received: {source}, of which TensorFlow or the file system says: "
+    assert str(caught.value).startswith(f"{WHOLE}{received}")
     assert str(caught.value).endswith(
         " Nothing was published. Copy the version again, export the model again, or make room on "
         "the disk."
     )
+    assert os.listdir(source.parent) == ["1"]
+
+
+def test_a_link_to_nothing_and_a_file_as_base_path_are_refused(
+    untied: Exported, tmp_path: Path
+) -> None:
+    source = copied(untied, tmp_path)
+    file = tmp_path / "file"
+    file.write_text("")
+    for base_path in (file, file / "models"):
+        with pytest.raises(ExportError, match=re.escape(f"{WHOLE}Received: {source}, of which")):
+            publish_policy(source, untied.policy, base_path)
+    (source / "assets.extra" / "gone").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ExportError, match="No such file or directory"):
+        publish_policy(source, untied.policy)
     assert os.listdir(source.parent) == ["1"]
 
 

@@ -409,6 +409,31 @@ def test_rows_carry_exit_dim_and_cost() -> None:
     assert [row.exit for row in join([answer, answer])] == [*answer.exit, *answer.exit]
 
 
+@pytest.mark.parametrize(
+    ("changed", "received"),
+    [
+        ({"relative_cost": -1}, "relative_cost=-1 in the manifest of 'birds'"),
+        ({"relative_cost": 1e308}, "relative_cost=1e+308 in"),
+        ({"relative_cost": "0.5"}, "relative_cost='0.5' in"),
+        ({"relative_cost": float("nan")}, "relative_cost=nan in"),
+        ({"threshold": None}, "Every stage but the last needs a threshold"),
+        ({"dim": -8}, "Stages go from shallow exits to deep ones"),
+        ({"temperature": 0}, "temperatures positive"),
+        ({"threshold": "high"}, "Thresholds must be finite"),
+    ],
+)
+def test_a_cascade_that_cannot_be_is_refused_before_a_row_is_sent(
+    changed: dict[str, Any], received: str
+) -> None:
+    cascade = DEPTHS.exit_cascade or {}
+    first, *others = cascade["exit_stages"]
+    stages = [{**first, **changed}, *others]
+    hostile = replace(DEPTHS, exit_cascade={**cascade, "exit_stages": stages})
+    with pytest.raises(ManifestError) as caught:
+        next(classification.classify_adaptive(hostile, IMAGES))
+    assert received in str(caught.value)
+
+
 def test_where_stages_have_no_cost_that_of_the_exits_counts() -> None:
     """Milliseconds of the smallest batch of both, else multiply-adds, else nothing."""
     cascade = DEPTHS.exit_cascade or {}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, measure_costs, segment, split
+from keras_mrl.evaluation import evaluate
 from keras_mrl.models.exits import short_names
 from tests.helpers.laws import exactly
 from tests.helpers.small_bert import bert
@@ -415,3 +416,45 @@ def test_exits_are_asked_of_models_that_have_them() -> None:
         ),
     ):
         model.at(4, exit="second_out")
+
+
+def two_inputs(exits: Any = ("hidden",)) -> Any:
+    a, b = (keras.Input((3,), name=name) for name in "ab")
+    hidden = keras.layers.Dense(4, name="hidden")(keras.layers.Concatenate()([a, 2 * b]))
+    net = keras.Model({"a": a, "b": b}, keras.layers.Dense(8)(hidden))
+    return MatryoshkaClassifier(net, MatryoshkaHead(NUM_CLASSES, DIMS), exits=exits)
+
+
+def test_a_dict_with_a_key_that_is_no_input_is_refused() -> None:
+    """Keras would give the arrays to the inputs in the order of the keys."""
+    model = compiled(two_inputs())
+    rows = {"a": np.ones((12, 3), "float32"), "b": np.zeros((12, 3), "float32")}
+    labels = np.arange(12) % NUM_CLASSES
+    model.fit(rows, labels, verbose=0)
+    before = model.get_weights()
+    more = {"A": np.full((12, 3), 9, "float32"), **rows}
+    text = (
+        "A dict of inputs has the keys that a model with exits names its inputs by. "
+        "Received: 'A' beside inputs named 'a', 'b'. Leave such keys out."
+    )
+    for ask in (
+        lambda: model.fit(more, labels, verbose=0),
+        lambda: model.evaluate(more, labels, verbose=0),
+        lambda: model.predict(more, verbose=0),
+    ):
+        with pytest.raises(ValueError, match=exactly(text).removesuffix("$").removesuffix(r"\Z")):
+            ask()
+    for own, kept in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(own, kept)
+
+
+def test_evaluation_judges_any_exit() -> None:
+    model = two_inputs()
+    rows = {"a": RANDOM.normal(size=(12, 3)), "b": RANDOM.normal(size=(12, 3))}
+    labels = np.arange(12) % NUM_CLASSES
+    judged = evaluate(model, rows, labels, exit="hidden", verbose=0)
+    nested = MatryoshkaClassifier(*split(model, exit="hidden"))
+    assert judged == evaluate(nested, rows, labels, verbose=0)
+    assert judged != evaluate(model, rows, labels, verbose=0)
+    with pytest.raises(ValueError, match="exit must be one of the model's exits"):
+        evaluate(model, rows, labels, exit="nowhere", verbose=0)

@@ -191,6 +191,14 @@ def fixed_batch() -> keras.Model:
     return keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Dense(4, name="cut")(inputs)))
 
 
+def rows_of_steps(steps: int | None) -> keras.Model:
+    """A net whose middle has a row for each step of each row, and whose shapes do not say so."""
+    inputs = keras.Input((steps, 3), name="x")
+    x = keras.layers.Dense(4, name="cut")(keras.ops.reshape(inputs, (-1, 3)))
+    sums = keras.layers.Dense(2, name="steps")(x)
+    return keras.Model(inputs, sums)
+
+
 def vit() -> keras.Model:
     return imported("keras_hub").models.ViTBackbone(
         image_shape=(32, 32, 3),
@@ -248,6 +256,20 @@ WRONG: dict[str, tuple[Callable[[], keras.Model], list[str], type[Exception], st
         "from 'cut', which crosses the cut at 'cut'. Cut before 'cut', or leave the batch size of "
         "the inputs open.",
     ),
+    "several rows for a row of the inputs": (
+        lambda: rows_of_steps(4),
+        ["cut"],
+        ValueError,
+        "What crosses a cut must have one row per input row. Received: 'cut', which makes 12 rows "
+        "of 3. Cut before it, or keep the rows: keras.layers.Reshape leaves their axis alone.",
+    ),
+    "several rows for a row of any length": (
+        lambda: rows_of_steps(None),
+        ["cut"],
+        ValueError,
+        "What crosses a cut must have one row per input row. Received: 'cut', which makes 48 rows "
+        "of 3. Cut before it, or keep the rows: keras.layers.Reshape leaves their axis alone.",
+    ),
     "not a graph": (
         lambda: keras.Sequential([keras.layers.Dense(3)], name="wrong"),
         ["dense"],
@@ -269,3 +291,11 @@ def test_what_cannot_be_cut_is_refused_by_name(
         model.name = "wrong"
     with pytest.raises(error, match=exactly(sentence)):
         segment(model, layers)
+
+
+def test_rows_may_be_reshaped_between_cuts() -> None:
+    inputs = keras.Input((4, 3), name="x")
+    folded = keras.layers.Dense(2, name="inside")(keras.ops.reshape(inputs, (-1, 3)))
+    x = keras.layers.Dense(2, name="cut")(keras.ops.reshape(folded, (-1, 4, 2)))
+    parts = segment(keras.Model(inputs, keras.layers.Flatten(name="flat")(x)), ["cut"])
+    assert [part.results for part in parts.segments] == [("cut",), ("flat",)]
