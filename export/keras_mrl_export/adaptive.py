@@ -125,8 +125,8 @@ def _step(
             return {name: tf.gather(tensor, unsure) for name, tensor in next_state.items()}
 
         # A state can be large: where all rows go on, it is not copied.
-        go_on = next_state
-        if next_state:
+        go_on = dict(next_state)
+        if go_on:
             are_all = tf.equal(tf.size(unsure), tf.size(row))
             go_on = tf.cond(are_all, lambda: dict(next_state), some)
         return left, go_on, tf.gather(row, unsure)

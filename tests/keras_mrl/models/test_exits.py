@@ -438,13 +438,13 @@ def test_a_dict_with_a_key_that_is_no_input_is_refused() -> None:
         "A dict of inputs has the keys that a model with exits names its inputs by. "
         "Received: 'A' beside inputs named 'a', 'b'. Leave such keys out."
     )
-    for ask in (
-        lambda: model.fit(more, labels, verbose=0),
-        lambda: model.evaluate(more, labels, verbose=0),
-        lambda: model.predict(more, verbose=0),
+    for method, given in (
+        ("fit", (more, labels)),
+        ("evaluate", (more, labels)),
+        ("predict", (more,)),
     ):
         with pytest.raises(ValueError, match=re.escape(text)):
-            ask()
+            getattr(model, method)(*given, verbose=0)
     for own, kept in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(own, kept)
 
@@ -454,7 +454,9 @@ def test_evaluation_judges_any_exit() -> None:
     rows = {"a": RANDOM.normal(size=(12, 3)), "b": RANDOM.normal(size=(12, 3))}
     labels = np.arange(12) % NUM_CLASSES
     judged = evaluate(model, rows, labels, exit="hidden", verbose=0)
-    nested = MatryoshkaClassifier(*split(model, exit="hidden"))
+    backbone, head = split(model, exit="hidden")
+    assert head is not None
+    nested = MatryoshkaClassifier(backbone, head)
     assert judged == evaluate(nested, rows, labels, verbose=0)
     assert judged != evaluate(model, rows, labels, verbose=0)
     with pytest.raises(ValueError, match="exit must be one of the model's exits"):
