@@ -21,6 +21,7 @@ from .client import Client
 from .contract import LAST_EXIT, Manifest
 from .index import Index
 from .inputs import Inputs, check_inputs
+from .prompts import QUERY
 from .results import Neighbors
 
 Groups = Mapping[int, Any] | Sequence[Any] | npt.NDArray[Any]
@@ -160,7 +161,8 @@ class EarlyRetrieval:
 
         Args:
             client: Asks the encoder, a version with signatures `embed` of the exit and of the last.
-            inputs: One array, batch first, or a dict of them by input name.
+            inputs: One array, batch first, or a dict of them by input name. Before texts stands the
+                model's prompt "query", where it has one.
             index: The gallery, embedded at the last exit: in this process, or a client of a model
                 that is an index.
 
@@ -168,7 +170,7 @@ class EarlyRetrieval:
             EncoderMismatchError: If another encoder embedded the gallery.
         """
         flows.check_index(index, Client)
-        width = index.describe().width if isinstance(index, Client) else index.width
+        gallery = index.describe() if isinstance(index, Client) else index
         steps = self._steps(client.describe(), inputs)
         found = None
         while True:
@@ -177,12 +179,13 @@ class EarlyRetrieval:
             except StopIteration as done:
                 answer: EarlyNeighbors = done.value
                 return answer
-            embeddings = client.embed(rows, width, exit=exit)
-            fingerprint = client.describe().fingerprint
+            prompt = _prompt_of(client.describe())
+            embeddings = client.embed(rows, gallery.width, exit=exit, prompt=prompt)
+            manifest = client.describe()  # of the version that answered
+            flows.check_gallery(gallery, manifest.fingerprint, manifest.gallery_prompts)
             if isinstance(index, Client):
-                found = index.search(embeddings, encoder=fingerprint)
+                found = index.search(embeddings, encoder=manifest.fingerprint)
             else:
-                flows.check_encoder(index.encoder_fingerprint, fingerprint)
                 found = index.search(embeddings)
 
     async def retrieve_async(
@@ -190,7 +193,7 @@ class EarlyRetrieval:
     ) -> EarlyNeighbors:
         """Return the same as `retrieve`, by async clients; a local index searches in a thread."""
         flows.check_index(index, AsyncClient)
-        width = (await index.describe()).width if isinstance(index, AsyncClient) else index.width
+        gallery = await index.describe() if isinstance(index, AsyncClient) else index
         steps = self._steps(await client.describe(), inputs)
         found = None
         while True:
@@ -199,12 +202,13 @@ class EarlyRetrieval:
             except StopIteration as done:
                 answer: EarlyNeighbors = done.value
                 return answer
-            embeddings = await client.embed(rows, width, exit=exit)
-            fingerprint = (await client.describe()).fingerprint
+            prompt = _prompt_of(await client.describe())
+            embeddings = await client.embed(rows, gallery.width, exit=exit, prompt=prompt)
+            manifest = await client.describe()  # of the version that answered
+            flows.check_gallery(gallery, manifest.fingerprint, manifest.gallery_prompts)
             if isinstance(index, AsyncClient):
-                found = await index.search(embeddings, encoder=fingerprint)
+                found = await index.search(embeddings, encoder=manifest.fingerprint)
             else:
-                flows.check_encoder(index.encoder_fingerprint, fingerprint)
                 found = await asyncio.to_thread(index.search, embeddings)
 
     def _steps(
@@ -232,3 +236,7 @@ class EarlyRetrieval:
         own = np.empty(ids.size, object)
         own[:] = [self.groups[row] for row in ids.ravel().tolist()]
         return own.reshape(ids.shape)
+
+
+def _prompt_of(manifest: Manifest) -> str | None:
+    return QUERY if QUERY in manifest.prompts else None

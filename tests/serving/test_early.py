@@ -20,7 +20,7 @@ from keras_mrl_serving import (
 )
 from keras_mrl_serving.calls import Call
 from keras_mrl_serving.testing import InMemoryServer
-from tests.helpers.manifests import ENCODER
+from tests.helpers.manifests import ENCODER, TEXTS
 
 WIDTH, GALLERY = 4, np.eye(4, dtype=np.float32)
 EXITS = tuple(
@@ -164,3 +164,22 @@ def test_what_no_threshold_can_be_learned_on_is_refused() -> None:
         EarlyRetrieval.learn("early", early, last, [0, 1])
     with pytest.raises(ValueError, match="Received: 0 queries"):
         EarlyRetrieval.learn("early", early[:0], last[:0])
+
+
+@BOTH
+def test_texts_are_asked_with_the_prompt_of_queries(kind: type) -> None:
+    preprocessor = {**(TEXTS.preprocessor or {}), "prompts": {"query": "query: "}}
+    manifest = replace(MANIFEST, inputs=TEXTS.inputs, preprocessor=preprocessor)
+    [name] = TEXTS.inputs
+
+    def embedded(call: Call) -> dict[str, Any]:
+        return {"embedding": GALLERY[: call.inputs[name].size]}
+
+    server = InMemoryServer(manifest, embedded)
+    rule = EarlyRetrieval("early", np.inf)
+    if kind is Client:
+        rule.retrieve(Client(server), ["owls", "jays"], index())
+    else:
+        asyncio.run(rule.retrieve_async(AsyncClient(server), ["owls", "jays"], index()))
+    asked = [call.inputs[name].tolist() for call in server.calls if name in call.inputs]
+    assert asked == [["query: owls", "query: jays"]] * 2
