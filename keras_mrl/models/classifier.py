@@ -336,6 +336,8 @@ class MatryoshkaClassifier(_ModelWithExits):
 
     def _check_data(self, x: Any, y: Any) -> Any:
         x = self._build_for(x)
+        if self._exits is not None:  # before a step, in which JAX has taken the weights out
+            self._exits.checked(x)
         if self.built:
             self._nested_metrics.set_dims(self.head.dims)
             check_labels(self.loss, y, self.output_shape)

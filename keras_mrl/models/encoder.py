@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -304,6 +305,10 @@ class MatryoshkaEncoder(_ModelWithExits):
 
     def _check_data(self, x: Any, y: Any, sample_weight: Any) -> None:
         """Raise for weights and ids in memory that would not mean what they say."""
+        if self._exits is not None:  # before a step, in which JAX has taken the weights out
+            sides = x.values() if isinstance(x, Mapping) else x
+            for side in sides if are_sides(x) else [x]:
+                self._exits.checked(side)
         _check_weights(x, y, sample_weight)
         if not isinstance(self.loss, ContrastiveLoss) or y is None:
             return

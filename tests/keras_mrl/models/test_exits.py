@@ -11,7 +11,15 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, measure_costs, segment, split
+from keras_mrl import (
+    ContrastiveLoss,
+    MatryoshkaClassifier,
+    MatryoshkaEncoder,
+    MatryoshkaHead,
+    measure_costs,
+    segment,
+    split,
+)
 from keras_mrl.evaluation import evaluate
 from keras_mrl.models.exits import short_names
 from tests.helpers.laws import exactly
@@ -438,15 +446,19 @@ def test_a_dict_with_a_key_that_is_no_input_is_refused() -> None:
         "A dict of inputs has the keys that a model with exits names its inputs by. "
         "Received: 'A' beside inputs named 'a', 'b'. Leave such keys out."
     )
-    for method, given in (
-        ("fit", (more, labels)),
-        ("evaluate", (more, labels)),
-        ("predict", (more,)),
-    ):
-        with pytest.raises(ValueError, match=re.escape(text)):
-            getattr(model, method)(*given, verbose=0)
+    for method in (model.fit, model.evaluate):
+        with pytest.raises(ValueError, match=exactly(text)):
+            method(more, labels, verbose=0)
     for own, kept in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(own, kept)
+    encoder = MatryoshkaEncoder(model.backbone, exits=("hidden",))
+    encoder.compile("sgd", ContrastiveLoss(dims=DIMS))
+    for pairs in ((rows, more), {"anchor": more, "positive": rows}):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            encoder.fit(pairs, verbose=0)
+    encoder.fit((rows, rows), verbose=0)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        model.predict(more, verbose=0)
 
 
 def test_evaluation_judges_any_exit() -> None:
