@@ -6,6 +6,7 @@ folder of the version.
 
   keras-mrl export digits.keras --base-path models/digits --sample few.npy
   keras-mrl export birds.keras --base-path models/birds --images few/*.jpg
+  keras-mrl export mail.keras --base-path models/mail --sample few.txt
   keras-mrl export own.keras --base-path models/own --import my_layers
   keras-mrl export two.keras --base-path m --sample u.npy --other-sample i.npy
 """
@@ -75,6 +76,16 @@ def float32(text: str) -> float:
     return number
 
 
+def prompt(text: str) -> tuple[str, str]:
+    """Return the name of a prompt, and what it puts before a text."""
+    name, equals, prefix = text.partition("=")
+    if not (name and equals):
+        raise click.BadParameter(
+            f"must be NAME=TEXT. Received: {text!r}. Give for example 'query=query: '."
+        )
+    return name, prefix
+
+
 @command(
     __doc__,
     click.Argument(["model"], metavar="MODEL.keras", help="the file that model.save wrote"),
@@ -82,12 +93,22 @@ def float32(text: str) -> float:
     Option(
         "--sample",
         metavar="FILE",
-        help="a few real rows to compare on, .npy, or .npz by input name (random floats)",
+        help="a few real rows to compare on, .npy, or .npz by input name (random floats); texts, "
+        ".txt, one a line: the version then takes texts, made tokens of in its graph",
     ),
     Option(
         "--other-sample",
         metavar="FILE",
         help="of a model of two towers: as --sample, for the other tower",
+    ),
+    Option(
+        "--prompt",
+        "prompts",
+        multiple=True,
+        type=prompt,
+        metavar="NAME=TEXT",
+        help="of a version that takes texts: what its clients may put before a text, such as "
+        "'query=query: '; may be given again (none)",
     ),
     Option("--policy", metavar="FILE", help="JSON of a CascadePolicy (no cascade)"),
     Option("--labels", metavar="FILE", help="class names, one a line (no names)"),
@@ -255,6 +276,7 @@ def _export(arguments: SimpleNamespace) -> int:
                 decoder=decoder,
                 other_sample=other_sample,
                 other_decoder=other_decoder,
+                prompts=dict(arguments.prompts) or None,
                 **{name: value for name, value in optional.items() if value is not None},
             )
     print_line(str(Path(arguments.base_path) / version.name))  # a relative base path stays one
@@ -343,11 +365,16 @@ def _loss_in(file: str) -> Any:
 
 
 def _rows(file: str | None) -> Any:
-    """Return the rows of a sample, an array or arrays by input name; None without a file."""
+    """Return a sample: an array, arrays by input name, or texts; None without a file."""
     from .files import load_arrays
+    from .texts import texts_of
+    from .words import LINES
 
     if file is None:
         return None
+    if Path(file).suffix.lower() in LINES:
+        with refusing(ValueError, rule="--sample must be a file of texts.", remedy="Correct it."):
+            return [*texts_of(file)]
     arrays = load_arrays(file)
     return arrays[""] if set(arrays) == {""} else dict(arrays)
 

@@ -67,7 +67,7 @@ def load_texts(file: str, manifest: Manifest, column: str | None) -> dict[str, n
                 f"Received: {file} with --column {column}. Leave it out: a line is a text.",
                 MISUSED,
             )
-        texts = [*_texts_of(file, column)]
+        texts = [*texts_of(file, column)]
     (name, spec), rows = next(iter(manifest.inputs.items())), np.empty(len(texts), object)
     rows[:] = texts
     return {name: rows.reshape(-1, *spec["shape"][1:])}
@@ -80,7 +80,8 @@ def count_texts(file: str) -> int:
     return len(_lines(file))
 
 
-def _texts_of(file: str, column: str | None) -> Iterator[bytes]:
+def texts_of(file: str, column: str | None = None) -> Iterator[bytes]:
+    """Yield the texts of a file: its lines, or those of a column."""
     lines = _lines(file)
     if _suffix(file) == ".jsonl":
         yield from _of_objects(file, lines, column)

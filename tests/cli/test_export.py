@@ -19,7 +19,7 @@ from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import MANIFEST_FILE
 from keras_mrl_serving.saved_model import read_signatures
 from keras_mrl_serving.server import DevServer
-from tests.helpers import exit_models, two_towers
+from tests.helpers import exit_models, text_models, two_towers
 from tests.helpers import export_models as models
 from tests.helpers.cli import CASCADE, KERAS_MRL, LABELS, Call, Exported
 from tests.helpers.laws import on_backends
@@ -336,6 +336,21 @@ def test_a_sample_of_texts(export: Export, files: Path, kind: type) -> None:
     assert manifest.inputs == {"text": {"dtype": "string", "shape": [None, 1]}}
 
 
+def test_texts_and_prompts_of_a_model_with_a_tokenizer(export: Export, files: Path) -> None:
+    text_models.trained().save(files / "sentences.keras")
+    Path("few.txt").write_text("a cat sat\nthe dog ran\n")
+    prompts = ("--prompt", "query=query: ", "--prompt=passage=")
+    _, manifest, _ = export("sentences", "--sample=few.txt", "--signatures=embed_8", *prompts)
+    assert manifest.inputs == {"text": {"dtype": "string", "shape": [None]}}
+    assert (manifest.preprocessor or {})["prompts"] == {"query": "query: ", "passage": ""}
+
+
+def test_a_file_of_texts_that_is_not_there_and_a_model_of_no_texts(refused: Refused) -> None:
+    assert "--sample must be a file" in refused("untied", "--sample=none.txt")
+    Path("few.txt").write_text("a cat\n")
+    assert "Received: (1,)" in refused("untied", "--sample=few.txt")
+
+
 @pytest.mark.parametrize(
     ("flag", "values", "text"),
     [
@@ -345,6 +360,11 @@ def test_a_sample_of_texts(export: Export, files: Path, kind: type) -> None:
             ["0", "1e300", "1e-60", "nan", "inf", "1/255"],
             "must be a finite number other than 0. {} "
             "Give for example 0.00392157, which is 1 / 255.",
+        ),
+        (
+            "--prompt",
+            ["query", "=query: "],
+            "must be NAME=TEXT. {} Give for example 'query=query: '.",
         ),
         (
             "--signatures",

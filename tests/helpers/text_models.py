@@ -100,6 +100,14 @@ def encoder(kind: str, length: int = LENGTH) -> keras.Model:
     return keras.Model(backbone.input, pooled, name=f"of_{kind}")
 
 
+def trained() -> Any:
+    """A Matryoshka encoder whose file holds its tokenizer."""
+    from keras_mrl import MatryoshkaEncoder
+
+    tower = encoder("wordpiece")
+    return MatryoshkaEncoder(tower, preprocessor=preprocessor("wordpiece"), name="sentences")
+
+
 def column(texts: Sequence[str | bytes]) -> npt.NDArray[Any]:
     """Texts as clients send them."""
     rows = np.empty(len(texts), dtype=object)
