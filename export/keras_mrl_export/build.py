@@ -310,8 +310,9 @@ def fingerprint_of(
 
     That is the configuration, every weight in the model's own order, values that layers keep
     besides weights (vocabularies, document frequencies), and how the model is served: its decoder,
-    whether embeddings are scaled, and the types its inputs are cast to. Dims, labels and a cascade
-    change no embedding; code of the user's own layers has no form that every process shares.
+    whether embeddings are scaled, and the types its inputs are cast to. Dims, labels, a cascade
+    and the random state of Dropout change no embedding; code of the user's own layers has no form
+    that every process shares.
 
     Args:
         model: The model as it is served.
@@ -334,7 +335,7 @@ def fingerprint_of(
     if any(texts):
         served["texts"] = [None if text is None else text.identity() for text in texts]
     digest.update(json.dumps(served, sort_keys=True).encode())
-    values = [keras.ops.convert_to_numpy(variable) for variable in model.variables]
+    values = [keras.ops.convert_to_numpy(variable) for variable in model.weights]
     for value in (*values, *_values_besides_weights(model)):
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).tobytes())

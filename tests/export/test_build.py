@@ -64,6 +64,14 @@ def test_a_fingerprint_is_of_one_model_served_alike(tmp_path: Path) -> None:
     assert fingerprint(model, tmp_path) != before
 
 
+def test_the_state_of_random_layers_is_none_of_a_fingerprint(tmp_path: Path) -> None:
+    inputs = keras.Input((X.shape[1],))
+    model = keras.Model(inputs, keras.layers.Dense(8)(keras.layers.Dropout(0.5)(inputs)))
+    before = exported_fingerprint(model, tmp_path)
+    model(X, training=True)  # moves the state on
+    assert exported_fingerprint(model, tmp_path) == before
+
+
 def test_a_fingerprint_is_of_both_towers(tmp_path: Path) -> None:
     encoder = MatryoshkaEncoder(dense(), dense())
     once = exported_fingerprint(encoder, tmp_path, other_sample=X)
