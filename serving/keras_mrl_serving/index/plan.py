@@ -168,9 +168,9 @@ class Choice:
             "factory": self.first_stage.factory,
             "settings": self.first_stage.settings,
             "schedule": self.schedule.to_json(),
-            "quality": round(self.quality, 5),
-            "error": round(self.error, 5),
-            "seconds": round(self.seconds, 9),
+            "quality": self.quality,
+            "error": self.error,
+            "seconds": self.seconds,
         }
 
     @classmethod
