@@ -321,7 +321,9 @@ class LocalIndex(IndexBase, ABC):
             >>> index.search(np.eye(3)[2:], filter=only).ids.tolist()
             [['c']]
         """
-        mask = np.asarray(only) if not isinstance(only, list | tuple) else None
+        is_list = isinstance(only, list | tuple)
+        is_mask = not is_list or (len(only) > 0 and isinstance(only[0], bool))
+        mask = np.asarray(only) if is_mask else None
         if mask is None or mask.dtype != bool:
             return Filter(self, self._rows_among(only))
         if mask.shape != (len(self),):
@@ -393,7 +395,13 @@ class LocalIndex(IndexBase, ABC):
 
     def _rows_among(self, ids: npt.ArrayLike) -> Ids:
         """Return the gallery rows that have these ids, in the gallery's order."""
-        rows = self._rows_of(self.row_ids.numbers_of(check_among(ids)))
+        given = check_among(ids)
+        if given.dtype == np.int64 and len(given) == len(self) > 2 and given.max() <= 1:
+            raise ValueError(
+                "Numbers are ids, and a mask of the rows is of bools. "
+                "Received: a 0 or a 1 for every row. Give index.prepare_filter(mask.astype(bool))."
+            )
+        rows = self._rows_of(self.row_ids.numbers_of(given))
         mask = np.zeros(len(self) + 1, bool)
         mask[rows] = True  # -1 is behind the last
         return np.flatnonzero(mask[:-1])

@@ -32,13 +32,14 @@ from .base import (
 from .filters import Filter
 from .first_stage import FirstStage, check_first_stage, import_faiss
 from .ids import RowIds, check_ids
-from .refined import over_rows, unscaled
+from .refined import RefinedIndex, over_rows, unscaled
 from .shortlister import Progress, Shortlister
 from .storage import IndexWriter, SavedFiles, open_saved, read_ids, write_ids
 
 ENGINE = "faiss"
 DEFAULT = FirstStage.usual("HNSW32")
 
+_FEW = 1024  # rows of a filter: to compare them at the last dim costs less than a shortlist of them
 _ROWS_AT_ONCE = 65_536  # gallery rows that are checked, scaled or copied in memory
 
 
@@ -60,8 +61,8 @@ class FaissIndex(LocalIndex):
         plan: How the schedule was chosen, as JSON; None if it was given.
 
     Attributes:
-        exhaustive_below: A filter that leaves at most so many rows skips the first stage: to
-            compare them all is faster.
+        exhaustive_below: A filter that leaves at most so many rows skips the first stage, and all
+            of them are compared; of graphs and codes of 4 bits 1024 at most.
         candidates_at_once: Ids on the shortlists of all queries that a search holds in memory at
             once; queries that need more are searched in chunks.
 
@@ -257,33 +258,27 @@ class FaissIndex(LocalIndex):
         # Every line here is paid by every query, and the caches are cold after the one before it.
         if among is None and type(queries) is np.ndarray and queries.shape == self._one_query:
             refined, number = self._refined, self.facts.schedule.k if k is None else k
+            if filter is not None and refined is not None:
+                refined = self._within(filter) if type(filter) is Filter else None
             if refined is not None and type(number) is int and 0 < number <= self._most:
-                found = None
-                if filter is None:
-                    found = refined.search_one(queries, number)
-                elif type(filter) is Filter and number <= len(filter):
-                    filter.check(self)
-                    walked = self._walked(filter)
-                    if walked is not None:
-                        found = refined.search_one(queries, number, filter, walked)
+                found = refined.search_one(queries, number)
                 if found is not None:
                     rows, scores = found
                     ids = rows if self._are_row_numbers else self.ids[rows]
                     return Neighbors(self.row_ids.given(ids), scores)
         return super().search(queries, k, among, filter)
 
-    def _walked(self, only: Filter) -> Any:
-        """Return the parameters by which one call answers within a filter; None if none does."""
-        if "walked" not in only.prepared:
-            size = (*self.schedule.shortlists, self._most)[0]
-            is_walked = (
-                self._refined is not None
-                and len(only) > max(self.exhaustive_below, size)
-                and self._first.can_choose
-                and not self._first.is_scanned(only, size)
-            )
-            only.prepared["walked"] = self._first.selecting(only, size) if is_walked else None
-        return only.prepared["walked"]
+    def _within(self, only: Filter) -> RefinedIndex | None:
+        """Return the funnel that answers within a filter in one call; None if none does."""
+        only.check(self)
+        if "refined" not in only.prepared:
+            refined = None
+            few = min(self.exhaustive_below, _FEW)
+            if len(only) > max(few, (*self.schedule.shortlists, self._most)[0]):
+                refined = self._first.refined(self.schedule, self._stages, self.facts.metric, only)
+            only.prepared.setdefault("refined", refined)
+        within: RefinedIndex | None = only.prepared["refined"]
+        return within
 
     def _vectors(self, rows: Ids) -> Vectors:
         return np.array(self._stages[self.width][rows], np.float32)
@@ -302,13 +297,15 @@ class FaissIndex(LocalIndex):
 
     def _search_funnel(self, queries: Vectors, k: int, only: Filter | None) -> Neighbors:
         among = None if only is None else only.rows
-        walked = None if only is None else self._walked(only)
+        refined = self._refined if only is None else self._within(only)
         queries = np.ascontiguousarray(queries[:, : self.width])
         queries, factors = unscaled(queries, self.metric)
         schedule = self.schedule
         size = schedule.shortlists[0] if schedule.shortlists else k
         total = len(self.ids) if among is None else len(among)
-        is_exhaustive = size >= total or (only is not None and total <= self.exhaustive_below)
+        is_exhaustive = size >= total or (
+            only is not None and refined is None and total <= self.exhaustive_below
+        )
         at_once = self.candidates_at_once
         if next(iter(self._stages.values())).dtype == np.float16:
             at_once //= self.width  # whose rows are made float32 to be compared
@@ -319,13 +316,8 @@ class FaissIndex(LocalIndex):
             if is_exhaustive:
                 shortlists = None if among is None else np.tile(among, (len(chunk), 1))
                 answers.append(self._rerank(chunk, k, shortlists, among))
-            elif self._refined is not None and (only is None or walked is not None):
-                rows, scores, is_open = self._refined.search(chunk, k, walked)
-                if is_open.any():
-                    rows[is_open], scores[is_open] = self._in_stages(chunk[is_open], k, size, only)
-                answers.append((rows, scores))
-            elif self._refined is not None and only is not None and not self._first.can_choose:
-                rows, scores, is_open = self._refined.search_sifted(chunk, k, only)
+            elif refined is not None:
+                rows, scores, is_open = refined.search(chunk, k)
                 if is_open.any():
                     rows[is_open], scores[is_open] = self._in_stages(chunk[is_open], k, size, only)
                 answers.append((rows, scores))

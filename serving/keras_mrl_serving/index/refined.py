@@ -23,7 +23,6 @@ import numpy.typing as npt
 from ..embeddings import inverse_length
 from ..funnel import FunnelSchedule
 from .base import Ids, Vectors
-from .filters import Filter
 
 Rows = npt.NDArray[Any]  # float32 or float16 `(rows, dim)`
 
@@ -65,6 +64,7 @@ class RefinedIndex:
         metric: "cosine", "dot" or "l2".
         copied: Which rows look like another to the first stage, `(rows,)`; None: none does, or
             any may.
+        inner: FAISS's parameters for the first stage; None for its own.
 
     Examples:
         >>> import faiss
@@ -86,8 +86,10 @@ class RefinedIndex:
         stages: Mapping[int, Rows],
         metric: str,
         copied: npt.NDArray[np.bool_] | None,
+        inner: Any = None,
     ) -> None:
         self._faiss = faiss
+        self._inner = inner
         self._copied = copied
         self._sizes = schedule.shortlists
         self._width = schedule.dims[-1]
@@ -109,9 +111,7 @@ class RefinedIndex:
         self._spaces = _Spaces()
         self._is_cosine, self._sign = metric == "cosine", -1 if metric == "l2" else 1
 
-    def search_one(
-        self, query: npt.NDArray[Any], k: int, only: Filter | None = None, inner: Any = None
-    ) -> tuple[Ids, Vectors] | None:
+    def search_one(self, query: npt.NDArray[Any], k: int) -> tuple[Ids, Vectors] | None:
         """Return the rows nearest to a query, and their scores.
 
         None where equal rows may have decided, where the first stage found too few, and for a query
@@ -120,8 +120,6 @@ class RefinedIndex:
         Args:
             query: `(1, width)`.
             k: Number of neighbours, at most the last shortlist.
-            only: The only rows that may be returned.
-            inner: FAISS's parameters by which the first stage leaves the others out.
 
         Shapes:
             Returns int64 and float32 `(1, k)`.
@@ -135,13 +133,7 @@ class RefinedIndex:
         spaces = self._spaces.by_k
         space = spaces.get(k) or spaces.setdefault(k, self._space(k))
         space.query[:] = query
-        if only is None:
-            self._search(*space.arguments)
-        else:
-            parameters = only.prepared.get(k)
-            if parameters is None:
-                parameters = only.prepared.setdefault(k, self._parameters(k, inner)[1])
-            self._search(*space.arguments[:-1], parameters)
+        self._search(*space.arguments)
         # By Python's numbers: of so few they take a fraction of the time that NumPy does.
         if len(set(*space.scores.tolist())) < space.number or space.rows.item(-1) < 0:
             return None
@@ -151,50 +143,25 @@ class RefinedIndex:
             space.factor.fill(1 / math.sqrt(square))
         return space.best_rows.copy(), space.best_scores * space.factor
 
-    def search(
-        self, queries: Vectors, k: int, inner: Any = None
-    ) -> tuple[Ids, Vectors, npt.NDArray[np.bool_]]:
+    def search(self, queries: Vectors, k: int) -> tuple[Ids, Vectors, npt.NDArray[np.bool_]]:
         """Return the rows nearest to each query, their scores, and which answers do not count.
 
         Args:
             queries: `(batch, width)`, contiguous.
             k: Number of neighbours.
-            inner: FAISS's parameters for the first stage; None for its own.
 
         Shapes:
             Returns int64, float32 `(batch, k)` and bool `(batch,)`.
         """
-        scores, rows = self._asked(queries, *self._parameters(k, inner))
-        is_open = (scores[:, 1:] == scores[:, :-1]).any(axis=1) | (rows[:, -1] < 0)
-        if self._copied is not None:
-            is_open |= self._copied[rows].any(axis=1)
-        return rows[:, :k], scores[:, :k], is_open
-
-    def search_sifted(
-        self, queries: Vectors, k: int, only: Filter
-    ) -> tuple[Ids, Vectors, npt.NDArray[np.bool_]]:
-        """Search as `search`, by longer shortlists, for more rows, and leave out a filter's others.
-
-        For first stages that cannot leave rows out themselves.
-        """
-        prepared = only.prepared.get(("sifted", k))
-        if prepared is None:
-            sizes = [min(int(size / only.share) + 1, only.num_rows) for size in self._sizes or (k,)]
-            wanted = min(int(1.5 * k / only.share) + 8, sizes[-1])
-            prepared = wanted, self._parameters(wanted, sizes=tuple(sizes))
-            only.prepared[("sifted", k)] = prepared
-        scores, rows = self._asked(queries, *prepared[1])
-        passes = only.mask[rows] & (rows >= 0)
-        is_open = (passes.sum(axis=1) < k) | (scores[:, 1:] == scores[:, :-1]).any(axis=1)
-        best = np.argsort(~passes, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(rows, best, 1), np.take_along_axis(scores, best, 1), is_open
-
-    def _asked(self, queries: Vectors, count: int, parameters: Any) -> tuple[Vectors, Ids]:
+        count, parameters = self._parameters(k)
         scores = np.empty((len(queries), count), np.float32)
         rows = np.empty((len(queries), count), np.int64)
         x, values, numbers = map(self._faiss.swig_ptr, (queries, scores, rows))
         self._search(len(queries), x, count, values, numbers, parameters)
-        return scores, rows
+        is_open = (scores[:, 1:] == scores[:, :-1]).any(axis=1) | (rows[:, -1] < 0)
+        if self._copied is not None:
+            is_open |= self._copied[rows].any(axis=1)
+        return rows[:, :k], scores[:, :k], is_open
 
     def _space(self, k: int) -> _Space:
         count, parameters = self._parameters(k)
@@ -205,13 +172,11 @@ class RefinedIndex:
         factor = np.full((), self._sign, np.float32)
         return _Space(query, scores, rows, scores[:, :k], rows[:, :k], factor, arguments, count)
 
-    def _parameters(
-        self, k: int, inner: Any = None, sizes: tuple[int, ...] = ()
-    ) -> tuple[int, Any]:
+    def _parameters(self, k: int) -> tuple[int, Any]:
         """Return for how many neighbours FAISS is asked, and how long its shortlists are."""
-        sizes = sizes or self._sizes or (k,)
+        sizes = self._sizes or (k,)
         count = min(k + 1, sizes[-1])  # one more shows whether the edge runs through equal scores
-        parameters = inner
+        parameters = self._inner
         for is_cut, size, next_size in zip(self._is_cut, sizes, (*sizes[1:], count), strict=True):
             if parameters is not None and is_cut:
                 parameters = self._faiss.SearchParametersPreTransform(index_params=parameters)
@@ -274,27 +239,6 @@ def over_rows(faiss: Any, rows: Rows, metric: str) -> Any:
     )
     index.ntotal = number
     return index
-
-
-def graph_codes(faiss: Any, first: Any) -> npt.NDArray[np.uint8] | None:
-    """Return the codes of the rows of a graph, a view of `(rows, code size)`; None of others.
-
-    Examples:
-        >>> import faiss
-        >>> graph = faiss.index_factory(4, "HNSW8")
-        >>> graph.add(np.eye(4, dtype=np.float32))
-        >>> graph_codes(faiss, graph).shape
-        (4, 16)
-    """
-    index = faiss.downcast_index(first)
-    while isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
-    storage = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else None
-    if not isinstance(storage, faiss.IndexFlatCodes) or not storage.ntotal:
-        return None
-    size = storage.ntotal * storage.code_size
-    codes = faiss.rev_swig_ptr(storage.codes.data(), size)
-    return np.asarray(codes.reshape(storage.ntotal, storage.code_size))
 
 
 def has_copies(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

@@ -22,7 +22,8 @@ from .base import Ids, IndexFacts, Vectors, lowest_ids_first, rounding
 from .filters import Filter
 from .first_stage import EFFORTS, FirstStage, import_faiss, settings_of
 from .projected import check_components, projected_index, projected_parts
-from .refined import RefinedIndex, graph_codes, has_copies
+from .refined import RefinedIndex, has_copies
+from .subset import Codes, behind_transforms, row_codes, subset_index
 
 Progress = Callable[[int, int], object]  # rows done, all rows
 
@@ -124,23 +125,23 @@ class Shortlister:
             Returns int64 `(batch, size)`, -1 where fewer were found.
         """
         faiss = import_faiss()
-        if only is not None and not self.can_choose:
-            return self._sifted(faiss, prefixes, size, only)
-        parameters = None if only is None else self.selecting(only, size)
+        index, parameters = self.index, None
+        if only is not None:
+            alone = self.alone(only, size)
+            if alone is None and not self.can_choose:
+                return self._sifted(faiss, prefixes, size, only)
+            index = self.index if alone is None else alone
+            parameters = None if alone is not None else self.selecting(only, size)
         if self.spec.is_binary:
             shortlists: Ids = self.index.search(_signs(prefixes), size, params=parameters)[1]
             return shortlists
         if self._is_coarse:
-            return self._ask(faiss, prefixes, size, parameters)[1]
+            return self._ask(faiss, prefixes, size, parameters, index)[1]
 
         def ask(some: slice, count: int) -> tuple[Vectors, Ids]:
             most = min(count, self.index.ntotal)
             return self._ask(faiss, prefixes[some], most, parameters, index)
 
-        index = self.index
-        if only is not None and self.is_scanned(only, size):
-            prefixes, index = self._projected(faiss, prefixes), self._inner(faiss).storage
-            parameters = only.prepared["scan"]
         scores, rows = self._ask(faiss, prefixes, size + 1, parameters, index)
         slack = 0.0
         if len(prefixes) > 1 and self._longest:  # by a matrix product
@@ -166,39 +167,37 @@ class Shortlister:
                 bits = np.packbits(only.mask, bitorder="little")
                 only.prepared.setdefault("selector", faiss.IDSelectorBitmap(bits))
             selector = only.prepared["selector"]
-            only.prepared.setdefault("scan", faiss.SearchParameters(sel=selector))
             parameters = _selecting(faiss, self.index, selector, size, only.share)
             only.prepared[("select", size)] = parameters
         return parameters
 
-    def is_scanned(self, only: Filter, size: int) -> bool:
-        """Return whether all rows of a filter are compared in turn, rather than a graph walked."""
-        faiss = import_faiss()
-        if self.spec.is_binary or "HNSW" not in self.spec.factory:
-            return False
-        index = self._inner(faiss)
-        if not isinstance(index, faiss.IndexHNSW):
-            return False
-        # In comparisons: one in turn is a quarter of one that a graph leads to, and to find that a
-        # row does not count a sixteenth.
-        walk = max(index.hnsw.efSearch, size) * _NEIGHBORS_SEEN / only.share
-        return len(only) / 4 + only.num_rows / 16 < walk
+    def alone(self, only: Filter, size: int) -> Any:
+        """Return an index of a filter's rows, made once, where to compare them all is least work.
 
-    def _inner(self, faiss: Any) -> Any:
-        """Return the FAISS index behind the transforms of its vectors."""
-        index = faiss.downcast_index(self.index)
-        while isinstance(index, faiss.IndexPreTransform):
-            index = faiss.downcast_index(index.index)
-        return index
+        None where a graph leads to them sooner, and of kinds of index that take others out as they
+        compare.
 
-    def _projected(self, faiss: Any, prefixes: Vectors) -> Vectors:
-        """Return vectors as the index behind the transforms takes them."""
-        index = faiss.downcast_index(self.index)
-        while isinstance(index, faiss.IndexPreTransform):
-            for number in range(index.chain.size()):
-                prefixes = faiss.downcast_VectorTransform(index.chain.at(number)).apply(prefixes)
-            index = faiss.downcast_index(index.index)
-        return np.ascontiguousarray(prefixes)
+        Args:
+            only: The rows that may be returned.
+            size: Number of rows on each shortlist.
+        """
+        if self._codes is None:
+            return None
+        if not self._is_coarse:
+            # In comparisons: one in turn is a quarter of one that a graph leads to.
+            _, graph = behind_transforms(import_faiss(), self.index)
+            walk = max(graph.hnsw.efSearch, size) * _NEIGHBORS_SEEN / only.share
+            if len(only) / 4 >= walk:
+                return None
+        if "alone" not in only.prepared:
+            index = subset_index(import_faiss(), self.index, self._codes, only.rows)
+            only.prepared.setdefault("alone", index)
+        return only.prepared["alone"]
+
+    @cached_property
+    def _codes(self) -> Codes | None:
+        """Codes of all rows, where those of a filter may be taken out."""
+        return None if self.spec.is_binary else row_codes(import_faiss(), self.index)
 
     def _sifted(self, faiss: Any, prefixes: Vectors, size: int, only: Filter) -> Ids:
         """Ask a kind of index that cannot leave rows out for more, and sift them."""
@@ -223,7 +222,11 @@ class Shortlister:
         return rows
 
     def refined(
-        self, schedule: FunnelSchedule, stages: Mapping[int, Vectors], metric: str
+        self,
+        schedule: FunnelSchedule,
+        stages: Mapping[int, Vectors],
+        metric: str,
+        only: Filter | None = None,
     ) -> RefinedIndex | None:
         """Return a whole funnel as one FAISS index.
 
@@ -234,21 +237,33 @@ class Shortlister:
             schedule: The funnel, whose first dim is that of this first stage.
             stages: Rows by dim, as the metric compares them.
             metric: "cosine", "dot" or "l2".
+            only: The only rows that it returns, more than are on a shortlist.
         """
         if not self._answers_in_one_call:
             return None
-        return RefinedIndex(import_faiss(), self.index, schedule, stages, metric, self._copied)
+        index, parameters = self.index, None
+        if only is not None:
+            size = (*schedule.shortlists, schedule.k)[0]
+            alone = self.alone(only, size)
+            if alone is not None:
+                index = alone
+            elif self.can_choose:
+                parameters = self.selecting(only, size)
+            else:
+                return None
+        facts = (schedule, stages, metric, self._copied, parameters)
+        return RefinedIndex(import_faiss(), index, *facts)
 
     @cached_property
     def _answers_in_one_call(self) -> bool:
         if self.spec.is_binary or self._is_coarse:
             return self._is_coarse
-        return graph_codes(import_faiss(), self.index) is not None
+        return self._codes is not None
 
     @cached_property
     def _copied(self) -> npt.NDArray[np.bool_] | None:
         """Which rows of a graph look like another; None if none does."""
-        codes = None if self._is_coarse else graph_codes(import_faiss(), self.index)
+        codes = None if self._is_coarse else self._codes
         copied = None if codes is None else has_copies(codes)
         return None if copied is None or not copied.any() else copied
 

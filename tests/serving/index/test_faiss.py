@@ -304,7 +304,7 @@ def test_few_rows_that_a_filter_leaves_are_all_compared(kind: FirstStage, metric
 def test_a_filter_does_not_change_how_hard_a_first_stage_looks(
     kind: FirstStage, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Shortlister, "is_scanned", lambda *_: False)  # that would find more
+    monkeypatch.setattr(Shortlister, "alone", lambda *_: None)  # that would find more
     index, search = prepared(metric, kind)
     assert_same(index.search(QUERIES, among=search.ids), index.search(QUERIES))
 

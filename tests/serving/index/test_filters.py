@@ -59,7 +59,7 @@ def test_ids_a_mask_and_among_are_one_filter(index: ExactIndex | FaissIndex) -> 
     mask = RNG.random(len(GALLERY)) < 0.4
     ids = RNG.permutation(np.flatnonzero(mask))
     expected = index.search(QUERIES, among=ids)
-    for only in (mask, ids, [*ids.tolist(), *ids[:3].tolist(), 10**9]):
+    for only in (mask, mask.tolist(), ids, [*ids.tolist(), *ids[:3].tolist(), 10**9]):
         np.testing.assert_array_equal(
             index.search(QUERIES, filter=index.prepare_filter(only)).ids, expected.ids
         )
@@ -139,6 +139,12 @@ def test_what_is_no_filter_is_refused(index: ExactIndex | FaissIndex, refuses: R
         ValueError, "A search is filtered in one way. Received: among and filter. Give one of them."
     ):
         index.search(QUERIES, among=[1], filter=only)
+    with refuses(
+        ValueError,
+        "Numbers are ids, and a mask of the rows is of bools. "
+        "Received: a 0 or a 1 for every row. Give index.prepare_filter(mask.astype(bool)).",
+    ):
+        index.prepare_filter(np.arange(len(GALLERY)) % 2)
     with refuses(
         ValueError,
         "A mask has one bool per gallery row. Received: shape (5,) for 6000 rows. "

@@ -14,7 +14,6 @@ from keras_mrl_serving.index.base import IndexFacts
 from keras_mrl_serving.index.first_stage import import_faiss
 from keras_mrl_serving.index.refined import (
     RefinedIndex,
-    graph_codes,
     has_copies,
     over_rows,
     unscaled,
@@ -266,20 +265,6 @@ def test_rows_are_told_from_their_copies() -> None:
         codes = rng.integers(0, 3, size=(300, width)).astype(np.uint8)
         _, kinds, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
         np.testing.assert_array_equal(has_copies(codes), counts[kinds.ravel()] > 1)
-
-
-@pytest.mark.parametrize(
-    ("factory", "is_graph"), [("HNSW8", True), ("PCA8,HNSW8_SQ8", True), ("IVF8_HNSW8,Flat", False)]
-)
-def test_the_codes_of_a_graph_are_those_of_its_rows(factory: str, is_graph: bool) -> None:
-    faiss = import_faiss()
-    index = faiss.index_factory(40, factory)
-    index.train(GALLERY)
-    index.add(GALLERY)
-    codes = graph_codes(faiss, index)
-    assert (codes is not None) == is_graph
-    if codes is not None and factory == "HNSW8":
-        np.testing.assert_array_equal(codes.view(np.float32), GALLERY)
 
 
 def test_queries_are_scaled_only_where_they_must_be() -> None:
