@@ -321,9 +321,8 @@ class LocalIndex(IndexBase, ABC):
             >>> index.search(np.eye(3)[2:], filter=only).ids.tolist()
             [['c']]
         """
-        is_list = isinstance(only, list | tuple)
-        is_mask = not is_list or (len(only) > 0 and isinstance(only[0], bool))
-        mask = np.asarray(only) if is_mask else None
+        may_be_mask = not isinstance(only, list | tuple) or isinstance((*only, None)[0], bool)
+        mask = np.asarray(only) if may_be_mask else None
         if mask is None or mask.dtype != bool:
             return Filter(self, self._rows_among(only))
         if mask.shape != (len(self),):

@@ -420,7 +420,7 @@ def test_without_faiss_it_says_how_to_get_it(
 def test_a_filter_that_leaves_few_rows_skips_the_first_stage(
     below: int, num_left: int, is_searched: bool, metric: str
 ) -> None:
-    index, first, search = watched(metric, FirstStage("HNSW8", "efSearch=20"))
+    index, first, search = watched(metric, FirstStage("IVF8,Flat", "nprobe=8"))
     index.exhaustive_below = below
     among = search.ids[-num_left:]
     result = index.search(QUERIES, among=among)

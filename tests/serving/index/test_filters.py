@@ -89,6 +89,24 @@ def test_a_search_does_not_make_a_filter_again(
     index.search(QUERIES[:1], filter=only)
 
 
+@pytest.mark.parametrize("factory", ["HNSW32_SQ8", "PQ4x4fs"])
+@pytest.mark.parametrize(("left", "are_compared"), [(1024, True), (1025, False)])
+def test_few_rows_are_all_compared(left: int, are_compared: bool, factory: str) -> None:
+    index = build_faiss(factory)(GALLERY, SCHEDULE)
+    only = index.prepare_filter(np.arange(left))
+    index.search(QUERIES[:1], filter=only)
+    assert (only.prepared["refined"] is None) == are_compared
+
+
+def test_what_a_filter_leaves_decides_whether_a_graph_is_walked() -> None:
+    stage = FirstStage("HNSW32", "efSearch=16")
+    index = FaissIndex.build(GALLERY, FunnelSchedule((8, 16), (20,), 5), first_stage=stage)
+    for left, has_codes in ((1500, True), (5900, False)):
+        only = index.prepare_filter(np.arange(left))
+        index.search(QUERIES[:1], filter=only)
+        assert (only.prepared.get("alone") is not None) == has_codes
+
+
 def test_filters_of_strings() -> None:
     names = [f"row {number}" for number in range(50)]
     index = ExactIndex.build(GALLERY[:50], FunnelSchedule((16,), (), 2), names)

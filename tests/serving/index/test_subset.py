@@ -1,6 +1,7 @@
 """The rows of a filter as an index of their own: as near to a query as they are in the whole."""
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,16 +31,22 @@ def built(factory: str, metric: str = "cosine") -> Shortlister:
     return Shortlister.build(ROWS, spec, metric, lambda _done, _rows: None)
 
 
+def taken(first: Any, rows: Any) -> Any:
+    faiss = import_faiss()
+    codes = row_codes(faiss, first)
+    assert codes is not None
+    return subset_index(faiss, first, codes, rows)
+
+
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 @pytest.mark.parametrize("factory", [*GRAPHS, *CODES])
 @pytest.mark.parametrize("left", [350, 33, 32, 1])
 def test_rows_are_as_near_as_in_the_whole(factory: str, metric: str, left: int) -> None:
-    faiss = import_faiss()
     first = built(factory, metric)
     if "HNSW" in factory:
         first.set("efSearch=700")  # all rows
     rows = np.sort(np.random.default_rng(left).permutation(700)[:left])
-    index = subset_index(faiss, first.index, row_codes(faiss, first.index), rows)
+    index = taken(first.index, rows)
     scores, numbers = index.search(QUERIES, left)
     assert (np.sort(numbers, axis=1) == rows).all()
     every_score, every_number = first.index.search(QUERIES, 700)
@@ -49,7 +56,8 @@ def test_rows_are_as_near_as_in_the_whole(factory: str, metric: str, left: int) 
         pairs = zip(numbers[query].tolist(), scores[query].tolist(), strict=True)
         compared = [(score_of[number], score) for number, score in pairs if number in score_of]
         assert len(compared) > 0.8 * left - 1
-        np.testing.assert_allclose(*np.array(compared).reshape(-1, 2).T, rtol=1e-4, atol=1e-4)
+        expected, received = np.array(compared).reshape(-1, 2).T
+        np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-4)
     order = best_first(numbers, scores if metric != "l2" else -scores)
     np.testing.assert_array_equal(np.take_along_axis(scores, order, 1), scores)
 
@@ -60,7 +68,7 @@ def test_codes_of_4_bits_are_packed_as_faiss_packs_them(factory: str) -> None:
     faiss = import_faiss()
     first = built(factory)
     rows = np.flatnonzero(np.random.default_rng(0).random(700) < 0.6)
-    ours = subset_index(faiss, first.index, row_codes(faiss, first.index), rows)
+    ours = taken(first.index, rows)
     theirs = faiss.clone_index(first.index)
     inner = theirs
     while isinstance(inner := faiss.downcast_index(inner), faiss.IndexPreTransform):
@@ -73,9 +81,8 @@ def test_codes_of_4_bits_are_packed_as_faiss_packs_them(factory: str) -> None:
 
 
 def test_a_graph_over_codes_of_another_kind_is_walked() -> None:
-    faiss = import_faiss()
     first = built("HNSW8_PQ2x4")
-    assert subset_index(faiss, first.index, row_codes(faiss, first.index), np.arange(5)) is None
+    assert taken(first.index, np.arange(5)) is None
 
 
 @pytest.mark.parametrize("factory", OTHERS)
@@ -88,7 +95,7 @@ def test_a_subset_lives_as_long_as_it_is_held(factory: str) -> None:
     """FAISS frees what Python no longer holds: transforms, quantisers, the numbers of rows."""
     faiss = import_faiss()
     first = faiss.clone_index(built(factory).index)
-    index = subset_index(faiss, first, row_codes(faiss, first), np.arange(0, 700, 7))
+    index = taken(first, np.arange(0, 700, 7))
     expected = index.search(QUERIES, 5)[1]
     del first
     others = [np.ones(size) for size in range(1, 20_000, 7)]
