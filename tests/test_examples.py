@@ -132,3 +132,15 @@ def test_a_gallery_of_qdrant_changes(tmp_path: Path) -> None:
     assert said[0] == "710 rows, after 375 came and some went"
     assert said[1] == "colours of answers that must be red: ['red']"
     assert float(said[2].partition("recall@10 ")[2][:5]) > 0.9
+
+
+def test_texts_are_found_in_plain_text(tmp_path: Path) -> None:
+    said = run("examples/text_search.py", "--out", tmp_path, "--epochs", 2)
+    start = next(i for i, line in enumerate(said) if line.startswith("dims"))
+    rows = [[float(cell) for cell in line.split()] for line in said[start + 1 : start + 4]]
+    assert [row[0] for row in rows] == [8, 32, 64]
+    assert all(row[2] > row[1] and row[4] > row[3] for row in rows)
+    are_answers = [line.startswith("    'we sell this ") for line in said[-13:-1]]
+    assert are_answers == [False, True, True, True] * 3
+    assert said[-1].startswith("gained: at 8 of 64 dims nDCG@10 went from ")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["index", "texts"]
