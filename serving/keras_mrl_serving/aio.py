@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -128,7 +128,7 @@ class AsyncClient(BaseClient[AsyncTransport]):
         *,
         k: int | None = None,
         among: npt.ArrayLike | None = None,
-        filter: Any = None,
+        filter: object = None,
         prompt: Prompt = ...,
     ) -> Neighbors:
         """Return the nearest gallery rows of inputs; a local index searches in a thread."""

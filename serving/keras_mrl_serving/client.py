@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from copy import copy
 from dataclasses import replace
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -246,7 +246,7 @@ class Client(BaseClient[Transport]):
         *,
         k: int | None = None,
         among: npt.ArrayLike | None = None,
-        filter: Any = None,
+        filter: object = None,
         prompt: Prompt = ...,
     ) -> Neighbors:
         """Return the nearest gallery rows of inputs.

@@ -98,6 +98,8 @@ def test_the_manifest_of_everything_given(untied: Exported) -> None:
         "other_tower": None,
         "funnel": None,
         "size": None,
+        "prompt": None,
+        "preprocessor": None,
         "encoder_fingerprint": None,
         "cascade": {
             "stages": [

@@ -319,8 +319,8 @@ def test_an_index_of_another_making_needs_no_prompt() -> None:
     class Own:
         width, encoder_fingerprint = 64, None
 
-        def search(self, queries: Any, k: Any = None, among: Any = None) -> Any:
-            return text_index(BIRDS).search(queries, k, among)
+        def search(self, queries: Any, k: Any = None, among: Any = None, only: Any = None) -> Any:
+            return text_index(BIRDS).search(queries, k, among, only)
 
     index: Any = Own()
     assert len(Client(TextServer(text_manifest(PLAIN))).retrieve(BIRDS, index)) == 4

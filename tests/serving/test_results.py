@@ -38,9 +38,9 @@ def test_no_rows_have_a_repr_too() -> None:
 
 def test_results_are_frozen_and_equal_only_themselves() -> None:
     with pytest.raises(FrozenInstanceError):
-        CLASSIFICATION.dim = NEIGHBORS.ids  # type: ignore[misc]
+        CLASSIFICATION.dim = NEIGHBORS.ids  # type: ignore[misc, assignment]
     with pytest.raises(FrozenInstanceError):
-        NEIGHBORS.ids = CLASSIFICATION.dim  # type: ignore[misc]
+        NEIGHBORS.ids = CLASSIFICATION.dim  # type: ignore[misc, assignment]
     assert NEIGHBORS != Neighbors(NEIGHBORS.ids, NEIGHBORS.scores)  # arrays have no one equality
     assert len({CLASSIFICATION, CLASSIFICATION}) == 1
 
