@@ -1,15 +1,18 @@
-"""Compare Matryoshka with its alternatives on your own images.
+"""Compare Matryoshka with its alternatives on your own images or embeddings.
 
 With one recipe for all, trains a Matryoshka net (MRL, and MRL-E with a tied head), a separate net
-per dim (FF) and a slimmable net; cuts the widest FF net by SVD, PCA and coordinates; and judges
-all of them on test images, dim by dim: accuracy and calibration of the head, a linear probe,
-nearest neighbours, adaptive classification, funnel retrieval. The net is small, eight
-convolutions: the methods are compared, not how far a large net would get.
+per dim (FF) and a slimmable net; cuts the widest FF net by SVD, PCA, coordinates and the adaptor;
+and judges all of them on test rows, dim by dim: accuracy and calibration of the head, a linear
+probe, nearest neighbours, adaptive classification, funnel retrieval. The net is small, eight
+convolutions for images and two dense layers for embeddings: the methods are compared, not how far a
+large net would get. The answer comes first, with its uncertainty; where training has not converged
+it says so and judges nothing.
 
 Images are a folder with one sub-folder per class, a zip of it, an .npz with x_train and y_train
 (and x_test and y_test), or a dataset of Keras: cifar10, cifar100, fashion_mnist, mnist. Files are
 JPEG, PNG, GIF, BMP or WebP, and stand upright as their EXIF orientation says; all that cannot be
-read are named before anything is trained. Without --test, test images are the second part of
+read are named before anything is trained. Embeddings are an .npz whose x_train has the shape
+(rows, width). Without --test, test images are the second part of
 an .npz or a dataset, else a fifth of every class. A test image that training has too is left out.
 
 Writes report.html (one file, opens offline), results.json, .md and .csv, figures as SVG and PNG,
@@ -17,6 +20,7 @@ the nets, and splits.npz, which says by digest which image was in which part. In
 on with the same command where it stopped.
 
   keras-mrl compare --data birds/ --budget 60
+  keras-mrl compare --data embeddings.npz --budget 10
   keras-mrl compare --data train.zip --test test.zip --dims 8,32,128 --seeds 3
   keras-mrl compare --data cifar100 --unseen --out cifar
 """
@@ -44,14 +48,16 @@ from .shared import (
     skip_unreadable_option,
 )
 
-EPOCHS, FILTERS, DIMS = 10, 32, (8, 16, 32, 64, 128)
+EPOCHS, FILTERS = 10, 32
 _LEAST = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
 
 
 @command(
     __doc__,
-    Option("--data", many=True, required=True, metavar="PATH...", help="training images"),
-    Option("--test", many=True, metavar="PATH...", help="test images (see above)"),
+    Option(
+        "--data", many=True, required=True, metavar="PATH...", help="training images or embeddings"
+    ),
+    Option("--test", many=True, metavar="PATH...", help="test images or embeddings (see above)"),
     Option(
         "--out",
         default="keras-mrl-compare",
@@ -62,7 +68,7 @@ _LEAST = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
         "--dims",
         type=dims,
         metavar="M,...",
-        help=f"two dims or more ({','.join(map(str, DIMS))})",
+        help="two dims or more (images: 8,16,32,64,128; embeddings: 256, too)",
     ),
     Option(
         "--seeds",
@@ -76,8 +82,8 @@ _LEAST = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
         "--budget",
         type=float,
         metavar="MINUTES",
-        help="choose epochs, filters and, if it must be, fewer images so that all ends in about "
-        "this time; the speed is measured first",
+        help="choose epochs and filters so that all ends in about this time; the speed is measured "
+        "first, and a budget that is too small is refused with one that would do",
     ),
     Option("--epochs", type=int, metavar="N", help=f"epochs of every net ({EPOCHS})"),
     Option(
@@ -101,11 +107,10 @@ _LEAST = {"seeds": 1, "epochs": 1, "filters": 1, "size": 8, "budget": 0.1}
 )
 def compare(arguments: SimpleNamespace) -> int:
     """Train, judge and report."""
-    arguments.dims = arguments.dims or DIMS
     _check(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     rule = "A comparison trains with Keras, probes with scikit-learn and draws with matplotlib."
-    with needing("tensorflow,evaluate,images", rule):
+    with needing("tensorflow,compare,images", rule):
         for name in ("matplotlib", "sklearn"):  # now, and not when all nets are trained
             import_module(name)
         from keras_mrl.comparison import ComparisonError, Plan
@@ -113,7 +118,7 @@ def compare(arguments: SimpleNamespace) -> int:
     # TensorFlow warns of every net it traces, and this trains a dozen.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     plan = Plan(
-        dims=arguments.dims,
+        dims=tuple(arguments.dims or ()),
         seeds=arguments.seeds,
         epochs=arguments.epochs or EPOCHS,
         filters=arguments.filters or FILTERS,
@@ -135,7 +140,7 @@ def compare(arguments: SimpleNamespace) -> int:
             )
         except OSError as error:
             raise RefusalError(
-                "Images must be readable, and --out writable with room for the nets. "
+                "The data must be readable, and --out writable with room for the nets. "
                 f"Received: {error}. Mend that; the same command goes on where this one stopped."
             ) from error
     summary = (out / "results.md").read_text("utf-8").partition("\n\n")[0]
@@ -147,8 +152,9 @@ def compare(arguments: SimpleNamespace) -> int:
 
 
 def _check(arguments: SimpleNamespace) -> None:
-    numbers = list(arguments.dims)
-    if len(numbers) < 2 or numbers[0] < 1 or numbers != sorted(set(numbers)):
+    numbers = list(arguments.dims or ())
+    is_ladder = len(numbers) > 1 and numbers[0] > 0 and numbers == sorted(set(numbers))
+    if numbers and not is_ladder:
         raise RefusalError(
             "--dims must be two or more rising integers. "
             f"Received: {','.join(map(str, numbers))}. Give for example 8,16,32.",

@@ -1,13 +1,13 @@
-"""Images and their classes: folders and zips of files, `.npz` arrays, and Keras's datasets.
+"""Images or embeddings and their classes: folders and zips of files, arrays, Keras's datasets.
 
 A folder and the zip of it are read by one rule and give the same images. Files become RGB squares
-as a viewer shows them; arrays are taken as they are.
+as a viewer shows them; arrays are taken as they are: tables are embeddings, others images.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -27,6 +27,7 @@ from keras_mrl_serving.untrusted import (
 )
 
 Array = npt.NDArray[Any]
+Place = str | Mapping[str, Array]  # or the arrays themselves
 
 KERAS_DATASETS = ("cifar10", "cifar100", "fashion_mnist", "mnist")
 
@@ -48,25 +49,36 @@ class ComparisonError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
-    """Images of one size, and the class of each.
+class Part:
+    """Images of one size, or embeddings of one width, and the class of each.
 
     Args:
-        pixels: uint8 `(rows, height, width, channels)`.
+        inputs: Images, uint8 `(rows, height, width, channels)`; or embeddings, float32
+            `(rows, width)`.
         labels: Positions in `names`, int64 `(rows,)`.
         names: Of the classes.
     """
 
-    pixels: npt.NDArray[np.uint8]
+    inputs: npt.NDArray[Any]
     labels: npt.NDArray[np.int64]
     names: tuple[str, ...]
 
-    def take(self, rows: Any) -> Images:
+    @property
+    def is_embedded(self) -> bool:
+        """Whether these are embeddings."""
+        return self.inputs.ndim == 2
+
+    @property
+    def kind(self) -> str:
+        """What the rows are called: `images` or `embeddings`."""
+        return "embeddings" if self.is_embedded else "images"
+
+    def take(self, rows: Any) -> Part:
         """Return these rows alone."""
-        return Images(self.pixels[rows], self.labels[rows], self.names)
+        return Part(self.inputs[rows], self.labels[rows], self.names)
 
 
-def split_classes(images: Images, unseen: Sequence[int]) -> tuple[Images, Images]:
+def split_classes(images: Part, unseen: Sequence[int]) -> tuple[Part, Part]:
     """Return the images of all other classes, and those of the `unseen` ones.
 
     Both number their classes from 0, in the order they had.
@@ -76,25 +88,25 @@ def split_classes(images: Images, unseen: Sequence[int]) -> tuple[Images, Images
     return _of_classes(images, classes[~is_unseen]), _of_classes(images, classes[is_unseen])
 
 
-def _of_classes(images: Images, classes: npt.NDArray[np.int64]) -> Images:
+def _of_classes(images: Part, classes: npt.NDArray[np.int64]) -> Part:
     """The images of some classes; a class without images keeps its number, too."""
     rows = np.isin(images.labels, classes)
     names = tuple(images.names[number] for number in classes)
     labels = np.searchsorted(classes, images.labels[rows]).astype(np.int64)
-    return Images(images.pixels[rows], labels, names)
+    return Part(images.inputs[rows], labels, names)
 
 
 def read(
-    places: Sequence[str],
+    places: Sequence[Place],
     size: int | None,
     test: bool = False,
     unreadable: list[str] | None = None,
-) -> Images:
+) -> Part:
     """Return the images of all `places` together.
 
     Args:
         places: Folders or zips with one sub-folder per class, `.npz` files, or names of
-            `KERAS_DATASETS`.
+            `KERAS_DATASETS`; or arrays by the names they have in an `.npz`.
         size: Height and width to resize to. None keeps that of arrays, and gives files the height
             of the first, up to 64.
         test: Whether to read the test part of `.npz` files and Keras's datasets.
@@ -121,19 +133,20 @@ def read(
     if not pixels:
         raise ComparisonError(
             "--data must hold images in one sub-folder per class. "
-            f"Received: {', '.join(places)}, without any. "
+            f"Received: {', '.join(map(name_of, places))}, without any. "
             "Name the folder above those of the classes."
         )
     shapes = {image.shape for image in pixels}
     if len(shapes) > 1:
         raise ComparisonError(
-            "All images must have one size and as many channels. "
-            f"Received: {', '.join(map(str, sorted(shapes)[:3]))}. Give --size, or leave some out."
+            "All images must have one size and as many channels, all embeddings one width. "
+            f"Received: {', '.join(map(str, sorted(shapes)[:3]))}. "
+            "Give --size for images, or leave some out."
         )
     classes = tuple(sorted(set(names), key=_numbers_first))
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers[name] for name in names], np.int64)
-    return Images(np.stack(pixels), labels, classes)
+    return Part(np.stack(pixels), labels, classes)
 
 
 def refuse_unreadable(files: Sequence[str]) -> None:
@@ -146,8 +159,15 @@ def refuse_unreadable(files: Sequence[str]) -> None:
         )
 
 
-def has_test(place: str) -> bool:
-    """Return whether a place holds test images of its own."""
+def name_of(place: Place) -> str:
+    """Return what a place is called in sentences and reports."""
+    return place if isinstance(place, str) else "arrays"
+
+
+def has_test(place: Place) -> bool:
+    """Return whether a place holds a test part of its own."""
+    if not isinstance(place, str):
+        return "x_test" in place
     return _is_dataset(place) or (_is_npz(place) and "x_test.npy" in _names_in_npz(place))
 
 
@@ -157,9 +177,19 @@ def _numbers_first(name: str) -> tuple[bool, int, str]:
 
 
 def _images(
-    place: str, size: int | None, height: int | None, test: bool, unreadable: list[str]
+    place: Place, size: int | None, height: int | None, test: bool, unreadable: list[str]
 ) -> Iterator[tuple[Array, str]]:
     """The images of one place with the names of their classes; `height` is that of earlier ones."""
+    if not isinstance(place, str):
+        names = _names_of_part(test)
+        if not set(names) <= set(place):
+            raise ComparisonError(
+                f"Arrays are given as {names[0]} and {names[1]}. "
+                f"Received: {', '.join(map(str, place)) or 'none'}. "
+                'Give {"x_train": ..., "y_train": ...}.'
+            )
+        inputs, labels = (np.asarray(place[name]) for name in names)
+        return _from_arrays(inputs, labels, name_of(place), size)
     if _is_dataset(place):
         return _from_keras(place, size, test)
     if _is_npz(place):
@@ -192,12 +222,16 @@ def _from_keras(name: str, size: int | None, test: bool) -> Iterator[tuple[Array
 
 
 def _from_npz(place: str, size: int | None, test: bool) -> Iterator[tuple[Array, str]]:
-    names = ("x_test", "y_test") if test else ("x_train", "y_train")
+    names = _names_of_part(test)
     arrays = _load_npz(place, names)
     if not set(names) <= set(arrays):
         there = ", ".join(_names_in_npz(place)).replace(".npy", "")
         raise _no_images(place, f"only {there or 'nothing'}", names)
     yield from _from_arrays(arrays[names[0]], arrays[names[1]], place, size)
+
+
+def _names_of_part(test: bool) -> tuple[str, str]:
+    return ("x_test", "y_test") if test else ("x_train", "y_train")
 
 
 def _names_in_npz(place: str) -> Sequence[str]:
@@ -217,7 +251,7 @@ def _load_npz(place: str, names: tuple[str, str]) -> dict[str, Array]:
 
 def _no_images(place: str, received: str, names: tuple[str, str]) -> ComparisonError:
     return ComparisonError(
-        f"An .npz of images must hold {names[0]} and {names[1]}. "
+        f"An .npz of images or embeddings must hold {names[0]} and {names[1]}. "
         f"Received: {place} ({received}). Write it with np.savez_compressed."
     )
 
@@ -226,15 +260,54 @@ def _from_arrays(
     pixels: Array, labels: Array, place: str, size: int | None
 ) -> Iterator[tuple[Array, str]]:
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+    if pixels.ndim == 2:
+        pixels = _check_embeddings(pixels, place, size)
     flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if pixels.ndim != 4 or pixels.dtype != np.uint8 or flat.shape != (len(pixels),):
+    if pixels.ndim != 2 and (pixels.ndim != 4 or pixels.dtype != np.uint8):
         raise ComparisonError(
-            "Images must be uint8 (rows, height, width, channels), with one label each. "
-            f"Received: {pixels.dtype} {pixels.shape} and labels {labels.shape} in {place}. "
-            "Scale pixels to 0..255, and give class ids or names."
+            "Images must be uint8 (rows, height, width, channels), and embeddings a table of "
+            f"floats (rows, width). Received: {pixels.dtype} {pixels.shape} in {place}. "
+            "Scale pixels to 0..255; pool embeddings of tokens to one row per text."
+        )
+    if flat.shape != (len(pixels),):
+        raise ComparisonError(
+            "Every image or embedding must have one label. "
+            f"Received: {pixels.shape} and labels {labels.shape} in {place}. "
+            "Give class ids or names, not one-hot rows."
         )
     for image, name in zip(pixels, _class_names(flat, place), strict=True):
         yield (image if size is None else resize_image(image, size, size)), name
+
+
+def _check_embeddings(embeddings: Array, place: str, size: int | None) -> Array:
+    """Return embeddings as float32; refuse what is no table of finite floats."""
+    if embeddings.dtype.kind != "f" or not embeddings.shape[1]:
+        raise ComparisonError(
+            "Embeddings must be a table of floats (rows, width). "
+            f"Received: {embeddings.dtype} {embeddings.shape} in {place}. "
+            "Give images their height and width; give quantised embeddings as floats."
+        )
+    if size is not None:
+        raise ComparisonError(
+            "--size is that of images. "
+            f"Received: embeddings {embeddings.shape} in {place}. Leave --size out."
+        )
+    with np.errstate(over="ignore"):  # seen as infinite below
+        embeddings = embeddings.astype(np.float32)
+    finite: npt.NDArray[np.bool] = np.asarray(np.isfinite(embeddings).all(axis=1))
+    if not finite.all():
+        raise ComparisonError(
+            "Embeddings must be finite float32 numbers. "
+            f"Received: {(~finite).sum():,} of {len(finite):,} rows with NaN or infinity in "
+            f"{place}, the first is row {finite.argmin()}. Leave those rows out, or embed them "
+            "again."
+        )
+    if len(embeddings) > 1 and not np.ptp(embeddings, axis=0).any():
+        raise ComparisonError(
+            "Embeddings must differ. "
+            f"Received: {len(embeddings):,} equal rows in {place}. Correct how they are made."
+        )
+    return embeddings
 
 
 def _class_names(labels: Array, place: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .data import ComparisonError
+from .data import ComparisonError, Place
 
 try:
     import fcntl
@@ -18,7 +18,7 @@ PLAN, SPLITS, NETS = "plan.json", "splits.npz", "nets"
 
 
 @contextmanager
-def claim(folder: Path, data: Sequence[str]) -> Iterator[None]:
+def claim(folder: Path, data: Sequence[Place]) -> Iterator[None]:
     """Make the folder of a comparison and keep other processes out of it.
 
     Raises:
@@ -38,9 +38,9 @@ def claim(folder: Path, data: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def _check_place(folder: Path, data: Sequence[str]) -> None:
+def _check_place(folder: Path, data: Sequence[Place]) -> None:
     here = folder.resolve()
-    for place in map(Path, data):
+    for place in (Path(place) for place in data if isinstance(place, str)):
         if place.is_dir() and place.resolve() in (here, *here.parents):
             raise ComparisonError(
                 "--out must not lie in the images, where its figures would be a class. "

@@ -30,6 +30,7 @@ from keras_mrl_serving import (
 )
 from keras_mrl_serving.cascade.bounds import least_rows
 
+from ..adapt import MatryoshkaAdaptor
 from ..baselines import low_rank_head, principal_components, random_probe
 from ..evaluation import (
     LinearProbe,
@@ -38,7 +39,7 @@ from ..evaluation import (
     score_embeddings,
     score_head,
 )
-from .data import Images, split_classes
+from .data import Part, split_classes
 from .plan import Plan
 from .splits import Rows, holdouts, unseen_classes
 from .training import predict
@@ -61,14 +62,14 @@ class TrainedNets:
     Args:
         folder: Of the nets, one folder each.
         plan: Of the comparison.
-        training: Images that trained them: the gallery of every search.
-        test: Images that judge them: the queries.
+        training: Part that trained them: the gallery of every search.
+        test: Part that judge them: the queries.
     """
 
     folder: Path
     plan: Plan
-    training: Images
-    test: Images
+    training: Part
+    test: Part
 
     @property
     def width(self) -> int:
@@ -114,20 +115,28 @@ def heads(nets: TrainedNets) -> dict[str, dict[str, dict[str, list[float]]]]:
 def _logits(nets: TrainedNets) -> Iterator[tuple[str, int, Array]]:
     """Logits of the test images by method and dim: of nets, and of what is cut from the widest."""
     for net in nets.plan.nets:
-        if net.all_classes:
+        if net.all_classes and not net.half:
             logits = nets.logits(net.name)
             for column, dim in enumerate(net.dims):
                 yield net.method, dim, logits[:, column]
-    kernel, bias = _full_head(nets)
+    for dim, logits in low_rank(nets):
+        yield "svd", dim, logits
     gallery, queries = nets.features(f"{nets.full}-0", nets.width)
     rows = _draw(len(gallery), _BASELINE_PROBED)
     for dim in nets.plan.dims:
-        yield "svd", dim, low_rank_head(kernel, bias, dim).logits(queries)
         random = random_probe(gallery[rows], nets.training.labels[rows], dim)
         logits = logits_of_all_classes(
             random.probe, random.embed(queries), len(nets.training.names)
         )
         yield "rand_lp", dim, logits
+
+
+def low_rank(nets: TrainedNets) -> Iterator[tuple[int, Array]]:
+    """Yield each dim, and the logits of the test rows by the widest head cut to it by SVD."""
+    kernel, bias = _full_head(nets)
+    queries = nets.features(f"{nets.full}-0", nets.width)[1]
+    for dim in nets.plan.dims:
+        yield dim, low_rank_head(kernel, bias, dim).logits(queries)
 
 
 def _full_head(nets: TrainedNets) -> tuple[Any, Any]:
@@ -179,8 +188,9 @@ def neighbors(nets: TrainedNets) -> dict[str, ByDim]:
         "mrl": score(nets.features("mrl-0", width)),
         "mrl_e": score(nets.features("mrl_e-0", width)),
         "first_coordinates": score(full),
-        "pca": score(_both(principal_components(full[0], width).embed, full)),
-        "svd": score(_both(svd.embed, full)),
+        "pca": score(both(principal_components(full[0], width).embed, full)),
+        "svd": score(both(svd.embed, full)),
+        "adaptor": score(adapted(nets, full)),
         "ff": _separate(dims, lambda dim: score(nets.features(f"ff_{dim}-0", dim), (dim,))),
     }
 
@@ -202,7 +212,7 @@ def unseen(nets: TrainedNets) -> dict[str, ByDim]:
     return {
         "mrl": score(embed("mrl")),
         "first_coordinates": score(full),
-        "pca": score(_both(principal_components(trained, nets.width).embed, full)),
+        "pca": score(both(principal_components(trained, nets.width).embed, full)),
         "ff": _separate(
             nets.plan.dims,
             lambda dim: score(full if dim == nets.width else embed(f"ff_{dim}"), (dim,)),
@@ -210,12 +220,26 @@ def unseen(nets: TrainedNets) -> dict[str, ByDim]:
     }
 
 
-def _score(sides: Sides, gallery: Images, queries: Images, dims: tuple[int, ...]) -> ByDim:
+def _score(sides: Sides, gallery: Part, queries: Part, dims: tuple[int, ...]) -> ByDim:
     scores = score_embeddings(sides[1], queries.labels, sides[0], gallery.labels, dims)
     return {str(dim): measures for dim, measures in scores.items()}
 
 
-def _both(embed: Callable[[Array], Array], sides: Sides) -> Sides:
+_LEARNT_FROM = 1000  # rows at least; of fewer the adaptor takes principal components
+
+
+def adapted(nets: TrainedNets, sides: Sides) -> Sides:
+    """Return both sides after an adaptor that was learnt on the gallery, without its labels."""
+    folder = nets.folder / "adaptor"
+    if not folder.exists():
+        method = "listwise" if len(sides[0]) >= _LEARNT_FROM else "pca"
+        adaptor = MatryoshkaAdaptor(nets.plan.dims, method, verbose=0).fit(sides[0])
+        adaptor.save(folder)
+    return both(MatryoshkaAdaptor.load(folder).transform, sides)
+
+
+def both(embed: Callable[[Array], Array], sides: Sides) -> Sides:
+    """Return both sides embedded."""
     return embed(sides[0]), embed(sides[1])
 
 
@@ -243,7 +267,7 @@ def retrieval(nets: TrainedNets) -> dict[str, Any]:
     full = nets.features(f"{nets.full}-0", nets.width)
     sides_by_name = {
         "mrl": nets.features("mrl-0", nets.width),
-        "pca": _both(principal_components(full[0], nets.width).embed, full),
+        "pca": both(principal_components(full[0], nets.width).embed, full),
     }
     results = {}
     for name, (gallery, queries) in sides_by_name.items():
@@ -285,12 +309,14 @@ def _choose(rows: list[dict[str, Any]]) -> int:
 def cascades(nets: TrainedNets) -> dict[str, Any]:
     """Return how policies of the first Matryoshka net fare, split by split.
 
-    `splits` has a list per policy; `search_over_greedy` how far the joint search is above the
+    `splits` has a list per policy; `policies` the first split's policy itself, its dims and the
+    share of rows that stop at each; `search_over_greedy` how far the joint search is above the
     paper's thresholds at an equal expected dim.
     """
     holdout = _Holdout(nets.logits("mrl-0"), nets.test.labels, nets.plan.dims)
     full_is_right = nets.logits(f"{nets.full}-0")[:, -1].argmax(-1) == nets.test.labels
     splits: dict[str, list[dict[str, float]]] = {}
+    learned: dict[str, dict[str, Any]] = {}
     parts = holdouts(nets.test)
     gains, refusal = [], _certificate_refusal(min(len(teaching) for teaching, _ in parts))
     for seed, (teaching, judging) in enumerate(parts):
@@ -308,6 +334,9 @@ def cascades(nets: TrainedNets) -> dict[str, Any]:
                 warnings.simplefilter("ignore", UserWarning)
                 policies["certified"] = certify_cascade(*lesson, risk=RISK, delta=DELTA, seed=seed)
         reports = {name: holdout.report(policy, judging) for name, policy in policies.items()}
+        for name, policy in policies.items():
+            stops = {"dims": list(policy.dims), "fractions": list(reports[name].exit_fractions)}
+            learned.setdefault(name, {"policy": policy.to_json(), **stops})
         reports["oracle"] = oracle_report(*holdout.take(judging))
         for name, report in reports.items():
             splits.setdefault(name, []).append(
@@ -327,6 +356,7 @@ def cascades(nets: TrainedNets) -> dict[str, Any]:
         "risk": RISK,
         "delta": DELTA,
         "splits": splits,
+        "policies": learned,
         "search_over_greedy": gains,
         "refused": refusal,
     }

@@ -1,7 +1,9 @@
-"""The plan of a comparison: nets, epochs and number of images, requested or fitted to a budget.
+"""The plan of a comparison: nets, epochs and number of rows, requested or fitted to a budget.
 
-A budget of minutes is spent on the largest net that leaves six epochs of all images. How fast nets
-train is measured on the spot, with a Matryoshka net of every size in turn.
+A budget of minutes is spent on the largest net that leaves six epochs of all rows. How fast nets
+train is measured on the spot, with a Matryoshka net of every size in turn. Building and compiling a
+net takes as long for few rows as for many, so rows are never left out to pay for that: slimmable
+nets and the boosted loss are, and then the budget is refused with one that would do.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import numpy as np
 
 from keras_mrl_serving.untrusted import JSON_BYTES, parse_json, read_bytes
 
-from .data import ComparisonError, Images
+from .data import ComparisonError, Part
 from .folder import damaged, replacing
 from .nets import Net, nets_for
 from .training import BATCH, Batches, Recipe, compile_net
@@ -25,10 +28,13 @@ from .training import BATCH, Batches, Recipe, compile_net
 _FILTERS = (8, 16, 32, 64)  # of the first convolution; a budget chooses among them
 _LEAST_EPOCHS, _MOST_EPOCHS = 6, 30
 _TRAINING_SHARE = 0.8  # of a budget; the rest evaluates
-_LEAST_PER_CLASS = 10
+_LEAST_PER_CLASS, _LEAST_ROWS = 50, 2000  # that a budget leaves
 _TIMED = 6  # batches
 # Cost of an epoch beside that of a net of one width; measured on two cores.
 _SLIMMABLE_COST = 2.2
+
+IMAGE_DIMS = (8, 16, 32, 64, 128)
+EMBEDDED_DIMS = (8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -36,28 +42,31 @@ class Plan:
     """What a comparison trains, and on how many images.
 
     Args:
-        dims: Of the nested heads, and of the separate nets; two or more, ascending.
+        dims: Of the nested heads, and of the separate nets; two or more, ascending. None means
+            the usual: 8 to 128 for images, 8 to 256 for embeddings.
         seeds: How many times the Matryoshka net and the separate nets of `seeded` are trained.
         epochs: Of every net.
-        filters: Of the first convolution.
+        filters: Of the first convolution of nets on images.
         flip: Whether half of the images are mirrored in training.
         unseen: Whether MRL and a separate net per dim are also trained without a fifth of the
             classes.
-        rows: How many of the training images are used; 0 means all.
+        rows: How many of the training rows are used; 0 means all.
+        variants: Whether slimmable nets and the loss whose first dim counts twice are trained, too.
 
     Examples:
         >>> plan = Plan(dims=(8, 16, 32))
-        >>> [net.name for net in plan.nets]
-        ['mrl-0', 'ff_32-0', 'mrl_e-0', 'ff_8-0', 'ff_16-0', 'slimmable-0', 'mrl_boosted-0']
+        >>> [net.name for net in plan.nets][:6]
+        ['mrl-0', 'ff_32-0', 'mrl_e-0', 'ff_8-0', 'ff_16-0', 'mrl_half-0']
     """
 
-    dims: tuple[int, ...] = (8, 16, 32, 64, 128)
+    dims: tuple[int, ...] = ()
     seeds: int = 1
     epochs: int = 10
     filters: int = 32
     flip: bool = True
     unseen: bool = False
     rows: int = 0
+    variants: bool = True
 
     @property
     def recipe(self) -> Recipe:
@@ -67,7 +76,8 @@ class Plan:
     @property
     def nets(self) -> tuple[Net, ...]:
         """The nets to train, in order."""
-        return nets_for(self.dims, self.seeds, self.seeded, self.unseen)
+        nets = nets_for(self.dims, self.seeds, self.seeded, self.unseen, self.variants)
+        return tuple(net for net in nets if net.epochs_of(self.epochs))
 
     @property
     def seeded(self) -> list[int]:
@@ -113,14 +123,14 @@ def load_or_make_plan(path: Path, requested: Mapping[str, Any], make: Callable[[
 
 def make_plan(
     requested: Plan,
-    training: Images,
+    training: Part,
     budget_minutes: float | None,
     progress: Callable[[str], None],
 ) -> Plan:
     """Return the requested plan, or what of it fits into a budget, measured here and now."""
     if budget_minutes is None:
-        images = len(training.labels)
-        return replace(requested, rows=min(requested.rows or images, images))
+        rows = len(training.labels)
+        return replace(requested, rows=min(requested.rows or rows, rows))
     progress("measuring how fast a net trains here")
     plan = fit_to_budget(
         requested,
@@ -128,9 +138,10 @@ def make_plan(
         60 * budget_minutes,
         lambda filters: measure_speed(requested, training, filters),
     )
+    size = "" if training.is_embedded else f", {plan.filters} filters"
     progress(
-        f"for {budget_minutes:g} minutes: {plan.epochs} epochs of {plan.rows:,} images, "
-        f"{plan.filters} filters, {len(plan.nets)} nets"
+        f"for {budget_minutes:g} minutes: {plan.epochs} epochs of {plan.rows:,} {training.kind}"
+        f"{size}, {len(plan.nets)} nets"
     )
     return plan
 
@@ -140,8 +151,8 @@ class Speed:
     """How fast a net trains here.
 
     Args:
-        rate: Images per second.
-        start_s: Seconds for building and compiling, before the first image.
+        rate: Rows per second.
+        start_s: Seconds for building and compiling, before the first row.
     """
 
     rate: float
@@ -150,16 +161,16 @@ class Speed:
 
 def fit_to_budget(
     plan: Plan,
-    training: Images,
+    training: Part,
     seconds: float,
     measure: Callable[[int], Speed],
     clock: Callable[[], float] = time.monotonic,
 ) -> Plan:
-    """Return the plan with the filters, epochs and images that a budget has room for.
+    """Return the plan with the filters, epochs and rows that a budget has room for.
 
-    The most filters are taken that leave six epochs of all images; where none do, fewer images,
-    though ten of each class, which may then take longer than there is. Measuring begins with the
-    smallest net and ends where the next would find no time.
+    The most filters are taken that leave six epochs of all rows. Where none do, slimmable nets and
+    the boosted loss are left out, then rows, though 50 of each class and 2,000 stay. Measuring
+    begins with the smallest net and ends where the next would find no time.
 
     Args:
         plan: The requested plan; its epochs, filters and rows are replaced.
@@ -169,46 +180,71 @@ def fit_to_budget(
         clock: Returns the time in seconds: measuring is paid from the budget.
 
     Examples:
-        >>> from keras_mrl.comparison.data import Images
+        >>> from keras_mrl.comparison.data import Part
         >>> from keras_mrl.comparison.plan import Speed, fit_to_budget
-        >>> images = Images(np.zeros((600, 8, 8, 1), np.uint8), np.arange(600) % 2, ("a", "b"))
+        >>> images = Part(np.zeros((600, 8, 8, 1), np.uint8), np.arange(600) % 2, ("a", "b"))
         >>> plan = fit_to_budget(
         ...     Plan((4, 8)), images, seconds=60, measure=lambda filters: Speed(30_000 / filters, 1)
         ... )
         >>> plan.filters, plan.epochs, plan.rows
         (32, 9, 600)
     """
-    images = len(training.labels)
+    rows = len(training.labels)
     deadline = clock() + _TRAINING_SHARE * seconds
     largest: Plan | None = None
-    for filters in _FILTERS:
+    for filters in (plan.filters,) if training.is_embedded else _FILTERS:
+        begun = clock()
         speed = measure(filters)
-        remaining = deadline - clock() - speed.start_s * len(plan.nets)
-        passes = max(0.0, remaining * speed.rate / sum(map(_cost, plan.nets)))  # images per net
-        epochs = int(passes / images)
+        timed = clock() - begun
+        room = deadline - clock()
+        wanted = replace(plan, filters=filters)
+        epochs = int(_passes(wanted, speed, room) / rows)
+        if epochs < _LEAST_EPOCHS and largest is None:
+            wanted = replace(wanted, variants=False)
+            epochs = int(_passes(wanted, speed, room) / rows)
         if epochs < _LEAST_EPOCHS:
             break
-        largest = replace(plan, filters=filters, epochs=min(epochs, _MOST_EPOCHS), rows=images)
+        largest = replace(wanted, epochs=min(epochs, _MOST_EPOCHS), rows=rows)
         if epochs < 2 * _LEAST_EPOCHS:  # twice the filters take two to four times as long
             break
     if largest is not None:
         return largest
-    least = _LEAST_PER_CLASS * len(training.names)
-    rows = min(images, max(least, int(passes / _LEAST_EPOCHS)))
-    return replace(plan, filters=filters, epochs=_LEAST_EPOCHS, rows=rows)
+    least = min(rows, max(_LEAST_PER_CLASS * len(training.names), _LEAST_ROWS))
+    affordable = int(_passes(wanted, speed, room) / _LEAST_EPOCHS)
+    if affordable < least:
+        needed = (_seconds(wanted, speed, least) + timed) / _TRAINING_SHARE
+        raise ComparisonError(
+            "A budget must have time to build every net and to train it for "
+            f"{_LEAST_EPOCHS} epochs. Received: {seconds / 60:g} minutes for {len(wanted.nets)} "
+            f"nets, each of which takes {speed.start_s:.0f} s before its first step here. "
+            f"Give {ceil(1.1 * needed / 60)} minutes, or fewer dims."
+        )
+    return replace(wanted, epochs=_LEAST_EPOCHS, rows=min(rows, affordable))
+
+
+def _passes(plan: Plan, speed: Speed, seconds: float) -> float:
+    """How many rows every net is trained on in so many seconds."""
+    training = seconds - speed.start_s * len(plan.nets)
+    return max(0.0, training * speed.rate / sum(map(_cost, plan.nets)))
+
+
+def _seconds(plan: Plan, speed: Speed, rows: int) -> float:
+    """How long it takes to train every net for the fewest epochs of so many rows."""
+    passes = _LEAST_EPOCHS * rows * sum(map(_cost, plan.nets))
+    return speed.start_s * len(plan.nets) + passes / speed.rate
 
 
 def _cost(net: Net) -> float:
-    """The cost of an epoch beside that of a net of one width that sees all classes."""
-    seen = 1 if net.all_classes else 0.8
-    return seen * (_SLIMMABLE_COST if net.method == "slimmable" else 1)
+    """The cost beside that of a net of one width that sees all classes for all epochs."""
+    share = (1 if net.all_classes else 0.8) * (0.5 if net.half else 1)
+    return share * (_SLIMMABLE_COST if net.method == "slimmable" else 1)
 
 
-def measure_speed(plan: Plan, training: Images, filters: int) -> Speed:
+def measure_speed(plan: Plan, training: Part, filters: int) -> Speed:
     """Return how fast a Matryoshka net of so many filters trains."""
     begun = time.perf_counter()
     net = Net("mrl", plan.dims)
-    model = net.make(training.pixels.shape[1:], len(training.names), filters)
+    model = net.make(training.inputs.shape[1:], len(training.names), filters)
     compile_net(model, net, 1, len(training.labels))
     some = training.take(np.resize(np.arange(len(training.labels)), _TIMED * BATCH))
     model.fit(Batches(some.take(slice(2 * BATCH)), 0, 0, plan.flip), verbose=0)
@@ -219,7 +255,7 @@ def measure_speed(plan: Plan, training: Images, filters: int) -> Speed:
     return Speed(rate, 2 * (started - begun))
 
 
-def subset(training: Images, rows: int) -> Images:
+def subset(training: Part, rows: int) -> Part:
     """Return so many of the images, the same in every call, of every class its share."""
     if rows >= len(training.labels):
         return training

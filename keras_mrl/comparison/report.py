@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from math import isfinite, sqrt
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ import numpy.typing as npt
 from keras_mrl_serving.printable import printable
 
 from ..evaluation import plot_by_cost, plot_by_dim
+from .figures import interactive
 from .folder import replacing
+from .verdict import is_judged, sentences
 
 NAMES = {
     "mrl": "MRL",
@@ -34,6 +36,7 @@ NAMES = {
     "rand_lp": "Rand. LP of FF",
     "first_coordinates": "Rand. FS (first coordinates of FF)",
     "pca": "PCA of FF",
+    "adaptor": "adaptor of FF (no labels)",
 }
 HEADS = {
     "top1": "Top-1 accuracy of the head, %",
@@ -63,12 +66,13 @@ FIGURES = {
 def write_report(results: Mapping[str, Any], folder: Path) -> None:
     """Write the figures and the four forms of the results into `folder`."""
     draw(results, folder)
-    sentences = "".join(f"- {sentence}\n" for sentence in findings(results))
+    answer = " ".join(sentences(results))
+    found = "".join(f"- {sentence}\n" for sentence in findings(results))
     markdown = "\n".join(table.markdown() for table in tables(results))
     texts = {
         "results.json": json.dumps(_finite(results), indent=1, allow_nan=False) + "\n",
         "results.csv": as_csv(results),
-        "results.md": f"{sentences}\n{SPREAD}\n\n{markdown}",
+        "results.md": f"{answer}\n\n{found}\n{SPREAD}\n\n{markdown}",
         "report.html": html(results, folder),
     }
     for name, text in texts.items():
@@ -86,88 +90,10 @@ def _finite(value: Any) -> Any:
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
-    """Return sentences: MRL against other nets, against cut features, cascades, retrieval."""
-    return [
-        *_compare_with_trained(results),
-        *_compare_with_cut(results),
-        *_describe_cascades(results),
-        *_describe_retrieval(results["retrieval"]),
-    ]
-
-
-def _compare_with_trained(results: Mapping[str, Any]) -> Iterator[str]:
-    mrl = _means(results["top1"]["mrl"])
-    for name, by_dim in results["top1"].items():
-        if name in ("mrl", "svd", "rand_lp"):
-            continue
-        other = _means(by_dim)
-        gaps = [100 * (mrl[dim] - other[dim]) for dim in mrl]
-        mean = float(np.mean(gaps))
-        verdict = _verdict(gaps, max(other.values()), results["about"]) if name == "ff" else ""
-        yield (
-            f"{verdict}MRL is {abs(mean):.1f} points {'above' if mean >= 0 else 'below'} "
-            f"{NAMES[name]} on average over the dims: "
-            + ", ".join(f"{gap:+.1f} at {dim}" for dim, gap in zip(mrl, gaps, strict=True))
-            + "."
-        )
-
-
-def _means(by_dim: Mapping[str, Any]) -> dict[str, float]:
-    return {dim: float(np.mean(values)) for dim, values in by_dim.items()}
-
-
-_CLAIM = 1.0  # point: the paper claims that MRL is as accurate as separate nets
-
-
-def _verdict(gaps: list[float], best: float, about: Mapping[str, Any]) -> str:
-    """Whether nesting costs accuracy, where there are test images enough to tell.
-
-    Args:
-        gaps: How far MRL is ahead of the separate nets at every dim, in points.
-        best: The accuracy of the best separate net.
-        about: Of the results.
-    """
-    images, chance = about["images"][1], 1 / about["classes"]
-    # Two nets equally good, judged on images of their own, differ by more once in twenty times.
-    noise = 100 * 2 * sqrt(2 * best * (1 - best) / images)
-    limit = f"Differences below {noise:.1f} points are noise among {images:,} test images. "
-    if best < 2 * chance:
-        return (
-            f"Nothing can be said: the best separate net is {100 * best:.1f}% right, chance "
-            f"{100 * chance:.1f}%. Train longer. "
-        )
-    mean, worst = float(np.mean(gaps)), min(gaps)
-    if noise > _CLAIM and abs(mean) < noise:
-        return f"{limit}No difference is seen on average. "
-    if mean < -_CLAIM:
-        return f"{limit}Matryoshka training costs more than a point here. "
-    if worst < -max(noise, _CLAIM):
-        return (
-            f"{limit}Matryoshka training costs no more than a point on average, but "
-            f"{-worst:.1f} at one dim. "
-        )
-    return f"{limit}Matryoshka training costs no more than a point: one net replaces {len(gaps)}. "
-
-
-def _compare_with_cut(results: Mapping[str, Any]) -> Iterator[str]:
-    top1 = {
-        name: {dim: values[0] for dim, values in by_dim.items()}
-        for name, by_dim in results["top1"].items()
-    }
-    nearest = _nearest(results)
-    for name, measure, by_method in (
-        ("svd", "accuracy", top1),
-        ("rand_lp", "accuracy", top1),
-        ("pca", "1-NN accuracy", nearest),
-        ("first_coordinates", "1-NN accuracy", nearest),
-    ):
-        gaps = {
-            dim: 100 * (value - by_method[name][dim]) for dim, value in by_method["mrl"].items()
-        }
-        better = [dim for dim, gap in gaps.items() if gap > 0]
-        where = f"at {', '.join(better)} dims" if better else "at no dim"
-        listed = ", ".join(f"{gap:+.1f} at {dim}" for dim, gap in gaps.items())
-        yield f"In {measure} MRL of seed 0 is ahead of {NAMES[name]} {where}: {listed}."
+    """Return sentences of cascades and retrieval that gain something; none before a verdict."""
+    if not is_judged(results):
+        return []
+    return [*_describe_cascades(results), *_describe_retrieval(results["retrieval"])]
 
 
 def _nearest(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -179,6 +105,7 @@ def _nearest(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _describe_cascades(results: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences of the cascades that are better than one dim for all rows at their cost."""
     cascades = results["cascades"]
     width = results["plan"]["dims"][-1]
     head = results["madds"]["head"]
@@ -186,13 +113,9 @@ def _describe_cascades(results: Mapping[str, Any]) -> Iterator[str]:
     accuracy_at = {int(dim): values[0] for dim, values in results["top1"]["mrl"].items()}
     for name, splits in cascades["splits"].items():
         accuracy, full, ff, dim, paid_dim = _by_measure(splits).mean(axis=1)
-        if name == "oracle":
-            yield (
-                "An oracle, which knows the label and stops at the first dim that is right, would "
-                f"be {100 * accuracy:.2f}% right at {dim:.1f} dims."
-            )
+        fixed = max(d for d in accuracy_at if d <= dim + 1e-9)
+        if name == "oracle" or accuracy <= accuracy_at[fixed] + _GAIN or dim >= width - 1e-9:
             continue
-        next_dim = min(d for d in accuracy_at if d >= dim - 1e-9)
         saved = 100 * share * (1 - paid_dim / width)
         promise = ""
         if name == "certified":
@@ -202,27 +125,16 @@ def _describe_cascades(results: Mapping[str, Any]) -> Iterator[str]:
                 f"{100 * cascades['risk']:g}% of new rows."
             )
         yield (
-            f"The cascade '{name}' stops at {dim:.1f} of {width} dims on average "
-            f"({width / dim:.1f} times fewer) and is {100 * accuracy:.2f}% right, the full dim "
-            f"{100 * full:.2f}%, FF of full width {100 * ff:.2f}%, the same net at {next_dim} dims "
-            f"for every row {100 * accuracy_at[next_dim]:.2f}%. Counting every head asked it "
+            f"The cascade '{name}' stops at {dim:.1f} of {width} dims on average and is "
+            f"{100 * accuracy:.2f}% right, the full dim {100 * full:.2f}%, FF of full width "
+            f"{100 * ff:.2f}%, the same net at {fixed} dims for every row "
+            f"{100 * accuracy_at[fixed]:.2f}%. Counting every head asked it "
             f"{'saves' if saved >= 0 else 'costs'} {abs(saved):.2f}% of the model's multiply-adds."
             f"{promise}"
         )
-    if cascades["refused"]:
-        yield f"No cascade is certified: {cascades['refused']}."
-    taught, judged = (
-        [100 * split[part]["accuracy"] for split in cascades["search_over_greedy"]]
-        for part in ("taught", "judged")
-    )
-    dims = [split["judged"]["expected_dim"] for split in cascades["search_over_greedy"]]
-    yield (
-        "The joint search at no more than greedy's expected dim (by chance one of two policies of "
-        f"its front) is {np.mean(taught):+.2f} points from greedy on the rows that taught both "
-        f"(worst split {min(taught):+.2f}; greedy is one of its candidates) and "
-        f"{np.mean(judged):+.2f} on the others (worst {min(judged):+.2f}), where its expected dim "
-        f"differs by {np.mean(dims):+.1f}."
-    )
+
+
+_GAIN = 0.005  # less is not worth a sentence
 
 
 _CASCADE_MEASURES = ("accuracy", "full_accuracy", "ff_accuracy", "expected_dim", "cumulative_dim")
@@ -236,6 +148,8 @@ def _by_measure(splits: Sequence[Mapping[str, float]]) -> npt.NDArray[np.float64
 def _describe_retrieval(retrieval: Mapping[str, Any]) -> Iterator[str]:
     for name, result in retrieval.items():
         chosen, whole = result["rows"][result["chosen"]], _dearest_exhaustive(result["rows"])
+        if whole["madds"] <= chosen["madds"] or chosen["map10"] < whole["map10"] - _LOSS:
+            continue
         yield (
             f"Retrieval with {NAMES[name]}: {' -> '.join(map(str, chosen['dims']))} with "
             f"shortlists {chosen['shortlists']} has map10 {100 * chosen['map10']:.2f}%, exhaustive "
@@ -243,6 +157,9 @@ def _describe_retrieval(retrieval: Mapping[str, Any]) -> Iterator[str]:
             f"{chosen['madds']:,} of {whole['madds']:,} multiply-adds per query "
             f"({whole['madds'] / chosen['madds']:.1f} times fewer, in theory, search only)."
         )
+
+
+_LOSS = 0.01  # of map10: a funnel that loses more on fresh queries saves nothing
 
 
 def _dearest_exhaustive(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -449,22 +366,33 @@ th:first-child, td:first-child { text-align: left; }
 figure { display: inline-block; margin: 0; width: 32rem; max-width: 100%; }
 figure img { width: 100%; }
 dt { font-weight: 600; }
+dd { overflow-wrap: anywhere; }
+.verdict { border-left: 4px solid #0969da; padding-left: 1rem; font-size: 1.15rem; }
+summary { cursor: pointer; font-weight: 600; margin-top: 2rem; }
+.plot { height: 32rem; }
+pre { background: #f6f8fa; padding: .6rem; overflow-x: auto; }
+@media print { .plot { break-inside: avoid; } }
 """
 
 
 def html(results: Mapping[str, Any], folder: Path) -> str:
     """Return the report, with the figures of `folder` inside."""
     plan, about = results["plan"], results["about"]
-    sentences = "".join(f"<li>{_text(sentence)}</li>\n" for sentence in findings(results))
-    figures = "".join(_figure(folder / f"{name}.svg", text) for name, text in FIGURES.items())
+    rows, judges = about["images"]
+    net = (
+        "one hidden layer of 512 units"
+        if about["kind"] == "embeddings"
+        else f"{plan['filters']} filters in the first of eight convolutions"
+    )
     facts = {
-        "Images": f"{about['images'][0]:,} for training, {about['images'][1]:,} for judging, "
-        f"{about['classes']} classes; {about['left_out']} test images that training has too "
+        "Data": f"{rows:,} {about['kind']} for training, {judges:,} for judging, "
+        f"{about['classes']} classes; {about['left_out']} of the test that training has too "
         "were left out",
-        "Recipe": f"{plan['epochs']} epochs of {plan['rows']:,} images, {plan['filters']} filters "
-        f"in the first of eight convolutions; {plan['seeds']} "
-        f"seed{'s' if plan['seeds'] > 1 else ''} of MRL and of FF at "
+        "Recipe": f"{plan['epochs']} epochs of {plan['rows']:,} {about['kind']}, {net}; "
+        f"{plan['seeds']} seed{'s' if plan['seeds'] > 1 else ''} of MRL and of FF at "
         f"{', '.join(map(str, about['seeded']))} dims, one of the rest",
+        "Intervals": "95%, by resampling the test rows 20,000 times in pairs; level: within "
+        f"{results['verdict']['margin']:g} points by two one-sided tests of 5%",
         "Command": about["command"],
         "Software and machine": about["machine"],
         "Minutes of training": ", ".join(f"{name} {m:g}" for name, m in results["minutes"].items()),
@@ -473,15 +401,28 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
         facts["Classes never seen"] = ", ".join(about["unseen"])
     if about["unreadable"]:
         facts["Files that cannot be read"] = f"left out: {', '.join(about['unreadable'])}"
-    rows = "".join(f"<dt>{name}</dt><dd>{_text(text)}</dd>\n" for name, text in facts.items())
+    answer = "".join(f"<p>{_text(sentence)}</p>\n" for sentence in sentences(results))
+    found = "".join(f"<li>{_text(sentence)}</li>\n" for sentence in findings(results))
+    # Without its library the figures are pictures.
+    figures = interactive(results, NAMES) or "".join(
+        _figure(folder / f"{name}.svg", text) for name, text in FIGURES.items()
+    )
+    more = f"<h2>What else the numbers say</h2>\n<ul>\n{found}</ul>\n" if found else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<title>Did Matryoshka pay off?</title>\n"
         f"<style>{_STYLE}</style></head><body>\n<h1>Did Matryoshka pay off?</h1>\n"
-        f"<h2>What the numbers say</h2>\n<ul>\n{sentences}</ul>\n<h2>Figures</h2>\n{figures}\n"
+        f'<div class="verdict">\n{answer}</div>\n{figures}\n'
+        f"<details><summary>Details: tables, and how it was measured</summary>\n{more}"
         f"<h2>Tables</h2>\n<p>{_text(SPREAD)}</p>\n{''.join(map(_table, tables(results)))}"
-        f"<h2>How it was measured</h2>\n<dl>\n{rows}</dl>\n</body></html>\n"
+        f"<h2>How it was measured</h2>\n<dl>\n{_facts(facts)}</dl>\n</details>\n"
+        "</body></html>\n"
     )
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    return "".join(f"<dt>{name}</dt><dd>{_text(text)}</dd>\n" for name, text in facts.items())
 
 
 def _figure(svg: Path, text: str) -> str:

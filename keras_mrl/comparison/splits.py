@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from keras_mrl_serving.untrusted import read_arrays
 
-from .data import ComparisonError, Images, has_test, read, refuse_unreadable
+from .data import ComparisonError, Part, Place, has_test, name_of, read, refuse_unreadable
 from .folder import damaged, replacing
 
 Rows = npt.NDArray[np.int64]
@@ -29,11 +29,11 @@ _HOLDOUT_SHARE = 0.2
 
 
 def load_parts(
-    data: Sequence[str],
-    test: Sequence[str] | None,
+    data: Sequence[Place],
+    test: Sequence[Place] | None,
     size: int | None,
     unreadable: list[str] | None = None,
-) -> tuple[Images, Images, int]:
+) -> tuple[Part, Part, int]:
     """Return training images, test images, and how many test images training has, too.
 
     Those are left out of the test.
@@ -54,13 +54,14 @@ def load_parts(
     training = read(data, size, unreadable=left_unread)
     with_test = [place for place in data if has_test(place)]
     if test is not None:
-        judging = read(test, size or training.pixels.shape[1], unreadable=left_unread)
+        height = None if training.is_embedded else training.inputs.shape[1]
+        judging = read(test, size or height, unreadable=left_unread)
     elif len(with_test) == len(data):
         judging = read(data, size, test=True)
     elif with_test:
         raise ComparisonError(
             "Test images come from --test, from all places of --data, or from none. "
-            f"Received: some in {', '.join(with_test)} alone. Give --test."
+            f"Received: some in {', '.join(map(name_of, with_test))} alone. Give --test."
         )
     else:
         drawn = _draw_test(training.labels)
@@ -78,9 +79,9 @@ def load_parts(
     return training, judging, left_out
 
 
-def digests(images: Images) -> list[str]:
+def digests(images: Part) -> list[str]:
     """Return a digest of the pixels of every image; different images have different ones."""
-    return [hashlib.sha256(pixels.tobytes()).hexdigest()[:32] for pixels in images.pixels]
+    return [hashlib.sha256(pixels.tobytes()).hexdigest()[:32] for pixels in images.inputs]
 
 
 def _draw_test(labels: Rows) -> npt.NDArray[np.bool]:
@@ -92,7 +93,7 @@ def _draw_test(labels: Rows) -> npt.NDArray[np.bool]:
     return drawn
 
 
-def _renumbered(images: Images, names: tuple[str, ...]) -> Images:
+def _renumbered(images: Part, names: tuple[str, ...]) -> Part:
     """The images with their classes numbered as in `names`."""
     strange = sorted(set(images.names) - set(names))
     if strange:
@@ -101,10 +102,10 @@ def _renumbered(images: Images, names: tuple[str, ...]) -> Images:
             f"Received: {', '.join(strange[:3])}, which --data has not. Correct --test."
         )
     numbers = np.array([names.index(name) for name in images.names], np.int64)
-    return Images(images.pixels, numbers[images.labels], names)
+    return Part(images.inputs, numbers[images.labels], names)
 
 
-def _check_parts(training: Images, test: Images, left_out: int) -> None:
+def _check_parts(training: Part, test: Part, left_out: int) -> None:
     different = len(set(digests(test)))
     if len(training.names) < 2 or min(different, len(training.labels)) < LEAST:
         also = f" ({different} different)" if different < len(test.labels) else ""
@@ -115,11 +116,12 @@ def _check_parts(training: Images, test: Images, left_out: int) -> None:
             f"{len(training.labels)} training images, {len(test.labels)} test images{also}. "
             "Give more images."
         )
-    if training.pixels.shape[1:] != test.pixels.shape[1:]:
+    if training.inputs.shape[1:] != test.inputs.shape[1:]:
         raise ComparisonError(
-            "Test images must have as many channels as the training images. "
-            f"Received: {test.pixels.shape[-1]} and {training.pixels.shape[-1]} of them. "
-            "Convert one of them."
+            "Test images must have as many channels as the training images, and test embeddings "
+            "be as wide as the training embeddings. "
+            f"Received: {test.inputs.shape[1:]} and {training.inputs.shape[1:]}. "
+            "Make both the same way."
         )
 
 
@@ -129,7 +131,7 @@ def unseen_classes(count: int) -> list[int]:
     return sorted(order[: count // 5].tolist())
 
 
-def check_unseen(training: Images, test: Images) -> None:
+def check_unseen(training: Part, test: Part) -> None:
     """Raise a `ComparisonError` where the unseen classes have too few images to search."""
     unseen = unseen_classes(len(training.names))
     gallery, queries = (int(np.isin(part.labels, unseen).sum()) for part in (training, test))
@@ -141,7 +143,7 @@ def check_unseen(training: Images, test: Images) -> None:
         )
 
 
-def holdouts(test: Images) -> list[tuple[Rows, Rows]]:
+def holdouts(test: Part) -> list[tuple[Rows, Rows]]:
     """Return ten splits of the test rows: those that teach thresholds, those that judge them.
 
     Rows of equal pixels are on one side together, so that no image judges what it taught. At most
@@ -165,7 +167,7 @@ def _holdout(order: Rows, group_of_row: Rows, sizes: Rows) -> tuple[Rows, Rows]:
     return order[is_teacher], order[~is_teacher]
 
 
-def record_parts(path: Path, training: Images, test: Images, unseen: Sequence[str]) -> None:
+def record_parts(path: Path, training: Part, test: Part, unseen: Sequence[str]) -> None:
     """Write which image is in which part; refuse if `path` records other images.
 
     The file holds `train` and `test`, digests of the images' pixels, `train_labels`,

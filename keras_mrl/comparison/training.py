@@ -13,9 +13,9 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from .data import Images
+from .data import Part
 from .folder import replacing
-from .nets import Net
+from .nets import Net, start_scaled
 
 BATCH = 128
 _PREDICTED = 500  # rows that a net predicts at once
@@ -57,7 +57,7 @@ def _read_json(path: Path) -> Any:
 def train(
     net: Net,
     folder: Path,
-    parts: tuple[Images, Images],
+    parts: tuple[Part, Part],
     recipe: Recipe,
     progress: Callable[[str], None],
 ) -> None:
@@ -76,18 +76,21 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     training, test = parts
-    path, model, history = _resume(net, folder, recipe, progress)
+    epochs = net.epochs_of(recipe.epochs)
+    path, model, history = _resume(net, folder, epochs, progress)
     if model is None:
-        model = net.make(training.pixels.shape[1:], len(training.names), recipe.filters)
-        compile_net(model, net, recipe.epochs, len(training.labels))
-    for epoch in range(len(history), recipe.epochs):
+        model = net.make(training.inputs.shape[1:], len(training.names), recipe.filters)
+        if training.is_embedded:
+            start_scaled(model, training.inputs)
+        compile_net(model, net, epochs, len(training.labels))
+    for epoch in range(len(history), epochs):
         started = time.perf_counter()
         batches = Batches(training, net.seed, epoch, recipe.flip)
         logs = model.fit(batches, initial_epoch=epoch, epochs=epoch + 1, verbose=0).history
         history.append({"loss": logs["loss"][0], "seconds": time.perf_counter() - started})
         path = _save_epoch(model, folder, history, path)
         progress(
-            f"{net.name}: epoch {epoch + 1}/{recipe.epochs}, loss {logs['loss'][0]:.3f}, "
+            f"{net.name}: epoch {epoch + 1}/{epochs}, loss {logs['loss'][0]:.3f}, "
             f"{history[-1]['seconds']:.0f} s"
         )
     _write_answers(net, model, folder, training, test)
@@ -101,7 +104,7 @@ def train(
 
 
 class Batches(keras.utils.PyDataset):
-    """The batches of one epoch: shuffled, shifted and mirrored images.
+    """The batches of one epoch: shuffled; images are shifted and mirrored, embeddings stay.
 
     All that is random comes from the seed and the epoch's number, so that an epoch begun again
     after an interruption sees the same images.
@@ -113,7 +116,7 @@ class Batches(keras.utils.PyDataset):
         flip: Whether half of the images are mirrored.
     """
 
-    def __init__(self, part: Images, seed: int, epoch: int, flip: bool) -> None:
+    def __init__(self, part: Part, seed: int, epoch: int, flip: bool) -> None:
         super().__init__()
         self._part = part
         self._seed = (seed, epoch)
@@ -125,8 +128,11 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         rows = self._order[index * BATCH : (index + 1) * BATCH]
+        inputs, labels = self._part.inputs[rows], self._part.labels[rows]
+        if self._part.is_embedded:
+            return inputs, labels
         random = np.random.default_rng((*self._seed, index))
-        return shift(self._part.pixels[rows], random, self._flip), self._part.labels[rows]
+        return shift(inputs, random, self._flip), labels
 
 
 def shift(
@@ -145,24 +151,28 @@ def shift(
     return np.asarray(shifted, np.uint8)
 
 
-def compile_net(model: keras.Model, net: Net, epochs: int, rows: int) -> None:
-    """Give a net its loss, and an optimizer whose rate ends with the last epoch."""
+RATE = 2e-3  # at its highest
+
+
+def compile_net(model: keras.Model, net: Net, epochs: int, rows: int, rate: float = RATE) -> None:
+    """Give a net its loss, and an optimizer whose rate rises to `rate` and ends with training."""
     steps = epochs * -(-rows // BATCH)
-    rate = keras.optimizers.schedules.CosineDecay(
-        0.0, steps, warmup_target=2e-3, warmup_steps=max(1, steps // 10)
+    warmup = max(1, steps // 10)
+    cycle = keras.optimizers.schedules.CosineDecay(
+        0.0, max(1, steps - warmup), warmup_target=rate, warmup_steps=warmup
     )
-    model.compile(optimizer=keras.optimizers.AdamW(rate, weight_decay=0.02), loss=net.loss())
+    model.compile(optimizer=keras.optimizers.AdamW(cycle, weight_decay=0.02), loss=net.loss())
     # TensorFlow traces the first step twice, for seconds, where it makes the optimizer's variables.
     model.optimizer.build(model.trainable_variables)
 
 
 def _resume(
-    net: Net, folder: Path, recipe: Recipe, progress: Callable[[str], None]
+    net: Net, folder: Path, epochs: int, progress: Callable[[str], None]
 ) -> tuple[Path | None, Any, list[dict[str, float]]]:
     """Path and model of the last whole epoch, and loss and seconds of all epochs up to it."""
     history = _read_json(folder / "history.json") or []
     path = folder / f"epoch-{len(history)}.keras"
-    if not path.exists() and len(history) == recipe.epochs:  # stopped after the last renaming
+    if not path.exists() and len(history) == epochs:  # stopped after the last renaming
         path = folder / "model.keras"
     if not path.exists():
         return None, None, []
@@ -187,14 +197,14 @@ def _save_epoch(
     return path
 
 
-def _write_answers(net: Net, model: Any, folder: Path, training: Images, test: Images) -> None:
+def _write_answers(net: Net, model: Any, folder: Path, training: Part, test: Part) -> None:
     if net.is_searched:
         for name, part in (("train", training), ("test", test)):
             np.save(folder / f"{name}_{net.dims[-1]}.npy", predict(model.backbone, part))
     np.save(folder / "test_logits.npy", predict(model, test))
 
 
-def predict(model: Any, images: Images) -> Any:
+def predict(model: Any, images: Part) -> Any:
     """Return what a net makes of images, as float32."""
-    outputs = model.predict(images.pixels, batch_size=_PREDICTED, verbose=0)
+    outputs = model.predict(images.inputs, batch_size=_PREDICTED, verbose=0)
     return np.asarray(outputs, np.float32)

@@ -152,7 +152,7 @@ def test_words_that_do_not_fit(words: str, text: str, call: Call) -> None:
             "matplotlib",
             "A comparison trains with Keras, probes with scikit-learn and draws with matplotlib. "
             "Received: matplotlib is blocked. "
-            "Install what it needs: pip install 'keras-mrl[tensorflow,evaluate,images]'.",
+            "Install what it needs: pip install 'keras-mrl[tensorflow,compare,images]'.",
         ),
     ],
 )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sklearn.datasets import load_digits
 
 from keras_mrl.comparison import Plan, compare
-from keras_mrl.comparison.data import Images
+from keras_mrl.comparison.data import Part
 from keras_mrl.comparison.splits import load_parts
 
 Array = npt.NDArray[Any]
@@ -20,16 +20,16 @@ PLAN = Plan(dims=(4, 12), epochs=6, filters=8, flip=False, unseen=True)
 TRAINED = ("mrl-0", "mrl_seen-0")
 
 
-def random_images(rows: int = 60, classes: int = 3, seed: int = 0) -> Images:
+def random_images(rows: int = 60, classes: int = 3, seed: int = 0) -> Part:
     pixels = np.random.default_rng(seed).integers(0, 256, (rows, 8, 8, 1)).astype(np.uint8)
-    return Images(pixels, np.arange(rows) % classes, tuple(map(str, range(classes))))
+    return Part(pixels, np.arange(rows) % classes, tuple(map(str, range(classes))))
 
 
-def write_npz(path: Path, training: Images, test: Images | None = None) -> list[str]:
+def write_npz(path: Path, training: Part, test: Part | None = None) -> list[str]:
     """Write images as `compare` reads them; return their place."""
-    arrays: dict[str, Any] = {"x_train": training.pixels, "y_train": training.labels}
+    arrays: dict[str, Any] = {"x_train": training.inputs, "y_train": training.labels}
     if test is not None:
-        arrays |= {"x_test": test.pixels, "y_test": test.labels}
+        arrays |= {"x_test": test.inputs, "y_test": test.labels}
     np.savez(path, allow_pickle=False, **arrays)
     return [str(path)]
 
@@ -41,8 +41,8 @@ class Compared:
     place: str
     out: Path
     results: dict[str, Any]
-    training: Images
-    test: Images
+    training: Part
+    test: Part
     lines: list[str]
 
     def load(self, net: str, name: str) -> Array:
@@ -80,8 +80,8 @@ def compare_digits(folder: Path) -> None:
             mine = out / "nets" / net.name
             mine.mkdir(parents=True)
             model = net.make((8, 8, 1), 10 if net.all_classes else 8, PLAN.filters)
-            model.save(mine / f"epoch-{PLAN.epochs}.keras")
-            history = [{"loss": 2.0, "seconds": 6.0}] * PLAN.epochs
+            model.save(mine / f"epoch-{net.epochs_of(PLAN.epochs)}.keras")
+            history = [{"loss": 2.0, "seconds": 6.0}] * net.epochs_of(PLAN.epochs)
             (mine / "history.json").write_text(json.dumps(history))
     lines: list[str] = []
     compare(place, out, PLAN, progress=lines.append)

@@ -48,7 +48,7 @@ def test_fewer_images_leave_some_to_search_among(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read_are_refused_or_told(tmp_path: Path) -> None:
-    for row, image in enumerate(random_images().pixels):
+    for row, image in enumerate(random_images().inputs):
         file = tmp_path / "data" / f"class{row % 2}" / f"{row}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[..., 0]).save(file)
@@ -67,19 +67,14 @@ def test_files_that_cannot_be_read_are_refused_or_told(tmp_path: Path) -> None:
     assert "left out, as they cannot be read: class0/x.png (it is none)" in lines
 
 
-def test_a_budget_is_measured_and_told(tmp_path: Path) -> None:
+def test_a_budget_is_measured_and_one_that_is_too_small_is_refused(tmp_path: Path) -> None:
     place = write_npz(tmp_path / "a.npz", random_images(200, 10), random_images(60, 10, seed=1))
     lines: list[str] = []
-
-    def interrupt(line: str) -> None:
-        lines.append(line)
-        interrupt_training(line)
-
-    with pytest.raises(Interrupted):
-        compare(place, tmp_path / "out", PLAN, budget_minutes=1e-3, progress=interrupt)
+    sentence = r"Received: 0\.001 minutes for 10 nets, .* Give \d+ minutes, or fewer dims\."
+    with pytest.raises(ComparisonError, match=sentence):
+        compare(place, tmp_path / "out", PLAN, budget_minutes=1e-3, progress=lines.append)
     assert lines[2] == "measuring how fast a net trains here"
-    # No net fits into 60 ms: the least is taken, ten images of every class.
-    assert lines[3] == "for 0.001 minutes: 6 epochs of 100 images, 8 filters, 9 nets"
+    assert not (tmp_path / "out" / "plan.json").exists()
 
 
 def test_again_nothing_is_trained_and_the_results_are_the_same(
@@ -99,7 +94,7 @@ def test_again_nothing_is_trained_and_the_results_are_the_same(
 def test_progress_counts_nets_epochs_and_steps(compared: Compared) -> None:
     trained = [line for line in compared.lines if "epoch" in line]
     assert [line.partition(":")[0] for line in trained] == ["mrl-0"] * 6 + ["mrl_seen-0"] * 6
-    assert "[1/9] mrl-0" in compared.lines
+    assert "[1/12] mrl-0" in compared.lines
     assert [line.partition(":")[0] for line in compared.lines[-6:]] == [
         "[1/6] heads",
         "[2/6] probe",

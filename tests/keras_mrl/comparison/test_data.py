@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_mrl.comparison.data import ComparisonError, Images, has_test, read, split_classes
+from keras_mrl.comparison.data import ComparisonError, Part, has_test, read, split_classes
 from keras_mrl_serving import read_image
 from tests.helpers.comparisons import random_images
 from tests.helpers.hostile_files import (
@@ -30,11 +30,11 @@ from tests.helpers.laws import exactly
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
-PART = Images(PIXELS, np.arange(12) % 3, ("ant", "bee", "cat"))
+PART = Part(PIXELS, np.arange(12) % 3, ("ant", "bee", "cat"))
 
 
 def folder_of(where: Path) -> Path:
-    for row, (pixels, label) in enumerate(zip(PART.pixels, PART.labels, strict=True)):
+    for row, (pixels, label) in enumerate(zip(PART.inputs, PART.labels, strict=True)):
         file = where / PART.names[label] / f"{row:02}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(file)
@@ -52,7 +52,7 @@ def zip_of(where: Path) -> Path:
 def arrays_of(where: Path) -> Path:
     order = np.argsort(PART.labels, kind="stable")
     names = np.array(PART.names)[PART.labels[order]]
-    np.savez(where.with_suffix(".npz"), x_train=PART.pixels[order], y_train=names)
+    np.savez(where.with_suffix(".npz"), x_train=PART.inputs[order], y_train=names)
     return where.with_suffix(".npz")
 
 
@@ -60,7 +60,7 @@ def arrays_of(where: Path) -> Path:
 def test_images_are_read_from_everywhere(write: Any, tmp_path: Path) -> None:
     images = read([str(write(tmp_path / "pictures"))], None)
     order = np.argsort(PART.labels, kind="stable")
-    np.testing.assert_array_equal(images.pixels, PART.pixels[order])
+    np.testing.assert_array_equal(images.inputs, PART.inputs[order])
     np.testing.assert_array_equal(images.labels, PART.labels[order])
     assert images.names == PART.names
 
@@ -166,7 +166,7 @@ def test_images_stand_upright_as_their_exif_says(suffix: str, tmp_path: Path) ->
     stored.save(tmp_path / "ant" / f"0.{suffix}", exif=exif)
     stored.save(tmp_path / "ant" / f"1.{suffix}")
     stored.save(tmp_path / "ant" / f"2.{suffix}", exif=b"Exif\0\0no tags")
-    turned, plain, damaged = read([str(tmp_path)], None).pixels.astype(int)
+    turned, plain, damaged = read([str(tmp_path)], None).inputs.astype(int)
     np.testing.assert_allclose(turned, upright, atol=2)
     np.testing.assert_allclose(plain, np.rot90(upright), atol=2)
     np.testing.assert_array_equal(damaged, plain)
@@ -175,7 +175,7 @@ def test_images_stand_upright_as_their_exif_says(suffix: str, tmp_path: Path) ->
 def one_image(where: Path, image: Image.Image) -> Any:
     (where / "ant").mkdir(parents=True)
     image.save(where / "ant" / "a.png")
-    return read([str(where)], None).pixels[0]
+    return read([str(where)], None).inputs[0]
 
 
 def test_sixteen_bits_become_eight_and_transparency_white(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_files_have_the_pixels_that_every_room_reads(tmp_path: Path) -> None:
         f"ant/{name}" for name in refused
     ]
     readable = sorted(set(bytes_by_name) - set(refused))
-    for name, pixels in zip(readable, images.pixels, strict=True):
+    for name, pixels in zip(readable, images.inputs, strict=True):
         np.testing.assert_array_equal(pixels, read_image(bytes_by_name[name]), name)
 
 
@@ -242,16 +242,16 @@ def test_large_files_become_small_without_a_size(tmp_path: Path) -> None:
     (tmp_path / "a" / "ant").mkdir(parents=True)
     Image.fromarray(np.zeros((300, 400, 3), np.uint8)).save(tmp_path / "a" / "ant" / "0.png")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a" / "ant" / "1.png")
-    assert read([str(tmp_path / "a")], None).pixels.shape == (2, 64, 64, 3)
-    assert read([str(tmp_path / "a")], 100).pixels.shape == (2, 100, 100, 3)
+    assert read([str(tmp_path / "a")], None).inputs.shape == (2, 64, 64, 3)
+    assert read([str(tmp_path / "a")], 100).inputs.shape == (2, 100, 100, 3)
 
 
 def test_arrays_are_resized_to_a_size(tmp_path: Path) -> None:
     file = str(arrays_of(tmp_path / "pictures"))
-    assert read([file], None).pixels.shape == (12, 16, 16, 3)
-    small = read([file], 8).pixels
+    assert read([file], None).inputs.shape == (12, 16, 16, 3)
+    small = read([file], 8).inputs
     assert small.shape == (12, 8, 8, 3)
-    whole = read([file], None).pixels
+    whole = read([file], None).inputs
     np.testing.assert_allclose(small.mean(axis=(1, 2)), whole.mean(axis=(1, 2)), atol=12)
 
 
@@ -299,12 +299,22 @@ def empty(where: Path) -> Path:
     return where
 
 
-SHAPES = "Images must be uint8 (rows, height, width, channels), with one label each. Received: "
-SCALE = "Scale pixels to 0..255, and give class ids or names."
+SHAPES = (
+    "Images must be uint8 (rows, height, width, channels), and embeddings a table of floats "
+    "(rows, width). Received: float64 (3, 16, 16, 3) in {place}. "
+    "Scale pixels to 0..255; pool embeddings of tokens to one row per text."
+)
+LABELS = "Every image or embedding must have one label. Received: (3, 16, 16, 3) and labels "
+ONE = " in {place}. Give class ids or names, not one-hot rows."
+TABLE = (
+    "Embeddings must be a table of floats (rows, width). Received: int64 (3, 4) in {place}. "
+    "Give images their height and width; give quantised embeddings as floats."
+)
+EMBEDDINGS = np.random.default_rng(0).normal(size=(12, 4))
 NO_CLASS = (
     "Labels must be class ids or names. Received: float64 in {place}. Give integers or strings."
 )
-NO_IMAGES = "An .npz of images must hold x_train and y_train. Received: {place} "
+NO_IMAGES = "An .npz of images or embeddings must hold x_train and y_train. Received: {place} "
 NONE = (
     "--data must hold images in one sub-folder per class. Received: {place}, without any. "
     "Name the folder above those of the classes."
@@ -332,15 +342,26 @@ NONE = (
         (stored(x_train=PIXELS[:3], y_train=np.array([0.5, 1, 2])), NO_CLASS),
         (
             stored(x_train=PIXELS[:3], y_train=np.array(3)),
-            SHAPES + "uint8 (3, 16, 16, 3) and labels () in {place}. " + SCALE,
+            LABELS + "()" + ONE,
         ),
         (
             stored(x_train=PIXELS[:3] / 255, y_train=np.arange(3)),
-            SHAPES + "float64 (3, 16, 16, 3) and labels (3,) in {place}. " + SCALE,
+            SHAPES,
         ),
         (
             stored(x_train=PIXELS[:3], y_train=np.eye(3)),
-            SHAPES + "uint8 (3, 16, 16, 3) and labels (3, 3) in {place}. " + SCALE,
+            LABELS + "(3, 3)" + ONE,
+        ),
+        (stored(x_train=np.ones((3, 4), np.int64), y_train=np.arange(3)), TABLE),
+        (
+            stored(x_train=np.where(np.eye(12, 4), 1e300, EMBEDDINGS), y_train=np.arange(12)),
+            "Embeddings must be finite float32 numbers. Received: 4 of 12 rows with NaN or "
+            "infinity in {place}, the first is row 0. Leave those rows out, or embed them again.",
+        ),
+        (
+            stored(x_train=np.ones((12, 4)), y_train=np.arange(12)),
+            "Embeddings must differ. Received: 12 equal rows in {place}. "
+            "Correct how they are made.",
         ),
         (
             nameless,
@@ -365,12 +386,12 @@ def test_places_that_hold_no_images_of_classes_are_refused(
 def test_images_of_half_the_height_are_refused(tmp_path: Path) -> None:
     places = [str(arrays_of(tmp_path / "large")), str(of_half_the_height(tmp_path / "small"))]
     sentence = (
-        "All images must have one size and as many channels. "
-        "Received: (8, 16, 3), (16, 16, 3). Give --size, or leave some out."
+        "All images must have one size and as many channels, all embeddings one width. "
+        "Received: (8, 16, 3), (16, 16, 3). Give --size for images, or leave some out."
     )
     with pytest.raises(ComparisonError, match=exactly(sentence)):
         read(places, None)
-    assert read(places, 8).pixels.shape == (24, 8, 8, 3)
+    assert read(places, 8).inputs.shape == (24, 8, 8, 3)
 
 
 def test_a_dataset_of_keras_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -398,7 +419,7 @@ def test_unseen_classes_stand_apart() -> None:
     assert seen.names == ("ant", "cat")
     assert unseen.names == ("bee",)
     assert set(seen.labels.tolist()) == {0, 1}
-    np.testing.assert_array_equal(unseen.pixels, PIXELS[PART.labels == 1])
+    np.testing.assert_array_equal(unseen.inputs, PIXELS[PART.labels == 1])
 
 
 def test_unseen_classes_have_one_number_in_every_part() -> None:
@@ -408,8 +429,8 @@ def test_unseen_classes_have_one_number_in_every_part() -> None:
         seen, unseen = split_classes(part, [1, 3])
         assert (seen.names, unseen.names) == (("0", "2"), ("1", "3"))
         for side in (seen, unseen):
-            for pixels, label in zip(side.pixels, side.labels, strict=True):
-                (row,) = np.flatnonzero((part.pixels == pixels).all(axis=(1, 2, 3)))
+            for pixels, label in zip(side.inputs, side.labels, strict=True):
+                (row,) = np.flatnonzero((part.inputs == pixels).all(axis=(1, 2, 3)))
                 assert part.names[part.labels[row]] == side.names[label]
 
 
@@ -450,3 +471,23 @@ def test_hostile_archives_are_refused_in_little_memory(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak <= 64 * 2**20
+
+
+def test_arrays_are_read_as_the_npz_of_them(tmp_path: Path) -> None:
+    labels = np.arange(12) % 3
+    place = stored(x_train=EMBEDDINGS, y_train=labels)(tmp_path / "e")
+    for given in (str(place), {"x_train": EMBEDDINGS, "y_train": labels}):
+        part = read([given], None)
+        assert (part.kind, part.inputs.dtype, part.names) == (
+            "embeddings",
+            np.float32,
+            ("0", "1", "2"),
+        )
+        np.testing.assert_array_equal(part.inputs, EMBEDDINGS.astype(np.float32))
+    with pytest.raises(ComparisonError, match=r"Received: x, y_train\. Give \{"):
+        read([{"x": EMBEDDINGS, "y_train": labels}], None)
+
+
+def test_embeddings_have_no_size() -> None:
+    with pytest.raises(ComparisonError, match=r"--size is that of images\. Received: embeddings"):
+        read([{"x_train": EMBEDDINGS, "y_train": np.arange(12) % 3}], 8)

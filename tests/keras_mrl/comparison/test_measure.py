@@ -206,7 +206,7 @@ def test_unseen_classes_were_not_seen(compared: Compared) -> None:
     ):
         seen = model(compared, net)
         assert seen.head.num_classes == 8
-        sides = [seen.backbone.predict(part.pixels, verbose=0) for part in (gallery, queries)]
+        sides = [seen.backbone.predict(part.inputs, verbose=0) for part in (gallery, queries)]
         assert scores[method]["4"]["p10"] == precision([side[:, :4] for side in sides])
     features = compared.load("ff_12_seen-0", "train_12")
     assert len(features) == len(compared.training.labels) - len(gallery.labels)

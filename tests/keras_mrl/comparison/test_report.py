@@ -7,13 +7,14 @@ import math
 import os
 import re
 import xml.etree.ElementTree
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
 
+from keras_mrl.comparison import figures
 from keras_mrl.comparison.report import NAMES, findings, html, write_report
 from tests.helpers.comparisons import Compared
 
@@ -36,8 +37,14 @@ class Addresses(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plotly is not installed, whatever is."""
+    monkeypatch.setattr(figures, "script", lambda: None)
+
+
 def test_the_report_needs_nothing_but_itself(compared: Compared) -> None:
-    page = (compared.out / "report.html").read_text()
+    page = html(compared.results, compared.out)
     reader = Addresses()
     reader.feed(page)
     assert not reader.open
@@ -135,80 +142,50 @@ def test_tables_and_figures_say_the_same_numbers(compared: Compared) -> None:
     )
 
 
-@pytest.fixture
-def compared_text() -> Callable[..., list[str]]:
-    """The findings of results in which MRL is ahead of the separate nets by so much."""
-
-    def text(
-        ahead: float, images: int = 100_000, chance: float = 0.25, first: float | None = None
-    ) -> list[str]:
-        separate = {"4": [0.5], "8": [0.6]}
-        mrl = {dim: [values[0] + ahead] for dim, values in separate.items()}
-        if first is not None:
-            mrl["4"] = [0.5 + first]
-        scores = {dim: {"nn1": values[0]} for dim, values in separate.items()}
-        split = {
-            "accuracy": 0.6,
-            "full_accuracy": 0.6,
-            "ff_accuracy": 0.6,
-            "expected_dim": 5.0,
-            "cumulative_dim": 6.0,
-        }
-        level = {part: {"accuracy": 0.0, "expected_dim": 0.0} for part in ("taught", "judged")}
-        return findings(
-            {
-                "about": {"images": [0, images], "classes": 1 / chance},
-                "plan": {"dims": [4, 8]},
-                "madds": {"backbone": 900, "head": 100},
-                "top1": {"mrl": mrl, "ff": separate, "svd": separate, "rand_lp": separate},
-                "neighbors": {"mrl": scores, "pca": scores, "first_coordinates": scores},
-                "cascades": {
-                    "refused": "",
-                    "risk": 0.02,
-                    "delta": 0.1,
-                    "splits": {"greedy": [split], "certified": [split], "oracle": [split]},
-                    "search_over_greedy": [level],
-                },
-                "retrieval": {},
-            }
-        )
-
-    return text
+def given(cascade: float, dim: float, map10: float) -> dict[str, Any]:
+    """Results in which a cascade is so accurate at so many dims, and a funnel finds so much."""
+    split = {
+        "accuracy": cascade,
+        "full_accuracy": 0.6,
+        "ff_accuracy": 0.6,
+        "expected_dim": dim,
+        "cumulative_dim": dim + 1,
+    }
+    row = {"kind": "funnel", "dims": [4, 8], "shortlists": [10], "madds": 100, "map10": map10}
+    whole = {"kind": "exhaustive", "dims": [8], "shortlists": [], "madds": 900, "map10": 0.5}
+    return {
+        "verdict": {"best": 0.6, "chance": 0.1, "moved": {}},
+        "about": {"images": [0, 1000], "classes": 10},
+        "plan": {"dims": [4, 8], "epochs": 9},
+        "madds": {"backbone": 900, "head": 100},
+        "top1": {"mrl": {"4": [0.5], "8": [0.6]}},
+        "cascades": {
+            "risk": 0.02,
+            "delta": 0.1,
+            "splits": {"greedy": [split], "certified": [split], "oracle": [split]},
+        },
+        "retrieval": {"mrl": {"rows": [whole, row], "chosen": 1}},
+    }
 
 
-def test_every_sentence_of_the_findings_carries_its_number(
-    compared_text: Callable[..., list[str]],
-) -> None:
-    better, worse = compared_text(0.02), compared_text(-0.02)
-    # Twice the standard deviation of a difference: 2 sqrt(2 x .6 x .4 / 100,000).
-    assert better[0].startswith("Differences below 0.4 points are noise among 100,000 test images")
-    assert "costs no more than a point: one net replaces 2." in better[0]
-    assert "MRL is 2.0 points above FF" in better[0]
-    assert "costs more than a point here." in worse[0]
-    assert "MRL is 2.0 points below FF" in worse[0]
-    assert all(re.search(r"\d", sentence) for sentence in better)
-
-
-def test_no_verdict_is_given_where_noise_or_chance_would_give_it(
-    compared_text: Callable[..., list[str]],
-) -> None:
-    few = compared_text(-0.02, images=100)
-    assert "Differences below 13.9 points are noise" in few[0]
-    assert "No difference is seen on average." in few[0]
-    untrained = compared_text(0.0, chance=0.4)
-    assert untrained[0].startswith("Nothing can be said: the best separate net is 60.0% right")
-    uneven = compared_text(0.02, first=-0.03)
-    assert "no more than a point on average, but 3.0 at one dim." in uneven[0]
-
-
-def test_a_cascade_saves_a_share_of_the_head(compared_text: Callable[..., list[str]]) -> None:
-    (sentence,) = (line for line in compared_text(0.0) if line.startswith("The cascade 'greedy'"))
-    assert "at 5.0 of 8 dims on average (1.6 times fewer)" in sentence
-    assert "the same net at 8 dims for every row 60.00%" in sentence
-    assert "saves 2.50% of the model's multiply-adds" in sentence  # 100 / 1000 x (8 - 6) / 8
-    (certified,) = (line for line in compared_text(0.0) if "'certified'" in line)
+def test_a_cascade_that_gains_has_a_sentence_with_its_numbers() -> None:
+    greedy, certified, funnel = findings(given(cascade=0.59, dim=5.0, map10=0.5))
+    assert "'greedy' stops at 5.0 of 8 dims on average and is 59.00% right" in greedy
+    assert "the same net at 4 dims for every row 50.00%" in greedy
+    assert "saves 2.50% of the model's multiply-adds" in greedy  # 100 / 1000 x (8 - 6) / 8
     assert "with a chance of 0.9 over" in certified
     assert "in at most 2% of new rows" in certified
+    assert "(9.0 times fewer" in funnel
+
+
+def test_what_gains_nothing_has_no_sentence() -> None:
+    assert findings(given(cascade=0.504, dim=5.0, map10=0.4)) == []
+    assert findings(given(cascade=0.6, dim=8.0, map10=0.4)) == []
+
+
+def test_nothing_is_told_of_nets_that_learned_nothing() -> None:
+    results = given(cascade=0.59, dim=5.0, map10=0.5)
+    assert findings({**results, "verdict": {"best": 0.12, "chance": 0.1, "moved": {}}}) == []
 
 
 def test_results_are_json_whatever_was_measured(compared: Compared, tmp_path: Path) -> None:

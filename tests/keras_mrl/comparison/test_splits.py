@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_mrl.comparison.data import ComparisonError, Images
+from keras_mrl.comparison.data import ComparisonError, Part
 from keras_mrl.comparison.splits import (
     check_disjoint,
     check_unseen,
@@ -28,7 +28,7 @@ def test_without_test_images_a_fifth_of_every_class_is_drawn(tmp_path: Path) -> 
     assert left_out == 0
     assert sorted(digests(training) + digests(test)) == sorted(digests(random_images()))
     again, _, _ = load_parts(places, None, None)
-    np.testing.assert_array_equal(again.pixels, training.pixels)
+    np.testing.assert_array_equal(again.inputs, training.inputs)
 
 
 def test_the_second_part_of_an_npz_is_the_test(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_the_second_part_of_an_npz_is_the_test(tmp_path: Path) -> None:
 
 def test_a_test_image_that_training_has_is_left_out(tmp_path: Path) -> None:
     second = random_images(seed=1)
-    second.pixels[7] = random_images().pixels[3]
+    second.inputs[7] = random_images().inputs[3]
     places = write_npz(tmp_path / "a.npz", random_images(), second)
     training, test, left_out = load_parts(places, None, None)
     assert left_out == 1
@@ -54,7 +54,7 @@ def test_files_of_both_parts_that_cannot_be_read_are_named_at_once(tmp_path: Pat
     places = []
     for part in ("training", "test"):
         places.append(str(tmp_path / part))
-        for row, image in enumerate(random_images(seed=len(part)).pixels):
+        for row, image in enumerate(random_images(seed=len(part)).inputs):
             file = tmp_path / part / f"class{row % 2}" / f"{row}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[..., 0]).save(file)
@@ -79,16 +79,16 @@ def test_classes_of_the_test_images_are_numbered_as_in_training(tmp_path: Path) 
     np.testing.assert_array_equal(test.labels, second.labels[kept])
 
 
-def with_equal_images() -> Images:
+def with_equal_images() -> Part:
     """60 images, 9 of them different."""
     images = random_images(seed=1)
-    images.pixels[8:] = images.pixels[8]
+    images.inputs[8:] = images.inputs[8]
     return images
 
 
-def in_colour() -> Images:
+def in_colour() -> Part:
     images = random_images(rows=12, seed=1)
-    return Images(np.repeat(images.pixels, 3, axis=-1), images.labels, images.names)
+    return Part(np.repeat(images.inputs, 3, axis=-1), images.labels, images.names)
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,12 @@ def in_colour() -> Images:
             "3 classes, 60 training images, 0 test images, 60 more that training has too",
         ),
         (with_equal_images(), "3 classes, 60 training images, 60 test images (9 different)"),
-        (in_colour(), "3 and 1 of them"),
+        (in_colour(), "(8, 8, 3) and (8, 8, 1)"),
     ],
     ids=["other classes", "too few", "those of training", "equal ones", "other channels"],
 )
 def test_test_images_that_judge_nothing_are_refused(
-    test: Images, received: str, tmp_path: Path
+    test: Part, received: str, tmp_path: Path
 ) -> None:
     places = write_npz(tmp_path / "training.npz", random_images())
     with pytest.raises(ComparisonError, match=re.escape(f"Received: {received}. ")):
@@ -130,13 +130,13 @@ def test_unseen_classes_need_images_to_search_among() -> None:
         check_unseen(random_images(60, 5), random_images(20, 5, seed=1))
 
 
-def doubled(sizes: list[int]) -> Images:
+def doubled(sizes: list[int]) -> Part:
     """Test images of which each is there so many times."""
     images = random_images(len(sizes), seed=1)
     return images.take(np.random.default_rng(2).permutation(np.repeat(range(len(sizes)), sizes)))
 
 
-def is_apart(test: Images, taught: Any, judged: Any) -> bool:
+def is_apart(test: Part, taught: Any, judged: Any) -> bool:
     of = np.array(digests(test))
     return not set(of[taught]) & set(of[judged])
 
@@ -189,8 +189,8 @@ def test_a_comparison_goes_on_with_its_own_images(tmp_path: Path) -> None:
         np.testing.assert_array_equal(parts["test_labels"], test.labels)
         for split, (taught, _) in enumerate(holdouts(test)):
             np.testing.assert_array_equal(parts[f"holdout_{split}"], taught)
-    moved = Images(test.pixels, (test.labels + 1) % 3, test.names)
-    renamed = Images(training.pixels, training.labels, ("0", "1", "other"))
+    moved = Part(test.inputs, (test.labels + 1) % 3, test.names)
+    renamed = Part(training.inputs, training.labels, ("0", "1", "other"))
     for parts_of_another in ((random_images(seed=2), test), (training, moved), (renamed, test)):
         with pytest.raises(ComparisonError, match="Received: others than those of"):
             record_parts(path, *parts_of_another, ["2"])

@@ -8,13 +8,13 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mrl.comparison.data import Images
+from keras_mrl.comparison.data import Part
 from keras_mrl.comparison.nets import Net
 from keras_mrl.comparison.training import Batches, Recipe, count_epochs, is_trained, shift, train
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
-PART = Images(PIXELS, np.arange(12) % 3, ("ant", "bee", "cat"))
+PART = Part(PIXELS, np.arange(12) % 3, ("ant", "bee", "cat"))
 
 
 def test_an_epoch_is_the_same_whenever_it_is_asked_for() -> None:
