@@ -480,7 +480,7 @@ def test_arrays_are_read_as_the_npz_of_them(tmp_path: Path) -> None:
         part = read([given], None)
         assert (part.kind, part.inputs.dtype, part.names) == (
             "embeddings",
-            np.float32,
+            np.dtype(np.float32),
             ("0", "1", "2"),
         )
         np.testing.assert_array_equal(part.inputs, EMBEDDINGS.astype(np.float32))
