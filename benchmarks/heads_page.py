@@ -143,8 +143,8 @@ def page(results: Results) -> str:
         f"{ROWS['test']:,} of `test`. The encoder, all-MiniLM-L6-v2, is frozen: a text is the mean "
         "of its last layer, 384 numbers. On these the small net of `keras-mrl compare` is trained: "
         "512 hidden units, then the features. MRL and MRL-E have heads at "
-        f"{_join(dims)} dims; FF is a net per dim. SVD, PCA, Rand. FS, Rand. LP and the adaptor "
-        f"cut the features of the widest FF net. {len(results['seeds'])} seeds. The peak of the "
+        f"{_join(dims)} dims; FF is a net per dim. What else is in the tables "
+        f"cuts the features of the widest FF net. {len(results['seeds'])} seeds. The peak of the "
         f"rate is chosen on `val` for each net, among {rates}, with a seed of its own.",
         "## Answer",
         f"- **After {last} epochs, MRL minus FF in top-1** is "
@@ -256,6 +256,8 @@ def _table(results: Results, measure: str, epochs: int) -> str:
     lines = [f"| | {' | '.join(map(str, dims))} |", "|---" * (len(dims) + 1) + "|"]
     for method, name in METHODS[measure].items():
         by_dim = results["test"][measure][method]
+        if not any(by_dim[str(dim)][str(epochs)] for dim in dims):
+            continue
         cells = [_spread(by_dim[str(dim)][str(epochs)]) for dim in dims]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -276,7 +278,8 @@ def _chosen(results: Results, measure: str) -> str:
             best = max(means, key=lambda epochs: means[epochs])
             values = results["test"][measure][method][str(dim)][best]
             cells.append(f"{100 * np.mean(values):.1f} ({best})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -70,7 +70,7 @@ def test_files_that_cannot_be_read_are_refused_or_told(tmp_path: Path) -> None:
 def test_a_budget_is_measured_and_one_that_is_too_small_is_refused(tmp_path: Path) -> None:
     place = write_npz(tmp_path / "a.npz", random_images(200, 10), random_images(60, 10, seed=1))
     lines: list[str] = []
-    sentence = r"Received: 0\.001 minutes for 10 nets, .* Give \d+ minutes, or fewer dims\."
+    sentence = r"Received: 0\.001 minutes for 7 nets, .* Give \d+ minutes, or fewer dims\."
     with pytest.raises(ComparisonError, match=sentence):
         compare(place, tmp_path / "out", PLAN, budget_minutes=1e-3, progress=lines.append)
     assert lines[2] == "measuring how fast a net trains here"
