@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl.comparison.verdict import difference
+from keras_mrl.comparison.verdict import difference, signed
 
 Results = Mapping[str, Any]
 Array = npt.NDArray[Any]
@@ -132,7 +132,7 @@ def page(results: Results) -> str:
     useful = [dim for dim in dims if dim >= 8]
     first = {epochs: paired(results, "top1", 8, epochs)["points"] for epochs in results["epochs"]}
     at = f"at {_join(useful)} dims"
-    over_epochs = ", ".join(f"{gap:+.1f} after {epochs}" for epochs, gap in first.items())
+    over_epochs = ", ".join(f"{signed(gap)} after {epochs}" for epochs, gap in first.items())
     svd = {dim: _gap(results, "mrl", "svd", dim) for dim in useful}
     rates = _join(sorted(map(float, results["rates"]["mrl"])))
     paragraphs = [
@@ -156,14 +156,14 @@ def page(results: Results) -> str:
         f"{_signed(nearest[d] for d in useful)} points {at} (+-"
         f"{_widest(nearest[d] for d in useful):.1f}). {_nearest_shown(nearest, useful)}\n"
         f"- **SVD of FF's head** after {last} epochs: MRL is "
-        f"{', '.join(f'{gap:+.1f}' for gap in svd.values())} points from it {at}.\n"
+        f"{', '.join(map(signed, svd.values()))} points from it {at}.\n"
         f"- **2 and 4 dims** are too few for 150 classes: MRL has {_percent(results, 'mrl', 2)}% "
         f"and {_percent(results, 'mrl', 4)}%, FF {_percent(results, 'ff', 2)}% and "
         f"{_percent(results, 'ff', 4)}%.",
         "![Top-1 of MRL minus FF over epochs, a line per dim](heads.svg)",
         "## Where the paper says otherwise",
         "The paper (ResNet50 on ImageNet) has MRL above SVD up to 256 dims; here they differ by "
-        f"{svd[64]:+.1f} points at 64 dims already. Its widest net has 2,048 features for 1,000 "
+        f"{signed(svd[64])} points at 64 dims already. Its widest net has 2,048 features for 1,000 "
         "classes, of which SVD drops most; this one has 256 for 150, and a head of 150 classes has "
         "no more than 150 directions. The paper's MRL-E is 10 points below MRL at 8 dims, here "
         f"{-_gap(results, 'mrl_e', 'mrl', 8):.1f}.",
@@ -191,7 +191,7 @@ def _join(words: Iterable[Any]) -> str:
 
 
 def _signed(differences: Iterable[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{d['points']:+.1f}" for d in differences)
+    return ", ".join(signed(d["points"]) for d in differences)
 
 
 def _widest(differences: Iterable[Mapping[str, Any]]) -> float:
@@ -246,7 +246,7 @@ def _difference_table(results: Results) -> str:
             cells = []
             for dim in dims:
                 d = paired(results, measure, dim, epochs)
-                cells.append(f"{d['points']:+.1f} +- {(d['high'] - d['low']) / 2:.1f}")
+                cells.append(f"{signed(d['points'])} +- {(d['high'] - d['low']) / 2:.1f}")
             lines.append(f"| {name} | {epochs} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from .shared import FAILED, HELP, INTERRUPTED, MISUSED, RefusalError, refuse
 # The first line of each command's own help, so that listing them imports none.
 COMMANDS = {
     "demo": "Train, calibrate, export, serve and ask, on handwritten digits.",
-    "compare": "Compare Matryoshka with its alternatives on your own images.",
+    "compare": "Compare Matryoshka with its alternatives on your own data.",
     "export": "Write a .keras file as a version that TensorFlow Serving serves.",
     "publish": "Publish another policy for the weights of a version.",
     "serve": "Serve a model over gRPC and REST, with TensorFlow Serving's flags.",

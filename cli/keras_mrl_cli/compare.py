@@ -1,4 +1,4 @@
-"""Compare Matryoshka with its alternatives on your own images or embeddings.
+"""Compare Matryoshka with its alternatives on your own data.
 
 With one recipe for all, trains a Matryoshka net (MRL, and MRL-E with a tied head), a separate net
 per dim (FF) and a slimmable net; cuts the widest FF net by SVD, PCA, coordinates and the adaptor;

@@ -163,7 +163,7 @@ def _untrained(given: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
         return [
             f"No verdict: training has not converged. From {half} to {plan['epochs']} epochs "
             f"Matryoshka moved by {_points(unfinished.values())} points beside separate nets at "
-            f"{_dims(unfinished)} dims, and is now {_list(f'{gap:+.1f}' for gap in gaps)} from "
+            f"{_dims(unfinished)} dims, and is now {_list(map(signed, gaps))} from "
             "them: more epochs would change the answer.",
             more,
         ]
@@ -252,7 +252,18 @@ def _is_tail(some: Mapping[str, Any], by_dim: Mapping[str, Any]) -> bool:
 
 
 def _points(differences: Iterable[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{d['points']:+.1f}" for d in differences)
+    return ", ".join(signed(d["points"]) for d in differences)
+
+
+def signed(points: float) -> str:
+    """Return points with their sign; what rounds to nothing has a plus.
+
+    Examples:
+        >>> from keras_mrl.comparison.verdict import signed
+        >>> signed(-0.04), signed(-0.06)
+        ('+0.0', '-0.1')
+    """
+    return f"{round(points, 1) + 0.0:+.1f}"
 
 
 def _sizes(differences: Iterable[Mapping[str, Any]]) -> str:
