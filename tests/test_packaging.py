@@ -8,6 +8,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from keras_mrl_cli.deploy import FILES
 
@@ -66,6 +67,13 @@ def test_the_base_needs_what_the_client_and_the_command_line_need(wheel: zipfile
     metadata = Parser().parsestr(wheel.read(name).decode())
     base = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert sorted(base) == ["click>=8.5", "grpcio>=1.75", "numpy>=2.0", "protobuf>=6.31.1"]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == project["version"]
+    assert cited["license"] == project["license"]
 
 
 def test_every_requirement_is_pinned_in_the_constraints() -> None:

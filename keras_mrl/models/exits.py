@@ -354,6 +354,17 @@ def _check_branch(plan: ExitPlan, shape: tuple[int | None, ...], width: int) -> 
         )
 
 
+@keras.saving.register_keras_serializable(package="keras_mrl")
+class AllExits(keras.Model):
+    """A functional model that answers `{exit: outputs}`, as `all_exits()` makes it."""
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `predict` of every Keras model, with the exits from shallow to deep."""
+        # On JAX and PyTorch, Keras returns a dict in the order of the alphabet.
+        outputs = super().predict(*args, **kwargs)
+        return {name: outputs[name] for name in self.output}
+
+
 class _ModelWithExits(_NestedModel):
     """The base of models that may have exits."""
 

@@ -30,7 +30,7 @@ Groups = Mapping[int, Any] | Sequence[Any] | npt.NDArray[Any]
 class EarlyNeighbors(NamedTuple):
     """Neighbours, and the exit that each query was embedded at.
 
-    Args:
+    Attributes:
         neighbors: The nearest rows of each query.
         exit: Names of exits, `(batch,)`.
 

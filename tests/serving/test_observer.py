@@ -1,11 +1,14 @@
 """What an observer is told of calls and answers, and the OpenTelemetry metrics made of it."""
 
 import asyncio
+import json
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -145,6 +148,55 @@ def test_metrics_count_calls_exits_and_audits(
         ("default", "yes"): agrees.sum(),
         ("default", "no"): len(agrees) - agrees.sum(),
     }
+
+
+def test_the_dashboard_asks_for_what_the_metrics_give(
+    server: InMemoryServer, policy: CascadePolicy, metrics: OpenTelemetryMetrics, reader: Any
+) -> None:
+    logits = np.random.default_rng(1).normal(size=(50, 3, 5))
+    measured = replace(policy, holdout=policy.evaluate(logits, np.zeros(50, int)))
+    server.manifest = replace(server.manifest, cascade=measured.to_json())
+    client = Client(server, options=Options(observer=metrics))
+    client.classify_adaptive(ROWS, audit_rate=0.5, audit_seed=1)
+    with pytest.raises(KerasMrlError):
+        Client(server, model="birds", options=Options(observer=metrics)).describe()
+    given = labels_by_prometheus_name(reader)
+    board = json.loads(files("keras_mrl_serving").joinpath("deploy/grafana.json").read_text())
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    own = [query for query in asked if "keras_mrl_" in query]
+    names = {name for query in own for name in re.findall(r"keras_mrl_\w+", query)}
+    # Nothing it asks for is missing, and nothing that is counted goes unseen.
+    assert names <= set(given)
+    assert {name for name in given if not name.endswith(("_sum", "_count"))} <= names
+    for query in own:
+        series = re.findall(r"(keras_mrl_\w+)\{([^}]*)\}", query)
+        for name, selector in series:
+            assert set(re.findall(r"(\w+)!?=", selector)) <= given[name], query
+        grouped = re.findall(r"(?:by|on|ignoring) \(([^)]*)\)", query)
+        labels = {label for words in grouped for label in words.split(", ")}
+        assert labels <= set.intersection(*(given[name] for name, _ in series)), query
+
+
+def labels_by_prometheus_name(reader: Any) -> dict[str, set[str]]:
+    """The labels of every series, under the name that an exporter for Prometheus gives it.
+
+    Dots become underscores, a unit is written out at the end, a counter ends in `_total`, and a
+    histogram is three series.
+    """
+    named: dict[str, set[str]] = {}
+    for resource in reader.get_metrics_data().resource_metrics:
+        for metric in (metric for scope in resource.scope_metrics for metric in scope.metrics):
+            unit = {"": "", "s": "_seconds"}[metric.unit]
+            name = metric.name.replace(".", "_") + unit
+            labels = {label for point in metric.data.data_points for label in point.attributes}
+            if hasattr(metric.data.data_points[0], "bucket_counts"):
+                named |= {f"{name}_sum": labels, f"{name}_count": labels}
+                named[f"{name}_bucket"] = labels | {"le"}
+            elif getattr(metric.data, "is_monotonic", False):
+                named[f"{name}_total"] = labels
+            else:
+                named[name] = labels
+    return named
 
 
 def test_metrics_name_the_class_of_an_error(

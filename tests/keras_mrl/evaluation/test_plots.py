@@ -8,12 +8,20 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from keras_mrl.evaluation import plot_accuracy, plot_by_cost, plot_by_dim, plot_retrieval
+from keras_mrl.evaluation import (
+    plot_accuracy,
+    plot_by_cost,
+    plot_by_dim,
+    plot_cascade,
+    plot_retrieval,
+)
 from tests.helpers.laws import exactly
 
 BLUE, ORANGE = "#1f6feb", "#d9730d"
 ACCURACY = {8: 0.66, 16: 0.73, 32: 0.75, 64: 0.76}
 RETRIEVAL = {8: (8e3, 0.57), 16: (16e3, 0.63), 32: (32e3, 0.64)}
+EXITS = {"early": {8: (1e4, 0.7), 64: (1.1e4, 0.8)}, "last": {16: (1e6, 0.9), 64: (1e6, 0.95)}}
+STOPS = {"early, 64": 0.7, "last, 64": 0.3}
 
 
 def draw_accuracy(path: Path, star: bool = True) -> None:
@@ -83,6 +91,47 @@ def test_one_dim_is_enough(tmp_path: Path) -> None:
     plot_accuracy({8: 0.66}, None, tmp_path / "one.png")
     plot_retrieval({8: (8e3, 0.57)}, None, tmp_path / "two.png")
     assert all(count(path, BLUE) > 20 for path in tmp_path.iterdir())
+
+
+def test_a_cascade_is_drawn_among_the_fixed_choices_with_the_rows_it_stops(tmp_path: Path) -> None:
+    path = tmp_path / "cascade.svg"
+    plot_cascade(EXITS, (3e5, 0.948), STOPS, path)
+    root = xml.etree.ElementTree.parse(path).getroot()
+    marks = [u.get("style", "") for u in root.iter("{http://www.w3.org/2000/svg}use")]
+    for colour in (BLUE, "#cf222e"):  # an exit each: its two dims, and its row of the legend
+        assert sum(colour in style for style in marks) == 3
+    bars = [
+        p
+        for p in root.iter("{http://www.w3.org/2000/svg}path")
+        if ORANGE in p.get("style", "") and p.get("clip-path")
+    ]
+    assert len(bars) == len(STOPS)
+    (first, first_top), (second, second_top) = map(width_and_top, bars)
+    assert first / second == pytest.approx(0.7 / 0.3, rel=1e-3)
+    assert first_top < second_top  # the first stage stands above the second
+    written = [e.strip() for e in re.findall("<!-- (.*?) -->", path.read_text())]
+    assert {"70%", "30%", "every row at early", "every row at last", "adaptive"} <= set(written)
+    assert [own for own in written if own.startswith("dim ")] == ["dim 64", "dim 64"]
+
+
+def width_and_top(bar: xml.etree.ElementTree.Element) -> tuple[float, float]:
+    """How wide the bar is, and how far its top is below the upper edge of the figure."""
+    corners = re.findall(r"[ML] (\S+) (\S+)", bar.get("d", ""))
+    xs, ys = ([float(own) for own in along] for along in zip(*corners, strict=True))
+    return max(xs) - min(xs), min(ys)
+
+
+def test_the_narrowest_of_equally_good_dims_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "cascade.svg"
+    plot_cascade({"last": {8: (1e4, 0.9), 64: (2e4, 0.9)}}, (1e4, 0.9), STOPS, path)
+    assert "<!-- dim 8 -->" in path.read_text()
+    assert "<!-- dim 64 -->" not in path.read_text()
+
+
+def test_a_cascade_without_a_fixed_choice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="A picture needs a method with at least one dim"):
+        plot_cascade({"last": {}}, (1e4, 0.9), STOPS, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("lines", [{}, {"MRL": {}, "FF": {}}])

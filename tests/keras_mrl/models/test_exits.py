@@ -165,6 +165,21 @@ def test_any_functional_backbone_trains_saves_and_is_cut(
     json.dumps(model.get_config())
 
 
+def test_all_exits_predicts_from_shallow_to_deep(tmp_path: Path) -> None:
+    # Neither the names nor their order are those of the alphabet, which is where "last" is early.
+    features = keras.Input((6,))
+    second = keras.layers.Dense(8, name="middle")(keras.layers.Dense(8, name="start")(features))
+    backbone = keras.Model(features, keras.layers.Dense(8, name="out")(second))
+    exits, x = ("start", "middle"), np.ones((3, 6), "float32")
+    classifier = MatryoshkaClassifier(backbone, MatryoshkaHead(3, dims=(2, 4)), exits=exits)
+    encoder = MatryoshkaEncoder(backbone, exits=exits)
+    for model in (classifier, encoder):
+        model.all_exits().save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        for own in (model.all_exits(), loaded):
+            assert list(own.predict(x, verbose=0)) == ["start", "middle", "last"]
+
+
 def test_layers_are_those_of_the_backbone_and_heads_are_like_the_head() -> None:
     backbone = dense_net()
     model = MatryoshkaClassifier(
