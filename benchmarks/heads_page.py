@@ -51,7 +51,11 @@ def collect(out: Path) -> dict[str, Any]:
     from heads import DIMS, EPOCHS, SEEDS
 
     seeds = [s for s in SEEDS if all((out / f"nets_{e}_{s}.npz").exists() for e in EPOCHS)]
-    cells = {(e, s): _cell(out, e, s) for e in EPOCHS for s in seeds}
+    numbers = [(epochs, seed) for epochs in EPOCHS for seed in seeds]
+    # What is learnt on the widest net comes last: all of it, or none.
+    are_learnt = all((out / f"learnt_{e}_{s}.npz").exists() for e, s in numbers)
+    kinds = ("nets", "learnt") if are_learnt else ("nets",)
+    cells = {(epochs, seed): _cell(out, epochs, seed, kinds) for epochs, seed in numbers}
     results: dict[str, Any] = {
         "dims": list(DIMS),
         "epochs": sorted(EPOCHS),
@@ -92,17 +96,17 @@ def collect(out: Path) -> dict[str, Any]:
     return results
 
 
-def _cell(out: Path, epochs: int, seed: int) -> dict[tuple[str, str, str, int], Array]:
+def _cell(
+    out: Path, epochs: int, seed: int, kinds: tuple[str, ...]
+) -> dict[tuple[str, str, str, int], Array]:
     """Which rows are right, by part, measure, method and dim."""
     cell = {}
-    for kind in ("nets", "learnt"):
-        file = out / f"{kind}_{epochs}_{seed}.npz"
-        if file.exists():
-            with np.load(file) as arrays:
-                for name in arrays.files:
-                    part, measure, method, dim = name.split("/")
-                    right = np.unpackbits(arrays[name])[: ROWS[part]].astype(np.int64)
-                    cell[part, measure, method, int(dim)] = right
+    for kind in kinds:
+        with np.load(out / f"{kind}_{epochs}_{seed}.npz") as arrays:
+            for name in arrays.files:
+                part, measure, method, dim = name.split("/")
+                right = np.unpackbits(arrays[name])[: ROWS[part]].astype(np.int64)
+                cell[part, measure, method, int(dim)] = right
     return cell
 
 
@@ -145,7 +149,8 @@ def page(results: Results) -> str:
         "512 hidden units, then the features. MRL and MRL-E have heads at "
         f"{_join(dims)} dims; FF is a net per dim. What else is in the tables "
         f"cuts the features of the widest FF net. {len(results['seeds'])} seeds. The peak of the "
-        f"rate is chosen on `val` for each net, among {rates}, with a seed of its own.",
+        f"rate is chosen on `val` for each net after 10 epochs, among {rates}, with a seed of its "
+        "own.",
         "## Answer",
         f"- **After {last} epochs, MRL minus FF in top-1** is "
         f"{_signed(heads[d] for d in useful)} points {at} (+-"
