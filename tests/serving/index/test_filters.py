@@ -106,6 +106,9 @@ def test_what_a_filter_leaves_decides_whether_a_graph_is_walked() -> None:
         only = index.prepare_filter(np.arange(left))
         index.search(QUERIES[:1], filter=only)
         assert (only.prepared.get("alone") is not None) == has_codes
+        found = [index.search(QUERIES, filter=only).ids]
+        found += [index.search(query[None], filter=only).ids for query in QUERIES]
+        assert (np.concatenate(found) < left).all()
 
 
 def test_filters_of_strings() -> None:
