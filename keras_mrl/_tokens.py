@@ -40,6 +40,7 @@ def takes_text(method: Callable[..., Any]) -> Callable[..., Any]:
         given.update(given.pop("kwargs", {}))
         given.pop("self")
         has_texts_as_labels = self._has_texts_as_labels
+        check_one_axis(given.get("x"))
         given["x"] = tokenized(preprocessor, given.get("x"), has_texts_as_labels)
         validation = given.get("validation_data")
         if has_texts_as_labels:
@@ -76,10 +77,12 @@ def tokenized(preprocessor: Any, data: Any, has_texts_as_labels: bool = True) ->
     """
     if preprocessor is None or data is None:
         return data
-    if isinstance(data, (str, bytes)):
+    if isinstance(data, (str, bytes)) or _is_one_text(data):
         raise ValueError(
             f"Texts come in a list or an array. Received: one {type(data).__name__}. Write [text]."
         )
+    if data == [] if isinstance(data, list) else getattr(data, "shape", ())[:1] == (0,):
+        raise ValueError("At least one text must be given. Received: none.")
     if are_texts(data):
         return tokenize(preprocessor, data)
     if is_dataset(data) or isinstance(data, types.GeneratorType):
@@ -89,6 +92,28 @@ def tokenized(preprocessor: Any, data: Any, has_texts_as_labels: bool = True) ->
     if isinstance(data, (tuple, list)) and any(map(_holds_texts, data)):
         return tuple(tokenized(preprocessor, own) for own in data)
     return data
+
+
+def _is_one_text(data: Any) -> bool:
+    """Whether `data` is an array of strings without an axis."""
+    kind = getattr(getattr(data, "dtype", None), "kind", None)
+    return kind in ("U", "S", "T") and not getattr(data, "shape", (1,))
+
+
+def check_one_axis(texts: Any) -> None:
+    """Raise `ValueError` for an array of texts that has more axes than the one of its rows.
+
+    Args:
+        texts: Inputs of a model that takes one text a row; anything that is no array of texts
+            passes.
+    """
+    shape = getattr(texts, "shape", ())
+    if len(shape) > 1 and are_texts(texts):
+        raise ValueError(
+            "Texts must be given in an array of one axis, a text a row. "
+            f"Received: an array of shape {tuple(shape)}. Write texts.ravel(), or "
+            "(anchors, positives) for pairs."
+        )
 
 
 def _holds_texts(part: Any) -> bool:
@@ -101,7 +126,7 @@ def _holds_texts(part: Any) -> bool:
 
 
 def are_texts(data: Any) -> bool:
-    """Whether `data` is a list or an array of strings, by its first entry.
+    """Whether `data` is a list or an array of strings, or of strings and gaps (None, NaN).
 
     Examples:
         >>> from keras_mrl._tokens import are_texts
@@ -109,16 +134,23 @@ def are_texts(data: Any) -> bool:
         (True, True, False)
     """
     if isinstance(data, (list, tuple)):
-        return bool(data) and isinstance(data[0], (str, bytes))
+        return _begins_with_a_text(data)
     dtype = getattr(data, "dtype", None)
     if dtype is None or not getattr(data, "shape", ()):
         return False
     if getattr(dtype, "kind", None) in ("U", "S", "T"):
         return True
     if getattr(dtype, "kind", None) == "O":
-        entries = np.asarray(data).ravel()
-        return bool(entries.size) and isinstance(entries[0], (str, bytes))
+        return _begins_with_a_text(np.asarray(data).ravel())
     return "str" in str(getattr(dtype, "name", dtype))  # TensorFlow's and pandas's
+
+
+def _begins_with_a_text(entries: Any) -> bool:
+    """Whether the first entry that is no number and no gap is a string."""
+    filled = (
+        own for own in entries if own is not None and not isinstance(own, (int, float, np.number))
+    )
+    return isinstance(next(filled, None), (str, bytes))
 
 
 def tokenize(preprocessor: Any, texts: Any) -> dict[str, Array]:
@@ -214,6 +246,7 @@ def _tokenized_dataset(preprocessor: Any, data: Any, has_texts_as_labels: bool) 
         leaves = [str(getattr(own, "dtype", "")) for own in keras.tree.flatten(spec)]
         if not any("string" in dtype for dtype in leaves):
             return data
+        _check_batches(spec)
         return data.map(lambda *parts: _traced(preprocessor, parts, has_texts_as_labels))
     dataset: Any = getattr(data, "dataset", None)
     collate = getattr(data, "collate_fn", None)
@@ -225,6 +258,18 @@ def _tokenized_dataset(preprocessor: Any, data: Any, has_texts_as_labels: bool) 
                 "keras.utils.PyDataset of them, or tokenize in its collate_fn."
             )
     return data
+
+
+def _check_batches(spec: Any) -> None:
+    """Raise `ValueError` unless a `tf.data.Dataset` of strings gives batches of one text a row."""
+    for own in keras.tree.flatten(spec):
+        is_ragged, shape = hasattr(own, "ragged_rank"), own.shape
+        if "string" in str(own.dtype) and (is_ragged or shape.rank == 0):
+            received = "ragged tensors" if is_ragged else "single texts"
+            raise ValueError(
+                "A data set of texts must give batches of one text a row. "
+                f"Received: {received}. Write dataset.batch(32), or join the texts of a row."
+            )
 
 
 def _converted(convert: Callable[[Any], Any], batches: Iterator[Any]) -> Iterator[Any]:

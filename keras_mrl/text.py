@@ -11,8 +11,8 @@ from keras import ops
 
 from ._tokens import are_texts as are_texts
 from ._tokens import as_texts as as_texts
+from ._tokens import check_one_axis, tokenized
 from ._tokens import tokenize as tokenize
-from ._tokens import tokenized
 
 _POOLINGS = ("mean", "first", "last")
 _FROM_KERAS_HUB = {"mean": "mean", "cls": "first", "last": "last"}
@@ -41,7 +41,8 @@ class TextEncoder(keras.Model):
     Raises:
         TypeError: If the backbone is not a functional Keras model, or the preprocessor no layer.
         ValueError: If the backbone does not give one vector a token, it has no padding mask where
-            the pooling needs one, or the pooling is unknown.
+            the pooling needs one, the pooling is unknown, or the preprocessor has more tokens or
+            places than the backbone.
 
     Examples:
         >>> tokens = keras.Input((None,), dtype="int32", name="token_ids")
@@ -79,7 +80,7 @@ class TextEncoder(keras.Model):
         # Its layers are layers of this model. Tracked by itself it would add those that the pooled
         # vector does not need, such as the pooler of BERT, which no gradient reaches.
         object.__setattr__(self, "backbone", backbone)
-        self.preprocessor = check_preprocessor(preprocessor)
+        self.preprocessor = check_preprocessor(preprocessor, backbone)
         self.pooling = pooling
 
     @classmethod
@@ -134,6 +135,7 @@ class TextEncoder(keras.Model):
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the vectors of tokens, or of strings if there is a preprocessor."""
+        check_one_axis(x)
         return super().predict(tokenized(self.preprocessor, x), *args, **kwargs)
 
 
@@ -289,15 +291,59 @@ def without_preprocessor(model: Any) -> Any:
     return keras.Model(model.input, model.output, name=model.name)
 
 
-def check_preprocessor(preprocessor: Any) -> Any:
-    """Return `preprocessor`, a layer or None; raise `TypeError` for anything else."""
-    if preprocessor is not None and not isinstance(preprocessor, keras.layers.Layer):
+def check_preprocessor(preprocessor: Any, *models: Any) -> Any:
+    """Return `preprocessor`, a layer or None, if every model has room for what it makes.
+
+    Args:
+        preprocessor: From strings to tokens.
+        *models: Backbones of keras-hub, or models with one as `backbone`; others pass.
+
+    Raises:
+        TypeError: If it is neither a layer nor None.
+        ValueError: If it makes more tokens or places than a backbone has vectors for.
+    """
+    if preprocessor is None:
+        return None
+    if not isinstance(preprocessor, keras.layers.Layer):
         raise TypeError(
             "preprocessor must be a Keras layer from strings to the inputs of the model. "
             f"Received: preprocessor={preprocessor!r}. Give for example "
             "keras_hub.models.BertTextEmbedderPreprocessor.from_preset(FOLDER)."
         )
+    for model in models:
+        backbone = getattr(model, "backbone", model)
+        tokens, rows = _tokens(preprocessor), getattr(backbone, "vocabulary_size", None)
+        if tokens is not None and isinstance(rows, int) and tokens > rows:
+            raise ValueError(
+                "A preprocessor must have the vocabulary that the backbone was trained with. "
+                f"Received: a tokenizer of {tokens} tokens for a {type(backbone).__name__} of "
+                f"{rows}. Load both from one preset."
+            )
+        length, places = getattr(preprocessor, "sequence_length", 0), _places(backbone)
+        if places is not None and (length or 0) > places:
+            raise ValueError(
+                "A text must have no more tokens than the backbone has places. "
+                f"Received: sequence_length={length} for a {type(backbone).__name__} of {places}. "
+                f"Give sequence_length={places} or less."
+            )
     return preprocessor
+
+
+def _tokens(preprocessor: Any) -> int | None:
+    """Return how many tokens a preprocessor has; None while a file has not given them to it."""
+    try:
+        return int(preprocessor.tokenizer.vocabulary_size())
+    except (AttributeError, ValueError):
+        return None
+
+
+def _places(backbone: Any) -> int | None:
+    """Return for how many places a backbone has vectors; None where it reckons them."""
+    for layer in getattr(backbone, "layers", ()):
+        own = getattr(layer, "position_embedding", layer)
+        if type(own).__name__ == "PositionEmbedding":  # of keras-hub
+            return int(own.sequence_length)
+    return None
 
 
 def shared_preprocessor(given: Any, towers: tuple[Any, ...]) -> Any:
@@ -309,10 +355,10 @@ def shared_preprocessor(given: Any, towers: tuple[Any, ...]) -> Any:
 
     Raises:
         TypeError: If the caller's is no layer.
-        ValueError: If two towers have tokenizers that differ.
+        ValueError: If two towers have tokenizers that differ, or the caller's does not fit one.
     """
     if given is not None:
-        return check_preprocessor(given)
+        return check_preprocessor(given, *towers)
     owned = [own for own in map(preprocessor_of, towers) if own is not None]
     if any(_identity(own) != _identity(owned[0]) for own in owned[1:]):
         raise ValueError(

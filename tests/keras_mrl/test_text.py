@@ -291,6 +291,55 @@ REFUSED_TEXTS: dict[str, tuple[Any, str]] = {
 }
 
 
+SHAPES: dict[str, tuple[Any, str]] = {
+    "two axes": (
+        np.array([["pay"], ["mum"]]),
+        "Texts must be given in an array of one axis, a text a row. Received: an array of shape "
+        "(2, 1). Write texts.ravel(), or (anchors, positives) for pairs.",
+    ),
+    "no axis": (
+        np.array("pay"),
+        "Texts come in a list or an array. Received: one ndarray. Write [text].",
+    ),
+    "none": ([], "At least one text must be given. Received: none."),
+    "none in an array": (
+        np.array([], object),
+        "At least one text must be given. Received: none.",
+    ),
+    "a gap first": (
+        [None, "pay"],
+        "Texts must be strings. Received: a NoneType in row 0. Leave the row out, or write ''.",
+    ),
+    "a gap first in a column": (
+        np.array([np.nan, "pay"], object),
+        "Texts must be strings. Received: a float in row 0. Leave the row out, or write ''.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_texts_in_another_shape_are_refused(name: str) -> None:
+    texts, sentence = SHAPES[name]
+    for model in (encoder(), classifier(), TextEncoder(bert(), preprocessor())):
+        with pytest.raises(ValueError, match=exactly(sentence)):
+            model.predict(texts, verbose=0)
+
+
+@pytest.mark.parametrize("kind", ["single texts", "ragged tensors"])
+def test_a_dataset_without_batches_of_texts_is_refused(kind: str) -> None:
+    tensorflow = imported("tensorflow")
+    data = tensorflow.data.Dataset.from_tensor_slices(ANCHORS)
+    if kind == "ragged tensors":
+        ragged = tensorflow.ragged.constant([["pay"], ["call", "mum"]])
+        data = tensorflow.data.Dataset.from_tensors(ragged)
+    sentence = (
+        f"A data set of texts must give batches of one text a row. Received: {kind}. "
+        "Write dataset.batch(32), or join the texts of a row."
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        encoder().predict(data, verbose=0)
+
+
 @pytest.mark.parametrize("name", REFUSED_TEXTS)
 def test_what_is_no_text_is_refused(name: str) -> None:
     texts, sentence = REFUSED_TEXTS[name]
@@ -311,6 +360,12 @@ def two_tokenizers() -> MatryoshkaEncoder:
     towers = [TextEncoder(bert(), new_preprocessor(words=words)) for words in (WORDS, WORDS[:-1])]
     return MatryoshkaEncoder(*towers)
 
+
+MANY = [*WORDS, *"cdfghijk"]
+MORE_TOKENS = (
+    "A preprocessor must have the vocabulary that the backbone was trained with. Received: a "
+    f"tokenizer of {len(MANY)} tokens for a BertBackbone of 20. Load both from one preset."
+)
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no functional model": (
@@ -341,6 +396,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         f"preprocessor must be a Keras layer from strings to the inputs of the model. Received: "
         f"preprocessor={str.split!r}. Give for example "
         "keras_hub.models.BertTextEmbedderPreprocessor.from_preset(FOLDER).",
+    ),
+    "more tokens than the backbone": (
+        lambda: TextEncoder(bert(), new_preprocessor(words=MANY)),
+        ValueError,
+        MORE_TOKENS,
+    ),
+    "more tokens than the tower": (
+        lambda: MatryoshkaEncoder(TextEncoder(bert()), preprocessor=new_preprocessor(6, MANY)),
+        ValueError,
+        MORE_TOKENS,
+    ),
+    "more places than the backbone": (
+        lambda: TextEncoder(bert(), new_preprocessor(7)),
+        ValueError,
+        "A text must have no more tokens than the backbone has places. Received: "
+        "sequence_length=7 for a BertBackbone of 6. Give sequence_length=6 or less.",
     ),
     "two tokenizers": (
         two_tokenizers,
