@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, MatryoshkaHead
+from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, MatryoshkaHead, TextEncoder
+from keras_mrl.text import tokenize
 from keras_mrl_export import ExportError, ImageDecoder, export_saved_model
 from keras_mrl_export.build import fingerprint_of
 from keras_mrl_export.text import read_texts
@@ -22,6 +23,7 @@ from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex
 from keras_mrl_serving.text_operations import TEXT_OPERATIONS
+from tests.helpers import exit_models, small_bert
 from tests.helpers import text_models as texts
 from tests.helpers.export_models import (
     NAMES,
@@ -30,6 +32,7 @@ from tests.helpers.export_models import (
     outputs,
     read_manifest,
     warmup_records,
+    with_fixed_weights,
 )
 from tests.helpers.text_models import KINDS, LENGTH, TEXTS, column
 
@@ -155,6 +158,25 @@ def test_a_classifier_of_texts_has_every_signature(tmp_path: Path) -> None:
         answer = session.run("classify_adaptive", {"text": column(rows)})
         assert len(answer["labels"]) == len(rows)
         assert {*answer["dim"].tolist()} <= {*DIMS}
+
+
+@pytest.mark.backend
+def test_a_cascade_over_exits_routes_texts_as_their_tokens(tmp_path: Path) -> None:
+    tower = TextEncoder(small_bert.bert(), small_bert.preprocessor())
+    head, exits = MatryoshkaHead(3, exit_models.DIMS), ("transformer_layer_0",)
+    model = MatryoshkaClassifier(tower, head, exits=exits)
+    with_fixed_weights(model, exit_models.TEXTS)
+    rows = ["pay the bill", "call mum", "the bill at noon", "mum", "", "a b", "e", "pay \0 pay"]
+    logits = exit_models.all_logits(model, tokenize(model.preprocessor, rows))
+    policy = exit_models.halving(logits, [(exits[0], 2), (exits[0], 8), (None, 8)])
+    path = export_saved_model(model, tmp_path, rows, policy=policy, activation="softmax")
+    classes, stages = policy.route(logits)
+    assert len({*stages.tolist()}) == 3
+    with SavedModelSession(path) as session:
+        answer = session.run("classify_adaptive", {"text": column(rows)})
+    np.testing.assert_array_equal(answer["class_ids"][:, 0], classes)
+    np.testing.assert_array_equal(answer["dim"], np.array([2, 8, 8])[stages])
+    np.testing.assert_array_equal(answer["exit"], np.array([0, 0, 1])[stages])
 
 
 def test_two_towers_may_take_texts(tmp_path: Path) -> None:
