@@ -45,6 +45,24 @@ def test_the_page_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> 
     assert sentence.format(*measures) in PAGE.read_text()
 
 
+def test_the_page_says_what_the_small_runs_gave() -> None:
+    results: dict[str, Any] = json.loads(RESULTS.read_text())
+    small = [results[f"small, {backend}"] for backend in ("tensorflow", "jax")]
+    assert small[0]["before"] == small[1]["before"]
+
+    def rounded(when: str, dim: str) -> list[str]:
+        return [f"{run[when][dim]['ndcg']:.3f}".lstrip("0") for run in small]
+
+    before = [rounded("before", dim)[0] for dim in ("16", "32", "384")]
+    after = [rounded("after", dim) for dim in ("16", "32", "384")]
+    page = " ".join(PAGE.read_text().split())
+    assert (
+        f"from {before[0]} before, nDCG@10 at 16 dims goes to {after[0][0]} on TensorFlow and to "
+        f"{after[0][1]} on JAX, at 32 from {before[1]} to {after[1][0]} and {after[1][1]}; at 384 "
+        f"it stays ({before[2]}, then {after[2][0]} and {after[2][1]})."
+    ) in page
+
+
 def test_pairs_do_not_name_what_they_look_for(tmp_path: Path) -> None:
     from text import read
 
