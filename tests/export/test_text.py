@@ -17,7 +17,7 @@ from keras_mrl.text import tokenize
 from keras_mrl_export import ExportError, ImageDecoder, export_saved_model
 from keras_mrl_export.build import fingerprint_of
 from keras_mrl_export.text import read_texts
-from keras_mrl_serving import truncate
+from keras_mrl_serving import EncoderMismatchError, truncate
 from keras_mrl_serving._session import SavedModelSession, operations_of
 from keras_mrl_serving.cascade.policy import CascadePolicy
 from keras_mrl_serving.funnel import FunnelSchedule
@@ -193,6 +193,25 @@ def test_two_towers_may_take_texts(tmp_path: Path) -> None:
     with SavedModelSession(path) as session:
         served = session.run("embed_other_8", {"text": column(TEXTS)})["embedding"]
     assert_equal_rows(served, expected)
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("prompt", [None, "doc: "])
+def test_a_gallery_without_the_prompt_of_the_model_is_refused(
+    prompt: str | None, towers: int, tmp_path: Path
+) -> None:
+    own = [texts.encoder("wordpiece") for _ in range(towers)]
+    index = ExactIndex.build(np.eye(8), FunnelSchedule(DIMS, (6,), 2), prompt=prompt)
+    arguments: dict[str, Any] = {"prompts": {"passage": "the "}, "index": index, "signatures": None}
+    if towers == 2:
+        arguments |= {"other_sample": list(TEXTS), "other_preprocessor": texts.wordpiece()}
+    model = MatryoshkaEncoder(*own)
+    received = "none" if prompt is None else "'doc: '"
+    with pytest.raises(
+        EncoderMismatchError, match=f"Received: an index whose gallery had {received}"
+    ):
+        export(tmp_path, model, **arguments)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_fingerprint_is_of_all_by_which_tokens_are_made(tmp_path: Path) -> None:

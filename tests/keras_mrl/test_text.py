@@ -1,6 +1,7 @@
 """Strings in `fit`, `evaluate` and `predict`: the same as their tokens, in every form of data."""
 
 import functools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -454,6 +455,27 @@ def test_a_folder_is_all_that_is_named(tmp_path: Path) -> None:
     short = TextEncoder.from_preset(tmp_path, sequence_length=4, pooling="first")
     assert tokenize(short.preprocessor, ANCHORS)["token_ids"].shape == (6, 4)
     assert short.pooling == "first"
+
+
+@pytest.mark.parametrize(
+    ("settings", "strips"),
+    [
+        ({"do_lower_case": True}, True),
+        ({"do_lower_case": True, "strip_accents": None}, True),
+        ({"do_lower_case": True, "strip_accents": False}, False),
+        ({"do_lower_case": False}, False),
+        ({"do_lower_case": False, "strip_accents": True}, True),
+    ],
+)
+def test_accents_are_dropped_as_the_folder_says(
+    settings: dict[str, Any], strips: bool, tmp_path: Path
+) -> None:
+    bert().save_to_preset(str(tmp_path))
+    preprocessor().save_to_preset(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = TextEncoder.from_preset(tmp_path).preprocessor
+    expected = WORDS.index("e" if strips else "[UNK]")
+    assert tokenize(own, ["\u00e9"])["token_ids"][0].tolist() == [2, expected, 3, 0, 0, 0]
 
 
 def test_the_pooling_of_a_family_without_embedders_must_be_given(tmp_path: Path) -> None:
