@@ -63,6 +63,14 @@ def test_the_page_says_what_the_small_runs_gave() -> None:
     ) in page
 
 
+def test_one_call_finds_what_two_find() -> None:
+    results: dict[str, Any] = json.loads(RESULTS.read_text())["retrieval"]
+    assert {*results["share of equal ids"].values()} == {1.0}
+    times = results["milliseconds a batch"].items()
+    expected = [[name, f"{own['1']:.1f}", f"{own['32']:.1f}"] for name, own in times]
+    assert rows_after("| way | 1 text | 32 texts |") == expected
+
+
 def test_pairs_do_not_name_what_they_look_for(tmp_path: Path) -> None:
     from text import read
 
