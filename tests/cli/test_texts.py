@@ -272,6 +272,9 @@ def test_one_call_finds_what_two_find(built: Callable[..., Ended], ask: Ask) -> 
     one = lines(ask("search", "gallery", "q.txt", QUESTION, "--json")[1])
     assert [row["ids"] for row in one] == [row["ids"] for row in two]
     assert [row.get("text", row.get("file")) for row in one] == ["q.txt", "q.txt", QUESTION]
+    for flags, as_two in ((("--prompt", "passage"), False), (("--prompt", "query"), True)):
+        [found] = lines(ask("search", "gallery", QUESTION, *flags, "--json")[1])
+        assert bool(np.allclose(found["scores"], two[2]["scores"], atol=1e-5)) is as_two
     nearest = lines(ask("search", "gallery", QUESTION, "--k=1", "--json")[1])
     assert [row["ids"] for row in nearest] == [[0]]
     typed_out = ask("search", "gallery", QUESTION)[1]
