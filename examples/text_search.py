@@ -85,12 +85,17 @@ def main() -> None:
         ndcg, recall = ([own[dim][f"{name}@10"] for own in (before, after)] for name in _MEASURES)
         print(f"{dim:4d}  {ndcg[0]:14.3f}  {ndcg[1]:.3f}  {recall[0]:16.3f}  {recall[1]:.3f}")
     serve(model, dims, texts, [question for question, _ in judging[:3]], arguments.out)
-    first = dims[0]
-    ndcg_before, ndcg_after = (own[first]["ndcg@10"] for own in (before, after))
-    print(
-        f"gained: at {first} of {dims[-1]} dims nDCG@10 went from {ndcg_before:.3f} to "
-        f"{ndcg_after:.3f}, and the application that asks needs no tokenizer."
-    )
+    print(f"gained: {gain(dims, before, after)}; the application that asks needs no tokenizer.")
+
+
+def gain(dims: tuple[int, ...], before: Any, after: Any) -> str:
+    """Return what the run changed: by training, or by fewer dims of an encoder as it is."""
+    dim, width = (dims[0] if after is not before else dims[-2:][0]), dims[-1]
+    old, new = (own[dim]["ndcg@10"] for own in (before, after))
+    if after is not before:
+        return f"at {dim} of {width} dims nDCG@10 went from {old:.3f} to {new:.3f}"
+    whole = before[width]["ndcg@10"]
+    return f"{dim} of {width} dims have nDCG@10 {old:.3f}, all of them {whole:.3f}"
 
 
 _MEASURES = ("ndcg", "recall")
