@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -354,7 +355,7 @@ class Shortlister:
         read = faiss.read_index_binary if spec.is_binary else faiss.read_index
         dim = facts.schedule.dims[0]
         try:
-            with _bounded_by(os.stat(path).st_size):
+            with _bounded_by(_most_bytes(os.stat(path).st_size, spec)):
                 index = read(os.fspath(path))
             received = (index.ntotal, index.d, index.metric_type == faiss.METRIC_L2)
             expected = (rows, dim, facts.metric == "l2" or spec.is_binary)
@@ -374,9 +375,24 @@ class Shortlister:
 _LIMITS = threading.Lock()  # of FAISS's limits, which are the process's
 
 
+_TABLE_BYTES = 2**31  # FAISS makes no longer table of products
+
+
+def _most_bytes(size: int, spec: FirstStage) -> int:
+    """Return how long a vector may be that FAISS makes when it reads a file of `size` bytes.
+
+    Of lists with product quantizers it makes a table that is in no file: of each coordinate of a
+    list's centroid, which is four bytes of the file, as many numbers as a code has values.
+    """
+    codes = re.search(r"IVF.*,PQ[0-9]+(?:x([0-9]+))?", spec.factory)
+    if codes is None:
+        return size
+    return max(size, min(size * 2 ** min(int(codes[1] or 8), 8), _TABLE_BYTES))
+
+
 @contextmanager
 def _bounded_by(size: int) -> Iterator[None]:
-    """Let FAISS take no more memory for a vector than its file has bytes, whatever it says."""
+    """Let FAISS take no more memory for a vector than so many bytes, whatever its file says."""
     faiss = import_faiss()
     if not hasattr(faiss, "set_deserialization_vector_byte_limit"):  # before FAISS 1.14
         yield

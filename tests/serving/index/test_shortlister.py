@@ -139,6 +139,17 @@ def test_a_disk_that_is_full_is_an_os_error(factory: str) -> None:
     assert text.endswith("). Make room on the disk, or choose another folder.")
 
 
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("factory", ["IVF64,PQ8x4fs", "PCA8,IVF64,PQ8x4fs", "IVF8,PQ8"])
+def test_lists_of_a_small_gallery_are_read_again(factory: str, metric: str, tmp_path: Path) -> None:
+    """Beside what is in the file FAISS makes a table that is longer than the file."""
+    first = built(factory, "nprobe=4", metric)
+    first.write(tmp_path / "first.faiss")
+    facts = IndexFacts(FunnelSchedule((16,), (), 1), metric)
+    read = Shortlister.read(tmp_path / "first.faiss", first.spec, len(PREFIXES), facts)
+    np.testing.assert_array_equal(read.search(PREFIXES, 5), first.search(PREFIXES, 5))
+
+
 def test_a_file_that_faiss_does_not_read(tmp_path: Path) -> None:
     (tmp_path / "first.faiss").write_bytes(b"no index")
     with pytest.raises(DamagedIndexError, match=r"^A first stage is read as FAISS wrote it. "):
