@@ -32,7 +32,7 @@ from ._shapes import (
 )
 from .cut import cut
 from .exit_training import ExitTraining, distillation_weight, pair_weights
-from .exits import LAST, AllExits, _ModelWithExits, plans_config, plans_from_config
+from .exits import LAST, _AllExits, _ModelWithExits, plans_config, plans_from_config
 from .rowwise import RowwiseStep, logits_of_no_row, num_replicas, rowwise_step
 
 
@@ -359,7 +359,7 @@ class MatryoshkaClassifier(_ModelWithExits):
         features = self._exits_or_raise().features
         heads = {**self.exit_heads, LAST: self.head}
         logits = {name: heads[name](own) for name, own in features.output.items()}
-        return AllExits(features.input, logits, name=f"{self.name}_all_exits")
+        return _AllExits(features.input, logits, name=f"{self.name}_all_exits")
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this model again."""

@@ -24,7 +24,7 @@ from ._shapes import (
     output_shape,
     with_pooling,
 )
-from .exits import LAST, AllExits, _ModelWithExits, plans_config, plans_from_config
+from .exits import LAST, _AllExits, _ModelWithExits, plans_config, plans_from_config
 from .sides import are_sides, sides_of
 
 _LOSSES = (ContrastiveLoss, SupervisedContrastiveLoss, MatryoshkaEmbeddingLoss)
@@ -388,7 +388,7 @@ class MatryoshkaEncoder(_ModelWithExits):
             ValueError: If the model has no exits.
         """
         features = self._exits_or_raise().features
-        return AllExits(features.input, features.output, name=f"{self.name}_all_exits")
+        return _AllExits(features.input, features.output, name=f"{self.name}_all_exits")
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this model again."""

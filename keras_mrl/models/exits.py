@@ -355,7 +355,7 @@ def _check_branch(plan: ExitPlan, shape: tuple[int | None, ...], width: int) -> 
 
 
 @keras.saving.register_keras_serializable(package="keras_mrl")
-class AllExits(keras.Model):
+class _AllExits(keras.Model):
     """A functional model that answers `{exit: outputs}`, as `all_exits()` makes it."""
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
