@@ -7,15 +7,17 @@ import keras
 from tests.helpers.vision_backbones import imported
 
 
-def bert() -> keras.Model:
+def bert(
+    vocabulary_size: int = 20, num_layers: int = 2, max_sequence_length: int = 6
+) -> keras.Model:
     return imported("keras_hub").models.BertBackbone(
-        vocabulary_size=20,
-        num_layers=2,
+        vocabulary_size=vocabulary_size,
+        num_layers=num_layers,
         num_heads=2,
         hidden_dim=8,
         intermediate_dim=8,
         dropout=0.0,
-        max_sequence_length=6,
+        max_sequence_length=max_sequence_length,
         name="net",
     )
 

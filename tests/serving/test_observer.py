@@ -3,8 +3,6 @@
 import asyncio
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,6 +22,7 @@ from keras_mrl_serving.observer import OpenTelemetryMetrics
 from keras_mrl_serving.options import Options
 from keras_mrl_serving.results import Classification
 from keras_mrl_serving.testing import InMemoryServer
+from tests.helpers.programs import last_error
 
 ROWS = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
 Toys = Mapping[str, Callable[[Call], Any]]
@@ -119,12 +118,17 @@ def metrics(reader: Any) -> OpenTelemetryMetrics:
     return OpenTelemetryMetrics(MeterProvider([reader]))
 
 
-def test_metrics_count_calls_exits_and_audits(
-    server: InMemoryServer, policy: CascadePolicy, metrics: OpenTelemetryMetrics, reader: Any
-) -> None:
+def serve_a_measured_cascade(server: InMemoryServer, policy: CascadePolicy) -> CascadePolicy:
     logits = np.random.default_rng(1).normal(size=(50, 3, 5))
     measured = replace(policy, holdout=policy.evaluate(logits, np.zeros(50, int)))
     server.manifest = replace(server.manifest, cascade=measured.to_json())
+    return measured
+
+
+def test_metrics_count_calls_exits_and_audits(
+    server: InMemoryServer, policy: CascadePolicy, metrics: OpenTelemetryMetrics, reader: Any
+) -> None:
+    measured = serve_a_measured_cascade(server, policy)
     client = Client(server, options=Options(observer=metrics))
     answer = client.classify_adaptive(ROWS, audit_rate=0.5, audit_seed=1)
     points = points_of(reader)
@@ -153,9 +157,7 @@ def test_metrics_count_calls_exits_and_audits(
 def test_the_dashboard_asks_for_what_the_metrics_give(
     server: InMemoryServer, policy: CascadePolicy, metrics: OpenTelemetryMetrics, reader: Any
 ) -> None:
-    logits = np.random.default_rng(1).normal(size=(50, 3, 5))
-    measured = replace(policy, holdout=policy.evaluate(logits, np.zeros(50, int)))
-    server.manifest = replace(server.manifest, cascade=measured.to_json())
+    serve_a_measured_cascade(server, policy)
     client = Client(server, options=Options(observer=metrics))
     client.classify_adaptive(ROWS, audit_rate=0.5, audit_seed=1)
     with pytest.raises(KerasMrlError):
@@ -216,10 +218,7 @@ def test_without_opentelemetry_the_client_works_and_metrics_say_what_to_install(
         "Client('localhost:1', options=Options())\n"
         "OpenTelemetryMetrics()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.stderr.splitlines()[-1] == (
+    assert last_error(program) == (
         "ImportError: OpenTelemetryMetrics needs opentelemetry-api. Received: it is not installed. "
         "Install it: pip install 'keras-mrl[opentelemetry]'."
     )

@@ -10,7 +10,7 @@ import pytest
 from keras_mrl import MatryoshkaClassifier, MatryoshkaHead, measure_costs, suggest_exits
 from keras_mrl.models.costs import Costs, Work, multiply_adds
 from tests.helpers.laws import exactly
-from tests.helpers.vision_backbones import imported
+from tests.helpers.small_bert import bert
 
 pytestmark = pytest.mark.backend
 
@@ -79,17 +79,9 @@ def test_multiply_adds_alone_are_counted_without_a_run(monkeypatch: pytest.Monke
 
 
 def test_a_text_backbone_is_counted_at_the_length_of_the_rows() -> None:
-    bert = imported("keras_hub").models.BertBackbone(
-        vocabulary_size=50,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=12,
-    )
     steps = 6
-    layer = steps * (4 * 8 * 8 + 2 * 8 * 16) + 2 * steps * steps * 8
-    assert multiply_adds(bert, [(1, steps)] * 3) == 2 * layer + 8 * 8  # and the pooled output
+    layer = steps * (4 * 8 * 8 + 2 * 8 * 8) + 2 * steps * steps * 8
+    assert multiply_adds(bert(), [(1, steps)] * 3) == 2 * layer + 8 * 8  # and the pooled output
 
 
 def chain() -> keras.Model:

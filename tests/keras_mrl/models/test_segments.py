@@ -12,6 +12,7 @@ from keras import ops
 from keras_mrl import segment
 from tests.helpers import vision_backbones
 from tests.helpers.laws import exactly
+from tests.helpers.small_bert import bert
 from tests.helpers.small_models import as_numpy
 from tests.helpers.vision_backbones import imported
 
@@ -34,15 +35,8 @@ def application(name: str) -> Callable[[], keras.Model]:
     return lambda: make(weights=None, include_top=False, input_shape=IMAGES.shape[1:])
 
 
-def bert() -> keras.Model:
-    return imported("keras_hub").models.BertBackbone(
-        vocabulary_size=50,
-        num_layers=3,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=12,
-    )
+def deep_bert() -> keras.Model:
+    return bert(vocabulary_size=50, num_layers=3, max_sequence_length=12)
 
 
 def residual() -> keras.Model:
@@ -92,7 +86,7 @@ PARTS: dict[str, tuple[Callable[[], keras.Model], list[str], Any]] = {
     "a model in a model": (nested, ["first", "inner"], X),
     "inputs and outputs": (several_inputs_and_outputs, ["of_left"], {"left": X, "right": -X}),
     "keras-cv": (vision_backbones.keras_cv, ["v2_stack_0_block1_1_conv"], SMALL_IMAGES),
-    "keras-hub, text": (bert, ["embeddings_dropout", "transformer_layer_1"], TOKENS),
+    "keras-hub, text": (deep_bert, ["embeddings_dropout", "transformer_layer_1"], TOKENS),
     "keras-hub, a key of the pyramid": (
         lambda: imported("keras_hub").models.ResNetBackbone(
             input_conv_filters=[64],
@@ -173,7 +167,7 @@ def test_only_what_later_parts_read_goes_on() -> None:
     first, last = segment(residual(), ["inner"]).segments
     assert set(first.keeps) == {"x", "first", "inner"}  # the sum reads all three
     assert last.keeps == ()
-    assert [part.reads for part in segment(bert(), ["transformer_layer_0"]).segments] == [
+    assert [part.reads for part in segment(deep_bert(), ["transformer_layer_0"]).segments] == [
         ("token_ids", "segment_ids", "padding_mask"),
         ("transformer_layer_0", "padding_mask"),
     ]

@@ -6,8 +6,6 @@ KERAS_MRL_QDRANT_URL if that is set.
 
 import os
 import shutil
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +25,7 @@ from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, Index
 from keras_mrl_serving.index.qdrant import QdrantIndex
 from keras_mrl_serving.index.qdrant_collection import Collection
+from tests.helpers.programs import last_error
 
 Array = npt.NDArray[Any]
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
@@ -796,10 +795,7 @@ def test_qdrant_is_imported_when_it_is_used() -> None:
         "from keras_mrl_serving.index.qdrant import QdrantIndex\n"
         "QdrantIndex.build(None, 'pets', [[1.0]], FunnelSchedule((1,), (), 1))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.stderr.splitlines()[-1] == (
+    assert last_error(program) == (
         "ImportError: QdrantIndex needs qdrant-client. Received: import of qdrant_client halted; "
         "None in sys.modules. Install it: pip install 'keras-mrl[qdrant]'."
     )

@@ -20,6 +20,7 @@ from keras_mrl_serving.errors import InvalidInputError, ServerUnavailableError
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, QdrantIndex
 from tests.helpers.galleries import Refuses
+from tests.helpers.programs import last_error
 
 SCHEDULE = FunnelSchedule((4, 8, 16), (60, 20), 5)
 RNG = np.random.default_rng(0)
@@ -330,10 +331,7 @@ def test_the_engine_is_imported_when_it_is_used() -> None:
         "from keras_mrl_serving.index.qdrant import QdrantIndex\n"
         "QdrantIndex.build('nowhere', 'pets', [[1.0]], FunnelSchedule((1,), (), 1))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.stderr.splitlines()[-1] == (
+    assert last_error(program) == (
         "ImportError: A QdrantIndex in a folder needs qdrant-edge-py. Received: import of "
         "qdrant_edge halted; None in sys.modules. Install it: pip install 'keras-mrl[qdrant-edge]'."
     )
