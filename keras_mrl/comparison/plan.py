@@ -184,10 +184,14 @@ def fit_to_budget(
         >>> from keras_mrl.comparison.plan import Speed, fit_to_budget
         >>> images = Part(np.zeros((600, 8, 8, 1), np.uint8), np.arange(600) % 2, ("a", "b"))
         >>> plan = fit_to_budget(
-        ...     Plan((4, 8)), images, seconds=60, measure=lambda filters: Speed(30_000 / filters, 1)
+        ...     Plan((4, 8)),
+        ...     images,
+        ...     seconds=60,
+        ...     measure=lambda filters: Speed(30_000 / filters, 1),
+        ...     clock=lambda: 0,
         ... )
         >>> plan.filters, plan.epochs, plan.rows
-        (32, 9, 600)
+        (32, 7, 600)
     """
     rows = len(training.labels)
     deadline = clock() + _TRAINING_SHARE * seconds
