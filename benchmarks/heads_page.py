@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from keras_mrl.comparison.verdict import difference, signed
 Results = Mapping[str, Any]
 Array = npt.NDArray[Any]
 
-ROWS = {"val": 3000, "test": 4500}
 METHODS = {
     "top1": {
         "mrl": "MRL",
@@ -38,30 +38,48 @@ PAIRS = {"top1": "ff", "nn1": "pca"}  # whom MRL is compared with, row by row
 _TITLES = {"top1": "Top-1 accuracy of the head", "nn1": "1-NN accuracy, gallery: training rows"}
 
 
-def write(out: Path, folder: Path) -> None:
-    """Write `heads.json`, `heads.svg` and `heads.md` into a folder."""
-    results = collect(out)
-    (folder / "heads.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "heads.md").write_text(page(results))
-    draw(results, folder / "heads.svg")
+def write(case: str, out: Path, folder: Path) -> None:
+    """Write the JSON, the figure and the page of a case into a folder."""
+    results = collect(case, out)
+    name = results["page"]
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(page(results))
+    draw(results, folder / f"{name}.svg")
 
 
-def collect(out: Path) -> dict[str, Any]:
+def collect(case: str, out: Path) -> dict[str, Any]:
     """Return the numbers of all cells that are there for every number of epochs."""
-    from heads import DIMS, EPOCHS, SEEDS
+    from heads import CASES
 
-    seeds = [s for s in SEEDS if all((out / f"nets_{e}_{s}.npz").exists() for e in EPOCHS)]
-    numbers = [(epochs, seed) for epochs in EPOCHS for seed in seeds]
-    # What is learnt on the widest net comes last: all of it, or none.
-    are_learnt = all((out / f"learnt_{e}_{s}.npz").exists() for e, s in numbers)
-    kinds = ("nets", "learnt") if are_learnt else ("nets",)
-    cells = {(epochs, seed): _cell(out, epochs, seed, kinds) for epochs, seed in numbers}
+    plan = CASES[case]
+    with np.load(out / "features.npz") as arrays:
+        rows = {part: len(arrays[f"y_{part}"]) for part in ("train", "val", "test")}
+    seeds = [
+        s for s in plan.seeds if all((out / f"nets_{e}_{s}.npz").exists() for e in plan.epochs)
+    ]
+    # What is learnt on the widest net comes last: that of all seeds, or none.
+    learnt = [
+        epochs
+        for epochs in plan.epochs
+        if all((out / f"learnt_{epochs}_{seed}.npz").exists() for seed in seeds)
+    ]
+    cells = {
+        (epochs, seed): _cell(
+            out, epochs, seed, rows, ("nets", "learnt") if epochs in learnt else ("nets",)
+        )
+        for epochs in plan.epochs
+        for seed in seeds
+    }
     results: dict[str, Any] = {
-        "dims": list(DIMS),
-        "epochs": sorted(EPOCHS),
+        "case": case,
+        "page": plan.page,
+        "dims": list(plan.dims),
+        "epochs": sorted(plan.epochs),
+        "epochs_of_learnt": sorted(learnt),
         "seeds": seeds,
+        "rate_epochs": plan.rate_epochs,
         "rates": json.loads((out / "rates.json").read_text()),
-        "rows": ROWS,
+        "rows": rows,
     }
     for part in ("val", "test"):
         results[part] = {
@@ -73,9 +91,9 @@ def collect(out: Path) -> dict[str, Any]:
                             for seed in seeds
                             if (part, measure, method, dim) in cells[epochs, seed]
                         ]
-                        for epochs in sorted(EPOCHS)
+                        for epochs in sorted(plan.epochs)
                     }
-                    for dim in DIMS
+                    for dim in plan.dims
                 }
                 for method in methods
             }
@@ -84,12 +102,12 @@ def collect(out: Path) -> dict[str, Any]:
     results["paired"] = {
         measure: {
             str(dim): {
-                str(epochs): _counts(
+                str(epochs): counts_of(
                     [_ahead(cells[epochs, seed], measure, other, dim) for seed in seeds]
                 )
-                for epochs in sorted(EPOCHS)
+                for epochs in sorted(plan.epochs)
             }
-            for dim in DIMS
+            for dim in plan.dims
         }
         for measure, other in PAIRS.items()
     }
@@ -97,7 +115,7 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def _cell(
-    out: Path, epochs: int, seed: int, kinds: tuple[str, ...]
+    out: Path, epochs: int, seed: int, rows: Mapping[str, int], kinds: tuple[str, ...]
 ) -> dict[tuple[str, str, str, int], Array]:
     """Which rows are right, by part, measure, method and dim."""
     cell = {}
@@ -105,7 +123,7 @@ def _cell(
         with np.load(out / f"{kind}_{epochs}_{seed}.npz") as arrays:
             for name in arrays.files:
                 part, measure, method, dim = name.split("/")
-                right = np.unpackbits(arrays[name])[: ROWS[part]].astype(np.int64)
+                right = np.unpackbits(arrays[name])[: rows[part]].astype(np.int64)
                 cell[part, measure, method, int(dim)] = right
     return cell
 
@@ -115,7 +133,7 @@ def _ahead(cell: Mapping[Any, Array], measure: str, other: str, dim: int) -> Arr
     return ahead
 
 
-def _counts(ahead: list[Array]) -> dict[str, int]:
+def counts_of(ahead: list[Array]) -> dict[str, int]:
     """How many test rows MRL is ahead in, in so many more seeds than it is behind."""
     values, counts = np.unique(np.sum(ahead, axis=0), return_counts=True)
     return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
@@ -131,6 +149,7 @@ def paired(results: Results, measure: str, dim: int, epochs: int) -> dict[str, A
 def page(results: Results) -> str:
     """Return the page; every number in it comes from the results."""
     dims, last = results["dims"], results["epochs"][-1]
+    rows, case = results["rows"], results["case"]
     heads = {dim: paired(results, "top1", dim, last) for dim in dims}
     nearest = {dim: paired(results, "nn1", dim, last) for dim in dims}
     useful = [dim for dim in dims if dim >= 8]
@@ -139,55 +158,118 @@ def page(results: Results) -> str:
     over_epochs = ", ".join(f"{signed(gap)} after {epochs}" for epochs, gap in first.items())
     svd = {dim: _gap(results, "mrl", "svd", dim) for dim in useful}
     rates = _join(sorted(map(float, results["rates"]["mrl"])))
+    text = _TEXTS[case]
+    answer = [
+        f"- **After {last} epochs, MRL minus FF in top-1** is "
+        f"{_signed(heads[d] for d in useful)} points {at} (+-"
+        f"{_widest(heads[d] for d in useful):.1f}). {_shown(heads, useful)}",
+        f"- **{text.gap}** At 8 dims MRL minus FF is {over_epochs} epochs: several losses that "
+        "share features learn more slowly than one.",
+        f"- **1-NN, MRL minus PCA of FF**, after {last} epochs: "
+        f"{_signed(nearest[d] for d in useful)} points {at} (+-"
+        f"{_widest(nearest[d] for d in useful):.1f}). {_nearest_shown(nearest, useful)}",
+        f"- **SVD of FF's head** after {last} epochs: MRL is "
+        f"{', '.join(map(signed, svd.values()))} points from it {at}.",
+    ]
+    if dims[0] < 8:
+        answer.append(
+            f"- **2 and 4 dims** are too few for 150 classes: MRL has {_percent(results, 'mrl', 2)}"
+            f"% and {_percent(results, 'mrl', 4)}%, FF {_percent(results, 'ff', 2)}% and "
+            f"{_percent(results, 'ff', 4)}%."
+        )
+    partial = [str(epochs) for epochs in results["epochs_of_learnt"]]
+    is_partial = 0 < len(partial) < len(results["epochs"])
     paragraphs = [
-        "# Heads on frozen features: does nesting cost accuracy?",
-        "    python benchmarks/heads.py --data data_full.json --encoder FOLDER --out FOLDER\n"
-        "    python benchmarks/heads.py --out FOLDER --page docs/benchmarks",
-        f"CLINC150: 15,000 training texts of 150 intents, {ROWS['val']:,} of `val`, "
-        f"{ROWS['test']:,} of `test`. The encoder, all-MiniLM-L6-v2, is frozen: a text is the mean "
-        "of its last layer, 384 numbers. On these the small net of `keras-mrl compare` is trained: "
+        f"# {text.title}",
+        f"    python benchmarks/heads.py {case} --data {text.data} --out FOLDER\n"
+        f"    python benchmarks/heads.py {case} --out FOLDER --page docs/benchmarks",
+        text.facts.format(**rows) + " On these the small net of `keras-mrl compare` is trained: "
         "512 hidden units, then the features. MRL and MRL-E have heads at "
         f"{_join(dims)} dims; FF is a net per dim. What else is in the tables "
         f"cuts the features of the widest FF net. {len(results['seeds'])} seeds. The peak of the "
-        f"rate is chosen on `val` for each net after 10 epochs, among {rates}, with a seed of its "
-        "own.",
+        f"rate is chosen on `val` for each net after {results['rate_epochs']} epochs, among "
+        f"{rates}, with a seed of its own."
+        + f" Rand. LP and the adaptor cut nets of {' and '.join(partial)} epochs only."
+        * is_partial,
         "## Answer",
-        f"- **After {last} epochs, MRL minus FF in top-1** is "
-        f"{_signed(heads[d] for d in useful)} points {at} (+-"
-        f"{_widest(heads[d] for d in useful):.1f}). {_shown(heads, useful)}\n"
-        "- **The gap is training that has not converged.** At 8 dims MRL minus FF is "
-        f"{over_epochs} epochs: several losses that share features learn more slowly than one.\n"
-        f"- **1-NN, MRL minus PCA of FF**, after {last} epochs: "
-        f"{_signed(nearest[d] for d in useful)} points {at} (+-"
-        f"{_widest(nearest[d] for d in useful):.1f}). {_nearest_shown(nearest, useful)}\n"
-        f"- **SVD of FF's head** after {last} epochs: MRL is "
-        f"{', '.join(map(signed, svd.values()))} points from it {at}.\n"
-        f"- **2 and 4 dims** are too few for 150 classes: MRL has {_percent(results, 'mrl', 2)}% "
-        f"and {_percent(results, 'mrl', 4)}%, FF {_percent(results, 'ff', 2)}% and "
-        f"{_percent(results, 'ff', 4)}%.",
-        "![Top-1 of MRL minus FF over epochs, a line per dim](heads.svg)",
+        "\n".join(answer),
+        f"![Top-1 of MRL minus FF over epochs, a line per dim]({results['page']}.svg)",
         "## Where the paper says otherwise",
-        "The paper (ResNet50 on ImageNet) has MRL above SVD up to 256 dims; here they differ by "
-        f"{signed(svd[64])} points at 64 dims already. Its widest net has 2,048 features for 1,000 "
-        "classes, of which SVD drops most; this one has 256 for 150, and a head of 150 classes has "
-        "no more than 150 directions. The paper's MRL-E is 10 points below MRL at 8 dims, here "
-        f"{-_gap(results, 'mrl_e', 'mrl', 8):.1f}.",
+        text.otherwise(results, svd),
         "## How it was measured",
         '"Level" is said where two one-sided tests of 5% show that the difference lies within half '
         "a point either way. `+-` beside a difference is half of its 95% interval, by resampling "
         "the test rows, each of them the mean over the seeds; in the last two tables it is one "
         "standard deviation over the seeds. Epochs stand in brackets where `val` chose them, for "
-        "each method and dim. All numbers, by dim, epochs and seed, are in `heads.json`.",
+        f"each method and dim. All numbers, by dim, epochs and seed, are in "
+        f"`{results['page']}.json`.",
         "## Tables",
         _difference_table(results),
     ]
-    text = "\n\n".join(paragraphs) + "\n"
+    whole = "\n\n".join(paragraphs) + "\n"
     for measure in METHODS:
-        text += f"\n{_TITLES[measure]}, %, `test`, epochs by `val`\n\n{_chosen(results, measure)}\n"
+        whole += (
+            f"\n{_TITLES[measure]}, %, `test`, epochs by `val`\n\n{_chosen(results, measure)}\n"
+        )
     for measure in METHODS:
-        text += f"\n{_TITLES[measure]}, %, `test`, {last} epochs\n\n"
-        text += _table(results, measure, last) + "\n"
-    return text
+        whole += f"\n{_TITLES[measure]}, %, `test`, {last} epochs\n\n"
+        whole += _table(results, measure, last) + "\n"
+    return whole
+
+
+def _texts_otherwise(results: Results, svd: Mapping[int, float]) -> str:
+    return (
+        "The paper (ResNet50 on ImageNet) has MRL above SVD up to 256 dims; here they differ by "
+        f"{signed(svd[64])} points at 64 dims already. Its widest net has 2,048 features for 1,000 "
+        "classes, of which SVD drops most; this one has 256 for 150, and a head of 150 classes has "
+        "no more than 150 directions. The paper's MRL-E is 10 points below MRL at 8 dims, here "
+        f"{-_gap(results, 'mrl_e', 'mrl', 8):.1f}."
+    )
+
+
+def _images_otherwise(results: Results, svd: Mapping[int, float]) -> str:
+    return (
+        "The paper (ResNet50 on ImageNet) has MRL above SVD up to 256 dims; here they differ by "
+        f"{signed(svd[32])} points at 32 dims and {signed(svd[64])} at 64. Its widest net has "
+        "2,048 features for 1,000 classes, of which SVD drops most; this one has 256, and a head "
+        "of 100 classes has no more than 100 directions. The paper's MRL-E is 10 points below MRL "
+        f"at 8 dims, here {-_gap(results, 'mrl_e', 'mrl', 8):.1f}. The paper trains the whole net; "
+        "here it is frozen, and a small net is trained behind it."
+    )
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a page says beside its numbers."""
+
+    title: str
+    data: str  # of its command
+    facts: str
+    gap: str
+    otherwise: Callable[[Results, Mapping[int, float]], str]
+
+
+_TEXTS = {
+    "texts": _Text(
+        "Heads on frozen features: does nesting cost accuracy?",
+        "data_full.json --encoder FOLDER",
+        "CLINC150: {train:,} training texts of 150 intents, {val:,} of `val`, {test:,} of `test`. "
+        "The encoder, all-MiniLM-L6-v2, is frozen: a text is the mean of its last layer, 384 "
+        "numbers.",
+        "The gap is training that has not converged.",
+        _texts_otherwise,
+    ),
+    "images": _Text(
+        "Heads on frozen features of images: CIFAR-100 and a pretrained net",
+        "CIFAR100 --encoder FILE",
+        "CIFAR-100: {train:,} training images of 100 classes, {val:,} of `val`, {test:,} of "
+        "`test`; an image whose pixels stand in an earlier part is left out. EfficientNet-Lite0 "
+        "with its ImageNet weights, carried over into Keras, is frozen: an image, at 128 pixels, "
+        "is the mean of its last map, 1,280 numbers.",
+        "Over the epochs the gap closes.",
+        _images_otherwise,
+    ),
+}
 
 
 def _join(words: Iterable[Any]) -> str:
@@ -301,7 +383,7 @@ def draw(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for dim in results["dims"][2:]:
+    for dim in (dim for dim in results["dims"] if dim >= 8):
         gaps = [paired(results, "top1", dim, epochs)["points"] for epochs in results["epochs"]]
         axes.plot(results["epochs"], gaps, marker="o", label=f"{dim} dims")
     axes.axhspan(-0.5, 0.5, color="0.9")

@@ -1,5 +1,6 @@
-"""The page of heads on frozen features says what its numbers say."""
+"""The pages that compare methods say what their numbers say."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE, RESULTS = (ROOT / "docs/benchmarks" / name for name in ("heads.md", "heads.json"))
+PAGES = ROOT / "docs/benchmarks"
+WRITTEN_BY = {"heads": "heads_page", "from_scratch": "from_scratch"}
 
 
 @pytest.fixture(autouse=True)
@@ -16,19 +18,22 @@ def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
+def results_of(name: str) -> Any:
+    return json.loads((PAGES / f"{name}.json").read_text())
+
+
 @pytest.fixture
-def results() -> dict[str, Any]:
-    results: dict[str, Any] = json.loads(RESULTS.read_text())
-    return results
+def results() -> Any:
+    return results_of("heads")
 
 
-def test_every_number_of_the_page_is_that_of_the_results(results: dict[str, Any]) -> None:
-    from heads_page import page
+@pytest.mark.parametrize("name", WRITTEN_BY)
+def test_every_number_of_a_page_is_that_of_its_results(name: str) -> None:
+    page = importlib.import_module(WRITTEN_BY[name]).page
+    assert (PAGES / f"{name}.md").read_text() == page(results_of(name))
 
-    assert PAGE.read_text() == page(results)
 
-
-def test_pairs_of_rows_are_those_that_the_accuracies_count(results: dict[str, Any]) -> None:
+def test_pairs_of_rows_are_those_that_the_accuracies_count(results: Any) -> None:
     for measure, other in (("top1", "ff"), ("nn1", "pca")):
         for dim, by_epochs in results["paired"][measure].items():
             for epochs, counts in by_epochs.items():
@@ -41,7 +46,7 @@ def test_pairs_of_rows_are_those_that_the_accuracies_count(results: dict[str, An
 
 
 def test_nested_heads_are_as_good_as_separate_nets_once_training_has_converged(
-    results: dict[str, Any],
+    results: Any,
 ) -> None:
     from heads_page import paired
 
