@@ -13,8 +13,8 @@ oos_test.
 The encoder stays as it is. A model before it and an exit after each layer are trained on `train`,
 and policies are chosen on `val`. `--choose` ends there, and writes `configuration.json`: the exits
 and how much policies may lose on `val`. Without it that file is read (`--configuration`), and
-`test` is judged. Means of layers and trained nets are kept in `--out`; a run that was stopped goes
-on from there. The last line is one JSON object.
+`test` is judged. `--splits` and `--only` print other parts of the page. Means of layers and trained
+nets are kept in `--out`; a run that was stopped goes on from there. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import keras
 import numpy as np
 from exits_front import NAME as FRONT
 from exits_front import Ngrams
+from exits_index import index_table, one_index
 from exits_judge import (
     EMBEDDINGS,
     Aim,
@@ -167,6 +168,11 @@ def main() -> None:
         type=int,
         help="only certify on so many splits of val and test, and count promises kept",
     )
+    parser.add_argument(
+        "--only",
+        choices=("one_index", "overhead"),
+        help="one gallery for all exits; or a server's CPU where no row leaves",
+    )
     parser.add_argument("--laps", type=int, default=7, help="of serving; 0: none (%(default)s)")
     parser.add_argument("--rows-per-lap", type=int, default=256, help="(%(default)s)")
     arguments = parser.parse_args()
@@ -180,11 +186,24 @@ def main() -> None:
         (arguments.out / "configuration.json").write_text(f"{text}\n")
         print(json.dumps(asdict(configuration)))
         return
+    if arguments.only == "one_index":
+        parts = ("train", "val", "test")
+        features = {name: run.features(name) for name in parts}
+        facts = one_index(run.encoder, run.layers, features, run.rows, run.texts.labels)
+        (arguments.out / "one_index.json").write_text(f"{json.dumps(facts, indent=1)}\n")
+        print("\n".join(index_table(facts)))
+        print(json.dumps(facts))
+        return
     chosen = json.loads(arguments.configuration.read_text())
     lists = {name: tuple(own) for name, own in chosen.items() if isinstance(own, list)}
     configuration = Configuration(**chosen | lists)
     if arguments.splits:
-        print(json.dumps(promises(run, configuration, arguments.seeds, arguments.splits)))
+        kept = promises(run, configuration, arguments.seeds, arguments.splits)
+        print("\n".join(promises_table(kept["splits"])))
+        print(json.dumps(kept))
+        return
+    if arguments.only == "overhead":
+        print(json.dumps(serve(run, configuration, arguments.laps, arguments.rows_per_lap, True)))
         return
     results = judge(run, configuration, arguments.seeds)
     (arguments.out / "exits.json").write_text(f"{json.dumps(results, indent=1)}\n")
@@ -227,14 +246,44 @@ def promises(run: Run, configuration: Configuration, seeds: int, splits: int) ->
     return facts
 
 
-def serve(run: Run, configuration: Configuration, laps: int, rows_per_lap: int) -> dict[str, Any]:
+def promises_table(by_seed: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of the page of promises kept on other splits."""
+
+    def line(title: str, cells: Any) -> str:
+        return f"| {' | '.join([title, *cells])} |".replace("|  |", "| |")
+
+    lines = [
+        line("", (f"seed {seed}" for seed in range(len(by_seed)))),
+        f"|{'---|' * (1 + len(by_seed))}",
+    ]
+    for risk, title in (("harm", "harm"), ("accuracy_drop", "accuracy lost")):
+        own = [facts[risk] for facts in by_seed]
+        splits = f"{title}: splits within the promise, of {own[0]['splits']}"
+        risks = [(100 * facts["mean_risk"], 100 * facts["largest_risk"]) for facts in own]
+        lines += [
+            line(splits, (str(facts["within"]) for facts in own)),
+            line(f"{title} on average, largest, %", (f"{a:.2f}, {b:.2f}" for a, b in risks)),
+            line("work", (f"{facts['relative_flops']:.3f}" for facts in own)),
+        ]
+    return lines
+
+
+def serve(
+    run: Run,
+    configuration: Configuration,
+    laps: int,
+    rows_per_lap: int,
+    only_overhead: bool = False,
+) -> dict[str, Any]:
     """Return what a server's CPU says of the policy of the first seed."""
-    from exits_serving import measure
+    from exits_serving import measure, overhead
 
     net = run.net(configuration.exits, configuration.epochs, 0)
     work = Work(net.served)
     policy, _ = policies(run.part(net, "val"), configuration, work)
     rows, texts = run.rows["test"], run.texts.texts["test"]
+    if only_overhead:
+        return overhead(net.served, policy, rows, laps, rows_per_lap)
     return measure(net.served, policy, rows, texts, run.tokens, laps, rows_per_lap)
 
 

@@ -195,7 +195,7 @@ class Intents:
         self._front = keras.Model(front.inputs, front_head(front.output))
 
         width = encoder.output_shape[-1]
-        means = {name: keras.Input((width,), name=_mean_of(name)) for name in (*layers, "last")}
+        means = {name: keras.Input((width,), name=mean_of(name)) for name in (*layers, "last")}
         inputs = {own.name: own for own in means.values()}
         exits = []
         for name, layer in branches.items():
@@ -223,7 +223,7 @@ class Intents:
         self.trained.compile(keras.optimizers.AdamW(rate, weight_decay=0.05), loss)
         keras.utils.set_random_seed(seed)
         targets = np.eye(self.trained.head.num_classes, dtype=np.float32)[labels]
-        inputs = _named(features)
+        inputs = named(features)
         self.trained.fit(inputs, targets, batch_size=batch_size, epochs=epochs, verbose=2)
         self._carry()
 
@@ -241,7 +241,7 @@ class Intents:
     def logits(self, features: Features, rows: Ids) -> dict[str, npt.NDArray[np.float32]]:
         """Return the logits of all exits, `(rows, num_dims, num_classes)` each."""
         front = self._front.predict(padded(rows), batch_size=256, verbose=0)
-        made = self.trained.all_exits().predict(_named(features), batch_size=256, verbose=0)
+        made = self.trained.all_exits().predict(named(features), batch_size=256, verbose=0)
         return {FRONT: front, **{name: made[name] for name in (*self.trained.exits, "last")}}
 
 
@@ -254,9 +254,11 @@ def _small_net() -> list[keras.layers.Layer]:
     ]
 
 
-def _named(features: Features) -> Features:
-    return {_mean_of(name): array for name, array in features.items()}
+def named(features: Features) -> Features:
+    """Return the means of layers by the names of inputs that take them."""
+    return {mean_of(name): array for name, array in features.items()}
 
 
-def _mean_of(layer: str) -> str:
+def mean_of(layer: str) -> str:
+    """Return the name of the input that takes the mean of a layer."""
     return f"{layer}_mean"

@@ -115,7 +115,6 @@ def embed(arguments: SimpleNamespace) -> int:
                 dim = cheapest_dim(manifest, least, measure)
         if arguments.exit is not None:
             manifest.check_exit(arguments.exit)
-            check_one_of(arguments, "exit", "out")
         other_tower, prompt = arguments.other_tower, arguments.prompt
         manifest.tower(other_tower).check_prompt(prompt)
         if arguments.out is not None:
@@ -163,6 +162,7 @@ def _write(arguments: SimpleNamespace, client: Client, manifest: Manifest, dim: 
                 dim,
                 arguments.out,
                 other_tower=arguments.other_tower,
+                exit=arguments.exit,
                 prompt=arguments.prompt,
                 progress=report,
                 manifest=manifest,

@@ -164,13 +164,16 @@ class AsyncClient(BaseClient[AsyncTransport]):
         path: str | os.PathLike[str],
         *,
         other_tower: bool = False,
+        exit: str | None = None,
         prompt: str | None = None,
         progress: corpus.Progress | None = None,
         manifest: Manifest | None = None,
     ) -> npt.NDArray[np.float32]:
         """Embed a corpus of any size into an `.npy` file; call again to resume after a crash."""
         embed = self._conversation.embed_dataset
-        return await self._run(embed(data, dim, path, progress, manifest, other_tower, prompt))
+        return await self._run(
+            embed(data, dim, path, progress, manifest, other_tower, exit, prompt)
+        )
 
     async def close(self) -> None:
         """Close the connection."""

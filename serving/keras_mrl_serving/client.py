@@ -302,6 +302,7 @@ class Client(BaseClient[Transport]):
         path: str | os.PathLike[str],
         *,
         other_tower: bool = False,
+        exit: str | None = None,
         prompt: str | None = None,
         progress: corpus.Progress | None = None,
         manifest: Manifest | None = None,
@@ -315,6 +316,8 @@ class Client(BaseClient[Transport]):
             dim: One of `describe().dims`.
             path: The file. Until all rows are embedded, they are in `PATH.partial`.
             other_tower: As for `embed`: galleries of a model of two towers go through the other.
+            exit: As for `embed`. Queries of another exit find their neighbours among these rows
+                only if `keras_mrl.align_exits` put the exits into one space.
             prompt: As for `embed`: "passage" or "document" before the texts of a gallery, whichever
                 the model has. Give its text, `describe().prompts[prompt]`, to the index.
             progress: Called with the rows embedded so far and all rows; None for an unknown number.
@@ -328,7 +331,7 @@ class Client(BaseClient[Transport]):
             FileExistsError: If the file is there: it is never overwritten.
         """
         embed = self._conversation.embed_dataset
-        return self._run(embed(data, dim, path, progress, manifest, other_tower, prompt))
+        return self._run(embed(data, dim, path, progress, manifest, other_tower, exit, prompt))
 
     def close(self) -> None:
         """Close the connection."""

@@ -186,19 +186,20 @@ class Conversation:
         progress: corpus.Progress | None = None,
         manifest: Manifest | None = None,
         other_tower: bool = False,
+        exit: str | None = None,
         prompt: str | None = None,
     ) -> Rounds[npt.NDArray[np.float32]]:
         """Embed a corpus window by window into a file: see `Client.embed_dataset`."""
         manifest = manifest or (yield from self.describe())
-        dim = manifest.check_dim(dim)
+        dim, at = manifest.check_dim(dim), flows.check_exit(manifest, exit, other_tower)
         tower = manifest.tower(other_tower)
         specs, other, text = tower.inputs, tower.other_inputs, tower.check_prompt(prompt)
         fingerprint = manifest.fingerprint
         total, digest = corpus.count_rows(data), corpus.digest(data, specs, other)
-        with corpus.EmbeddingFile(path, dim, fingerprint, digest, other_tower, text) as file:
+        with corpus.EmbeddingFile(path, dim, fingerprint, digest, other_tower, at, text) as file:
             size = corpus.window_rows(self._options)
             for window in file.missing(corpus.windows(data, specs, size, other)):
-                question = questions.embed_with_fingerprint(window, dim, other_tower, prompt)
+                question = questions.embed_with_fingerprint(window, dim, other_tower, exit, prompt)
                 file.append((yield from self.ask(question)), window)
                 if progress:
                     progress(file.rows, total)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from .contract import LAST_EXIT
 from .errors import EncoderMismatchError, InvalidInputError
 from .inputs import Inputs, check_inputs
 from .options import Options
@@ -218,8 +219,9 @@ def _is_file(status: os.stat_result) -> bool:
 
 _HEADER_BYTES = 128  # fits any number of rows, so that the header can be rewritten in place
 _VALUE_BYTES = 4
-# After the fingerprint in a journal. A client that knows neither takes it for another model's.
+# After the fingerprint in a journal. A client that knows none takes it for another model's.
 _OF_OTHER_TOWER = " of the other tower"
+_AT_EXIT = " at exit "  # and its name
 _WITH_PROMPT = " with prompt "  # and the prompt as JSON
 
 
@@ -236,13 +238,15 @@ class EmbeddingFile:
         fingerprint: Fingerprint of the model that makes the embeddings.
         corpus: Digest of the corpus, see `digest`; None skips the check that it is the same.
         other_tower: Whether the other tower of the model embeds the rows.
+        exit: The exit of the model that embeds them.
         prompt: The text that is put before each text; "" without a prompt.
 
     Raises:
         FileExistsError: If there is a finished file at `path`, or something else than a file where
             it is written first.
         EncoderMismatchError: If the file was begun with another model.
-        ValueError: If the file was begun with another dim, tower, prompt or corpus, or is damaged.
+        ValueError: If the file was begun with another dim, tower, exit, prompt or corpus, or is
+            damaged.
         BlockingIOError: If another process is writing the file.
 
     Examples:
@@ -262,14 +266,14 @@ class EmbeddingFile:
         fingerprint: str,
         corpus: str | None = None,
         other_tower: bool = False,
+        exit: str = LAST_EXIT,
         prompt: str = "",
     ) -> None:
         self.path = Path(path)
-        self.other_tower = other_tower
-        self.prompt = prompt
         self.corpus = corpus
         self.dim = dim
         self.fingerprint = fingerprint
+        self.made = {"dim": dim, "other_tower": other_tower, "exit": exit, "prompt": prompt}
         self.rows = 0
         self._digest = RowDigest()
         self._safe_digest: str | None = None  # of the rows that an earlier writer embedded
@@ -380,9 +384,10 @@ class EmbeddingFile:
         self._file.close()
 
     def _made_by(self) -> str:
-        tower = _OF_OTHER_TOWER if self.other_tower else ""
-        prompt = f"{_WITH_PROMPT}{json.dumps(self.prompt)}" if self.prompt else ""
-        return f"{self.fingerprint}{tower}{prompt}"
+        tower = _OF_OTHER_TOWER if self.made["other_tower"] else ""
+        exit = "" if self.made["exit"] == LAST_EXIT else f"{_AT_EXIT}{self.made['exit']}"
+        prompt = f"{_WITH_PROMPT}{json.dumps(self.made['prompt'])}" if self.made["prompt"] else ""
+        return f"{self.fingerprint}{tower}{exit}{prompt}"
 
     def _check_free(self) -> None:
         if self.path.exists():
@@ -436,31 +441,25 @@ class EmbeddingFile:
             corpus, self._safe_digest = entry.get("corpus_sha256"), entry.get("rows_sha256")
             maker, _, quoted = written.partition(_WITH_PROMPT)
             prompt = str(parse_json(quoted)) if quoted else ""
+            maker, _, exit = maker.partition(_AT_EXIT)
         except (ValueError, KeyError, TypeError, IsADirectoryError) as error:
             raise self._damaged_error(f"{self._journal}, which does not read") from error
         fingerprint = maker.removesuffix(_OF_OTHER_TOWER)
         if fingerprint != self.fingerprint:
             raise self._other_model_error(fingerprint)
-        if dim != self.dim:
-            raise ValueError(
-                "All rows of a file have one dim. "
-                f"Received: dim={self.dim} for {self._partial}, begun with dim={dim}. Give the "
-                f"dim it was begun with, or remove {self._partial} and {self._journal}."
-            )
-        if prompt != self.prompt:
-            raise ValueError(
-                "All rows of a file have one prompt. "
-                f"Received: {self.prompt!r} for {self._partial}, begun with {prompt!r}. Give the "
-                f"prompt it was begun with, or remove {self._partial} and {self._journal}."
-            )
-        other_tower = maker != fingerprint
-        if other_tower != self.other_tower:
-            raise ValueError(
-                "All rows of a file go through one tower. "
-                f"Received: other_tower={self.other_tower} for {self._partial}, begun with "
-                f"other_tower={other_tower}. Give what it was begun with, or remove "
-                f"{self._partial} and {self._journal}."
-            )
+        begun = {
+            "dim": dim,
+            "other_tower": maker != fingerprint,
+            "exit": exit or LAST_EXIT,
+            "prompt": prompt,
+        }
+        for name, own in self.made.items():
+            if own != begun[name]:
+                raise ValueError(
+                    f"All rows of a file are made alike. Received: {name}={own!r} for "
+                    f"{self._partial}, begun with {name}={begun[name]!r}. Give what it was begun "
+                    f"with, or remove {self._partial} and {self._journal}."
+                )
         if None not in (corpus, self.corpus) and corpus != self.corpus:
             raise self._other_corpus_error()
         size, needed = self._partial.stat().st_size, _HEADER_BYTES + rows * dim * _VALUE_BYTES

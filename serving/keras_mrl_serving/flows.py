@@ -109,16 +109,28 @@ def embed(
         ('embed_8', {'image': array([[  0., 127., 255.]], dtype=float32)})
     """
     dim = manifest.check_dim(dim)
+    exit = check_exit(manifest, exit, other_tower)
+    arrays = check_inputs(manifest.tower(other_tower).inputs, inputs)
+    signature = contract.embed_other(dim) if other_tower else contract.embed(dim, exit)
+    answer = yield from ask(signature, arrays, {"embedding": Output("float32", dim)})
+    return answer["embedding"]
+
+
+def check_exit(manifest: Manifest, exit: str | None, other_tower: bool) -> str:
+    """Return the name of an exit; raise if the model does not have it, or the other tower is meant.
+
+    Examples:
+        >>> manifest = Manifest(name="birds", kind="encoder", fingerprint="5e1f", dims=(8, 64),
+        ...     width=64, inputs={}, made_with={})
+        >>> check_exit(manifest, None, other_tower=True)
+        'last'
+    """
     if other_tower and exit is not None:
         raise InvalidInputError(
             "Exits are of the tower of queries. "
             f"Received: exit={exit!r} and other_tower=True. Leave one of them out."
         )
-    exit = manifest.check_exit(exit)
-    arrays = check_inputs(manifest.tower(other_tower).inputs, inputs)
-    signature = contract.embed_other(dim) if other_tower else contract.embed(dim, exit)
-    answer = yield from ask(signature, arrays, {"embedding": Output("float32", dim)})
-    return answer["embedding"]
+    return manifest.check_exit(exit)
 
 
 def regress(manifest: Manifest, inputs: Inputs, dim: int) -> Flow[npt.NDArray[np.float32]]:
@@ -178,7 +190,11 @@ def check_finite_rows(rule: str, signature: str, name: str, values: npt.NDArray[
 
 
 def embed_with_fingerprint(
-    manifest: Manifest, inputs: Inputs, dim: int, other_tower: bool = False
+    manifest: Manifest,
+    inputs: Inputs,
+    dim: int,
+    other_tower: bool = False,
+    exit: str | None = None,
 ) -> Flow[Embedded]:
     """Ask for embeddings of one dim, and for the fingerprint of their model.
 
@@ -192,7 +208,7 @@ def embed_with_fingerprint(
         >>> flow.send({"embedding": np.ones((1, 8), np.float32)})
         AskManifest()
     """
-    embeddings = yield from embed(manifest, inputs, dim, other_tower)
+    embeddings = yield from embed(manifest, inputs, dim, other_tower, exit)
     answering = yield AskManifest()  # of the version that answered, perhaps not that of `manifest`
     return Embedded(embeddings, answering.fingerprint, answering.gallery_prompts)
 

@@ -126,7 +126,11 @@ def embed(
 
 
 def embed_with_fingerprint(
-    inputs: Inputs, dim: int, other_tower: bool = False, prompt: Prompt = None
+    inputs: Inputs,
+    dim: int,
+    other_tower: bool = False,
+    exit: str | None = None,
+    prompt: Prompt = None,
 ) -> Question[Manifest, Embedded]:
     """Ask for embeddings of one dim, and for the fingerprint of their model.
 
@@ -136,7 +140,7 @@ def embed_with_fingerprint(
     """
     return _about_model(
         inputs,
-        lambda m, x: flows.embed_with_fingerprint(m, x, dim, other_tower),
+        lambda m, x: flows.embed_with_fingerprint(m, x, dim, other_tower, exit),
         lambda m: _vector_bytes(m, dim),
         other_tower,
         prompt,

@@ -153,12 +153,20 @@ def test_a_rival_is_compared_at_equal_accuracy() -> None:
 
 
 def test_the_page_says_what_the_results_say() -> None:
-    from exits import table
+    from exits import promises_table, table
+    from exits_index import index_table
     from exits_judge import summary
 
-    results, page = json.loads(RESULTS.read_text()), PAGE.read_text()
+    results, page = json.loads(RESULTS.read_text()), PAGE.read_text().splitlines()
     assert summary(results["by_seed"]) == results["summary"]
-    assert [line for line in table(results) if line not in page.splitlines()] == []
+    tables = (
+        *table(results),
+        *promises_table(results["promises"]),
+        *index_table(results["one_index"]),
+    )
+    assert [line for line in tables if line not in page] == []
+    for own in results["one_index"]["exits"].values():  # a server answers as the rule says
+        assert own["served"] == {name: own["by_intents"][name] for name in ("stops", "right")}
     chosen = json.loads((PAGE.parent / "exits_configuration.json").read_text())
     assert results["configuration"] == chosen
 
@@ -218,6 +226,14 @@ def test_the_benchmark_runs_whole_on_a_small_net(tmp_path: Path) -> None:
     chosen = ("--configuration", out / "configuration.json")
     last = run(*common, *chosen, "--seeds", 1, "--laps", 1, "--rows-per-lap", 1024)[-1]
     assert json.loads(last).keys() >= KEYS
+    few = (*common, *chosen, "--seeds", 1, "--laps", 1, "--rows-per-lap", 256)
+    assert json.loads(run(*few, "--only", "overhead")[-1])["overhead_no_exit"] > 0
+    kept = json.loads(run(*few, "--splits", 2)[-1])["splits"][0]
+    assert kept["harm"]["splits"] == 2
+    exits = json.loads(run(*few, "--only", "one_index")[-1])["exits"]
+    assert {*exits} == {"embeddings_dropout", "transformer_layer_0"}
+    for own in exits.values():
+        assert own["served"] == {name: own["by_intents"][name] for name in ("stops", "right")}
     assert (out / "exits.svg").exists()
 
 

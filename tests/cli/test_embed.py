@@ -7,14 +7,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 
+from keras_mrl_serving.calls import Arrays
+from keras_mrl_serving.calls import Call as WireCall
 from tests.helpers.cli import KERAS_MRL, RED, Call, Ended, Terminal, lines, paint
-from tests.helpers.faulty_server import FaultyServer, Request, rows
+from tests.helpers.faulty_server import FaultyServer, Request, manifest, rows
 
 Ask = Callable[..., Ended]
 
@@ -130,6 +133,29 @@ def test_one_connection(call: Call, folder: Path, more: tuple[str, ...]) -> None
         assert call("embed", "--target", server.target, "x.npy", *more).status == 0
     assert len(peers) == 1
     assert [request.signature for request in server.requests] == ["describe", "embed_4"]
+
+
+def of_exits(call: WireCall) -> Arrays:
+    """A model whose early exit adds one to every number."""
+    exits = tuple({"name": name, "multiply_adds": 1} for name in ("early", "last"))
+    x = call.inputs.get("x")
+    if x is None:
+        text = replace(manifest(1), exits=exits, model_id=None).to_json()
+        return {"manifest": np.array([text.encode()], object)}
+    return {"embedding": x + (call.signature == "embed_early_4")}
+
+
+def test_an_exit_is_asked_and_written(call: Call, folder: Path) -> None:
+    del folder
+    np.save("x.npy", rows(3))
+    with FaultyServer({1: of_exits}) as server:
+        ask = call.of("embed", "--target", server.target, "x.npy")
+        printed = [row["embedding"] for row in lines(ask("--exit=early", "--json")[1])]
+        assert ask("--exit=early", "--out=E.npy")[:2] == (0, "3 rows of dim 4 are in E.npy.\n")
+        for more in ((), ("--out=F.npy",)):
+            assert "Choose one of early, last." in ask.refused("--exit=middle", *more)
+    np.testing.assert_array_equal(np.load("E.npy"), rows(3) + 1)
+    np.testing.assert_array_equal(printed, rows(3) + 1)
 
 
 def test_flags_that_do_not_fit(call: Call) -> None:

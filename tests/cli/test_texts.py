@@ -205,7 +205,7 @@ def test_texts_are_written_and_gone_on_with(
         assert ask("embed", "notes", *words)[:2] == (130, "")
     status, _, err = ask("embed", "notes", *words[:3])
     assert status == 1
-    assert "All rows of a file have one prompt. Received: '' for E.npy.partial" in err
+    assert "All rows of a file are made alike. Received: prompt='' for E.npy.partial" in err
     assert ask("embed", "notes", *words)[:2] == (0, "40 rows of dim 64 are in E.npy.\n")
     expected = embedded(target, ["passage: " + text for text in texts])
     np.testing.assert_allclose(np.load("E.npy"), expected, atol=1e-6)

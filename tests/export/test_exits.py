@@ -12,11 +12,13 @@ import pytest
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, MatryoshkaHead, measure_costs
 from keras_mrl_export import export_saved_model
+from keras_mrl_serving import stage_logits
 from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.cascade.policy import CascadePolicy, Stage
 from keras_mrl_serving.contract import Manifest
 from tests.helpers import exit_models as models
 from tests.helpers.exit_models import DIMS, ROWS, Array, Arrays, Key
+from tests.helpers.export_images import DECODER, encoded
 from tests.helpers.export_models import (
     assert_equal_rows,
     probabilities,
@@ -272,6 +274,77 @@ def test_an_encoder_embeds_at_every_exit(tmp_path: Path) -> None:
             scaled = embedding / np.linalg.norm(embedding, axis=-1, keepdims=True)
             answer = session.run(signature, {"x": models.VECTORS})
             np.testing.assert_allclose(answer["embedding"], scaled, atol=1e-5)
+
+
+def sparse_rows() -> tuple[keras.Model, Any, Any]:
+    x = keras.Input((60,), sparse=True, name="x")
+    rows = np.diag(np.arange(1, 61, dtype="float32"))
+    if keras.backend.backend() != "tensorflow":  # Keras feeds sparse rows there alone
+        return net_of(x, x), rows, rows
+    return net_of(x, x), tf().sparse.from_dense(rows), rows
+
+
+def ragged_rows() -> tuple[keras.Model, Any, Any]:
+    x = keras.Input((None,), dtype="int32", ragged=True, name="x")
+    rows = np.random.default_rng(0).integers(1, 20, (60, 3)).astype("int32")
+    return (
+        net_of(x, Mean()(keras.layers.Embedding(20, 8)(x))),
+        tf().RaggedTensor.from_tensor(rows),
+        rows,
+    )
+
+
+def decoded_rows() -> tuple[keras.Model, Any, Any]:
+    x = keras.Input((6, 5, 3), name="x")
+    rows = np.random.default_rng(0).integers(0, 256, (60, 6, 5, 3), dtype=np.uint8)
+    files = np.array([encoded(own) for own in rows], object)
+    return net_of(x, keras.layers.Flatten()(x)), rows / np.float32(255), files
+
+
+@keras.saving.register_keras_serializable("tests")
+class Mean(keras.layers.Layer):
+    """The mean over time, also of ragged rows."""
+
+    def call(self, rows: Any) -> Any:
+        return tf().reduce_mean(rows, axis=1)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return (shape[0], shape[-1])
+
+
+def tf() -> Any:
+    import tensorflow
+
+    return tensorflow
+
+
+def net_of(inputs: Any, x: Any) -> keras.Model:
+    first = keras.layers.Dense(8, activation="tanh", name="first")(x)
+    net = keras.Model(inputs, keras.layers.Dense(8)(first))
+    return MatryoshkaClassifier(net, MatryoshkaHead(models.NUM_CLASSES, DIMS), exits=("first",))
+
+
+@backend
+@pytest.mark.parametrize("make", [sparse_rows, ragged_rows, decoded_rows])
+def test_rows_of_every_kind_leave_where_the_policy_lets_them(make: Any, tmp_path: Path) -> None:
+    """Sparse and ragged ones are given to Keras, and served dense; images are served encoded."""
+    if make is ragged_rows and keras.backend.backend() != "tensorflow":
+        pytest.skip("Keras has ragged tensors on TensorFlow alone")
+    keras.utils.set_random_seed(0)
+    model, given, served = make()
+    logits = stage_logits(model.all_exits().predict(given, verbose=0), DIMS)
+    policy = models.halving(logits, [("first", 2), ("first", 8), (None, 8)])
+    decoder = DECODER if make is decoded_rows else None
+    path = export_saved_model(
+        model, tmp_path, served[:SAMPLED], policy=policy, decoder=decoder, activation="softmax"
+    )
+    class_ids, stage_of = policy.route(logits)
+    with SavedModelSession(path) as session:
+        [name] = read_manifest(path).inputs
+        for part in (slice(None), slice(0, 0)):
+            answer = session.run("classify_adaptive", {name: served[part]})
+            np.testing.assert_array_equal(answer["class_ids"][:, 0], class_ids[part])
+            np.testing.assert_array_equal(answer["exit"], (stage_of == 2)[part])
 
 
 def test_a_cascade_over_dims_asks_the_last_exit(vectors: Any, tmp_path: Path) -> None:

@@ -26,11 +26,13 @@ from keras_mrl_serving.errors import (
     InvalidInputError,
     KerasMrlError,
     ServerUnavailableError,
+    UnknownExitError,
 )
 from keras_mrl_serving.flows import Arrays
 from keras_mrl_serving.options import Options
 from keras_mrl_serving.results import Embedded
 from keras_mrl_serving.testing import InMemoryServer
+from tests.helpers.manifests import ENCODER
 
 Model = Callable[[Call], Arrays]
 Refuses = Callable[[type[Exception], str], AbstractContextManager[None]]
@@ -188,8 +190,8 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path, refuses: Refuses
             EmbeddingFile(path, 2, "a")
     with refuses(
         ValueError,
-        f"All rows of a file have one dim. Received: dim=4 for {growing}, begun with dim=2. Give "
-        f"the dim it was begun with, or remove {growing} and {journal}.",
+        f"All rows of a file are made alike. Received: dim=4 for {growing}, begun with dim=2. Give "
+        f"what it was begun with, or remove {growing} and {journal}.",
     ):
         EmbeddingFile(path, 4, "a")
     os.truncate(growing, 150)
@@ -216,22 +218,68 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path, refuses: Refuses
         EmbeddingFile(path, 2, "a")
 
 
-def test_two_towers_never_share_a_file(tmp_path: Path, refuses: Refuses) -> None:
+@pytest.mark.parametrize(
+    ("made", "received"),
+    [
+        ({"other_tower": True}, ("other_tower=False", "other_tower=True")),
+        ({"exit": "early"}, ("exit='last'", "exit='early'")),
+        ({"prompt": "a at exit b"}, ("prompt=''", "prompt='a at exit b'")),
+        ({"exit": "early", "prompt": "find: "}, ("exit='last'", "exit='early'")),
+    ],
+)
+def test_rows_that_are_made_otherwise_never_share_a_file(
+    tmp_path: Path, refuses: Refuses, made: Any, received: tuple[str, str]
+) -> None:
     path = tmp_path / "rows.npy"
     growing = f"{path}.partial"
-    with EmbeddingFile(path, 2, "a", other_tower=True) as file:
+    with EmbeddingFile(path, 2, "a", **made) as file:
         file.append(Embedded(np.zeros((3, 2), np.float32), "a"), {"x": ROWS[:3]})
     refusal = (
-        f"All rows of a file go through one tower. Received: other_tower=False for {growing}, "
-        f"begun with other_tower=True. Give what it was begun with, or remove {growing} and "
-        f"{growing}.json."
+        f"All rows of a file are made alike. Received: {received[0]} for {growing}, begun with "
+        f"{received[1]}. Give what it was begun with, or remove {growing} and {growing}.json."
     )
     with refuses(ValueError, refusal):
         EmbeddingFile(path, 2, "a")
-    # A client of before compares the fingerprint alone: it must not go on with the first tower.
+    # A client of before compares the fingerprint alone: it must not go on with other rows.
     assert json.loads(Path(f"{growing}.json").read_text())["fingerprint"] != "a"
-    with EmbeddingFile(path, 2, "a", other_tower=True) as file:
+    with EmbeddingFile(path, 2, "a", **made) as file:
         assert file.rows == 3
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_corpus_is_embedded_at_one_exit(tmp_path: Path, kind: type[Any]) -> None:
+    exits = tuple({"name": name, "multiply_adds": 1} for name in ("early", "last"))
+    manifest = replace(ENCODER, inputs=SPECS, dims=(2, 4), width=4, exits=exits)
+
+    def answer(call: Call) -> Arrays:
+        return {"embedding": call.inputs["x"] + (call.signature == "embed_early_4")}
+
+    server = InMemoryServer(manifest, answer)
+
+    def embed(path: Path, **more: Any) -> Any:
+        made = kind(server, options=SMALL).embed_dataset(ROWS, 4, path, **more)
+        return asyncio.run(made) if kind is AsyncClient else made
+
+    def interrupt(rows: int, _: object) -> None:
+        if rows >= 32:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "rows.npy"
+    with pytest.raises(KeyboardInterrupt):
+        embed(path, exit="early", progress=interrupt)
+    for other in (None, "last"):
+        with pytest.raises(ValueError, match=r"Received: exit='last' for .* with exit='early'"):
+            embed(path, exit=other)
+    np.testing.assert_array_equal(embed(path, exit="early"), ROWS + 1)
+    assert {call.signature for call in server.calls} == {"describe", "embed_early_4"}
+    np.testing.assert_array_equal(embed(tmp_path / "whole.npy"), ROWS)
+    for wrong, error in (({"exit": "middle"}, UnknownExitError), (OTHER_SIDE, InvalidInputError)):
+        with pytest.raises(error):
+            embed(tmp_path / "none.npy", **wrong)
+    assert not list(tmp_path.glob("none*"))
+
+
+OTHER_SIDE = {"exit": "early", "other_tower": True}
 
 
 def test_a_batch_larger_than_a_window_is_cut() -> None:

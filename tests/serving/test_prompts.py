@@ -373,8 +373,8 @@ def test_a_gallery_goes_on_with_the_prompt_it_was_begun_with(
     with pytest.raises(KeyboardInterrupt):
         client.embed_dataset(texts, 8, path, prompt="passage", progress=interrupt)
     text = (
-        f"All rows of a file have one prompt. Received: '' for {path}.partial, begun with "
-        f"'passage: '. Give the prompt it was begun with, or remove {path}.partial and "
+        f"All rows of a file are made alike. Received: prompt='' for {path}.partial, begun with "
+        f"prompt='passage: '. Give what it was begun with, or remove {path}.partial and "
         f"{path}.partial.json."
     )
     with refuses(ValueError, text):
