@@ -4,13 +4,14 @@ The encoder is a folder of a sentence encoder of the BERT family as Hugging Face
 all-MiniLM-L6-v2, which `git clone https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2`
 fetches (config.json, model.safetensors, tokenizer.json, vocab.txt). It is exported with its
 tokenizer, and compared with two others that share no code with it: the library `tokenizers`, and
-the same weights run by PyTorch, written out here. It needs keras-hub, tensorflow-text, tokenizers,
-safetensors and torch.
+the same weights run by PyTorch, written out here. The graph's tokens are also compared with those of
+the graph that is made where tensorflow-text is missing. It needs keras-hub, tensorflow-text,
+tokenizers, safetensors and torch.
 
   python benchmarks/text_serving.py --encoder all-MiniLM-L6-v2 --texts summaries.tsv odd.json
 
 A file of texts is a .json of strings, in lists or dicts of any depth, or a .tsv whose last column
-is the text.
+is the text. `--out` writes what is printed to a file.
 """
 
 from __future__ import annotations
@@ -116,13 +117,25 @@ class Original:
             return embeddings
 
 
-def compare_tokens(encoder: Any, original: Original, texts: Sequence[str]) -> dict[str, Any]:
-    """Return how many texts have other tokens in the graph, and some of those."""
+def compare_tokens(
+    encoder: Any, core: Any, original: Original, texts: Sequence[str]
+) -> dict[str, Any]:
+    """Return how many texts have other tokens in the graph, and some of those.
+
+    Args:
+        encoder: Whose preprocessor makes the tokens of training.
+        core: The graph of TensorFlow's own operations.
+        original: With the library `tokenizers`.
+        texts: To be compared.
+    """
     from keras_mrl.text import tokenize
 
-    expected, differing = original.ids(texts), []
+    expected, differing, other = original.ids(texts), [], 0
     for start in range(0, len(texts), 1024):
-        own = tokenize(encoder.preprocessor, list(texts[start : start + 1024]))
+        some = list(texts[start : start + 1024])
+        own = tokenize(encoder.preprocessor, some)
+        of_core = core.eager([text.encode() for text in some])
+        other += int((of_core["token_ids"] != own["token_ids"]).any(axis=1).sum())
         for row, (ids, mask) in enumerate(zip(own["token_ids"], own["padding_mask"], strict=True)):
             if ids[mask.astype(bool)].tolist() != expected[start + row]:
                 differing.append(start + row)
@@ -136,7 +149,12 @@ def compare_tokens(encoder: Any, original: Original, texts: Sequence[str]) -> di
         shown[texts[row][:40]] = [
             [show(i) for i in some[first : first + 5]] for some in (ids, expected[row])
         ]
-    return {"texts": len(texts), "differing": len(differing), "graph and tokenizers": shown}
+    return {
+        "texts": len(texts),
+        "differing": len(differing),
+        "differing without tensorflow-text": other,
+        "graph and tokenizers": shown,
+    }
 
 
 def compare_embeddings(
@@ -169,7 +187,7 @@ def milliseconds(work: Callable[[], Any], repeats: int = 20) -> float:
 
 
 def measure_times(
-    session: Any, encoder: Any, tokens: Any, original: Original, texts: Sequence[str], length: int
+    session: Any, encoder: Any, core: Any, tokens: Any, original: Original, texts: Sequence[str]
 ) -> dict[str, Any]:
     """Return milliseconds a batch: the tokenizer of the client, the graph's, and whole answers."""
     from keras_mrl.text import tokenize
@@ -186,12 +204,13 @@ def measure_times(
         work: dict[str, Callable[[], Any]] = {
             "tokenizers, in a client": partial(original.ids, some),
             "tokenizer of the graph": partial(tokenize, encoder.preprocessor, some),
+            "the same without tensorflow-text": partial(core.eager, column.tolist()),
             "texts to embeddings": partial(session.run, name, {"text": column}),
             "tokens to embeddings, padded": partial(tokens.run, name, padded),
             "tokens to embeddings, cut by the client": partial(tokens.run, name, cut),
         }
         times[str(size)] = {what: milliseconds(own) for what, own in work.items()}
-    return {"length": length, "milliseconds": times}
+    return times
 
 
 def main() -> None:
@@ -206,19 +225,27 @@ def main() -> None:
     parser.add_argument(
         "--embedded", type=int, default=5_000, metavar="N", help="of the first file"
     )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to a file as well")
     arguments = parser.parse_args()
 
     from keras_mrl import TextEncoder
     from keras_mrl.text import tokenize
     from keras_mrl_export import export_saved_model
+    from keras_mrl_export.text import TextGraph
+    from keras_mrl_export.wordpiece import CoreWordPiece
     from keras_mrl_serving._session import SavedModelSession
 
     length = arguments.length
     encoder = TextEncoder.from_preset(arguments.encoder, pooling="mean", sequence_length=length)
     original = Original(arguments.encoder, length)
     files = {file.name: read_texts(file)[: arguments.tokenized] for file in arguments.texts}
-    for name, texts in files.items():
-        print(json.dumps({name: compare_tokens(encoder, original, texts)}, indent=1), flush=True)
+    core = TextGraph(CoreWordPiece(encoder.preprocessor))
+    compared = {
+        name: compare_tokens(encoder, core, original, texts) for name, texts in files.items()
+    }
+    result: dict[str, Any] = {"encoder": arguments.encoder.name, "length": length}
+    result["tokens"] = compared
+    print(json.dumps(compared, indent=1), flush=True)
     texts = next(iter(files.values()))
     with tempfile.TemporaryDirectory() as folder:
         width = encoder.output_shape[-1]
@@ -234,9 +261,12 @@ def main() -> None:
                 answer: Array = session.run(f"embed_{width}", {"text": column})["embedding"]
                 return answer
 
-            print(json.dumps(compare_embeddings(embed, original, texts[: arguments.embedded])))
-            times = measure_times(session, encoder, tokens, original, texts, length)
-            print(json.dumps(times, indent=1))
+            result["cosines"] = compare_embeddings(embed, original, texts[: arguments.embedded])
+            print(json.dumps(result["cosines"]), flush=True)
+            result["milliseconds"] = measure_times(session, encoder, core, tokens, original, texts)
+            print(json.dumps(result["milliseconds"], indent=1))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -187,13 +187,26 @@ def as_texts(texts: Any) -> Array:
     return np.asarray(texts, dtype=object)
 
 
+def cleaned(texts: Any) -> Any:
+    """Return a string tensor of TensorFlow as a tokenizer is given it.
+
+    A NUL becomes a blank, since tensorflow-text drops what follows it; bytes that are no UTF-8
+    become U+FFFD.
+    """
+    import tensorflow as tf
+
+    texts = tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace")
+    return tf.strings.regex_replace(texts, r"\x00", " ")
+
+
 def _utf8(text: Any, row: int) -> bytes:
+    """Return a text as a tokenizer is given it, in memory: see `cleaned`."""
     try:
         if isinstance(text, str):
-            return text.encode()
+            return text.encode().replace(b"\0", b" ")
         if isinstance(text, bytes):
             text.decode()
-            return text
+            return text.replace(b"\0", b" ")
     except UnicodeError as error:
         raise ValueError(
             "Texts must be UTF-8. "
@@ -214,6 +227,28 @@ def _graph_of(preprocessor: Any) -> Callable[[list[bytes]], Any]:
         )
     import tensorflow as tf
 
+    def run(texts: list[bytes]) -> Any:
+        tokens = _traced_graph(preprocessor)(tf.constant(texts, tf.string))
+        return keras.tree.map_structure(lambda own: own.numpy(), tokens)
+
+    def run_again(texts: list[bytes]) -> Any:
+        try:
+            return run(texts)
+        except tf.errors.NotFoundError:
+            # To set TensorFlow's seed frees what tensorflow-text holds of a SentencePiece model.
+            tokenizer = getattr(preprocessor, "tokenizer", preprocessor)
+            if not hasattr(tokenizer, "set_proto"):
+                raise
+            tokenizer.set_proto(tokenizer.proto)
+            del _graphs[preprocessor]
+            return run(texts)
+
+    return run_again
+
+
+def _traced_graph(preprocessor: Any) -> Any:
+    import tensorflow as tf
+
     key = json.dumps(preprocessor.get_config(), default=str)
     if _graphs.get(preprocessor, (None,))[0] != key:
         own = weakref.proxy(preprocessor)  # a graph that held it would keep it in the dictionary
@@ -221,10 +256,7 @@ def _graph_of(preprocessor: Any) -> Callable[[list[bytes]], Any]:
             lambda texts: own(texts), input_signature=[tf.TensorSpec([None], tf.string)]
         )
         _graphs[preprocessor] = (key, graph)
-    graph = _graphs[preprocessor][1]
-    return lambda texts: keras.tree.map_structure(
-        lambda own: own.numpy(), graph(tf.constant(texts, tf.string))
-    )
+    return _graphs[preprocessor][1]
 
 
 def _tokenized_dataset(preprocessor: Any, data: Any, has_texts_as_labels: bool) -> Any:
@@ -247,7 +279,7 @@ def _tokenized_dataset(preprocessor: Any, data: Any, has_texts_as_labels: bool) 
         if not any("string" in dtype for dtype in leaves):
             return data
         _check_batches(spec)
-        return data.map(lambda *parts: _traced(preprocessor, parts, has_texts_as_labels))
+        return data.map(lambda *parts: _traced_batch(preprocessor, parts, has_texts_as_labels))
     dataset: Any = getattr(data, "dataset", None)
     collate = getattr(data, "collate_fn", None)
     if callable(collate) and hasattr(dataset, "__getitem__"):
@@ -277,14 +309,14 @@ def _converted(convert: Callable[[Any], Any], batches: Iterator[Any]) -> Iterato
         yield convert(batch)
 
 
-def _traced(preprocessor: Any, parts: tuple[Any, ...], has_texts_as_labels: bool) -> Any:
+def _traced_batch(preprocessor: Any, parts: tuple[Any, ...], has_texts_as_labels: bool) -> Any:
     """Return a batch of a `tf.data.Dataset` with tokens, as a graph."""
     import tensorflow as tf
 
     def tokens(own: Any) -> Any:
         if own.dtype != tf.string:
             return own
-        flat = preprocessor(tf.reshape(own, [-1]))
+        flat = preprocessor(cleaned(tf.reshape(own, [-1])))
         if own.shape.rank == 1:
             return flat
         return keras.tree.map_structure(

@@ -12,6 +12,7 @@ from keras import ops
 from ._tokens import are_texts as are_texts
 from ._tokens import as_texts as as_texts
 from ._tokens import check_one_axis, tokenized
+from ._tokens import cleaned as cleaned
 from ._tokens import tokenize as tokenize
 
 _POOLINGS = ("mean", "first", "last")

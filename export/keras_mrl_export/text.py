@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl.text import tokenize
+from keras_mrl.text import cleaned, tokenize
 from keras_mrl_serving.text_operations import TEXT_OPERATIONS
 
 from .job import ExportError, TextJob
@@ -93,6 +93,25 @@ def check_preprocessor(
         )
 
 
+def _has_text_operations(preprocessor: Any) -> bool:
+    """Whether tensorflow-text is there; without it TensorFlow's own operations make the tokens.
+
+    Raises:
+        ImportError: If it is missing, and they cannot.
+    """
+    from keras_mrl_serving._session import register_text_operations
+
+    from .wordpiece import runs_in_core
+
+    try:
+        register_text_operations()
+    except ImportError:
+        if not runs_in_core(preprocessor):
+            raise
+        return False
+    return True
+
+
 def read_texts(
     preprocessor: Any,
     texts: Array,
@@ -110,12 +129,10 @@ def read_texts(
         pooling: How the model makes one vector of those of its tokens.
 
     Raises:
-        ImportError: If tensorflow-text is missing.
+        ImportError: If tensorflow-text is missing, and the preprocessor needs it.
         ValueError: If an entry is no text in UTF-8, or it does not give the inputs of the model.
     """
-    from keras_mrl_serving._session import register_text_operations
-
-    register_text_operations()
+    _has_text_operations(preprocessor)
     tokenizer = tokenizer_of(preprocessor)
     tokens = tokenize(preprocessor, texts)
     if isinstance(tokens, (tuple, list)):
@@ -158,10 +175,10 @@ class TextGraph:
     """A preprocessor as a function of TensorFlow, of texts `(batch,)`.
 
     A byte that is no UTF-8 is read as U+FFFD, so that one client's text fails no other's in a
-    batch.
+    batch; a NUL as a blank.
 
     Args:
-        preprocessor: A preprocessor or a tokenizer of keras-hub.
+        preprocessor: A preprocessor or a tokenizer of keras-hub, or what stands in for it.
     """
 
     def __init__(self, preprocessor: Any) -> None:
@@ -176,10 +193,7 @@ class TextGraph:
         return function.get_concrete_function(tf.TensorSpec([None], tf.string))
 
     def _tokens(self, texts: Any) -> dict[str, Any]:
-        import tensorflow as tf
-
-        clean = tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace")
-        tokens = self.preprocessor(clean)
+        tokens = self.preprocessor(cleaned(texts))
         return dict(tokens) if isinstance(tokens, Mapping) else {TOKENS: tokens}
 
     def eager(self, texts: list[bytes]) -> dict[str, Array]:
@@ -230,6 +244,10 @@ def served_graph(job: TextJob) -> TextGraph:
         ExportError: If it does not load, or gives other tokens for the sample than before.
     """
     layer = _rebuild(job)
+    if not _has_text_operations(layer):
+        from .wordpiece import CoreWordPiece
+
+        return TextGraph(CoreWordPiece(layer))
     tokenizer = tokenizer_of(layer)
     if job.tokenizer == "bytepair":
         tokenizer.cache = _uncached(tokenizer.unsplittable_tokens or ())

@@ -132,6 +132,7 @@ OF_COLUMNS = (
         ("a.jsonl", '{"b": 1}\n', ("b",), "a.jsonl, line 1, which has no text 'b'. Name a key "),
         ("a.jsonl", '{"b": "c"}\n', (), "a.jsonl, line 1, which is no text. Name a key with "),
         ("a.jsonl", '"c"\n{', (), "a.jsonl, line 2 (Expecting property name "),
+        ("a.jsonl", '"\\ud800"\n', (), "a.jsonl, line 1 ('utf-8' codec can't encode character "),
     ],
 )
 def test_what_has_no_such_column_is_refused(

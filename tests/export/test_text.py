@@ -54,7 +54,8 @@ ODD = (
 
 def tokens(preprocessor: Any, rows: Any) -> dict[str, Array]:
     """What a preprocessor gives for some texts as `tf.data` has it, outside of any export."""
-    dataset = tf.data.Dataset.from_tensor_slices(list(rows)).batch(len(rows)).map(preprocessor)
+    rows = [row.replace("\0", " ") for row in rows]
+    dataset = tf.data.Dataset.from_tensor_slices(rows).batch(len(rows)).map(preprocessor)
     return {name: own.numpy() for name, own in next(iter(dataset)).items()}
 
 

@@ -23,6 +23,7 @@ from keras_mrl import (
 )
 from keras_mrl.evaluation import evaluate, evaluate_retrieval, evaluate_similarity
 from keras_mrl.text import pooling_of, preprocessor_of, tokenize
+from tests.helpers import text_models
 from tests.helpers.laws import exactly
 from tests.helpers.small_bert import WORDS, bert
 from tests.helpers.small_bert import preprocessor as new_preprocessor
@@ -263,9 +264,35 @@ def test_odd_text_trains_and_is_answered() -> None:
     assert np.isfinite(answers).all()
     given = tokens(ODD)["token_ids"]
     assert given[0].tolist() == [2, 3, 0, 0, 0, 0]
-    assert given[1].tolist()[:2] == [2, WORDS.index("a")]
+    assert given[1].tolist() == [2, WORDS.index("a"), WORDS.index("b"), 3, 0, 0]
     assert given[2].tolist() == [2, 1, 3, 0, 0, 0]
     assert given[3].tolist() == [2, 5, 5, 5, 5, 3]
+
+
+@backend
+def test_a_data_set_reads_odd_bytes_as_a_served_model_does() -> None:
+    tensorflow = imported("tensorflow")
+    imported("tensorflow_text")
+    model = encoder()
+    data = tensorflow.data.Dataset.from_tensors([b"a\0b", b"pay \xff", b"\0mum"])
+    expected = model.predict(["a b", "pay \ufffd", "mum"], verbose=0)
+    np.testing.assert_allclose(model.predict(data, verbose=0), expected, rtol=1e-5)
+
+
+def test_python_reads_odd_text_as_the_graph_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a\0b", "\0", *ODD]
+    expected = tokens(texts)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    own = tokens(texts)
+    for name in expected:
+        np.testing.assert_array_equal(own[name], expected[name])
+
+
+def test_a_seed_that_is_set_later_loses_no_tokenizer() -> None:
+    own = text_models.sentencepiece()
+    expected = tokenize(own, ANCHORS)["token_ids"]
+    keras.utils.set_random_seed(0)
+    np.testing.assert_array_equal(tokenize(own, ANCHORS)["token_ids"], expected)
 
 
 REFUSED_TEXTS: dict[str, tuple[Any, str]] = {
