@@ -4,9 +4,8 @@ The encoder is a folder of a sentence encoder of the BERT family as Hugging Face
 all-MiniLM-L6-v2, which `git clone https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2`
 fetches (config.json, model.safetensors, tokenizer.json, vocab.txt). It is exported with its
 tokenizer, and compared with two others that share no code with it: the library `tokenizers`, and
-the same weights run by PyTorch, written out here. The graph's tokens are also compared with those of
-the graph that is made where tensorflow-text is missing. It needs keras-hub, tensorflow-text,
-tokenizers, safetensors and torch.
+the same weights run by PyTorch, written out here. So are the tokens of the graph that is made where
+tensorflow-text is missing. It needs keras-hub, tensorflow-text, tokenizers, safetensors and torch.
 
   python benchmarks/text_serving.py --encoder all-MiniLM-L6-v2 --texts summaries.tsv odd.json
 

@@ -136,7 +136,7 @@ def export_saved_model(
         preprocessor: A preprocessor of keras-hub, or a tokenizer of it with a `sequence_length`:
             the one the model was trained with. The served input is then `text`, strings that the
             graph makes tokens of, and `sample` is a list of texts. None means the model's own
-            where `sample` is of texts. It needs tensorflow-text.
+            where `sample` is of texts. It needs tensorflow-text, but for WordPiece of BERT's kind.
         other_preprocessor: As `preprocessor`, for the other tower.
         prompts: Of a version that takes texts, name to what a client puts before a text:
             `{"query": "query: ", "passage": "passage: "}`.
@@ -158,7 +158,7 @@ def export_saved_model(
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ImportError: If tensorflow-text is missing, which a preprocessor needs.
+        ImportError: If tensorflow-text is missing, and the preprocessor needs it.
         ValueError: If an argument does not fit the model, no written signature uses the policy, or
             nothing says what the one output of a head is.
         FileExistsError: If `version` exists.
