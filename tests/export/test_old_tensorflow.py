@@ -1,7 +1,7 @@
 """What is exported here loads and answers alike in the older TensorFlows that people serve with.
 
 Each version is installed into an environment of its own, which is thrown away. It needs a
-registry, a minute and 1.5 GB of disk: `make soak` runs it.
+registry, a minute and 1.6 GB of disk: `make soak` runs it.
 """
 
 import json
@@ -24,7 +24,7 @@ from keras_mrl_serving._session import SavedModelSession
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex
 from tests.helpers import export_models as models
-from tests.helpers import old_tensorflow
+from tests.helpers import old_tensorflow, text_models
 from tests.helpers.export_images import DECODER, EXACT, encoded, model_of_images
 from tests.helpers.export_models import (
     DIMS,
@@ -58,7 +58,14 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, A
     files = [encoded(pixels) for pixels in (*EXACT, EXACT[0][::-1])]
     words = next_token(language_model(tied=True, dims=(2, 8)))
     texts = np.arange(3 * LENGTH, dtype=np.int32).reshape(3, LENGTH) % TOKENS
+
+    def of_texts(name: str, kind: str, **settings: Any) -> Path:
+        model, sample = text_models.encoder(kind), [*text_models.TEXTS]
+        own = text_models.wordpiece(**settings) if settings else text_models.preprocessor(kind)
+        return export_saved_model(model, folder / name, sample, preprocessor=own, **more)
+
     paths = [
+        *(of_texts(kind, kind) for kind in text_models.KINDS),
         export_saved_model(
             classifier, folder / "all", images[:16], policy, models.NAMES, index=index, **more
         ),
@@ -66,12 +73,15 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, A
         export_saved_model(words, folder / "words", texts, **more),
         export_saved_model(model_of_images(), folder / "bytes", files, decoder=DECODER, **more),
     ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tensorflow_text", None)
+        paths.append(of_texts("without tensorflow-text", "wordpiece", strip_accents=True))
     return {path: dict(warmup_records(path)) for path in paths}
 
 
 @contextmanager
 def installed(version: str) -> Iterator[Path]:
-    """The Python of an environment with this TensorFlow."""
+    """The Python of an environment with this TensorFlow, and tensorflow-text of its version."""
     small = sys.platform == "linux" and platform.machine() == "x86_64"
     package = "tensorflow-cpu" if small else "tensorflow"
     with tempfile.TemporaryDirectory(prefix="keras-mrl-old-tensorflow-") as folder:
@@ -79,6 +89,9 @@ def installed(version: str) -> Iterator[Path]:
         python = Path(folder) / "bin" / "python"
         install = [str(python), "-m", "pip", "install", "--quiet", f"{package}=={version}"]
         subprocess.run(install, check=True)
+        # By its own needs it brings a second TensorFlow beside tensorflow-cpu.
+        text = f"tensorflow-text=={version.rpartition('.')[0]}.*"
+        subprocess.run([*install[:-1], "--no-deps", text], check=True)
         yield python
 
 

@@ -26,6 +26,7 @@ def from_json(array: dict[str, Any]) -> Any:
 def ask(path: str, signatures: dict[str, Any]) -> dict[str, Any]:
     """The outputs of every signature of one SavedModel, loaded as TensorFlow Serving loads it."""
     import tensorflow as tf
+    import tensorflow_text  # noqa: F401  (brings the operations that TensorFlow Serving has built in)
 
     answers = {}
     with tf.compat.v1.Session(graph=tf.Graph()) as session:
