@@ -46,7 +46,6 @@ Array = npt.NDArray[Any]
 Sides = tuple[Array, Array]
 Right = dict[str, dict[int, Array]]  # method to dim to which rows are right
 
-RATES = (1e-3, 2e-3, 4e-3)
 _RATE_SEED = 99  # of the nets that choose the rate
 _PROBED = 20_000  # rows that a probe is trained on at most
 
@@ -60,13 +59,15 @@ class Case:
         dims: Of the nested heads, and of the separate nets.
         epochs: Numbers of epochs, in the order of training.
         seeds: Of weights and batches.
-        rate_epochs: Of the nets that choose the rate.
+        rates: Peaks of the rate to choose among.
+        rate_epochs: Of the nets that choose it.
     """
 
     page: str
     dims: tuple[int, ...]
     epochs: tuple[int, ...]
     seeds: range
+    rates: tuple[float, ...]
     rate_epochs: int
 
     @property
@@ -81,8 +82,22 @@ class Case:
 
 
 CASES = {
-    "texts": Case("heads", (2, 4, 8, 16, 32, 64, 128, 256), (30, 10, 3, 1), range(5), 10),
-    "images": Case("heads_images", (8, 16, 32, 64, 128, 256), (10, 3), range(3), 3),
+    "texts": Case(
+        page="heads",
+        dims=(2, 4, 8, 16, 32, 64, 128, 256),
+        epochs=(30, 10, 3, 1),
+        seeds=range(5),
+        rates=(1e-3, 2e-3, 4e-3),
+        rate_epochs=10,
+    ),
+    "images": Case(
+        page="heads_images",
+        dims=(8, 16, 32, 64, 128, 256),
+        epochs=(6, 2),
+        seeds=range(3),
+        rates=(1e-3, 3e-3),
+        rate_epochs=1,
+    ),
 }
 
 
@@ -197,7 +212,7 @@ class Run:
         for net in self.case.nets(_RATE_SEED):
             name = _key(net)
             tried = accuracies.setdefault(name, {})
-            for rate in RATES:
+            for rate in self.case.rates:
                 if str(rate) not in tried:
                     logits = _predict(
                         self.train(net, self.case.rate_epochs, rate), self.inputs["val"]

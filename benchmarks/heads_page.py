@@ -167,7 +167,8 @@ def page(results: Results) -> str:
         "share features learn more slowly than one.",
         f"- **1-NN, MRL minus PCA of FF**, after {last} epochs: "
         f"{_signed(nearest[d] for d in useful)} points {at} (+-"
-        f"{_widest(nearest[d] for d in useful):.1f}). {_nearest_shown(nearest, useful)}",
+        f"{_widest(nearest[d] for d in useful):.1f}). {_nearest_shown(nearest, useful)}"
+        + _adaptor(results),
         f"- **SVD of FF's head** after {last} epochs: MRL is "
         f"{', '.join(map(signed, svd.values()))} points from it {at}.",
     ]
@@ -186,8 +187,8 @@ def page(results: Results) -> str:
         text.facts.format(**rows) + " On these the small net of `keras-mrl compare` is trained: "
         "512 hidden units, then the features. MRL and MRL-E have heads at "
         f"{_join(dims)} dims; FF is a net per dim. What else is in the tables "
-        f"cuts the features of the widest FF net. {len(results['seeds'])} seeds. The peak of the "
-        f"rate is chosen on `val` for each net after {results['rate_epochs']} epochs, among "
+        f"cuts the features of the widest FF net. {_seeds(results)}. The peak of the "
+        f"rate is chosen on `val` for each net after {_epochs(results['rate_epochs'])}, among "
         f"{rates}, with a seed of its own."
         + f" Rand. LP and the adaptor cut nets of {' and '.join(partial)} epochs only."
         * is_partial,
@@ -215,6 +216,23 @@ def page(results: Results) -> str:
         whole += f"\n{_TITLES[measure]}, %, `test`, {last} epochs\n\n"
         whole += _table(results, measure, last) + "\n"
     return whole
+
+
+def _adaptor(results: Results) -> str:
+    """How the adaptor does at the narrowest useful dims, beside PCA and MRL."""
+    last = results["epochs"][-1]
+    if last not in results["epochs_of_learnt"]:
+        return ""
+    shares = {
+        method: " and ".join(
+            f"{100 * _mean(results, 'nn1', method, dim, last):.1f}%" for dim in (8, 16)
+        )
+        for method in ("adaptor", "pca", "mrl")
+    }
+    return (
+        f" The adaptor, which sees no labels, has {shares['adaptor']} at 8 and 16 dims, PCA "
+        f"{shares['pca']}, MRL {shares['mrl']}."
+    )
 
 
 def _texts_otherwise(results: Results, svd: Mapping[int, float]) -> str:
@@ -275,6 +293,15 @@ _TEXTS = {
 def _join(words: Iterable[Any]) -> str:
     *some, last = [f"{word:g}" for word in words]
     return f"{', '.join(some)} and {last}"
+
+
+def _epochs(number: int) -> str:
+    return f"{number} epoch{'s' * (number > 1)}"
+
+
+def _seeds(results: Results) -> str:
+    number = len(results["seeds"])
+    return f"{number} seed{'s' * (number > 1)}"
 
 
 def _signed(differences: Iterable[Mapping[str, Any]]) -> str:

@@ -16,9 +16,10 @@ import numpy as np
 
 _LAYOUT: dict[str, Any] = {
     "font": {"family": "system-ui, sans-serif", "size": 13},
-    "margin": {"l": 60, "r": 20, "t": 50, "b": 60},
+    "margin": {"l": 60, "r": 20, "t": 10, "b": 60},
     "hovermode": "closest",
-    "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
+    # Above the plot: below it, rows of names would cover the numbers of the axis.
+    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
 }
 _CLICK = """
 for (const [id, figure] of Object.entries(figures)) {
@@ -58,20 +59,21 @@ def interactive(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
     if library is None:
         return ""
     figures = {
-        "accuracy": _by_dim(results["top1"], names, "Accuracy of the head", "top-1 accuracy, %"),
+        "accuracy": _by_dim(results["top1"], names, "top-1 accuracy, %"),
         "neighbors": _by_dim(
             {
                 name: {dim: [scores["nn1"]] for dim, scores in by_dim.items()}
                 for name, by_dim in results["neighbors"].items()
             },
             names,
-            "Nearest neighbours",
             "1-NN accuracy, %",
         ),
         "adaptive": _adaptive(results),
         "retrieval": _retrieval(results["retrieval"], names),
     }
-    places = "".join(f'<div class="plot" id="{name}"></div>\n' for name in figures)
+    places = "".join(
+        f'<h2>{_TITLES[name]}</h2>\n<div class="plot" id="{name}"></div>\n' for name in figures
+    )
     # Within a script no text may look like its end.
     text = json.dumps(figures).replace("<", "\\u003c")
     return (
@@ -83,14 +85,20 @@ def interactive(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
     )
 
 
-def _figure(data: list[dict[str, Any]], title: str, x: dict[str, Any], y: str) -> dict[str, Any]:
-    layout = {**_LAYOUT, "title": {"text": title}, "xaxis": x, "yaxis": {"title": {"text": y}}}
+_TITLES = {
+    "accuracy": "Accuracy of the head",
+    "neighbors": "Nearest neighbours",
+    "adaptive": "Adaptive classification",
+    "retrieval": "Retrieval",
+}
+
+
+def _figure(data: list[dict[str, Any]], x: dict[str, Any], y: str) -> dict[str, Any]:
+    layout = {**_LAYOUT, "xaxis": x, "yaxis": {"title": {"text": y}}}
     return {"data": data, "layout": layout}
 
 
-def _by_dim(
-    by_method: Mapping[str, Any], names: Mapping[str, str], title: str, measure: str
-) -> dict[str, Any]:
+def _by_dim(by_method: Mapping[str, Any], names: Mapping[str, str], measure: str) -> dict[str, Any]:
     data = []
     for name, by_dim in by_method.items():
         dims = sorted(map(int, by_dim))
@@ -101,13 +109,19 @@ def _by_dim(
                 "y": values,
                 "name": names[name],
                 "mode": "lines+markers",
+                "line": {"color": _COLOURS[list(names).index(name) % len(_COLOURS)]},
                 "hovertemplate": "%{y:.2f}% at %{x} dims",
                 **({"visible": "legendonly"} if name in _HIDDEN else {}),
             }
         )
-    return _figure(data, title, _axis(by_method), measure)
+    return _figure(data, _axis(by_method), measure)
 
 
+# A method has its colour in every figure.
+_COLOURS = (
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#bcbd22", "#7f7f7f"),
+    *("#8c564b", "#e377c2", "#17becf", "#d62728", "#9467bd"),
+)
 _HIDDEN = ("slimmable", "mrl_boosted", "rand_lp", "first_coordinates")  # until they are clicked
 
 
@@ -138,14 +152,17 @@ def _adaptive(results: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "x": [dim],
                 "y": [100 * accuracy],
-                "name": name if name == "oracle" else f"cascade, {name}",
+                "name": _ORACLE if name == "oracle" else f"cascade, {name}",
                 "mode": "markers",
                 "marker": {"size": 12, "symbol": "star"},
                 "hovertemplate": f"%{{y:.2f}}% at %{{x:.1f}} dims{shares}",
                 "customdata": [json.dumps(policy["policy"], indent=1)] if policy else [None],
             }
         )
-    return _figure(data, "Adaptive classification", _axis({"mrl": fixed}), "top-1 accuracy, %")
+    return _figure(data, _axis({"mrl": fixed}), "top-1 accuracy, %")
+
+
+_ORACLE = "oracle: knows which dim is right"
 
 
 def _shares(policy: Mapping[str, Any]) -> str:
@@ -156,7 +173,7 @@ def _shares(policy: Mapping[str, Any]) -> str:
 def _retrieval(retrieval: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     data = [line for name, result in retrieval.items() for line in _searches(names[name], result)]
     axis = {"title": {"text": "multiply-adds per query"}, "type": "log"}
-    return _figure(data, "Retrieval", axis, "map10, %")
+    return _figure(data, axis, "map10, %")
 
 
 def _searches(name: str, result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

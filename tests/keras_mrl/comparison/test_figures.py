@@ -38,6 +38,12 @@ def test_a_click_gives_what_export_and_search_take(
     assert schedules
     lines = drawn["accuracy"]["data"]
     assert [line["name"] for line in lines] == [NAMES[name] for name in compared.results["top1"]]
+    for line in drawn["neighbors"]["data"]:
+        same = [other["line"] for other in lines if other["name"] == line["name"]]
+        assert same in ([], [line["line"]])  # a method has its colour in every figure
+    for figure in drawn.values():  # names stand above the plot, and cover no number of the axis
+        assert figure["layout"]["legend"]["y"] > 1
+        assert figure["layout"]["legend"]["yanchor"] == "bottom"
     (greedy,) = (line for line in drawn["adaptive"]["data"] if line["name"] == "cascade, greedy")
     assert "% of rows stop at 12" in greedy["hovertemplate"]
 
