@@ -310,9 +310,9 @@ class Client(BaseClient[Transport]):
         """Embed a corpus of any size into an `.npy` file; call again to resume after a crash.
 
         Args:
-            data: An array or a dict of arrays, memory-mapped ones too, or an iterable of such
-                batches. To resume, give the same rows in the same order: those already embedded
-                are read once more and compared with a digest.
+            data: An array or a dict of arrays, memory-mapped ones too, a list of texts, or an
+                iterable of such batches. To resume, give the same rows in the same order: those
+                already embedded are read once more and compared with a digest.
             dim: One of `describe().dims`.
             path: The file. Until all rows are embedded, they are in `PATH.partial`.
             other_tower: As for `embed`: galleries of a model of two towers go through the other.

@@ -190,6 +190,7 @@ class Conversation:
         prompt: str | None = None,
     ) -> Rounds[npt.NDArray[np.float32]]:
         """Embed a corpus window by window into a file: see `Client.embed_dataset`."""
+        data = corpus.texts_as_rows(data)
         manifest = manifest or (yield from self.describe())
         dim, at = manifest.check_dim(dim), flows.check_exit(manifest, exit, other_tower)
         tower = manifest.tower(other_tower)

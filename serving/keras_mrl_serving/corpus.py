@@ -37,6 +37,22 @@ _DIGEST_ROWS = 16  # from each end of a corpus
 _CALLS_IN_A_ROW = 2  # per window and call in flight, since the first call of a window goes alone
 
 
+def texts_as_rows(data: Corpus) -> Corpus:
+    """Return a list of texts as an array of as many rows; any other corpus as it is.
+
+    Examples:
+        >>> texts_as_rows(["owls", b"jays"]).shape
+        (2,)
+    """
+    if not (isinstance(data, list | tuple) and data):
+        return data
+    if not all(isinstance(own, str | bytes) for own in data):
+        return data
+    rows = np.empty(len(data), object)
+    rows[:] = data
+    return rows
+
+
 def windows(
     data: Corpus,
     specs: Mapping[str, Mapping[str, Any]],

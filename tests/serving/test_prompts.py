@@ -1,6 +1,7 @@
 """What a client puts before texts, and which galleries it searches by them."""
 
 import asyncio
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -349,10 +350,10 @@ def test_the_gallery_of_two_towers_has_a_prompt_of_its_own_tower() -> None:
 def test_a_gallery_is_embedded_to_disk_with_its_prompt(tmp_path: Path) -> None:
     server = TextServer(text_manifest())
     texts = np.array(BIRDS * 5, object)
-    for name in ("sync", "async"):
+    for name, given in itertools.product(("sync", "async"), (texts, texts.tolist(), [BIRDS] * 5)):
         new_client, run = client_of(name)
-        client = new_client(server)
-        rows = run(client.embed_dataset(texts, 8, tmp_path / name, prompt="passage"))
+        client, path = new_client(server), tmp_path / f"{name}{len(given)}{type(given).__name__}"
+        rows = run(client.embed_dataset(given, 8, path, prompt="passage"))
         np.testing.assert_array_equal(rows, vectors_of(["passage: " + t for t in texts], 8))
     with pytest.raises(UnknownPromptError):
         Client(server).embed_dataset(texts, 8, tmp_path / "other", prompt="title")
