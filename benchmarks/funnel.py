@@ -22,6 +22,8 @@ written to `--out`.
 from __future__ import annotations
 
 import argparse
+import bisect
+import functools
 import json
 import re
 import statistics
@@ -42,6 +44,8 @@ from rivals import FACTORIES, Ids, Rival, over_prefixes, rival_of, svs_rival
 from keras_mrl_serving import FaissIndex, FirstStage, FunnelSchedule, Projection, open_index
 from keras_mrl_serving.index import Choice, Plan
 from keras_mrl_serving.index.base import IndexFacts
+from keras_mrl_serving.index.faiss import wider_dims
+from keras_mrl_serving.index.first_stage import lists_for
 from keras_mrl_serving.index.planner import Trials, choose_funnel
 from keras_mrl_serving.index.shortlister import Shortlister
 
@@ -58,10 +62,13 @@ class KeptTrials(Trials):
 
     kept: ClassVar[dict[tuple[int, str], Shortlister]] = {}
     files: ClassVar[str] = ""  # what the names of their files begin with
+    skipped: ClassVar[str | None] = None  # what the factories of those have that are not tried
 
     def first(self, dim: int, spec: FirstStage) -> Shortlister | None:
         """Return a first stage, built now or before."""
         key = (dim, spec.factory)
+        if self.skipped is not None and self.skipped in spec.factory:
+            return None
         if key not in self.kept:
             path = Path(f"{self.files}-{dim}-{spec.factory.replace(',', '+')}.faiss")
             if path.exists():
@@ -119,11 +126,13 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the set, in tables and files")
     parser.add_argument("--adaptor", type=Path, help="folder of `keras-mrl adapt`")
     parser.add_argument("--work", type=Path, required=True, help="folder of graphs that were built")
+    parser.add_argument("--rows", type=int, help="of the gallery; needs a --work of its own (all)")
     parser.add_argument("--svs", type=Path, help="folder with Intel's library")
     parser.add_argument("--dims", default="64,96,128", help="besides the width")
     parser.add_argument("--queries", type=int, default=1000, help="that plan")
     parser.add_argument("--targets", default="0.95,0.98", help="of recall@10 (%(default)s)")
     parser.add_argument("--kinds", help="first stages that the planner tries, with ; (its own)")
+    parser.add_argument("--skip", help="text in names of first stages that are not tried (none)")
     parser.add_argument("--only", help="rivals, with ; between them (all)")
     parser.add_argument("--promise", type=int, default=0, help="splits of fresh queries")
     parser.add_argument("--out", type=Path)
@@ -138,8 +147,10 @@ def main() -> None:
         kinds = [FirstStage.least(factory) for factory in arguments.kinds.split(";")]
     targets = [float(target) for target in arguments.targets.split(",")]
     KeptTrials.files = str(arguments.work / f"{arguments.name}-first")
+    KeptTrials.skipped = arguments.skip
     plans = _plans(data, dims, kinds, targets)
-    report: dict[str, Any] = {"name": arguments.name, "plan_cpu_s": time.process_time() - began}
+    report: dict[str, Any] = {"name": arguments.name, "rows": len(data.gallery)}
+    report |= {"plan_cpu_s": time.process_time() - began, "plans": [p.to_json() for p in plans]}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         leads = [_built(data, plan, Path(folder)) for plan in plans]
         report |= _compare(arguments, plain, data, plans, leads)
@@ -160,7 +171,9 @@ def _read(arguments: argparse.Namespace) -> tuple[Data, Data]:
         vectors = np.asarray(rows[chosen], np.float32)
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
-    plain = Data(unit(part >= 4), unit(part == 2)[: arguments.queries], unit(part == 3))
+    plain = Data(
+        unit(part >= 4)[: arguments.rows], unit(part == 2)[: arguments.queries], unit(part == 3)
+    )
     if arguments.adaptor is None:
         return plain, plain
     projection = Projection.load(arguments.adaptor)
@@ -266,7 +279,7 @@ def _rivals(arguments: argparse.Namespace, plain: Data, plans: Sequence[Plan]) -
     shared = "minilm" if arguments.adaptor else arguments.name
     for name, (factory, effort) in FACTORIES.items():
         if chosen is None or name in chosen:
-            sizes = {"lists": 1024, "width": width, "half": width // 2}
+            sizes = {"lists": lists_for(len(plain.gallery)), "width": width, "half": width // 2}
             for cut in cuts if "{cut}" in name else cuts[:1]:
                 text = factory.format(**sizes, cut=cut, half_cut=cut // 2)
                 path = arguments.work / f"{shared}-{text.replace(',', '+')}.faiss"
@@ -288,18 +301,24 @@ def _first_width(plan: Plan) -> int:
 def _tuned(rival: Rival, data: Data, truth: Ids, targets: Sequence[float]) -> dict[float, str]:
     """Return the fastest setting that surely reaches each target, as a plan's must."""
     best: dict[float, tuple[float, str]] = {}
+
+    @functools.cache
+    def surely(setting: str) -> float:
+        rival.set_to(setting)
+        hits = _hits(rival.search(data.planning, K), truth)
+        return float(hits.mean() - hits.std(ddof=1) / np.sqrt(len(hits)))
+
+    @functools.cache
+    def seconds(setting: str) -> float:
+        rival.set_to(setting)
+        return min(_seconds(rival, data.planning, start) for start in (0, 200))
+
     for group in rival.settings:
-        for setting in group:
-            rival.set_to(setting)
-            hits = _hits(rival.search(data.planning, K), truth)
-            surely = hits.mean() - hits.std(ddof=1) / np.sqrt(len(hits))
-            reached = [target for target in targets if surely >= target]
-            if reached:
-                seconds = min(_seconds(rival, data.planning, start) for start in (0, 300))
-            for target in reached:
-                best[target] = min(best.get(target, (np.inf, "")), (seconds, setting))
-            if len(reached) == len(targets):
-                break
+        for target in targets:
+            first = bisect.bisect_left(group, target, key=surely)  # recall grows with effort
+            if first < len(group):
+                found = (seconds(group[first]), group[first])
+                best[target] = min(best.get(target, (np.inf, "")), found)
     return {target: setting for target, (_, setting) in best.items()}
 
 
@@ -375,7 +394,8 @@ def _promise(data: Data, plans: Sequence[Plan], splits: int) -> dict[str, Any]:
         first = trials.kept[found.schedule.dims[0], found.first_stage.factory]
         first.set(found.first_stage.settings)
         facts_of = IndexFacts(found.schedule)
-        index = FaissIndex(facts_of, np.arange(len(data.gallery)), first, {width: data.gallery})
+        stages = {dim: facts_of.prefix(data.gallery, dim) for dim in wider_dims(found.schedule)}
+        index = FaissIndex(facts_of, np.arange(len(data.gallery)), first, stages)
         recalls.append(_recall(index.search(others).ids, _exact(data, others)))
     within = 0.005  # a standard error of 1,000 queries that plan
     return {
