@@ -5,7 +5,8 @@
         --adaptor DIR
 
 `--splits` is what `benchmarks/adapt.py --splits` writes: which rows train projections, plan, judge
-and are searched; no row is in two parts. The planner is asked for a recall@10 of 0.95 and of 0.98
+and are searched; no row is in two parts. With `--fresh` the queries that plan and judge are taken
+from the rows that are in none, which nobody looked at while the planner was written. The planner is asked for a recall@10 of 0.95 and of 0.98
 on the queries that plan; the rivals are set on the same queries, to the fastest setting whose
 recall less one standard error reaches it. What is shown was measured on the queries that judge.
 
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the set, in tables and files")
     parser.add_argument("--adaptor", type=Path, help="folder of `keras-mrl adapt`")
     parser.add_argument("--work", type=Path, required=True, help="folder of graphs that were built")
+    parser.add_argument("--fresh", action="store_true", help="queries are rows of no part")
     parser.add_argument("--rows", type=int, help="of the gallery; needs a --work of its own (all)")
     parser.add_argument("--svs", type=Path, help="folder with Intel's library")
     parser.add_argument("--dims", default="64,96,128", help="besides the width")
@@ -171,6 +173,10 @@ def _read(arguments: argparse.Namespace) -> tuple[Data, Data]:
         vectors = np.asarray(rows[chosen], np.float32)
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
+    if arguments.fresh:  # every third row of those that no part has plans, and the next one judges
+        rest = np.flatnonzero(part == 0)
+        part[part <= 3] = 0
+        part[rest[0::3]], part[rest[1::3]] = 2, 3
     plain = Data(
         unit(part >= 4)[: arguments.rows], unit(part == 2)[: arguments.queries], unit(part == 3)
     )
