@@ -6,9 +6,10 @@
 
 `--splits` is what `benchmarks/adapt.py --splits` writes: which rows train projections, plan, judge
 and are searched; no row is in two parts. With `--fresh` the queries that plan and judge are taken
-from the rows that are in none, which nobody looked at while the planner was written. The planner is asked for a recall@10 of 0.95 and of 0.98
-on the queries that plan; the rivals are set on the same queries, to the fastest setting whose
-recall less one standard error reaches it. What is shown was measured on the queries that judge.
+from the rows that are in none, which nobody looked at while the planner was written. The planner is
+asked for a recall@10 of 0.95 and of 0.98 on the queries that plan; the rivals are set on the same
+queries, to the fastest setting whose recall less one standard error reaches it. What is shown was
+measured on the queries that judge.
 
 Single queries are timed by the processor time of their one thread. Right after each lap of a rival
 come laps of ours: how many times as fast ours are is the median of those pairs, which other work
@@ -44,7 +45,7 @@ from rivals import FACTORIES, Ids, Rival, over_prefixes, rival_of, svs_rival
 
 from keras_mrl_serving import FaissIndex, FirstStage, FunnelSchedule, Projection, open_index
 from keras_mrl_serving.index import Choice, Plan
-from keras_mrl_serving.index.base import IndexFacts
+from keras_mrl_serving.index.facts import IndexFacts
 from keras_mrl_serving.index.faiss import wider_dims
 from keras_mrl_serving.index.first_stage import lists_for
 from keras_mrl_serving.index.planner import Trials, choose_funnel

@@ -28,7 +28,7 @@ import numpy as np
 from galleries import synthetic
 
 from keras_mrl_serving import FirstStage, FunnelSchedule
-from keras_mrl_serving.index.base import IndexFacts
+from keras_mrl_serving.index.facts import IndexFacts
 from keras_mrl_serving.index.first_stage import lists_for
 from keras_mrl_serving.index.plan import Choice
 from keras_mrl_serving.index.planner import Trials

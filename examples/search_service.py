@@ -57,7 +57,7 @@ def main() -> None:
         only = {shop: index.prepare_filter(shops == shop) for shop in SHOPS}
         users = np.random.default_rng(2).choice(SHOPS, len(queries))
 
-        def answer(query: int) -> list[tuple[int, float]]:
+        def answer(query: int) -> list[tuple[int | str, float]]:
             return index.search(queries[query : query + 1], filter=only[users[query]])[0]
 
         start = time.perf_counter()

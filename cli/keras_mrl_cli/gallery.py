@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from keras_mrl_serving import ExactIndex, FaissIndex, FirstStage, FunnelSchedule, Manifest
 from keras_mrl_serving.errors import KerasMrlError, TargetNotReachedError
-from keras_mrl_serving.index.base import IndexFacts
+from keras_mrl_serving.index.facts import IndexFacts
 from keras_mrl_serving.index.first_stage import import_faiss
 from keras_mrl_serving.index.ids import check_ids
 from keras_mrl_serving.index.plan import (

@@ -14,6 +14,7 @@ checked. Every file is checked before anything is sent, and bad ones are named a
 --skip-unreadable goes on without them.
 
   keras-mrl search birds.index --query queries.npy --k 5
+  keras-mrl search birds.index --query queries.npy --shortlists 500
   keras-mrl search birds.index --target localhost:8500 --model birds new/*.jpg
   keras-mrl search notes.index --target localhost:8500 "how do bees see?"
   keras-mrl search --target localhost:8500 "how do bees see?" more.txt
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .index import shortlists
 from .output import Progress, Table, file_width, print_json
 from .shared import (
     DONE,
@@ -38,6 +40,7 @@ from .shared import (
     Option,
     RefusalError,
     command,
+    dims,
     file_options,
     files_argument,
     flag_of,
@@ -62,7 +65,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from keras_mrl_serving import Manifest, Neighbors, Partial
+    from keras_mrl_serving import FunnelSchedule, Manifest, Neighbors, Partial
     from keras_mrl_serving.index import Index
     from keras_mrl_serving.prompts import Prompt
 
@@ -110,6 +113,16 @@ Show = Callable[[str, int, "Neighbors"], None]  # a file, the number of its row,
     ),
     json_option("print one JSON object per query"),
     *under(
+        "Another funnel than the index was built with",
+        Option("--dims", type=dims, metavar="M,...", help="dims of its stages (as it was built)"),
+        Option(
+            "--shortlists",
+            type=shortlists,
+            metavar="N,...",
+            help="rows each stage hands to the next, none for one dim (as it was built)",
+        ),
+    ),
+    *under(
         "A model that embeds the queries",
         *text_options(),
         prompt_option("put this prompt of the model before each text (query, where there is one)"),
@@ -131,7 +144,8 @@ def search(arguments: SimpleNamespace) -> int:
     from .files import load_ids
 
     with refusing_index_errors():
-        opened = open_index(arguments.index, verify=not arguments.no_verify)
+        schedule = _other_schedule(arguments)
+        opened = open_index(arguments.index, schedule, verify=not arguments.no_verify)
         k = opened.facts.check_k(arguments.k)
         index: Index = opened
         if arguments.adaptor is not None:
@@ -145,7 +159,20 @@ def search(arguments: SimpleNamespace) -> int:
         return _search_files(arguments, index, k, among, show)
 
 
-_OF_AN_INDEX = ("query", "among", "adaptor", "no_verify")
+_OF_AN_INDEX = ("query", "among", "adaptor", "no_verify", "dims", "shortlists")
+
+
+def _other_schedule(arguments: SimpleNamespace) -> FunnelSchedule | None:
+    """Return the funnel of the flags; None without them, for that of the index."""
+    if arguments.dims is None and arguments.shortlists is None:
+        return None
+    from keras_mrl_serving import FunnelSchedule
+    from keras_mrl_serving.index.facts import IndexFacts
+    from keras_mrl_serving.index.storage import read
+
+    built = IndexFacts.from_json(read(arguments.index, verify=False).card).schedule
+    sizes = built.shortlists if arguments.shortlists is None else arguments.shortlists
+    return FunnelSchedule(arguments.dims or built.dims, sizes, arguments.k or built.k)
 
 
 def _take_index(arguments: SimpleNamespace) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_mrl_serving.funnel import FunnelSchedule
+from keras_mrl_serving.funnel import FunnelSchedule, check_schedule
 
 from ..layers import LearnedPositions, MatryoshkaHead
 from .classifier import MatryoshkaClassifier
@@ -167,7 +167,7 @@ def funnel_top_k(head: MatryoshkaHead, features: Any, schedule: FunnelSchedule) 
         >>> bool(keras.ops.all(ids == keras.ops.top_k(logits, 3)[1]))
         True
     """
-    first, *others = schedule.dims
+    first, *others = check_schedule(schedule).dims
     sizes = (*schedule.shortlists, schedule.k)
     if sizes[0] > head.num_classes:
         raise ValueError(

@@ -227,7 +227,7 @@ class EarlyRetrieval:
             found.ids[open_rows], found.scores[open_rows] = again.ids, again.scores
         return EarlyNeighbors(found, exits)
 
-    def _groups_of(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    def _groups_of(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the groups of gallery rows, in the shape of their ids."""
         if self.groups is None:
             return ids

@@ -160,6 +160,21 @@ class FunnelSchedule:
             return cls(tuple(funnel["dims"]), tuple(funnel["shortlists"]), funnel["k"])
 
 
+def check_schedule(schedule: object) -> FunnelSchedule:
+    """Return a schedule; raise `TypeError` where it is something else, such as a tuple of dims.
+
+    Examples:
+        >>> check_schedule(FunnelSchedule((8,), (), 1)).k
+        1
+    """
+    if not isinstance(schedule, FunnelSchedule):
+        raise TypeError(
+            f"A schedule must be a FunnelSchedule. Received: {schedule!r:.80}. "
+            "Write for example FunnelSchedule(dims=(16, 256), shortlists=(200,), k=10)."
+        )
+    return schedule
+
+
 def _check_dims(dims: Iterable[int]) -> tuple[int, ...]:
     """Return the dims of stages as a tuple of ints, as `check_dims`; the last may stand twice."""
     stages = tuple(dims) if isinstance(dims, Iterable) else dims

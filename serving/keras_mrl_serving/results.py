@@ -207,22 +207,22 @@ class Neighbors:
     An integer index gives the `(id, score)` pairs of one query; a slice gives `Neighbors`.
     """
 
-    ids: npt.NDArray[np.int64]  # declared as what almost every index has
+    ids: npt.NDArray[np.int64] | npt.NDArray[np.object_]
     scores: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @overload
-    def __getitem__(self, rows: SupportsIndex) -> list[tuple[int, float]]: ...
+    def __getitem__(self, rows: SupportsIndex) -> list[tuple[int | str, float]]: ...
     @overload
     def __getitem__(self, rows: slice) -> Neighbors: ...
-    def __getitem__(self, rows: SupportsIndex | slice) -> list[tuple[int, float]] | Neighbors:
+    def __getitem__(self, rows: SupportsIndex | slice) -> list[tuple[int | str, float]] | Neighbors:
         if isinstance(rows, slice):
             return Neighbors(self.ids[rows], self.scores[rows])
         return list(zip(self.ids[rows].tolist(), self.scores[rows].tolist(), strict=True))
 
-    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+    def __iter__(self) -> Iterator[list[tuple[int | str, float]]]:
         return (self[row] for row in range(len(self)))
 
     def __repr__(self) -> str:

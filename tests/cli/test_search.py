@@ -156,6 +156,32 @@ def test_queries_and_k_that_do_not_fit(run: Call) -> None:
     assert run("a.index", "--query", "none.npy") == (0, "", "")
 
 
+def test_another_funnel_than_the_index_was_built_with(run: Call) -> None:
+    np.save("Q.npy", np.array([[3, 4, 1]]))
+    by = ("a.index", "--query", "Q.npy", "--json")
+
+    def ids(*flags: str) -> list[int]:
+        status, out, err = run(*by, *flags)
+        assert (status, err) == (0, "")
+        return list(lines(out)[0]["ids"])
+
+    opened = open_index("a.index", FunnelSchedule((1, 3), (1,), 1)).search(np.array([[3, 4, 1]]))
+    assert ids() == [40, 50, 20, 10]
+    assert ids("--shortlists", "4") == ids("--shortlists", "4", "--k", "4")
+    assert ids("--shortlists", "1", "--k", "1") == opened.ids[0].tolist() != ids("--k", "1")
+    assert ids("--dims", "3", "--shortlists", "none", "--k", "5") == [40, 50, 20, 10, 30]
+    assert run(*by, "--dims", "3") == (
+        1,
+        "",
+        "keras-mrl: A funnel needs one shortlist fewer than dims, none larger than the one before "
+        "it, none below k, and k >= 1. Received: dims=(3,), shortlists=(5,), k=4. "
+        "Write for example FunnelSchedule(dims=(16, 256), shortlists=(200,), k=10).\n",
+    )
+    assert "--dims, --shortlists are of an index in a folder" in run.refused(
+        "--target", "t:1", "--shortlists", "9", "--text", "red", status=2
+    )
+
+
 def test_folders_that_hold_no_whole_index(run: Call) -> None:
     np.save("Q.npy", np.array([[1, 0, 0]]))
     assert run("nowhere", "--query", "Q.npy") == (

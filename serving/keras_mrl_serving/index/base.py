@@ -1,4 +1,4 @@
-"""What every index shares: the protocol, the facts beside a gallery, the checks of its arrays.
+"""What every index shares: the protocol, the checks of its arrays, the order of its answers.
 
 `ExactIndex` and `FaissIndex` hold their gallery in this process and are `LocalIndex`es;
 `QdrantIndex` asks a server, and shares only the facts and the checks.
@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ..embeddings import check_finite, inverse_length
-from ..errors import manifest_errors
+from ..embeddings import check_finite
 from ..funnel import FunnelSchedule
 from ..inputs import as_float32
-from ..integers import as_int
 from ..results import Neighbors
+from .facts import IndexFacts
+from .facts import Vectors as Vectors
 from .filters import Filter, as_filters
 from .ids import Ids as Ids
 from .ids import RowIds, check_among, check_some_ids
 
-Vectors = npt.NDArray[np.float32]
-
-METRICS = ("cosine", "dot", "l2")
-_NAMES = "strings"  # kind of the ids, where they are not int64
+Progress = Callable[[int, int], object]  # rows done, all rows
 
 
 class Index(Protocol):
@@ -77,124 +73,6 @@ class Index(Protocol):
 
     def prepare_filter(self, only: Any) -> Any:
         """Return a filter for any number of searches: of ids, or what else the index takes."""
-
-
-@dataclass(frozen=True)
-class IndexFacts:
-    """What must be known of a gallery to search it.
-
-    Args:
-        schedule: The funnel that is searched.
-        metric: How embeddings are compared. "cosine" scales every prefix of gallery and query
-            itself; "dot" and "l2" take them as they are. A score is the cosine, the dot product,
-            or the squared distance times -1: higher is nearer.
-        encoder_fingerprint: Fingerprint of the model that embedded the gallery, from its
-            manifest; a client refuses to search by embeddings of another model. None: no check.
-        prompt: The prompt that stood before each text when the gallery was embedded, as text:
-            one of the manifest's `prompts`. None without one.
-        has_names: Whether the ids of rows are strings.
-
-    Raises:
-        ValueError: If the metric is none of the three, or the prompt is no text.
-
-    Examples:
-        >>> facts = IndexFacts(FunnelSchedule((8, 64), (20,), 5))
-        >>> facts.check_k(None), facts.check_k(20)
-        (5, 20)
-    """
-
-    schedule: FunnelSchedule
-    metric: str = "cosine"
-    encoder_fingerprint: str | None = None
-    prompt: str | None = None
-    has_names: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the metric and the prompt."""
-        if self.metric not in METRICS:
-            raise ValueError(
-                'metric must be "cosine", "dot" or "l2". '
-                f"Received: metric={self.metric!r}. Take cosine if unsure."
-            )
-        if not isinstance(self.prompt, str | None):
-            raise ValueError(
-                "prompt must be the text that stood before each text of the gallery, or None. "
-                f"Received: prompt={self.prompt!r}. Give for example manifest.prompts['passage']."
-            )
-
-    @property
-    def width(self) -> int:
-        """Dim the queries are embedded at."""
-        return self.schedule.dims[-1]
-
-    def check_k(self, k: int | None) -> int:
-        """Return the number of neighbours to find; the funnel's for None.
-
-        Raises:
-            ValueError: If it is more than the last shortlist holds.
-        """
-        if k is None:
-            return self.schedule.k
-        try:
-            number = as_int(k)
-        except TypeError:
-            number = 0
-        most = self.schedule.shortlists[-1] if self.schedule.shortlists else None
-        if number >= 1 and (most is None or number <= most):
-            return number
-        if most is None:
-            raise ValueError(f"k must be an integer from 1 up. Received: k={k!r}. Give 10.")
-        raise ValueError(
-            f"k must lie in 1..{most}, as many as the last shortlist holds. "
-            f"Received: k={k!r}. Open the index with a schedule whose shortlists are longer."
-        )
-
-    def check_rows(self, rows: int) -> None:
-        """Raise `ValueError` if a gallery has fewer rows than the funnel returns."""
-        if rows < self.schedule.k:
-            raise ValueError(
-                "A gallery needs at least as many rows as the funnel returns. "
-                f"Received: {rows} rows for k={self.schedule.k}. Lower k, or add rows."
-            )
-
-    def prefix(self, vectors: Vectors, dim: int) -> Vectors:
-        """Return the first `dim` coordinates, contiguous, and of unit length for "cosine".
-
-        Examples:
-            >>> facts = IndexFacts(FunnelSchedule((2,), (), 1))
-            >>> facts.prefix(np.float32([[3, 4, 12]]), 2).tolist()
-            [[0.6000000238418579, 0.800000011920929]]
-        """
-        prefixes = np.ascontiguousarray(vectors[:, :dim])
-        if self.metric != "cosine":
-            return prefixes
-        return prefixes * inverse_length(np.einsum("rd,rd->r", prefixes, prefixes))[:, None]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the facts as they are saved; a prompt, and strings as ids, only where they are."""
-        saved = {
-            "schedule": self.schedule.to_json(),
-            "metric": self.metric,
-            "encoder_fingerprint": self.encoder_fingerprint,
-            **({} if self.prompt is None else {"prompt": self.prompt}),
-        }
-        return {**saved, "ids": _NAMES} if self.has_names else saved
-
-    @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> IndexFacts:
-        """Read what `to_json` returned.
-
-        Raises:
-            ManifestError: If `saved` is something else.
-        """
-        rule = "An index names its schedule, its metric and its encoder."
-        with manifest_errors(rule, saved, "wrote it"):
-            schedule = FunnelSchedule.from_json(saved["schedule"])
-            if saved.get("ids") not in (None, _NAMES):
-                raise ValueError(f"ids of a kind {saved['ids']!r:.80}")
-            has_names = saved.get("ids") == _NAMES
-            texts = saved["metric"], saved["encoder_fingerprint"], saved.get("prompt")
-            return cls(schedule, *texts, has_names)
 
 
 class IndexBase:
@@ -302,7 +180,7 @@ class LocalIndex(IndexBase, ABC):
             neighbors = self._filtered_one_by_one(vectors, k, filters)
         if self.row_ids.names is None:
             return neighbors
-        return Neighbors(self.row_ids.given(neighbors.ids), neighbors.scores)
+        return Neighbors(self.row_ids.given(np.asarray(neighbors.ids, np.int64)), neighbors.scores)
 
     def prepare_filter(self, only: npt.ArrayLike) -> Filter:
         """Return a filter for any number of searches of this index.
@@ -324,7 +202,7 @@ class LocalIndex(IndexBase, ABC):
         may_be_mask = not isinstance(only, list | tuple) or isinstance((*only, None)[0], bool)
         mask = np.asarray(only) if may_be_mask else None
         if mask is None or mask.dtype != bool:
-            return Filter(self, self._rows_among(only))
+            return Filter(self, self._rows_among(only, "only"))
         if mask.shape != (len(self),):
             raise ValueError(
                 "A mask has one bool per gallery row. "
@@ -392,9 +270,9 @@ class LocalIndex(IndexBase, ABC):
     def _vectors(self, rows: Ids) -> Vectors:
         """Return the embeddings of rows at the last dim."""
 
-    def _rows_among(self, ids: npt.ArrayLike) -> Ids:
+    def _rows_among(self, ids: npt.ArrayLike, name: str = "among") -> Ids:
         """Return the gallery rows that have these ids, in the gallery's order."""
-        given = check_among(ids)
+        given = check_among(ids, name)
         if given.dtype == np.int64 and len(given) == len(self) > 2 and given.max() <= 1:
             raise ValueError(
                 "Numbers are ids, and a mask of the rows is of bools. "
@@ -419,24 +297,6 @@ class LocalIndex(IndexBase, ABC):
         places = np.searchsorted(self.ids, numbers, sorter=self._rows_by_id)
         rows = self._rows_by_id[np.minimum(places, len(self) - 1)]
         return np.where(self.ids[rows] == numbers, rows, -1)
-
-
-def other_schedule(facts: IndexFacts, schedule: FunnelSchedule | None, rows: int) -> IndexFacts:
-    """Return the facts of an index that is opened with another schedule; None leaves its own.
-
-    Raises:
-        ValueError: If the gallery has fewer rows than the schedule returns.
-
-    Examples:
-        >>> facts = IndexFacts(FunnelSchedule((8, 64), (20,), 5))
-        >>> other_schedule(facts, FunnelSchedule((64,), (), 7), rows=9).schedule.k
-        7
-    """
-    if schedule is None:
-        return facts
-    facts = replace(facts, schedule=schedule)
-    facts.check_rows(rows)
-    return facts
 
 
 def check_embeddings(values: npt.ArrayLike, name: str, width: int) -> Vectors:

@@ -15,18 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ..embeddings import inverse_length
-from ..funnel import FunnelSchedule
+from ..funnel import FunnelSchedule, check_schedule
 from ..results import Neighbors
 from .base import (
     Ids,
-    IndexFacts,
     LocalIndex,
     Vectors,
     best_first,
     check_embeddings,
-    other_schedule,
     rounding,
 )
+from .facts import IndexFacts, other_schedule
 from .filters import Filter
 from .ids import RowIds, check_ids
 from .storage import IndexWriter, SavedFiles, open_saved, read_ids, write_ids
@@ -96,7 +95,7 @@ class ExactIndex(LocalIndex):
             ValueError: If shapes do not fit, a value is not finite, ids repeat, or the gallery
                 has fewer rows than the funnel returns.
         """
-        gallery = check_embeddings(embeddings, "gallery", schedule.dims[-1])
+        gallery = check_embeddings(embeddings, "gallery", check_schedule(schedule).dims[-1])
         row_ids = RowIds.of(check_ids(ids, len(gallery)))
         facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt, row_ids.names is not None)
         facts.check_rows(len(gallery))

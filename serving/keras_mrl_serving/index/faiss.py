@@ -15,25 +15,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..funnel import FunnelSchedule
+from ..funnel import FunnelSchedule, check_schedule
 from ..results import Neighbors
 from .base import (
     Ids,
-    IndexFacts,
     LocalIndex,
+    Progress,
     Vectors,
     as_gallery,
     best_first,
     check_embeddings,
     lowest_ids_first,
-    other_schedule,
     rounding,
 )
+from .facts import IndexFacts, other_schedule
 from .filters import Filter
 from .first_stage import FirstStage, check_first_stage, import_faiss
 from .ids import RowIds, check_ids
 from .refined import RefinedIndex, over_rows, unscaled
-from .shortlister import Progress, Shortlister
+from .shortlister import Shortlister
 from .storage import IndexWriter, SavedFiles, open_saved, read_ids, write_ids
 
 ENGINE = "faiss"
@@ -137,7 +137,7 @@ class FaissIndex(LocalIndex):
                 fewer rows than the funnel returns, or FAISS cannot make the first stage.
             ImportError: If FAISS is not installed.
         """
-        gallery = as_gallery(embeddings, schedule.dims[-1])
+        gallery = as_gallery(embeddings, check_schedule(schedule).dims[-1])
         row_ids = RowIds.of(check_ids(ids, len(gallery)))
         facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt, row_ids.names is not None)
         facts.check_rows(len(gallery))

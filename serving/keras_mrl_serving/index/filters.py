@@ -81,10 +81,7 @@ def as_filters(index: Any, filter: Any, queries: int) -> Filter | Sequence[Filte
     given = filter if isinstance(filter, list | tuple) else [filter]
     for some in given:
         if not isinstance(some, Filter):
-            raise TypeError(
-                "filter must be a prepared one, or a list with one per query. "
-                f"Received: {type(some).__name__}. Give index.prepare_filter(ids)."
-            )
+            raise no_filter(some)
         some.check(index)
     if not isinstance(filter, list | tuple):
         return given[0]
@@ -94,3 +91,16 @@ def as_filters(index: Any, filter: Any, queries: int) -> Filter | Sequence[Filte
             f"Received: {len(given)} filters for {queries} queries. Give one for all."
         )
     return given
+
+
+def no_filter(received: object) -> TypeError:
+    """Return the error for what is no filter.
+
+    Examples:
+        >>> "Received: ndarray" in str(no_filter(np.arange(3)))
+        True
+    """
+    return TypeError(
+        "filter must be a prepared one, or a list with one per query. "
+        f"Received: {type(received).__name__}. Give index.prepare_filter(ids)."
+    )

@@ -195,8 +195,12 @@ def check_ids(ids: npt.ArrayLike | None, rows: int) -> npt.NDArray[Any]:
     return checked if is_text(checked) else checked.astype(np.int64)
 
 
-def check_among(among: npt.ArrayLike) -> npt.NDArray[Any]:
+def check_among(among: npt.ArrayLike, name: str = "among") -> npt.NDArray[Any]:
     """Return the ids of a filter.
+
+    Args:
+        among: The ids, `(n,)`.
+        name: What the caller calls them, for the error.
 
     Raises:
         ValueError: If they are not int64 >= 0, or strings, in one dimension.
@@ -205,9 +209,9 @@ def check_among(among: npt.ArrayLike) -> npt.NDArray[Any]:
         >>> check_among([7, 2, 7]).tolist()
         [7, 2, 7]
     """
-    rule = "among must be int64 ids >= 0, or strings, in one dimension."
-    remedy = "Give the ids that may be returned, or leave it out for all."
-    return check_some_ids(among, "among", rule, remedy)
+    rule = f"{name} must be int64 ids >= 0, or strings, in one dimension."
+    all_rows = ", or leave it out for all" if name == "among" else ""
+    return check_some_ids(among, name, rule, f"Give the ids that may be returned{all_rows}.")
 
 
 def check_some_ids(ids: npt.ArrayLike, name: str, rule: str, remedy: str) -> npt.NDArray[Any]:
@@ -236,7 +240,7 @@ def _as_ids(name: str, ids: npt.ArrayLike) -> npt.NDArray[Any]:
 
 def _are_ids(values: npt.NDArray[Any]) -> bool:
     if values.dtype.kind == "O":
-        return values.ndim == 1 and all(map(_is_name, values.tolist()))
+        return values.ndim == 1 and all(map(is_name, values.tolist()))
     return bool(
         values.dtype.kind in "iu"
         and not (values < 0).any()
@@ -244,7 +248,13 @@ def _are_ids(values: npt.NDArray[Any]) -> bool:
     )
 
 
-def _is_name(value: object) -> bool:
+def is_name(value: object) -> bool:
+    """Return whether a value is a string that is not empty and that UTF-8 can write.
+
+    Examples:
+        >>> is_name("ant"), is_name("")
+        (True, False)
+    """
     if not isinstance(value, str) or not value:
         return False
     try:

@@ -6,8 +6,10 @@ in this process (`qdrant_folder.py`).
 
 from __future__ import annotations
 
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +17,13 @@ import numpy.typing as npt
 
 from ..errors import ServerError
 from ..results import Neighbors
-from .base import IndexFacts, Vectors, best_first
+from .base import best_first
+from .facts import IndexFacts, Vectors
+from .ids import is_text
+from .payloads import NAME_KEY, Payload, name_in
 
 PointId = int | str  # a str is a UUID
-Payload = Mapping[str, Any]
 
-NAME_KEY = "keras_mrl_id"  # of the payload: the id of a row whose id is a string
 DISTANCES = {"cosine": "Dot", "dot": "Dot", "l2": "Euclid"}
 
 
@@ -53,7 +56,8 @@ class PointCollection(ABC):
     """Rows of vectors and payloads in an engine of Qdrant's, by point id.
 
     Filters, search parameters and kinds of payload indexes are objects of the engine's own package:
-    `qdrant_client.models` or `qdrant_edge`.
+    `qdrant_client.models` or `qdrant_edge`. Every method raises `KerasMrlError` where the engine
+    fails.
 
     Args:
         name: Name of the collection.
@@ -141,6 +145,25 @@ class PointCollection(ABC):
         """Index a field of the payloads, so that filters by it are fast."""
 
     @abstractmethod
+    def _our_errors(self) -> AbstractContextManager[Any]:
+        """Yield the engine's package; raise what the engine raises as an error of this one."""
+
+    @abstractmethod
+    def _query(self, engine: Any, stage: StageQuery, **parts: Any) -> Any:
+        """Return the engine's query of one stage.
+
+        Args:
+            engine: The engine's package.
+            stage: The stage.
+            **parts: `vector`, a list of floats; `before`, the query of the stage before, or None;
+                `only`, a filter or None; `is_last`, whether no stage follows; `payload`, the keys
+                that points are to bear, or None.
+        """
+
+    @abstractmethod
+    def _answers(self, engine: Any, queries: Sequence[Any]) -> list[list[Any]]:
+        """Return the points of every query, best first."""
+
     def search(
         self, stages: Sequence[StageQuery], filters: Sequence[Any], *, names: bool
     ) -> list[list[Any]]:
@@ -150,7 +173,30 @@ class PointCollection(ABC):
             stages: Stages of the funnel, first stage first.
             filters: The engine's filter of each query; None leaves all rows.
             names: Whether points are to bear the strings that are their ids.
+
+        Raises:
+            ServerError: If the answers are no rows of a gallery.
         """
+        with self._our_errors() as engine:
+            vectors = zip(*(stage.queries.tolist() for stage in stages), strict=True)
+            queries = []
+            for only, by_stage in zip(filters, vectors, strict=True):
+                query: Any = None  # each stage prefetches for the next
+                for number, (stage, vector) in enumerate(zip(stages, by_stage, strict=True), 1):
+                    is_last = number == len(stages)
+                    query = self._query(
+                        engine,
+                        stage,
+                        vector=vector,
+                        before=query,
+                        only=only if number == 1 else None,  # later stages see nothing else
+                        is_last=is_last,
+                        payload=[NAME_KEY] if names and is_last else None,
+                    )
+                queries.append(query)
+            answers = self._answers(engine, queries)
+        self._check_answers(answers, len(queries), stages[-1].limit, names=names)
+        return answers
 
     @abstractmethod
     def optimize(self) -> None:
@@ -199,7 +245,7 @@ class PointCollection(ABC):
             self.replace_facts(facts)
         return np.array([at for at, point in enumerate(points) if point not in there], np.int64)
 
-    def check_answers(
+    def _check_answers(
         self, answers: Sequence[Sequence[Any]], queries: int, limit: int, *, names: bool
     ) -> None:
         """Raise `ServerError` where Qdrant answers with other points than rows of a gallery."""
@@ -208,10 +254,12 @@ class PointCollection(ABC):
             received = f"{len(answers)} answers to {queries} queries"
         elif max(map(len, answers), default=0) > limit:
             received = f"{max(map(len, answers))} points where {limit} were asked for"
-        elif names and not all(_name_of(p) for points in answers for p in points):
+        elif names and not all(name_in(point.payload) for points in answers for point in points):
             received = f"a point without a string {NAME_KEY!r} in its payload"
         elif not names and not all(
-            type(p.id) is int and 0 <= p.id < 2**63 for points in answers for p in points
+            type(point.id) is int and 0 <= point.id < 2**63
+            for points in answers
+            for point in points
         ):
             received = "a point whose id is no int64 >= 0"
         if received:
@@ -232,9 +280,18 @@ def as_point(point: object) -> PointId:
     return point if isinstance(point, int) else str(point)
 
 
-def _name_of(point: Any) -> str:
-    name = (point.payload or {}).get(NAME_KEY)
-    return name if isinstance(name, str) else ""
+def as_points(ids: npt.NDArray[Any]) -> list[PointId]:
+    """Return the point ids of rows: their ids, or the UUID5 of their strings.
+
+    Examples:
+        >>> as_points(np.array([7, 2]))
+        [7, 2]
+        >>> as_points(np.array(["wren"], object))
+        ['70fbca98-17f5-566c-8087-ab3d646c6dcb']
+    """
+    if not is_text(ids):
+        return list(ids.tolist())
+    return [str(uuid.uuid5(uuid.NAMESPACE_OID, name)) for name in ids.tolist()]
 
 
 def as_neighbors(
@@ -257,7 +314,7 @@ def as_neighbors(
     ids: Any = np.full(shape, "", object) if names else np.full(shape, -1, np.int64)
     scores = np.full(shape, -np.inf)
     for row, points in enumerate(answers):
-        ids[row, : len(points)] = [_name_of(point) if names else point.id for point in points]
+        ids[row, : len(points)] = [name_in(p.payload) if names else p.id for p in points]
         scores[row, : len(points)] = [point.score for point in points]
     if metric == "l2":
         scores = 0 - np.square(scores)  # Qdrant gives the distance

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..funnel import FunnelSchedule
+from ..funnel import FunnelSchedule, check_schedule
 from ..results import Neighbors
-from .base import Ids, IndexBase, IndexFacts, Vectors, check_embeddings
+from .base import IndexBase, Progress, Vectors, check_embeddings
+from .facts import IndexFacts
+from .filters import no_filter
 from .ids import check_among, check_ids, check_some_ids, is_text
-from .points import NAME_KEY, Payload, PointCollection, PointId, StageQuery, as_neighbors, as_point
+from .payloads import Payload, check_payloads, without_name
+from .points import PointCollection, PointId, StageQuery, as_neighbors, as_point, as_points
 from .qdrant_collection import Collection
 from .qdrant_folder import FolderCollection
 
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
     from qdrant_client import QdrantClient
 
     Place = QdrantClient | str | os.PathLike[str]
-
-Progress = Callable[[int, int], object]  # rows done, all rows
-Rows = TypeVar("Rows", Ids, npt.NDArray[Any])
 
 
 @dataclass(frozen=True)
@@ -161,16 +160,16 @@ class QdrantIndex(IndexBase):
             KerasMrlError: If Qdrant fails.
             ImportError: If qdrant-client is not installed.
         """
-        gallery = check_embeddings(embeddings, "gallery", schedule.dims[-1])
+        gallery = check_embeddings(embeddings, "gallery", check_schedule(schedule).dims[-1])
         row_ids = check_ids(ids, len(gallery))
         facts = IndexFacts(schedule, metric, encoder_fingerprint, prompt, is_text(row_ids))
-        checked = _checked_payloads(payloads, row_ids)
+        checked = check_payloads(payloads, row_ids)
         facts.check_rows(len(gallery))
         _check_dims("vectors", vectors, schedule.dims)
         index = cls(client, collection, facts, schedule.dims, params)
         missing = np.arange(len(row_ids))
         if index._collection.exists():
-            missing = index._collection.missing(facts, _points(row_ids))
+            missing = index._collection.missing(facts, as_points(row_ids))
         else:
             index._collection.create(facts, vectors or {}, options)
         index._upload(gallery, row_ids, checked, missing, progress)
@@ -236,7 +235,7 @@ class QdrantIndex(IndexBase):
         given: Any = ids if isinstance(ids, list | tuple) else np.asarray(ids)
         row_ids = check_ids(given, len(gallery))  # None would number rows
         self._check_kind(row_ids)
-        checked = _checked_payloads(payloads, row_ids)
+        checked = check_payloads(payloads, row_ids)
         self._upload(gallery, row_ids, checked, np.arange(len(row_ids)), progress)
 
     def remove(self, ids: npt.ArrayLike) -> None:
@@ -257,7 +256,7 @@ class QdrantIndex(IndexBase):
         )
         self._check_kind(row_ids)
         for batch in _batches(np.unique(row_ids), self.rows_per_upload):
-            self._collection.delete(_points(batch))
+            self._collection.delete(as_points(batch))
         self._collection.flush()
 
     def optimize(self) -> None:
@@ -285,7 +284,8 @@ class QdrantIndex(IndexBase):
         Raises:
             KerasMrlError: If Qdrant fails.
         """
-        return [None if record is None else _payload_of(record) for record in self._records(ids)]
+        records = self._records(ids)
+        return [None if one is None else without_name(one.payload) for one in records]
 
     def reconstruct(self, ids: npt.ArrayLike) -> Vectors:
         """Return the embeddings of rows, as Qdrant holds them at the last dim.
@@ -315,9 +315,9 @@ class QdrantIndex(IndexBase):
         self._check_kind(given)
         by_point: dict[PointId, Any] = {}
         for batch in _batches(given, self.rows_per_upload):
-            records = self._collection.records(_points(batch), payload=dim is None, dim=dim)
+            records = self._collection.records(as_points(batch), payload=dim is None, dim=dim)
             by_point |= {as_point(record.id): record for record in records}
-        return [by_point.get(point) for point in _points(given)]
+        return [by_point.get(point) for point in as_points(given)]
 
     def create_payload_index(self, field: str, kind: Any) -> None:
         """Index a field of the payloads, so that filters by it are fast.
@@ -354,9 +354,9 @@ class QdrantIndex(IndexBase):
         """
         if not isinstance(only, list | tuple | np.ndarray | range):
             return QdrantFilter(only)
-        ids = np.unique(check_among(only))
+        ids = np.unique(check_among(only, "only"))
         self._check_kind(ids)
-        return QdrantFilter(self._collection.only_ids(_points(ids)), len(ids))
+        return QdrantFilter(self._collection.only_ids(as_points(ids)), len(ids))
 
     def _check_kind(self, ids: npt.NDArray[Any]) -> None:
         if ids.size and is_text(ids) != self.facts.has_names:
@@ -381,7 +381,8 @@ class QdrantIndex(IndexBase):
             k: Number of neighbours, at most the last shortlist of the funnel; None for its `k`.
             among: The only ids that may be returned, `(n,)`; ids that are not in the gallery are
                 passed over, and fewer than `k` give fewer columns. None: all.
-            filter: What `prepare_filter` takes or returned; or a list, one per query.
+            filter: What `prepare_filter` returned, or a filter by payload; or a list, one per
+                query.
 
         Returns:
             Where an approximate first stage found fewer for some query, its last ids are -1, or
@@ -389,6 +390,7 @@ class QdrantIndex(IndexBase):
 
         Raises:
             ValueError: If queries, k or ids do not fit, or a value is not finite.
+            TypeError: If `filter` are ids.
             KerasMrlError: If Qdrant fails.
         """
         vectors = check_embeddings(queries, "queries", self.width)
@@ -426,14 +428,13 @@ class QdrantIndex(IndexBase):
         if among is not None:
             return [self.prepare_filter(np.unique(check_among(among)))] * max(1, num_queries)
         if not isinstance(filter, list | tuple):
-            one = filter if isinstance(filter, QdrantFilter) else QdrantFilter(filter)
-            return [one] * max(1, num_queries)
+            return [_as_filter(filter)] * max(1, num_queries)
         if len(filter) != num_queries:
             raise ValueError(
                 "A list of filters has one per query. "
                 f"Received: {len(filter)} filters for {num_queries} queries. Give one for all."
             )
-        return [some if isinstance(some, QdrantFilter) else QdrantFilter(some) for some in filter]
+        return list(map(_as_filter, filter))
 
     def _stages(
         self, queries: Vectors, limits: tuple[int, ...], is_whole: bool
@@ -463,12 +464,19 @@ class QdrantIndex(IndexBase):
         for batch in _batches(rows, max(1, min(self.rows_per_upload, fitting))):
             prefixes = {dim: self.facts.prefix(gallery[batch], dim) for dim in self.dims}
             some = None if payloads is None else [payloads[row] for row in batch.tolist()]
-            self._collection.upsert(_points(ids[batch]), prefixes, some)
+            self._collection.upsert(as_points(ids[batch]), prefixes, some)
             done += len(batch)
             if progress is not None:
                 progress(done, len(ids))
         if len(rows):
             self._collection.flush()
+
+
+def _as_filter(given: Any) -> QdrantFilter:
+    """Return one filter of a search; the engine's own are checked by the engine."""
+    if isinstance(given, str | int | np.generic | np.ndarray | range | set | frozenset):
+        raise no_filter(given)
+    return given if isinstance(given, QdrantFilter) else QdrantFilter(given)
 
 
 def _collection_at(client: Place, name: str) -> PointCollection:
@@ -477,37 +485,7 @@ def _collection_at(client: Place, name: str) -> PointCollection:
     return Collection(client, name)
 
 
-def _payload_of(record: Any) -> dict[str, Any]:
-    return {key: value for key, value in (record.payload or {}).items() if key != NAME_KEY}
-
-
-def _points(ids: npt.NDArray[Any]) -> list[PointId]:
-    """Return the point ids of rows: their ids, or the UUID5 of their strings."""
-    if not is_text(ids):
-        return list(ids.tolist())
-    return [str(uuid.uuid5(uuid.NAMESPACE_OID, name)) for name in ids.tolist()]
-
-
-def _checked_payloads(
-    payloads: Sequence[Payload] | None, ids: npt.NDArray[Any]
-) -> Sequence[Payload] | None:
-    """Return the payloads to write: those given, and the strings that are ids."""
-    if payloads is not None:
-        rule = f"payloads must be one JSON object per row, without {NAME_KEY!r}."
-        remedy = "Give dicts, one per row, or none."
-        if len(payloads) != len(ids):
-            raise ValueError(f"{rule} Received: {len(payloads)} for {len(ids)} rows. {remedy}")
-        for payload in payloads:
-            if not isinstance(payload, Mapping) or NAME_KEY in payload:
-                raise ValueError(f"{rule} Received: {payload!r:.80}. {remedy}")
-    if not is_text(ids):
-        return payloads
-    names = ids.tolist()
-    given: Sequence[Payload] = [{}] * len(names) if payloads is None else payloads
-    return [{**some, NAME_KEY: name} for some, name in zip(given, names, strict=True)]
-
-
-def _batches(values: Rows, step: int) -> Iterator[Rows]:
+def _batches(values: npt.NDArray[Any], step: int) -> Iterator[npt.NDArray[Any]]:
     return (values[start : start + step] for start in range(0, len(values), step))
 
 

@@ -22,12 +22,12 @@ from ..errors import (
     ServerError,
     ServerUnavailableError,
 )
-from .base import IndexFacts, Vectors
-from .points import DISTANCES, NAME_KEY, Payload, PointCollection, PointId, StageQuery
+from .facts import IndexFacts, Vectors
+from .payloads import Payload
+from .points import DISTANCES, PointCollection, PointId, StageQuery
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
-    from qdrant_client.models import ScoredPoint
 
 _USER_OF_URL = re.compile(r"//[^/\s]*@")  # name and password
 _METADATA_KEY = "keras_mrl"  # of the collection: a search returns rows, never this
@@ -51,7 +51,6 @@ class Collection(PointCollection):
         self.client = client
 
     def exists(self) -> bool:
-        """Return whether the collection is there."""
         with self._our_errors():
             return self.client.collection_exists(self.name)
 
@@ -105,7 +104,6 @@ class Collection(PointCollection):
         return IndexFacts.from_json(metadata[_METADATA_KEY])
 
     def replace_facts(self, facts: IndexFacts) -> None:
-        """Keep other facts with the collection."""
         with self._our_errors():
             self.client.update_collection(self.name, metadata={_METADATA_KEY: facts.to_json()})
 
@@ -120,7 +118,6 @@ class Collection(PointCollection):
             )
 
     def count(self, only: Any = None, *, exact: bool) -> int:
-        """Return the number of rows that a filter leaves; an inexact one may be too high."""
         with self._our_errors():
             return self.client.count(self.name, count_filter=only, exact=exact).count
 
@@ -130,61 +127,44 @@ class Collection(PointCollection):
         vectors: Mapping[int, Vectors],
         payloads: Sequence[Payload] | None,
     ) -> None:
-        """Write rows and their vectors by dim; rows whose ids are there are replaced."""
         with self._our_errors() as models:
             named = {str(dim): rows.tolist() for dim, rows in vectors.items()}
             batch = models.Batch(ids=list(points), vectors=named, payloads=payloads)
             self.client.upsert(self.name, points=batch, wait=True)
 
     def delete(self, points: Sequence[PointId]) -> None:
-        """Remove rows; ids that are not there are passed over."""
         with self._our_errors() as models:
             selector = models.PointIdsList(points=list(points))
             self.client.delete(self.name, points_selector=selector, wait=True)
 
     def only_ids(self, points: Sequence[PointId]) -> Any:
-        """Return the engine's filter that leaves these rows."""
         with self._our_errors() as models:
             return models.Filter(must=[models.HasIdCondition(has_id=list(points))])
 
     def create_payload_index(self, field: str, kind: Any) -> None:
-        """Index a field of the payloads, so that filters by it are fast."""
         with self._our_errors():
             self.client.create_payload_index(self.name, field, kind, wait=True)
 
-    def search(
-        self, stages: Sequence[StageQuery], filters: Sequence[Any], *, names: bool
-    ) -> list[list[ScoredPoint]]:
-        """Return the points of every query, best first."""
+    def _query(self, engine: Any, stage: StageQuery, **parts: Any) -> Any:
         options = self.client.init_options
         is_local = options.get("path") is not None or options.get("location") == ":memory:"
-        with self._our_errors() as models:
-            # Local mode is exact already, and warns of parameters: only the caller's may cause it.
-            exact = None if is_local else models.SearchParams(exact=True)
-            vectors = zip(*(stage.queries.tolist() for stage in stages), strict=True)
-            requests = []
-            for only, by_stage in zip(filters, vectors, strict=True):
-                request: Any = None  # each stage prefetches for the next
-                for number, (stage, vector) in enumerate(zip(stages, by_stage, strict=True), 1):
-                    make: Any = models.Prefetch
-                    payload = {}
-                    if number == len(stages):
-                        make = models.QueryRequest
-                        payload = {"with_payload": [NAME_KEY]} if names else {}
-                    request = make(
-                        prefetch=request,
-                        query=vector,
-                        using=str(stage.dim),
-                        limit=stage.limit,
-                        params=exact if stage.exact else stage.params,
-                        filter=only if number == 1 else None,  # later stages see nothing else
-                        **payload,
-                    )
-                requests.append(request)
-            answers = self.client.query_batch_points(self.name, requests)
-        points = [answer.points for answer in answers]
-        self.check_answers(points, len(requests), stages[-1].limit, names=names)
-        return points
+        # Local mode is exact already, and warns of parameters: only the caller's may cause it.
+        exact = None if is_local else engine.SearchParams(exact=True)
+        make: Any = engine.QueryRequest if parts["is_last"] else engine.Prefetch
+        payload = {} if parts["payload"] is None else {"with_payload": parts["payload"]}
+        return make(
+            prefetch=parts["before"],
+            query=parts["vector"],
+            using=str(stage.dim),
+            limit=stage.limit,
+            params=exact if stage.exact else stage.params,
+            filter=parts["only"],
+            **payload,
+        )
+
+    def _answers(self, engine: Any, queries: Sequence[Any]) -> list[list[Any]]:
+        del engine
+        return [answer.points for answer in self.client.query_batch_points(self.name, queries)]
 
     def optimize(self) -> None:
         """A server builds its graphs by itself."""
@@ -242,7 +222,7 @@ _ERRORS: dict[type[KerasMrlError], tuple[str, str, tuple[int | str, ...]]] = {
     ),
     MessageTooLargeError: (
         "A request must be no larger than Qdrant takes.",
-        "Give fewer ids in `among`, or raise the server's max_request_size_mb.",
+        "Give fewer ids, or raise the server's max_request_size_mb.",
         (413,),
     ),
     InvalidInputError: (

@@ -30,8 +30,9 @@ from ..errors import (
     ServerUnavailableError,
 )
 from ..untrusted import JSON_BYTES, UntrustedFileError, parse_json, read_bytes
-from .base import IndexFacts, Vectors
-from .points import DISTANCES, NAME_KEY, Payload, PointCollection, PointId, StageQuery
+from .facts import IndexFacts, Vectors
+from .payloads import Payload
+from .points import DISTANCES, PointCollection, PointId, StageQuery
 
 CARD = "gallery.json"
 _SHARD = re.compile(r"shard-[0-9a-f]{16}")
@@ -106,10 +107,20 @@ class FolderCollection(PointCollection):
                 given = {**defaults, **vectors.get(dim, {})}
                 config[str(dim)] = edge.EdgeVectorParams(size=dim, distance=distance, **given)
             made = edge.EdgeConfig(vectors=config, **options)
-            (self.path / shard).mkdir(parents=True)
+            self._make_folder(shard)
             engine = edge.EdgeShard.create(str(self.path / shard), made)
             engine.close()
         self._write({"format": 1, "shard": shard, "facts": facts.to_json()}, is_new=True)
+
+    def _make_folder(self, shard: str) -> None:
+        try:
+            (self.path / shard).mkdir(parents=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InvalidInputError(
+                "A gallery needs a folder. "
+                f"Received: {os.fspath(self.path)!r}, where a file stands in the way ({error}). "
+                "Name another folder, or move the file."
+            ) from error
 
     def facts(self) -> IndexFacts:
         """Return the facts the gallery was made with.
@@ -181,7 +192,6 @@ class FolderCollection(PointCollection):
             )
 
     def count(self, only: Any = None, *, exact: bool) -> int:
-        """Return the number of rows that a filter leaves; an inexact one may be too high."""
         engine = self._engine
         with self._our_errors() as edge:
             return int(engine.count(edge.CountRequest(exact=exact, filter=only)))
@@ -192,7 +202,6 @@ class FolderCollection(PointCollection):
         vectors: Mapping[int, Vectors],
         payloads: Sequence[Payload] | None,
     ) -> None:
-        """Write rows and their vectors by dim; rows whose ids are there are replaced."""
         engine = self._engine
         by_dim = {str(dim): rows.tolist() for dim, rows in vectors.items()}
         with self._our_errors() as edge:
@@ -207,49 +216,33 @@ class FolderCollection(PointCollection):
             engine.update(edge.UpdateOperation.upsert_points(rows))
 
     def delete(self, points: Sequence[PointId]) -> None:
-        """Remove rows; ids that are not there are passed over."""
         engine = self._engine
         with self._our_errors() as edge:
             engine.update(edge.UpdateOperation.delete_points(list(points)))
 
     def only_ids(self, points: Sequence[PointId]) -> Any:
-        """Return the engine's filter that leaves these rows."""
         with self._our_errors() as edge:
             return edge.Filter(must=[edge.HasIdCondition(set(points))])
 
     def create_payload_index(self, field: str, kind: Any) -> None:
-        """Index a field of the payloads, so that filters by it are fast."""
         engine = self._engine
         with self._our_errors() as edge:
             engine.update(edge.UpdateOperation.create_field_index(field, kind))
 
-    def search(
-        self, stages: Sequence[StageQuery], filters: Sequence[Any], *, names: bool
-    ) -> list[list[Any]]:
-        """Return the points of every query, best first."""
-        engine = self._engine
-        with self._our_errors() as edge:
-            exact = edge.SearchParams(exact=True)
-            vectors = zip(*(stage.queries.tolist() for stage in stages), strict=True)
-            requests = []
-            for only, by_stage in zip(filters, vectors, strict=True):
-                request: Any = None  # each stage prefetches for the next
-                for number, (stage, vector) in enumerate(zip(stages, by_stage, strict=True), 1):
-                    is_last = number == len(stages)
-                    make: Any = edge.QueryRequest if is_last else edge.Prefetch
-                    payload = {"with_payload": [NAME_KEY]} if names and is_last else {}
-                    request = make(
-                        prefetches=None if request is None else [request],
-                        query=edge.Query.Nearest(vector, using=str(stage.dim)),
-                        limit=stage.limit,
-                        params=exact if stage.exact else stage.params,
-                        filter=only if number == 1 else None,  # later stages see nothing else
-                        **payload,
-                    )
-                requests.append(request)
-            answers = engine.query_batch(edge.QueryBatchRequest(requests))
-        self.check_answers(answers, len(requests), stages[-1].limit, names=names)
-        return list(answers)
+    def _query(self, engine: Any, stage: StageQuery, **parts: Any) -> Any:
+        make: Any = engine.QueryRequest if parts["is_last"] else engine.Prefetch
+        payload = {} if parts["payload"] is None else {"with_payload": parts["payload"]}
+        return make(
+            prefetches=None if parts["before"] is None else [parts["before"]],
+            query=engine.Query.Nearest(parts["vector"], using=str(stage.dim)),
+            limit=stage.limit,
+            params=engine.SearchParams(exact=True) if stage.exact else stage.params,
+            filter=parts["only"],
+            **payload,
+        )
+
+    def _answers(self, engine: Any, queries: Sequence[Any]) -> list[list[Any]]:
+        return list(self._engine.query_batch(engine.QueryBatchRequest(list(queries))))
 
     def optimize(self) -> None:
         """Build the graphs of rows that have none; nothing else in this process runs meanwhile."""

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -19,14 +19,13 @@ import numpy.typing as npt
 
 from ..errors import DamagedIndexError
 from ..funnel import FunnelSchedule
-from .base import Ids, IndexFacts, Vectors, lowest_ids_first, rounding
+from .base import Ids, Progress, Vectors, lowest_ids_first, rounding
+from .facts import IndexFacts
 from .filters import Filter
 from .first_stage import EFFORTS, FirstStage, import_faiss, settings_of
 from .projected import check_components, projected_index, projected_parts
 from .refined import RefinedIndex, has_copies
 from .subset import Codes, behind_transforms, row_codes, subset_index
-
-Progress = Callable[[int, int], object]  # rows done, all rows
 
 _ROWS_ADDED_AT_ONCE = 50_000
 _NEIGHBORS_SEEN = 32  # comparisons of a graph for each row that it keeps while it searches

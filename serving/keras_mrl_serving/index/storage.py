@@ -44,7 +44,7 @@ from ..untrusted import (
     read_bytes,
 )
 from ..version import __version__
-from .base import IndexFacts
+from .facts import IndexFacts
 from .ids import RowIds, SortedNames
 
 try:

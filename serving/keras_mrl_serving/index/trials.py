@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from ..funnel import FunnelSchedule
 from ..projection import Projection, principal_directions
-from .base import Ids, Index, IndexFacts, Vectors, check_embeddings
+from .base import Ids, Index, Vectors, check_embeddings
+from .facts import IndexFacts
 from .faiss import FaissIndex, closest, wider_dims
 from .first_stage import FirstStage
 from .plan import Choice, Measure, recall_against, time_per_query
@@ -187,7 +188,7 @@ class Trials:
     def measured(self, first: Shortlister, spec: FirstStage, schedule: FunnelSchedule) -> Choice:
         """Set a first stage, search by a schedule, and return how good and how fast it is."""
         index = self._index(first, spec, schedule)
-        quality, error = self._mean_and_error(index.search(self._queries).ids)
+        quality, error = self._mean_and_error(np.asarray(index.search(self._queries).ids, np.int64))
         if schedule.dims == (self._dim,) and spec.factory == _FLAT:
             error = self.exact_error
         seconds = self._timer(index, self._queries, self._batch)

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,8 @@ from hypothesis import strategies as st
 
 from keras_mrl_serving.errors import ManifestError
 from keras_mrl_serving.funnel import FunnelSchedule
-from keras_mrl_serving.index import ExactIndex, FaissIndex, Index
-from keras_mrl_serving.index.base import IndexFacts
+from keras_mrl_serving.index import ExactIndex, FaissIndex, Index, open_index
+from keras_mrl_serving.index.facts import IndexFacts
 from tests.helpers.galleries import (
     ENGINES,
     METRICS,
@@ -396,3 +398,19 @@ def test_a_search_that_is_refused(
     index = build(GALLERY, SCHEDULE)
     with refuses(ValueError, text):
         index.search(**{"queries": QUERIES, **changed})
+
+
+@pytest.mark.parametrize("schedule", [(2, 4), 4, None, {"dims": [2, 4]}])
+def test_a_schedule_is_no_tuple_of_dims(
+    schedule: Any, build: Build, tmp_path: Path, refuses: Refuses
+) -> None:
+    text = (
+        f"A schedule must be a FunnelSchedule. Received: {schedule!r}. "
+        "Write for example FunnelSchedule(dims=(16, 256), shortlists=(200,), k=10)."
+    )
+    with refuses(TypeError, text):
+        build(GALLERY, schedule)
+    index = build(GALLERY, SCHEDULE)
+    index.save(tmp_path)
+    with refuses(TypeError, text) if schedule is not None else nullcontext():
+        open_index(tmp_path, schedule)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, FaissIndex, FirstStage
-from keras_mrl_serving.index.base import IndexFacts
+from keras_mrl_serving.index.facts import IndexFacts
 from keras_mrl_serving.index.faiss import wider_dims
 from keras_mrl_serving.index.filters import Filter
 from keras_mrl_serving.index.shortlister import Shortlister

@@ -108,7 +108,7 @@ def test_what_a_filter_leaves_decides_whether_a_graph_is_walked() -> None:
         assert (only.prepared.get("alone") is not None) == has_codes
         found = [index.search(QUERIES, filter=only).ids]
         found += [index.search(query[None], filter=only).ids for query in QUERIES]
-        assert (np.concatenate(found) < left).all()
+        assert (np.concatenate(found).astype(np.int64) < left).all()
 
 
 def test_filters_of_strings() -> None:
@@ -173,3 +173,15 @@ def test_what_is_no_filter_is_refused(index: ExactIndex | FaissIndex, refuses: R
         "Give ids instead.",
     ):
         index.prepare_filter(np.ones(5, bool))
+    with refuses(
+        ValueError,
+        "only must be int64 ids >= 0, or strings, in one dimension. "
+        "Received: float64 of shape (2,). Give the ids that may be returned.",
+    ):
+        index.prepare_filter([0.5, 1])
+    with refuses(
+        ValueError,
+        "only must be an array. Received: set. "
+        "Give a NumPy array, every row as long as the others.",
+    ):
+        index.prepare_filter({3})  # type: ignore[arg-type]

@@ -192,7 +192,7 @@ def test_a_quality_of_ones_own() -> None:
     """Precision by label, not the exact neighbours: rows that lie to one side are of a kind."""
     measure = precision_by_label(GALLERY[:, 0] > 0, QUERIES[:, 0] > 0)
     planned = plan(0.6, measure=measure)
-    reached = measure(built(planned).search(QUERIES).ids)
+    reached = measure(np.asarray(built(planned).search(QUERIES).ids, np.int64))
     np.testing.assert_allclose(planned.choice.quality, reached.mean(), rtol=0, atol=1e-12)
     assert planned.choice.quality_less_error >= 0.6
 

@@ -611,6 +611,17 @@ REFUSED_BUILDS: list[tuple[dict[str, Any], str]] = [
         {"ids": [0, 1, 2, 3, 4, 4]},
         "ids must differ from row to row. Received: 1 that repeat another. Give every row its own.",
     ),
+    *(
+        (
+            {"payloads": [{"kind": ["bird", {"seen": value}]}] * 6},
+            "payloads must be one JSON object per row, without 'keras_mrl_id'. Received: "
+            f"{{'kind': ['bird', {{'seen': {value!r:.55}}}]}}"[:129]
+            + ". JSON has strings, finite "
+            "numbers (integers of 64 bits), true, false, null, lists, and objects whose keys are "
+            "strings: write other values as one of these.",
+        )
+        for value in (2**70, 2**63, -(2**63) - 1, float("nan"), float("inf"), {1: 2}, {1}, b"a")
+    ),
     (
         {"embeddings": GALLERY[:, :3]},
         "The gallery must be (rows, width) with a width of at least 4. "
@@ -626,6 +637,8 @@ def test_a_gallery_that_is_refused_makes_no_collection(
     arguments = {"embeddings": GALLERY, "schedule": SCHEDULE, **changed}
     with refuses(ValueError, text):
         QdrantIndex.build(engine, name, **arguments)
+    with pytest.raises(TypeError, match=r"^A schedule must be a FunnelSchedule\. "):
+        QdrantIndex.build(engine, name, GALLERY, (2, 4))  # type: ignore[arg-type]
     with pytest.raises(errors.ManifestError):
         QdrantIndex.open(engine, name)
 
@@ -688,6 +701,11 @@ REFUSED_CALLS: list[tuple[Callable[[QdrantIndex], object], str]] = [
         "Received: shape (6, 3). Embed them at the funnel's last dim, one row each.",
     ),
     (
+        lambda index: index.prepare_filter([-1]),
+        "only must be int64 ids >= 0, or strings, in one dimension. "
+        "Received: int64 of shape (1,). Give the ids that may be returned.",
+    ),
+    (
         lambda index: index.search(GALLERY, among=[-1]),
         "among must be int64 ids >= 0, or strings, in one dimension. "
         "Received: int64 of shape (1,). "
@@ -702,6 +720,14 @@ def test_calls_that_are_refused_change_nothing(engine: Any, name: str, refuses: 
     for call, text in REFUSED_CALLS:
         with refuses(ValueError, text):
             call(index)
+    for ids in (np.arange(2), range(2), {3}, 3, "ant", [0, 1, 2, 3, 4, 5]):
+        kind = int if isinstance(ids, list) else type(ids)
+        with refuses(
+            TypeError,
+            "filter must be a prepared one, or a list with one per query. "
+            f"Received: {kind.__name__}. Give index.prepare_filter(ids).",
+        ):
+            index.search(GALLERY, filter=ids)
     assert (len(index), list(index.search(GALLERY))) == (6, before)
 
 

@@ -227,6 +227,15 @@ def test_a_name_is_that_of_a_folder(name: str, tmp_path: Path, refuses: Refuses)
         QdrantIndex.open(tmp_path, name)
 
 
+@pytest.mark.parametrize(("file", "folder"), [("a", "a"), ("a/pets", "a"), ("a", "a/b")])
+def test_a_file_in_the_way_of_a_gallery_is_named(file: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("mine")
+    with pytest.raises(InvalidInputError, match=r"^A gallery needs a folder\. .*where a file"):
+        QdrantIndex.build(tmp_path / folder, "pets", GALLERY[:5], FunnelSchedule((16,), (), 1))
+    assert (tmp_path / file).read_text() == "mine"
+
+
 @pytest.mark.parametrize("where", ["http://localhost:6333", ":memory:"])
 def test_a_server_is_asked_by_a_client(where: str, refuses: Refuses) -> None:
     with refuses(

@@ -10,7 +10,7 @@ import pytest
 
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import FaissIndex, FirstStage, open_index
-from keras_mrl_serving.index.base import IndexFacts
+from keras_mrl_serving.index.facts import IndexFacts
 from keras_mrl_serving.index.first_stage import import_faiss
 from keras_mrl_serving.index.refined import (
     RefinedIndex,

@@ -9,7 +9,7 @@ import pytest
 from keras_mrl_serving.errors import DamagedIndexError
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import FirstStage
-from keras_mrl_serving.index.base import IndexFacts
+from keras_mrl_serving.index.facts import IndexFacts
 from keras_mrl_serving.index.filters import Filter
 from keras_mrl_serving.index.first_stage import import_faiss
 from keras_mrl_serving.index.shortlister import Shortlister
