@@ -17,8 +17,9 @@ on the machine slows alike. 100 queries at once are timed by the processor time 
 
 With `--adaptor` the gallery is projected by it, and rivals search the rows as they were: turning
 them changes no cosine. `--svs` names a folder with Intel's library, an anchor that nothing here
-depends on. Graphs are built once and kept in `--work`. The last line is one JSON object, also
-written to `--out`.
+depends on. Graphs are built once and kept in `--work`. `--against` names reports of this script,
+whose plans are rivals as well: is an adapted funnel faster than one over the rows as they were, or
+over PCA's? The last line is one JSON object, also written to `--out`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from keras_mrl_serving.index.faiss import wider_dims
 from keras_mrl_serving.index.first_stage import lists_for
 from keras_mrl_serving.index.planner import Trials, choose_funnel
 from keras_mrl_serving.index.shortlister import Shortlister
+from keras_mrl_serving.projection import principal_directions
 
 Vectors = npt.NDArray[np.float32]
 
@@ -137,6 +139,14 @@ def main() -> None:
     parser.add_argument("--kinds", help="first stages that the planner tries, with ; (its own)")
     parser.add_argument("--skip", help="text in names of first stages that are not tried (none)")
     parser.add_argument("--only", help="rivals, with ; between them (all)")
+    parser.add_argument("--given", type=Path, help="an --out, whose plans are taken: none are made")
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="OUT[=DIR]",
+        help="an --out over the same rows, projected by the --adaptor DIR: its plans are rivals",
+    )
     parser.add_argument("--promise", type=int, default=0, help="splits of fresh queries")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -151,12 +161,17 @@ def main() -> None:
     targets = [float(target) for target in arguments.targets.split(",")]
     KeptTrials.files = str(arguments.work / f"{arguments.name}-first")
     KeptTrials.skipped = arguments.skip
-    plans = _plans(data, dims, kinds, targets)
+    if arguments.given is None:
+        plans = _plans(data, dims, kinds, targets)
+    else:
+        plans = list(map(Plan.from_json, json.loads(arguments.given.read_text())["plans"]))
     report: dict[str, Any] = {"name": arguments.name, "rows": len(data.gallery)}
     report |= {"plan_cpu_s": time.process_time() - began, "plans": [p.to_json() for p in plans]}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         leads = [_built(data, plan, Path(folder)) for plan in plans]
         report |= _compare(arguments, plain, data, plans, leads)
+        for given in arguments.against:
+            report |= _against(given, plain, data, plans, leads)
     if arguments.promise:
         report["promise"] = _promise(data, plans, arguments.promise)
     text = json.dumps(report)
@@ -181,11 +196,16 @@ def _read(arguments: argparse.Namespace) -> tuple[Data, Data]:
     plain = Data(
         unit(part >= 4)[: arguments.rows], unit(part == 2)[: arguments.queries], unit(part == 3)
     )
-    if arguments.adaptor is None:
-        return plain, plain
-    projection = Projection.load(arguments.adaptor)
+    return plain, _turned(plain, arguments.adaptor)
+
+
+def _turned(plain: Data, adaptor: Path | None) -> Data:
+    """Return the rows, projected where there is an adaptor."""
+    if adaptor is None:
+        return plain
+    projection = Projection.load(adaptor)
     turned = (plain.gallery, plain.planning, plain.judging)
-    return plain, Data(*(projection.transform(vectors) for vectors in turned))
+    return Data(*(projection.transform(vectors) for vectors in turned))
 
 
 def _plans(
@@ -206,16 +226,19 @@ def _plans(
 
 
 def _built(data: Data, plan: Plan, folder: Path) -> Rival:
-    path = folder / f"ours-{plan.target}"
+    path, spec = folder / f"ours-{plan.target}", plan.first_stage
+    if spec.factory.startswith("Projected") and spec.projection is None:  # a plan that was read
+        step = max(1, len(data.gallery) // 10_000)  # as the planner
+        components = principal_directions(data.gallery[::step][:10_000])
+        spec = replace(spec, projection=Projection(components, (data.gallery.shape[1],)))
     began = time.process_time()
-    FaissIndex.build(data.gallery, plan.schedule, first_stage=plan.first_stage, path=path)
+    FaissIndex.build(data.gallery, plan.schedule, first_stage=spec, path=path)
     seconds = time.process_time() - began
     index = open_index(path, verify=False)
     name = plan.choice.line().split(" us  ")[1]
 
     def search(queries: Vectors, k: int) -> Ids:
-        ids: Ids = index.search(queries, k).ids
-        return ids
+        return np.asarray(index.search(queries, k).ids, np.int64)
 
     return Rival(f"ours: {name}", (("",),), lambda _: None, search, path, seconds, plan)
 
@@ -275,6 +298,28 @@ def _compare(
             report["memory"][rival.name] = measured_memory(rival.files, plain.judging)
         rival.let_go()
     return report | _summary(report)
+
+
+def _against(
+    given: str, plain: Data, data: Data, plans: Sequence[Plan], leads: Sequence[Rival]
+) -> dict[str, float]:
+    """Return how many times as fast each of our plans is as that of another report."""
+    file, _, adaptor = given.partition("=")
+    report = json.loads(Path(file).read_text())
+    turned = _turned(plain, Path(adaptor) if adaptor else None)
+    truth = _exact(plain, plain.judging)
+    found = {}
+    for plan, lead, other in zip(plans, leads, map(Plan.from_json, report["plans"]), strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            rival = _built(turned, other, Path(folder))
+            measured = Measured("", _recall(rival.search(turned.judging, K), truth))
+            for _ in range(LAPS):
+                _lap(measured, rival, turned.judging, lead, data.judging)
+        name = f"{report['name']}_{round(100 * plan.target)}"
+        found[f"over_{name}"] = statistics.median(measured.ratios)
+        found[f"recall_of_{name}"] = measured.recall
+        print(rival.name, json.dumps(found), flush=True)
+    return found
 
 
 def _rivals(arguments: argparse.Namespace, plain: Data, plans: Sequence[Plan]) -> Iterator[Rival]:
@@ -403,7 +448,7 @@ def _promise(data: Data, plans: Sequence[Plan], splits: int) -> dict[str, Any]:
         facts_of = IndexFacts(found.schedule)
         stages = {dim: facts_of.prefix(data.gallery, dim) for dim in wider_dims(found.schedule)}
         index = FaissIndex(facts_of, np.arange(len(data.gallery)), first, stages)
-        recalls.append(_recall(index.search(others).ids, _exact(data, others)))
+        recalls.append(_recall(np.asarray(index.search(others).ids), _exact(data, others)))
     within = 0.005  # a standard error of 1,000 queries that plan
     return {
         "splits": splits,

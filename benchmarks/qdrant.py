@@ -1,10 +1,12 @@
-"""A gallery in a folder, with Qdrant's own engine: recall and latency while rows come and go.
+"""A gallery in a folder, with Qdrant's own engine: recall and latency while rows are upserted.
 
-    python benchmarks/qdrant.py --embeddings E.npy
+    python benchmarks/qdrant.py --embeddings E.npy --out FILE.json
 
-`--embeddings` are the rows of an `.npy` file, 80,000 of which are the gallery and 5,000 others give
-PCA. Queries are asked one at a time; between two of them, in the second round, 100 rows come and 10
-go. Latencies are of the wall clock, on a machine that may be busy.
+`--embeddings` are the rows of an `.npy` file: 80,000 of them are the gallery, 5,000 others give
+PCA, and the rest are new rows. Queries are asked one at a time in four phases: at rest; while a
+thread upserts batches of rows, half of them new and half in the place of others; after it, when the
+new rows are in no graph yet; and after `optimize`. Recall is against the exact neighbours among the
+rows that were there before the query. Latencies are of the wall clock.
 """
 
 from __future__ import annotations
@@ -12,14 +14,46 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import qdrant_edge
 
 from keras_mrl_serving import FunnelSchedule, QdrantIndex
 from keras_mrl_serving.projection import principal_directions
+
+K = 10
+BATCH = 50  # rows of an upsert
+PAUSE_S = 0.05  # after each
+
+
+class Gallery:
+    """Rows by id, and which of them are in the index.
+
+    Args:
+        rows: Of unit length, `(ids, width)`.
+        count: How many are there at first.
+    """
+
+    def __init__(self, rows: npt.NDArray[np.float32], count: int) -> None:
+        self.rows = rows
+        self.count = count
+        self.is_there = np.arange(len(rows)) < count
+
+    def upsert(self, index: QdrantIndex, until: threading.Event) -> None:
+        """Upsert batches until there are no new rows, or the event is set."""
+        rng = np.random.default_rng(1)
+        while not until.is_set() and self.count + BATCH // 2 <= len(self.rows):
+            new = np.arange(self.count, self.count + BATCH // 2)
+            ids = np.concatenate([new, rng.choice(self.count, BATCH // 2, replace=False)])
+            index.add(self.rows[ids], ids)
+            self.is_there[new] = True
+            self.count += len(new)
+            time.sleep(PAUSE_S)
 
 
 def main() -> None:
@@ -27,64 +61,74 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--embeddings", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=80_000)
-    parser.add_argument("--queries", type=int, default=100)
-    parser.add_argument("--shortlist", type=int, default=40)
+    parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--shortlist", type=int, default=100)
+    parser.add_argument("--ef", type=int, default=128, help="how hard the graph is searched")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = np.load(arguments.embeddings, mmap_mode="r")
     order = np.random.default_rng(0).permutation(len(rows))
-    ends = np.cumsum([arguments.rows, arguments.queries, 5000])
-    gallery, queries, others = (np.array(rows[np.sort(part)]) for part in np.split(order, ends)[:3])
+    parts = np.split(order, np.cumsum([arguments.queries, 5000]))
+    queries, others, all_rows = (np.array(rows[part], np.float32) for part in parts)
     turn = principal_directions(others).astype(np.float32).T
-    gallery, queries = gallery @ turn, queries @ turn
-    schedule = FunnelSchedule((96, gallery.shape[1]), (arguments.shortlist,), 10)
-    half = arguments.rows - 100 * arguments.queries
+    queries, all_rows = (_unit(some @ turn) for some in (queries, all_rows))
+    gallery = Gallery(all_rows, arguments.rows)
+    schedule = FunnelSchedule((96, queries.shape[1]), (arguments.shortlist,), K)
+    params = {96: qdrant_edge.SearchParams(hnsw_ef=arguments.ef)}
+    report: dict[str, Any] = {"rows": arguments.rows, "queries": arguments.queries}
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        index = QdrantIndex.build(folder, "pets", gallery[:half], schedule)
-        built = time.perf_counter() - start
-        still = asked(index, queries, gallery, half, changes=False)
-        changing = asked(index, queries, gallery, half, changes=True)
+        index = QdrantIndex.build(
+            folder, "pets", all_rows[: arguments.rows], schedule, params=params
+        )
+        report["build_s"] = time.perf_counter() - start
+        report["at_rest"] = _asked(index, queries, gallery)
+        is_over = threading.Event()
+        writer = threading.Thread(target=gallery.upsert, args=(index, is_over))
+        writer.start()
+        report["while_upserting"] = _asked(index, queries, gallery)
+        is_over.set()
+        writer.join()
+        report["afterwards"] = _asked(index, queries, gallery)
         start = time.perf_counter()
         index.optimize()
-        optimized = time.perf_counter() - start
+        report["optimize_s"] = time.perf_counter() - start
+        report["optimized"] = _asked(index, queries, gallery)
         index.close()
-    print(
-        json.dumps(
-            {
-                "rows": arguments.rows,
-                "built_s": built,
-                "optimize_s": optimized,
-                "still": still,
-                "changing": changing,
-            }
-        )
-    )
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
 
 
-def asked(
-    index: QdrantIndex, queries: Any, gallery: Any, rows: int, *, changes: bool
-) -> dict[str, float]:
+def _asked(index: QdrantIndex, queries: Any, gallery: Gallery) -> dict[str, float]:
     """Return the recall of the exact neighbours and the latencies of queries asked one by one."""
-    unit = gallery / np.linalg.norm(gallery, axis=1, keepdims=True)
-    is_there = np.arange(len(gallery)) < rows
-    seconds, found = [], []
-    for number, query in enumerate(queries):
-        if changes:
-            new = np.arange(rows + 100 * number, rows + 100 * (number + 1))
-            gone = np.arange(10 * number, 10 * (number + 1))
-            index.add(gallery[new], new)
-            index.remove(gone)
-            is_there[new], is_there[gone] = True, False
+    answers, seconds = [], []
+    for query in queries:
+        before = gallery.is_there.copy()
         start = time.perf_counter()
         ids = index.search(query[None]).ids[0]
         seconds.append(time.perf_counter() - start)
-        scores = np.where(is_there, unit @ query, -np.inf)
-        found.append(np.isin(np.argsort(-scores)[:10], ids).mean())
+        answers.append((before, np.asarray(ids, np.int64)))
+    is_there, hits = gallery.is_there.copy(), []
+    for query, (before, ids) in zip(queries, answers, strict=True):
+        scores = np.where(before, gallery.rows @ query, -np.inf)
+        of_before = ids[before[ids]]  # rows that came meanwhile push others out of the answer
+        nearest = np.argpartition(-scores, K)[:K]
+        nearest = nearest[np.argsort(-scores[nearest])][: max(1, len(of_before))]
+        hits.append(np.isin(nearest, of_before).mean())
+    info = index._collection._engine.info()  # type: ignore[attr-defined]
     return {
-        "recall": float(np.mean(found)),
+        "rows": int(is_there.sum()),
+        "indexed_vectors": info.indexed_vectors_count,
+        "segments": info.segments_count,
+        "recall": float(np.mean(hits)),
         "p50_ms": float(np.median(seconds) * 1e3),
         "p99_ms": float(np.quantile(seconds, 0.99) * 1e3),
     }
+
+
+def _unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
 
 if __name__ == "__main__":

@@ -284,7 +284,8 @@ def _ask(client: Client, gallery: Part, test: Part) -> dict[str, npt.NDArray[Any
     embeddings = client.embed(gallery.images, dims[-1])
 
     def neighbors(schedule: FunnelSchedule) -> npt.NDArray[np.int64]:
-        return client.retrieve(test.images, ExactIndex.build(embeddings, schedule)).ids
+        index = ExactIndex.build(embeddings, schedule)
+        return np.asarray(client.retrieve(test.images, index).ids, np.int64)
 
     funnel = funnel_over(len(embeddings))
     exhaustive = [neighbors(FunnelSchedule((dim,), (), K)) for dim in dims]

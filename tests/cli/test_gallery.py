@@ -120,7 +120,7 @@ def test_the_paper_s_mean_average_precision_is_planned_for(run: Call) -> None:
     assert status == 0
     plan = json.loads(out)["plan"]
     assert (plan["measure"], plan["target"]) == ("map", 0.4)
-    ids = open_index("a.index").search(queries).ids
+    ids = np.asarray(open_index("a.index").search(queries).ids, np.int64)
     reached = average_precision_by_label(*labels)(ids).mean()
     assert plan["quality"] == pytest.approx(reached, abs=1e-5)
 
