@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -102,7 +103,8 @@ def rival_of(name: str, factory: str, effort: str, gallery: Vectors, path: Path)
             lists.cp.max_points_per_centroid = PER_LIST
         made.train(gallery)
         made.add(gallery)
-        faiss.write_index(made, str(path))
+        faiss.write_index(made, f"{path}.part")
+        os.replace(f"{path}.part", path)  # whole, for another run that looks for it
     seconds = time.process_time() - began
     base = faiss.read_index(str(path))
     is_refined = "refined" in effort
