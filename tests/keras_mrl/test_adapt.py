@@ -10,8 +10,9 @@ import pytest
 from keras import ops
 
 from keras_mrl import MatryoshkaAdaptor, MatryoshkaEncoder, Truncate
-from keras_mrl.adapt import listwise_divergences, orthonormal, pairwise_differences
+from keras_mrl.adapt import orthonormal
 from keras_mrl.evaluation import score_projection
+from keras_mrl.losses.rankings import listwise_divergences, pairwise_differences
 from keras_mrl_serving import Projection
 from keras_mrl_serving.projection import principal_directions, unit_rows
 from tests.helpers.differentiate import value_and_gradient
