@@ -40,25 +40,29 @@ def test_early_queries_find_themselves_among_the_last_exits_embeddings() -> None
     assert (nearest(after["first"], after["last"]) == np.arange(100)).all()
 
 
-def test_the_weights_are_those_of_ridge_regression() -> None:
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_the_weights_are_those_of_ridge_regression(use_bias: bool) -> None:
     """Also in parts, and with a branch of the caller's, whose last layer is the map."""
     x = keras.Input((5,), name="x")
     hidden = keras.layers.Dense(8, activation="tanh", name="hidden")(x)
     deep = keras.layers.Dense(3)(keras.layers.Dense(8, activation="tanh")(hidden))
-    branch = keras.Sequential([keras.layers.Dense(6, "relu"), keras.layers.Dense(3)])
+    branch = keras.Sequential(
+        [keras.layers.Dense(6, "relu"), keras.layers.Dense(3, use_bias=use_bias)]
+    )
     encoder = MatryoshkaEncoder(keras.Model(x, deep), exits=[("hidden", branch)])
     features = keras.Model(x, branch.layers[0](hidden))(ROWS)
     read = np.asarray(keras.ops.convert_to_numpy(features), np.float64)
     given = np.asarray(embeddings(encoder, ROWS)["last"], np.float64)
     explained = align_exits(encoder, ROWS, ridge=0.1, batch_size=64)
-    deviations, targets = read - read.mean(0), given - given.mean(0)
+    means = (read.mean(0), given.mean(0)) if use_bias else (np.zeros(6), np.zeros(3))
+    deviations, targets = read - means[0], given - means[1]
     products = deviations.T @ deviations
     penalty = 0.1 * np.trace(products) / 6 * np.eye(6)
     kernel = np.linalg.solve(products + penalty, deviations.T @ targets)
-    made, bias = branch.layers[-1].get_weights()
+    made, *bias = branch.layers[-1].get_weights()
     np.testing.assert_allclose(made, kernel, atol=1e-5)
-    np.testing.assert_allclose(bias, given.mean(0) - read.mean(0) @ kernel, atol=1e-5)
-    rest = np.square(targets - deviations @ kernel).sum() / np.square(targets).sum()
+    np.testing.assert_allclose(bias, [means[1] - means[0] @ kernel] * use_bias, atol=1e-5)
+    rest = np.square(targets - deviations @ kernel).sum() / np.square(given - given.mean(0)).sum()
     assert explained["hidden"] == pytest.approx(1 - rest, abs=1e-5)
 
 
@@ -103,6 +107,14 @@ def test_a_branch_that_ends_in_something_else_is_refused() -> None:
             align_exits(model, ROWS)
         for own, before in zip(model.get_weights(), kept, strict=True):
             np.testing.assert_array_equal(own, before)
+
+
+def test_a_map_under_adaptation_is_left_alone() -> None:
+    """What it does is the sum of two kernels."""
+    encoder = models.encoder()
+    encoder.exit_layers[0].enable_lora(2)
+    with pytest.raises(ValueError, match="exit 'first', which ends in Dense"):
+        align_exits(encoder, ROWS)
 
 
 def test_a_map_that_the_tower_uses_too_is_left_alone() -> None:

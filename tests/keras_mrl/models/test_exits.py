@@ -206,9 +206,21 @@ def test_a_mapping_gives_branches_by_the_names_of_layers() -> None:
     assert model.exit_layers[1].units == DIMS[-1]
 
 
-@pytest.mark.parametrize("name", ["masked tokens", "keras-hub"])
+def attention_net() -> keras.Model:
+    tokens, mask = (keras.Input((None,), dtype="int32", name=n) for n in ("t", "attention_mask"))
+    x = keras.layers.Embedding(20, 8, name="embedding")(tokens)
+    mean = keras.layers.GlobalAveragePooling1D()(x, mask=mask)
+    return keras.Model({"t": tokens, "attention_mask": mask}, keras.layers.Dense(8)(mean))
+
+
+BY_INPUT = {"t": TEXTS["token_ids"], "attention_mask": TEXTS["padding_mask"]}
+MASKED = {name: MODELS[name] for name in ("masked tokens", "keras-hub")}
+MASKED["attention_mask"] = (attention_net, lambda: ["embedding"], {}, BY_INPUT, [])
+
+
+@pytest.mark.parametrize("name", MASKED)
 def test_an_exit_pools_over_the_steps_that_count(name: str) -> None:
-    body, exits, parts, x, _ = MODELS[name]
+    body, exits, parts, x, _ = MASKED[name]
     model = with_exits(body, exits, parts)
     width = int(LENGTHS[0])
     short = keras.tree.map_structure(lambda array: array[:1, :width], x)

@@ -71,6 +71,15 @@ def test_only_rows_that_differ_need_a_label() -> None:
     assert estimate_harm(few) == estimate_harm(audited)
 
 
+def test_of_unlabelled_rows_as_many_are_harm_as_of_labelled_ones() -> None:
+    adaptive, full = np.zeros(100, int), np.repeat([1, 0], [8, 92])
+    for labels, harm in (([], 0.08), ([1, 0, 0, 0], 0.02), ([1, 1, 1, 1], 0.08), ([0], 0.0)):
+        known = np.full(100, -1)
+        known[: len(labels)] = labels
+        assert estimate_harm(Audits(adaptive, full, known)).harm == harm
+    assert estimate_harm(Audits(adaptive, full)).harm == 0.08
+
+
 def test_audits_add_up() -> None:
     (_, january), (_, february) = month(0), month(1)
     both = january + february
