@@ -28,6 +28,7 @@ from keras_mrl_serving.text_operations import TEXT_OPERATIONS
 from keras_mrl_serving.version import __version__
 
 from .decoder import ImageDecoder
+from .folding import fold_normalizations
 from .gallery import IndexGraph, forget
 from .graph import trace, trace_describe, with_model_id
 from .job import ExportError, Job, TextJob, TowerJob
@@ -73,6 +74,7 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> lis
     texts = _text_graph(job), _text_graph(job.other_tower)
     manifest = _manifest(model, saved, towers, texts, head, job)
     try:
+        fold_normalizations(model)
         with_exits = model if job.exits else None
         served = ServedModel(towers, head, manifest, job, staged.scratch, with_exits, texts)
         _save_model(served, staged.folder)

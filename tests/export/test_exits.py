@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from keras_mrl import MatryoshkaClassifier, MatryoshkaEncoder, MatryoshkaHead, measure_costs
+from keras_mrl.models.costs import Costs, Work
 from keras_mrl_export import export_saved_model
 from keras_mrl_serving import stage_logits
 from keras_mrl_serving._session import SavedModelSession
@@ -363,7 +364,12 @@ def test_a_cascade_over_dims_asks_the_last_exit(vectors: Any, tmp_path: Path) ->
 
 
 def test_measured_costs_stand_in_the_manifest(vectors: Any, tmp_path: Path) -> None:
-    costs = measure_costs(vectors, batch_sizes=(1, 4), laps=1)
+    early, rest, test = (Work(1, {1: own, 4: own**2}) for own in (0.5, 0.25, 0.125))
+    costs = Costs(
+        backbone={"first": early, "last": early + rest},
+        branch={"first": rest, "last": Work(0, {1: 0.0, 4: 0.0})},
+        head=dict.fromkeys(DIMS, test),
+    )
     policy = small_policy(vectors)
     path = export_saved_model(
         vectors,
@@ -381,6 +387,10 @@ def test_measured_costs_stand_in_the_manifest(vectors: Any, tmp_path: Path) -> N
         for name in ("first", "last")
     ]
     assert times == expected
+    assert manifest.exit_cascade is not None
+    of_stages = np.array(costs.of(policy.keys, 1)) / costs.of(policy.keys[-1:], 1)[0]
+    shares = [own["relative_cost"] for own in manifest.exit_cascade["exit_stages"]]
+    np.testing.assert_allclose(shares, of_stages)  # of the smallest batch
 
 
 def refusal(tmp_path: Path, model: Any, error: type[Exception] = ValueError, **more: Any) -> str:
@@ -443,6 +453,16 @@ def test_a_sample_of_which_no_row_goes_down_is_told(vectors: Any, tmp_path: Path
     forced = models.with_thresholds(small_policy(vectors), ALL)
     with pytest.warns(UserWarning, match="Received: a sample of 4 rows, none of which reaches"):
         export_saved_model(vectors, tmp_path, models.VECTORS[:4], policy=forced)
+    model, _, files = decoded_rows()  # of files no other rows are made
+    with pytest.warns(UserWarning, match="Received: a sample of 4 rows, none of which reaches"):
+        export_saved_model(
+            model,
+            tmp_path / "decoded",
+            files[:4],
+            policy=forced,
+            decoder=DECODER,
+            activation="softmax",
+        )
 
 
 def test_a_row_that_goes_down_is_made_where_the_sample_has_none(
