@@ -54,3 +54,19 @@ def test_nested_heads_are_as_good_as_separate_nets_once_training_has_converged(
     for dim in (8, 16, 32, 64, 128, 256):
         assert paired(results, "top1", dim, last)["points"] > -0.5
         assert paired(results, "nn1", dim, last)["points"] > (0 if dim <= 16 else -0.3)
+
+
+def test_the_example_of_a_verdict_is_what_the_command_says_of_these_numbers(results: Any) -> None:
+    from heads_page import paired
+
+    from keras_mrl.comparison.verdict import sentences
+
+    last, dims = results["epochs"][-1], [dim for dim in results["dims"] if dim >= 8]
+    differences = {
+        other: {str(dim): paired(results, measure, dim, last) for dim in dims}
+        for measure, other in (("top1", "ff"), ("nn1", "pca"))
+    }
+    verdict = {"differences": differences, "moved": {}, "best": 0.95, "chance": 1 / 150}
+    text = " ".join(sentences({"verdict": verdict, "plan": {"epochs": last}}))
+    quoted = (ROOT / "docs/compare.md").read_text().replace("\n> ", " ")
+    assert text in quoted, text
