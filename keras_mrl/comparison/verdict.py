@@ -128,13 +128,14 @@ def _nearest(nets: TrainedNets, sides: Sides) -> dict[int, Array]:
 
 
 def sentences(results: Mapping[str, Any]) -> list[str]:
-    """Return the verdict in sentences, the shortest that say it; the last says what to do."""
+    """Return the verdict: whether it pays off, by how much, and last what to do."""
     given = results["verdict"]
     refusal = _untrained(given, results["plan"])
     if refusal:
         return refusal
     differences = given["differences"]
     return [
+        _headline(differences["pca"]),
         _against_separate(differences["ff"]),
         _against_cut(differences["pca"]),
         _advice(differences),
@@ -175,6 +176,16 @@ def _is_unfinished(dim: str, given: Mapping[str, Any]) -> bool:
     moved, now = given["moved"][dim], given["differences"]["ff"][dim]["points"]
     is_seen = moved["low"] > 0 or moved["high"] < 0
     return bool(is_seen and abs(moved["points"]) > max(MARGIN, abs(now)))
+
+
+def _headline(by_dim: Mapping[str, Any]) -> str:
+    """Whether it is better anywhere than PCA of one net, which costs nothing."""
+    gained = {dim: d for dim, d in by_dim.items() if d["shows"] == "ahead"}
+    if gained:
+        return f"Matryoshka pays off at {_dims(gained)} dims."
+    if any(d["shows"] == "unclear" for d in by_dim.values()):
+        return "It is not shown that Matryoshka pays off here: the test rows are too few."
+    return "Matryoshka does not pay off here."
 
 
 def _against_separate(by_dim: Mapping[str, Any]) -> str:
@@ -232,10 +243,7 @@ def _advice(differences: Mapping[str, Any]) -> str:
     gained = [dim for dim, d in differences["pca"].items() if d["shows"] == "ahead"]
     lost = [dim for dim, d in differences["ff"].items() if d["shows"] == "behind"]
     if not gained:
-        return (
-            "What to do: train one net at its full width and cut it by PCA, which costs nothing; "
-            "nested training gains nothing here."
-        )
+        return "What to do: train one net at its full width and cut it by PCA, which costs nothing."
     price = (
         f", and pay the points above at {_list(lost)} dims; where these count, a separate net"
         if lost

@@ -57,6 +57,7 @@ def results(**changes: Any) -> dict[str, Any]:
 
 def test_the_verdict_is_told_by_dim() -> None:
     assert sentences(results()) == [
+        "Matryoshka pays off at 8 and 16 dims.",
         "At 8, 16 and 32 dims Matryoshka is level with separate nets (-0.2, +0.2, -0.1; +-0.4).",
         "By nearest neighbours it is 13.6 and 1.3 points above PCA of the widest separate net at 8 "
         "and 16 dims (+-0.4). At 32 dims PCA does as well (+0.1; +-0.4).",
@@ -68,7 +69,8 @@ def test_the_verdict_is_told_by_dim() -> None:
 def test_a_price_and_too_few_rows_are_told() -> None:
     ff = {"8": given("behind", -9.6, 2), "16": given("unclear", -1.0, 2), "32": FF["32"]}
     pca = {dim: given("unclear", 0.3, 2) for dim in ff}
-    first, second, last = sentences(results(differences={"ff": ff, "pca": pca}))
+    headline, first, second, last = sentences(results(differences={"ff": ff, "pca": pca}))
+    assert headline == ("It is not shown that Matryoshka pays off here: the test rows are too few.")
     assert first == (
         "At 32 dims Matryoshka is level with separate nets (-0.1; +-0.4); at 8 dims it is 9.6 "
         "points below separate nets (+-2.0); at 16 dims the test rows are too few to tell "
@@ -76,8 +78,17 @@ def test_a_price_and_too_few_rows_are_told() -> None:
     )
     assert "From 8 dims up the test rows are too few to tell it from PCA" in second
     assert last.startswith("What to do: train one net at its full width and cut it by PCA")
-    only = sentences(results(differences={"ff": {"16": ff["16"]}, "pca": pca}, moved={}))[0]
+    only = sentences(results(differences={"ff": {"16": ff["16"]}, "pca": pca}, moved={}))[1]
     assert only.startswith("At 16 dims the test rows are too few to tell Matryoshka from separate")
+
+
+def test_no_gain_over_the_free_cut_is_no_pay_off() -> None:
+    pca = {"8": given("behind", -2.0), "16": given("level", 0.1), "32": given("level", 0.0)}
+    told = sentences(results(differences={"ff": FF, "pca": pca}))
+    assert told[0] == "Matryoshka does not pay off here."
+    assert told[-1] == (
+        "What to do: train one net at its full width and cut it by PCA, which costs nothing."
+    )
 
 
 def test_training_that_goes_on_moving_is_not_judged() -> None:
