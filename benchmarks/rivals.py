@@ -24,13 +24,14 @@ PER_LIST = 64  # rows a list is learned from, a quarter of FAISS's most, to buil
 _GRAPH = (12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384)
 _LISTS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256)
 _FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16, 24)
+_FINE_FACTORS = (1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 64)
 # Each group from fast to exact: what follows one that reaches every target is slower.
 _EFFORTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "graph": (tuple(f"efSearch={ef}" for ef in _GRAPH),),
     "lists": (tuple(f"nprobe={n}" for n in _LISTS),),
     "refined graph": tuple(tuple(f"efSearch={ef},k_factor={k}" for ef in _GRAPH) for k in _FACTORS),
     "refined lists": tuple(tuple(f"nprobe={n},k_factor={k}" for n in _LISTS) for k in _FACTORS),
-    "refined": (tuple(f"k_factor={k}" for k in (*_FACTORS, 32, 48, 64)),),
+    "refined": (tuple(f"k_factor={k}" for k in _FINE_FACTORS),),
 }
 FACTORIES: dict[str, tuple[str, str]] = {
     "HNSW32": ("HNSW32", "graph"),

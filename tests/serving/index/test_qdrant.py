@@ -587,6 +587,8 @@ def test_an_index_is_opened_with_another_schedule(engine: Any, name: str) -> Non
 
 # What is refused, and in which words.
 
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
 REFUSED_BUILDS: list[tuple[dict[str, Any], str]] = [
     (
         {"embeddings": GALLERY[:1]},
@@ -620,7 +622,7 @@ REFUSED_BUILDS: list[tuple[dict[str, Any], str]] = [
             "numbers (integers of 64 bits), true, false, null, lists, and objects whose keys are "
             "strings: write other values as one of these.",
         )
-        for value in (2**70, 2**63, -(2**63) - 1, float("nan"), float("inf"), {1: 2}, {1}, b"a")
+        for value in (2**70, 2**63, -(2**63) - 1, np.nan, np.inf, {1: 2}, {1}, b"a", ENDLESS)
     ),
     (
         {"embeddings": GALLERY[:, :3]},

@@ -74,6 +74,11 @@ def test_a_graph_finds_nearly_all(tmp_path: Path) -> None:
     result = index.search(QUERIES)
     pairs = zip(expected.ids, result.ids, strict=True)
     assert np.mean([np.isin(*pair).mean() for pair in pairs]) > 0.9
+    index.close()
+    (shard,) = (tmp_path / "pets").glob("shard-*")
+    engine = qdrant_edge.EdgeShard.load(str(shard))
+    assert engine.info().indexed_vectors_count >= len(GALLERY)
+    engine.close()
 
 
 def test_filters_by_payload_are_honoured(index: QdrantIndex) -> None:
