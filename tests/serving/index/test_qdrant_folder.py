@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from keras_mrl_serving import ManifestError
 from keras_mrl_serving.errors import InvalidInputError, ServerUnavailableError
 from keras_mrl_serving.funnel import FunnelSchedule
 from keras_mrl_serving.index import ExactIndex, QdrantIndex
+from keras_mrl_serving.index.facts import IndexFacts
+from keras_mrl_serving.index.qdrant_folder import FolderCollection
 from tests.helpers.galleries import Refuses
 from tests.helpers.programs import last_error
 
@@ -230,6 +233,34 @@ def test_a_name_is_that_of_a_folder(name: str, tmp_path: Path, refuses: Refuses)
         f"Received: {name!r}. Name the path by the first argument.",
     ):
         QdrantIndex.open(tmp_path, name)
+
+
+def test_what_was_written_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def recorded(name: str) -> Callable[..., Any]:
+        original = getattr(FolderCollection, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return original(*arguments)
+
+        return call
+
+    index = QdrantIndex.build(tmp_path, "pets", GALLERY[:50], FunnelSchedule((16,), (), 1))
+    for name in ("upsert", "delete", "flush"):
+        monkeypatch.setattr(FolderCollection, name, recorded(name))
+    index.add(GALLERY[50:60], range(50, 60))
+    index.remove([3])
+    assert calls == ["upsert", "flush", "delete", "flush"]
+
+
+def test_a_gallery_is_never_made_over_another(tmp_path: Path) -> None:
+    for _ in range(2):
+        collection = FolderCollection(tmp_path, "pets")
+        with pytest.raises(FileExistsError) if collection.exists() else nullcontext():
+            collection.create(IndexFacts(SCHEDULE), {}, {})
+    assert len(list((tmp_path / "pets").glob("gallery.json*"))) == 1
 
 
 @pytest.mark.parametrize(("file", "folder"), [("a", "a"), ("a/pets", "a"), ("a", "a/b")])
