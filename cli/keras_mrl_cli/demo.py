@@ -29,7 +29,16 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from .demo_report import LAPS, K, funnel_over, make_report, print_report, write_report
+from .demo_report import (
+    LAPS,
+    REQUEST_LAPS,
+    REQUEST_SIZES,
+    K,
+    funnel_over,
+    make_report,
+    print_report,
+    write_report,
+)
 from .digits import (
     DIMS,
     EXITS,
@@ -44,7 +53,7 @@ from .digits import (
     train,
     views,
 )
-from .output import print_json, print_line, print_lines
+from .output import print_json, print_line, print_lines, print_paragraph
 from .shared import (
     DONE,
     MISUSED,
@@ -110,13 +119,29 @@ def demo(arguments: SimpleNamespace) -> int:
     # an epoch takes ten times as long with two as with one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     needs = f"{backend},export,server,evaluate"
-    with needing(needs, "The demo trains, exports, serves and draws."):
-        for name in _NEEDS:
-            import_module(name)
-    report = _run(out, backend, arguments.epochs, arguments.seed)
+    with _native_logs(out / "demo.log"):
+        with needing(needs, "The demo trains, exports, serves and draws."):
+            for name in _NEEDS:
+                import_module(name)
+        report = _run(out, backend, arguments.epochs, arguments.seed)
     if arguments.json:
         print_json(**report)
     return DONE
+
+
+@contextmanager
+def _native_logs(file: Path) -> Iterator[None]:
+    """Send stderr into a file: TensorFlow greets there, whatever TF_CPP_MIN_LOG_LEVEL says."""
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with file.open("wb") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(screen, 2)
+        os.close(screen)
 
 
 def _run(out: Path, backend: str, epochs: int, seed: int) -> dict[str, Any]:
@@ -127,18 +152,20 @@ def _run(out: Path, backend: str, epochs: int, seed: int) -> dict[str, Any]:
     training, holdout, test = load_parts(seed)
     judged = views(holdout, HOLDOUT_VIEWS, seed + 1)
     asked = views(test, TEST_VIEWS, seed + 2)
-    sizes = ", ".join(str(len(part.labels)) for part in (training, holdout, test))
-    with _step(f"Train on handwritten digits with {backend} (train, holdout, test: {sizes})"):
-        print_line(
-            f"  {TRAINING_VIEWS} views of each image, moved by up to a pixel and noisy; exits: "
-            f"{', '.join(EXITS)}"
+    with _step(f"Train on handwritten digits, with {backend}"):
+        print_paragraph(
+            f"{len(training.labels)} images train, {len(holdout.labels)} calibrate, "
+            f"{len(test.labels)} test; all are moved by up to a pixel and noisy. The model answers "
+            "at one of three exits: glance (a tiny net beside it), block1 (after its first "
+            "convolution) and last (the whole model). Each exit reads its first 2, 4, 8, 16, 32 or "
+            "all 64 features: the dims."
         )
         model = train(views(training, TRAINING_VIEWS, seed), epochs, seed, MODEL)
-    with _step("Calibrate: search on the holdout when an early exit is sure enough"):
+    with _step("Calibrate: how sure must an early exit be? Other images than those decide it"):
         logits = model.all_exits().predict(judged.images, verbose=0)
         policy, costs = calibrate(model, logits, judged)
         _print_policy(policy)
-    with _step("Export: a SavedModel with a signature per exit and dim, compared with the model"):
+    with _step("Export a SavedModel for TensorFlow Serving, and compare its answers with Keras's"):
         right = logits[LAST].argmax(axis=-1) == judged.labels[:, None]
         version = export_saved_model(
             model,
@@ -167,7 +194,7 @@ def _run(out: Path, backend: str, epochs: int, seed: int) -> dict[str, Any]:
     write_report(out, answers, report)
     print_lines(
         f"\nEverything is in {out}: the SavedModel ({version.relative_to(out.absolute())}), "
-        "report.json, predictions.npz, accuracy.png, retrieval.png.\n"
+        "report.json, predictions.npz, two figures (accuracy.png, retrieval.png), and logs.\n"
         "Go on with:\n"
         f"  keras-mrl serve --model_name {MODEL} --model_base_path {base_path} --port 8500\n"
         "and, while it runs, in Python:\n"
@@ -199,8 +226,12 @@ def _costs(policy: CascadePolicy, costs: Costs) -> dict[str, npt.NDArray[Any]]:
 
 def _print_policy(policy: CascadePolicy) -> None:
     for stage in policy.stages:
-        rule = "takes the rest" if stage.threshold is None else f"if above {stage.threshold:.4f}"
-        print_lines(f"  stop at {stage.exit or LAST:>6}, dim {stage.dim:>2}, {rule}")
+        rule = (
+            "takes the rest"
+            if stage.threshold is None
+            else f"answers the images of which it is at least {100 * stage.threshold:.1f}% sure"
+        )
+        print_lines(f"  {stage.exit or LAST:>6} {rule}")
 
 
 # The server, which is given the published folder and nothing else.
@@ -279,8 +310,18 @@ def _ask(client: Client, gallery: Part, test: Part) -> dict[str, npt.NDArray[Any
     fixed = np.stack([ask().class_ids[:, 0] for ask in asks.values()], axis=1)
     adaptive = client.classify_adaptive(test.images)
     *fixed_ms, adaptive_ms = _milliseconds(
-        [*asks.values(), partial(client.classify_adaptive, test.images)]
+        [*asks.values(), partial(client.classify_adaptive, test.images)], LAPS
     )
+    by_size = {
+        size: _milliseconds(
+            [
+                partial(client.classify_adaptive, test.images[:size]),
+                partial(client.classify, test.images[:size], dims[-1]),
+            ],
+            REQUEST_LAPS,
+        )
+        for size in REQUEST_SIZES
+    }
     embeddings = client.embed(gallery.images, dims[-1])
 
     def neighbors(schedule: FunnelSchedule) -> npt.NDArray[np.int64]:
@@ -300,6 +341,8 @@ def _ask(client: Client, gallery: Part, test: Part) -> dict[str, npt.NDArray[Any
         "adaptive_dims": adaptive.dim,
         "adaptive_exits": np.array(adaptive.exit, dtype=str),
         "adaptive_milliseconds": np.array(adaptive_ms),
+        "request_sizes": np.array([*by_size, len(test.images)]),
+        "request_milliseconds": np.array([*by_size.values(), [adaptive_ms, fixed_ms[-1]]]),
         "neighbors_by_dim": np.stack(exhaustive, axis=1),
         "funnel_neighbors": neighbors(funnel),
         "funnel_dims": np.array(funnel.dims),
@@ -307,10 +350,10 @@ def _ask(client: Client, gallery: Part, test: Part) -> dict[str, npt.NDArray[Any
     }
 
 
-def _milliseconds(asks: Sequence[Callable[[], object]]) -> list[float]:
+def _milliseconds(asks: Sequence[Callable[[], object]], laps: int) -> list[float]:
     """Return the milliseconds of the fastest of a few laps of each, all in turn."""
     taken: list[list[float]] = [[] for _ in asks]
-    for _ in range(LAPS):
+    for _ in range(laps):
         for ask, own in zip(asks, taken, strict=True):
             start = time.perf_counter()
             ask()

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .digits import DIMS, EXITS, LAST
-from .output import print_lines
+from .output import print_line, print_lines, print_paragraph
 
 if TYPE_CHECKING:
     from keras_mrl_serving import FunnelSchedule
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 K = 10
 HALF_POINT = 0.005
 LAPS = 5
+# Small requests show what a cascade costs that saves little: they are quick, and so asked often.
+REQUEST_SIZES, REQUEST_LAPS = (8, 32, 128, 512), 20
 # The first stage looks at every row with 16 dims and passes 4.5% of them on to all 64.
 FUNNEL_DIMS, SHORTLIST_SHARE = (16, 64), 0.045
 
@@ -59,6 +61,12 @@ def make_report(answers: Arrays) -> dict[str, Any]:
     rivals = {name: own for name, own in fixed.items() if own["accuracy"] >= enough - 1e-12}
     rival = min(rivals, key=lambda name: rivals[name]["cost"])
     adaptive_ms = float(answers["adaptive_milliseconds"])
+    requests = {
+        str(size): {"adaptive": float(adaptive), "full": float(full)}
+        for size, (adaptive, full) in zip(
+            answers["request_sizes"], answers["request_milliseconds"], strict=True
+        )
+    }
     return {
         "accuracy_by_dim": _by_dim(dims, accuracy[-1]),
         "full_accuracy": float(accuracy[-1, -1]),
@@ -71,6 +79,8 @@ def make_report(answers: Arrays) -> dict[str, Any]:
         "adaptive_milliseconds": adaptive_ms,
         "cost_share": adaptive_cost / fixed[rival]["cost"],
         "time_share": adaptive_ms / fixed[rival]["milliseconds"],
+        "request_milliseconds": requests,
+        "faster_from": _faster_from(requests),
         "exit_fractions": {
             _name(*stage): float((stage_of == i).mean()) for i, stage in enumerate(stages)
         },
@@ -80,6 +90,14 @@ def make_report(answers: Arrays) -> dict[str, Any]:
         **_report_retrieval(answers, dims),
         "test_size": len(labels),
     }
+
+
+def _faster_from(requests: Mapping[str, Mapping[str, float]]) -> int | None:
+    """Return the size of requests from which on the cascade took no longer, if there is one."""
+    sizes = [None, *map(int, requests)]
+    slower = [i for i, own in enumerate(requests.values(), 1) if own["adaptive"] > own["full"]]
+    first = max(slower, default=0) + 1
+    return sizes[first] if first < len(sizes) else None
 
 
 def _name(exit_: str, dim: int) -> str:
@@ -122,53 +140,92 @@ def _by_dim(dims: list[int], values: Any) -> dict[str, float]:
 
 def print_report(report: Mapping[str, Any]) -> None:
     """Print what each fixed choice costs and gets right, and the same of the cascade and funnel."""
-    print_lines(
-        f"  every image at one exit and dim (multiply-adds of the whole model; ms for all "
-        f"{report['test_size']} images in one request, the fastest of {LAPS}):\n"
-        f"  {'exit and dim':>12}  {'accuracy':>8}  {'madds':>9}  {'ms':>6}"
+    print_paragraph(
+        "Every test image at the same exit and dim. Cost: multiply-adds for one image. Time: of "
+        f"one request with all {report['test_size']} images, the fastest of {LAPS}."
     )
+    print_lines(f"\n  {'exit':>10}  {'dim':>3}  {'accuracy':>8}  {'cost':>9}  {'time':>9}")
     for name, own in report["fixed_dims"].items():
-        print_lines(
-            f"  {_spelt(name):>12}  {100 * own['accuracy']:7.2f}%  {own['cost']:>9,.0f}"
-            f"  {own['milliseconds']:>6.1f}"
-        )
-    rival = report["fixed_dims"][report["cheapest_fixed"]]
+        _print_choice(*_parts(name), own["accuracy"], own["cost"], own["milliseconds"])
+    keys = ("adaptive_accuracy", "adaptive_cost", "adaptive_milliseconds")
+    _print_choice("adaptive", "", *(report[key] for key in keys))
     spread = ", ".join(
-        f"{100 * share:.0f}% at {_spelt(name)}" for name, share in report["exit_fractions"].items()
+        f"{100 * share:.0f}% at {_parts(name)[0]}"
+        for name, share in report["exit_fractions"].items()
     )
-    print_lines(
-        f"  adaptive classification: {100 * report['adaptive_accuracy']:.2f}% at "
-        f"{report['adaptive_cost']:,.0f} multiply-adds per image and "
-        f"{report['adaptive_milliseconds']:.1f} ms; the whole model: "
-        f"{100 * report['full_accuracy']:.2f}%\n"
-        f"  rows stop: {spread}\n"
-        f"  the cheapest fixed choice as good, {_spelt(report['cheapest_fixed'])}, has "
-        f"{100 * rival['accuracy']:.2f}% at {rival['cost']:,.0f} and {rival['milliseconds']:.1f} "
-        f"ms: adaptive costs {report['cost_share']:.2f} of its multiply-adds and "
-        f"{report['time_share']:.2f} of its time\n"
-        f"  search among {report['gallery_size']} clean images (multiply-adds per query):\n"
-        f"  {'dim':>12}  {'p10':>8}  {'map10':>9}  {'madds':>6}"
+    rival = report["fixed_dims"][report["cheapest_fixed"]]
+    exit_, dim = _parts(report["cheapest_fixed"])
+    is_close = report["adaptive_accuracy"] >= report["full_accuracy"] - HALF_POINT
+    as_good = "within half a point of the whole model" if is_close else "as accurate as that"
+    print_line()
+    print_paragraph(
+        f"Adaptive: each image is answered at the first exit that is sure of it, {spread}. The "
+        f"cheapest fixed choice {as_good} is {exit_} with {dim} dims: "
+        f"{100 * rival['accuracy']:.2f}%. Adaptive takes {100 * report['cost_share']:.0f}% of its multiply-adds, and "
+        f"{100 * report['time_share']:.0f}% of its time in this large request."
     )
-    for dim, map10 in report["map10_by_dim"].items():
-        print_lines(
-            f"  {dim:>12}  {100 * report['p10_by_dim'][dim]:8.2f}  {100 * map10:9.2f}"
-            f"  {report['madds_by_dim'][dim]:>6,}"
-        )
+    print_lines(f"\n  {'images':>10}  {'adaptive':>9}  {'whole model':>11}")
+    for size, own in report["request_milliseconds"].items():
+        print_line(f"  {size:>10}  {own['adaptive']:>6.2f} ms  {own['full']:>8.2f} ms")
+    print_line()
+    print_paragraph(
+        "Adaptive runs the model in pieces, and each piece costs some time in every request, for "
+        f"few images as for many. {_when_faster(report)} The larger a model, the fewer images are "
+        "needed."
+    )
+    _print_search(report)
+
+
+def _when_faster(report: Mapping[str, Any]) -> str:
+    first, (smallest, *_) = report["faster_from"], report["request_milliseconds"]
+    if first is None:
+        return "With a model as small as this one, it was slower in requests of any size here."
+    if first == int(smallest):
+        return "Here it was no slower in requests of any size."
+    return (
+        f"With a model as small as this one, it pays in requests of {first} images and more; in "
+        "smaller ones the whole model was faster."
+    )
+
+
+def _print_choice(exit_: str, dim: str, accuracy: float, cost: float, milliseconds: float) -> None:
+    print_line(
+        f"  {exit_:>10}  {dim:>3}  {100 * accuracy:7.2f}%  {cost:>9,.0f}  {milliseconds:>6.1f} ms"
+    )
+
+
+def _print_search(report: Mapping[str, Any]) -> None:
+    """Print what a search finds with each dim, and with a funnel."""
+    rows = report["gallery_size"]
+    print_line()
+    print_paragraph(
+        f"Search: the {K} nearest of the {rows} training images, for each test image. Precision: "
+        "the share of them with the same digit. mAP: the same, but the first ranks count more. "
+        "Cost: multiply-adds for one query."
+    )
+    print_lines(f"\n  {'dim':>10}  {'precision':>9}  {'mAP':>7}  {'cost':>9}")
+
+    def print_row(name: str, precision: float, mean_ap: float, madds: int) -> None:
+        print_line(f"  {name:>10}  {100 * precision:8.2f}%  {100 * mean_ap:6.2f}%  {madds:>9,}")
+
+    for dim, mean_ap in report["map10_by_dim"].items():
+        print_row(dim, report["p10_by_dim"][dim], mean_ap, report["madds_by_dim"][dim])
+    print_row("funnel", report["p10_funnel"], report["map10_funnel"], report["funnel_madds"])
+    narrow, wide = report["funnel"]["dims"]
     share = report["funnel_madds"] / report["exact_madds"]
-    first = report["funnel"]["shortlists"][0] / report["gallery_size"]
-    print_lines(
-        f"  funnel {' -> '.join(map(str, report['funnel']['dims']))} with a shortlist of "
-        f"{100 * first:.1f}%: map10 {100 * report['map10_funnel']:.2f} against "
-        f"{100 * report['map10_exact']:.2f} exhaustive, p10 {100 * report['p10_funnel']:.2f}, at "
-        f"{report['funnel_madds']:,} multiply-adds per query against {report['exact_madds']:,} "
-        f"({share:.2f}x)"
+    print_line()
+    print_paragraph(
+        f"Funnel: {narrow} dims of all {rows} images are compared, then all {wide} dims of the "
+        f"nearest {report['funnel']['shortlists'][0]}. Its mAP is "
+        f"{100 * report['map10_funnel']:.2f}%, that of a search with all dims "
+        f"{100 * report['map10_exact']:.2f}%. It takes {100 * share:.0f}% of the multiply-adds."
     )
 
 
-def _spelt(name: str) -> str:
-    """Return "glance, 8" for "glance_8", and "last, 8" for "8"."""
+def _parts(name: str) -> tuple[str, str]:
+    """Return ("glance", "8") for "glance_8", and ("last", "8") for "8"."""
     exit_, _, dim = name.rpartition("_")
-    return f"{exit_ or LAST}, {dim}"
+    return exit_ or LAST, dim
 
 
 def write_report(out: Path, answers: Arrays, report: Mapping[str, Any]) -> None:
@@ -187,7 +244,7 @@ def write_report(out: Path, answers: Arrays, report: Mapping[str, Any]) -> None:
             for name in (*EXITS, LAST)
         },
         (report["adaptive_cost"], report["adaptive_accuracy"]),
-        {_spelt(name): share for name, share in report["exit_fractions"].items()},
+        {", ".join(_parts(name)): share for name, share in report["exit_fractions"].items()},
         out / "accuracy.png",
         title="Digits: one fixed choice for every image, or adaptive",
     )

@@ -144,9 +144,8 @@ def train(part: Part, epochs: int, seed: int, name: str) -> Any:
     entries[LAST] = f"accuracy_{DIMS[-1]}"
 
     def print_epoch(epoch: int, logs: Mapping[str, float]) -> None:
-        by_exit = "  ".join(f"{name}: {100 * logs[own]:5.1f}" for name, own in entries.items())
-        progress = f"epoch {epoch + 1:3d}/{epochs}  loss {logs['loss']:7.3f}"
-        print_lines(f"  {progress}  accuracy at exit {by_exit}")
+        by_exit = ", ".join(f"{name} {100 * logs[own]:.1f}%" for name, own in entries.items())
+        print_lines(f"  epoch {epoch + 1}/{epochs}: loss {logs['loss']:.2f}, accuracy {by_exit}")
 
     model.fit(
         part.images,

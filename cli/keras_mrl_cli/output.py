@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from math import isfinite
@@ -27,6 +28,11 @@ def print_lines(text: str) -> None:
     """Print a text of several lines of the command's own."""
     for line in text.split("\n"):
         print_line(line)
+
+
+def print_paragraph(text: str) -> None:
+    """Print running text, indented, in lines of at most 100 characters."""
+    print_lines(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  "))
 
 
 def print_note(text: str) -> None:

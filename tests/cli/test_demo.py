@@ -34,6 +34,7 @@ class Run:
 
     out: Path
     stdout: str
+    stderr: str
 
     @cached_property
     def report(self) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def run(out: Path, *flags: str) -> Run:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return Run(out, done.stdout)
+    return Run(out, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,17 @@ def counted(answers: dict[str, Array]) -> dict[str, Any]:
     enough = min(adaptive, accuracy[-1] - 0.5 * POINT) - 1e-12
     rival = min((own["cost"], name) for name, own in fixed.items() if own["accuracy"] >= enough)[1]
     adaptive_ms = float(answers["adaptive_milliseconds"])
+    requests = {
+        str(size): {"adaptive": float(adaptive), "full": float(full)}
+        for size, (adaptive, full) in zip(
+            answers["request_sizes"], answers["request_milliseconds"], strict=True
+        )
+    }
+    faster_from = None
+    for size, own in reversed(requests.items()):
+        if own["adaptive"] > own["full"]:
+            break
+        faster_from = int(size)
     hits = [
         gallery[answers["neighbors_by_dim"][:, index]] == truth[:, None]
         for index in range(len(DIMS))
@@ -148,6 +160,8 @@ def counted(answers: dict[str, Array]) -> dict[str, Any]:
         "adaptive_milliseconds": adaptive_ms,
         "cost_share": adaptive_cost / fixed[rival]["cost"],
         "time_share": adaptive_ms / fixed[rival]["milliseconds"],
+        "request_milliseconds": requests,
+        "faster_from": faster_from,
         "exit_fractions": {
             name_of(*stage): decided.count(stage) / len(decided) for stage in stages
         },
@@ -262,10 +276,24 @@ def test_adaptive_classification_keeps_the_accuracy_and_saves_work(demo: Run) ->
     assert report["adaptive_accuracy"] >= report["full_accuracy"] - 1.5 * POINT
     assert report["cost_share"] <= 0.7
     assert max(report["exit_fractions"].values()) <= 0.8
-    text = demo.stdout.replace("\n", " ")
-    assert f"adaptive costs {report['cost_share']:.2f} of its multiply-adds" in text
+    text = " ".join(demo.stdout.split())
+    assert f"Adaptive takes {100 * report['cost_share']:.0f}% of its multiply-adds" in text
     for own in report["fixed_dims"].values():
         assert f"{100 * own['accuracy']:.2f}%  {own['cost']:>9,.0f}" in demo.stdout
+
+
+@pytest.mark.backend
+def test_it_says_in_which_requests_adaptive_is_slower(demo: Run) -> None:
+    text = " ".join(demo.stdout.split())
+    sizes = [*map(int, demo.report["request_milliseconds"])]
+    assert sizes == [8, 32, 128, 512, 900]
+    for size, own in demo.report["request_milliseconds"].items():
+        assert f" {size} {own['adaptive']:.2f} ms {own['full']:.2f} ms " in text
+    first = demo.report["faster_from"]
+    assert {
+        None: "it was slower in requests of any size here",
+        8: "Here it was no slower in requests of any size",
+    }.get(first, f"it pays in requests of {first} images and more") in text
 
 
 @pytest.mark.soak
@@ -324,6 +352,7 @@ def test_the_plots_are_pictures(demo: Run, name: str, shape: tuple[int, ...]) ->
 def test_everything_is_where_it_says(demo: Run) -> None:
     assert sorted(os.listdir(demo.out)) == [
         "accuracy.png",
+        "demo.log",
         "models",
         "predictions.npz",
         "report.json",
@@ -333,6 +362,13 @@ def test_everything_is_where_it_says(demo: Run) -> None:
     (version,) = os.listdir(demo.out / "models" / "digits")
     place = f"models/digits/{version}"
     assert f"Everything is in {demo.out}: the SavedModel ({place}), " in demo.stdout
+
+
+@pytest.mark.backend
+def test_only_its_own_words_are_on_the_screen(demo: Run) -> None:
+    # TensorFlow greets on stderr before it reads TF_CPP_MIN_LOG_LEVEL.
+    assert demo.stderr == ""
+    assert (demo.out / "demo.log").read_text()
 
 
 @pytest.mark.backend
