@@ -161,7 +161,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     print_paragraph(
         f"Adaptive: each image is answered at the first exit that is sure of it, {spread}. The "
         f"cheapest fixed choice {as_good} is {exit_} with {dim} dims: "
-        f"{100 * rival['accuracy']:.2f}%. Adaptive takes {100 * report['cost_share']:.0f}% of its multiply-adds, and "
+        f"{100 * rival['accuracy']:.2f}%. Adaptive takes "
+        f"{100 * report['cost_share']:.0f}% of its multiply-adds, and "
         f"{100 * report['time_share']:.0f}% of its time in this large request."
     )
     print_lines(f"\n  {'images':>10}  {'adaptive':>9}  {'whole model':>11}")
