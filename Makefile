@@ -51,7 +51,8 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy $(ROOMS) tests benchmarks examples
 
-soak: $(VENV)/.dev ## the long counts that `make test` runs in small
+soak: $(VENV)/.dev ## the long counts that `make test` runs in small; needs chromium and npm
+	$(PIP) -c constraints.txt -e '.[docs]'
 	KERAS_MRL_SOAK=1 $(BIN)/python -m pytest tests -m soak
 
 docs: $(VENV)/.dev ## the documentation as a site, in site/

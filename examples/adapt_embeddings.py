@@ -80,7 +80,11 @@ def main() -> None:
     neighbors = projection.bind(index).search(asked)
     exact = ExactIndex.build(rows[gallery], FunnelSchedule((width,), (), 10)).search(asked)
     found = [np.isin(a, b).mean() for a, b in zip(exact.ids, neighbors.ids, strict=True)]
-    print(f"recall@10 of full-width neighbours: {np.mean(found):.3f}")
+    share = (len(gallery) * first + shortlist * width) / (len(gallery) * width)
+    print(
+        f"gained: {share:.0%} of the multiply-adds of a search at full width find "
+        f"{np.mean(found):.1%} of its ten nearest"
+    )
 
 
 def embeddings(arguments: argparse.Namespace) -> Any:

@@ -106,7 +106,7 @@ def main() -> None:
     ceiling = np.dot(costs.of(list(logits)), oracle.exit_fractions) / full_cost
     print(f"{'a router that knows the answer':33} {oracle.accuracy:6.1%}  {ceiling:6.1%}")
     print(
-        f"\nSaved {1 - work:.1%} of the multiply-adds; "
+        f"\ngained: {1 - work:.1%} of the multiply-adds are saved; "
         f"accuracy {report.accuracy:.1%} instead of {report.full_accuracy:.1%}."
     )
 

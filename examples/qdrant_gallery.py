@@ -37,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, help="of the gallery (a temporary one)")
     parser.add_argument("--url", help="of a Qdrant server instead")
-    parser.add_argument("--embeddings", type=Path)
+    parser.add_argument("--embeddings", type=Path, help="rows of an .npy file (drawn)")
     parser.add_argument("--rows", type=int, default=3000)
     arguments = parser.parse_args()
     if arguments.url:
@@ -53,7 +53,12 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, place: Any) -> None:
     """Build a gallery in a place, change it and search it."""
-    rows, queries = np.split(embeddings(arguments), [-50])
+    if arguments.embeddings:
+        rows = np.load(arguments.embeddings, mmap_mode="r")[: arguments.rows].astype("float32")
+    else:
+        drawn = np.random.default_rng(0).normal(size=(arguments.rows, 64))
+        rows = (drawn * np.geomspace(1, 0.05, 64)).astype("float32")
+    rows, queries = rows[:-50], rows[-50:]
     width = rows.shape[1]
     names = [f"pet {number}" for number in range(len(rows))]
     payloads = [{"colour": COLOURS[number % 3]} for number in range(len(rows))]
@@ -101,16 +106,6 @@ def is_red(url: str | None) -> Any:
 
     match = qdrant_edge.MatchValue("red")
     return qdrant_edge.Filter(must=[qdrant_edge.FieldCondition("colour", match=match)])
-
-
-def embeddings(arguments: argparse.Namespace) -> Any:
-    """Return the rows of the file, or drawn ones."""
-    if arguments.embeddings:
-        rows = np.load(arguments.embeddings, mmap_mode="r")[: arguments.rows]
-        return np.asarray(rows, np.float32)
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(arguments.rows, 64)) * np.geomspace(1, 0.05, 64)
-    return rows.astype("float32")
 
 
 if __name__ == "__main__":

@@ -37,12 +37,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--embeddings", type=Path)
+    parser.add_argument("--embeddings", type=Path, help="rows of an .npy file (drawn)")
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--threads", type=int, default=8)
     arguments = parser.parse_args()
-    rows = embeddings(arguments)
+    if arguments.embeddings:
+        rows = np.load(arguments.embeddings, mmap_mode="r")[: arguments.rows].astype("float32")
+    else:
+        drawn = np.random.default_rng(0).normal(size=(arguments.rows, 128))
+        rows = (drawn * np.geomspace(1, 0.05, 128)).astype("float32")
     gallery, queries = rows[: -arguments.queries], rows[-arguments.queries :]
     width = rows.shape[1]
     names = [f"product {number}" for number in range(len(gallery))]
@@ -94,16 +98,6 @@ def cpu_seconds(search: Any) -> Any:
         return (time.thread_time() - start) / len(rows)
 
     return timed
-
-
-def embeddings(arguments: argparse.Namespace) -> Any:
-    """Return the rows of the file, or drawn ones."""
-    if arguments.embeddings:
-        rows = np.load(arguments.embeddings, mmap_mode="r")[: arguments.rows]
-        return np.asarray(rows, np.float32)
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(arguments.rows, 128)) * np.geomspace(1, 0.05, 128)
-    return rows.astype("float32")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ example, and run as one document.
 """
 
 import fnmatch
+import functools
+import html
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import tomllib
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -137,6 +142,99 @@ def test_links_inside_the_documentation_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+PROBE = """
+<!doctype html><body><script>
+async function look(page, width) {
+  const frame = document.createElement("iframe");
+  Object.assign(frame.style, { width: `${width}px`, height: "900px" });
+  document.body.append(frame);
+  await new Promise((done) => { frame.onload = done; frame.src = page; });
+  const inside = frame.contentDocument, root = inside.documentElement;
+  const asked = frame.contentWindow.performance.getEntriesByType("resource").map((r) => r.name);
+  const seen = {
+    page, width,
+    overflow: root.scrollWidth - root.clientWidth,
+    background: frame.contentWindow.getComputedStyle(inside.body).backgroundColor,
+    broken: [...inside.images].filter((own) => own.complete && !own.naturalWidth).length,
+    formulas: [...inside.querySelectorAll("math")].filter((own) => own.clientHeight > 9).length,
+    strangers: asked.filter((name) => new URL(name).origin !== location.origin),
+  };
+  frame.remove();
+  return seen;
+}
+(async () => {
+  const seen = [];
+  for (const page of PAGES) for (const width of [1280, 390]) seen.push(await look(page, width));
+  document.title = JSON.stringify(seen);
+})();
+</script></body>
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.skipif("not os.environ.get('KERAS_MRL_SOAK')", reason="builds the site; a browser")
+def test_the_site_is_whole_in_a_browser(tmp_path: Path) -> None:
+    """Light and dark, wide and narrow; a missing chromium or mkdocs fails."""
+    site = tmp_path / "site"
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", f"--site-dir={site}"]
+    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = [f"/{file.relative_to(site).parent}/" for file in site.rglob("index.html")]
+    assert len(pages) == len([*(ROOT / "docs").rglob("*.md")])
+    (site / "probe.html").write_text(PROBE.replace("PAGES", json.dumps(pages)))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=site)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/probe.html"
+        backgrounds = []
+        for scheme in (1, 0):  # light, dark
+            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+            flags += ["--virtual-time-budget=600000", f"--user-data-dir={tmp_path / str(scheme)}"]
+            flags += [f"--blink-settings=preferredColorScheme={scheme}", address]
+            done = subprocess.run(["chromium", *flags], capture_output=True, text=True, check=True)
+            title = done.stdout.partition("<title>")[2].partition("</title>")[0]
+            seen = json.loads(html.unescape(title))
+            assert len(seen) == 2 * len(pages)
+            for own in seen:
+                assert own["overflow"] <= 0, own
+                assert own["broken"] == 0, own
+                assert own["strangers"] == [], own
+            assert sum(own["formulas"] for own in seen) > 0
+            backgrounds.append({own["background"] for own in seen})
+        server.shutdown()
+    assert len(backgrounds[0]) == len(backgrounds[1]) == 1
+    assert backgrounds[0] != backgrounds[1]
+
+
+def test_the_lines_to_a_served_answer_are_counted_right() -> None:
+    page = (ROOT / "docs" / "coming_from.md").read_text()
+    part = page.partition("## Lines to the first served answer")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| (\d+) \|", part, re.MULTILINE)
+    # Ours begins where "keras-mrl:" says so; what stands before are the data of both.
+    ways = re.split(r"(?m)^(?:keras-mrl|sentence-transformers|TensorFlow)\b.*:$", part)
+    counted = []
+    for own in ways[1:]:
+        own = own.partition("\n### ")[0]
+        fenced = BLOCK.findall(own)
+        code = [line for kind, text in fenced if kind == "python" for line in text.split("\n")]
+        commands = [text for kind, text in fenced if kind == "sh"]
+        if not fenced:
+            theirs = re.findall(r"^    (.*)$", own, re.MULTILINE)
+            commands = [line for line in theirs if line.startswith("$ ")]
+            code = [line for line in theirs if line not in commands]
+            compile("\n".join(code), "theirs", "exec")
+        lines = [line for line in code if line.strip() and not line.startswith("#")]
+        assert max(map(len, lines)) <= 100
+        counted.append((str(len(lines)), str(len(commands))))
+    assert [(lines, commands) for _, lines, commands in rows] == counted
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert sorted(listed) == sorted(pages)
 
 
 def test_extras_named_in_messages_and_docs_exist() -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -191,6 +193,15 @@ def test_a_public_name_is_documented(module: str, name: str) -> None:
     if not (inspect.isclass(value) and issubclass(value, BaseException)):
         undocumented = [a for a in inspect.signature(value).parameters if f"{a}:" not in text]
         assert undocumented == []
+
+
+def test_the_reference_shows_each_public_name_once() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "reference.md").read_text()
+    shown = re.findall(r"^::: [\w.]+\.(\w+)$", page, re.MULTILINE)
+    names = {name for own in PUBLIC.values() for name in own}
+    errors = {name for name in names if name.endswith("Error")} - {"ComparisonError", "ExportError"}
+    assert names - errors <= set(shown)  # the errors of the client stand in one module
+    assert len(shown) == len({*shown}) + 1  # a Plan of a comparison, and one of a funnel
 
 
 def test_every_module_has_one_version() -> None:

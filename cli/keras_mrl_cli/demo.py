@@ -75,6 +75,13 @@ _NEEDS = ("sklearn", "matplotlib", "keras", "keras_mrl.evaluation", "keras_mrl_e
 
 MODEL = "digits"
 
+# What a cascade compares with its thresholds, by the name that a policy has for it.
+_CONFIDENCES = {
+    "max_probability": "the probability of its best class",
+    "margin": "the lead of its best class, in probability,",
+    "entropy": "the negative entropy of its classes",
+}
+
 _START_S = 120.0
 _SHOWN_LINES = 10
 
@@ -225,13 +232,14 @@ def _costs(policy: CascadePolicy, costs: Costs) -> dict[str, npt.NDArray[Any]]:
 
 
 def _print_policy(policy: CascadePolicy) -> None:
+    sure = _CONFIDENCES[policy.confidence]
     for stage in policy.stages:
         rule = (
-            "takes the rest"
+            "the rest"
             if stage.threshold is None
-            else f"answers the images of which it is at least {100 * stage.threshold:.1f}% sure"
+            else f"where {sure} is above {stage.threshold:.3f}"
         )
-        print_lines(f"  {stage.exit or LAST:>6} {rule}")
+        print_lines(f"  {stage.exit or LAST:>6} answers {rule}")
 
 
 # The server, which is given the published folder and nothing else.

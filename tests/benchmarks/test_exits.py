@@ -180,9 +180,9 @@ KEYS = {
 }
 
 
-def run(*arguments: object, script: str = "benchmarks/exits.py") -> list[str]:
+def run(*arguments: object) -> list[str]:
     done = subprocess.run(
-        [sys.executable, ROOT / script, *map(str, arguments)],
+        [sys.executable, ROOT / "benchmarks" / "exits.py", *map(str, arguments)],
         env={**os.environ, "KERAS_BACKEND": "tensorflow"},
         capture_output=True,
         text=True,
@@ -233,16 +233,6 @@ def test_the_benchmark_runs_whole_on_a_small_net(tmp_path: Path) -> None:
     for own in exits.values():
         assert own["served"] == {name: own["by_intents"][name] for name in ("stops", "right")}
     assert (out / "exits.svg").exists()
-
-
-@pytest.mark.soak
-@pytest.mark.skipif("not os.environ.get('KERAS_MRL_SOAK')", reason="a training and a server")
-def test_the_example_trains_promises_and_is_asked(tmp_path: Path) -> None:
-    given = ("--encoder", small_encoder(tmp_path / "encoder"), "--out", tmp_path / "out")
-    said = run(*given, "--epochs", 6, script="examples/exits_text.py")
-    assert any(line.startswith("On 1,029 texts that trained nothing") for line in said)
-    assert said[-5].startswith("Served from ")
-    assert all(", by " in line for line in said[-4:])
 
 
 @pytest.mark.soak
