@@ -191,7 +191,7 @@ def test_the_site_is_whole_in_a_browser(tmp_path: Path) -> None:
         backgrounds = []
         for scheme in (1, 0):  # light, dark
             flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-            flags += ["--virtual-time-budget=600000", f"--user-data-dir={tmp_path / str(scheme)}"]
+            flags += ["--virtual-time-budget=60000", f"--user-data-dir={tmp_path / str(scheme)}"]
             flags += [f"--blink-settings=preferredColorScheme={scheme}", address]
             done = subprocess.run(["chromium", *flags], capture_output=True, text=True, check=True)
             title = done.stdout.partition("<title>")[2].partition("</title>")[0]
