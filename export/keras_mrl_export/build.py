@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,23 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> lis
     Raises:
         ExportError: If the model cannot be loaded or traced, or a signature differs from it.
     """
+    warnings = _build(saved, objects, job, staged, folds=True)
+    if warnings is None:
+        gc.collect()  # as in `build_index`
+        shutil.rmtree(staged.folder)
+        warnings = _build(saved, objects, job, staged, folds=False)
+    return warnings or []
+
+
+def _build(
+    saved: Path, objects: dict[str, Any], job: Job, staged: Staged, folds: bool
+) -> list[str] | None:
+    """Build a SavedModel, with its batch normalizations folded or not.
+
+    Returns:
+        Warnings; None if some were folded and a signature then differs from the model: kernels are
+        rounded anew, which deep nets may multiply, and no graph shows every use of a layer.
+    """
     model = with_scopes(load(saved, objects), objects)
     backbone, head = split(model)
     other = gallery_backbone(model, backbone)
@@ -74,7 +92,7 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> lis
     texts = _text_graph(job), _text_graph(job.other_tower)
     manifest = _manifest(model, saved, towers, texts, head, job)
     try:
-        fold_normalizations(model)
+        folded = fold_normalizations(model) if folds else 0
         with_exits = model if job.exits else None
         served = ServedModel(towers, head, manifest, job, staged.scratch, with_exits, texts)
         _save_model(served, staged.folder)
@@ -89,7 +107,12 @@ def build(saved: Path, objects: dict[str, Any], job: Job, staged: Staged) -> lis
     check_operations(staged.folder)
     _write_manifest(staged.folder, manifest)
     with SavedModelSession(staged.folder) as session:
-        report = check_parity(session, manifest, job)
+        try:
+            report = check_parity(session, manifest, job)
+        except ExportError:
+            if not folded:
+                raise
+            return None
         (staged.folder / PARITY_FILE).write_text(json.dumps(report, indent=1) + "\n")
         inputs = example_inputs(manifest, job)
         if job.deep_row is not None and contract.CLASSIFY_ADAPTIVE in inputs:

@@ -6,6 +6,8 @@ of a convolution. The server then reads and writes each feature map once instead
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -31,39 +33,65 @@ def fold_normalizations(model: keras.Model) -> int:
         (1, True)
     """
     layers = [model, *model._flatten_layers(include_self=False)]
-    ends = {
-        id(tensor)
-        for own in layers
-        if isinstance(own, keras.Model) and getattr(own, "outputs", None)
-        for tensor in own.outputs
-    }
+    others = _used_besides(layers)
     folded = 0
     for layer in layers:
-        convolution = _convolution_before(layer, ends)
-        if convolution is not None:
+        convolution = _convolution_before(layer)
+        if convolution is not None and others.isdisjoint(
+            id(own) for own in (convolution, layer, convolution.kernel, *_outputs(convolution))
+        ):
             _fold(convolution, layer)
             folded += 1
     return folded
 
 
-def _convolution_before(layer: Any, ends: set[int]) -> Any:
+def _used_besides(layers: Sequence[Any]) -> set[int]:
+    """Return ids of what is used in another way than by the layers' graphs of calls.
+
+    These are the outputs of models, layers that a layer calls by itself or that compute as in
+    training, and weights that two layers hold.
+    """
+    used: list[Any] = []
+    for own in layers:
+        if not _runs_its_graph(own):
+            used += own._layers
+        if isinstance(own, keras.Model):
+            used += getattr(own, "outputs", None) or ()
+        if any(node.arguments.kwargs.get("training") for node in own._inbound_nodes):
+            used += own._flatten_layers()
+    weights = (
+        id(weight)
+        for own in layers
+        for weight in (*own._trainable_variables, *own._non_trainable_variables)
+    )
+    shared = {weight for weight, number in Counter(weights).items() if number > 1}
+    return shared | {id(own) for own in used}
+
+
+def _runs_its_graph(layer: Any) -> bool:
+    """Whether a layer is a functional or sequential model without a `call` of its own."""
+    return isinstance(layer, keras.Model) and type(layer).call.__module__.startswith("keras.")
+
+
+def _convolution_before(layer: Any) -> Any:
     """Return the convolution that a batch normalization, and nothing else, reads; or None."""
     if type(layer) is not keras.layers.BatchNormalization or not layer._inbound_nodes:
         return None
-    nodes = layer._inbound_nodes
-    own = nodes[0].input_tensors[0]._keras_history.operation
+    read = {id(node.input_tensors[0]) for node in layer._inbound_nodes}
+    own = layer._inbound_nodes[0].input_tensors[0]._keras_history.operation
     if type(own) not in _CONVOLUTIONS or own.data_format != "channels_last":
         return None
     is_plain = own.activation is keras.activations.linear and own.quantization_mode is None
     is_plain = is_plain and not getattr(own, "lora_enabled", False)
     is_plain = is_plain and {own.dtype_policy.name, layer.dtype_policy.name} == {"float32"}
-    trains = any(node.arguments.kwargs.get("training") for node in nodes)
     # A layer that is called twice is called twice by both.
-    reads = [node.operation for node in own._outbound_nodes]
-    is_read_alone = len(own._inbound_nodes) == len(nodes) and all(one is layer for one in reads)
-    is_end = any(id(tensor) in ends for node in own._inbound_nodes for tensor in node.outputs)
-    by_channel = layer.axis in (-1, 3) and not trains
-    return own if is_plain and is_read_alone and by_channel and not is_end else None
+    is_read_alone = read == {id(tensor) for tensor in _outputs(own)}
+    is_read_alone = is_read_alone and all(node.operation is layer for node in own._outbound_nodes)
+    return own if is_plain and is_read_alone and layer.axis in (-1, 3) else None
+
+
+def _outputs(layer: Any) -> list[Any]:
+    return [tensor for node in layer._inbound_nodes for tensor in node.outputs]
 
 
 def _fold(convolution: Any, normalization: Any) -> None:

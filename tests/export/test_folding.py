@@ -55,6 +55,59 @@ def an_output(x: Any) -> Any:
     return [x, Norm()(x)]
 
 
+def called_in_vain(x: Any) -> Any:
+    """Two calls of each, but one output of the convolution is read by nothing."""
+    convolution, norm = layers.Conv2D(4, 1), Norm()
+    first = norm(convolution(x))
+    convolution(first)
+    return [first, norm(first)]
+
+
+def in_a_wrapper(x: Any) -> Any:
+    convolution = layers.Conv2D(4, 1)
+    frames = layers.Reshape((1, 6, 6, 4))(x)
+    return [Norm()(convolution(x)), layers.TimeDistributed(convolution)(frames)]
+
+
+class Scaled(layers.Layer):  # type: ignore[misc]
+    """Reads the kernel of another layer."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__()
+        self.other_kernel = other.kernel
+
+    def call(self, inputs: Any) -> Any:
+        return inputs * keras.ops.mean(self.other_kernel)
+
+
+def a_kernel_of_two(x: Any) -> Any:
+    convolution = layers.Conv2D(4, 1)
+    return [Norm()(convolution(x)), Scaled(convolution)(x)]
+
+
+class Doubled(keras.Model):  # type: ignore[misc]
+    """Has a graph of calls, and a `call` that does something else."""
+
+    def __init__(self) -> None:
+        x = keras.Input(IMAGES.shape[1:])
+        convolution, norm = layers.Conv2D(4, 1), Norm()
+        super().__init__(x, norm(convolution(x)))
+        self.convolution, self.norm = convolution, norm
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        del training, mask
+        return self.norm(2 * self.convolution(inputs))
+
+
+def a_call_of_its_own(x: Any) -> Any:
+    return Doubled()(x)
+
+
+def a_model_in_training(x: Any) -> Any:
+    inputs = keras.Input(x.shape[1:])
+    return keras.Model(inputs, Norm()(layers.Conv2D(4, 1)(inputs)))(x, training=True)
+
+
 def of_the_batch(x: Any) -> Any:
     return Norm()(layers.Conv2D(4, 1)(x), training=True)
 
@@ -81,7 +134,12 @@ FOLDED = {
     "read by two": (read_by_two, 0),
     "read by an operation": (read_by_an_operation, 0),
     "an output": (an_output, 0),
+    "called in vain": (called_in_vain, 0),
+    "in a wrapper": (in_a_wrapper, 0),
+    "a kernel of two": (a_kernel_of_two, 0),
+    "a call of its own": (a_call_of_its_own, 0),
     "statistics of the batch": (of_the_batch, 0),
+    "a model in training": (a_model_in_training, 0),
 }
 
 
@@ -130,3 +188,35 @@ def test_a_served_graph_has_them_folded(tmp_path: Path) -> None:
             np.testing.assert_allclose(shares[:, 0], best, rtol=1e-4)
     for own, kept in zip(model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(own, kept)
+
+
+class Hidden(layers.Layer):  # type: ignore[misc]
+    """Calls a layer of a model by its name, which no graph shows."""
+
+    def __init__(self, net: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.net = net
+
+    def call(self, inputs: Any) -> Any:
+        features = self.net.get_layer("convolution")(inputs)
+        return keras.ops.mean(features, (1, 2)) + keras.ops.mean(self.net(inputs), (1, 2))
+
+    def get_config(self) -> dict[str, Any]:
+        net = keras.saving.serialize_keras_object(self.net)
+        return {**super().get_config(), "net": net}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Hidden":
+        return cls(keras.saving.deserialize_keras_object(config.pop("net")), **config)
+
+
+def test_what_differs_folded_is_exported_as_it_is(tmp_path: Path) -> None:
+    inputs = keras.Input(IMAGES.shape[1:])
+    net = keras.Model(inputs, Norm()(layers.Conv2D(8, 3, name="convolution")(inputs)))
+    x = keras.Input(IMAGES.shape[1:], name="x")
+    model = MatryoshkaClassifier(keras.Model(x, Hidden(net)(x)), MatryoshkaHead(3, (2, 8)))
+    with_fixed_weights(model, {"": IMAGES})
+    path = export_saved_model(
+        model, tmp_path, IMAGES, signatures=["classify"], activation="softmax"
+    )
+    assert "Rsqrt" in operations_of(path)
