@@ -69,7 +69,7 @@ def in_a_wrapper(x: Any) -> Any:
     return [Norm()(convolution(x)), layers.TimeDistributed(convolution)(frames)]
 
 
-class Scaled(layers.Layer):  # type: ignore[misc]
+class Scaled(layers.Layer):
     """Reads the kernel of another layer."""
 
     def __init__(self, other: Any) -> None:
@@ -85,7 +85,7 @@ def a_kernel_of_two(x: Any) -> Any:
     return [Norm()(convolution(x)), Scaled(convolution)(x)]
 
 
-class Doubled(keras.Model):  # type: ignore[misc]
+class Doubled(keras.Model):
     """Has a graph of calls, and a `call` that does something else."""
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ def test_a_served_graph_has_them_folded(tmp_path: Path) -> None:
         np.testing.assert_array_equal(own, kept)
 
 
-class Hidden(layers.Layer):  # type: ignore[misc]
+class Hidden(layers.Layer):
     """Calls a layer of a model by its name, which no graph shows."""
 
     def __init__(self, net: Any, **kwargs: Any) -> None:
