@@ -93,7 +93,7 @@ def run_without(packages: Sequence[str], folder: Path, *words: str, **environmen
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=1200,  # it hangs
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 
@@ -109,7 +109,7 @@ def end_reading_early(folder: Path, *words: str) -> tuple[int, bytes]:
     process.stdout.close()
     with process.stderr as stderr:
         err = stderr.read()
-    return process.wait(timeout=60), err
+    return process.wait(timeout=600), err
 
 
 class Terminal(io.StringIO):

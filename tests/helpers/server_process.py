@@ -34,4 +34,4 @@ def server_process(base: Path, log: Path) -> Iterator[ServerProcess]:
             yield ServerProcess(process, match[1], int(match[2]))
         finally:
             process.terminate()
-            process.communicate(timeout=60)
+            process.communicate(timeout=600)
