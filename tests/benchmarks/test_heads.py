@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs/benchmarks"
-WRITTEN_BY = {"heads": "heads_page", "from_scratch": "from_scratch"}
+WRITTEN_BY = {"adaptive": "adaptive", "heads": "heads_page", "from_scratch": "from_scratch"}
 
 
 @pytest.fixture(autouse=True)
