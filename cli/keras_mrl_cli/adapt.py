@@ -252,5 +252,6 @@ def _project(arguments: SimpleNamespace, adaptor: MatryoshkaAdaptor, rows: Array
         print_json(**facts)
     else:
         print_line(f"{len(projected)} rows of dim {projected.shape[1]} are in {path}.")
-        print_line(f"Build an index of them: keras-mrl index build --adaptor {arguments.out}")
+        build = f"keras-mrl index build --adaptor {arguments.out} --out gallery.index"
+        print_line(f"Build an index of them: {build}")
     return DONE

@@ -42,7 +42,7 @@ def test_a_projection_its_report_and_its_rows(run: Call) -> None:
     ]
     assert rows[-2:] == [
         f"{ROWS} rows of dim {WIDTH} are in adapted/projected.npy.",
-        "Build an index of them: keras-mrl index build --adaptor adapted",
+        "Build an index of them: keras-mrl index build --adaptor adapted --out gallery.index",
     ]
     projection = Projection.load("adapted")
     np.testing.assert_array_equal(
