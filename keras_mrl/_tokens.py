@@ -40,14 +40,20 @@ def takes_text(method: Callable[..., Any]) -> Callable[..., Any]:
         given.update(given.pop("kwargs", {}))
         given.pop("self")
         has_texts_as_labels = self._has_texts_as_labels
-        check_one_axis(given.get("x"))
-        given["x"] = tokenized(preprocessor, given.get("x"), has_texts_as_labels)
+
+        def parts(x: Any, *labels: Any) -> tuple[Any, ...]:
+            _check_sides(x)
+            if has_texts_as_labels:
+                _check_ids(x, *labels[:1])
+                labels = tuple(tokenized(preprocessor, own) for own in labels)
+            return tokenized(preprocessor, x, has_texts_as_labels), *map(_as_numbers, labels)
+
+        given["x"], y = parts(given.get("x"), given.get("y"))
+        if y is not None:
+            given["y"] = y
         validation = given.get("validation_data")
-        if has_texts_as_labels:
-            if given.get("y") is not None:
-                given["y"] = tokenized(preprocessor, given["y"])
-        if isinstance(validation, (tuple, list)) and not has_texts_as_labels:
-            given["validation_data"] = (tokenized(preprocessor, validation[0]), *validation[1:])
+        if isinstance(validation, (tuple, list)) and len(validation):
+            given["validation_data"] = parts(*validation)
         elif validation is not None:
             given["validation_data"] = tokenized(preprocessor, validation, has_texts_as_labels)
         return method(self, **given)
@@ -81,9 +87,10 @@ def tokenized(preprocessor: Any, data: Any, has_texts_as_labels: bool = True) ->
         raise ValueError(
             f"Texts come in a list or an array. Received: one {type(data).__name__}. Write [text]."
         )
-    if data == [] if isinstance(data, list) else getattr(data, "shape", ())[:1] == (0,):
-        raise ValueError("At least one text must be given. Received: none.")
-    if are_texts(data):
+    rows = (
+        len(data) if isinstance(data, (list, tuple)) else next(iter(getattr(data, "shape", ())), 1)
+    )
+    if rows == 0 or are_texts(data):
         return tokenize(preprocessor, data)
     if is_dataset(data) or isinstance(data, types.GeneratorType):
         return _tokenized_dataset(preprocessor, data, has_texts_as_labels)
@@ -96,8 +103,42 @@ def tokenized(preprocessor: Any, data: Any, has_texts_as_labels: bool = True) ->
 
 def _is_one_text(data: Any) -> bool:
     """Whether `data` is an array of strings without an axis."""
-    kind = getattr(getattr(data, "dtype", None), "kind", None)
-    return kind in ("U", "S", "T") and not getattr(data, "shape", (1,))
+    dtype = getattr(data, "dtype", None)
+    is_of_strings = getattr(dtype, "kind", None) in ("U", "S", "T", "O") or "str" in str(dtype)
+    return is_of_strings and getattr(data, "ndim", 1) == 0
+
+
+def _check_sides(x: Any) -> None:
+    """Raise `ValueError` unless texts are one a row: in one column, or in one for each side."""
+    is_one_side = not isinstance(x, (list, tuple)) or are_texts(x)
+    for side in [x] if is_one_side else x[:2]:  # negatives may be several a row
+        check_one_axis(side)
+    if is_one_side or not all(isinstance(own, (list, tuple)) and are_texts(own) for own in x):
+        return
+    sizes = {len(own) for own in x}
+    if sizes in ({2}, {3}) and len(x) > 3:
+        raise ValueError(
+            "Texts of pairs must be given side by side: (anchors, positives). "
+            f"Received: {len(x)} rows of {sizes.pop()} texts. Write tuple(zip(*rows))."
+        )
+
+
+def _check_ids(x: Any, y: Any = None) -> None:
+    """Raise `ValueError` for texts as the ids of pairs."""
+    is_one_side = not isinstance(x, (list, tuple, dict)) or are_texts(x)
+    if not is_one_side and _holds_texts(x) and are_texts(y):
+        raise ValueError(
+            "The ids of pairs must be integers. Received: texts as y, beside pairs of texts. "
+            "Number them: numpy.unique(ids, return_inverse=True)[1]."
+        )
+
+
+def _as_numbers(labels: Any) -> Any:
+    """Return a list of numbers as an array, which Keras needs; anything else as it is."""
+    is_list = isinstance(labels, list) and labels
+    if is_list and all(isinstance(own, (int, float, np.number)) for own in labels):
+        return np.asarray(labels)
+    return labels
 
 
 def check_one_axis(texts: Any) -> None:
@@ -146,11 +187,10 @@ def are_texts(data: Any) -> bool:
 
 
 def _begins_with_a_text(entries: Any) -> bool:
-    """Whether the first entry that is no number and no gap is a string."""
-    filled = (
-        own for own in entries if own is not None and not isinstance(own, (int, float, np.number))
-    )
-    return isinstance(next(filled, None), (str, bytes))
+    """Whether the first entry that is no number and no gap is a string, or all are gaps."""
+    filled = (own for own in entries if not isinstance(own, (int, float, np.number)))
+    first = next((own for own in filled if own is not None), None)
+    return isinstance(first, (str, bytes)) or (len(entries) > 0 and all(x is None for x in entries))
 
 
 def tokenize(preprocessor: Any, texts: Any) -> dict[str, Array]:
@@ -164,9 +204,17 @@ def tokenize(preprocessor: Any, texts: Any) -> dict[str, Array]:
         Output: `(..., sequence_length)` each.
 
     Raises:
-        ValueError: If an entry is no text, or a text is not UTF-8.
+        TypeError: If the preprocessor is none.
+        ValueError: If there is no text, an entry is none, or one is not UTF-8.
     """
+    if preprocessor is None:
+        raise TypeError(
+            "Tokens are made by a preprocessor. Received: None, as a model has that takes no "
+            "texts. Give preprocessor= to the model, or one of keras-hub here."
+        )
     array = as_texts(texts)
+    if not array.size:
+        raise ValueError("At least one text must be given. Received: none.")
     flat = [_utf8(text, row) for row, text in enumerate(array.ravel().tolist())]
     run = _graph_of(preprocessor)
     parts = [run(flat[start : start + _ROWS]) for start in range(0, len(flat), _ROWS)]

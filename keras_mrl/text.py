@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from ._tokens import are_texts as are_texts
@@ -301,7 +302,8 @@ def check_preprocessor(preprocessor: Any, *models: Any) -> Any:
 
     Raises:
         TypeError: If it is neither a layer nor None.
-        ValueError: If it makes more tokens or places than a backbone has vectors for.
+        ValueError: If its length is no positive integer, or it makes more tokens or places than a
+            backbone has vectors for.
     """
     if preprocessor is None:
         return None
@@ -310,6 +312,12 @@ def check_preprocessor(preprocessor: Any, *models: Any) -> Any:
             "preprocessor must be a Keras layer from strings to the inputs of the model. "
             f"Received: preprocessor={preprocessor!r}. Give for example "
             "keras_hub.models.BertTextEmbedderPreprocessor.from_preset(FOLDER)."
+        )
+    length = getattr(preprocessor, "sequence_length", None)
+    if length is not None and not (isinstance(length, (int, np.integer)) and length > 0):
+        raise ValueError(
+            "sequence_length must be a positive integer: how many tokens a text has. "
+            f"Received: sequence_length={length!r}. Give for example 128."
         )
     for model in models:
         backbone = getattr(model, "backbone", model)
@@ -320,7 +328,7 @@ def check_preprocessor(preprocessor: Any, *models: Any) -> Any:
                 f"Received: a tokenizer of {tokens} tokens for a {type(backbone).__name__} of "
                 f"{rows}. Load both from one preset."
             )
-        length, places = getattr(preprocessor, "sequence_length", 0), _places(backbone)
+        places = _places(backbone)
         if places is not None and (length or 0) > places:
             raise ValueError(
                 "A text must have no more tokens than the backbone has places. "

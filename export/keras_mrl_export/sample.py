@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from keras_mrl.text import are_texts, as_texts
+from keras_mrl.text import are_texts, as_texts, check_preprocessor
 
 from .decoder import ImageDecoder
 from .job import ExportError, TextJob
@@ -96,7 +96,8 @@ def read_text_sample(
 
     Raises:
         ImportError: If tensorflow-text is missing.
-        ValueError: If `sample` holds no texts in UTF-8, or the model takes other inputs.
+        ValueError: If `sample` holds no texts in UTF-8, the preprocessor has more tokens or places
+            than the backbone, or the model takes other inputs.
     """
     if not are_texts(sample):
         raise ValueError(
@@ -105,6 +106,7 @@ def read_text_sample(
             "Give a few real ones: ['a first text', 'a second one']; or for token ids export "
             "without a preprocessor."
         )
+    check_preprocessor(preprocessor, backbone)
     texts = as_texts(sample).reshape(-1)
     names = list(declared_inputs(backbone))
     text = read_texts(preprocessor, texts, names, prompts, pooling)

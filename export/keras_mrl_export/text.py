@@ -130,11 +130,14 @@ def read_texts(
 
     Raises:
         ImportError: If tensorflow-text is missing, and the preprocessor needs it.
-        ValueError: If an entry is no text in UTF-8, or it does not give the inputs of the model.
+        ValueError: If an entry or a prompt is no text in UTF-8, a prompt leaves no room for a text,
+            or it does not give the inputs of the model.
     """
     _has_text_operations(preprocessor)
     tokenizer = tokenizer_of(preprocessor)
     tokens = tokenize(preprocessor, texts)
+    if prompts:
+        _check_room(preprocessor, prompts)
     if isinstance(tokens, (tuple, list)):
         raise ValueError(
             "A preprocessor must give the inputs of a model alone. "
@@ -169,6 +172,19 @@ def read_texts(
         pooling=pooling,
         prompts=dict(prompts),
     )
+
+
+def _check_room(preprocessor: Any, prompts: Mapping[str, str]) -> None:
+    """Raise `ValueError` for a prompt that fills all tokens of a text, so that all are alike."""
+    tokens = tokenize(preprocessor, [*prompts.values()])
+    masks = tokens.get(PADDING_MASK) if isinstance(tokens, Mapping) else None
+    for name, mask in zip(prompts, () if masks is None else masks, strict=False):
+        if mask.all():
+            raise ValueError(
+                "A prompt must leave room for a text. "
+                f"Received: prompts[{name!r}], which fills all {mask.size} tokens of a text. "
+                "Shorten it, or give a preprocessor with a longer sequence_length."
+            )
 
 
 class TextGraph:

@@ -2,8 +2,9 @@
 
 Each character is replaced by what keras-hub's Python code makes of it, words that are tokens are
 looked up, and the others are cut by greedy longest match. The tokens are those of tensorflow-text
-but for characters that only become one together with their neighbour, such as the two halves of a
-vowel sign of Bengali: here they stay two.
+but for characters that only become one together with their neighbour, such as Hangul in parts or
+the two halves of a vowel sign of Bengali, which stay apart here; and for characters of Unicode 15
+and later, which Python knows and tensorflow-text 2.21 does not.
 """
 
 from __future__ import annotations

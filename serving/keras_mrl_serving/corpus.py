@@ -44,9 +44,8 @@ def texts_as_rows(data: Corpus) -> Corpus:
         >>> texts_as_rows(["owls", b"jays"]).shape
         (2,)
     """
-    if not (isinstance(data, list | tuple) and data):
-        return data
-    if not all(isinstance(own, str | bytes) for own in data):
+    is_list = isinstance(data, list | tuple)
+    if not (is_list and any(isinstance(own, str | bytes) for own in data)):
         return data
     rows = np.empty(len(data), object)
     rows[:] = data

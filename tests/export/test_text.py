@@ -310,6 +310,19 @@ def without_length() -> Any:
             "example by bytes.decode(errors='replace') or text.encode(errors='replace').decode().",
         ),
         (
+            {"prompts": {"query": "q \ud800"}},
+            ValueError,
+            "Texts must be UTF-8. Received: in row 0, 'utf-8' codec can't encode character "
+            "'\\ud800' in position 2: surrogates not allowed. Repair it where it was read, for "
+            "example by bytes.decode(errors='replace') or text.encode(errors='replace').decode().",
+        ),
+        (
+            {"prompts": {"query": "the ", "passage": "a cat " * 9}},
+            ValueError,
+            "A prompt must leave room for a text. Received: prompts['passage'], which fills all 12 "
+            "tokens of a text. Shorten it, or give a preprocessor with a longer sequence_length.",
+        ),
+        (
             {"preprocessor": texts.bytepair},
             ValueError,
             "A preprocessor must give every input of the model. Received: a "
@@ -331,6 +344,17 @@ def test_what_cannot_be_served_is_refused(
 ) -> None:
     given = {name: own() if is_function(own) else own for name, own in arguments.items()}
     assert refusal(kind, tmp_path, **given) == sentence
+
+
+def test_a_preprocessor_of_more_tokens_than_the_backbone_is_refused(tmp_path: Path) -> None:
+    tower = TextEncoder(small_bert.bert())
+    own = small_bert.preprocessor(words=[*small_bert.WORDS, *"cdfghijk"])
+    sentence = (
+        "A preprocessor must have the vocabulary that the backbone was trained with. Received: a "
+        "tokenizer of 23 tokens for a BertBackbone of 20. Load both from one preset."
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        export_saved_model(tower, tmp_path, list(TEXTS), preprocessor=own, dims=DIMS)
 
 
 def test_a_preprocessor_that_gives_labels_is_refused(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_hard_negatives_and_validation_are_texts_too() -> None:
 def test_a_classifier_trains_and_answers_on_strings() -> None:
     on_tokens = classifier().fit(tokens(ANCHORS), LABELS, shuffle=False, verbose=0).history
     model = classifier()
-    data = (ANCHORS, LABELS)
+    data = (ANCHORS, list(LABELS))
     log = model.fit(*data, shuffle=False, verbose=0, validation_data=data).history
     assert log["loss"] == pytest.approx(on_tokens["loss"], rel=1e-4)
     assert "val_accuracy_4" in log
@@ -329,7 +329,16 @@ SHAPES: dict[str, tuple[Any, str]] = {
         np.array("pay"),
         "Texts come in a list or an array. Received: one ndarray. Write [text].",
     ),
+    "no axis in a column": (
+        np.array("pay", object),
+        "Texts come in a list or an array. Received: one ndarray. Write [text].",
+    ),
     "none": ([], "At least one text must be given. Received: none."),
+    "none in a tuple": ((), "At least one text must be given. Received: none."),
+    "gaps alone": (
+        [None, None],
+        "Texts must be strings. Received: a NoneType in row 0. Leave the row out, or write ''.",
+    ),
     "none in an array": (
         np.array([], object),
         "At least one text must be given. Received: none.",
@@ -351,6 +360,48 @@ def test_texts_in_another_shape_are_refused(name: str) -> None:
     for model in (encoder(), classifier(), TextEncoder(bert(), preprocessor())):
         with pytest.raises(ValueError, match=exactly(sentence)):
             model.predict(texts, verbose=0)
+
+
+def test_pairs_in_another_shape_are_refused() -> None:
+    by_row = list(zip(ANCHORS, POSITIVES, strict=True))
+    column = np.array(POSITIVES)[:, None]
+    one_axis = (
+        "Texts must be given in an array of one axis, a text a row. Received: an array of shape "
+        "(6, 1). Write texts.ravel(), or (anchors, positives) for pairs."
+    )
+    pair = (ANCHORS, POSITIVES)
+    sentences: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        (
+            (by_row,),
+            {},
+            "Texts of pairs must be given side by side: (anchors, positives). Received: 6 rows of "
+            "2 texts. Write tuple(zip(*rows)).",
+        ),
+        (((ANCHORS, column),), {}, one_axis),
+        ((pair,), {"validation_data": ((ANCHORS, column), IDS)}, one_axis),
+        (
+            (pair, ANCHORS),
+            {},
+            "The ids of pairs must be integers. Received: texts as y, beside pairs of texts. "
+            "Number them: numpy.unique(ids, return_inverse=True)[1].",
+        ),
+    ]
+    for data, arguments, sentence in sentences:
+        with pytest.raises(ValueError, match=exactly(sentence)):
+            encoder().fit(*data, verbose=0, **arguments)
+
+
+def test_nothing_to_tokenize_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=exactly("At least one text must be given. Received: none.")
+    ):
+        tokenize(preprocessor(), [])
+    sentence = (
+        "Tokens are made by a preprocessor. Received: None, as a model has that takes no texts. "
+        "Give preprocessor= to the model, or one of keras-hub here."
+    )
+    with pytest.raises(TypeError, match=exactly(sentence)):
+        tokenize(None, ANCHORS)
 
 
 @pytest.mark.parametrize("kind", ["single texts", "ragged tensors"])
@@ -440,6 +491,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "A text must have no more tokens than the backbone has places. Received: "
         "sequence_length=7 for a BertBackbone of 6. Give sequence_length=6 or less.",
+    ),
+    "no length": (
+        lambda: TextEncoder(bert(), new_preprocessor(0)),
+        ValueError,
+        "sequence_length must be a positive integer: how many tokens a text has. Received: "
+        "sequence_length=0. Give for example 128.",
     ),
     "two tokenizers": (
         two_tokenizers,
