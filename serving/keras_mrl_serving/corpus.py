@@ -44,8 +44,9 @@ def texts_as_rows(data: Corpus) -> Corpus:
         >>> texts_as_rows(["owls", b"jays"]).shape
         (2,)
     """
-    is_list = isinstance(data, list | tuple)
-    if not (is_list and any(isinstance(own, str | bytes) for own in data)):
+    if not isinstance(data, list | tuple):
+        return data
+    if not any(isinstance(own, str | bytes) for own in data):
         return data
     rows = np.empty(len(data), object)
     rows[:] = data

@@ -357,8 +357,9 @@ def test_a_gallery_is_embedded_to_disk_with_its_prompt(tmp_path: Path) -> None:
         np.testing.assert_array_equal(rows, vectors_of(["passage: " + t for t in texts], 8))
     with pytest.raises(UnknownPromptError):
         Client(server).embed_dataset(texts, 8, tmp_path / "other", prompt="title")
+    gap: Any = None
     with pytest.raises(InvalidInputError, match="with a NoneType"):
-        Client(server).embed_dataset(["owls", None], 8, tmp_path / "other")
+        Client(server).embed_dataset(["owls", gap], 8, tmp_path / "other")
     assert not list(tmp_path.glob("other*"))
 
 
