@@ -214,15 +214,15 @@ class Neighbors:
         return len(self.ids)
 
     @overload
-    def __getitem__(self, rows: SupportsIndex) -> list[tuple[int | str, float]]: ...
+    def __getitem__(self, rows: SupportsIndex) -> list[tuple[Any, float]]: ...
     @overload
     def __getitem__(self, rows: slice) -> Neighbors: ...
-    def __getitem__(self, rows: SupportsIndex | slice) -> list[tuple[int | str, float]] | Neighbors:
+    def __getitem__(self, rows: SupportsIndex | slice) -> list[tuple[Any, float]] | Neighbors:
         if isinstance(rows, slice):
             return Neighbors(self.ids[rows], self.scores[rows])
         return list(zip(self.ids[rows].tolist(), self.scores[rows].tolist(), strict=True))
 
-    def __iter__(self) -> Iterator[list[tuple[int | str, float]]]:
+    def __iter__(self) -> Iterator[list[tuple[Any, float]]]:
         return (self[row] for row in range(len(self)))
 
     def __repr__(self) -> str:
