@@ -301,7 +301,9 @@ def _traced_graph(preprocessor: Any) -> Any:
     if _graphs.get(preprocessor, (None,))[0] != key:
         own = weakref.proxy(preprocessor)  # a graph that held it would keep it in the dictionary
         graph = tf.function(
-            lambda texts: own(texts), input_signature=[tf.TensorSpec([None], tf.string)]
+            lambda texts: own(texts),
+            input_signature=[tf.TensorSpec([None], tf.string)],
+            autograph=False,  # whose cache would hold it as well
         )
         _graphs[preprocessor] = (key, graph)
     return _graphs[preprocessor][1]

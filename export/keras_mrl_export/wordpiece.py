@@ -110,7 +110,7 @@ class CoreWordPiece(tf.Module):
                 )
             )
             ids = self._vocabulary.lookup(tf.where(at > 0, self._suffix + parts, parts))
-            longest = tf.reduce_max(tf.where((ids >= 0) & (spans <= size - at), spans, 0), axis=1)
+            longest = tf.reduce_max(tf.where(ids >= 0, spans, 0), axis=1)
             token = tf.gather(ids, tf.maximum(longest - 1, 0), batch_dims=1)
             token, at, place = tf.where(longest > 0, token, -1), at[:, 0] + longest, rows[:, None]
             starts = tf.tensor_scatter_nd_update(starts, place, at)

@@ -12,7 +12,7 @@ import pytest
 
 from keras_mrl_export import export_saved_model
 from keras_mrl_export.text import TextGraph
-from keras_mrl_export.wordpiece import CoreWordPiece
+from keras_mrl_export.wordpiece import CoreWordPiece, runs_in_core
 from keras_mrl_serving._session import SavedModelSession, operations_of
 from keras_mrl_serving.text_operations import TEXT_OPERATIONS
 from tests.helpers import text_models
@@ -56,6 +56,20 @@ def test_tokens_are_those_of_tensorflow_text(lowercase: bool, accents: bool, chi
         assert {*expected} <= {*made}
         for name, rows in expected.items():
             np.testing.assert_array_equal(made[name], rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "runs"),
+    [
+        ({"strip_accents": True}, True),
+        ({"strip_accents": False}, False),
+        ({"strip_accents": True, "special_tokens_in_strings": True}, False),
+    ],
+)
+def test_only_a_tokenizer_whose_tokens_are_alike_is_replaced(
+    settings: dict[str, Any], runs: bool
+) -> None:
+    assert runs_in_core(text_models.wordpiece(**settings)) is runs
 
 
 def test_a_version_made_without_tensorflow_text_answers_alike(

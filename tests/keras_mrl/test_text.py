@@ -1,7 +1,9 @@
 """Strings in `fit`, `evaluate` and `predict`: the same as their tokens, in every form of data."""
 
 import functools
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -293,6 +295,17 @@ def test_a_seed_that_is_set_later_loses_no_tokenizer() -> None:
     expected = tokenize(own, ANCHORS)["token_ids"]
     keras.utils.set_random_seed(0)
     np.testing.assert_array_equal(tokenize(own, ANCHORS)["token_ids"], expected)
+
+
+def test_a_preprocessor_is_read_as_it_is_now_and_is_not_kept() -> None:
+    own = new_preprocessor(6)
+    assert tokenize(own, ["\u00e9"])["token_ids"][0, 1] == WORDS.index("[UNK]")
+    own.tokenizer.strip_accents = True
+    assert tokenize(own, ["\u00e9"])["token_ids"][0, 1] == WORDS.index("e")
+    alive = weakref.ref(own)
+    del own
+    gc.collect()
+    assert alive() is None
 
 
 REFUSED_TEXTS: dict[str, tuple[Any, str]] = {
