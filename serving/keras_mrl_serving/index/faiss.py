@@ -40,6 +40,7 @@ ENGINE = "faiss"
 DEFAULT = FirstStage.usual("HNSW32")
 
 _FEW = 1024  # rows of a filter: to compare them at the last dim costs less than a shortlist of them
+_FLOAT32 = np.dtype(np.float32)
 _ROWS_AT_ONCE = 65_536  # gallery rows that are checked, scaled or copied in memory
 
 
@@ -89,7 +90,7 @@ class FaissIndex(LocalIndex):
         self.plan = plan
         self._first = first
         self._stages = stages or {facts.width: first.rows}
-        self._one_query = (1, facts.width)
+        self._one_query, self._k = (1, facts.width), facts.schedule.k
         self._most = (facts.schedule.k, *facts.schedule.shortlists)[-1]  # neighbours of a query
         # None where one call cannot keep what is promised of equal rows.
         self._refined = first.refined(facts.schedule, self._stages, facts.metric)
@@ -256,8 +257,13 @@ class FaissIndex(LocalIndex):
             ValueError: If queries, k, filters or ids do not fit, or a value is not finite.
         """
         # Every line here is paid by every query, and the caches are cold after the one before it.
-        if among is None and type(queries) is np.ndarray and queries.shape == self._one_query:
-            refined, number = self._refined, self.facts.schedule.k if k is None else k
+        if (
+            among is None
+            and type(queries) is np.ndarray
+            and queries.shape == self._one_query
+            and queries.dtype == _FLOAT32
+        ):
+            refined, number = self._refined, self._k if k is None else k
             if filter is not None and refined is not None:
                 refined = self._within(filter) if type(filter) is Filter else None
             if refined is not None and type(number) is int and 0 < number <= self._most:

@@ -12,10 +12,11 @@ equal. The others are searched again stage by stage.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,28 +29,18 @@ Rows = npt.NDArray[Any]  # float32 or float16 `(rows, dim)`
 
 # Squared lengths of queries that FAISS takes as they are.
 _LEAST_SQUARE, _MOST_SQUARE = 1e-6, 1e6
-_FLOAT32 = np.dtype(np.float32)
 _NUMBERS_AT_ONCE = 1 << 21  # of codes that are hashed, 16 MiB of uint64
 
 
-class _Space(NamedTuple):
-    """What a thread writes to in a search for so many neighbours, and views of it."""
-
-    query: Vectors
-    scores: Vectors
-    rows: Ids
-    best_scores: Vectors
-    best_rows: Ids
-    factor: Vectors  # `()`, which NumPy multiplies by in half the time of a Python number
-    arguments: tuple[Any, ...]
-    number: int
+Found = tuple[Ids, Vectors]
+Answer = Callable[[npt.NDArray[Any]], Found | None]
 
 
-class _Spaces(threading.local):
-    """What each thread has, by the number of neighbours."""
+class _Answers(threading.local):
+    """What answers one query in each thread, by the number of neighbours."""
 
     def __init__(self) -> None:
-        self.by_k: dict[int, _Space] = {}
+        self.by_k: dict[int, Answer] = {}
 
 
 class RefinedIndex:
@@ -108,40 +99,63 @@ class RefinedIndex:
             self._parts += [rows, self._index]
             dim = wider
         self._search = self._index.search_c
-        self._spaces = _Spaces()
+        self._answers = _Answers()
         self._is_cosine, self._sign = metric == "cosine", -1 if metric == "l2" else 1
 
-    def search_one(self, query: npt.NDArray[Any], k: int) -> tuple[Ids, Vectors] | None:
+    def search_one(self, query: npt.NDArray[Any], k: int) -> Found | None:
         """Return the rows nearest to a query, and their scores.
 
         None where equal rows may have decided, where the first stage found too few, and for a query
-        that is not float32, not finite or of an odd length.
+        that is not finite or of an odd length.
 
         Args:
-            query: `(1, width)`.
+            query: float32 `(1, width)`.
             k: Number of neighbours, at most the last shortlist.
 
         Shapes:
             Returns int64 and float32 `(1, k)`.
         """
-        if query.dtype != _FLOAT32:
-            return None
-        # One product is the test of the numbers and the squared length.
-        square = float(np.vdot(query, query))
-        if not _LEAST_SQUARE <= square <= _MOST_SQUARE:
-            return None
-        spaces = self._spaces.by_k
-        space = spaces.get(k) or spaces.setdefault(k, self._space(k))
-        space.query[:] = query
-        self._search(*space.arguments)
-        # By Python's numbers: of so few they take a fraction of the time that NumPy does.
-        if len(set(*space.scores.tolist())) < space.number or space.rows.item(-1) < 0:
-            return None
-        if self._copied is not None and self._copied[space.rows].any():
-            return None
-        if self._is_cosine:
-            space.factor.fill(1 / math.sqrt(square))
-        return space.best_rows.copy(), space.best_scores * space.factor
+        by_k = self._answers.by_k
+        answer = by_k.get(k)
+        if answer is None:
+            answer = by_k.setdefault(k, self._answer(k))
+        return answer(query)
+
+    def _answer(self, k: int) -> Answer:
+        """Return what answers one query.
+
+        FAISS empties the caches of the processor. So what follows it touches as little as it can:
+        memory made once, and what was looked up before.
+        """
+        count, parameters = self._parameters(k)
+        taken = np.empty((1, self._width), np.float32)
+        scores, rows = np.empty((1, count), np.float32), np.empty((1, count), np.int64)
+        x, values, numbers = map(self._faiss.swig_ptr, (taken, scores, rows))
+        search = functools.partial(self._index.search_c, 1, x, count, values, numbers, parameters)
+        best_scores, best_rows = scores[:, :k], rows[:, :k]
+        # A number that is an array NumPy multiplies by in half the time.
+        factor = np.full((), self._sign, np.float32)
+        squared = functools.partial(np.vdot, taken[0], taken[0])  # `dot` warns of overflow
+        score_list, number_at = scores[0].tolist, rows.item
+        copied, is_cosine, sqrt = self._copied, self._is_cosine, math.sqrt
+
+        def answer(query: npt.NDArray[Any]) -> Found | None:
+            taken[:] = query
+            # One product is the test of the numbers and the squared length.
+            square = squared()
+            if not _LEAST_SQUARE <= square <= _MOST_SQUARE:
+                return None
+            search()
+            # By Python's numbers: of so few they take a fraction of the time that NumPy does.
+            if len(set(score_list())) < count or number_at(-1) < 0:
+                return None
+            if copied is not None and copied[rows].any():
+                return None
+            if is_cosine:
+                factor.fill(1 / sqrt(square))
+            return best_rows.copy(), best_scores * factor
+
+        return answer
 
     def search(self, queries: Vectors, k: int) -> tuple[Ids, Vectors, npt.NDArray[np.bool_]]:
         """Return the rows nearest to each query, their scores, and which answers do not count.
@@ -162,15 +176,6 @@ class RefinedIndex:
         if self._copied is not None:
             is_open |= self._copied[rows].any(axis=1)
         return rows[:, :k], scores[:, :k], is_open
-
-    def _space(self, k: int) -> _Space:
-        count, parameters = self._parameters(k)
-        query = np.empty((1, self._width), np.float32)
-        scores, rows = np.empty((1, count), np.float32), np.empty((1, count), np.int64)
-        x, values, numbers = map(self._faiss.swig_ptr, (query, scores, rows))
-        arguments = (1, x, count, values, numbers, parameters)
-        factor = np.full((), self._sign, np.float32)
-        return _Space(query, scores, rows, scores[:, :k], rows[:, :k], factor, arguments, count)
 
     def _parameters(self, k: int) -> tuple[int, Any]:
         """Return for how many neighbours FAISS is asked, and how long its shortlists are."""
