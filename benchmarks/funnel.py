@@ -16,10 +16,10 @@ come laps of ours: how many times as fast ours are is the median of those pairs,
 on the machine slows alike. 100 queries at once are timed by the processor time of the process.
 
 With `--adaptor` the gallery is projected by it, and rivals search the rows as they were: turning
-them changes no cosine. `--svs` names a folder with Intel's library, an anchor that nothing here
-depends on. Graphs are built once and kept in `--work`. `--against` names reports of this script,
-whose plans are rivals as well: is an adapted funnel faster than one over the rows as they were, or
-over PCA's? The last line is one JSON object, also written to `--out`.
+them changes no cosine. `--svs` and `--hnswlib` name folders with Intel's library and with hnswlib;
+nothing here depends on them. Graphs are built once and kept in `--work`. `--against` names reports
+of this script, whose plans are rivals as well: is an adapted funnel faster than one over the rows
+as they were, or over PCA's? The last line is one JSON object; `--out` is written after each rival.
 """
 
 from __future__ import annotations
@@ -42,7 +42,15 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 from memory import measured_memory
-from rivals import FACTORIES, Ids, Rival, over_prefixes, rival_of, svs_rival
+from rivals import (
+    FACTORIES,
+    Ids,
+    Rival,
+    hnswlib_rival,
+    over_prefixes,
+    rival_of,
+    svs_rival,
+)
 
 from keras_mrl_serving import FaissIndex, FirstStage, FunnelSchedule, Projection, open_index
 from keras_mrl_serving.index import Choice, Plan
@@ -133,6 +141,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="queries are rows of no part")
     parser.add_argument("--rows", type=int, help="of the gallery; needs a --work of its own (all)")
     parser.add_argument("--svs", type=Path, help="folder with Intel's library")
+    parser.add_argument("--hnswlib", type=Path, help="folder with hnswlib")
     parser.add_argument("--dims", default="64,96,128", help="besides the width")
     parser.add_argument("--queries", type=int, default=1000, help="that plan")
     parser.add_argument("--targets", default="0.95,0.98", help="of recall@10 (%(default)s)")
@@ -169,15 +178,20 @@ def main() -> None:
     report |= {"plan_cpu_s": time.process_time() - began, "plans": [p.to_json() for p in plans]}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         leads = [_built(data, plan, Path(folder)) for plan in plans]
-        report |= _compare(arguments, plain, data, plans, leads)
+        report |= _compare(
+            arguments, plain, data, plans, leads, lambda found: _write(arguments, report | found)
+        )
         for given in arguments.against:
             report |= _against(given, plain, data, plans, leads)
     if arguments.promise:
         report["promise"] = _promise(data, plans, arguments.promise)
-    text = json.dumps(report)
+    _write(arguments, report)
+    print(json.dumps(report))
+
+
+def _write(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(text)
 
 
 def _read(arguments: argparse.Namespace) -> tuple[Data, Data]:
@@ -249,6 +263,7 @@ def _compare(
     data: Data,
     plans: Sequence[Plan],
     leads: Sequence[Rival],
+    save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     planned_truth, truth = (_exact(plain, q) for q in (plain.planning, plain.judging))
     targets = [plan.target for plan in plans]
@@ -297,6 +312,7 @@ def _compare(
         if rival.files != Path() and rival.files.is_file():
             report["memory"][rival.name] = measured_memory(rival.files, plain.judging)
         rival.let_go()
+        save(report | _summary(report))
     return report | _summary(report)
 
 
@@ -340,6 +356,8 @@ def _rivals(arguments: argparse.Namespace, plain: Data, plans: Sequence[Plan]) -
                     yield rival_of(label, text, effort, plain.gallery, path)
                 except RuntimeError as error:
                     print(f"  {label}: {str(error)[-120:]}", flush=True)
+    if arguments.hnswlib is not None and (chosen is None or "hnswlib" in chosen):
+        yield hnswlib_rival(arguments.hnswlib, plain.gallery)
     if arguments.svs is not None and (chosen is None or "SVS" in chosen):
         yield svs_rival(arguments.svs, plain.gallery)
 

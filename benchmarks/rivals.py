@@ -161,6 +161,28 @@ def over_prefixes(folder: Path, schedule: FunnelSchedule, spec: FirstStage) -> R
     return Rival("FAISS's own funnel", (("",),), lambda _: None, search, Path(), 0.0)
 
 
+def hnswlib_rival(folder: Path, gallery: Vectors) -> Rival:
+    """Build hnswlib's graph, with as many neighbours a row as FAISS's HNSW32."""
+    sys.path.insert(0, str(folder))
+    import hnswlib  # type: ignore[import-untyped]
+
+    began = time.process_time()
+    index = hnswlib.Index(space="ip", dim=gallery.shape[1])
+    index.init_index(len(gallery), ef_construction=100, M=32, random_seed=0)
+    index.set_num_threads(1)
+    index.add_items(gallery)
+    seconds = time.process_time() - began
+
+    def set_to(setting: str) -> None:
+        index.set_ef(int(setting.partition("=")[2]))
+
+    def search(queries: Vectors, k: int) -> Ids:
+        return np.asarray(index.knn_query(queries, k)[0], np.int64)
+
+    settings = tuple(f"ef={size}" for size in _GRAPH)
+    return Rival("hnswlib", (settings,), set_to, search, Path(), seconds)
+
+
 def svs_rival(folder: Path, gallery: Vectors) -> Rival:
     """Build Intel's graph over 8-bit codes (LVQ8)."""
     sys.path.insert(0, str(folder))
