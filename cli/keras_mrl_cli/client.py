@@ -53,6 +53,8 @@ def connect(arguments: SimpleNamespace) -> Iterator[Client]:
             with refusing(ValueError, status=MISUSED):
                 client = Client(arguments.target.split(","), arguments.model, options=options)
             with client:
+                if arguments.wait:
+                    client.wait_until_ready(arguments.wait)
                 yield client
     except RefusalError as refusal:
         raise RefusalError(in_flags(str(refusal)), refusal.status) from refusal
@@ -74,6 +76,7 @@ _FLAGS = {
     "Options(timeout_s=...)": "--timeout",
     "Options(proxy=False)": "--no-proxy",
     "Client(target, model=NAME)": "--model NAME",
+    "call Client.wait_until_ready() first": "give --wait 60",
     "Client.describe().inputs": "keras-mrl inspect --target",
     "client.regress(inputs, dim)": "keras-mrl regress",
     "export_saved_model(..., activation='none')": "keras-mrl export --activation none",

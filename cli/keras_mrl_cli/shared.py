@@ -437,6 +437,18 @@ def server_options() -> list[Option]:
             help="how long an answer may take, retries included (10)",
         ),
         Option(
+            "--wait",
+            type=float,
+            default=0.0,
+            callback=checked_by(
+                lambda seconds: math.isfinite(seconds) and seconds >= 0,
+                "be a number of seconds",
+                "Give for example 60.",
+            ),
+            metavar="SECONDS",
+            help="how long to wait for a server that is starting, or still loads the model (0)",
+        ),
+        Option(
             "--tls-ca",
             metavar="FILE",
             help="PEM file of the authority that signs the server's certificate (that of gRPC "

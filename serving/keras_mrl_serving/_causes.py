@@ -8,6 +8,8 @@ import ssl
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from .errors import NO_SERVER_REMEDY
+
 
 @dataclass(frozen=True)
 class Cause:
@@ -91,8 +93,8 @@ _CAUSES = (
     ),
     Cause(
         r"last error: .*ipv6:(\[::1\]|%5B::1%5D):\d+: Failed to connect",
-        "Start one with `keras-mrl serve --model_base_path PATH --port PORT`, or correct the "
-        "target. If it is localhost, 127.0.0.1 was tried too: give that, to see its own error.",
+        f"{NO_SERVER_REMEDY} If the target is localhost, 127.0.0.1 was tried too: give that, to "
+        "see its own error.",
         is_lasting=False,
     ),
     Cause(

@@ -80,7 +80,9 @@ def translate_error(
     if _is_own_deadline(error):
         details = _SILENT if is_connected else _NOT_CONNECTED
         remedy = _SILENT_REMEDY if is_connected else _NOT_CONNECTED_REMEDY
+    is_lasting = is_tls
     if kind is ServerUnavailableError and (cause := find_cause(details)):
+        is_lasting |= cause.is_lasting
         remedy = TLS_REMEDY if is_tls else cause.remedy
     if status is StatusCode.CANCELLED or _STOPPED.search(details):
         remedy = _STOPPED_REMEDY
@@ -92,6 +94,8 @@ def translate_error(
         details, remedy = proxy.explain(details, remedy or "")
     translated = call_error(kind, envelope, target, received, details=details, remedy=remedy)
     translated.attempts = attempts
+    if is_lasting:
+        translated.is_lasting = True
     return translated
 
 

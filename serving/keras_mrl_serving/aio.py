@@ -15,10 +15,10 @@ from . import contract, corpus, flows, questions
 from ._transport import AioTransport
 from .calls import AsyncTransport, Signature, VersionStatus
 from .cascade.policy import CascadePolicy
-from .client import BaseClient
+from .client import NOT_READY, BaseClient, Waiting
 from .contract import Manifest
 from .conversation import Progress, Round, Rounds, Talk
-from .errors import KerasMrlError
+from .errors import KerasMrlError, SignatureNotFoundError
 from .index import Index
 from .inputs import Inputs
 from .prompts import Prompt
@@ -53,6 +53,19 @@ class AsyncClient(BaseClient[AsyncTransport]):
 
     _channel = AioTransport
     _send = "send_async"
+
+    async def wait_until_ready(self, timeout_s: float = 60.0) -> None:
+        """Return once the model answers: for a server that is starting, or is still loading it."""
+        waiting = Waiting(timeout_s, self.options)
+        while True:
+            try:
+                await self.describe()
+            except NOT_READY as error:
+                await asyncio.sleep(waiting.pause_s(error))
+            except SignatureNotFoundError:
+                return
+            else:
+                return
 
     async def describe(self) -> Manifest:
         """Return the model's manifest as it is now."""

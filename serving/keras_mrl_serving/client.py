@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
@@ -19,7 +20,13 @@ from .calls import AsyncTransport, Signature, Transport, VersionStatus
 from .cascade.policy import CascadePolicy
 from .contract import DEFAULT_MODEL_NAME, Manifest
 from .conversation import Conversation, Progress, Round, Rounds, Talk
-from .errors import KerasMrlError
+from .errors import (
+    DeadlineError,
+    KerasMrlError,
+    ModelNotFoundError,
+    ServerUnavailableError,
+    SignatureNotFoundError,
+)
 from .index import Index
 from .inputs import Inputs
 from .options import Options
@@ -29,6 +36,39 @@ from .results import Classification, Neighbors
 
 T = TypeVar("T")
 TransportT = TypeVar("TransportT", Transport, AsyncTransport)
+
+
+NOT_READY = (ServerUnavailableError, DeadlineError, ModelNotFoundError)  # that waiting may mend
+
+
+class Waiting:
+    """How long to pause before a server that is not ready is asked again.
+
+    Args:
+        timeout_s: How long to wait in all.
+        options: The pauses are those between attempts.
+        clock: Returns the time in seconds; only differences count.
+
+    Examples:
+        >>> waiting = Waiting(60.0, Options(), clock=lambda: 0.0)
+        >>> [waiting.pause_s(ServerUnavailableError()) for _ in range(6)]
+        [0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
+    """
+
+    def __init__(
+        self, timeout_s: float, options: Options, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._deadline_s = clock() + timeout_s
+        self._next_s, self._most_s = options.first_backoff_s, options.max_backoff_s
+
+    def pause_s(self, error: KerasMrlError) -> float:
+        """Return the seconds; raise the error if it stays, or the time is over."""
+        pause_s = min(self._next_s, self._most_s)
+        if error.is_lasting or self._clock() + pause_s >= self._deadline_s:
+            raise error
+        self._next_s = 2 * pause_s
+        return pause_s
 
 
 class BaseClient(Generic[TransportT]):
@@ -54,7 +94,12 @@ class BaseClient(Generic[TransportT]):
     ) -> None:
         self.model = model
         self.label = label
-        self.options = options or Options()
+        self.options = Options() if options is None else options
+        if not isinstance(self.options, Options):
+            raise TypeError(
+                "The settings of a client are Options. "
+                f"Received: {type(options).__name__}. Write for example Options(timeout_s=2.0)."
+            )
         self._transport: TransportT = (
             self._channel(target, self.options)
             if isinstance(target, str | Sequence)
@@ -118,6 +163,31 @@ class Client(BaseClient[Transport]):
 
     _channel = GrpcTransport
     _send = "send"
+
+    def wait_until_ready(self, timeout_s: float = 60.0) -> None:
+        """Return once the model answers: for a server that is starting, or is still loading it.
+
+        Errors that waiting may mend are waited for, with the pauses that lie between attempts; any
+        other, such as a certificate of another host, is raised at once.
+
+        Args:
+            timeout_s: How long to wait. A call that is under way by then is ended first.
+
+        Raises:
+            ServerUnavailableError: If no server answers by then.
+            ModelNotFoundError: If the server does not have the model by then.
+            DeadlineError: If its last answer took too long.
+        """
+        waiting = Waiting(timeout_s, self.options)
+        while True:
+            try:
+                self.describe()
+            except NOT_READY as error:
+                time.sleep(waiting.pause_s(error))
+            except SignatureNotFoundError:  # of another exporter: it answers
+                return
+            else:
+                return
 
     def describe(self) -> Manifest:
         """Return the model's manifest as it is now: its dims, inputs, policy and quality."""

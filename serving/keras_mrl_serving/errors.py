@@ -27,6 +27,7 @@ class KerasMrlError(Exception):
         signature: Signature that was called.
         timeout_s: Timeout of the call in seconds.
         attempts: How often the call was sent; None for an error before that.
+        is_lasting: Whether another attempt would fail in the same way, as without TLS.
         partial: The rows answered before the error, if the rows were split into several calls.
     """
 
@@ -36,6 +37,7 @@ class KerasMrlError(Exception):
     signature: str | None = None
     timeout_s: float | None = None
     attempts: int | None = None
+    is_lasting: bool = False
     partial: Partial | None = None
 
 
@@ -200,12 +202,17 @@ def error_class(status: str, details: str) -> type[KerasMrlError]:
     return next((kind for _, _, kind in rows), ServerError)
 
 
+NO_SERVER_REMEDY = (
+    "If it is starting, call Client.wait_until_ready() first. Else start one with `keras-mrl serve "
+    "--model_base_path PATH --port PORT`, or correct the target: TensorFlow Serving's port for "
+    "gRPC is 8500."
+)
+
 # The first and the last sentence of an error about a server: the rule, and what to do.
 _RULES_AND_REMEDIES: dict[type[KerasMrlError], tuple[str, str]] = {
     ServerUnavailableError: (
         "A TensorFlow Serving server must answer at the target.",
-        "Start one with `keras-mrl serve --model_base_path PATH --port PORT`, "
-        "or correct the target.",
+        NO_SERVER_REMEDY,
     ),
     DeadlineError: (
         "An answer must come within the timeout.",

@@ -206,6 +206,7 @@ class Projection:
             index: Built of embeddings that this projection made, with its fingerprint.
 
         Raises:
+            TypeError: If it is no index of this process, such as a client of a served one.
             EncoderMismatchError: If it was built of other embeddings, or does not say of which.
 
         Examples:
@@ -219,6 +220,13 @@ class Projection:
             >>> turned.bind(index).search(np.eye(4)[:2]).ids.tolist()
             [[0], [1]]
         """
+        if not hasattr(index, "encoder_fingerprint"):
+            raise TypeError(
+                "A projection is bound to an index in this process. "
+                f"Received: {type(index).__name__}. Open one with open_index(folder); ask a served "
+                "one by client.search(projection.transform(embeddings), "
+                "encoder=projection.fingerprint)."
+            )
         if index.encoder_fingerprint != self.fingerprint:
             raise EncoderMismatchError(
                 "Projected queries are searched in an index of embeddings that the same projection "

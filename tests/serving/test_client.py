@@ -23,6 +23,7 @@ from keras_mrl_serving.client import Client
 from keras_mrl_serving.contract import Manifest
 from keras_mrl_serving.embeddings import truncate
 from keras_mrl_serving.errors import (
+    NO_SERVER_REMEDY,
     EncoderMismatchError,
     InvalidInputError,
     KerasMrlError,
@@ -389,11 +390,15 @@ def test_where_no_server_is_the_target_and_the_timeout_are_named() -> None:
                 "A TensorFlow Serving server must answer at the target. Received: UNAVAILABLE "
                 f"from {target} for model 'default', signature 'describe', timeout 7.5 s: "
             )
-            assert text.endswith(
-                "refused. Start one with `keras-mrl serve --model_base_path PATH --port PORT`, "
-                "or correct the target."
-            )
+            assert text.endswith(f"refused. {NO_SERVER_REMEDY}")
             assert_names_the_call(caught.value, target, "default", 7.5)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_settings_that_are_no_options_are_refused(kind: type[Any]) -> None:
+    for other in ({}, {"timeout_s": 1.0}, 1.0):
+        with pytest.raises(TypeError, match=f"are Options. Received: {type(other).__name__}. "):
+            kind("localhost:8500", options=other)
 
 
 # Neighbours: from a gallery in this process, from a served index, from encoder and index in one.

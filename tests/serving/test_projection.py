@@ -185,6 +185,12 @@ def test_projected_queries_and_an_unprojected_index_are_refused() -> None:
             projection.bind(index)
 
 
+@pytest.mark.parametrize("other", [Client("localhost:8500"), ROWS, "folder"])
+def test_what_is_no_index_is_refused_by_its_name(other: Any) -> None:
+    with pytest.raises(TypeError, match=f"in this process. Received: {type(other).__name__}. Open"):
+        Projection(TURN, (4, 12)).bind(other)
+
+
 def test_a_bound_index_takes_embeddings_as_they_are() -> None:
     projection = Projection(TURN, (4, 12))
     schedule = FunnelSchedule((4, 12), (len(ROWS),), 5)

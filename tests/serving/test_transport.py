@@ -144,8 +144,7 @@ def test_an_error_says_the_rule_what_was_received_and_what_to_do() -> None:
         (
             *("UNAVAILABLE", "Connection refused"),
             "A TensorFlow Serving server must answer at the target.",
-            "Start one with `keras-mrl serve --model_base_path PATH --port PORT`, or correct the "
-            "target.",
+            errors.NO_SERVER_REMEDY,
         ),
         (
             *("DEADLINE_EXCEEDED", "Timed out waiting for notification"),
@@ -240,10 +239,7 @@ def test_words_of_a_server_are_no_cause() -> None:
     """A proxy of the server's side says so of the connection behind it."""
     text = "upstream connect error: TLS_error CERTIFICATE_VERIFY_FAILED, HTTP_REQUEST"
     error = translate_error(Failure("UNAVAILABLE", text), envelope(), "host:8500")
-    assert str(error).endswith(
-        f": {text}. Start one with `keras-mrl serve --model_base_path PATH "
-        "--port PORT`, or correct the target."
-    )
+    assert str(error).endswith(f": {text}. {errors.NO_SERVER_REMEDY}")
 
 
 def test_an_error_behind_a_proxy_names_the_proxy() -> None:
@@ -451,9 +447,8 @@ def test_the_error_of_one_address_of_localhost_names_the_other(kind: type[Any]) 
         target = f"[::1]:{held.getsockname()[1]}"
         with open_client(kind, target, Options(max_attempts=1)) as client:
             remedy = (
-                "Start one with `keras-mrl serve --model_base_path PATH --port PORT`, or correct "
-                "the target. If it is localhost, 127.0.0.1 was tried too: give that, to see its "
-                "own error."
+                f"{errors.NO_SERVER_REMEDY} If the target is localhost, 127.0.0.1 was tried too: "
+                "give that, to see its own error."
             )
             assert_unavailable(client, target, "Connection refused", remedy)
 

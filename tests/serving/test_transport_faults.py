@@ -20,14 +20,17 @@ import pytest
 from keras_mrl_serving.aio import AsyncClient
 from keras_mrl_serving.client import Client
 from keras_mrl_serving.errors import (
+    NO_SERVER_REMEDY,
+    AccessDeniedError,
     DeadlineError,
     InvalidInputError,
     KerasMrlError,
     ModelNotFoundError,
+    ServerError,
     ServerUnavailableError,
     error_class,
 )
-from keras_mrl_serving.options import Options
+from keras_mrl_serving.options import Options, Tls
 from tests.helpers.faulty_server import (
     ROOT,
     Before,
@@ -101,7 +104,64 @@ def test_unavailable_is_tried_again_so_often(
     }
     text = str(caught.value)
     assert (f"UNAVAILABLE after {max_attempts} attempts from" in text) == (max_attempts > 1)
-    assert ": busy. Start one with" in text
+    assert f": busy. {NO_SERVER_REMEDY}" in text
+
+
+def refuse_with(codes: list[grpc.StatusCode]) -> Before:
+    """Refuse the first requests, each with its status."""
+    left = iter(codes)
+
+    def before(_: Request, context: grpc.ServicerContext) -> None:
+        if (code := next(left, None)) is not None:
+            context.abort(code, "Servable not found for request: Latest(default)")
+
+    return before
+
+
+@BOTH
+def test_a_server_that_starts_and_a_model_that_loads_are_waited_for(kind: type[Any]) -> None:
+    starting = [UNAVAILABLE] * 5 + [grpc.StatusCode.NOT_FOUND] * 3
+    quick = Options(max_attempts=2, first_backoff_s=0.01, max_backoff_s=0.02)
+    with (
+        FaultyServer(before=refuse_with(starting)) as server,
+        open_client(kind, server.target, quick) as client,
+    ):
+        client.wait_until_ready(600)
+        assert len(server.requests) == len(starting) + 1
+        assert client.embed(rows(3), 2).shape == (3, 2)
+
+
+@BOTH
+def test_waiting_ends_with_the_last_error(kind: type[Any]) -> None:
+    quick = Options(max_attempts=2, first_backoff_s=0.01, max_backoff_s=0.02)
+    with (
+        FaultyServer(before=abort(UNAVAILABLE, "busy")) as server,
+        open_client(kind, server.target, quick) as client,
+    ):
+        with pytest.raises(ServerUnavailableError, match="wait_until_ready"):
+            client.wait_until_ready(0)
+        assert len(server.requests) == 2
+
+
+@BOTH
+def test_nothing_else_is_waited_for(kind: type[Any]) -> None:
+    for code, error in (("PERMISSION_DENIED", AccessDeniedError), ("INTERNAL", ServerError)):
+        before = abort(grpc.StatusCode[code], "no")
+        with FaultyServer(before=before) as server, open_client(kind, server.target) as client:
+            with pytest.raises(error):
+                client.wait_until_ready(600)
+            assert len(server.requests) == 1
+    tls = Options(tls=Tls())
+    with FaultyServer() as clear, open_client(kind, clear.target, tls) as client:
+        with pytest.raises(ServerUnavailableError, match="No TLS is spoken at this port"):
+            client.wait_until_ready(600)
+
+
+@BOTH
+def test_a_model_of_another_exporter_is_ready_without_a_manifest(kind: type[Any]) -> None:
+    before = abort(grpc.StatusCode.FAILED_PRECONDITION, 'Serving signature key "describe"')
+    with FaultyServer(before=before) as server, open_client(kind, server.target) as client:
+        client.wait_until_ready(0)
 
 
 @BOTH
