@@ -139,7 +139,7 @@ def page(results: Results) -> str:
             for own in gaps.values()
         )
         + f" points at {_join(gaps)} dims, {signed(float(np.mean(points)))} on average. "
-        f"{_shown(gaps)}\n"
+        f"{_shown(gaps)}{_more_epochs(results)}\n"
         f"- **Before the encoder is trained**, with the head alone, MRL minus FF is "
         f"{', '.join(signed(100 * own) for own in frozen_gaps)} points.\n"
         "- **What fine-tuning gains:** MRL rises from "
@@ -165,6 +165,14 @@ def page(results: Results) -> str:
         _table(results),
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _more_epochs(results: Results) -> str:
+    """Whether `val` chose the last epoch of every net."""
+    last = str(results["epochs"])
+    if any(own != last for by_dim in results["chosen_epochs"].values() for own in by_dim.values()):
+        return ""
+    return " `val` chose the last epoch of every net, so more would still gain."
 
 
 def _join(words: Iterable[Any]) -> str:

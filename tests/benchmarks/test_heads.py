@@ -10,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs/benchmarks"
-WRITTEN_BY = {"adaptive": "adaptive", "heads": "heads_page", "from_scratch": "from_scratch"}
+WRITTEN_BY = {
+    "adaptive": "adaptive",
+    "fine_tuned": "fine_tuned_page",
+    "from_scratch": "from_scratch",
+    "heads": "heads_page",
+}
 
 
 @pytest.fixture(autouse=True)
