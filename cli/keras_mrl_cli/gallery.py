@@ -266,6 +266,7 @@ def _planned_funnel(
         else:
             query_labels = load_labels("--query-labels", arguments.query_labels, len(queries))
         measure = measure_by_label(labels, query_labels)
+    began_s = time.monotonic()
     try:
         plan = plan_funnel(
             gallery,
@@ -278,7 +279,8 @@ def _planned_funnel(
             own_rows=own_rows,
             first_stages=None if first_stage is None else [first_stage],
             batch=arguments.batch,
-            says=_report,
+            says=lambda text: _report(f"{time.monotonic() - began_s:.0f} s: {text}"),
+            seconds=arguments.plan_seconds,
         )
     except TargetNotReachedError as error:
         if error.front:

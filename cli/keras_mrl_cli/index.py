@@ -9,6 +9,7 @@ wider prefixes narrow that down. `keras-mrl search` asks it.
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import click
@@ -19,6 +20,7 @@ from .shared import (
     Option,
     RefusalError,
     check_one_of,
+    checked_by,
     command,
     count_option,
     dims,
@@ -150,6 +152,18 @@ A folder that holds an index is replaced with --force, and stays whole until the
             least=0,
             remedy=f"Leave it out for {SEED}.",
         ),
+        Option(
+            "--plan-seconds",
+            type=float,
+            callback=checked_by(
+                lambda seconds: math.isfinite(seconds) and seconds >= 0,
+                "be a number of seconds",
+                "Give for example 60.",
+            ),
+            metavar="SECONDS",
+            help="begin no other first stage after so many, once a funnel reaches the target (try "
+            "all)",
+        ),
         count_option(
             "--batch",
             "ROWS",
@@ -228,7 +242,10 @@ def _check_funnel(arguments: SimpleNamespace) -> None:
 def _check_plan(arguments: SimpleNamespace, is_planned: bool) -> None:
     flags = given_flags(
         arguments,
-        (*_TARGETS, "labels", "queries", "query_labels", "sample", "seed", "batch"),
+        (
+            *_TARGETS,
+            *("labels", "queries", "query_labels", "sample", "seed", "plan_seconds", "batch"),
+        ),
     )
     if flags and not is_planned:
         raise _misused(

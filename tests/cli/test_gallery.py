@@ -47,8 +47,9 @@ def recall(index: FaissIndex) -> float:
 def test_a_plan_is_printed_kept_and_reaches_its_target(run: Call) -> None:
     status, out, err = run(*BUILD, "--target-recall", "0.9")
     assert status == 0
-    assert err.splitlines()[0] == f"exact neighbours of 60 queries at dim {WIDTH}"
-    assert "building HNSW32_SQ8 over dim 8" in err.splitlines()
+    said = [re.sub("^[0-9]+ s: ", "", line) for line in err.splitlines()]
+    assert said[0] == f"exact neighbours of 60 queries at dim {WIDTH}"
+    assert "building HNSW32_SQ8 over dim 8" in said
     header, *front = out[: out.index("a.index: ")].splitlines()
     assert header == "quality +- error     per query  funnel"
     (chosen,) = (line for line in front if line.endswith("   <- chosen"))
@@ -64,6 +65,15 @@ def test_a_plan_is_printed_kept_and_reaches_its_target(run: Call) -> None:
     assert plan["schedule"] == index.schedule.to_json()
     assert plan["quality"] - plan["error"] >= 0.9
     assert len(plan["front"]) == len(front)
+
+
+def test_a_plan_may_be_bounded(run: Call) -> None:
+    status, _, err = run(*BUILD, "--target-recall", "0.9", "--plan-seconds", "0")
+    assert status == 0
+    assert " s: no more is tried: the time is over\n" in err
+    plan = opened("a.index").plan
+    assert plan is not None
+    assert plan["quality"] >= 0.9
 
 
 def test_a_row_of_the_sample_does_not_find_itself(run: Call) -> None:

@@ -9,7 +9,8 @@ the best of many is lucky.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -44,6 +45,7 @@ def plan_funnel(
     says: Says | None = None,
     timer: Timer = time_per_query,
     projection: Projection | None = None,
+    seconds: float | None = None,
 ) -> Plan:
     """Return the cheapest funnel that reaches a target, by measurement.
 
@@ -83,6 +85,8 @@ def plan_funnel(
             another quantile than the median.
         projection: What projected first stages look at, such as one that was learnt; the shortlist
             is compared by the embeddings as they are. None: principal components of the gallery.
+        seconds: After so many, as soon as a funnel reaches the target, no other first stage is
+            begun, and the best so far is the plan. None: all are tried.
 
     Raises:
         TargetNotReachedError: If no funnel reaches it; it holds the front of those tried.
@@ -96,6 +100,7 @@ def plan_funnel(
         >>> plan.choice.quality >= 0.8
         True
     """
+    began_s = time.monotonic()
     gallery = as_gallery(embeddings, 1)
     widths = check_dims(tuple(dims) if dims is not None else _powers_of_two(gallery.shape[-1]))
     gallery = as_gallery(gallery, widths[-1])
@@ -107,7 +112,13 @@ def plan_funnel(
     trials = Trials(
         gallery, sample, widths[-1], k, metric, measure, own, batch, say, timer, projection
     )
-    return choose_funnel(trials, target, widths, first_stages)
+    return choose_funnel(
+        trials,
+        target,
+        widths,
+        first_stages,
+        lambda: seconds is not None and time.monotonic() - began_s >= seconds,
+    )
 
 
 def _powers_of_two(width: int) -> tuple[int, ...]:
@@ -168,6 +179,7 @@ def choose_funnel(
     target: float,
     dims: Sequence[int],
     first_stages: Sequence[FirstStage] | None = None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Plan:
     """Return the cheapest funnel that reaches a target: decide what to try, and try it.
 
@@ -176,6 +188,7 @@ def choose_funnel(
         target: The least quality less its standard error.
         dims: Dims a stage may have, ascending; the last is that of `trials`.
         first_stages: As in `plan_funnel`.
+        is_over: Whether to begin no other first stage, once a funnel reaches the target.
 
     Raises:
         TargetNotReachedError: If no funnel reaches it; it holds the front of those tried.
@@ -198,6 +211,10 @@ def choose_funnel(
     shortlists = {dim: trials.shortest_shortlist(dim, target) for dim in dims}
     choices: list[Choice] = []
     is_too_slow = False
+
+    def is_enough(*more: Choice) -> bool:
+        return is_over() and cheapest([*choices, *more], target) is not None
+
     for dim in dims:
         if is_too_slow and (first_stages is not None or dim != dims[-1]):
             continue
@@ -206,6 +223,8 @@ def choose_funnel(
         worth = [spec for spec in specs if _is_worth(dim, spec, shortlists, trials.num_rows)]
         at_dim: list[Choice] = []
         for spec in worth:
+            if is_enough(*at_dim):
+                break
             so_far = [*choices, *at_dim]
             at_dim += _coarse_choices(trials, dim, target, shortlists[dim] or 0, spec, so_far)
             trials.keep(_fastest_of_each([*choices, *at_dim], target))
@@ -216,10 +235,12 @@ def choose_funnel(
     if not choices and trials.refused is not None:
         raise trials.refused
     best = cheapest(choices, target)
-    if best is not None and first_stages is None:
+    if best is not None and first_stages is None and not is_over():
         choices += _other_codes(trials, _fastest_of_each(choices, target))
         choices += _projected_choices(trials, choices, dims, target)
-    for coarse in _fastest_of_each(choices, target):
+    if is_enough():
+        trials.says("no more is tried: the time is over")
+    for coarse in () if is_enough() else _fastest_of_each(choices, target):
         choices += _fine_choices(trials, coarse, dims, target)
     if best is not None:
         fastest = _fastest(choices, target)

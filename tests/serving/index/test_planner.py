@@ -448,6 +448,25 @@ def test_dims_wider_than_one_that_is_too_slow_are_not_tried(
     assert planned.schedule.dims[0] == best
 
 
+def test_once_the_time_is_over_no_other_first_stage_is_begun() -> None:
+    trials = Scripted({8: 20, 16: 20, 32: K})
+    trials.quality = lambda dim, _: 1.0 if dim >= 16 else 0.1  # dim 8 does not reach the target
+    planned = choose_funnel(trials, 0.9, (8, 16, 32), None, lambda: True)
+    kinds = [(dims[0], factory) for factory, _, dims, _ in trials.tried]
+    assert planned.schedule.dims[0] == 16
+    assert planned.first_stage.factory == kinds[-1][1]
+    assert [dim for dim, _ in dict.fromkeys(kinds)].count(16) == 1
+    assert 32 not in trials.first_dims
+
+
+def test_without_time_a_plan_still_reaches_its_target() -> None:
+    said: list[str] = []
+    planned = plan(0.9, seconds=0, says=said.append)
+    assert planned.choice.quality_less_error >= 0.9
+    assert said[-1] == "no more is tried: the time is over"
+    assert len([line for line in said if line.startswith("building")]) == 1
+
+
 def test_the_full_width_alone_may_be_the_cheapest() -> None:
     trials = Scripted({8: 20, 32: K})
     trials.quality = lambda _dim, _effort: 1.0
