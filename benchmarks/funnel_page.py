@@ -58,7 +58,8 @@ def page(results: Results) -> str:
         "itself, and in how much memory?",
         "    python benchmarks/funnel.py --embeddings E.npy --splits adapt_splits.npz --fresh "
         "--name adapted --adaptor DIR\n"
-        "        --work FOLDER --skip OPQ --svs FOLDER --hnswlib FOLDER --out ADAPTED.json\n"
+        "        --work FOLDER --svs FOLDER --hnswlib FOLDER --against MINILM.json --promise 20 "
+        "--out ADAPTED.json\n"
         "    python benchmarks/funnel_page.py ADAPTED.json MINILM.json WORDLLAMA.json "
         "--page docs/benchmarks",
         "## Answer",
@@ -75,7 +76,7 @@ def page(results: Results) -> str:
         "([which row is where](adapt_splits.npz)). The queries are rows that are in no part of "
         "the split, so that nobody had looked at them while the planner was written: every third "
         "of these plans (1,000), and the next one judges (2,000). The planner tries all that it "
-        "knows but OPQ, whose training takes minutes. A rival's setting is the fastest whose "
+        "knows. A rival's setting is the fastest whose "
         "recall on the planning queries, less one standard error, reaches the target, as a plan's "
         "must; recalls shown are on the queries that judge.",
         "Times are processor time of the one thread that asks, one query at a time unless 100 at "
@@ -103,7 +104,7 @@ def _answer(results: Results) -> list[str]:
     same = min(point["same_ids"] for report in results.values() for point in report["ours"])
     lines.append(
         "- **Against the same funnel out of FAISS's own parts**, called from Python, ours is "
-        f"{min(owns):.2f} to {max(owns):.2f} times as fast over the six plans, with the same ids "
+        f"{min(owns):.2f} to {max(owns):.2f} times as fast over these plans, with the same ids "
         f"for {100 * same:.0f}% of the queries."
     )
     memory = ", ".join(
@@ -246,7 +247,7 @@ def draw(results: Results, path: Path) -> None:
         key=lambda name: (name in _ANCHORS, name.startswith(("PCA", "OPQ")), name),
         reverse=True,
     )
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(names)), layout="constrained")
+    figure = Figure(figsize=(8.5, 1.6 + 0.27 * len(names)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, target in zip(axes, TARGETS, strict=True):
         for (name, report), marker in zip(results.items(), "os^", strict=False):
@@ -264,7 +265,7 @@ def draw(results: Results, path: Path) -> None:
         axis.set_xlabel("times as fast as the rival")
         axis.grid(axis="y", color="0.9")
     axes[0].set_yticks(range(len(names)), names)
-    axes[1].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, metadata={"Date": None})
 
 

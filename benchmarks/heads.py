@@ -93,7 +93,7 @@ CASES = {
     "images": Case(
         page="heads_images",
         dims=(8, 16, 32, 64, 128, 256),
-        epochs=(6, 2),
+        epochs=(20, 6, 2),
         seeds=range(3),
         rates=(1e-3, 3e-3),
         rate_epochs=1,

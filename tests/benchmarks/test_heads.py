@@ -14,7 +14,9 @@ WRITTEN_BY = {
     "adaptive": "adaptive",
     "fine_tuned": "fine_tuned_page",
     "from_scratch": "from_scratch",
+    "funnel": "funnel_page",
     "heads": "heads_page",
+    "heads_images": "heads_page",
 }
 
 
