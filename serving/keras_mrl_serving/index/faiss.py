@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -270,9 +271,16 @@ class FaissIndex(LocalIndex):
                 found = refined.search_one(queries, number)
                 if found is not None:
                     rows, scores = found
-                    ids = rows if self._are_row_numbers else self.ids[rows]
-                    return Neighbors(self.row_ids.given(ids), scores)
+                    return Neighbors(rows if self._returns_rows else self._ids_of(rows), scores)
         return super().search(queries, k, among, filter)
+
+    @cached_property
+    def _returns_rows(self) -> bool:
+        """Whether ids are the numbers of the rows, as the caller gave them."""
+        return self.row_ids.names is None and self._are_row_numbers
+
+    def _ids_of(self, rows: Ids) -> npt.NDArray[Any]:
+        return self.row_ids.given(self.ids[rows])
 
     def _within(self, only: Filter) -> RefinedIndex | None:
         """Return the funnel that answers within a filter in one call; None if none does."""
@@ -305,7 +313,7 @@ class FaissIndex(LocalIndex):
         among = None if only is None else only.rows
         refined = self._refined if only is None else self._within(only)
         queries = np.ascontiguousarray(queries[:, : self.width])
-        queries, factors = unscaled(queries, self.metric)
+        queries, factors = unscaled(import_faiss(), queries, self.metric)
         schedule = self.schedule
         size = schedule.shortlists[0] if schedule.shortlists else k
         total = len(self.ids) if among is None else len(among)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,13 +33,6 @@ _NUMBERS_AT_ONCE = 1 << 21  # of codes that are hashed, 16 MiB of uint64
 
 Found = tuple[Ids, Vectors]
 Answer = Callable[[npt.NDArray[Any]], Found | None]
-
-
-class _Answers(threading.local):
-    """What answers one query in each thread, by the number of neighbours."""
-
-    def __init__(self) -> None:
-        self.by_k: dict[int, Answer] = {}
 
 
 class RefinedIndex:
@@ -99,7 +91,8 @@ class RefinedIndex:
             self._parts += [rows, self._index]
             dim = wider
         self._search = self._index.search_c
-        self._answers = _Answers()
+        # What may answer a query, by the number of neighbours: more than one where threads ask.
+        self._answers: dict[int, list[Answer]] = {}
         self._is_cosine, self._sign = metric == "cosine", -1 if metric == "l2" else 1
 
     def search_one(self, query: npt.NDArray[Any], k: int) -> Found | None:
@@ -115,14 +108,19 @@ class RefinedIndex:
         Shapes:
             Returns int64 and float32 `(1, k)`.
         """
-        by_k = self._answers.by_k
-        answer = by_k.get(k)
-        if answer is None:
-            answer = by_k.setdefault(k, self._answer(k))
-        return answer(query)
+        answers = self._answers.get(k)
+        if answers is None:
+            answers = self._answers.setdefault(k, [])
+        try:
+            answer = answers.pop()  # no other thread has it from here on
+        except IndexError:
+            answer = self._answer(k)
+        found = answer(query)
+        answers.append(answer)
+        return found
 
     def _answer(self, k: int) -> Answer:
-        """Return what answers one query.
+        """Return what answers one query after the other.
 
         FAISS empties the caches of the processor. So what follows it touches as little as it can:
         memory made once, and what was looked up before.
@@ -135,7 +133,7 @@ class RefinedIndex:
         best_scores, best_rows = scores[:, :k], rows[:, :k]
         # A number that is an array NumPy multiplies by in half the time.
         factor = np.full((), self._sign, np.float32)
-        squared = functools.partial(np.vdot, taken[0], taken[0])  # `dot` warns of overflow
+        squared = functools.partial(self._faiss.fvec_norm_L2sqr, x, self._width)
         score_list, number_at = scores[0].tolist, rows.item
         copied, is_cosine, sqrt = self._copied, self._is_cosine, math.sqrt
 
@@ -193,13 +191,14 @@ class RefinedIndex:
         return count, parameters
 
 
-def unscaled(queries: Vectors, metric: str) -> tuple[Vectors, Vectors]:
+def unscaled(faiss: Any, queries: Vectors, metric: str) -> tuple[Vectors, Vectors]:
     """Return queries as FAISS takes them, and what its scores of each are multiplied by.
 
     A cosine is a product divided by the query's length, which changes no order: so queries are not
     scaled, but those so short or long that FAISS might round them to nothing.
 
     Args:
+        faiss: The module.
         queries: `(batch, width)`, contiguous.
         metric: "cosine", "dot" or "l2".
 
@@ -207,20 +206,23 @@ def unscaled(queries: Vectors, metric: str) -> tuple[Vectors, Vectors]:
         Returns float32 `(batch, width)` and `(batch, 1)`.
 
     Examples:
-        >>> queries, factors = unscaled(np.float32([[3, 4], [0, 0]]), "cosine")
+        >>> import faiss
+        >>> queries, factors = unscaled(faiss, np.float32([[3, 4], [0, 0]]), "cosine")
         >>> queries.tolist(), factors.round(3).tolist()
         ([[3.0, 4.0], [0.0, 0.0]], [[0.20000000298023224], [1.0]])
     """
     if metric != "cosine":
         return queries, np.full((len(queries), 1), -1 if metric == "l2" else 1, np.float32)
-    squares = [float(np.vdot(query, query)) for query in queries]
+    squared = np.empty(len(queries), np.float32)
+    x, lengths = map(faiss.swig_ptr, (queries, squared))
+    faiss.fvec_norms_L2sqr(lengths, x, queries.shape[1], len(queries))
+    squares = squared.tolist()
     is_odd = [not _LEAST_SQUARE <= square <= _MOST_SQUARE for square in squares]
     factors = [
         1 if odd else 1 / math.sqrt(square) for odd, square in zip(is_odd, squares, strict=True)
     ]
     if any(is_odd):
-        lengths = inverse_length(np.array(squares, np.float32))
-        queries = queries * np.where(is_odd, lengths, np.float32(1))[:, None]
+        queries = queries * np.where(is_odd, inverse_length(squared), np.float32(1))[:, None]
     return queries, np.array(factors, np.float32)[:, None]
 
 

@@ -269,12 +269,12 @@ def test_rows_are_told_from_their_copies() -> None:
 
 def test_queries_are_scaled_only_where_they_must_be() -> None:
     queries = np.array([[3, 4], [3e-9, 4e-9], [3e9, 4e9], [0, 0]], np.float32)
-    taken, factors = unscaled(queries, "cosine")
+    taken, factors = unscaled(import_faiss(), queries, "cosine")
     expected = np.array([[3.0, 4.0], [3e-3, 4e-3], [0.6, 0.8], [0.0, 0.0]])
     np.testing.assert_allclose(taken, expected, rtol=1e-6)
     np.testing.assert_allclose(factors[:, 0], np.array([0.2, 1.0, 1.0, 1.0]), rtol=1e-6)
     for metric, sign in (("dot", 1), ("l2", -1)):
-        taken, factors = unscaled(queries, metric)
+        taken, factors = unscaled(import_faiss(), queries, metric)
         assert taken is queries
         assert (factors == sign).all()
 
