@@ -15,7 +15,7 @@ from keras_mrl_cli.client import in_flags
 from keras_mrl_serving import ExactIndex, FunnelSchedule, InvalidInputError, KerasMrlError, Manifest
 from keras_mrl_serving.calls import Arrays, AskStatus, Envelope
 from keras_mrl_serving.calls import Call as Asking
-from keras_mrl_serving.errors import ServerError, call_error
+from keras_mrl_serving.errors import ServerError, ServerUnavailableError, call_error
 from tests.helpers.cli import (
     ALL_BAD,
     BAD_FILES,
@@ -275,6 +275,26 @@ def test_the_flags_reach_the_server(call: Call, folder: Path) -> None:
         assert call("embed", "x.npy", "--target", server.target).status == 0
         assert server.requests_of("embed_4")[-1].count == 20
         assert all(remaining < 11 for remaining in seconds)
+
+
+def test_a_model_that_still_loads_is_waited_for(call: Call, folder: Path) -> None:
+    del folder
+    np.save("x.npy", rows(1))
+    refusals = iter(range(2))
+
+    def load(_: Request, context: grpc.ServicerContext) -> None:
+        if next(refusals, None) is not None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "Servable not found for request: Latest(m)")
+
+    with FaultyServer(before=load) as server:
+        embed = call.of("embed", "x.npy", "--target", server.target)
+        assert embed().status == 1
+        assert embed("--wait", "600").status == 0
+        assert next(refusals, None) is None
+    unavailable = call_error(
+        ServerUnavailableError, Envelope("m", None, AskStatus(), 1, 1), "t", ""
+    )
+    assert "If it is starting, give --wait 60." in in_flags(str(unavailable))
 
 
 def test_a_proxy_of_the_environment_is_turned_off(
