@@ -76,12 +76,17 @@ def test_measuring_stops_where_the_next_net_would_find_no_time() -> None:
         return Speed(4_000 * 8 / filters, 0.0)
 
     assert fit(PLAN, 20, measure).filters == 16
-    assert measured == [8, 16]
+    assert measured == [8, 8, 16]
+
+
+def test_the_first_net_of_a_process_does_not_count() -> None:
+    speeds = chain([Speed(1.0, 60.0)], repeat(Speed(4_000, 0.0)))
+    assert fit(PLAN, 40, lambda _: next(speeds)) == fit(PLAN, 40, lambda _: Speed(4_000, 0.0))
 
 
 def test_measuring_is_paid_from_the_budget() -> None:
     free = fit(PLAN, 40, lambda _: Speed(4_000, 0.0))
-    seconds = chain([0.0, 0.0], repeat(15.0))
+    seconds = chain([0.0], repeat(15.0))
     images = random_images(600, 2)
     plan = fit_to_budget(PLAN, images, 40, lambda _: Speed(4_000, 0.0), lambda: next(seconds))
     assert plan.epochs < free.epochs
