@@ -136,7 +136,7 @@ def make_plan(
         requested,
         training,
         60 * budget_minutes,
-        lambda filters: measure_speed(requested, training, filters),
+        lambda net, filters: measure_speed(net, training, filters, requested.flip),
     )
     size = "" if training.is_embedded else f", {plan.filters} filters"
     progress(
@@ -163,7 +163,7 @@ def fit_to_budget(
     plan: Plan,
     training: Part,
     seconds: float,
-    measure: Callable[[int], Speed],
+    measure: Callable[[Net, int], Speed],
     clock: Callable[[], float] = time.monotonic,
 ) -> Plan:
     """Return the plan with the filters, epochs and rows that a budget has room for.
@@ -176,7 +176,7 @@ def fit_to_budget(
         plan: The requested plan; its epochs, filters and rows are replaced.
         training: The images.
         seconds: The budget; a fifth of it is left for evaluation.
-        measure: Returns how fast a net of so many filters trains.
+        measure: Returns how fast a net trains, with so many filters.
         clock: Returns the time in seconds: measuring is paid from the budget.
 
     Examples:
@@ -187,7 +187,7 @@ def fit_to_budget(
         ...     Plan((4, 8)),
         ...     images,
         ...     seconds=60,
-        ...     measure=lambda filters: Speed(30_000 / filters, 1),
+        ...     measure=lambda net, filters: Speed(30_000 / filters, 1),
         ...     clock=lambda: 0,
         ... )
         >>> plan.filters, plan.epochs, plan.rows
@@ -195,10 +195,12 @@ def fit_to_budget(
     """
     rows, begun = len(training.labels), clock()
     sizes = (plan.filters,) if training.is_embedded else _FILTERS
-    measure(sizes[0])  # the first net of a process loads what the others find loaded
+    # The first net of a process loads what the others find loaded. What it compiled is kept, so
+    # the one that counts is another.
+    measure(Net("ff", plan.dims[-1:]), sizes[0])
     largest: Plan | None = None
     for filters in sizes:
-        speed = measure(filters)
+        speed = measure(Net("mrl", plan.dims), filters)
         timed = clock() - begun
         room = _TRAINING_SHARE * seconds - timed
         wanted = replace(plan, filters=filters)
@@ -244,19 +246,18 @@ def _cost(net: Net) -> float:
     return share * (_SLIMMABLE_COST if net.method == "slimmable" else 1)
 
 
-def measure_speed(plan: Plan, training: Part, filters: int) -> Speed:
-    """Return how fast a Matryoshka net of so many filters trains."""
+def measure_speed(net: Net, training: Part, filters: int, flip: bool) -> Speed:
+    """Return how fast a net of so many filters trains."""
     begun = time.perf_counter()
-    net = Net("mrl", plan.dims)
     model = net.make(training.inputs.shape[1:], len(training.names), filters)
     compile_net(model, net, 1, len(training.labels))
     some = training.take(np.resize(np.arange(len(training.labels)), _TIMED * BATCH))
     few = some.take(slice(2 * BATCH))
-    model.fit(Batches(few, 0, 0, plan.flip), verbose=0)
+    model.fit(Batches(few, 0, 0, flip), verbose=0)
     for part in (model.backbone, model):  # what predicts is compiled, too
         predict(part, few)
     started = time.perf_counter()
-    model.fit(Batches(some, 0, 1, plan.flip), verbose=0)
+    model.fit(Batches(some, 0, 1, flip), verbose=0)
     rate = len(some.labels) / (time.perf_counter() - started)
     return Speed(rate, started - begun)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from keras_mrl.comparison.data import ComparisonError
+from keras_mrl.comparison.nets import Net
 from keras_mrl.comparison.plan import Plan, Speed, fit_to_budget, load_or_make_plan, subset
 from keras_mrl.comparison.splits import digests
 from tests.helpers.comparisons import random_images
@@ -32,7 +33,7 @@ def test_a_comparison_goes_on_as_it_was_asked_for(tmp_path: Path) -> None:
         load_or_make_plan(path, wishes, never)
 
 
-def fit(plan: Plan, seconds: float, measure: Callable[[int], Speed]) -> Plan:
+def fit(plan: Plan, seconds: float, measure: Callable[[Net, int], Speed]) -> Plan:
     """The plan for 600 images of two classes, on a clock that stands still."""
     return fit_to_budget(plan, random_images(600, 2), seconds, measure, clock=lambda: 0.0)
 
@@ -44,7 +45,7 @@ def fit(plan: Plan, seconds: float, measure: Callable[[int], Speed]) -> Plan:
 def test_a_budget_takes_the_largest_net_that_has_time(
     seconds: float, filters: int, epochs: int, variants: bool
 ) -> None:
-    plan = fit(PLAN, seconds, lambda filters: Speed(32_000 / filters, 0.0))
+    plan = fit(PLAN, seconds, lambda _, filters: Speed(32_000 / filters, 0.0))
     assert plan == replace(PLAN, filters=filters, epochs=epochs, rows=600, variants=variants)
     costs = sum(0.5 if net.half else 2.2 if net.method == "slimmable" else 1 for net in plan.nets)
     assert costs * epochs * 600 / (32_000 / filters) <= 0.8 * seconds
@@ -54,55 +55,55 @@ def test_a_budget_that_building_the_nets_uses_up_is_refused_with_one_that_would_
     """Rows are never left out to pay for compiling: fewer rows compile no faster."""
     sentence = r"Received: 0\.5 minutes for 7 nets, each of which takes 20 s"
     with pytest.raises(ComparisonError, match=sentence) as info:
-        fit(PLAN, 30, lambda _: Speed(1000, 20.0))
+        fit(PLAN, 30, lambda *_: Speed(1000, 20.0))
     minutes = int(re.findall(r"Give (\d+) minutes", str(info.value))[0])
-    plan = fit(PLAN, 60 * minutes, lambda _: Speed(1000, 20.0))
+    plan = fit(PLAN, 60 * minutes, lambda *_: Speed(1000, 20.0))
     assert plan.epochs >= 6
     assert plan.rows == 600
 
 
 def test_rows_are_left_out_where_there_are_thousands() -> None:
     many = random_images(20_000, 2)
-    plan = fit_to_budget(PLAN, many, 100, lambda _: Speed(1000, 0.1), clock=lambda: 0.0)
+    plan = fit_to_budget(PLAN, many, 100, lambda *_: Speed(1000, 0.1), clock=lambda: 0.0)
     assert 2_000 <= plan.rows < 20_000
     assert (plan.epochs, plan.variants) == (6, False)
 
 
 def test_measuring_stops_where_the_next_net_would_find_no_time() -> None:
-    measured: list[int] = []
+    measured: list[tuple[str, int]] = []
 
-    def measure(filters: int) -> Speed:
-        measured.append(filters)
+    def measure(net: Net, filters: int) -> Speed:
+        measured.append((net.method, filters))
         return Speed(4_000 * 8 / filters, 0.0)
 
     assert fit(PLAN, 20, measure).filters == 16
-    assert measured == [8, 8, 16]
+    assert measured == [("ff", 8), ("mrl", 8), ("mrl", 16)]
 
 
 def test_the_first_net_of_a_process_does_not_count() -> None:
     speeds = chain([Speed(1.0, 60.0)], repeat(Speed(4_000, 0.0)))
-    assert fit(PLAN, 40, lambda _: next(speeds)) == fit(PLAN, 40, lambda _: Speed(4_000, 0.0))
+    assert fit(PLAN, 40, lambda *_: next(speeds)) == fit(PLAN, 40, lambda *_: Speed(4_000, 0.0))
 
 
 def test_measuring_is_paid_from_the_budget() -> None:
-    free = fit(PLAN, 40, lambda _: Speed(4_000, 0.0))
+    free = fit(PLAN, 40, lambda *_: Speed(4_000, 0.0))
     seconds = chain([0.0], repeat(15.0))
     images = random_images(600, 2)
-    plan = fit_to_budget(PLAN, images, 40, lambda _: Speed(4_000, 0.0), lambda: next(seconds))
+    plan = fit_to_budget(PLAN, images, 40, lambda *_: Speed(4_000, 0.0), lambda: next(seconds))
     assert plan.epochs < free.epochs
 
 
 def test_time_to_start_a_net_is_not_time_to_train_it() -> None:
-    quick = fit(PLAN, 300, lambda _: Speed(500, 0.0))
-    slow = fit(PLAN, 300, lambda _: Speed(500, 10.0))
+    quick = fit(PLAN, 300, lambda *_: Speed(500, 0.0))
+    slow = fit(PLAN, 300, lambda *_: Speed(500, 10.0))
     assert slow.epochs * slow.rows < 0.8 * quick.epochs * quick.rows
 
 
 def test_a_budget_counts_the_nets_that_do_not_see_all() -> None:
     plan = replace(PLAN, unseen=True)
     assert len(plan.nets) == len(PLAN.nets) + 1 + len(PLAN.dims)
-    fitted = fit(plan, 60, lambda _: Speed(1_000, 0.0))
-    assert fitted.epochs * fitted.rows < fit(PLAN, 60, lambda _: Speed(1_000, 0.0)).epochs * 600
+    fitted = fit(plan, 60, lambda *_: Speed(1_000, 0.0))
+    assert fitted.epochs * fitted.rows < fit(PLAN, 60, lambda *_: Speed(1_000, 0.0)).epochs * 600
 
 
 def test_fewer_images_are_a_share_of_every_class() -> None:
