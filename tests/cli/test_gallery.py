@@ -511,7 +511,7 @@ def test_a_server_tells_the_fingerprint_and_the_dims(run: Call, target: str) -> 
     served = ("--target", target, "--model", "rows")
     status, out, err = run(*build, *served, "--target-recall", "0.9")
     assert status == 0
-    assert "what prefixes of dim 1 can reach" in err.splitlines()  # no power of two from 8
+    assert " s: what prefixes of dim 1 can reach\n" in err  # no power of two from 8
     index = json.loads(out)
     assert index["encoder_fingerprint"] == "rows"
     assert index["schedule"]["dims"] in ([1, 3], [3], [3, 3])  # codes of 3 dims, then 3 dims

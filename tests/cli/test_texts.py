@@ -215,7 +215,7 @@ def test_texts_are_written_and_gone_on_with(
 def test_calls_of_texts_are_small_enough_to_be_answered_in_time(target: str) -> None:
     unset = dict.fromkeys(("timeout", "max_batch_size", *TLS_FLAGS))
     asked = {"target": target, "model": "notes", "files": ["a.txt"], "metadata": ()}
-    arguments = SimpleNamespace(**unset, **asked, no_proxy=False)
+    arguments = SimpleNamespace(**unset, **asked, no_proxy=False, wait=0.0)
     with connect_and_describe(arguments) as (client, _):
         assert client.options.max_batch_size == 64
 
