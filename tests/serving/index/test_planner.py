@@ -619,6 +619,24 @@ def test_the_fastest_are_timed_again_in_laps() -> None:
     assert len(timed) == 12
 
 
+def test_a_machine_that_slows_down_leaves_the_choice_in_its_front() -> None:
+    """What was timed before, in quieter times, does not take the place of what was chosen."""
+
+    class Slowing(Recorded):
+        def timed_again(self, choices: Any) -> list[Choice]:
+            return [replace(choice, seconds=9 * choice.seconds) for choice in choices]
+
+    trials = Slowing(GALLERY, QUERIES, 32, K, "cosine", None, None, 1, ignore, work)
+    planned = choose_funnel(trials, 0.9, DIMS, [FLAT, IVF])
+    once = [choice.seconds for choice in trials.choices if choice.quality_less_error >= 0.9]
+    assert min(once) < planned.choice.seconds / 2
+    assert planned.choice in planned.front
+    assert planned.choice == min(
+        (choice for choice in planned.front if choice.quality_less_error >= 0.9),
+        key=lambda choice: choice.seconds,
+    )
+
+
 @pytest.mark.parametrize(("batch", "clock"), [(1, "thread_time"), (5, "perf_counter")])
 def test_single_queries_are_timed_by_their_thread(
     batch: int, clock: str, monkeypatch: pytest.MonkeyPatch
