@@ -77,9 +77,13 @@ def interactive(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
     # Within a script no text may look like its end.
     text = json.dumps(figures).replace("<", "\\u003c")
     return (
-        f"{places}<p>Click a cascade or a funnel: its JSON appears here. Cascades are the mean of "
-        "ten splits, and the policy is that of the first; it is what <code>keras-mrl export "
-        "--policy FILE</code> takes.</p>\n"
+        f"<p>A name in grey is drawn when it is clicked.</p>\n{places}"
+        "<p>A cascade asks the narrowest dim first and a wider one where that is unsure. 'greedy' "
+        "chooses its thresholds dim by dim, a search all together, 'certified' so that a promise "
+        "about new rows holds; the oracle knows which dim is right, so no cascade can be better. "
+        "Click a cascade or a funnel: its JSON appears here. Cascades are the mean of ten splits, "
+        "and the policy is that of the first; it is what <code>keras-mrl export --policy "
+        "FILE</code> takes.</p>\n"
         '<pre id="chosen">Nothing is chosen.</pre>\n'
         f"<script>{library}</script>\n<script>const figures = {text};{_CLICK}</script>\n"
     )

@@ -1,9 +1,10 @@
 """The plan of a comparison: nets, epochs and number of rows, requested or fitted to a budget.
 
-A budget of minutes is spent on the largest net that leaves six epochs of all rows. How fast nets
-train is measured on the spot, with a Matryoshka net of every size in turn. Building and compiling a
-net takes as long for few rows as for many, so rows are never left out to pay for that: slimmable
-nets and the boosted loss are, and then the budget is refused with one that would do.
+A budget of minutes is spent on the largest net that leaves six epochs of all rows, and on up to 30
+epochs and three seeds of it. How fast nets train is measured on the spot, with a separate net and a
+Matryoshka net of every size in turn. Building and compiling a net takes as long for few rows as for
+many, so rows are never left out to pay for that: slimmable nets and the boosted loss are, and then
+the budget is refused with one that would do.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from .training import BATCH, Batches, Recipe, compile_net, predict
 
 _FILTERS = (8, 16, 32, 64)  # of the first convolution; a budget chooses among them
 _LEAST_EPOCHS, _MOST_EPOCHS = 6, 30
+_MOST_SEEDS = 3  # for which the rest of a budget is spent
 _TRAINING_SHARE = 0.8  # of a budget; the rest evaluates
 _LEAST_PER_CLASS, _LEAST_ROWS = 50, 2000  # that a budget leaves
-_TIMED = 6  # batches
-# Cost of an epoch beside that of a net of one width; measured on two cores.
+_TIMED, _MOST_TIMED = 6, 96  # batches; the more the shorter they take
+_LEAST_TIMED_S = 0.5
+# Cost of an epoch beside that of the Matryoshka net; measured on two cores.
 _SLIMMABLE_COST = 2.2
 
 IMAGE_DIMS = (8, 16, 32, 64, 128)
@@ -141,7 +144,7 @@ def make_plan(
     size = "" if training.is_embedded else f", {plan.filters} filters"
     progress(
         f"for {budget_minutes:g} minutes: {plan.epochs} epochs of {plan.rows:,} {training.kind}"
-        f"{size}, {len(plan.nets)} nets"
+        f"{size}, {len(plan.nets)} nets, {plan.seeds} seed{'s' if plan.seeds > 1 else ''}"
     )
     return plan
 
@@ -168,12 +171,14 @@ def fit_to_budget(
 ) -> Plan:
     """Return the plan with the filters, epochs and rows that a budget has room for.
 
-    The most filters are taken that leave six epochs of all rows. Where none do, slimmable nets and
-    the boosted loss are left out, then rows, though 50 of each class and 2,000 stay. Measuring
-    begins with the smallest net and ends where the next would find no time.
+    The most filters are taken that leave six epochs of all rows; what is left beyond 30 epochs goes
+    to more seeds. Where none do, slimmable nets and the boosted loss are left out, then rows,
+    though 50 of each class and 2,000 stay. Measuring begins with the smallest net and ends where
+    the next would find no time.
 
     Args:
-        plan: The requested plan; its epochs, filters and rows are replaced.
+        plan: The requested plan; its epochs, filters and rows are replaced, its seeds if there is
+            time for more.
         training: The images.
         seconds: The budget; a fifth of it is left for evaluation.
         measure: Returns how fast a net trains, with so many filters.
@@ -195,30 +200,35 @@ def fit_to_budget(
     """
     rows, begun = len(training.labels), clock()
     sizes = (plan.filters,) if training.is_embedded else _FILTERS
-    # The first net of a process loads what the others find loaded. What it compiled is kept, so
-    # the one that counts is another.
-    measure(Net("ff", plan.dims[-1:]), sizes[0])
+    # The first net of a process loads what the others find loaded, and what it compiled is kept:
+    # its start tells nothing of the others, its rate does.
+    separate = measure(Net("ff", plan.dims[-1:]), sizes[0])
     largest: Plan | None = None
     for filters in sizes:
         speed = measure(Net("mrl", plan.dims), filters)
         timed = clock() - begun
         room = _TRAINING_SHARE * seconds - timed
+        # With more filters the body takes its time, whatever the heads.
+        ratio = min(1.0, speed.rate / separate.rate) if filters == sizes[0] else 1.0
         wanted = replace(plan, filters=filters)
-        epochs = int(_passes(wanted, speed, room) / rows)
+        epochs = int(_passes(wanted, speed, ratio, room) / rows)
         if epochs < _LEAST_EPOCHS and largest is None:
             wanted = replace(wanted, variants=False)
-            epochs = int(_passes(wanted, speed, room) / rows)
+            epochs = int(_passes(wanted, speed, ratio, room) / rows)
         if epochs < _LEAST_EPOCHS:
             break
         largest = replace(wanted, epochs=min(epochs, _MOST_EPOCHS), rows=rows)
+        for seeds in range(plan.seeds + 1, _MOST_SEEDS + 1):
+            if _passes(replace(largest, seeds=seeds), speed, ratio, room) >= _MOST_EPOCHS * rows:
+                largest = replace(largest, seeds=seeds)
         if epochs < 2 * _LEAST_EPOCHS:  # twice the filters take two to four times as long
             break
     if largest is not None:
         return largest
     least = min(rows, max(_LEAST_PER_CLASS * len(training.names), _LEAST_ROWS))
-    affordable = int(_passes(wanted, speed, room) / _LEAST_EPOCHS)
+    affordable = int(_passes(wanted, speed, ratio, room) / _LEAST_EPOCHS)
     if affordable < least:
-        needed = (_seconds(wanted, speed, least) + timed) / _TRAINING_SHARE
+        needed = (_seconds(wanted, speed, ratio, least) + timed) / _TRAINING_SHARE
         raise ComparisonError(
             "A budget must have time to build every net and to train it for "
             f"{_LEAST_EPOCHS} epochs. Received: {seconds / 60:g} minutes for {len(wanted.nets)} "
@@ -228,22 +238,22 @@ def fit_to_budget(
     return replace(wanted, epochs=_LEAST_EPOCHS, rows=min(rows, affordable))
 
 
-def _passes(plan: Plan, speed: Speed, seconds: float) -> float:
+def _passes(plan: Plan, speed: Speed, ratio: float, seconds: float) -> float:
     """How many rows every net is trained on in so many seconds."""
     training = seconds - speed.start_s * len(plan.nets)
-    return max(0.0, training * speed.rate / sum(map(_cost, plan.nets)))
+    return max(0.0, training * speed.rate / sum(_cost(net, ratio) for net in plan.nets))
 
 
-def _seconds(plan: Plan, speed: Speed, rows: int) -> float:
+def _seconds(plan: Plan, speed: Speed, ratio: float, rows: int) -> float:
     """How long it takes to train every net for the fewest epochs of so many rows."""
-    passes = _LEAST_EPOCHS * rows * sum(map(_cost, plan.nets))
+    passes = _LEAST_EPOCHS * rows * sum(_cost(net, ratio) for net in plan.nets)
     return speed.start_s * len(plan.nets) + passes / speed.rate
 
 
-def _cost(net: Net) -> float:
-    """The cost beside that of a net of one width that sees all classes for all epochs."""
+def _cost(net: Net, ratio: float) -> float:
+    """The cost beside that of the Matryoshka net; `ratio` is that of a separate net."""
     share = (1 if net.all_classes else 0.8) * (0.5 if net.half else 1)
-    return share * (_SLIMMABLE_COST if net.method == "slimmable" else 1)
+    return share * {"slimmable": _SLIMMABLE_COST, "ff": ratio}.get(net.method, 1.0)
 
 
 def measure_speed(net: Net, training: Part, filters: int, flip: bool) -> Speed:
@@ -251,15 +261,20 @@ def measure_speed(net: Net, training: Part, filters: int, flip: bool) -> Speed:
     begun = time.perf_counter()
     model = net.make(training.inputs.shape[1:], len(training.names), filters)
     compile_net(model, net, 1, len(training.labels))
-    some = training.take(np.resize(np.arange(len(training.labels)), _TIMED * BATCH))
-    few = some.take(slice(2 * BATCH))
+    few = training.take(slice(2 * BATCH))
     model.fit(Batches(few, 0, 0, flip), verbose=0)
     for part in (model.backbone, model):  # what predicts is compiled, too
         predict(part, few)
-    started = time.perf_counter()
-    model.fit(Batches(some, 0, 1, flip), verbose=0)
-    rate = len(some.labels) / (time.perf_counter() - started)
-    return Speed(rate, started - begun)
+    start_s = time.perf_counter() - begun
+    count = _TIMED
+    while True:
+        some = training.take(np.resize(np.arange(len(training.labels)), count * BATCH))
+        started = time.perf_counter()
+        model.fit(Batches(some, 0, 1, flip), verbose=0)
+        seconds = time.perf_counter() - started
+        if seconds >= _LEAST_TIMED_S or count >= _MOST_TIMED:
+            return Speed(len(some.labels) / seconds, start_s)
+        count *= 2  # what is over at once is mostly the start of `fit`
 
 
 def subset(training: Part, rows: int) -> Part:

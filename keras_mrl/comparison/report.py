@@ -51,6 +51,12 @@ MEASURES = {
     "recall10": "share of the full dim's 10 nearest (recall10)",
 }
 
+LEGEND = (
+    "MRL is one Matryoshka net with a head per dim, MRL-E one with a single head for all dims; FF "
+    "are separate nets, one per dim. What is 'of FF' cuts the widest of them, which is what you "
+    "have without Matryoshka: by SVD of its head, by PCA or the adaptor of its features, or at "
+    "random (Rand. LP trains a new head, Rand. FS takes the first coordinates)."
+)
 SPREAD = (
     "+- is one standard deviation: over seeds, or over ten splits of the same test images, which "
     "overlap. What has none is of one seed."
@@ -385,9 +391,8 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
         else f"{plan['filters']} filters in the first of eight convolutions"
     )
     facts = {
-        "Data": f"{rows:,} {about['kind']} for training, {judges:,} for judging, "
-        f"{about['classes']} classes; {about['left_out']} of the test that training has too "
-        "were left out",
+        "Data": f"{about['left_out']} {about['kind']} of the test that training has too were left "
+        "out",
         "Recipe": f"{plan['epochs']} epochs of {plan['rows']:,} {about['kind']}, {net}; "
         f"{plan['seeds']} seed{'s' if plan['seeds'] > 1 else ''} of MRL and of FF at "
         f"{', '.join(map(str, about['seeded']))} dims, one of the rest",
@@ -401,6 +406,10 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
         facts["Classes never seen"] = ", ".join(about["unseen"])
     if about["unreadable"]:
         facts["Files that cannot be read"] = f"left out: {', '.join(about['unreadable'])}"
+    data = (
+        f"On {', '.join(about['data'])}: {rows:,} {about['kind']} for training, {judges:,} for "
+        f"judging, {about['classes']} classes; {plan['epochs']} epochs."
+    )
     answer = "".join(f"<p>{_text(sentence)}</p>\n" for sentence in sentences(results))
     found = "".join(f"<li>{_text(sentence)}</li>\n" for sentence in findings(results))
     # Without its library the figures are pictures.
@@ -413,7 +422,8 @@ def html(results: Mapping[str, Any], folder: Path) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<title>Did Matryoshka pay off?</title>\n"
         f"<style>{_STYLE}</style></head><body>\n<h1>Did Matryoshka pay off?</h1>\n"
-        f'<div class="verdict">\n{answer}</div>\n{figures}\n'
+        f'<p>{_text(data)}</p>\n<div class="verdict">\n{answer}</div>\n'
+        f"<p>{_text(LEGEND)}</p>\n{figures}\n"
         f"<details><summary>Details: tables, and how it was measured</summary>\n{more}"
         f"<h2>Tables</h2>\n<p>{_text(SPREAD)}</p>\n{''.join(map(_table, tables(results)))}"
         f"<h2>How it was measured</h2>\n<dl>\n{_facts(facts)}</dl>\n</details>\n"

@@ -151,11 +151,18 @@ def shift(
     return np.asarray(shifted, np.uint8)
 
 
-RATE = 2e-3  # at its highest
+_RATE = 2e-3  # of nets on images, at its highest
+# On `val` of CLINC150 twice as much is better for every net on embeddings and at every dim.
+_EMBEDDED_RATE = 4e-3
 
 
-def compile_net(model: keras.Model, net: Net, epochs: int, rows: int, rate: float = RATE) -> None:
+def compile_net(
+    model: keras.Model, net: Net, epochs: int, rows: int, rate: float | None = None
+) -> None:
     """Give a net its loss, and an optimizer whose rate rises to `rate` and ends with training."""
+    if rate is None:
+        shape = getattr(model, "backbone", model).input_shape
+        rate = _EMBEDDED_RATE if len(shape) == 2 else _RATE
     steps = epochs * -(-rows // BATCH)
     warmup = max(1, steps // 10)
     cycle = keras.optimizers.schedules.CosineDecay(

@@ -162,10 +162,10 @@ def _untrained(given: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
         gaps = [given["differences"]["ff"][dim]["points"] for dim in unfinished]
         half = plan["epochs"] // 2
         return [
-            f"No verdict: training has not converged. From {half} to {plan['epochs']} epochs "
-            f"Matryoshka moved by {_points(unfinished.values())} points beside separate nets at "
-            f"{_dims(unfinished)} dims, and is now {_list(map(signed, gaps))} from "
-            "them: more epochs would change the answer.",
+            f"No verdict: training has not converged. From {half} to {plan['epochs']} epochs the "
+            f"difference between Matryoshka and separate nets changed by "
+            f"{_points(unfinished.values())} points of top-1 accuracy at {_dims(unfinished)} dims. "
+            f"It is {_list(map(signed, gaps))} now, and more epochs may change it again.",
             more,
         ]
     return []
@@ -178,42 +178,44 @@ def _is_unfinished(dim: str, given: Mapping[str, Any]) -> bool:
     return bool(is_seen and abs(moved["points"]) > max(MARGIN, abs(now)))
 
 
+def _is_worth_it(difference: Mapping[str, Any]) -> bool:
+    """Whether it is surely ahead by more than what is called level."""
+    return bool(difference["low"] > MARGIN)
+
+
 def _headline(by_dim: Mapping[str, Any]) -> str:
     """Whether it is better anywhere than PCA of one net, which costs nothing."""
-    gained = {dim: d for dim, d in by_dim.items() if d["shows"] == "ahead"}
+    gained = {dim: d for dim, d in by_dim.items() if _is_worth_it(d)}
     if gained:
         return f"Matryoshka pays off at {_dims(gained)} dims."
-    if any(d["shows"] == "unclear" for d in by_dim.values()):
-        return "It is not shown that Matryoshka pays off here: the test rows are too few."
+    if any(d["shows"] in ("unclear", "ahead") for d in by_dim.values()):
+        return f"It is not shown that Matryoshka gains more than {MARGIN:g} points here."
     return "Matryoshka does not pay off here."
 
 
 def _against_separate(by_dim: Mapping[str, Any]) -> str:
-    parts = []
+    parts: list[str] = []
     for shows, text in (
-        ("level", "{at} dims Matryoshka is level with separate nets ({points}; {spread})"),
-        ("ahead", "{at} dims it is {size} points above separate nets ({spread})"),
-        ("behind", "{at} dims it is {size} points below separate nets ({spread})"),
-        ("unclear", "{at} dims the test rows are too few to tell ({points}; {spread})"),
+        ("level", "level with {them} at {dims} dims ({points}; {spread})"),
+        ("ahead", "{sizes} points above {them} at {dims} dims ({spread})"),
+        ("behind", "{sizes} points below {them} at {dims} dims ({spread})"),
+        (
+            "unclear",
+            "too near {them} to tell by so few test rows at {dims} dims ({points}; {spread})",
+        ),
     ):
         some = {dim: d for dim, d in by_dim.items() if d["shows"] == shows}
         if some:
             parts.append(
                 text.format(
-                    at=f"at {_dims(some)}",
+                    them="them" if parts else "separate nets",
+                    dims=_dims(some),
                     points=_points(some.values()),
-                    size=_sizes(some.values()),
+                    sizes=_sizes(some.values()),
                     spread=_spread(some.values()),
                 )
             )
-    if "Matryoshka" not in parts[0]:
-        parts[0] = (
-            parts[0]
-            .replace(" it is ", " Matryoshka is ")
-            .replace("to tell", "to tell Matryoshka from separate nets")
-        )
-    text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}."
+    return f"By top-1 accuracy Matryoshka is {'; '.join(parts)}."
 
 
 def _against_cut(by_dim: Mapping[str, Any]) -> str:
@@ -240,7 +242,7 @@ def _against_cut(by_dim: Mapping[str, Any]) -> str:
 
 
 def _advice(differences: Mapping[str, Any]) -> str:
-    gained = [dim for dim, d in differences["pca"].items() if d["shows"] == "ahead"]
+    gained = [dim for dim, d in differences["pca"].items() if _is_worth_it(d)]
     lost = [dim for dim, d in differences["ff"].items() if d["shows"] == "behind"]
     if not gained:
         return "What to do: train one net at its full width and cut it by PCA, which costs nothing."

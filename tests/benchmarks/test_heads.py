@@ -40,6 +40,23 @@ def test_every_number_of_a_page_is_that_of_its_results(name: str) -> None:
     assert (PAGES / f"{name}.md").read_text() == page(results_of(name))
 
 
+def test_the_verdict_that_the_guide_quotes_is_that_of_these_numbers(results: Any) -> None:
+    from heads_page import paired
+
+    from keras_mrl.comparison.verdict import sentences
+
+    last, dims = results["epochs"][-1], [dim for dim in results["dims"] if dim >= 8]
+    differences = {
+        rival: {str(dim): paired(results, measure, dim, last) for dim in dims}
+        for rival, measure in (("ff", "top1"), ("pca", "nn1"))
+    }
+    given = {"best": 0.95, "chance": 0.01, "moved": {}, "differences": differences}
+    quoted = "".join(
+        f"> {sentence}\n" for sentence in sentences({"verdict": given, "plan": {"epochs": last}})
+    )
+    assert f"\n\n{quoted}\n" in (ROOT / "docs/compare.md").read_text()
+
+
 def test_pairs_of_rows_are_those_that_the_accuracies_count(results: Any) -> None:
     for measure, other in (("top1", "ff"), ("nn1", "pca")):
         for dim, by_epochs in results["paired"][measure].items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keras_mrl.comparison.data import ComparisonError
+from keras_mrl.comparison.data import ComparisonError, Part
 from keras_mrl.comparison.nets import Net
 from keras_mrl.comparison.plan import Plan, Speed, fit_to_budget, load_or_make_plan, subset
 from keras_mrl.comparison.splits import digests
@@ -39,16 +39,22 @@ def fit(plan: Plan, seconds: float, measure: Callable[[Net, int], Speed]) -> Pla
 
 
 @pytest.mark.parametrize(
-    ("seconds", "filters", "epochs", "variants"),
-    [(10_000, 64, 30, True), (60, 32, 9, True), (7, 8, 6, False)],
+    ("seconds", "filters", "epochs", "seeds", "variants"),
+    [(10_000, 64, 30, 3, True), (540, 64, 30, 2, True), (60, 32, 9, 1, True), (7, 8, 6, 1, False)],
 )
 def test_a_budget_takes_the_largest_net_that_has_time(
-    seconds: float, filters: int, epochs: int, variants: bool
+    seconds: float, filters: int, epochs: int, seeds: int, variants: bool
 ) -> None:
     plan = fit(PLAN, seconds, lambda _, filters: Speed(32_000 / filters, 0.0))
-    assert plan == replace(PLAN, filters=filters, epochs=epochs, rows=600, variants=variants)
+    found = (plan.filters, plan.epochs, plan.seeds, plan.rows, plan.variants)
+    assert found == (filters, epochs, seeds, 600, variants)
     costs = sum(0.5 if net.half else 2.2 if net.method == "slimmable" else 1 for net in plan.nets)
     assert costs * epochs * 600 / (32_000 / filters) <= 0.8 * seconds
+
+
+def test_seeds_that_are_asked_for_stay() -> None:
+    asked = replace(PLAN, seeds=4)
+    assert fit(asked, 10_000, lambda *_: Speed(4_000, 0.0)).seeds == 4
 
 
 def test_a_budget_that_building_the_nets_uses_up_is_refused_with_one_that_would_do() -> None:
@@ -80,9 +86,30 @@ def test_measuring_stops_where_the_next_net_would_find_no_time() -> None:
     assert measured == [("ff", 8), ("mrl", 8), ("mrl", 16)]
 
 
-def test_the_first_net_of_a_process_does_not_count() -> None:
-    speeds = chain([Speed(1.0, 60.0)], repeat(Speed(4_000, 0.0)))
+def test_what_the_first_net_of_a_process_takes_to_start_does_not_count() -> None:
+    speeds = chain([Speed(4_000, 60.0)], repeat(Speed(4_000, 0.0)))
     assert fit(PLAN, 40, lambda *_: next(speeds)) == fit(PLAN, 40, lambda *_: Speed(4_000, 0.0))
+
+
+@pytest.mark.parametrize("separate", [3_000, 12_000])
+def test_separate_nets_cost_what_they_take(separate: float) -> None:
+    """They are not counted as dear as the nested one, nor ever dearer."""
+
+    def measure(net: Net, _: int) -> Speed:
+        return Speed(separate if net.method == "ff" else 4_000, 0.0)
+
+    embeddings = Part(np.zeros((600, 4), np.float32), np.arange(600) % 2, ("a", "b"))
+    plan = fit_to_budget(PLAN, embeddings, 30, measure, clock=lambda: 0.0)
+    cost = {"slimmable": 2.2, "ff": min(1, 4_000 / separate)}
+    costs = sum((0.5 if net.half else 1) * cost.get(net.method, 1) for net in plan.nets)
+    assert plan.epochs == int(0.8 * 30 * 4_000 / costs / 600)
+
+
+def test_with_more_filters_a_separate_net_costs_as_much_as_the_nested_one() -> None:
+    def measure(net: Net, filters: int) -> Speed:
+        return Speed(8e9 if net.method == "ff" else 32_000 / filters, 0.0)
+
+    assert fit(PLAN, 60, measure) == fit(PLAN, 60, lambda _, filters: Speed(32_000 / filters, 0.0))
 
 
 def test_measuring_is_paid_from_the_budget() -> None:

@@ -58,7 +58,8 @@ def results(**changes: Any) -> dict[str, Any]:
 def test_the_verdict_is_told_by_dim() -> None:
     assert sentences(results()) == [
         "Matryoshka pays off at 8 and 16 dims.",
-        "At 8, 16 and 32 dims Matryoshka is level with separate nets (-0.2, +0.2, -0.1; +-0.4).",
+        "By top-1 accuracy Matryoshka is level with separate nets at 8, 16 and 32 dims (-0.2, "
+        "+0.2, -0.1; +-0.4).",
         "By nearest neighbours it is 13.6 and 1.3 points above PCA of the widest separate net at 8 "
         "and 16 dims (+-0.4). At 32 dims PCA does as well (+0.1; +-0.4).",
         "What to do: train Matryoshka if you want 16 dims or fewer; for more dims alone, cut one "
@@ -70,16 +71,19 @@ def test_a_price_and_too_few_rows_are_told() -> None:
     ff = {"8": given("behind", -9.6, 2), "16": given("unclear", -1.0, 2), "32": FF["32"]}
     pca = {dim: given("unclear", 0.3, 2) for dim in ff}
     headline, first, second, last = sentences(results(differences={"ff": ff, "pca": pca}))
-    assert headline == ("It is not shown that Matryoshka pays off here: the test rows are too few.")
+    assert headline == "It is not shown that Matryoshka gains more than 0.5 points here."
     assert first == (
-        "At 32 dims Matryoshka is level with separate nets (-0.1; +-0.4); at 8 dims it is 9.6 "
-        "points below separate nets (+-2.0); at 16 dims the test rows are too few to tell "
-        "(-1.0; +-2.0)."
+        "By top-1 accuracy Matryoshka is level with separate nets at 32 dims (-0.1; +-0.4); 9.6 "
+        "points below them at 8 dims (+-2.0); too near them to tell by so few test rows at 16 "
+        "dims (-1.0; +-2.0)."
     )
     assert "From 8 dims up the test rows are too few to tell it from PCA" in second
     assert last.startswith("What to do: train one net at its full width and cut it by PCA")
     only = sentences(results(differences={"ff": {"16": ff["16"]}, "pca": pca}, moved={}))[1]
-    assert only.startswith("At 16 dims the test rows are too few to tell Matryoshka from separate")
+    assert only == (
+        "By top-1 accuracy Matryoshka is too near separate nets to tell by so few test rows at 16 "
+        "dims (-1.0; +-2.0)."
+    )
 
 
 def test_no_gain_over_the_free_cut_is_no_pay_off() -> None:
@@ -91,13 +95,25 @@ def test_no_gain_over_the_free_cut_is_no_pay_off() -> None:
     )
 
 
+def test_a_gain_of_less_than_half_a_point_is_told_and_not_advised() -> None:
+    pca = {"8": given("ahead", 13.6), "16": given("ahead", 0.6), "32": given("ahead", 0.8)}
+    headline, _, second, last = sentences(results(differences={"ff": FF, "pca": pca}))
+    assert headline == "Matryoshka pays off at 8 dims."
+    assert "13.6, 0.6 and 0.8 points above PCA" in second
+    assert "train Matryoshka if you want 8 dims or fewer;" in last
+    pca["8"] = given("ahead", 0.7)
+    told = sentences(results(differences={"ff": FF, "pca": pca}))
+    assert told[0] == "It is not shown that Matryoshka gains more than 0.5 points here."
+    assert "cut it by PCA" in told[-1]
+
+
 def test_training_that_goes_on_moving_is_not_judged() -> None:
     moving = results(moved={"8": given("ahead", 5.0), "16": given("level", 0.1)})
     assert not is_judged(moving)
     assert sentences(moving) == [
-        "No verdict: training has not converged. From 10 to 20 epochs Matryoshka moved by +5.0 "
-        "points beside separate nets at 8 dims, and is now -0.2 from them: more epochs would "
-        "change the answer.",
+        "No verdict: training has not converged. From 10 to 20 epochs the difference between "
+        "Matryoshka and separate nets changed by +5.0 points of top-1 accuracy at 8 dims. It is "
+        "-0.2 now, and more epochs may change it again.",
         "Train longer: --epochs 60, or a larger --budget.",
     ]
     # What moved less than the difference that is left does not change the answer.
