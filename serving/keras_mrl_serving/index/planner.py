@@ -8,6 +8,7 @@ the best of many is lucky.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -170,7 +171,6 @@ _FLAT = "Flat"
 _TOO_SLOW = 1.5  # times the best: dims wider than one so slow are not tried
 _TWICE = 2  # times the best: a first stage so slow is set no harder
 _TIMED_AGAIN = 4  # of the fastest funnels, and of the fastest first stages those that are kept
-_PROJECTED_DIMS = 2  # of a projection that first stages are tried at
 _ROWS_PER_CENTROID = 39  # that FAISS wants at least
 
 
@@ -316,18 +316,20 @@ def _other_codes(trials: Trials, fastest: Sequence[Choice]) -> Iterator[Choice]:
 def _projected_choices(
     trials: Trials, choices: Sequence[Choice], dims: Sequence[int], target: float
 ) -> Iterator[Choice]:
-    """Measure funnels whose first stage looks at a projection, from the narrowest that may do."""
+    """Measure funnels whose first stage looks at a projection, from the narrowest that may do.
+
+    Wider ones are tried while each is faster than the one before it.
+    """
     best = cheapest(choices, target)
     if best is None or len(dims) < 2:
         return
-    last, tried = dims[-1], 0
+    last, fastest = dims[-1], math.inf
     for dim in dims[:-1]:
-        if dim > len(trials.projection.components) or tried == _PROJECTED_DIMS:
+        if dim > len(trials.projection.components):
             break
         shortlist = trials.shortest_shortlist(dim, target, trials.projection)
         if shortlist is None or shortlist > _TOO_MUCH * best.schedule.k:
             continue
-        tried += 1
         codes = f"PQ{dim // 2}x4fs"
         coded = [codes, *_lists(codes, trials.num_rows)] if dim % 2 == 0 else []
         kinds = [f"{PROJECTED}{dim},{kind}" for kind in ("HNSW32_SQbf16", *coded)]
@@ -345,6 +347,10 @@ def _projected_choices(
                 coded = []
         yield from measured
         choices = [*choices, *measured]
+        best_here = cheapest(measured, target)
+        if best_here is not None and best_here.seconds > fastest:
+            break
+        fastest = math.inf if best_here is None else best_here.seconds
 
 
 def _is_worth(

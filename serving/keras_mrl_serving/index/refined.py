@@ -28,6 +28,7 @@ Rows = npt.NDArray[Any]  # float32 or float16 `(rows, dim)`
 
 # Squared lengths of queries that FAISS takes as they are.
 _LEAST_SQUARE, _MOST_SQUARE = 1e-6, 1e6
+_FEW_COPIES = 100_000  # some megabytes as a set
 _NUMBERS_AT_ONCE = 1 << 21  # of codes that are hashed, 16 MiB of uint64
 
 
@@ -74,6 +75,12 @@ class RefinedIndex:
         self._faiss = faiss
         self._inner = inner
         self._copied = copied
+        # Of a few rows a set tells in a fraction of the time that NumPy takes to look them up.
+        self._are_single: Callable[[list[int]], bool] | None = None
+        if copied is not None and np.count_nonzero(copied) <= _FEW_COPIES:
+            self._are_single = frozenset(np.flatnonzero(copied).tolist()).isdisjoint
+        elif copied is not None:
+            self._are_single = lambda numbers: not copied[numbers].any()
         self._sizes = schedule.shortlists
         self._width = schedule.dims[-1]
         self._parts: list[Any] = [first, stages]  # FAISS frees what Python no longer holds
@@ -134,8 +141,8 @@ class RefinedIndex:
         # A number that is an array NumPy multiplies by in half the time.
         factor = np.full((), self._sign, np.float32)
         squared = functools.partial(self._faiss.fvec_norm_L2sqr, x, self._width)
-        score_list, number_at = scores[0].tolist, rows.item
-        copied, is_cosine, sqrt = self._copied, self._is_cosine, math.sqrt
+        score_list, row_list = scores[0].tolist, rows[0].tolist
+        are_single, is_cosine, sqrt = self._are_single, self._is_cosine, math.sqrt
 
         def answer(query: npt.NDArray[Any]) -> Found | None:
             taken[:] = query
@@ -145,9 +152,10 @@ class RefinedIndex:
                 return None
             search()
             # By Python's numbers: of so few they take a fraction of the time that NumPy does.
-            if len(set(score_list())) < count or number_at(-1) < 0:
+            if len(set(score_list())) < count:
                 return None
-            if copied is not None and copied[rows].any():
+            found = row_list()
+            if found[-1] < 0 or (are_single is not None and not are_single(found)):
                 return None
             if is_cosine:
                 factor.fill(1 / sqrt(square))

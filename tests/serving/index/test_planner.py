@@ -1,6 +1,7 @@
 """What `plan_funnel` promises of the funnel it chooses, and what `choose_funnel` tries."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -541,6 +542,24 @@ def test_near_the_best_bfloat16_and_projections_are_tried(codes: str) -> None:
         "Projected16,IVF512,PQ8x4fs",
         f"OPQ8_16,{codes}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "widest"), [((1.5, 1.4, 1.3), 24), ((1.5, 1.4, 1.45), 24), ((1.4, 1.5, 1.0), 16)]
+)
+def test_wider_projections_are_tried_while_each_is_faster(
+    seconds: tuple[float, ...], widest: int
+) -> None:
+    trials = Scripted({8: None, 16: None, 24: None, 32: K})
+    trials.projected = {8: 10, 16: 10, 24: 10}
+    trials.quality = lambda _dim, _effort: 0.95
+    fast = {f"Projected{d},PQ{d // 2}x4fs": s for d, s in zip((8, 16, 24), seconds, strict=True)}
+    trials.seconds = lambda _dim: fast.get(trials.tried[-1][0], 1.6)
+    trials.plan(None)
+    tried = {
+        int(dim) for name, *_ in trials.tried for dim in re.findall("^Projected([0-9]+)", name)
+    }
+    assert tried == {dim for dim in (8, 16, 24) if dim <= widest}
 
 
 @pytest.mark.parametrize(("graph", "is_tried"), [(1.4, True), (1.6, False)])

@@ -107,11 +107,13 @@ def test_the_other_first_stages_are_searched_stage_by_stage(metric: str, counted
 
 
 @metrics
+@pytest.mark.parametrize("few", [100, 1_000])  # copies that are kept as a set
 @pytest.mark.parametrize("num_copied", [0, 1, 100])
 def test_it_steps_back_where_an_answer_has_a_copy(
-    num_copied: int, metric: str, counted: Counted
+    num_copied: int, few: int, metric: str, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of copies the graph met, the lowest ids pass, as where the stages are searched apart."""
+    monkeypatch.setattr("keras_mrl_serving.index.refined._FEW_COPIES", few)
     rows = np.concatenate([GALLERY[:300], np.tile(GALLERY[:num_copied], (2, 1))])
     queries = np.concatenate([GALLERY[:1], QUERIES])
     index = built(FirstStage("HNSW8", "efSearch=40"), FUNNELS["two"], metric, rows)
