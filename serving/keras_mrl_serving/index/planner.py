@@ -57,12 +57,11 @@ def plan_funnel(
     ones first, every kind of first stage is built and set ever harder until it reaches the
     target or takes twice as long as the best, with a shortlist as short as may be; once a dim is
     1.5 times slower than the best, wider dims are not tried but the last. Then come other codes and
-    projections, and for the fastest first stages settings and shortlists between the doubled ones,
-    and a stage in between. Cost is the median time
-    per query, of rows in memory: for single queries the processor time of their thread. The
-    fastest are timed once more, in laps one after the other. A funnel
-    reaches the target if its quality less one standard error does; fresh queries may still find a
-    little less.
+    projections, wider ones while each is faster than the one before; and for the fastest first
+    stages settings and shortlists between the doubled ones, and a stage in between. Cost is the
+    median time per query, of rows in memory: for single queries the processor time of their thread.
+    The fastest are timed once more, in laps one after the other. A funnel reaches the target if its
+    quality less one standard error does; fresh queries may still find a little less.
 
     Args:
         embeddings: The gallery `(rows, width)`, raw or scaled; two to three copies of its size are
