@@ -8,7 +8,7 @@
 and are searched; no row is in two parts. With `--fresh` the queries that plan and judge are taken
 from the rows that are in none, which nobody looked at while the planner was written. The planner is
 asked for a recall@10 of 0.95 and of 0.98 on the queries that plan; the rivals are set on the same
-queries, to the fastest setting whose recall less one standard error reaches it. What is shown was
+queries, to the fastest setting whose recall less 1.28 standard errors reaches it. What is shown was
 measured on the queries that judge.
 
 Single queries are timed by the processor time of their one thread. Right after each lap of a rival
@@ -57,6 +57,7 @@ from keras_mrl_serving.index import Choice, Plan
 from keras_mrl_serving.index.facts import IndexFacts
 from keras_mrl_serving.index.faiss import wider_dims
 from keras_mrl_serving.index.first_stage import lists_for
+from keras_mrl_serving.index.plan import sure
 from keras_mrl_serving.index.planner import Trials, choose_funnel
 from keras_mrl_serving.index.shortlister import Shortlister
 from keras_mrl_serving.projection import principal_directions
@@ -376,7 +377,7 @@ def _tuned(rival: Rival, data: Data, truth: Ids, targets: Sequence[float]) -> di
     def surely(setting: str) -> float:
         rival.set_to(setting)
         hits = _hits(rival.search(data.planning, K), truth)
-        return float(hits.mean() - hits.std(ddof=1) / np.sqrt(len(hits)))
+        return sure(float(hits.mean()), float(hits.std(ddof=1)) / len(hits) ** 0.5)
 
     @functools.cache
     def seconds(setting: str) -> float:

@@ -82,8 +82,9 @@ def test_a_row_of_the_sample_does_not_find_itself(run: Call) -> None:
     status, out, err = run(*BUILD, "--labels", "L.npy", "--target-precision", "0.1")
     assert (status, out) == (1, "")
     assert err.splitlines()[-1] == (
-        "keras-mrl: A target must be one that exact search reaches, by more than a standard error. "
-        f"Received: target=0.1; exact search at dim {WIDTH} reaches 0.0000. Lower the target."
+        "keras-mrl: A target must be one that exact search reaches, by more than 1.28 standard "
+        f"errors. Received: target=0.1; exact search at dim {WIDTH} reaches 0.0000. Lower the "
+        "target."
     )
     assert sorted(os.listdir()) == ["E.npy", "L.npy"]
 
@@ -92,8 +93,8 @@ def test_what_could_be_reached_is_printed(run: Call) -> None:
     status, out, err = run(*BUILD, "--first-stage", "BFlat", "--target-recall", "0.99")
     assert (status, out) == (1, "")
     assert err.splitlines()[-1].startswith(
-        "keras-mrl: A target must be one that some funnel reaches, by more than a standard error. "
-        "Received: target=0.99; the best that was found: 0."
+        "keras-mrl: A target must be one that some funnel reaches, by more than 1.28 standard "
+        "errors. Received: target=0.99; the best that was found: 0."
     )
     assert "quality +- error     per query  funnel" in err.splitlines()
     assert "<- chosen" not in err

@@ -2,8 +2,8 @@
 
 Multiply-adds say nothing of graphs, caches and Python. So the planner builds, searches and times:
 `Trials` is its laboratory, `choose_funnel` decides what to try next. A target counts as reached
-only if the mean quality less one standard error reaches it: a plan is the best of many funnels, and
-the best of many is lucky.
+only if the mean quality less 1.28 standard errors reaches it, so that nine in ten samples of fresh
+queries do: a plan is the best of many funnels, and the best of many is lucky.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..integers import as_int, check_dims
 from ..projection import Projection
 from .base import Ids, as_gallery, check_embeddings
 from .first_stage import FirstStage, check_first_stage, lists_for
-from .plan import Choice, Measure, Plan, cheapest, front, time_per_query
+from .plan import Choice, Measure, Plan, cheapest, front, sure, time_per_query
 from .projected import PROJECTED
 from .trials import Says, Timer
 from .trials import Trials as Trials
@@ -61,7 +61,8 @@ def plan_funnel(
     stages settings and shortlists between the doubled ones, and a stage in between. Cost is the
     median time per query, of rows in memory: for single queries the processor time of their thread.
     The fastest are timed once more, in laps one after the other. A funnel reaches the target if its
-    quality less one standard error does; fresh queries may still find a little less.
+    quality less 1.28 standard errors does: of ten samples of fresh queries one may find a little
+    less.
 
     Args:
         embeddings: The gallery `(rows, width)`, raw or scaled; two to three copies of its size are
@@ -184,7 +185,7 @@ def choose_funnel(
 
     Args:
         trials: Where funnels are measured.
-        target: The least quality less its standard error.
+        target: The least quality less 1.28 standard errors.
         dims: Dims a stage may have, ascending; the last is that of `trials`.
         first_stages: As in `plan_funnel`.
         is_over: Whether to begin no other first stage, once a funnel reaches the target.
@@ -199,9 +200,9 @@ def choose_funnel(
         >>> choose_funnel(trials, 1.0, (8,), [FirstStage("Flat")]).schedule.dims
         (8,)
     """
-    if trials.exact_quality - trials.exact_error < target:
+    if sure(trials.exact_quality, trials.exact_error) < target:
         raise TargetNotReachedError(
-            "A target must be one that exact search reaches, by more than a standard error. "
+            "A target must be one that exact search reaches, by more than 1.28 standard errors. "
             f"Received: target={target}; exact search at dim {dims[-1]} reaches "
             f"{trials.exact_quality:.4f}. Lower the target."
         )
@@ -252,13 +253,13 @@ def choose_funnel(
     if best is None:
         raise _not_reached(target, front(choices))
     # What was timed once may look faster than the best of those timed in laps: that is noise.
-    beside = (c for c in choices if c.seconds > best.seconds or c.quality_less_error < target)
+    beside = (c for c in choices if c.seconds > best.seconds or c.sure_quality < target)
     return Plan(best, target, front((best, *beside)))
 
 
 def _fastest(choices: Sequence[Choice], target: float) -> list[Choice]:
     """Return the fastest few that reach the target, the fastest first."""
-    reaching = [choice for choice in choices if choice.quality_less_error >= target]
+    reaching = [choice for choice in choices if choice.sure_quality >= target]
     return sorted(reaching, key=lambda choice: choice.seconds)[:_TIMED_AGAIN]
 
 
@@ -270,7 +271,7 @@ def _fastest_of_each(choices: Sequence[Choice], target: float) -> list[Choice]:
     best = cheapest(choices, target)
     if best is None:
         return []
-    reaching = [choice for choice in choices if choice.quality_less_error >= target]
+    reaching = [choice for choice in choices if choice.sure_quality >= target]
     by_first: dict[tuple[int, str], Choice] = {}
     for choice in sorted(reaching, key=lambda choice: choice.seconds):
         if choice.seconds <= _TOO_SLOW * best.seconds:
@@ -410,7 +411,7 @@ def _coarse_choices(
         for harder in _doubled(spec):
             choice = trials.measured(first, harder, schedule)
             yield choice
-            reaches = choice.quality_less_error >= target
+            reaches = choice.sure_quality >= target
             is_slow = best is not None and choice.seconds > _TWICE * best.seconds
             is_enough = is_enough or reaches or is_slow
             if reaches or is_slow or choice.quality < last_quality + _GAIN:
@@ -431,14 +432,14 @@ def _fine_choices(
     for effort in efforts:
         choice = trials.measured(first, effort, best.schedule)
         yield choice
-        if choice.quality_less_error >= target:
+        if choice.sure_quality >= target:
             best = choice
             break
     for size in sizes:
         if size >= best.schedule.k:
             choice = trials.measured(first, best.first_stage, trials.funnel(dim, size))
             yield choice
-            if choice.quality_less_error >= target:
+            if choice.sure_quality >= target:
                 best = choice
                 break
     for schedule in _with_middle_stage(best.schedule, dims):
@@ -488,7 +489,7 @@ def _effort(spec: FirstStage) -> tuple[str, float, list[str]]:
 def _not_reached(target: float, choices: tuple[Choice, ...]) -> TargetNotReachedError:
     best = choices[-1].line().strip() if choices else "nothing at these dims"
     error = TargetNotReachedError(
-        "A target must be one that some funnel reaches, by more than a standard error. "
+        "A target must be one that some funnel reaches, by more than 1.28 standard errors. "
         f"Received: target={target}; the best that was found: {best}. "
         "Lower the target, allow wider dims, or give more queries to be surer by."
     )

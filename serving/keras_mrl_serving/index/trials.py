@@ -20,7 +20,7 @@ from .base import Ids, Index, Vectors, check_embeddings
 from .facts import IndexFacts
 from .faiss import FaissIndex, closest, wider_dims
 from .first_stage import FirstStage
-from .plan import Choice, Measure, recall_against, time_per_query
+from .plan import Choice, Measure, recall_against, sure, time_per_query
 from .shortlister import Shortlister
 
 Says = Callable[[str], object]  # called with a line about what is tried
@@ -118,7 +118,7 @@ class Trials:
 
         Args:
             dim: Dim of the prefixes.
-            target: The least quality less its standard error.
+            target: The least quality less 1.28 standard errors.
             projection: What the prefixes are of; None: the embeddings as they are.
         """
         if dim == self._dim:
@@ -142,7 +142,7 @@ class Trials:
                 self._facts.metric,
             )
             quality, error = self._mean_and_error(self._rows[best])
-            if quality - error >= target:
+            if sure(quality, error) >= target:
                 self.says(f"  {quality:.4f} with a shortlist of {size}")
                 return size
         self.says(f"  no more than {quality:.4f}, with a shortlist of {size}")
