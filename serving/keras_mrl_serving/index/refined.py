@@ -28,7 +28,6 @@ Rows = npt.NDArray[Any]  # float32 or float16 `(rows, dim)`
 
 # Squared lengths of queries that FAISS takes as they are.
 _LEAST_SQUARE, _MOST_SQUARE = 1e-6, 1e6
-_FEW_COPIES = 100_000  # some megabytes as a set
 _NUMBERS_AT_ONCE = 1 << 21  # of codes that are hashed, 16 MiB of uint64
 
 
@@ -50,6 +49,9 @@ class RefinedIndex:
             any may.
         inner: FAISS's parameters for the first stage; None for its own.
 
+    Attributes:
+        copies_as_set: At most so many rows of `copied` are kept as a set (100,000 are megabytes).
+
     Examples:
         >>> import faiss
         >>> rows = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
@@ -61,6 +63,8 @@ class RefinedIndex:
         >>> found[0].tolist() == np.argsort(-rows @ rows[7])[:1].tolist()
         True
     """
+
+    copies_as_set = 100_000
 
     def __init__(
         self,
@@ -77,7 +81,7 @@ class RefinedIndex:
         self._copied = copied
         # Of a few rows a set tells in a fraction of the time that NumPy takes to look them up.
         self._are_single: Callable[[list[int]], bool] | None = None
-        if copied is not None and np.count_nonzero(copied) <= _FEW_COPIES:
+        if copied is not None and np.count_nonzero(copied) <= self.copies_as_set:
             self._are_single = frozenset(np.flatnonzero(copied).tolist()).isdisjoint
         elif copied is not None:
             self._are_single = lambda numbers: not copied[numbers].any()

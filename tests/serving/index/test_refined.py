@@ -113,7 +113,7 @@ def test_it_steps_back_where_an_answer_has_a_copy(
     num_copied: int, few: int, metric: str, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of copies the graph met, the lowest ids pass, as where the stages are searched apart."""
-    monkeypatch.setattr("keras_mrl_serving.index.refined._FEW_COPIES", few)
+    monkeypatch.setattr(RefinedIndex, "copies_as_set", few)
     rows = np.concatenate([GALLERY[:300], np.tile(GALLERY[:num_copied], (2, 1))])
     queries = np.concatenate([GALLERY[:1], QUERIES])
     index = built(FirstStage("HNSW8", "efSearch=40"), FUNNELS["two"], metric, rows)
