@@ -8,7 +8,7 @@
 and are searched; no row is in two parts. With `--fresh` the queries that plan and judge are taken
 from the rows that are in none, which nobody looked at while the planner was written. The planner is
 asked for a recall@10 of 0.95 and of 0.98 on the queries that plan; the rivals are set on the same
-queries, to the fastest setting whose recall less 1.28 standard errors reaches it. What is shown was
+queries, to the fastest setting whose recall less 1.64 standard errors reaches it. What is shown was
 measured on the queries that judge.
 
 Single queries are timed by the processor time of their one thread. Right after each lap of a rival

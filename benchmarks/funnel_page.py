@@ -76,7 +76,7 @@ def page(results: Results) -> str:
         "([which row is where](adapt_splits.npz)). The queries are rows that are in no part of "
         "the split, so that nobody had looked at them while the planner was written: every third "
         "of these plans (1,000), and the next one judges (2,000). The planner tries all that it "
-        "knows. A rival's setting is the fastest whose recall on the planning queries, less 1.28 "
+        "knows. A rival's setting is the fastest whose recall on the planning queries, less 1.64 "
         "standard errors, reaches the target, as a plan's must; recalls shown are on the queries "
         "that judge.",
         "Times are processor time of the one thread that asks, one query at a time unless 100 at "

@@ -82,7 +82,7 @@ def test_a_row_of_the_sample_does_not_find_itself(run: Call) -> None:
     status, out, err = run(*BUILD, "--labels", "L.npy", "--target-precision", "0.1")
     assert (status, out) == (1, "")
     assert err.splitlines()[-1] == (
-        "keras-mrl: A target must be one that exact search reaches, by more than 1.28 standard "
+        "keras-mrl: A target must be one that exact search reaches, by more than 1.64 standard "
         f"errors. Received: target=0.1; exact search at dim {WIDTH} reaches 0.0000. Lower the "
         "target."
     )
@@ -93,7 +93,7 @@ def test_what_could_be_reached_is_printed(run: Call) -> None:
     status, out, err = run(*BUILD, "--first-stage", "BFlat", "--target-recall", "0.99")
     assert (status, out) == (1, "")
     assert err.splitlines()[-1].startswith(
-        "keras-mrl: A target must be one that some funnel reaches, by more than 1.28 standard "
+        "keras-mrl: A target must be one that some funnel reaches, by more than 1.64 standard "
         "errors. Received: target=0.99; the best that was found: 0."
     )
     assert "quality +- error     per query  funnel" in err.splitlines()

@@ -2,8 +2,8 @@
 
 Multiply-adds say nothing of graphs, caches and Python. So the planner builds, searches and times:
 `Trials` is its laboratory, `choose_funnel` decides what to try next. A target counts as reached
-only if the mean quality less 1.28 standard errors reaches it, so that nine in ten samples of fresh
-queries do: a plan is the best of many funnels, and the best of many is lucky.
+only if the mean quality less 1.64 standard errors reaches it, so that the mean of all queries does
+with 95%: a plan is the best of many funnels, and the best of many is lucky.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def plan_funnel(
     stages settings and shortlists between the doubled ones, and a stage in between. Cost is the
     median time per query, of rows in memory: for single queries the processor time of their thread.
     The fastest are timed once more, in laps one after the other. A funnel reaches the target if its
-    quality less 1.28 standard errors does: of ten samples of fresh queries one may find a little
+    quality less 1.64 standard errors does, which is 95% sure; fresh queries may still find a little
     less.
 
     Args:
@@ -185,7 +185,7 @@ def choose_funnel(
 
     Args:
         trials: Where funnels are measured.
-        target: The least quality less 1.28 standard errors.
+        target: The least quality less 1.64 standard errors.
         dims: Dims a stage may have, ascending; the last is that of `trials`.
         first_stages: As in `plan_funnel`.
         is_over: Whether to begin no other first stage, once a funnel reaches the target.
@@ -202,7 +202,7 @@ def choose_funnel(
     """
     if sure(trials.exact_quality, trials.exact_error) < target:
         raise TargetNotReachedError(
-            "A target must be one that exact search reaches, by more than 1.28 standard errors. "
+            "A target must be one that exact search reaches, by more than 1.64 standard errors. "
             f"Received: target={target}; exact search at dim {dims[-1]} reaches "
             f"{trials.exact_quality:.4f}. Lower the target."
         )
@@ -489,7 +489,7 @@ def _effort(spec: FirstStage) -> tuple[str, float, list[str]]:
 def _not_reached(target: float, choices: tuple[Choice, ...]) -> TargetNotReachedError:
     best = choices[-1].line().strip() if choices else "nothing at these dims"
     error = TargetNotReachedError(
-        "A target must be one that some funnel reaches, by more than 1.28 standard errors. "
+        "A target must be one that some funnel reaches, by more than 1.64 standard errors. "
         f"Received: target={target}; the best that was found: {best}. "
         "Lower the target, allow wider dims, or give more queries to be surer by."
     )

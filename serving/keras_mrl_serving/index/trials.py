@@ -118,7 +118,7 @@ class Trials:
 
         Args:
             dim: Dim of the prefixes.
-            target: The least quality less 1.28 standard errors.
+            target: The least quality less 1.64 standard errors.
             projection: What the prefixes are of; None: the embeddings as they are.
         """
         if dim == self._dim:

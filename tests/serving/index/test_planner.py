@@ -108,10 +108,10 @@ def test_the_index_that_is_planned_reaches_the_target_on_the_sample(
     is_exact = planned.schedule.dims == (32,) and planned.first_stage == FLAT
     error = 0.0 if is_exact else error_of(reached)  # what is exact is not estimated
     assert is_exact or target < 1
-    assert reached.mean() - 1.28 * error >= target
+    assert reached.mean() - 1.64 * error >= target
     np.testing.assert_allclose(planned.choice.quality, reached.mean(), rtol=0, atol=1e-12)
     np.testing.assert_allclose(planned.choice.error, error, rtol=0, atol=1e-12)
-    assert planned.choice.sure_quality == planned.choice.quality - 1.28 * planned.choice.error
+    assert planned.choice.sure_quality == planned.choice.quality - 1.64 * planned.choice.error
     assert (planned.target, index.plan) == (target, planned.to_json())
 
 
@@ -161,7 +161,7 @@ def test_a_target_that_no_funnel_reaches_names_the_best_there_is() -> None:
     assert caught.value.front == front(trials.choices)
     assert best.sure_quality == max(c.sure_quality for c in trials.choices) > 0.99
     assert str(caught.value) == (
-        "A target must be one that some funnel reaches, by more than 1.28 standard errors. "
+        "A target must be one that some funnel reaches, by more than 1.64 standard errors. "
         f"Received: target=1.0; the best that was found: {best.line().strip()}. "
         "Lower the target, allow wider dims, or give more queries to be surer by."
     )
@@ -174,11 +174,11 @@ def test_a_target_beyond_exact_search_is_refused_before_anything_is_tried(
     measure = precision_by_label(rng.integers(0, 10, 400), rng.integers(0, 10, 120))
     reached = measure(nearest(QUERIES, GALLERY, "cosine")[:, :K])
     text = (
-        "A target must be one that exact search reaches, by more than 1.28 standard errors. "
+        "A target must be one that exact search reaches, by more than 1.64 standard errors. "
         f"Received: target={{}}; exact search at dim 32 reaches {reached.mean():.4f}. "
         "Lower the target."
     )
-    sure = reached.mean() - 1.28 * error_of(reached)
+    sure = reached.mean() - 1.64 * error_of(reached)
     trials = recorded(measure=measure)
     for target in (0.9, sure + 1e-6):
         with refuses(TargetNotReachedError, text.format(target)):
@@ -278,11 +278,11 @@ def test_an_error_is_at_least_one_neighbour(k: int) -> None:
             "k": k,
             "measure": measure,
         }
-        choice = plan(1 - 1.01 * 1.28 * least, **arguments).choice
+        choice = plan(1 - 1.01 * 1.64 * least, **arguments).choice
         assert choice.quality == 1
         assert choice.error == pytest.approx(least, rel=1e-12)
         with pytest.raises(TargetNotReachedError):
-            plan(1 - 0.99 * 1.28 * least, **arguments)
+            plan(1 - 0.99 * 1.64 * least, **arguments)
 
 
 class Scripted(Trials):
@@ -384,7 +384,7 @@ def test_a_setting_is_doubled_while_that_brings_something(
 def test_a_setting_is_doubled_until_its_quality_less_its_error_is_enough() -> None:
     trials = Scripted({32: K})
     trials.error = 0.05
-    trials.quality = lambda _, effort: {1: 0.90, 2: 0.95, 3: 0.96, 4: 0.97}[effort]
+    trials.quality = lambda _, effort: {1: 0.90, 2: 0.95, 3: 0.97, 4: 0.99}[effort]
     planned = trials.plan([IVF])
     assert planned is not None
     assert planned.first_stage.settings == "nprobe=4"
@@ -672,7 +672,7 @@ def test_the_shortest_shortlist_is_found_by_lengthening_it(dim: int, metric: str
     truth, order = (nearest(QUERIES[:, :d], GALLERY[:, :d], metric) for d in (32, dim))
     sizes = (5, 8, 10, 15, 20, 30, 40, 60, 80, 120, 160, 320)  # 5 times 1, 1.5, 2, 3, ...
     reached = [recalls(order[:, :size], truth[:, :K]) for size in sizes]  # the rest is exact
-    lowered = [values.mean() - 1.28 * error_of(values) for values in reached]
+    lowered = [values.mean() - 1.64 * error_of(values) for values in reached]
     for target in (0.3, 0.6, 0.9, 0.97, 0.997):
         enough = (size for size, least in zip(sizes, lowered, strict=True) if least >= target)
         assert trials.shortest_shortlist(dim, target) == next(enough, None)
@@ -907,7 +907,7 @@ def test_first_stages_are_not_names(refuses: Refuses) -> None:
 
 def test_without_a_first_stage_no_funnel_reaches_a_target(refuses: Refuses) -> None:
     text = (
-        "A target must be one that some funnel reaches, by more than 1.28 standard errors. "
+        "A target must be one that some funnel reaches, by more than 1.64 standard errors. "
         "Received: target=0.9; the best that was found: nothing at these dims. "
         "Lower the target, allow wider dims, or give more queries to be surer by."
     )
