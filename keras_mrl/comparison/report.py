@@ -377,7 +377,7 @@ dd { overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 600; margin-top: 2rem; }
 .plot { height: 32rem; }
 pre { background: #f6f8fa; padding: .6rem; overflow-x: auto; }
-@media print { .plot { break-inside: avoid; } }
+@media print { .plot { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 
 
