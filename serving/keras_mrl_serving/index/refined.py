@@ -149,7 +149,7 @@ class RefinedIndex:
         are_single, is_cosine, sqrt = self._are_single, self._is_cosine, math.sqrt
 
         def answer(query: npt.NDArray[Any]) -> Found | None:
-            taken[:] = query
+            taken[...] = query
             # One product is the test of the numbers and the squared length.
             square = squared()
             if not _LEAST_SQUARE <= square <= _MOST_SQUARE:
