@@ -119,8 +119,11 @@ def test_negatives_of_unknown_ids_are_like_no_other_candidate(chunk_size: int | 
 
 def test_large_ids_stay_apart() -> None:
     loss, rows = ContrastiveLoss(DIMS), embeddings(2, 2)
+    rows[:, 1] = -rows[:, 0]  # a negative is nearer than what is right
     ids = np.array([2**24, 2**24 + 1])  # alike in float32
-    assert of(loss, ids, rows) == of(loss, None, rows) > 0
+    apart = of(loss, None, rows)
+    np.testing.assert_allclose(of(loss, ids, rows), apart, rtol=1e-6)
+    assert of(loss, np.array([7, 7]), rows) < apart / 2  # alike, they are no negatives
 
 
 def test_a_chance_of_zero_is_seen() -> None:
