@@ -71,20 +71,31 @@ def interactive(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
         "adaptive": _adaptive(results),
         "retrieval": _retrieval(results["retrieval"], names),
     }
+    # A cut head of few dims is far below: drawn whole it would lay the other lines on each other.
+    trained = [
+        line["y"]
+        for line in figures["accuracy"]["data"]
+        if line["name"] in {names[name] for name in ("mrl", "mrl_e", "ff")}
+    ]
+    least, most = np.min(trained), np.max(trained)
+    room = 0.1 * max(most - least, 1)
+    figures["accuracy"]["layout"]["yaxis"]["range"] = [least - 2 * room, most + room]
     places = "".join(
         f'<h2>{_TITLES[name]}</h2>\n<div class="plot" id="{name}"></div>\n' for name in figures
     )
     # Within a script no text may look like its end.
     text = json.dumps(figures).replace("<", "\\u003c")
     return (
-        f"<p>A name in grey is drawn when it is clicked.</p>\n{places}"
-        "<p>A cascade asks the narrowest dim first and a wider one where that is unsure. 'greedy' "
-        "chooses its thresholds dim by dim, a search all together, 'certified' so that a promise "
-        "about new rows holds; the oracle knows which dim is right, so no cascade can be better. "
-        "Click a cascade or a funnel: its JSON appears here. Cascades are the mean of ten splits, "
-        "and the policy is that of the first; it is what <code>keras-mrl export --policy "
-        "FILE</code> takes.</p>\n"
-        '<pre id="chosen">Nothing is chosen.</pre>\n'
+        "<p>Click a name in grey to draw it; two clicks in a figure show all of a line.</p>\n"
+        f"{places}"
+        "<p>A cascade asks the narrowest dim first and a wider one where that is unsure; its dims "
+        "are the mean. 'greedy' chooses its thresholds dim by dim, a search all together, "
+        "'certified' so that few new rows are wrong by it alone; the oracle knows which dim is "
+        "right, so no cascade can be better. A search of two stages, or a funnel of several, finds "
+        "a shortlist by few dims and compares it by more; map10 is the mean average precision of "
+        "the ten nearest. Cascades are the mean of ten splits, and the policy is that of the "
+        "first; it is what <code>keras-mrl export --policy FILE</code> takes.</p>\n"
+        '<pre id="chosen">Click a cascade or a funnel: its JSON appears here.</pre>\n'
         f"<script>{library}</script>\n<script>const figures = {text};{_CLICK}</script>\n"
     )
 

@@ -53,9 +53,10 @@ MEASURES = {
 
 LEGEND = (
     "MRL is one Matryoshka net with a head per dim, MRL-E one with a single head for all dims; FF "
-    "are separate nets, one per dim. What is 'of FF' cuts the widest of them, which is what you "
-    "have without Matryoshka: by SVD of its head, by PCA or the adaptor of its features, or at "
-    "random (Rand. LP trains a new head, Rand. FS takes the first coordinates)."
+    "are separate nets, one per dim. Names that end in 'of FF' are cuts of the widest of these, "
+    "which is what you have without Matryoshka: by SVD of its head, by PCA or a learnt rotation "
+    "(the adaptor) of its features, or at random (Rand. LP trains a new head, Rand. FS takes the "
+    "first coordinates). A slimmable net runs at several widths."
 )
 SPREAD = (
     "+- is one standard deviation: over seeds, or over ten splits of the same test images, which "

@@ -187,7 +187,10 @@ def _headline(by_dim: Mapping[str, Any]) -> str:
     """Whether it is better anywhere than PCA of one net, which costs nothing."""
     gained = {dim: d for dim, d in by_dim.items() if _is_worth_it(d)}
     if gained:
-        return f"Matryoshka pays off at {_dims(gained)} dims."
+        return (
+            f"Matryoshka pays off at {_dims(gained)} dims: there it is surely more than {MARGIN:g} "
+            "points better than PCA of one net."
+        )
     if any(d["shows"] in ("unclear", "ahead") for d in by_dim.values()):
         return f"It is not shown that Matryoshka gains more than {MARGIN:g} points here."
     return "Matryoshka does not pay off here."
@@ -197,8 +200,8 @@ def _against_separate(by_dim: Mapping[str, Any]) -> str:
     parts: list[str] = []
     for shows, text in (
         ("level", "level with {them} at {dims} dims ({points}; {spread})"),
-        ("ahead", "{sizes} points above {them} at {dims} dims ({spread})"),
-        ("behind", "{sizes} points below {them} at {dims} dims ({spread})"),
+        ("ahead", "{sizes} points above {them} at {dims} dims"),
+        ("behind", "{sizes} points below {them} at {dims} dims"),
         (
             "unclear",
             "too near {them} to tell by so few test rows at {dims} dims ({points}; {spread})",
@@ -223,7 +226,7 @@ def _against_cut(by_dim: Mapping[str, Any]) -> str:
     others = {dim: d for dim, d in by_dim.items() if d["shows"] != "ahead"}
     first = (
         f"By nearest neighbours it is {_sizes(ahead.values())} points above PCA of the widest "
-        f"separate net at {_dims(ahead)} dims ({_spread(ahead.values())})"
+        f"separate net at {_dims(ahead)} dims"
         if ahead
         else "By nearest neighbours it is above PCA of the widest separate net at no dim"
     )
@@ -277,7 +280,7 @@ def signed(points: float) -> str:
 
 
 def _sizes(differences: Iterable[Mapping[str, Any]]) -> str:
-    return _list(f"{abs(d['points']):.1f}" for d in differences)
+    return _list(f"{abs(d['points']):.1f} {_spread([d])}" for d in differences)
 
 
 def _spread(differences: Iterable[Mapping[str, Any]]) -> str:

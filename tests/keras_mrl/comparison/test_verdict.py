@@ -57,11 +57,12 @@ def results(**changes: Any) -> dict[str, Any]:
 
 def test_the_verdict_is_told_by_dim() -> None:
     assert sentences(results()) == [
-        "Matryoshka pays off at 8 and 16 dims.",
+        "Matryoshka pays off at 8 and 16 dims: there it is surely more than 0.5 points better than "
+        "PCA of one net.",
         "By top-1 accuracy Matryoshka is level with separate nets at 8, 16 and 32 dims (-0.2, "
         "+0.2, -0.1; +-0.4).",
-        "By nearest neighbours it is 13.6 and 1.3 points above PCA of the widest separate net at 8 "
-        "and 16 dims (+-0.4). At 32 dims PCA does as well (+0.1; +-0.4).",
+        "By nearest neighbours it is 13.6 +-0.4 and 1.3 +-0.4 points above PCA of the widest "
+        "separate net at 8 and 16 dims. At 32 dims PCA does as well (+0.1; +-0.4).",
         "What to do: train Matryoshka if you want 16 dims or fewer; for more dims alone, cut one "
         "net by PCA.",
     ]
@@ -74,7 +75,7 @@ def test_a_price_and_too_few_rows_are_told() -> None:
     assert headline == "It is not shown that Matryoshka gains more than 0.5 points here."
     assert first == (
         "By top-1 accuracy Matryoshka is level with separate nets at 32 dims (-0.1; +-0.4); 9.6 "
-        "points below them at 8 dims (+-2.0); too near them to tell by so few test rows at 16 "
+        "+-2.0 points below them at 8 dims; too near them to tell by so few test rows at 16 "
         "dims (-1.0; +-2.0)."
     )
     assert "From 8 dims up the test rows are too few to tell it from PCA" in second
@@ -98,8 +99,8 @@ def test_no_gain_over_the_free_cut_is_no_pay_off() -> None:
 def test_a_gain_of_less_than_half_a_point_is_told_and_not_advised() -> None:
     pca = {"8": given("ahead", 13.6), "16": given("ahead", 0.6), "32": given("ahead", 0.8)}
     headline, _, second, last = sentences(results(differences={"ff": FF, "pca": pca}))
-    assert headline == "Matryoshka pays off at 8 dims."
-    assert "13.6, 0.6 and 0.8 points above PCA" in second
+    assert headline.startswith("Matryoshka pays off at 8 dims: ")
+    assert "13.6 +-0.4, 0.6 +-0.4 and 0.8 +-0.4 points above PCA" in second
     assert "train Matryoshka if you want 8 dims or fewer;" in last
     pca["8"] = given("ahead", 0.7)
     told = sentences(results(differences={"ff": FF, "pca": pca}))
